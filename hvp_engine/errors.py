@@ -1,0 +1,31 @@
+"""Every error of the package. Each message names the argument, what was expected, what came, and the remedy."""
+
+from __future__ import annotations
+
+
+class HvpError(Exception):
+    """Base of the package's own errors."""
+
+
+class DivergenceError(HvpError, ArithmeticError):
+    """A solve produced non-finite values or grew beyond its stated factor."""
+
+
+class SecondDerivativeError(HvpError, RuntimeError):
+    """An operator in the loss has no second derivative, or a derivative of the result was asked for."""
+
+
+class GraphError(HvpError, ValueError):
+    """A gradient or loss carries no autograd graph, or the graph does not reach what it should."""
+
+
+class BackendError(HvpError, RuntimeError):
+    """A backend or engine is unknown, unavailable, or failed while running."""
+
+
+class DataError(HvpError, ValueError):
+    """A data file is missing, truncated or not in the expected format."""
+
+
+class CheckpointError(HvpError, ValueError):
+    """A checkpoint is unreadable, incomplete or belongs to something else."""

@@ -1,0 +1,33 @@
+"""The reference backend: :mod:`hvp_engine.reference`, bound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hvp_engine import reference
+from hvp_engine.backend import Bound
+from hvp_engine.ops import OPS
+from hvp_engine.vectors import Layout
+
+
+def missing(device_type: str) -> str | None:
+    return None
+
+
+def bind(
+    name: str,
+    states: Sequence[Tensor],
+    layout: Layout,
+    scalars: Sequence[Tensor],
+    damping: float,
+    partials: Tensor,
+) -> Bound:
+    op = getattr(reference, name)
+    trailing = (*scalars, damping, partials) if OPS[name].damped else (*scalars, partials)
+
+    def run(products: Sequence[Tensor]) -> None:
+        op(*states, layout.rows(products, apart_from=states), *trailing)
+
+    return run

@@ -1,0 +1,172 @@
+"""A tree of tensors as one flat buffer with views.
+
+Solvers work on one flat vector; autograd wants one tensor for each weight. A :class:`Layout` says where each
+tensor lives in the flat buffer, and a :class:`FlatVector` is a buffer together with views that have the
+weights' own shapes and strides, so that nothing is ever concatenated or split.
+
+Every tensor starts at a multiple of :data:`ALIGNMENT` elements, so that vector loads are aligned whatever the
+sizes before it. The gaps are zero and stay zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16
+"""Elements to which the start of every tensor in a flat buffer is rounded up."""
+
+CHUNK = 4096
+"""Elements of one tensor whose partial sums form one row of `partials`, on every backend."""
+
+STATE_DTYPES = (torch.float32, torch.float64)
+INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def padded(numel: int) -> int:
+    """`numel` rounded up to the alignment."""
+    return -(-numel // ALIGNMENT) * ALIGNMENT
+
+
+def offsets_of(numels: Sequence[int]) -> tuple[int, ...]:
+    """Start of each tensor in the flat buffer, and the size of the whole at the end."""
+    return tuple(accumulate((padded(n) for n in numels), initial=0))
+
+
+def partial_rows(numels: Sequence[int]) -> int:
+    """Rows of the `partials` buffer: one for each started chunk of each tensor, at least one."""
+    return max(1, sum(-(-n // CHUNK) for n in numels))
+
+
+def state_dtype_of(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """float64 if any tensor is float64, else float32 (16-bit weights keep a float32 state)."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tensors of a list live in a flat buffer: shapes, strides, dtypes and one device."""
+
+    shapes: tuple[torch.Size, ...]
+    strides: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Layout:
+        """The layout of `tensors`: dense ones keep their strides, others are laid out row-major."""
+        return cls(
+            tuple(t.shape for t in tensors),
+            tuple(torch.empty_like(t, device="meta").stride() for t in tensors),
+            tuple(t.dtype for t in tensors),
+            tensors[0].device if tensors else torch.device("cpu"),
+        )
+
+    @cached_property
+    def numels(self) -> tuple[int, ...]:
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        return offsets_of(self.numels)[:-1]
+
+    @cached_property
+    def size(self) -> int:
+        """Elements of the flat buffer, gaps included."""
+        return offsets_of(self.numels)[-1]
+
+    @cached_property
+    def state_dtype(self) -> torch.dtype:
+        return state_dtype_of(self.dtypes)
+
+    @cached_property
+    def partial_rows(self) -> int:
+        return partial_rows(self.numels)
+
+    @cached_property
+    def low_precision(self) -> bool:
+        """Whether some tensor's dtype differs from the state's, so that tangents must be cast."""
+        return any(dtype != self.state_dtype for dtype in self.dtypes)
+
+    @cached_property
+    def orders(self) -> tuple[tuple[int, ...], ...]:
+        """Permutation of each tensor's dimensions that makes its storage order row-major."""
+        return tuple(
+            tuple(sorted(range(len(shape)), key=lambda d: (-stride[d], d)))
+            for shape, stride in zip(self.shapes, self.strides, strict=True)
+        )
+
+    def rows(self, tensors: Sequence[Tensor], apart_from: Sequence[Tensor] = ()) -> list[Tensor]:
+        """`tensors` as row-major tensors in this layout's storage order.
+
+        Copies a tensor only where its strides differ, or where it shares storage with one of `apart_from`: for
+        a loss like (w1 * w2).sum() autograd returns views of the tangent itself as the product, and an
+        in-place update of the tangent would overwrite what it still has to read.
+        """
+        taken = {state.untyped_storage().data_ptr() for state in apart_from}
+        rows = []
+        for tensor, order in zip(tensors, self.orders, strict=True):
+            row = tensor.permute(order).contiguous()
+            rows.append(row.clone() if row.untyped_storage().data_ptr() in taken else row)
+        return rows
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """Views of `buffer` with the shapes and strides of the layout."""
+        return [
+            buffer.as_strided(shape, stride, buffer.storage_offset() + offset)
+            for shape, stride, offset in zip(self.shapes, self.strides, self.offsets, strict=True)
+        ]
+
+    def empty_partials(self) -> Tensor:
+        """Room for the partial sums of one step: rows of (squared norm, squared norm, non-finite flag)."""
+        return torch.zeros(self.partial_rows, 3, dtype=torch.float64, device=self.device)
+
+
+class FlatVector:
+    """One flat buffer and its views.
+
+    `data` is 1-d, contiguous, in the layout's state dtype; `views` are its parts with the weights' shapes and
+    strides. `tangents` are what autograd takes as `grad_outputs`: the views themselves, or copies in the
+    weights' lower precision, which :meth:`refresh` brings up to date.
+    """
+
+    def __init__(self, layout: Layout, data: Tensor | None = None):
+        if data is None:
+            data = torch.zeros(layout.size, dtype=layout.state_dtype, device=layout.device)
+        self.layout = layout
+        self.data = data
+        self.views = layout.views(data)
+        self.tangents = self.views
+        if layout.low_precision:
+            self.tangents = [
+                view if view.dtype == dtype else torch.empty_like(view, dtype=dtype)
+                for view, dtype in zip(self.views, layout.dtypes, strict=True)
+            ]
+            self.refresh()
+
+    @classmethod
+    def of(cls, layout: Layout, tensors: Sequence[Tensor]) -> FlatVector:
+        """A new flat vector holding a copy of `tensors`."""
+        vector = cls(layout)
+        vector.copy_(tensors)
+        return vector
+
+    def copy_(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite with `tensors` (any strides, any floating dtype)."""
+        if self.views:
+            torch._foreach_copy_(self.views, [t.detach() for t in tensors])
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Bring low-precision tangents up to date with `data`."""
+        if self.layout.low_precision:
+            torch._foreach_copy_(self.tangents, self.views)
+
+    def clone(self) -> FlatVector:
+        return FlatVector(self.layout, self.data.clone())
