@@ -1,0 +1,54 @@
+"""The Triton backend: one multi-tensor kernel for each op of :mod:`hvp_engine.ops`.
+
+Adding an op takes its kernel, with the signature (states..., rows, addresses, scalars..., [damping], partials,
+PRODUCT, CHUNK), and its entry in :data:`KERNELS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from hvp_engine.backend import Bound
+from hvp_engine.kernels.accumulate import scale_accumulate
+from hvp_engine.kernels.launch import MultiTensorLaunch
+from hvp_engine.kernels.neumann import neumann_step, neumann_step_horner
+from hvp_engine.ops import OPS
+from hvp_engine.vectors import Layout
+
+KERNELS = {kernel.__name__: kernel for kernel in (neumann_step, neumann_step_horner, scale_accumulate)}
+
+INTERPRETED = not isinstance(neumann_step, triton.JITFunction)
+"""Whether the kernels were imported with TRITON_INTERPRET=1."""
+
+
+def missing(device_type: str) -> str | None:
+    """Why the Triton kernels cannot run on a device of this type, or None if they can."""
+    if device_type == "cpu":
+        if INTERPRETED:
+            return None
+        return "on a CPU Triton runs only interpreted: set TRITON_INTERPRET=1 before the program starts"
+    if device_type != "cuda":
+        return f"the Triton kernels do not run on device type {device_type!r}"
+    if INTERPRETED:
+        return "the kernels were imported with TRITON_INTERPRET=1 and so run on a CPU only: unset it"
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def bind(
+    name: str,
+    states: Sequence[Tensor],
+    layout: Layout,
+    scalars: Sequence[Tensor],
+    damping: float,
+    partials: Tensor,
+) -> Bound:
+    """The op `name` bound to its arguments, all checked already; see :func:`hvp_engine.ops.bind`."""
+    arguments = list(scalars)
+    if OPS[name].damped:
+        # In device memory, since Triton passes a Python float in 32 bits.
+        arguments.append(torch.full((), damping, dtype=torch.float64, device=partials.device))
+    return MultiTensorLaunch(KERNELS[name], states, layout, arguments, partials)

@@ -1,0 +1,124 @@
+"""How a kernel meets a list of tensors: the tables it reads, and its launch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from hvp_engine.vectors import ALIGNMENT, CHUNK, Layout
+
+WARPS = 8
+"""One row is 4096 elements: 16 for each thread, enough loads in flight and few enough registers."""
+
+TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def row_tables(layout: Layout) -> list[tuple[tl.dtype, Tensor]]:
+    """For each dtype among the products: the table of its rows, as :mod:`hvp_engine.kernels.rows` describes."""
+    entries: dict[torch.dtype, list[tuple[int, ...]]] = {}
+    row = 0
+    for tensor, (numel, offset, dtype) in enumerate(
+        zip(layout.numels, layout.offsets, layout.dtypes, strict=True)
+    ):
+        for chunk, begin in enumerate(range(0, numel, CHUNK)):
+            entry = (tensor, chunk, (offset + begin) // ALIGNMENT, min(CHUNK, numel - begin), row)
+            entries.setdefault(dtype, []).append(entry)
+            row += 1
+    return [
+        (TYPES[dtype], torch.tensor(rows, dtype=torch.int64, device=layout.device))
+        for dtype, rows in entries.items()
+    ]
+
+
+class MultiTensorLaunch:
+    """One kernel bound to its state; calling it with the list of products launches it once for each dtype.
+
+    The kernel takes (states..., row table, address table, arguments..., partials). The row table depends on the
+    layout only. The address table is uploaded again only when an address or the stream has changed.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        states: Sequence[Tensor],
+        layout: Layout,
+        arguments: Sequence[Tensor],
+        partials: Tensor,
+    ):
+        self._kernel = kernel
+        self._states = tuple(states)
+        self._layout = layout
+        self._arguments = tuple(arguments)
+        self._partials = partials
+        self._device = partials.device
+        self._spans = [(s.data_ptr(), s.data_ptr() + s.nbytes) for s in states if s.numel()]
+        self._rows = row_tables(layout)
+        self._uploaded: tuple[int, tuple[int, ...]] | None = None
+        self._addresses = torch.empty(0, dtype=torch.int64, device=self._device)
+        self._captured: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, products: Sequence[Tensor]) -> None:
+        if not self._rows:
+            self._layout.check(products)
+            self._partials.zero_()
+            return
+        if not self._readable(products):
+            products = self._layout.rows(products, apart_from=self._states)
+        cuda = self._device.type == "cuda"
+        with torch.cuda.device(self._device) if cuda else contextlib.nullcontext():
+            addresses = self._table_of(tuple(product.data_ptr() for product in products))
+            for dtype, rows in self._rows:
+                self._kernel[(len(rows),)](
+                    *self._states, rows, addresses, *self._arguments, self._partials,
+                    PRODUCT=dtype, CHUNK=CHUNK, num_warps=WARPS,
+                )  # fmt: skip
+
+    def _readable(self, products: Sequence[Tensor]) -> bool:
+        """Whether the kernel can read the products where they are: as laid out, and apart from the state."""
+        layout = self._layout
+        return (
+            len(products) == len(layout.shapes)
+            and all(
+                product.dtype == dtype
+                and product.shape == shape
+                and product.stride() == stride
+                and product.device == layout.device
+                and not product.is_neg()
+                for product, dtype, shape, stride in zip(
+                    products, layout.dtypes, layout.shapes, layout.strides, strict=True
+                )
+            )
+            and not any(
+                start < product.data_ptr() + product.nbytes and product.data_ptr() < end
+                for start, end in self._spans
+                for product in products
+            )
+        )
+
+    def _table_of(self, addresses: tuple[int, ...]) -> Tensor:
+        """The addresses on the device. Fresh memory for every upload: an earlier kernel may still read the last."""
+        if self._device.type != "cuda":
+            return torch.tensor(addresses, dtype=torch.int64)
+        if torch.cuda.is_current_stream_capturing():
+            # A graph copies from the pinned memory at every replay, so it must live as long as this object.
+            self._captured.append(self._upload(addresses))
+            return self._captured[-1][1]
+        key = torch.cuda.current_stream().cuda_stream, addresses
+        if key != self._uploaded:
+            _, self._addresses = self._upload(addresses)
+            self._uploaded = key
+        return self._addresses
+
+    def _upload(self, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
+        return host, host.to(self._device, non_blocking=True)

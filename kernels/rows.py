@@ -1,0 +1,53 @@
+"""What every kernel does first and last: find its row of the work, and write its partial sums.
+
+One program handles one row: a chunk of one tensor. The row table has five int64 columns: index of the tensor,
+index of the chunk in it, start of the chunk in the flat state in units of 16 elements, elements in the chunk,
+and the row of `partials` to write. The address table has the address of each product tensor.
+
+Every kernel has two bodies. The wide one serves rows whose product is 16-byte aligned and whose length is a
+multiple of 16: the compiler can then prove that whole vectors are in bounds, and loads and stores 16 bytes at a
+time. The narrow one serves any address and any length. The choice is made by each row at run time.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def open_row(rows, addresses):
+    """This program's entry of the row table: product address, chunk, start / 16, length, row of partials."""
+    entry = rows + 5 * tl.program_id(0)
+    address = tl.load(addresses + tl.load(entry))
+    return address, tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
+
+
+@triton.jit
+def is_wide(address, length):
+    return (address % 16 == 0) & (length % 16 == 0)
+
+
+@triton.jit
+def elements(address, chunk, start, length, PRODUCT: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr):
+    """Pointers into the product, offsets into the flat state, and which of them are inside the chunk."""
+    lane = tl.arange(0, CHUNK)
+    source = address.to(tl.pointer_type(PRODUCT))
+    if WIDE:
+        # The hint is on the pointer and not on `address`, which both bodies share; and the length is
+        # rounded instead of hinted for the same reason.
+        source = tl.multiple_of(source, 16)
+        inside = lane < length // 16 * 16
+    else:
+        inside = lane < length
+    return source + chunk * CHUNK + lane, start * 16 + lane, inside
+
+
+@triton.jit
+def record(partials, row, first, second):
+    """Write one row of partials: two squared norms in float64, and whether a value is NaN or infinite."""
+    finite = (tl.abs(first) < float("inf")) & (tl.abs(second) < float("inf"))
+    first = first.to(tl.float64)
+    second = second.to(tl.float64)
+    cell = partials + 3 * row
+    tl.store(cell, tl.sum(first * first))
+    tl.store(cell + 1, tl.sum(second * second))
+    tl.store(cell + 2, tl.max(1 - finite.to(tl.int32)).to(tl.float64))
