@@ -1,0 +1,75 @@
+#include "cpu.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu_kernels.h"
+
+namespace hvp {
+namespace {
+
+bool has_avx2() {
+#ifdef HVP_HAS_AVX2
+  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return has;
+#else
+  return false;
+#endif
+}
+
+ChunkKernel select_kernel(OpCode op, bool wide, DType dtype) {
+#ifdef HVP_HAS_AVX2
+  if (has_avx2()) return avx2_kernel(op, wide, dtype);
+#endif
+  return baseline_kernel(op, wide, dtype);
+}
+
+// Runs the rows [begin, end) of the step.
+void run_rows(const Step& step, const ChunkKernel* kernels, const Scalars& scalars, int64_t begin,
+              int64_t end) {
+  static constexpr int64_t kSizes[kDTypes] = {4, 8, 2, 2};
+  const std::vector<Part>& parts = step.parts;
+  // The last tensor that starts at or before `begin`; empty tensors have no rows of their own.
+  size_t index = std::upper_bound(parts.begin(), parts.end(), begin,
+                                  [](int64_t row, const Part& part) { return row < part.row; }) -
+                 parts.begin() - 1;
+  for (int64_t row = begin; row < end; ++index) {
+    const Part& part = parts[index];
+    const Product& product = step.products[index];
+    const int dtype = static_cast<int>(product.dtype);
+    for (int64_t start = (row - part.row) * kChunk; start < part.numel && row < end; start += kChunk, ++row) {
+      kernels[dtype](static_cast<const char*>(product.data) + start * kSizes[dtype], step.states,
+                     part.offset + start, std::min(kChunk, part.numel - start), scalars,
+                     step.partials + 3 * row);
+    }
+  }
+}
+
+}  // namespace
+
+const char* cpu_variant() { return has_avx2() ? "avx2" : "baseline"; }
+
+void run_cpu(const Step& step, int threads) {
+  if (step.rows == 0) {
+    std::memset(step.partials, 0, 3 * sizeof(double));
+    return;
+  }
+  ChunkKernel kernels[kDTypes];
+  for (int dtype = 0; dtype < kDTypes; ++dtype) {
+    kernels[dtype] = select_kernel(step.op, step.wide, static_cast<DType>(dtype));
+  }
+  Scalars scalars{};
+  for (int i = 0; i < kOps[static_cast<int>(step.op)].scalars; ++i) scalars.value[i] = *step.scalars[i];
+  scalars.damping = step.damping;
+  const int64_t shares = std::min<int64_t>(threads, step.rows);
+  if (shares <= 1) {
+    run_rows(step, kernels, scalars, 0, step.rows);
+    return;
+  }
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(shares))
+  for (int64_t share = 0; share < shares; ++share) {
+    run_rows(step, kernels, scalars, step.rows * share / shares, step.rows * (share + 1) / shares);
+  }
+}
+
+}  // namespace hvp

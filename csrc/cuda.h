@@ -1,0 +1,16 @@
+// Runs a step on a CUDA device.
+#pragma once
+
+#include <string>
+
+#include "step.h"
+
+namespace hvp {
+
+// Why CUDA cannot be used on this machine; empty if it can.
+std::string cuda_problem();
+
+// Launches the step on `stream` of `device` without waiting for it; throws std::runtime_error naming the op.
+void run_cuda(const Step& step, int device, uintptr_t stream);
+
+}  // namespace hvp

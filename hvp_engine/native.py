@@ -1,0 +1,90 @@
+"""The cpp and cuda backends: ops of the compiled extension, bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch  # before the extension, which then shares torch's OpenMP runtime
+from torch import Tensor
+
+from hvp_engine.backend import Bound
+from hvp_engine.ops import OPS
+from hvp_engine.vectors import Layout
+
+try:
+    from hvp_engine import _C
+except ImportError as error:
+    raise ImportError(
+        f"{error}: the C++ extension was not built for this installation; "
+        "install again with a C++ compiler (pip install -v shows what the build found)"
+    ) from error
+
+CPU_VARIANT: str = _C.cpu_variant()
+"""The instruction set of the CPU kernels in use: "avx2" or "baseline"."""
+
+
+def missing(device_type: str) -> str | None:
+    """Why the extension cannot run on a device of this type, or None if it can."""
+    if device_type == "cpu":
+        return None
+    if device_type == "cuda":
+        if not _C.has_cuda:
+            return "the extension was built without CUDA; install again where nvcc is, with HVP_ENGINE_CUDA=ON"
+        return _C.cuda_problem() or None
+    return f"the extension does not run on device type {device_type!r}"
+
+
+def bind(
+    name: str,
+    states: Sequence[Tensor],
+    layout: Layout,
+    scalars: Sequence[Tensor],
+    damping: float,
+    partials: Tensor,
+) -> Bound:
+    device = states[0].device
+    row_major = [torch.empty(shape, device="meta").stride() for shape in layout.shapes]
+    strides = [None if stride == plain else stride for stride, plain in zip(layout.strides, row_major, strict=True)]
+    # Aliases, so that the memory stays alive and in place whatever is done to the caller's tensors.
+    states = [state.detach() for state in states]
+    return _C.Plan(
+        op=name,
+        device=device.index if device.type == "cuda" else -1,
+        states=states,
+        numels=layout.numels,
+        offsets=layout.offsets,
+        strides=strides,
+        dtypes=layout.dtypes,
+        state_dtype=states[0].dtype,
+        scalars=[scalar.detach() for scalar in scalars],
+        damping=damping,
+        partials=partials.detach(),
+        conform=_conform(name, layout, states),
+        resource=_stream(device) if device.type == "cuda" else torch.get_num_threads,
+    )
+
+
+def _stream(device: torch.device) -> Callable[[], int]:
+    return lambda: torch.cuda.current_stream(device).cuda_stream
+
+
+def _conform(name: str, layout: Layout, states: Sequence[Tensor]) -> Callable[[int, object], Tensor]:
+    """What a plan calls for a product it cannot read as it is: an error, or the product in the state's dtype and
+    the layout's storage order, apart from the states' memory."""
+    state = states[0]
+    taken = {tensor.untyped_storage().data_ptr() for tensor in states}
+
+    def conform(index: int, product: object) -> Tensor:
+        where = f"{name}: {OPS[name].product}[{index}]"
+        if not isinstance(product, Tensor):
+            raise TypeError(f"{where}: expected a tensor; got {type(product).__name__}")
+        if product.shape != layout.shapes[index]:
+            raise ValueError(f"{where}: expected shape {tuple(layout.shapes[index])}; got {tuple(product.shape)}")
+        if product.device != state.device:
+            raise ValueError(f"{where}: expected device {state.device}; got {product.device}")
+        if not product.is_floating_point() or product.element_size() > state.element_size():
+            raise TypeError(f"{where}: expected a floating dtype no wider than {state.dtype}; got {product.dtype}")
+        row = product.detach().permute(layout.orders[index]).contiguous().to(state.dtype)
+        return row.clone() if row.untyped_storage().data_ptr() in taken else row
+
+    return conform
