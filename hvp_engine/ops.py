@@ -36,8 +36,7 @@ class Op:
         """The torch.library schema; mutated arguments carry an alias annotation each."""
         names = iter("abcdefgh")
         states = [
-            f"Tensor({next(names)}!) {state}" if state in self.mutated else f"Tensor {state}"
-            for state in self.states
+            f"Tensor({next(names)}!) {state}" if state in self.mutated else f"Tensor {state}" for state in self.states
         ]
         scalars = [f"Tensor {scalar}" for scalar in self.scalars]
         damping = ["float damping"] if self.damped else []
@@ -55,9 +54,7 @@ OPS = {
 }
 
 
-def check(
-    op: Op, states: Sequence[Tensor], layout: Layout, scalars: Sequence[Tensor], partials: Tensor
-) -> None:
+def check(op: Op, states: Sequence[Tensor], layout: Layout, scalars: Sequence[Tensor], partials: Tensor) -> None:
     """Raise `ValueError` or `TypeError` naming the argument unless the arguments fit together."""
     size = layout.size
     minimum = layout.offsets[-1] + layout.numels[-1] if layout.numels else 0
@@ -65,9 +62,7 @@ def check(
     for name, state in zip(op.states, states, strict=True):
         where = f"{op.name}: {name}"
         if state.dtype not in STATE_DTYPES or state.dtype != first.dtype:
-            raise TypeError(
-                f"{where}: expected dtype float32 or float64, the same for all states; got {state.dtype}"
-            )
+            raise TypeError(f"{where}: expected dtype float32 or float64, the same for all states; got {state.dtype}")
         if state.dim() != 1 or not state.is_contiguous() or not minimum <= state.numel() <= size:
             raise ValueError(
                 f"{where}: expected a contiguous 1-d tensor of {minimum} to {size} elements; "

@@ -40,9 +40,7 @@ def _record(partials: Tensor, row: int, first: Tensor, second: Tensor) -> int:
     return row
 
 
-def neumann_step(
-    v: Tensor, p: Tensor, hv: Sequence[Tensor], alpha: Tensor, damping: float, partials: Tensor
-) -> None:
+def neumann_step(v: Tensor, p: Tensor, hv: Sequence[Tensor], alpha: Tensor, damping: float, partials: Tensor) -> None:
     """v <- v - alpha (Hv + damping v); p <- p + v. Partials: ||v||^2, ||p||^2 of the new v and p, non-finite."""
     step = alpha.to(v.dtype)
     partials.zero_()

@@ -1,0 +1,61 @@
+"""A module as a pure function of (some of) its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine.isolation import is_isolated
+
+
+class FunctionalModule:
+    """See :func:`functional`."""
+
+    def __init__(self, module: torch.nn.Module):
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"module: expected a torch.nn.Module; got {type(module).__name__}")
+        self.module = module
+        self._names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+
+    def __call__(self, weights: Mapping[str, Tensor], *inputs: Any, **keywords: Any) -> Any:
+        if not isinstance(weights, Mapping):
+            raise TypeError(
+                f"weights: expected a dict from parameter names to tensors; got {type(weights).__name__}: "
+                "use dict(module.named_parameters())"
+            )
+        if unknown := [name for name in weights if name not in self._names]:
+            raise ValueError(
+                f"weights: expected names of the module's parameters; got {unknown[0]!r}: "
+                f"known are {', '.join(sorted(self._names)[:8])}{', ...' if len(self._names) > 8 else ''}"
+            )
+        state: dict[str, Tensor] = dict(weights)
+        if is_isolated():
+            state |= {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        return torch.func.functional_call(self.module, state, inputs, keywords)
+
+    def __repr__(self) -> str:
+        return f"functional({type(self.module).__name__})"
+
+
+def functional(module: torch.nn.Module) -> FunctionalModule:
+    """`module` as a function `net(weights, *inputs, **keywords)`.
+
+    Arguments:
+        module: any module; it is not copied, and its training/eval mode is read at every call.
+
+    The returned callable takes `weights`, a dict of some or all of the module's named parameters (tied parameters
+    under either name); the rest are the module's own. Buffers (BatchNorm statistics) are updated as by the module
+    itself, except inside calls of this package, where copies are used and the module's stay as they were.
+
+    Errors: `TypeError` if `module` is no module or `weights` no dict, `ValueError` for an unknown name.
+
+    >>> import torch, hvp_engine as hvp
+    >>> module = torch.nn.Linear(2, 1)
+    >>> net = hvp.functional(module)
+    >>> net({"weight": torch.ones(1, 2), "bias": torch.zeros(1)}, torch.ones(3, 2)).flatten()
+    tensor([2., 2., 2.])
+    """
+    return FunctionalModule(module)

@@ -1,0 +1,57 @@
+"""Leaving the caller's state as it was: random numbers and module buffers inside our own calls.
+
+Everything random inside one call (dropout, noise) is drawn from a forked generator: one draw for all terms of a
+solve, another for the next call. Modules made pure by :func:`hvp_engine.functional` work on copies of their
+buffers while :func:`isolated` is active, so that BatchNorm's running statistics do not move.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+
+_active: ContextVar[bool] = ContextVar("hvp_engine_isolated", default=False)
+
+
+def is_isolated() -> bool:
+    """Whether the code runs inside one of our own calls."""
+    return _active.get()
+
+
+@contextlib.contextmanager
+def isolated(seed: int, device: torch.device) -> Iterator[None]:
+    """Fork the random state of the CPU and of `device`, seed the fork, and keep module buffers untouched."""
+    devices = [device] if device.type == "cuda" else []
+    token = _active.set(True)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            with torch.enable_grad():
+                yield
+    finally:
+        _active.reset(token)
+
+
+class Draws:
+    """A counter of calls that gives each call its own seed, reproducibly.
+
+    Seeds follow from torch's initial seed at construction and the number of calls so far; nothing is taken from
+    the caller's generator. `count` is all there is to save and restore.
+    """
+
+    def __init__(self) -> None:
+        self.base = torch.initial_seed()
+        self.count = 0
+
+    def next_seed(self) -> int:
+        self.count += 1
+        return (self.base * 6364136223846793005 + self.count * 1442695040888963407) % (1 << 63)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"base": self.base, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.base, self.count = state["base"], state["count"]

@@ -1,0 +1,103 @@
+"""Curvature as linear operators: H @ v and H.solve(v, solver)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine import engines
+from hvp_engine.isolation import Draws, isolated
+from hvp_engine.linearization import Problem
+from hvp_engine.solution import Solution
+from hvp_engine.solvers.base import Solver
+from hvp_engine.solving import solve
+from hvp_engine.spectrum import Spectrum
+from hvp_engine.trees import check_like, flatten
+from hvp_engine.vectors import Layout
+
+
+class HessianOperator:
+    """The Hessian H = d2 loss / dw dw^T of a loss at given weights, as a symmetric linear operator.
+
+    Arguments:
+        loss: `loss(weights, *args)` -> scalar tensor.
+        weights: any tree of real floating tensors on one device; they are not modified and need not require grad.
+        *args: passed on to the loss.
+        engine: how products are executed, by name; see `hvp_engine.engines`.
+
+    The gradient graph is built once, here; random layers draw one mask for the lifetime of the operator. Every
+    product costs about two gradients. Memory: the graph, and per product one vector of weights.
+
+    Errors: `ValueError` for an unknown engine, a loss that is no scalar or has no graph to the weights;
+    :class:`SecondDerivativeError` for a loss without a second derivative.
+
+    >>> import torch, hvp_engine as hvp
+    >>> H = hvp.HessianOperator(lambda w: (w ** 3).sum(), torch.tensor([1.0, 2.0]))
+    >>> H @ torch.ones(2)
+    tensor([ 6., 12.])
+    >>> H.solve(torch.ones(2), hvp.Neumann(200)).value
+    tensor([0.1667, 0.0833])
+    """
+
+    def __init__(self, loss: Callable[..., Tensor], weights: Any, *args: Any, engine: str = "auto"):
+        self.engine = engines.create(engine)
+        leaves, self._structure = flatten(weights, "weights")
+        problem = Problem(loss, leaves, self._structure, [], None, args)
+        with isolated(Draws().next_seed(), leaves[0].device):
+            self._linearization = self.engine.linearize(problem)
+        self.spectrum = Spectrum()
+
+    @property
+    def layout(self) -> Layout:
+        """Shapes, strides, dtypes and device of the weights' leaves."""
+        return self._linearization.layout
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The loss at the weights, detached."""
+        return self._linearization.loss
+
+    @property
+    def gradient(self) -> Any:
+        """d loss / dw, detached, in the container of the weights."""
+        return self._structure.rebuild(self._linearization.gradient)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(number of weights, number of weights)."""
+        size = sum(self.layout.numels)
+        return size, size
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """H times the list of leaves `tangents`, unchecked: what solvers call."""
+        return self._linearization.product(tangents)
+
+    def __matmul__(self, v: Any) -> Any:
+        """H @ v, in the container of the weights; `v` is a tree like the weights."""
+        leaves, structure = flatten(v, "v")
+        layout = self.layout
+        check_like(leaves, layout.shapes, layout.device, "v", "weights")
+        tangents = [leaf.detach().to(dtype) for leaf, dtype in zip(leaves, layout.dtypes, strict=True)]
+        return structure.rebuild([p.detach().clone() for p in self.product(tangents)])
+
+    def solve(self, v: Any, solver: Solver) -> Solution:
+        """(H + damping I)^-1 v by `solver`; see :func:`solve`."""
+        return solve(self, v, solver)
+
+    def dense(self) -> Tensor:
+        """H as a matrix, by one product for each weight: for tests and small problems."""
+        layout = self.layout
+        columns = []
+        for which, numel in enumerate(layout.numels):
+            for index in range(numel):
+                tangents = [
+                    torch.zeros(shape, dtype=dtype, device=layout.device)
+                    for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True)
+                ]
+                tangents[which].view(-1)[index] = 1
+                product = self.product(tangents)
+                columns.append(torch.cat([p.detach().reshape(-1).to(layout.state_dtype) for p in product]))
+        return torch.stack(columns, 1)

@@ -1,0 +1,54 @@
+"""What a solve returns: value, status, diagnostics."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+
+class Status(enum.Enum):
+    """How a solve ended; the value is the message."""
+
+    CONVERGED = "converged: the relative residual is below the tolerance"
+    ITERATION_LIMIT = "iteration limit: the sum is truncated, as the paper's is; more iterations bring it closer"
+    DIVERGED = (
+        "diverged: the residual is larger than the right-hand side; use a smaller alpha, or damping if the "
+        "Hessian is indefinite"
+    )
+    NEGATIVE_CURVATURE = (
+        "negative curvature: the operator is not positive definite, so the series has no limit; use damping or "
+        "a Gauss-Newton operator"
+    )
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Result of a solve of A x = v.
+
+    Attributes:
+        value: x, in the container of v.
+        iterations: terms or steps that the solver made.
+        hvps: products with A in all, those of the estimate of alpha included.
+        residual_norm: ||v - A x'|| / ||v||, damping included, for the iterate x' that `residual_of` names.
+        residual_of: "previous" (the iterate before the returned one: free), "returned", or "none" (no product was
+            made, so the residual is that of x = 0).
+        status: a :class:`Status`; its value is the message.
+        alpha: the step that was used, None for solvers without one.
+        lambda_max: the largest |eigenvalue| seen by the estimate, None if none was made.
+        explanation: what an automatic choice chose and why; empty otherwise.
+    """
+
+    value: Any
+    iterations: int
+    hvps: int
+    residual_norm: float
+    residual_of: str
+    status: Status
+    alpha: float | None = None
+    lambda_max: float | None = None
+    explanation: str = ""
+
+    @property
+    def converged(self) -> bool:
+        return self.status is Status.CONVERGED

@@ -1,0 +1,112 @@
+"""What a solver is: init, step and finish bodies that an engine runs.
+
+A solver is a small frozen object that describes a method. Its `init` gives an :class:`Iteration`, whose state
+lives in flat buffers that never move; an engine alternates `product(iteration.direction)` and
+`iteration.step(product)` at most `iteration.limit` times, then calls `iteration.finish()`. No body waits for the
+device, except `finished()`, which an engine that captures the loop does not call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hvp_engine import ops
+from hvp_engine.solution import Status
+from hvp_engine.spectrum import SpectralEstimate
+from hvp_engine.vectors import FlatVector, Layout
+
+GROWTH_LIMIT = 1e4
+"""A residual this many times the right-hand side is an error rather than a status."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the norms of a finished iteration say, on the host."""
+
+    residual_norm: float
+    residual_of: str
+    status: Status
+    finite: bool = True
+    finite_v: bool = True
+
+    @property
+    def failed(self) -> bool:
+        """Whether the value must not be used: not finite, or grown beyond the limit."""
+        return not self.finite or self.residual_norm > GROWTH_LIMIT
+
+
+class Iteration(Protocol):
+    """One solve in progress."""
+
+    value: FlatVector
+    direction: FlatVector
+    limit: int
+    steps: int
+
+    def step(self, product: Sequence[Tensor]) -> None:
+        """Advance by one product with A, taken at `direction`."""
+
+    def finished(self) -> bool:
+        """Whether to stop before the limit; may wait for the device."""
+
+    def finish(self) -> Tensor:
+        """Complete `value`; return the float64 figures on the device that :meth:`read` understands."""
+
+    def read(self, figures: Sequence[float]) -> Outcome:
+        """The outcome, from the figures of :meth:`finish` on the host."""
+
+
+class Solver(Protocol):
+    """A method of solving (A + damping I) x = v."""
+
+    @property
+    def damping(self) -> float: ...
+
+    @property
+    def estimates_spectrum(self) -> bool:
+        """Whether `init` needs a spectral estimate."""
+
+    def init(self, layout: Layout, v: Sequence[Tensor], estimate: SpectralEstimate | None) -> Iteration:
+        """Begin a solve for the right-hand side `v`."""
+
+
+def check_iterations(iterations: Any) -> None:
+    if isinstance(iterations, bool) or not isinstance(iterations, int):
+        raise TypeError(f"iterations: expected an int; got {type(iterations).__name__}")
+    if iterations < 0:
+        raise ValueError(f"iterations: expected a number of products >= 0; got {iterations}")
+
+
+def check_positive(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number; got {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number > 0; got {value}")
+
+
+def check_damping(damping: Any) -> None:
+    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
+        raise TypeError(f"damping: expected a number; got {type(damping).__name__}")
+    if not (math.isfinite(damping) and damping >= 0):
+        raise ValueError(f"damping: expected a finite number >= 0; got {damping}")
+
+
+def scalar(value: float, device: torch.device) -> Tensor:
+    """A 0-dim float64 tensor, as the ops take their coefficients."""
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def load(layout: Layout, tensors: Sequence[Tensor]) -> tuple[FlatVector, Tensor]:
+    """A new flat vector holding `tensors`, and the partials of its squared norm, in one pass."""
+    vector = FlatVector(layout)
+    partials = layout.empty_partials()
+    one, zero = scalar(1.0, layout.device), scalar(0.0, layout.device)
+    ops.bind("scale_accumulate", (vector.data,), Layout.of(tensors), (one, zero), 0.0, partials)(tensors)
+    vector.refresh()
+    return vector, partials

@@ -1,0 +1,191 @@
+"""From an operator, a right-hand side and a solver to a solution: estimate, run, judge, and help on failure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine.engines import Engine
+from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.errors import DivergenceError
+from hvp_engine.linearization import LinearMap
+from hvp_engine.solution import Solution, Status
+from hvp_engine.solvers.base import GROWTH_LIMIT, Iteration, Outcome, Solver
+from hvp_engine.spectrum import SpectralEstimate, Spectrum
+from hvp_engine.trees import Structure, check_like, flatten
+from hvp_engine.vectors import FlatVector, Layout
+
+
+class CallableOperator:
+    """Any callable v -> A v on trees, as a linear map on lists."""
+
+    def __init__(self, function: Callable[[Any], Any], like: Sequence[Tensor], structure: Structure):
+        self.layout = Layout.of(like)
+        self._function = function
+        self._structure = structure
+        self._like = [torch.empty_like(t, device="meta") for t in like]
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        result, structure = flatten(self._function(self._structure.rebuild(tangents)), "operator(v)")
+        if structure != self._structure:
+            raise ValueError(f"operator(v): expected the container of v, {self._structure.spec}; got {structure.spec}")
+        for index, (tensor, like) in enumerate(zip(result, self._like, strict=True)):
+            if tensor.shape != like.shape:
+                raise ValueError(
+                    f"operator(v)[{index}]: expected shape {tuple(like.shape)} as v; got {tuple(tensor.shape)}"
+                )
+        return [
+            t.detach() if t.dtype == dtype else t.detach().to(dtype)
+            for t, dtype in zip(result, self.layout.dtypes, strict=True)
+        ]
+
+
+def solve_flat(
+    operator: LinearMap, v: Sequence[Tensor], solver: Solver, engine: Engine, spectrum: Spectrum
+) -> tuple[list[Tensor], Solution]:
+    """The value as views like the weights, and the solution without its value filled in."""
+    estimate = spectrum.refresh(operator.product, operator.layout) if solver.estimates_spectrum else None
+    if estimate is not None and not estimate.finite:
+        _refuse_bad_product(operator, v)
+    hvps = estimate.hvps if estimate else 0
+    iteration, outcome = _attempt(operator, v, solver, engine, estimate)
+    hvps += iteration.steps
+    if estimate is not None and outcome.residual_norm > 1 and iteration.steps:
+        # A positive definite operator cannot grow the residual under a safe alpha: either the estimate was stale,
+        # or there is negative curvature. The residual that grew points at what was missed.
+        fresh = spectrum.restart(operator.product, _start_after(iteration, operator.layout))
+        hvps += fresh.hvps
+        if fresh.finite and fresh.bound() > 1.05 * estimate.bound():
+            estimate = fresh
+            iteration, outcome = _attempt(operator, v, solver, engine, estimate)
+            hvps += iteration.steps
+        elif fresh.finite:
+            estimate = replace(estimate, smallest=min(estimate.smallest, fresh.smallest))
+    if outcome.failed:
+        raise _divergence(operator, outcome, iteration, solver, spectrum)
+    status = outcome.status
+    if estimate is not None and estimate.smallest + solver.damping < -1e-6 * estimate.largest:
+        status = Status.NEGATIVE_CURVATURE
+    solution = Solution(
+        value=None,
+        iterations=iteration.steps,
+        hvps=hvps,
+        residual_norm=outcome.residual_norm,
+        residual_of=outcome.residual_of,
+        status=status,
+        alpha=getattr(iteration, "alpha", None),
+        lambda_max=estimate.largest if estimate else None,
+    )
+    return _in_dtypes(iteration.value), solution
+
+
+def _attempt(
+    operator: LinearMap, v: Sequence[Tensor], solver: Solver, engine: Engine, estimate: SpectralEstimate | None
+) -> tuple[Iteration, Outcome]:
+    iteration = engine.run(operator, v, solver, estimate)
+    outcome = iteration.read(iteration.finish().tolist())  # the one wait for the device
+    if not outcome.finite_v:
+        raise ValueError("v: expected finite values; got NaN or Inf: look at the loss that v is the gradient of")
+    return iteration, outcome
+
+
+def _in_dtypes(value: FlatVector) -> list[Tensor]:
+    dtypes = value.layout.dtypes
+    return [view if view.dtype == dtype else view.to(dtype) for view, dtype in zip(value.views, dtypes, strict=True)]
+
+
+def _start_after(iteration: Iteration, layout: Layout) -> FlatVector:
+    """A start vector for an estimate: what grew in a failed iteration if that is finite, else random."""
+    data = iteration.direction.data
+    norm = torch.linalg.vector_norm(data)
+    if torch.isfinite(norm) and norm > 0:
+        return FlatVector(layout, data / norm)
+    return Spectrum()._random(layout)
+
+
+def _refuse_bad_product(operator: LinearMap, v: Sequence[Tensor]) -> None:
+    loss = getattr(operator, "loss", None)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in v):
+        raise ValueError("v: expected finite values; got NaN or Inf: look at the loss that v is the gradient of")
+    what = "the product A v of a finite v is NaN or Inf"
+    if loss is not None and not bool(torch.isfinite(loss)):
+        what = f"the loss is {float(loss)} at these weights"
+    raise DivergenceError(
+        f"operator: expected finite products; {what}: check the inputs and weights for NaN and Inf, "
+        "or lower the learning rates that led here"
+    )
+
+
+def _divergence(
+    operator: LinearMap, outcome: Outcome, iteration: Iteration, solver: Solver, spectrum: Spectrum
+) -> DivergenceError:
+    """The error for a failed solve, with what would have worked."""
+    estimate = spectrum.restart(operator.product, spectrum._random(operator.layout))
+    if not estimate.finite:
+        try:
+            _refuse_bad_product(operator, ())
+        except DivergenceError as error:
+            return error
+    alpha = getattr(iteration, "alpha", None)
+    happened = (
+        f"the residual grew {outcome.residual_norm:.3g}-fold (limit {GROWTH_LIMIT:g})"
+        if outcome.finite and math.isfinite(outcome.residual_norm)
+        else "the sum became NaN or Inf"
+    )
+    used = f" with alpha={alpha:.6g}" if alpha is not None else ""
+    bound = estimate.bound(solver.damping)
+    advice = f"alpha={1 / bound:.3g} or alpha='auto' would converge" if bound > 0 else "use a smaller alpha"
+    if estimate.smallest + solver.damping < -1e-6 * estimate.largest:
+        needed = -1.5 * estimate.smallest
+        advice = (
+            f"its smallest eigenvalue is about {estimate.smallest:.3g}, so no alpha converges: use "
+            f"damping={needed:.3g} with alpha={1 / (estimate.bound(needed)):.3g}, fewer iterations, or a "
+            "Gauss-Newton operator"
+        )
+    return DivergenceError(
+        f"{type(solver).__name__} diverged after {iteration.steps} products{used}: {happened}; "
+        f"lambda_max is estimated as {estimate.largest + solver.damping:.3g}; {advice}"
+    )
+
+
+def solve(operator: Any, v: Any, solver: Solver) -> Solution:
+    """Solve (A + damping I) x = v.
+
+    Arguments:
+        operator: a :class:`HessianOperator` or another operator of this package, or any callable v -> A v that is
+            linear and symmetric and returns the container and shapes it is given.
+        v: a tensor or any tree of tensors, finite, of the operator's shapes.
+        solver: how, for example `Neumann(20)`, `Identity()`.
+
+    Returns a :class:`Solution`; its value is in the container of v.
+
+    Cost: the solver's; see there.
+
+    Errors: `TypeError`/`ValueError` naming the argument for a v that does not fit or is not finite;
+    :class:`DivergenceError` for a solve that went to infinity.
+
+    >>> import torch, hvp_engine as hvp
+    >>> A = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
+    >>> solution = hvp.solve(lambda v: A @ v, torch.ones(2), hvp.Neumann(60))
+    >>> torch.allclose(A @ solution.value, torch.ones(2), atol=1e-4)
+    True
+    """
+    leaves, structure = flatten(v, "v")
+    if not isinstance(getattr(solver, "damping", None), (int, float)) or not hasattr(solver, "init"):
+        raise TypeError(f"solver: expected a solver such as hvp.Neumann(20); got {type(solver).__name__}")
+    engine: Engine = getattr(operator, "engine", None) or EagerEngine()
+    spectrum = getattr(operator, "spectrum", None) or Spectrum()
+    if hasattr(operator, "product") and hasattr(operator, "layout"):
+        linear: LinearMap = operator
+        check_like(leaves, linear.layout.shapes, linear.layout.device, "v", "weights")
+    elif callable(operator):
+        linear = CallableOperator(operator, leaves, structure)
+    else:
+        raise TypeError(f"operator: expected an operator or a callable v -> A v; got {type(operator).__name__}")
+    value, solution = solve_flat(linear, [leaf.detach() for leaf in leaves], solver, engine, spectrum)
+    return replace(solution, value=structure.rebuild(value))

@@ -1,0 +1,146 @@
+"""How large the eigenvalues are: a short Lanczos run, kept warm between calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvp_engine.vectors import FlatVector, Layout
+
+Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""A symmetric linear map on lists of tensors."""
+
+COLD_STEPS = 8
+"""Products of a first estimate: two miss an outlier eigenvalue by more than half, five suffice."""
+
+REFRESH_STEPS = 3
+"""Products of an estimate that starts from the last one's eigenvector."""
+
+_FRESH_SHARE = 0.3
+"""Norm of the random part that a refresh adds to the old eigenvector, so that a new largest one is found."""
+
+
+@dataclass(frozen=True)
+class SpectralEstimate:
+    """Ritz values of a symmetric operator, without damping.
+
+    Attributes:
+        largest: largest Ritz value by magnitude (a lower bound of lambda_max of a positive definite operator).
+        smallest: smallest Ritz value; below zero means the operator is indefinite.
+        margin: residual norm of the Ritz pair; `largest + margin` bounds the eigenvalue it belongs to.
+        hvps: products spent.
+    """
+
+    largest: float
+    smallest: float
+    margin: float
+    hvps: int
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.largest)
+
+    @property
+    def indefinite(self) -> bool:
+        return self.smallest < -1e-6 * self.largest
+
+    def bound(self, damping: float = 0.0) -> float:
+        """What the largest |eigenvalue| of the damped operator is taken to be."""
+        return self.largest + self.margin + damping
+
+    def safe_alpha(self, damping: float = 0.0) -> float:
+        """1 / bound: converges even if the estimate is too low by almost one half."""
+        bound = self.bound(damping)
+        return 1.0 / bound if bound > 0 else 1.0
+
+
+def lanczos(product: Product, start: FlatVector, steps: int) -> tuple[SpectralEstimate, FlatVector]:
+    """Lanczos with full reorthogonalization from `start`: the estimate and the Ritz vector of the largest |value|.
+
+    Cost: `steps` products, `steps` flat vectors, one wait for the device.
+
+    Source: Golub and Van Loan, Matrix Computations, section 10.3.
+    """
+    layout = start.layout
+    steps = min(steps, max(1, sum(layout.numels)))
+    basis = torch.zeros(steps, layout.size, dtype=layout.state_dtype, device=layout.device)
+    work = FlatVector(layout)
+    diagonal, off_diagonal = [], []
+    current = start.data / torch.linalg.vector_norm(start.data)
+    for k in range(steps):
+        basis[k] = current
+        work.data.copy_(current)
+        work.refresh()
+        work.copy_(product(work.tangents))
+        known = basis[: k + 1]
+        coefficients = known @ work.data
+        diagonal.append(coefficients[k])
+        residual = work.data - coefficients @ known
+        residual -= (known @ residual) @ known  # once more: one pass leaves rounding errors in float32
+        norm = torch.linalg.vector_norm(residual)
+        off_diagonal.append(norm)
+        current = torch.where(norm > 0, residual / norm, torch.zeros_like(residual))
+    figures = torch.stack(diagonal + off_diagonal).double().cpu()  # the one wait
+    if not torch.isfinite(figures).all():
+        return SpectralEstimate(math.nan, math.nan, math.nan, steps), start
+    tridiagonal = torch.diag(figures[:steps])
+    inner = figures[steps:-1]
+    tridiagonal += torch.diag(inner, 1) + torch.diag(inner, -1)
+    values, vectors = torch.linalg.eigh(tridiagonal)
+    top = int(values.abs().argmax())
+    margin = abs(float(figures[-1] * vectors[-1, top]))
+    ritz = FlatVector(layout, vectors[:, top].to(basis) @ basis)
+    return SpectralEstimate(abs(float(values[top])), float(values[0]), margin, steps), ritz
+
+
+class Spectrum:
+    """The spectral estimate of one operator or hypergradient, refreshed at every call from its last eigenvector.
+
+    Holds one flat vector. Randomness comes from its own generator; the caller's is not touched.
+    """
+
+    def __init__(self) -> None:
+        self.estimate: SpectralEstimate | None = None
+        self.vector: FlatVector | None = None
+        self._calls = 0
+
+    def _random(self, layout: Layout) -> FlatVector:
+        generator = torch.Generator(device=layout.device)
+        generator.manual_seed(self._calls)
+        vector = FlatVector(layout)
+        for view in vector.views:
+            view.normal_(generator=generator)
+        vector.data /= torch.linalg.vector_norm(vector.data).clamp_min(1e-30)
+        return vector
+
+    def refresh(self, product: Product, layout: Layout) -> SpectralEstimate:
+        """A new estimate: 3 products from the last eigenvector with a random part added, 8 on the first call."""
+        self._calls += 1
+        if self.vector is None or self.vector.layout != layout:
+            return self.restart(product, self._random(layout))
+        start = self._random(layout)
+        start.data.mul_(_FRESH_SHARE).add_(self.vector.data / torch.linalg.vector_norm(self.vector.data))
+        return self._run(product, start, REFRESH_STEPS)
+
+    def restart(self, product: Product, start: FlatVector) -> SpectralEstimate:
+        """A new estimate from `start` with as many products as a first one."""
+        return self._run(product, start, COLD_STEPS)
+
+    def _run(self, product: Product, start: FlatVector, steps: int) -> SpectralEstimate:
+        estimate, vector = lanczos(product, start, steps)
+        if estimate.finite:
+            self.estimate, self.vector = estimate, vector
+        return estimate
+
+    def state_dict(self) -> dict[str, object]:
+        """What a checkpoint needs to continue with the same numbers."""
+        return {"calls": self._calls, "vector": None if self.vector is None else self.vector.data}
+
+    def load_state_dict(self, state: dict[str, object], layout: Layout) -> None:
+        self._calls = int(state["calls"])  # type: ignore[call-overload]
+        data = state["vector"]
+        self.vector = FlatVector(layout, data.to(layout.device)) if isinstance(data, Tensor) else None

@@ -1,0 +1,108 @@
+"""Trees of tensors: taking the caller's containers apart, checking them, and putting results back together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hvp_engine.vectors import INPUT_DTYPES
+
+Tree = Any
+"""A tensor, or any nesting of tuples, lists, dicts and dataclasses that torch's pytree knows."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How to rebuild a tree from the list of its leaves."""
+
+    spec: pytree.TreeSpec
+
+    def rebuild(self, leaves: Sequence[Any]) -> Tree:
+        return pytree.tree_unflatten(list(leaves), self.spec)
+
+
+def flatten(tree: Tree, name: str) -> tuple[list[Tensor], Structure]:
+    """The leaves of `tree`, each checked to be a real floating tensor, all on one device.
+
+    Errors: `TypeError` for a leaf that is no tensor or of an unsupported dtype, `ValueError` for an empty tree or
+    several devices; `name` is the argument that the message names.
+    """
+    if isinstance(tree, torch.nn.Module):
+        tree = dict(tree.named_parameters())
+    paths, spec = pytree.tree_flatten_with_path(tree)
+    leaves = []
+    for path, leaf in paths:
+        where = f"{name}{pytree.keystr(path)}"
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{where}: expected a tensor; got {type(leaf).__name__}")
+        if leaf.dtype not in INPUT_DTYPES:
+            raise TypeError(
+                f"{where}: expected a real floating dtype (float32, float64, bfloat16 or float16); got {leaf.dtype}"
+                + (": view it as real with torch.view_as_real" if leaf.is_complex() else "")
+            )
+        if leaf.layout != torch.strided:
+            raise TypeError(f"{where}: expected a dense tensor; got layout {leaf.layout}: use .to_dense()")
+        leaves.append(leaf)
+    if not leaves:
+        raise ValueError(f"{name}: expected at least one tensor; got an empty {type(tree).__name__}")
+    devices = {leaf.device for leaf in leaves}
+    if len(devices) > 1:
+        raise ValueError(
+            f"{name}: expected all tensors on one device; got {', '.join(sorted(map(str, devices)))}: move them together"
+        )
+    return leaves, Structure(spec)
+
+
+def as_list(tensors: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
+    """A tensor or a sequence of tensors, as a checked list (the tape style's argument form)."""
+    if not isinstance(tensors, Tensor):
+        try:
+            tensors = list(tensors)
+        except TypeError:
+            raise TypeError(
+                f"{name}: expected a tensor or a sequence of tensors; got {type(tensors).__name__}"
+            ) from None
+    leaves, _ = flatten(tensors, name)
+    if not isinstance(tensors, Tensor) and len(leaves) != len(tensors):
+        raise TypeError(f"{name}: expected a flat sequence of tensors; got nested containers")
+    return leaves
+
+
+def check_like(
+    tensors: Sequence[Tensor], shapes: Sequence[torch.Size], device: torch.device, name: str, like: str
+) -> None:
+    """Raise unless `tensors` has the number, the shapes and the device of what `like` names."""
+    if len(tensors) != len(shapes):
+        raise ValueError(f"{name}: expected {len(shapes)} tensors, one for each of {like}; got {len(tensors)}")
+    for index, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name}[{index}]: expected shape {tuple(shape)} as {like}[{index}]; got {tuple(tensor.shape)}"
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"{name}[{index}]: expected device {device} as {like}[{index}]; got {tensor.device}: "
+                f"move it with .to({str(device)!r})"
+            )
+
+
+def check_scalar(loss: Any, name: str) -> None:
+    """Raise unless `loss` is a tensor with one element and a graph or constant value."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{name}: expected a scalar tensor; got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"{name}: expected a scalar tensor; got shape {tuple(loss.shape)}: reduce it with .mean() or .sum()"
+        )
+    if not loss.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype; got {loss.dtype}")
+
+
+def map_leaves(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+    """`tree` with `function` applied to every tensor in it; other leaves are kept."""
+    return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
