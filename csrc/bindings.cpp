@@ -1,12 +1,14 @@
-// The only file that knows Python: hvp_engine._C, an op bound to its state.
+// The only file that knows Python: hvp_engine._C, with an op bound to its state.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu.h"
+#include "tensors.h"
 #ifdef HVP_HAS_CUDA
 #include "cuda.h"
 #endif
@@ -21,90 +23,128 @@ constexpr int64_t kParallelElements = int64_t{1} << 20;
 // Below this many elements the work is shorter than handing the interpreter's lock over.
 constexpr int64_t kReleaseElements = int64_t{1} << 14;
 
-// Methods of torch.Tensor, looked up once: calling them directly skips the attribute lookup on every product.
-struct TensorApi {
-  py::object type, numel, dtype_getter, is_contiguous, stride, data_ptr;
-  PyObject* dtypes[kDTypes];
+constexpr uintptr_t kSizes[kDTypes] = {4, 8, 2, 2};
 
-  TensorApi() {
+// Access to torch's tensors, looked up once.
+struct Torch {
+  PyTypeObject* type;
+  py::object is_neg, threads;
+  const dlpack::ExchangeTable* table = nullptr;
+
+  Torch() {
     const py::module_ torch = py::module_::import("torch");
-    type = torch.attr("Tensor");
-    numel = type.attr("numel");
-    is_contiguous = type.attr("is_contiguous");
-    stride = type.attr("stride");
-    data_ptr = type.attr("data_ptr");
-    const char* names[kDTypes] = {"float32", "float64", "bfloat16", "float16"};
-    for (int i = 0; i < kDTypes; ++i) dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
+    const py::object tensor = torch.attr("Tensor");
+    type = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());
+    is_neg = tensor.attr("is_neg");
+    threads = torch.attr("get_num_threads");
+    const py::object capsule = py::getattr(tensor, dlpack::kAttribute, py::none());
+    if (!capsule.is_none()) {
+      auto* header =
+          static_cast<dlpack::ExchangeHeader*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
+      if (header == nullptr) throw py::error_already_set();
+      while (header != nullptr && header->major != dlpack::kMajor) header = header->previous;
+      table = reinterpret_cast<const dlpack::ExchangeTable*>(header);
+    }
+    if (table == nullptr || table->view == nullptr) {
+      throw py::import_error("torch.Tensor has no DLPack 1.x exchange table: install torch >= 2.11");
+    }
   }
 
-  static const TensorApi& get() {
-    static const TensorApi* api = new TensorApi();  // never destroyed: it must not outlive the interpreter
-    return *api;
+  static const Torch& get() {
+    static const Torch* torch =
+        new Torch();  // never destroyed: Python objects must not outlive the interpreter
+    return *torch;
+  }
+
+  bool is_tensor(PyObject* object) const { return PyObject_TypeCheck(object, type); }
+
+  dlpack::Tensor view(PyObject* tensor) const {
+    dlpack::Tensor view;
+    if (table->view(tensor, &view) != 0) throw py::error_already_set();
+    return view;
+  }
+
+  // Whether the numbers are the negative of what is in memory (a lazy view that some complex functions
+  // return).
+  bool negated(PyObject* tensor) const {
+    const py::object result =
+        py::reinterpret_steal<py::object>(PyObject_Vectorcall(is_neg.ptr(), &tensor, 1, nullptr));
+    if (!result) throw py::error_already_set();
+    return result.ptr() != Py_False;
   }
 };
 
-py::object call(const py::object& method, PyObject* tensor) {
-  PyObject* result = PyObject_Vectorcall(method.ptr(), &tensor, 1, nullptr);
-  if (result == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
+uintptr_t address(const dlpack::Tensor& view) {
+  return reinterpret_cast<uintptr_t>(view.data) + view.byte_offset;
 }
 
-uintptr_t address(PyObject* tensor) {
-  const py::object result = call(TensorApi::get().data_ptr, tensor);
-  return static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(result.ptr()));
+int64_t numel(const dlpack::Tensor& view) {
+  int64_t product = 1;
+  for (int32_t d = 0; d < view.dimensions; ++d) product *= view.shape[d];
+  return product;
 }
 
-DType dtype_of(const py::handle& dtype) {
-  const TensorApi& api = TensorApi::get();
-  for (int i = 0; i < kDTypes; ++i) {
-    if (dtype.ptr() == api.dtypes[i]) return static_cast<DType>(i);
+// The element type; kDTypes for one that no op takes.
+int dtype_of(const dlpack::DataType& dtype) {
+  if (dtype.code == dlpack::kBFloat && dtype.bits == 16) return static_cast<int>(DType::kBFloat16);
+  if (dtype.code != dlpack::kFloat) return kDTypes;
+  switch (dtype.bits) {
+    case 16:
+      return static_cast<int>(DType::kFloat16);
+    case 32:
+      return static_cast<int>(DType::kFloat32);
+    case 64:
+      return static_cast<int>(DType::kFloat64);
   }
-  throw py::type_error("dtype: expected a floating dtype; got " + std::string(py::repr(dtype)));
+  return kDTypes;
 }
 
 OpCode op_of(const std::string& name) {
   for (int i = 0; i < kOpCount; ++i) {
     if (name == kOps[i].name) return static_cast<OpCode>(i);
   }
-  throw py::value_error("op: expected one of hvp_engine.ops.OPS; got '" + name + "'");
+  throw py::value_error("op: expected the name of an op; got '" + name + "'");
 }
 
-// What a product must look like to be read as it is.
+// What a product must look like to be read as it is: one dimension each with more than one element.
 struct Expected {
-  int64_t numel;
   DType dtype;
-  py::object strides;  // a tuple, or None for a row-major tensor
+  std::vector<int64_t> shape, strides;
 };
 
 class Plan {
  public:
-  Plan(const std::string& op, int device, const std::vector<py::object>& states,
-       const std::vector<int64_t>& numels, const std::vector<int64_t>& offsets,
-       const std::vector<py::object>& strides, const std::vector<py::object>& dtypes,
-       const py::object& state_dtype, const std::vector<py::object>& scalars, double damping,
-       const py::object& partials, py::object conform, py::object resource)
-      : device_(device), conform_(std::move(conform)), resource_(std::move(resource)) {
-    code_ = op_of(op);
+  Plan(const std::string& op, const std::vector<py::object>& states,
+       const std::vector<std::vector<int64_t>>& shapes, const std::vector<std::vector<int64_t>>& strides,
+       const std::vector<py::object>& examples, const std::vector<int64_t>& offsets,
+       const std::vector<py::object>& scalars, double damping, const py::object& partials, py::object conform)
+      : code_(op_of(op)), damping_(damping), conform_(std::move(conform)) {
+    const Torch& torch = Torch::get();
     const OpTraits& traits = kOps[static_cast<int>(code_)];
+    const size_t count = shapes.size();
     if (static_cast<int>(states.size()) != traits.states ||
-        static_cast<int>(scalars.size()) != traits.scalars || numels.size() != offsets.size() ||
-        numels.size() != strides.size() || numels.size() != dtypes.size()) {
+        static_cast<int>(scalars.size()) != traits.scalars || strides.size() != count ||
+        examples.size() != count || offsets.size() != count) {
       throw py::value_error(op + ": wrong number of states, scalars or products");
     }
-    state_dtype_ = dtype_of(state_dtype);
-    damping_ = damping;
     for (const py::object& state : states) {
-      states_.push_back(address(state.ptr()));
-      size_.push_back(py::cast<int64_t>(call(TensorApi::get().numel, state.ptr())) * width());
+      const dlpack::Tensor view = torch.view(state.ptr());
+      state_dtype_ = static_cast<DType>(dtype_of(view.dtype));
+      device_ = view.device;
+      states_.push_back({address(view), address(view) + static_cast<uintptr_t>(numel(view)) * width()});
     }
-    for (const py::object& scalar : scalars) scalars_.push_back(address(scalar.ptr()));
-    partials_ = address(partials.ptr());
+    for (const py::object& scalar : scalars) scalars_.push_back(address(torch.view(scalar.ptr())));
+    partials_ = address(torch.view(partials.ptr()));
     held_ = {py::cast(states), py::cast(scalars), partials};
-    for (size_t i = 0; i < numels.size(); ++i) {
-      parts_.push_back({numels[i], offsets[i], rows_});
-      expected_.push_back({numels[i], dtype_of(dtypes[i]), strides[i]});
-      rows_ += (numels[i] + kChunk - 1) / kChunk;
-      elements_ += numels[i];
+    for (size_t i = 0; i < count; ++i) {
+      int64_t size = 1;
+      for (const int64_t extent : shapes[i]) size *= extent;
+      const int dtype = dtype_of(torch.view(examples[i].ptr()).dtype);
+      if (dtype == kDTypes) throw py::type_error(op + ": unexpected dtype of a product");
+      parts_.push_back({size, offsets[i], rows_});
+      expected_.push_back({static_cast<DType>(dtype), shapes[i], strides[i]});
+      rows_ += (size + kChunk - 1) / kChunk;
+      elements_ += size;
     }
   }
 
@@ -120,121 +160,120 @@ class Plan {
     std::vector<py::object> copies;
     std::vector<Product> read(count);
     for (size_t i = 0; i < count; ++i) {
-      PyObject* item = PySequence_Fast_GET_ITEM(sequence.ptr(), i);
-      uintptr_t data;
-      if (readable(i, item, &data)) {
-        read[i] = {reinterpret_cast<const void*>(data), expected_[i].dtype};
-      } else {
-        copies.push_back(conform_(i, py::handle(item)));
-        read[i] = {reinterpret_cast<const void*>(address(copies.back().ptr())), state_dtype_};
-      }
+      PyObject* item = PySequence_Fast_GET_ITEM(sequence.ptr(), static_cast<Py_ssize_t>(i));
+      if (readable(i, item, &read[i])) continue;
+      copies.push_back(conform_(i, py::handle(item)));
+      read[i] = {reinterpret_cast<const void*>(address(Torch::get().view(copies.back().ptr()))),
+                 state_dtype_};
     }
     run(read);
   }
 
  private:
-  // Whether a product can be read in place: of the expected type, size and strides, and apart from the
-  // states.
-  bool readable(size_t index, PyObject* item, uintptr_t* data) const {
-    const TensorApi& api = TensorApi::get();
+  struct Span {
+    uintptr_t begin, end;
+  };
+
+  // Whether a product can be read where it is; if so, `product` says where.
+  bool readable(size_t index, PyObject* item, Product* product) const {
+    const Torch& torch = Torch::get();
     const Expected& expected = expected_[index];
-    if (!PyObject_TypeCheck(item, reinterpret_cast<PyTypeObject*>(api.type.ptr()))) return false;
-    if (PyLong_AsLongLong(call(api.numel, item).ptr()) != expected.numel) return false;
-    const py::object dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(item, dtype_name().ptr()));
-    if (!dtype) throw py::error_already_set();
-    if (dtype.ptr() != api.dtypes[static_cast<int>(expected.dtype)]) return false;
-    if (expected.numel != 1) {
-      const bool same = expected.strides.is_none() ? call(api.is_contiguous, item).ptr() == Py_True
-                                                   : call(api.stride, item).equal(expected.strides);
-      if (!same) return false;
+    if (!torch.is_tensor(item)) return false;
+    const dlpack::Tensor view = torch.view(item);
+    if (view.device.type != device_.type || view.device.index != device_.index ||
+        dtype_of(view.dtype) != static_cast<int>(expected.dtype) ||
+        view.dimensions != static_cast<int32_t>(expected.shape.size())) {
+      return false;
     }
-    *data = address(item);
-    return apart(index, *data);
+    for (int32_t d = 0; d < view.dimensions; ++d) {
+      if (view.shape[d] != expected.shape[d]) return false;
+      if (view.shape[d] != 1 && view.strides[d] != expected.strides[d] && parts_[index].numel != 0)
+        return false;
+    }
+    *product = {reinterpret_cast<const void*>(address(view)), expected.dtype};
+    return apart(index, address(view)) && !torch.negated(item);
   }
 
   // A product may be a state's own part (each element is read before it is written), but no other memory of
   // one.
-  bool apart(size_t index, uintptr_t data) const {
-    static constexpr uintptr_t kSizes[kDTypes] = {4, 8, 2, 2};
-    const Expected& expected = expected_[index];
-    const uintptr_t end =
-        data + static_cast<uintptr_t>(expected.numel) * kSizes[static_cast<int>(expected.dtype)];
-    for (size_t s = 0; s < states_.size(); ++s) {
-      const bool overlap = data < states_[s] + size_[s] && states_[s] < end;
-      const bool own = expected.dtype == state_dtype_ && data == states_[s] + parts_[index].offset * width();
-      if (overlap && !own) return false;
+  bool apart(size_t index, uintptr_t begin) const {
+    const Part& part = parts_[index];
+    const DType dtype = expected_[index].dtype;
+    const uintptr_t end = begin + static_cast<uintptr_t>(part.numel) * kSizes[static_cast<int>(dtype)];
+    for (const Span& state : states_) {
+      if (begin >= state.end || state.begin >= end) continue;
+      if (dtype != state_dtype_ || begin != state.begin + static_cast<uintptr_t>(part.offset) * width())
+        return false;
     }
     return true;
   }
 
   void run(const std::vector<Product>& products) const {
-    Step step{code_,    state_dtype_ == DType::kFloat64,      {},     {},
-              damping_, reinterpret_cast<double*>(partials_), parts_, products,
-              rows_};
-    for (size_t i = 0; i < states_.size(); ++i) step.states[i] = reinterpret_cast<void*>(states_[i]);
+    const bool wide = state_dtype_ == DType::kFloat64;
+    Step step{code_, wide, {}, {}, damping_, reinterpret_cast<double*>(partials_), parts_, products, rows_};
+    for (size_t i = 0; i < states_.size(); ++i) step.states[i] = reinterpret_cast<void*>(states_[i].begin);
     for (size_t i = 0; i < scalars_.size(); ++i)
       step.scalars[i] = reinterpret_cast<const double*>(scalars_[i]);
-    if (device_ < 0) {
-      const int threads = elements_ < kParallelElements ? 1 : py::cast<int>(resource_());
-      if (elements_ < kReleaseElements) {
-        run_cpu(step, threads);
-      } else {
-        const py::gil_scoped_release release;
-        run_cpu(step, threads);
-      }
-      return;
+    if (device_.type == dlpack::kCuda) {
+      run_on_cuda(step);
+    } else if (elements_ < kReleaseElements) {
+      run_cpu(step, 1);
+    } else {
+      const int threads = elements_ < kParallelElements ? 1 : py::cast<int>(Torch::get().threads());
+      const py::gil_scoped_release release;
+      run_cpu(step, threads);
     }
+  }
+
+  void run_on_cuda([[maybe_unused]] const Step& step) const {
 #ifdef HVP_HAS_CUDA
-    const uintptr_t stream = py::cast<uintptr_t>(resource_());
+    void* stream = nullptr;
+    if (Torch::get().table->current_stream(device_.type, device_.index, &stream) != 0) {
+      throw py::error_already_set();
+    }
     const py::gil_scoped_release release;
-    run_cuda(step, device_, stream);
+    run_cuda(step, device_.index, stream);
 #else
     throw std::runtime_error("the extension was built without CUDA");
 #endif
   }
 
-  uintptr_t width() const { return state_dtype_ == DType::kFloat64 ? 8 : 4; }
-
-  static const py::object& dtype_name() {
-    static const py::object* name =
-        new py::object(py::reinterpret_steal<py::object>(PyUnicode_InternFromString("dtype")));
-    return *name;
-  }
+  uintptr_t width() const { return kSizes[static_cast<int>(state_dtype_)]; }
 
   OpCode code_;
-  int device_;  // index of a CUDA device; negative for the CPU
-  DType state_dtype_;
   double damping_;
-  std::vector<uintptr_t> states_, scalars_;
-  std::vector<uintptr_t> size_;  // of each state in bytes
+  DType state_dtype_ = DType::kFloat32;
+  dlpack::Device device_{dlpack::kCpu, 0};
+  std::vector<Span> states_;
+  std::vector<uintptr_t> scalars_;
   uintptr_t partials_;
   std::vector<Part> parts_;
   std::vector<Expected> expected_;
   int64_t rows_ = 0, elements_ = 0;
   std::vector<py::object> held_;  // keeps the memory behind the addresses alive
-  py::object conform_, resource_;
+  py::object conform_;
 };
 
 }  // namespace
 }  // namespace hvp
 
 PYBIND11_MODULE(_C, module) {
+  using Sizes = std::vector<int64_t>;
+  using Objects = std::vector<py::object>;
+  hvp::Torch::get();  // fails here, on import, where torch does not fit
   module.doc() = "Fused vector ops in C++ and CUDA; hvp_engine.native is the way in.";
 #ifdef HVP_HAS_CUDA
   module.attr("has_cuda") = true;
   module.def("cuda_problem", &hvp::cuda_problem, "Why CUDA cannot be used on this machine; empty if it can.");
 #else
   module.attr("has_cuda") = false;
-  module.def("cuda_problem", [] { return std::string("the extension was built without CUDA"); });
 #endif
   module.def("cpu_variant", &hvp::cpu_variant, "The instruction set of the CPU kernels in use.");
   py::class_<hvp::Plan>(module, "Plan", "An op bound to its state; calling it with the products runs it.")
-      .def(py::init<const std::string&, int, const std::vector<py::object>&, const std::vector<int64_t>&,
-                    const std::vector<int64_t>&, const std::vector<py::object>&,
-                    const std::vector<py::object>&, const py::object&, const std::vector<py::object>&, double,
-                    const py::object&, py::object, py::object>(),
-           py::arg("op"), py::arg("device"), py::arg("states"), py::arg("numels"), py::arg("offsets"),
-           py::arg("strides"), py::arg("dtypes"), py::arg("state_dtype"), py::arg("scalars"),
-           py::arg("damping"), py::arg("partials"), py::arg("conform"), py::arg("resource"))
+      .def(py::init<const std::string&, const Objects&, const std::vector<Sizes>&, const std::vector<Sizes>&,
+                    const Objects&, const Sizes&, const Objects&, double, const py::object&, py::object>(),
+           py::arg("op"), py::arg("states"), py::arg("shapes"), py::arg("strides"), py::arg("examples"),
+           py::arg("offsets"), py::arg("scalars"), py::arg("damping"), py::arg("partials"),
+           py::arg("conform"))
       .def("__call__", &hvp::Plan::operator(), py::arg("products"));
 }

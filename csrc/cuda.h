@@ -11,6 +11,6 @@ namespace hvp {
 std::string cuda_problem();
 
 // Launches the step on `stream` of `device` without waiting for it; throws std::runtime_error naming the op.
-void run_cuda(const Step& step, int device, uintptr_t stream);
+void run_cuda(const Step& step, int device, void* stream);
 
 }  // namespace hvp

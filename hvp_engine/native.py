@@ -42,30 +42,20 @@ def bind(
     damping: float,
     partials: Tensor,
 ) -> Bound:
-    device = states[0].device
-    row_major = [torch.empty(shape, device="meta").stride() for shape in layout.shapes]
-    strides = [None if stride == plain else stride for stride, plain in zip(layout.strides, row_major, strict=True)]
     # Aliases, so that the memory stays alive and in place whatever is done to the caller's tensors.
     states = [state.detach() for state in states]
     return _C.Plan(
         op=name,
-        device=device.index if device.type == "cuda" else -1,
         states=states,
-        numels=layout.numels,
+        shapes=layout.shapes,
+        strides=layout.strides,
+        examples=[torch.empty(0, dtype=dtype) for dtype in layout.dtypes],
         offsets=layout.offsets,
-        strides=strides,
-        dtypes=layout.dtypes,
-        state_dtype=states[0].dtype,
         scalars=[scalar.detach() for scalar in scalars],
         damping=damping,
         partials=partials.detach(),
         conform=_conform(name, layout, states),
-        resource=_stream(device) if device.type == "cuda" else torch.get_num_threads,
     )
-
-
-def _stream(device: torch.device) -> Callable[[], int]:
-    return lambda: torch.cuda.current_stream(device).cuda_stream
 
 
 def _conform(name: str, layout: Layout, states: Sequence[Tensor]) -> Callable[[int, object], Tensor]:
@@ -84,7 +74,7 @@ def _conform(name: str, layout: Layout, states: Sequence[Tensor]) -> Callable[[i
             raise ValueError(f"{where}: expected device {state.device}; got {product.device}")
         if not product.is_floating_point() or product.element_size() > state.element_size():
             raise TypeError(f"{where}: expected a floating dtype no wider than {state.dtype}; got {product.dtype}")
-        row = product.detach().permute(layout.orders[index]).contiguous().to(state.dtype)
+        row = product.detach().resolve_neg().permute(layout.orders[index]).contiguous().to(state.dtype)
         return row.clone() if row.untyped_storage().data_ptr() in taken else row
 
     return conform
