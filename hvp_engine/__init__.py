@@ -11,6 +11,7 @@ from hvp_engine.errors import (
     DivergenceError,
     GraphError,
     HvpError,
+    NonFiniteError,
     SecondDerivativeError,
 )
 from hvp_engine.functional import functional
@@ -41,6 +42,7 @@ __all__ = [
     "HypergradientResult",
     "Identity",
     "Neumann",
+    "NonFiniteError",
     "Record",
     "SecondDerivativeError",
     "Solution",

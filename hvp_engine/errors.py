@@ -11,6 +11,10 @@ class DivergenceError(HvpError, ArithmeticError):
     """A solve produced non-finite values or grew beyond its stated factor."""
 
 
+class NonFiniteError(DivergenceError, ValueError):
+    """An argument or a loss holds NaN or Inf, so that there is nothing to solve."""
+
+
 class SecondDerivativeError(HvpError, RuntimeError):
     """An operator in the loss has no second derivative, or a derivative of the result was asked for."""
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
 
 from hvp_engine import engines
 from hvp_engine.engines.eager import EagerEngine, leaves
-from hvp_engine.engines.tape import Tape, gradients
+from hvp_engine.engines.tape import Tape, differentiate, filled, gradients
 from hvp_engine.errors import GraphError, SecondDerivativeError
 from hvp_engine.isolation import Draws, isolated
 from hvp_engine.linearization import Linearization, Problem
@@ -27,7 +27,8 @@ from hvp_engine.solution import Solution
 from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solving import solve_flat
 from hvp_engine.spectrum import Spectrum
-from hvp_engine.trees import Structure, as_list, check_like, check_scalar, flatten
+from hvp_engine.trees import as_list, check_like, check_scalar, flatten
+from hvp_engine.vectors import Layout
 
 TensorOrTensors = Tensor | Sequence[Tensor]
 
@@ -69,8 +70,13 @@ def approx_inverse_hvp(
     solver = Neumann(iterations, alpha, damping=damping)
     weights = as_list(w, "w")
     vector = as_list(v, "v")
-    check_like(vector, [t.shape for t in weights], weights[0].device, "v", "w")
-    tape = Tape(*_gradient_of(f, weights), loss=f if _is_loss(f) else None)
+    check_like(vector, Layout.of(weights), "v", "w")
+    tape = Tape(_gradient_of(f, weights), weights, loss=f if _is_loss(f) else None, name="f")
+    if not tape.reaches_weights:
+        raise GraphError(
+            "f: expected gradients that depend on w; got a graph that reaches none of w: pass the tensors that "
+            "the forward used (of a loss linear in w the Hessian is zero and has no inverse)"
+        )
     value, _ = solve_flat(tape, _detached(vector), solver, EagerEngine(), Spectrum())
     return tuple(value)
 
@@ -120,11 +126,12 @@ def hypergradient(
             "val_loss: expected a loss with an autograd graph; got a tensor that does not require grad: compute it "
             "from the weights with grad mode on"
         )
+    _require_grad(hyper_list)
     everything = [*weight_list, *hyper_list]
-    found = torch.autograd.grad(val_loss, everything, retain_graph=True, allow_unused=True)
+    found = differentiate(val_loss, everything)
     count = len(weight_list)
-    vector = [torch.zeros_like(w) if g is None else g for g, w in zip(found[:count], weight_list, strict=True)]
-    tape = Tape(gradients(train_loss, weight_list, "train_loss"), weight_list, hyper_list, train_loss)
+    vector = filled(found[:count], weight_list)
+    tape = Tape(gradients(train_loss, weight_list, "train_loss"), weight_list, hyper_list, train_loss, "train_loss")
     grads, _ = _implicit(tape, vector, found[count:], hyper_list, solver, EagerEngine(), Spectrum())
     return tuple(grads)
 
@@ -159,9 +166,8 @@ def best_response(
     solver = Neumann(20) if solver is None else solver
     weight_list, hyper_list = as_list(weights, "weights"), as_list(hyperparameters, "hyperparameters")
     check_scalar(train_loss, "train_loss")
-    if not any(h.requires_grad for h in hyper_list):
-        raise GraphError("hyperparameters: expected tensors that require grad; got none that does")
-    tape = Tape(gradients(train_loss, weight_list, "train_loss"), weight_list, hyper_list, train_loss)
+    _require_grad(hyper_list)
+    tape = Tape(gradients(train_loss, weight_list, "train_loss"), weight_list, hyper_list, train_loss, "train_loss")
     return _BestResponse.apply(tape, solver, *hyper_list)
 
 
@@ -284,10 +290,9 @@ def _direct(problem: Problem) -> tuple[Tensor, list[Tensor], list[Tensor | None]
         raise GraphError(
             f"{problem.name}: expected a loss that depends on weights or hyperparameters; got one without a graph"
         )
-    found = torch.autograd.grad(loss, [*weights, *hyperparameters], allow_unused=True)
+    found = differentiate(loss, [*weights, *hyperparameters], retain_graph=False)
     count = len(weights)
-    vector = [torch.zeros_like(w) if g is None else g for g, w in zip(found[:count], weights, strict=True)]
-    return loss.detach(), vector, list(found[count:])
+    return loss.detach(), filled(found[:count], weights), found[count:]
 
 
 def _implicit(
@@ -300,7 +305,8 @@ def _implicit(
     spectrum: Spectrum,
 ) -> tuple[list[Tensor], Solution]:
     """direct - mixed(H^-1 vector) for each hyperparameter; the core that all ways of calling share."""
-    value, solution = solve_flat(linearization, _detached(vector), solver, engine, spectrum)
+    name = "dL_V/dw, the gradient of val_loss"
+    value, solution = solve_flat(linearization, _detached(vector), solver, engine, spectrum, name)
     indirect = linearization.mixed(value)
     if all(term is None for term in [*direct, *indirect]):
         raise GraphError(
@@ -320,23 +326,28 @@ def _implicit(
     return grads, replace(solution, value=value)
 
 
-def _is_loss(f: Any) -> bool:
+def _is_loss(f: Any) -> TypeGuard[Tensor]:
     return isinstance(f, Tensor) and f.dim() == 0
 
 
-def _gradient_of(f: TensorOrTensors, weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """(gradient, weights) for a tape, from the gradient or the loss that the caller passed."""
+def _gradient_of(f: TensorOrTensors, weights: list[Tensor]) -> list[Tensor]:
+    """The gradient with its graph, from the gradient or the loss that the caller passed."""
     if _is_loss(f):
         check_scalar(f, "f")
-        return gradients(f, weights, "f"), weights  # type: ignore[arg-type]
+        return gradients(f, weights, "f")
     gradient = as_list(f, "f")
-    check_like(gradient, [t.shape for t in weights], weights[0].device, "f", "w")
+    check_like(gradient, Layout.of(weights), "f", "w")
     if not any(g.requires_grad for g in gradient):
         raise GraphError(
             "f: expected gradients with an autograd graph; got tensors that do not require grad: compute them by "
             "torch.autograd.grad(loss, w, create_graph=True)"
         )
-    return gradient, weights
+    return gradient
+
+
+def _require_grad(hyperparameters: Sequence[Tensor]) -> None:
+    if not any(hyperparameter.requires_grad for hyperparameter in hyperparameters):
+        raise GraphError("hyperparameters: expected tensors that require grad; got none that does")
 
 
 def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -28,7 +28,10 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
     token = _active.set(True)
     try:
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed devices that are not forked
+            for forked in devices:
+                with torch.cuda.device(forked):
+                    torch.cuda.manual_seed(seed)
             with torch.enable_grad():
                 yield
     finally:

@@ -79,7 +79,7 @@ class HessianOperator:
         """H @ v, in the container of the weights; `v` is a tree like the weights."""
         leaves, structure = flatten(v, "v")
         layout = self.layout
-        check_like(leaves, layout.shapes, layout.device, "v", "weights")
+        check_like(leaves, layout, "v", "weights")
         tangents = [leaf.detach().to(dtype) for leaf, dtype in zip(leaves, layout.dtypes, strict=True)]
         return structure.rebuild([p.detach().clone() for p in self.product(tangents)])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvp_engine.engines import Engine
 from hvp_engine.engines.eager import EagerEngine
-from hvp_engine.errors import DivergenceError
+from hvp_engine.errors import DivergenceError, NonFiniteError
 from hvp_engine.linearization import LinearMap
 from hvp_engine.solution import Solution, Status
 from hvp_engine.solvers.base import GROWTH_LIMIT, Iteration, Outcome, Solver
@@ -46,12 +46,17 @@ class CallableOperator:
 
 
 def solve_flat(
-    operator: LinearMap, v: Sequence[Tensor], solver: Solver, engine: Engine, spectrum: Spectrum
+    operator: LinearMap,
+    v: Sequence[Tensor],
+    solver: Solver,
+    engine: Engine,
+    spectrum: Spectrum,
+    name: str = "v",
 ) -> tuple[list[Tensor], Solution]:
-    """The value as views like the weights, and the solution without its value filled in."""
+    """The value as views like the weights, and the solution without its value filled in; `name` is v's in messages."""
     estimate = spectrum.refresh(operator.product, operator.layout) if solver.estimates_spectrum else None
     if estimate is not None and not estimate.finite:
-        _refuse_bad_product(operator, v)
+        raise _refusal(operator, name if _any_bad(v) else None)
     hvps = estimate.hvps if estimate else 0
     iteration, outcome = _attempt(operator, v, solver, engine, estimate)
     hvps += iteration.steps
@@ -67,6 +72,8 @@ def solve_flat(
         elif fresh.finite:
             estimate = replace(estimate, smallest=min(estimate.smallest, fresh.smallest))
     if outcome.failed:
+        if not outcome.finite_v:
+            raise _refusal(operator, name)
         raise _divergence(operator, outcome, iteration, solver, spectrum)
     status = outcome.status
     if estimate is not None and estimate.smallest + solver.damping < -1e-6 * estimate.largest:
@@ -88,10 +95,7 @@ def _attempt(
     operator: LinearMap, v: Sequence[Tensor], solver: Solver, engine: Engine, estimate: SpectralEstimate | None
 ) -> tuple[Iteration, Outcome]:
     iteration = engine.run(operator, v, solver, estimate)
-    outcome = iteration.read(iteration.finish().tolist())  # the one wait for the device
-    if not outcome.finite_v:
-        raise ValueError("v: expected finite values; got NaN or Inf: look at the loss that v is the gradient of")
-    return iteration, outcome
+    return iteration, iteration.read(iteration.finish().tolist())  # the one wait for the device
 
 
 def _in_dtypes(value: FlatVector) -> list[Tensor]:
@@ -108,16 +112,21 @@ def _start_after(iteration: Iteration, layout: Layout) -> FlatVector:
     return Spectrum()._random(layout)
 
 
-def _refuse_bad_product(operator: LinearMap, v: Sequence[Tensor]) -> None:
+def _any_bad(tensors: Sequence[Tensor]) -> bool:
+    return not all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def _refusal(operator: LinearMap, bad: str | None) -> NonFiniteError:
+    """The error for NaN or Inf that the solve did not make: in the argument named `bad`, or in the operator."""
+    if bad is not None:
+        return NonFiniteError(f"{bad}: expected finite values; got NaN or Inf: look at the loss it is the gradient of")
     loss = getattr(operator, "loss", None)
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in v):
-        raise ValueError("v: expected finite values; got NaN or Inf: look at the loss that v is the gradient of")
     what = "the product A v of a finite v is NaN or Inf"
     if loss is not None and not bool(torch.isfinite(loss)):
         what = f"the loss is {float(loss)} at these weights"
-    raise DivergenceError(
-        f"operator: expected finite products; {what}: check the inputs and weights for NaN and Inf, "
-        "or lower the learning rates that led here"
+    return NonFiniteError(
+        f"{getattr(operator, 'name', 'operator')}: expected finite products; {what}: check the inputs and weights "
+        "for NaN and Inf, or lower the learning rates that led here"
     )
 
 
@@ -127,10 +136,7 @@ def _divergence(
     """The error for a failed solve, with what would have worked."""
     estimate = spectrum.restart(operator.product, spectrum._random(operator.layout))
     if not estimate.finite:
-        try:
-            _refuse_bad_product(operator, ())
-        except DivergenceError as error:
-            return error
+        return _refusal(operator, None)
     alpha = getattr(iteration, "alpha", None)
     happened = (
         f"the residual grew {outcome.residual_norm:.3g}-fold (limit {GROWTH_LIMIT:g})"
@@ -182,7 +188,7 @@ def solve(operator: Any, v: Any, solver: Solver) -> Solution:
     spectrum = getattr(operator, "spectrum", None) or Spectrum()
     if hasattr(operator, "product") and hasattr(operator, "layout"):
         linear: LinearMap = operator
-        check_like(leaves, linear.layout.shapes, linear.layout.device, "v", "weights")
+        check_like(leaves, linear.layout, "v", "weights")
     elif callable(operator):
         linear = CallableOperator(operator, leaves, structure)
     else:

@@ -61,21 +61,21 @@ class SpectralEstimate:
 def lanczos(product: Product, start: FlatVector, steps: int) -> tuple[SpectralEstimate, FlatVector]:
     """Lanczos with full reorthogonalization from `start`: the estimate and the Ritz vector of the largest |value|.
 
-    Cost: `steps` products, `steps` flat vectors, one wait for the device.
+    Cost: `steps` products, `steps` + 2 flat vectors, one wait for the device.
 
     Source: Golub and Van Loan, Matrix Computations, section 10.3.
     """
     layout = start.layout
     steps = min(steps, max(1, sum(layout.numels)))
     basis = torch.zeros(steps, layout.size, dtype=layout.state_dtype, device=layout.device)
-    work = FlatVector(layout)
+    direction, work = FlatVector(layout), FlatVector(layout)  # two, since a product may alias its tangent
     diagonal, off_diagonal = [], []
     current = start.data / torch.linalg.vector_norm(start.data)
     for k in range(steps):
         basis[k] = current
-        work.data.copy_(current)
-        work.refresh()
-        work.copy_(product(work.tangents))
+        direction.data.copy_(current)
+        direction.refresh()
+        work.copy_(product(direction.tangents))
         known = basis[: k + 1]
         coefficients = known @ work.data
         diagonal.append(coefficients[k])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hvp_engine.vectors import INPUT_DTYPES
+from hvp_engine.vectors import INPUT_DTYPES, Layout
 
 Tree = Any
 """A tensor, or any nesting of tuples, lists, dicts and dataclasses that torch's pytree knows."""
@@ -53,7 +53,8 @@ def flatten(tree: Tree, name: str) -> tuple[list[Tensor], Structure]:
     devices = {leaf.device for leaf in leaves}
     if len(devices) > 1:
         raise ValueError(
-            f"{name}: expected all tensors on one device; got {', '.join(sorted(map(str, devices)))}: move them together"
+            f"{name}: expected all tensors on one device; got {', '.join(sorted(map(str, devices)))}: "
+            "move them together"
         )
     return leaves, Structure(spec)
 
@@ -73,13 +74,17 @@ def as_list(tensors: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
     return leaves
 
 
-def check_like(
-    tensors: Sequence[Tensor], shapes: Sequence[torch.Size], device: torch.device, name: str, like: str
-) -> None:
-    """Raise unless `tensors` has the number, the shapes and the device of what `like` names."""
+def check_like(tensors: Sequence[Tensor], layout: Layout, name: str, like: str) -> None:
+    """Raise unless `tensors` has the number, the shapes and the device of what `like` names, and fits its state."""
+    shapes, device = layout.shapes, layout.device
     if len(tensors) != len(shapes):
         raise ValueError(f"{name}: expected {len(shapes)} tensors, one for each of {like}; got {len(tensors)}")
     for index, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        if tensor.dtype.itemsize > layout.state_dtype.itemsize:
+            raise TypeError(
+                f"{name}[{index}]: expected a dtype no wider than {layout.state_dtype}, in which {like} is solved; "
+                f"got {tensor.dtype}: cast it with .to({layout.state_dtype})"
+            )
         if tensor.shape != shape:
             raise ValueError(
                 f"{name}[{index}]: expected shape {tuple(shape)} as {like}[{index}]; got {tuple(tensor.shape)}"

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from hvp_engine.engines.eager import EagerEngine
-from hvp_engine.linearization import LinearMap, Linearization, Problem
+from hvp_engine.linearization import Linearization, LinearMap, Problem
 from hvp_engine.solvers.base import Iteration, Solver
 from hvp_engine.spectrum import SpectralEstimate
 

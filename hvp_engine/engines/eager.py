@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hvp_engine.engines.tape import Tape, gradients
-from hvp_engine.linearization import LinearMap, Linearization, Problem
+from hvp_engine.linearization import Linearization, LinearMap, Problem
 from hvp_engine.solvers.base import Iteration, Solver
 from hvp_engine.spectrum import SpectralEstimate
 
@@ -18,17 +21,49 @@ def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().requires_grad_() for tensor in tensors]
 
 
+@contextlib.contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Attention and recurrent layers by kernels that have second derivatives, where the fast ones have none."""
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        torch.backends.cudnn.flags(enabled=False),
+        torch.backends.mkldnn.flags(enabled=False),
+    ):
+        yield
+
+
 class EagerEngine:
-    """Builds the gradient graph once for each linearization; every product is one `torch.autograd.grad`."""
+    """Builds the gradient graph once for each linearization; every product is one `torch.autograd.grad`.
+
+    Where a fast kernel of the forward has no second derivative, the graph is built on the plain kernels instead,
+    from then on, with one warning.
+    """
 
     name = "eager"
 
+    def __init__(self) -> None:
+        self._plain = False
+
     def linearize(self, problem: Problem) -> Linearization:
+        if not self._plain:
+            tape = self._record(problem)
+            if not tape.incomplete:
+                return tape
+            self._plain = True
+            warnings.warn(
+                f"{problem.name}: a kernel in it has no second derivative; it is evaluated on plain kernels from "
+                "now on (math attention, no cuDNN or mkldnn)",
+                stacklevel=4,
+            )
+        with plain_kernels():
+            return self._record(problem)
+
+    def _record(self, problem: Problem) -> Tape:
         weights, hyperparameters = leaves(problem.weights), leaves(problem.hyperparameters)
         with torch.enable_grad():
             loss = problem.evaluate(weights, hyperparameters)
             gradient = gradients(loss, weights, problem.name)
-        return Tape(gradient, weights, hyperparameters, loss)
+        return Tape(gradient, weights, hyperparameters, loss, problem.name)
 
     def run(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 
 from hvp_engine.errors import GraphError, SecondDerivativeError
 from hvp_engine.vectors import Layout
@@ -32,6 +33,32 @@ def second_derivative_error(operator: str) -> SecondDerivativeError:
     return SecondDerivativeError(f"the loss uses {operator}, which has no second derivative; remedy: {remedy}")
 
 
+def differentiate(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    tangents: Sequence[Tensor] | None = None,
+    *,
+    retain_graph: bool = True,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """The vector-Jacobian product, dense; None for an input that is frozen or that `outputs` do not depend on."""
+    active = [tensor for tensor in inputs if tensor.requires_grad]
+    if not active:
+        return [None] * len(inputs)
+    found = iter(
+        torch.autograd.grad(
+            outputs, active, tangents, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+        )
+    )
+    products = [next(found) if tensor.requires_grad else None for tensor in inputs]
+    return [p.to_dense() if p is not None and p.layout != torch.strided else p for p in products]
+
+
+def filled(products: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """`products` with zeros like the inputs for None."""
+    return [torch.zeros_like(x) if p is None else p for p, x in zip(products, inputs, strict=True)]
+
+
 def gradients(loss: Tensor, weights: Sequence[Tensor], name: str) -> list[Tensor]:
     """dL/dw with its graph, zeros for weights that the loss does not use; `GraphError` if it uses none."""
     if not loss.requires_grad:
@@ -39,13 +66,13 @@ def gradients(loss: Tensor, weights: Sequence[Tensor], name: str) -> list[Tensor
             f"{name}: expected a loss with an autograd graph; got a tensor that does not require grad: compute it "
             "from the weights with grad mode on, and without .detach() or .item()"
         )
-    found = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+    found = differentiate(loss, weights, create_graph=True)
     if all(gradient is None for gradient in found):
         raise GraphError(
             f"{name}: expected a loss that depends on the weights; got one whose graph reaches none of the "
             f"{len(weights)} weights: pass the tensors that the forward used"
         )
-    return [torch.zeros_like(w) if g is None else g for g, w in zip(found, weights, strict=True)]
+    return filled(found, weights)
 
 
 class Tape:
@@ -53,9 +80,14 @@ class Tape:
 
     Arguments:
         gradient: f = dL/dw with its graph, one for each weight.
-        weights: the leaves (or non-leaves) that f depends on.
+        weights: the leaves (or non-leaves) that f depends on; a frozen one gets zeros.
         hyperparameters: what the mixed product is taken with respect to.
         loss: the loss, for reports.
+        name: what messages call the loss or the gradient.
+
+    Attributes:
+        reaches_weights: whether f depends on some weight; if not, the Hessian is zero.
+        incomplete: whether some kernel of the forward has no second derivative; a product through it raises.
     """
 
     def __init__(
@@ -64,60 +96,52 @@ class Tape:
         weights: Sequence[Tensor],
         hyperparameters: Sequence[Tensor] = (),
         loss: Tensor | None = None,
+        name: str = "loss",
     ):
         self.layout = Layout.of(weights)
         self.loss = None if loss is None else loss.detach()
         self.gradient = [g.detach() for g in gradient]
         self.weights = tuple(weights)
+        self.name = name
         self._hyperparameters = tuple(hyperparameters)
         self._active = [index for index, g in enumerate(gradient) if g.requires_grad]
         self._outputs = tuple(gradient[index] for index in self._active)
-        self._all_active = len(self._active) == len(gradient)
-        self._sparse: bool | None = None
-        _refuse_broken_graph(self._outputs)
+        nodes = _nodes_below(self._outputs)
+        self.incomplete = any(node.name() == "torch::autograd::NotImplemented" for node in nodes)
+        self.reaches_weights = any(get_gradient_edge(w).node in nodes for w in weights if w.requires_grad)
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t; a weight that f does not depend on gets zeros."""
-        products = self._differentiate(self.weights, tangents, materialize=True)
-        if self._sparse is None:
-            self._sparse = any(product.layout != torch.strided for product in products)
-        if self._sparse:
-            products = tuple(p.to_dense() if p.layout != torch.strided else p for p in products)
-        return products
+        return filled(self._differentiate(self.weights, tangents), self.weights)
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t."""
-        products = self._differentiate(self._hyperparameters, tangents, materialize=False)
-        return [p.to_dense() if p is not None and p.layout != torch.strided else p for p in products]
+        return self._differentiate(self._hyperparameters, tangents)
 
-    def _differentiate(
-        self, inputs: tuple[Tensor, ...], tangents: Sequence[Tensor], materialize: bool
-    ) -> tuple[Tensor, ...]:
-        if not inputs:
-            return ()
+    def _differentiate(self, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor | None]:
         if not self._outputs:  # the gradient is constant in everything
-            return tuple(torch.zeros_like(t) for t in inputs) if materialize else (None,) * len(inputs)
-        if not self._all_active:
-            tangents = [tangents[index] for index in self._active]
+            return [None] * len(inputs)
         try:
-            return torch.autograd.grad(
-                self._outputs, inputs, tangents, retain_graph=True, allow_unused=True, materialize_grads=materialize
-            )
+            return differentiate(self._outputs, inputs, [tangents[index] for index in self._active])
         except RuntimeError as error:
             if match := _NOT_DIFFERENTIABLE.search(str(error)):
                 raise second_derivative_error(match[1] or match[2]) from error
             raise
 
 
-def _refuse_broken_graph(outputs: Sequence[Tensor]) -> None:
-    """Raise where a once-differentiable function cut the graph: autograd would return zeros without a word."""
-    seen: set[object] = set()
-    stack = [output.grad_fn for output in outputs]
+def _nodes_below(outputs: Sequence[Tensor]) -> set[Node]:
+    """The nodes of the graph of `outputs`.
+
+    Raises where a once-differentiable function cut the graph: autograd would return zeros without a word.
+    """
+    seen: set[Node] = set()
+    stack = [get_gradient_edge(output).node for output in outputs]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         if node.name() == "torch::autograd::Error":
             raise second_derivative_error("a function whose backward is marked once_differentiable")
-        stack.extend(following for following, _ in node.next_functions)
+        stack.extend(following for following, _ in node.next_functions if following is not None)
+    return seen

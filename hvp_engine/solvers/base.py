@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -107,6 +107,7 @@ def load(layout: Layout, tensors: Sequence[Tensor]) -> tuple[FlatVector, Tensor]
     vector = FlatVector(layout)
     partials = layout.empty_partials()
     one, zero = scalar(1.0, layout.device), scalar(0.0, layout.device)
-    ops.bind("scale_accumulate", (vector.data,), Layout.of(tensors), (one, zero), 0.0, partials)(tensors)
+    incoming = replace(layout, dtypes=tuple(tensor.dtype for tensor in tensors))  # stored as the weights are
+    ops.bind("scale_accumulate", (vector.data,), incoming, (one, zero), 0.0, partials)(tensors)
     vector.refresh()
     return vector, partials

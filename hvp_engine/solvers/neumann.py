@@ -22,7 +22,7 @@ from hvp_engine.solvers.base import (
     scalar,
 )
 from hvp_engine.spectrum import SpectralEstimate
-from hvp_engine.vectors import FlatVector, Layout
+from hvp_engine.vectors import Layout
 
 Form = Literal["accumulate", "horner"]
 
