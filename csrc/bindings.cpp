@@ -231,8 +231,13 @@ class Plan {
     if (Torch::get().table->current_stream(device_.type, device_.index, &stream) != 0) {
       throw py::error_already_set();
     }
-    const py::gil_scoped_release release;
-    run_cuda(step, device_.index, stream);
+    try {
+      const py::gil_scoped_release release;
+      run_cuda(step, device_.index, stream);
+    } catch (const std::runtime_error& error) {
+      py::set_error(py::module_::import("hvp_engine.errors").attr("BackendError"), error.what());
+      throw py::error_already_set();
+    }
 #else
     throw std::runtime_error("the extension was built without CUDA");
 #endif
