@@ -72,7 +72,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages(include=["hvp_engine", "hvp_engine.*"]), "hvp_engine.kernels"],
     package_dir={"hvp_engine.kernels": "kernels"},
-    package_data={"hvp_engine": ["py.typed"]},
+    package_data={"hvp_engine": ["py.typed", "*.pyi"]},
     # optional: setuptools then accepts that the file is missing; CMakeBuild itself decides which failures count.
     ext_modules=[Extension("hvp_engine._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},

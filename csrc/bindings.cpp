@@ -178,8 +178,12 @@ class Plan {
   bool readable(size_t index, PyObject* item, Product* product) const {
     const Torch& torch = Torch::get();
     const Expected& expected = expected_[index];
+    dlpack::Tensor view;
     if (!torch.is_tensor(item)) return false;
-    const dlpack::Tensor view = torch.view(item);
+    if (torch.table->view(item, &view) != 0) {  // a tensor without plain memory: conform says what is wrong
+      PyErr_Clear();
+      return false;
+    }
     if (view.device.type != device_.type || view.device.index != device_.index ||
         dtype_of(view.dtype) != static_cast<int>(expected.dtype) ||
         view.dimensions != static_cast<int32_t>(expected.shape.size())) {

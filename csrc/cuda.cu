@@ -139,9 +139,11 @@ struct Chunk {
 
   template <bool kAligned>
   __device__ void run(int count) {
-    constexpr int kBatch = sizeof(T) == 4 ? 4 : 2;
+    [[maybe_unused]] constexpr int kBatch = sizeof(T) == 4 ? 4 : 2;
     int begin = 0;
-    for (; begin + kBatch * kSpan <= count; begin += kBatch * kSpan) passes<kBatch, kAligned>(begin);
+    if constexpr (kAligned) {
+      for (; begin + kBatch * kSpan <= count; begin += kBatch * kSpan) passes<kBatch, kAligned>(begin);
+    }
     for (; begin + kSpan <= count; begin += kSpan) passes<1, kAligned>(begin);
     const int i = begin + static_cast<int>(threadIdx.x) * kVector;
     for (int j = i; j < min(i + kVector, count); ++j) element(j);

@@ -1,0 +1,57 @@
+# make demo | test | lint | bench | soak | wheel | clean. Needs Python >= 3.10, a C++ compiler and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TOOLS := $(VENV)/tools.stamp
+INSTALLED := $(VENV)/installed.stamp
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# A waiting OpenMP thread must not hold a core that somebody else could use.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test lint format bench soak wheel build clean
+
+demo: build
+	$(BIN)/python -m hvp_engine demo $(ARGS)
+
+test: build
+	$(BIN)/python -m pytest -q $(ARGS)
+
+soak: build
+	$(BIN)/python -m pytest -q -m soak $(ARGS)
+
+bench: build
+	$(BIN)/python -m pytest -q bench $(ARGS)
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror csrc/*
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+wheel: build  # the wheel is built from the sdist, which shows that the sdist is complete
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+
+build: $(INSTALLED)
+
+# Python files are used where they are; only a change of the extension or of the packaging installs again.
+$(INSTALLED): $(TOOLS) pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+	$(PIP) --no-build-isolation --editable '.[dev,triton]'
+	$(BIN)/python -c "import hvp_engine.native"
+	@touch $@
+
+# What the build itself needs comes first, since the package is built without isolation.
+$(TOOLS): constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel pybind11 cmake ninja
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info $(INSTALLED) hvp_engine/_C.*.so
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
