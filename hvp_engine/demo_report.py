@@ -140,13 +140,13 @@ def write(comparison: Comparison, folder: Path) -> tuple[Path, Path]:
 
 
 def _write_atomically(target: Path, fill: Callable[[BinaryIO], object]) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             fill(file)
         os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -181,8 +181,8 @@ def plot(comparison: Comparison, file: BinaryIO) -> None:
 def _draw_curves(axis: Any, comparison: Comparison) -> None:
     for run, colour in zip(comparison.runs, _COLOURS, strict=True):
         steps, validation, test = zip(*run.curve, strict=True)
-        axis.semilogy(steps, validation, color=colour, lw=2, label=run.name)
-        axis.semilogy(steps, test, color=colour, lw=1.2, ls=(0, (4, 2)))
+        axis.semilogy(steps, validation, "o-", ms=3, color=colour, lw=2, label=run.name)
+        axis.semilogy(steps, test, "o", ms=2, color=colour, lw=1.2, ls=(0, (4, 2)))
     axis.plot([], [], color="black", lw=2, label="validation")
     axis.plot([], [], color="black", lw=1.2, ls=(0, (4, 2)), label="test")
     axis.yaxis.set_major_formatter("{x:g}")

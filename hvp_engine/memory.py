@@ -45,7 +45,7 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Meter]:
     inside the block. On a CUDA device the process's peak statistics are reset at entry, so blocks for the same
     device cannot be nested.
 
-    Cost: on a CPU some 10 microseconds for each operation (do not time the block); nothing on CUDA.
+    Cost: on a CPU some 25 microseconds for each operation (do not time the block); nothing on CUDA.
 
     Errors: `ValueError` for another device type.
 

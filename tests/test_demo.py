@@ -90,6 +90,8 @@ def test_files_are_complete_and_nothing_else_is_left(short):
     assert sorted(file.name for file in folder.iterdir()) == ["demo.json", "demo.png"]
     picture = (folder / "demo.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n") and b"IEND" in picture[-12:] and len(picture) > 30_000
+    (folder.parent / "reference").touch()
+    assert (folder / "demo.json").stat().st_mode == (folder.parent / "reference").stat().st_mode
     assert content["versions"]["torch"] == torch.__version__
     for run in content["runs"]:
         assert run["curve"][-1] == [15, run["validation"]["loss"], run["test"]["loss"]]
