@@ -47,8 +47,8 @@ def bind(
     partials: Tensor,
 ) -> Bound:
     """The op `name` bound to its arguments, all checked already; see :func:`hvp_engine.ops.bind`."""
-    arguments = list(scalars)
-    if OPS[name].damped:
+    op, arguments = OPS[name], list(scalars)
+    if op.damped:
         # In device memory, since Triton passes a Python float in 32 bits.
         arguments.append(torch.full((), damping, dtype=torch.float64, device=partials.device))
-    return MultiTensorLaunch(KERNELS[name], states, layout, arguments, partials)
+    return MultiTensorLaunch(op, KERNELS[name], states, layout, arguments, partials)

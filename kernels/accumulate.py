@@ -25,7 +25,7 @@ def _scale_accumulate(
     state = p.dtype.element_ty
     keep = tl.load(beta).to(state)
     x = tl.load(source, mask=inside, other=0.0).to(state)
-    kept = tl.load(p + here, mask=inside & (keep != 0), other=0.0)
+    kept = tl.load(p + here, mask=tl.where(keep != 0, inside, False), other=0.0)
     total = tl.load(alpha).to(state) * x + keep * kept
     tl.store(p + here, total, mask=inside)
     record(partials, row, x, total)

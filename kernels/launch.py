@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from hvp_engine.ops import Op, check_products
 from hvp_engine.vectors import ALIGNMENT, CHUNK, Layout
 
 WARPS = 8
@@ -23,38 +24,38 @@ TYPES = {
 }
 
 
-def row_tables(layout: Layout) -> list[tuple[tl.dtype, Tensor]]:
+def row_tables(layout: Layout, dtypes: Sequence[torch.dtype]) -> list[tuple[tl.dtype, Tensor]]:
     """For each dtype among the products: the table of its rows, as :mod:`hvp_engine.kernels.rows` describes."""
     entries: dict[torch.dtype, list[tuple[int, ...]]] = {}
     row = 0
-    for tensor, (numel, offset, dtype) in enumerate(
-        zip(layout.numels, layout.offsets, layout.dtypes, strict=True)
-    ):
+    for tensor, (numel, offset, dtype) in enumerate(zip(layout.numels, layout.offsets, dtypes, strict=True)):
         for chunk, begin in enumerate(range(0, numel, CHUNK)):
             entry = (tensor, chunk, (offset + begin) // ALIGNMENT, min(CHUNK, numel - begin), row)
             entries.setdefault(dtype, []).append(entry)
             row += 1
     return [
-        (TYPES[dtype], torch.tensor(rows, dtype=torch.int64, device=layout.device))
-        for dtype, rows in entries.items()
+        (TYPES[dtype], torch.tensor(rows, dtype=torch.int64, device=layout.device)) for dtype, rows in entries.items()
     ]
 
 
 class MultiTensorLaunch:
     """One kernel bound to its state; calling it with the list of products launches it once for each dtype.
 
-    The kernel takes (states..., row table, address table, arguments..., partials). The row table depends on the
-    layout only. The address table is uploaded again only when an address or the stream has changed.
+    The kernel takes (states..., row table, address table, arguments..., partials). The row tables depend on the
+    layout and the products' dtypes. The address table is uploaded again only when an address or the stream has
+    changed.
     """
 
     def __init__(
         self,
+        op: Op,
         kernel: Any,
         states: Sequence[Tensor],
         layout: Layout,
         arguments: Sequence[Tensor],
         partials: Tensor,
     ):
+        self._op = op
         self._kernel = kernel
         self._states = tuple(states)
         self._layout = layout
@@ -62,18 +63,18 @@ class MultiTensorLaunch:
         self._partials = partials
         self._device = partials.device
         self._spans = [(s.data_ptr(), s.data_ptr() + s.nbytes) for s in states if s.numel()]
-        self._rows = row_tables(layout)
+        self._dtypes = list(layout.dtypes)
+        self._rows = row_tables(layout, layout.dtypes)
         self._uploaded: tuple[int, tuple[int, ...]] | None = None
         self._addresses = torch.empty(0, dtype=torch.int64, device=self._device)
         self._captured: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, products: Sequence[Tensor]) -> None:
+        if not self._readable(products):
+            products = self._conformed(products)
         if not self._rows:
-            self._layout.check(products)
             self._partials.zero_()
             return
-        if not self._readable(products):
-            products = self._layout.rows(products, apart_from=self._states)
         cuda = self._device.type == "cuda"
         with torch.cuda.device(self._device) if cuda else contextlib.nullcontext():
             addresses = self._table_of(tuple(product.data_ptr() for product in products))
@@ -86,24 +87,26 @@ class MultiTensorLaunch:
     def _readable(self, products: Sequence[Tensor]) -> bool:
         """Whether the kernel can read the products where they are: as laid out, and apart from the state."""
         layout = self._layout
-        return (
-            len(products) == len(layout.shapes)
-            and all(
-                product.dtype == dtype
-                and product.shape == shape
-                and product.stride() == stride
-                and product.device == layout.device
-                and not product.is_neg()
-                for product, dtype, shape, stride in zip(
-                    products, layout.dtypes, layout.shapes, layout.strides, strict=True
-                )
-            )
+        return len(products) == len(layout.shapes) and all(
+            isinstance(product, Tensor)
+            and product.dtype == dtype
+            and product.shape == shape
+            and product.stride() == stride
+            and product.device == layout.device
+            and not product.is_neg()
             and not any(
-                start < product.data_ptr() + product.nbytes and product.data_ptr() < end
-                for start, end in self._spans
-                for product in products
+                start < product.data_ptr() + product.nbytes and product.data_ptr() < end for start, end in self._spans
             )
+            for product, dtype, shape, stride in zip(products, self._dtypes, layout.shapes, layout.strides, strict=True)
         )
+
+    def _conformed(self, products: Sequence[Tensor]) -> list[Tensor]:
+        """The products as the kernel can read them, with row tables for their dtypes; an error if none can be."""
+        check_products(self._op, self._layout, self._states[0].dtype, products)
+        dtypes = [product.dtype for product in products]
+        if dtypes != self._dtypes:
+            self._dtypes, self._rows = dtypes, row_tables(self._layout, dtypes)
+        return self._layout.rows(products, apart_from=self._states)
 
     def _table_of(self, addresses: tuple[int, ...]) -> Tensor:
         """The addresses on the device. Fresh memory for every upload: an earlier kernel may still read the last."""

@@ -34,19 +34,13 @@ def _neumann_step(
 
 
 @triton.jit
-def neumann_step_horner(
-    p, v, rows, addresses, alpha, damping, partials, PRODUCT: tl.constexpr, CHUNK: tl.constexpr
-):
+def neumann_step_horner(p, v, rows, addresses, alpha, damping, partials, PRODUCT: tl.constexpr, CHUNK: tl.constexpr):
     """p <- p + v - alpha (Hp + damping p), v constant."""
     address, chunk, start, length, row = open_row(rows, addresses)
     if is_wide(address, length):
-        _neumann_step_horner(
-            p, v, address, chunk, start, length, row, alpha, damping, partials, PRODUCT, CHUNK, True
-        )
+        _neumann_step_horner(p, v, address, chunk, start, length, row, alpha, damping, partials, PRODUCT, CHUNK, True)
     else:
-        _neumann_step_horner(
-            p, v, address, chunk, start, length, row, alpha, damping, partials, PRODUCT, CHUNK, False
-        )
+        _neumann_step_horner(p, v, address, chunk, start, length, row, alpha, damping, partials, PRODUCT, CHUNK, False)
 
 
 @triton.jit
