@@ -97,6 +97,22 @@ def check(op: Op, states: Sequence[Tensor], layout: Layout, scalars: Sequence[Te
         )
 
 
+def check_products(op: Op, layout: Layout, state: torch.dtype, products: Sequence[Tensor]) -> None:
+    """Raise `ValueError` or `TypeError` unless there is one product for each tensor of the layout, of its shape."""
+    if len(products) != len(layout.shapes):
+        raise ValueError(f"{op.name}: {op.product}: expected {len(layout.shapes)} tensors; got {len(products)}")
+    for index, (product, shape) in enumerate(zip(products, layout.shapes, strict=True)):
+        where = f"{op.name}: {op.product}[{index}]"
+        if not isinstance(product, Tensor):
+            raise TypeError(f"{where}: expected a tensor; got {type(product).__name__}")
+        if product.shape != shape:
+            raise ValueError(f"{where}: expected shape {tuple(shape)}; got {tuple(product.shape)}")
+        if product.device != layout.device:
+            raise ValueError(f"{where}: expected device {layout.device}; got {product.device}")
+        if product.dtype not in INPUT_DTYPES or product.dtype.itemsize > state.itemsize:
+            raise TypeError(f"{where}: expected a floating dtype no wider than {state}; got {product.dtype}")
+
+
 def _check_overlap(op: Op, states: Sequence[Tensor]) -> None:
     spans = sorted(
         (state.data_ptr(), state.data_ptr() + state.numel() * state.element_size(), name)
@@ -125,7 +141,7 @@ def bind(
         name: a key of :data:`OPS`.
         states: the op's flat state vectors, of `layout`'s size and state dtype.
         layout: shapes, strides and dtypes of the products to come. A product with other strides, or one that
-            shares memory with a state, is copied first.
+            shares memory with a state, is copied first; one may also come in another dtype no wider than the state's.
         scalars: the op's 0-dim float64 tensors, read at every call, so they may change between calls.
         damping: added to the diagonal of the operator (0.0 for ops without damping).
         partials: from :meth:`Layout.empty_partials`, overwritten at every call.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hvp_engine import reference
 from hvp_engine.backend import Bound
-from hvp_engine.ops import OPS
+from hvp_engine.ops import OPS, check_products
 from hvp_engine.vectors import Layout
 
 
@@ -24,10 +24,11 @@ def bind(
     damping: float,
     partials: Tensor,
 ) -> Bound:
-    op = getattr(reference, name)
-    trailing = (*scalars, damping, partials) if OPS[name].damped else (*scalars, partials)
+    op, step = OPS[name], getattr(reference, name)
+    trailing = (*scalars, damping, partials) if op.damped else (*scalars, partials)
 
     def run(products: Sequence[Tensor]) -> None:
-        op(*states, layout.rows(products, apart_from=states), *trailing)
+        check_products(op, layout, states[0].dtype, products)
+        step(*states, layout.rows(products, apart_from=states), *trailing)
 
     return run

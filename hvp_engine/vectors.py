@@ -102,26 +102,13 @@ class Layout:
             for shape, stride in zip(self.shapes, self.strides, strict=True)
         )
 
-    def check(self, tensors: Sequence[Tensor]) -> None:
-        """Raise `ValueError` or `TypeError` unless `tensors` have the shapes, dtypes and device of the layout."""
-        if len(tensors) != len(self.shapes):
-            raise ValueError(f"products: expected {len(self.shapes)} tensors, one for each weight; got {len(tensors)}")
-        for index, (tensor, shape, dtype) in enumerate(zip(tensors, self.shapes, self.dtypes, strict=True)):
-            if tensor.shape != shape:
-                raise ValueError(f"products[{index}]: expected shape {tuple(shape)}; got {tuple(tensor.shape)}")
-            if tensor.dtype != dtype:
-                raise TypeError(f"products[{index}]: expected dtype {dtype}; got {tensor.dtype}: cast it first")
-            if tensor.device != self.device:
-                raise ValueError(f"products[{index}]: expected device {self.device}; got {tensor.device}")
-
     def rows(self, tensors: Sequence[Tensor], apart_from: Sequence[Tensor] = ()) -> list[Tensor]:
         """`tensors` as row-major tensors in this layout's storage order.
 
         Copies a tensor only where its strides differ, or where it shares storage with one of `apart_from`: for
         a loss like (w1 * w2).sum() autograd returns views of the tangent itself as the product, and an
-        in-place update of the tangent would overwrite what it still has to read. Raises as :meth:`check` does.
+        in-place update of the tangent would overwrite what it still has to read.
         """
-        self.check(tensors)
         taken = {state.untyped_storage().data_ptr() for state in apart_from}
         rows = []
         for tensor, order in zip(tensors, self.orders, strict=True):
