@@ -23,6 +23,10 @@ class GraphError(HvpError, ValueError):
     """A gradient or loss carries no autograd graph, or the graph does not reach what it should."""
 
 
+class TraceError(HvpError, RuntimeError):
+    """A loss cannot be traced into a graph, because it depends on tensor values in Python or changes tensors."""
+
+
 class BackendError(HvpError, RuntimeError):
     """A backend or engine is unknown, unavailable, or failed while running."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine.isolation import is_isolated
+from hvp_engine.isolation import is_isolated, record_module
 
 
 class FunctionalModule:
@@ -31,6 +31,7 @@ class FunctionalModule:
                 f"weights: expected names of the module's parameters; got {unknown[0]!r}: "
                 f"known are {', '.join(sorted(self._names)[:8])}{', ...' if len(self._names) > 8 else ''}"
             )
+        record_module(self.module)
         state: dict[str, Tensor] = dict(weights)
         if is_isolated():
             state |= {name: buffer.clone() for name, buffer in self.module.named_buffers()}

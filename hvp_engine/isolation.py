@@ -14,11 +14,30 @@ from contextvars import ContextVar
 import torch
 
 _active: ContextVar[bool] = ContextVar("hvp_engine_isolated", default=False)
+_modules: ContextVar[list[torch.nn.Module] | None] = ContextVar("hvp_engine_modules", default=None)
 
 
 def is_isolated() -> bool:
     """Whether the code runs inside one of our own calls."""
     return _active.get()
+
+
+def record_module(module: torch.nn.Module) -> None:
+    """Note that a loss called `module`, for whoever is recording."""
+    modules = _modules.get()
+    if modules is not None:
+        modules.append(module)
+
+
+@contextlib.contextmanager
+def recorded_modules() -> Iterator[list[torch.nn.Module]]:
+    """The modules that functional calls inside the block use."""
+    modules: list[torch.nn.Module] = []
+    token = _modules.set(modules)
+    try:
+        yield modules
+    finally:
+        _modules.reset(token)
 
 
 @contextlib.contextmanager

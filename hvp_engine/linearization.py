@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -26,6 +26,10 @@ class Problem:
     hyperparameter_structure: Structure | None
     inputs: tuple[Any, ...]
     name: str = "loss"
+
+    def at(self, inputs: tuple[Any, ...]) -> Problem:
+        """The same problem on other inputs."""
+        return replace(self, inputs=inputs)
 
     def evaluate(self, weights: Sequence[Tensor], hyperparameters: Sequence[Tensor]) -> Tensor:
         """The loss at these leaves; checked to be a scalar."""

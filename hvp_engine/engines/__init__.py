@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.engines.linearized import LinearizedEngine
 from hvp_engine.linearization import Linearization, LinearMap, Problem
 from hvp_engine.solvers.base import Iteration, Solver
 from hvp_engine.spectrum import SpectralEstimate
@@ -29,7 +30,7 @@ class Engine(Protocol):
     ) -> Iteration: ...
 
 
-ENGINES = {"eager": EagerEngine, "auto": EagerEngine}
+ENGINES = {"eager": EagerEngine, "linearized": LinearizedEngine, "auto": EagerEngine}
 """Every engine by the name that the public API takes."""
 
 

@@ -24,11 +24,7 @@ def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
 @contextlib.contextmanager
 def plain_kernels() -> Iterator[None]:
     """Attention and recurrent layers by kernels that have second derivatives, where the fast ones have none."""
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        torch.backends.cudnn.flags(enabled=False),
-        torch.backends.mkldnn.flags(enabled=False),
-    ):
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
         yield
 
 
@@ -52,7 +48,7 @@ class EagerEngine:
             self._plain = True
             warnings.warn(
                 f"{problem.name}: a kernel in it has no second derivative; it is evaluated on plain kernels from "
-                "now on (math attention, no cuDNN or mkldnn)",
+                "now on (math attention, no cuDNN)",
                 stacklevel=4,
             )
         with plain_kernels():

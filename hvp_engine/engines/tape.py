@@ -112,13 +112,14 @@ class Tape:
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t; a weight that f does not depend on gets zeros."""
-        return filled(self._differentiate(self.weights, tangents), self.weights)
+        return filled(self.transposed_product(self.weights, tangents), self.weights)
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t."""
-        return self._differentiate(self._hyperparameters, tangents)
+        return self.transposed_product(self._hyperparameters, tangents)
 
-    def _differentiate(self, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor | None]:
+    def transposed_product(self, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """(df/dx)^T t for each x of `inputs`; None where there is no path."""
         if not self._outputs:  # the gradient is constant in everything
             return [None] * len(inputs)
         try:

@@ -1,0 +1,72 @@
+"""In-place operations of a recorded graph, turned into operations that make new tensors.
+
+Autograd accumulates in place, so a recorded graph contains `add_` and the like, nearly always on a fresh tensor
+without views; those are replaced here. Anything else is left to torch's own functionalization, at the price of a
+second trace.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+_RENAMED = {aten.bernoulli_.float: aten.bernoulli.p}
+
+
+def functionalized(recorded: fx.GraphModule) -> bool:
+    """Replace every in-place operation of `recorded`; False, and a graph partly replaced, where that is not simple."""
+    graph = recorded.graph
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if not mutates(node):
+            continue
+        target = node.args[0]
+        pure = _out_of_place(node.target)
+        later = [user for user in target.users if order.get(user, -1) > order[node]]
+        if pure is None or not _fresh(target) or any(_is_view(user) for user in target.users):
+            if later or node.users or not _fresh(target):
+                return False
+            graph.erase_node(node)  # nobody reads the change
+            continue
+        with graph.inserting_before(node):
+            arguments = node.args if pure is not aten.bernoulli.p or len(node.args) > 1 else (*node.args, 0.5)
+            result = graph.call_function(pure, arguments, node.kwargs)
+        result.meta = dict(node.meta)
+        order[result] = order[node]
+        for user in later:
+            user.replace_input_with(target, result)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+    return True
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether the operation changes one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _out_of_place(target: Any) -> Any:
+    """The operation that returns what `target` would have stored."""
+    if target in _RENAMED:
+        return _RENAMED[target]
+    name, overload = target._schema.name.split("::")[1], target._schema.overload_name or "default"
+    packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
+    return getattr(packet, overload, None) if packet is not None else None
+
+
+def _fresh(node: Any) -> bool:
+    """Whether the node makes a tensor of its own."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and not _is_view(node) and not mutates(node)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the result may share memory with an argument."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.op == "call_function"  # getitem and the like: be careful
+    return any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)

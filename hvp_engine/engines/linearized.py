@@ -1,0 +1,111 @@
+"""The linearized engine: trace once, run the primal part once per hypergradient, the tangent part once per term."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.engines.partition import Partition, partition
+from hvp_engine.engines.trace import split_inputs, trace
+from hvp_engine.isolation import recorded_modules
+from hvp_engine.linearization import Linearization, Problem
+from hvp_engine.vectors import Layout
+
+Function = Callable[..., Sequence[Tensor]]
+
+
+class Functions:
+    """The callables of a partition, and the module modes that the trace saw. Subclasses compile them."""
+
+    def __init__(self, parts: Partition, modules: Sequence[torch.nn.Module]):
+        self.partition = parts
+        self.primal: Function = parts.primal.forward
+        self.tangent: Function = parts.tangent.module.forward
+        self.mixed: Function = parts.mixed.module.forward
+        self._modules = list(modules)
+        self._modes = self._read_modes()
+
+    def _read_modes(self) -> list[bool]:
+        return [part.training for module in self._modules for part in module.modules()]
+
+    def modes_unchanged(self) -> bool:
+        """Whether the modules that the loss called are in train or eval mode as they were."""
+        return self._modes == self._read_modes()
+
+
+class TracedLinearization:
+    """A partition, evaluated at one point: residuals held, products by the tangent graph alone."""
+
+    def __init__(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]):
+        self.layout = Layout.of(problem.weights)
+        self._functions = functions
+        with torch.no_grad():
+            values = functions.primal(*_detached(problem.weights), *_detached(problem.hyperparameters), *tensors)
+        count = 1 + len(problem.weights)
+        self.loss: Tensor | None = values[0]
+        self.gradient = list(values[1:count])
+        residuals = values[count:]
+        self._tangent_residuals = [residuals[index] for index in functions.partition.tangent.residuals]
+        self._mixed_residuals = [residuals[index] for index in functions.partition.mixed.residuals]
+        self._complete = all(functions.partition.tangent.outputs)
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """H t."""
+        with torch._C._AutoDispatchBelowAutograd():
+            products = self._functions.tangent(*self._tangent_residuals, *tangents)
+        if self._complete:
+            return products
+        found = iter(products)
+        present = self._functions.partition.tangent.outputs
+        return [next(found) if there else torch.zeros_like(t) for there, t in zip(present, tangents, strict=True)]
+
+    def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """(df/dlambda)^T t."""
+        with torch._C._AutoDispatchBelowAutograd():
+            found = iter(self._functions.mixed(*self._mixed_residuals, *tangents))
+        return [next(found) if there else None for there in self._functions.partition.mixed.outputs]
+
+
+def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach() for tensor in tensors]
+
+
+class LinearizedEngine(EagerEngine):
+    """Traces each (shapes, batch constants, module modes) once; new values of the same shapes reuse the trace."""
+
+    name = "linearized"
+
+    def __init__(self) -> None:
+        self._cache: dict[Hashable, Functions] = {}
+        self.traces = 0
+
+    def linearize(self, problem: Problem) -> Linearization:
+        tensors, others, spec = split_inputs(problem)
+        key = _signature(problem, tensors, others, spec)
+        functions = self._cache.get(key)
+        if functions is None or not functions.modes_unchanged():
+            functions = self._cache[key] = self._trace(problem)
+        return TracedLinearization(functions, problem, tensors)
+
+    def _trace(self, problem: Problem) -> Functions:
+        self.traces += 1
+        with recorded_modules() as modules:
+            traced = trace(problem)
+        return Functions(partition(traced), modules)
+
+
+def _signature(problem: Problem, tensors: Sequence[Tensor], others: Sequence[Any], spec: Any) -> Hashable:
+    """What a trace depends on besides tensor values."""
+    leaves = [*problem.weights, *problem.hyperparameters, *tensors]
+    return (
+        problem.loss,
+        problem.weight_structure,
+        problem.hyperparameter_structure,
+        tuple((t.shape, t.stride(), t.dtype, t.device) for t in leaves),
+        tuple(leaf if isinstance(leaf, Hashable) else id(leaf) for leaf in others),
+        spec,
+    )

@@ -1,0 +1,119 @@
+"""A trace, split by partial evaluation: a primal part that runs once, a tangent part that runs once per term."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from hvp_engine.engines.passes import accumulate, dependents, fold_linear, simplify
+from hvp_engine.engines.trace import Trace
+
+
+@dataclass(frozen=True)
+class Part:
+    """A graph on (residuals..., tangents...), and which of the primal part's residuals it takes."""
+
+    module: fx.GraphModule
+    residuals: tuple[int, ...]
+    outputs: tuple[bool, ...]
+    """For each product, whether there is a path; the graph returns those that have one."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Graphs of a linearization.
+
+    `primal`: (weights, hyperparameters, batch tensors) -> (loss, gradient..., residuals...).
+    `tangent`: the product with H. `mixed`: the mixed product.
+    """
+
+    primal: fx.GraphModule
+    gradients: int
+    tangent: Part
+    mixed: Part
+
+
+def partition(trace: Trace) -> Partition:
+    """Simplify the trace and split it by what depends on the tangents."""
+    root = trace.graph
+    graph = simplify(root.graph)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    tangents = placeholders[-trace.weights :]
+    graph = fold_linear(graph, set(tangents))
+    linear = dependents(graph, set(tangents))
+    graph = accumulate(graph, linear)
+    linear = dependents(graph, set(tangents))
+    outputs = list(_output(graph).args[0])
+    first = 1 + trace.weights
+    values, products, mixed = outputs[:first], outputs[first : first + trace.weights], outputs[first + trace.weights :]
+
+    residuals: list[fx.Node] = []
+    tangent_part = _part(root, graph, products, linear, tangents, residuals)
+    mixed_part = _part(root, graph, mixed, linear, tangents, residuals)
+    primal = _subgraph(root, graph, [*values, *residuals], placeholders[: -trace.weights])
+    return Partition(primal, trace.weights, tangent_part, mixed_part)
+
+
+def _output(graph: fx.Graph) -> fx.Node:
+    return next(node for node in reversed(graph.nodes) if node.op == "output")
+
+
+def _live(outputs: Sequence[Any], stop: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """Nodes that `outputs` need, not looking behind nodes where `stop` holds."""
+    live: set[fx.Node] = set()
+    stack = [node for node in outputs if isinstance(node, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node in live:
+            continue
+        live.add(node)
+        if not stop(node):
+            stack.extend(node.all_input_nodes)
+    return live
+
+
+def _part(
+    root: fx.GraphModule,
+    graph: fx.Graph,
+    outputs: Sequence[Any],
+    linear: set[fx.Node],
+    tangents: Sequence[fx.Node],
+    residuals: list[fx.Node],
+) -> Part:
+    """The part of `graph` that maps residuals and tangents to `outputs`; what it needs is added to `residuals`."""
+    live = _live(outputs, lambda node: node not in linear)
+    needed = [node for node in graph.nodes if node in live and node not in linear]
+    for node in needed:
+        if node not in residuals:
+            residuals.append(node)
+    present = tuple(isinstance(node, fx.Node) for node in outputs)
+    module = _subgraph(root, graph, [node for node in outputs if isinstance(node, fx.Node)], [*needed, *tangents])
+    return Part(module, tuple(residuals.index(node) for node in needed), present)
+
+
+def _subgraph(
+    root: fx.GraphModule, graph: fx.Graph, outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]
+) -> fx.GraphModule:
+    """The graph that computes `outputs` from `inputs`."""
+    new = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = new.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    wanted = set(inputs)
+    live = _live(outputs, lambda node: node in wanted)
+    for node in graph.nodes:
+        if node in live and node not in copies:
+            copies[node] = new.node_copy(node, lambda argument: copies[argument])
+    new.output(tuple(copies[node] for node in outputs))
+    return fx.GraphModule(root, new)
+
+
+def example(part: fx.GraphModule) -> list[Tensor]:
+    """Placeholders' example values, as the trace recorded them."""
+    return [node.meta["val"] for node in part.graph.nodes if node.op == "placeholder"]
+
+

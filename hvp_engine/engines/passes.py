@@ -1,0 +1,194 @@
+"""Rewrites of a traced graph that keep its value: fewer operations for each term.
+
+The tangent part of the graph is linear in the tangents, so chains of products with known factors collapse into one
+product, whose factor moves to the primal part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch.compile_utils import fx_graph_cse
+
+from hvp_engine.engines.functionalize import mutates
+from hvp_engine.errors import TraceError
+
+aten = torch.ops.aten
+
+_CONSTANTS = {
+    aten.zeros_like.default: lambda node: 0,
+    aten.new_zeros.default: lambda node: 0,
+    aten.ones_like.default: lambda node: 1,
+    aten.new_ones.default: lambda node: 1,
+    aten.full_like.default: lambda node: node.args[1],
+    aten.new_full.default: lambda node: node.args[2],
+}
+"""Operations that read only the shape of their argument, and the value they fill with."""
+
+_NO_OPS = (aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)
+
+
+def simplify(graph: fx.Graph) -> fx.Graph:
+    """Drop what does nothing, merge what is computed twice, remove dead code."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _NO_OPS:
+            _replace(graph, node, node.args[0])
+        elif node.target in _CONSTANTS:
+            _replace(graph, node, _constant(graph, node, _CONSTANTS[node.target](node)))
+        elif node.target is aten.t.default and _calls(node.args[0], aten.t.default):
+            _replace(graph, node, node.args[0].args[0])
+        elif node.target is aten.add.Tensor and not node.kwargs:
+            for zero, other in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
+                if _calls(zero, aten.full.default) and zero.args[1] == 0 and _same(other, node):
+                    _replace(graph, node, other)
+                    break
+    graph = fx_graph_cse(graph)
+    _drop_dead(graph)
+    return graph
+
+
+def dependents(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
+    """Every node whose value depends on `sources`, themselves included."""
+    found = set(sources)
+    for node in graph.nodes:
+        if node.op == "call_function" and any(argument in found for argument in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def fold_linear(graph: fx.Graph, tangents: set[fx.Node]) -> fx.Graph:
+    """Collapse (t * a) * b into t * (a * b), and sums of products into accumulating ones, where t is a tangent.
+
+    `tangents` are the tangent placeholders; whatever does not depend on them is a known factor.
+    """
+    linear = dependents(graph, tangents)
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node not in linear:
+            continue
+        factor = _factor(node, linear)
+        if factor is None:
+            continue
+        inner, outer_factor = factor
+        if len(inner.users) != 1 or (below := _factor(inner, linear)) is None:
+            continue
+        source, inner_factor = below
+        with graph.inserting_before(node):
+            combined = _multiply(graph, inner_factor, outer_factor, node)
+            if combined is None:
+                continue
+            product = graph.call_function(aten.mul.Tensor, (source, combined))
+        product.meta = dict(node.meta)
+        linear.add(product)
+        _replace(graph, node, product)
+        graph.erase_node(inner)
+    return graph
+
+
+def accumulate(graph: fx.Graph, linear: set[fx.Node]) -> fx.Graph:
+    """Turn sums into accumulating operations: mm + x into addmm, t * a + x into addcmul."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not aten.add.Tensor or node.kwargs or node not in linear:
+            continue
+        first, second = node.args
+        for term, other in ((first, second), (second, first)):
+            if not (isinstance(term, fx.Node) and isinstance(other, fx.Node)) or len(term.users) != 1:
+                continue
+            if not _same_dtype(term, other):
+                continue
+            fused: Callable[..., Any] | None = None
+            if term.target is aten.mm.default and _same(term, node):
+                fused = aten.addmm.default
+            elif term.target is aten.mul.Tensor and _same(other, node) and _same(term, node):
+                if all(isinstance(a, fx.Node) and _same_dtype(a, node) for a in term.args):
+                    fused = aten.addcmul.default
+            if fused is not None:
+                with graph.inserting_before(node):
+                    sum_ = graph.call_function(fused, (other, *term.args))
+                sum_.meta = dict(node.meta)
+                linear.add(sum_)
+                _replace(graph, node, sum_)
+                graph.erase_node(term)
+                break
+    return graph
+
+
+def _factor(node: fx.Node, linear: set[fx.Node]) -> tuple[fx.Node, Any] | None:
+    """(t, a) if `node` is t * a with t in `linear`, of t's shape and dtype, and a known."""
+    if node.target is aten.neg.default:
+        return (node.args[0], -1.0) if node.args[0] in linear else None
+    if node.target in (aten.mul.Scalar, aten.mul.Tensor) and len(node.args) == 2:
+        for t, a in (node.args, reversed(node.args)):
+            known = not isinstance(a, fx.Node) or a not in linear
+            if isinstance(t, fx.Node) and t in linear and known and _same(t, node):
+                return t, a
+    return None
+
+
+def _multiply(graph: fx.Graph, a: Any, b: Any, like: fx.Node) -> Any:
+    """a * b as a node or number; None where that would cost more than it saves."""
+    if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
+        return a * b
+    if not isinstance(a, fx.Node):
+        a, b = b, a
+    value = graph.call_function(aten.mul.Tensor, (a, b))
+    shapes = [x.meta["val"] for x in (a, b) if isinstance(x, fx.Node)]
+    value.meta["val"] = torch.empty(
+        torch.broadcast_shapes(*(s.shape for s in shapes)),
+        dtype=like.meta["val"].dtype,
+        device="meta",
+    )
+    return value
+
+
+def _constant(graph: fx.Graph, node: fx.Node, value: Any) -> fx.Node:
+    """A filled tensor of `node`'s shape that depends on no other node."""
+    like = node.meta["val"]
+    with graph.inserting_before(node):
+        constant = graph.call_function(
+            aten.full.default, (tuple(like.shape), value), {"dtype": like.dtype, "device": like.device}
+        )
+    constant.meta = dict(node.meta)
+    return constant
+
+
+def _calls(node: Any, target: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
+
+
+def _same(a: Any, b: fx.Node) -> bool:
+    """Whether two nodes have the same shape and dtype."""
+    if not isinstance(a, fx.Node):
+        return False
+    x, y = a.meta.get("val"), b.meta.get("val")
+    return x is not None and y is not None and x.shape == y.shape and x.dtype == y.dtype
+
+
+def _same_dtype(a: fx.Node, b: fx.Node) -> bool:
+    x, y = a.meta.get("val"), b.meta.get("val")
+    return x is not None and y is not None and x.dtype == y.dtype
+
+
+def _replace(graph: fx.Graph, node: fx.Node, value: fx.Node) -> None:
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
+
+
+def _drop_dead(graph: fx.Graph) -> None:
+    """Remove unused nodes; changes of tensors made inside the graph count as unused if nothing reads them."""
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("placeholder", "output") or node.users:
+            continue
+        if mutates(node):
+            target = node.args[0]
+            fresh = isinstance(target, fx.Node) and target.op == "call_function" and len(target.users) == 1
+            if not fresh:
+                raise TraceError(
+                    f"loss: expected a function without side effects; tracing saw {node.target} change a tensor "
+                    "from outside: compute a new tensor instead, or use engine='eager'"
+                )
+        graph.erase_node(node)

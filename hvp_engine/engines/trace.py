@@ -1,0 +1,96 @@
+"""A problem's gradient and its vector-Jacobian product, traced once into one graph of aten operations.
+
+Reverse over reverse: the trace runs the loss, its gradient f = dL/dw, and `autograd.grad(f, (w, lambda), tangents)`
+under `make_fx`. Everything that varies between calls is an input of the graph: weights, hyperparameters, the
+tensors of the batch, the tangents. Tensors that the loss takes from elsewhere (module buffers, closures) are read
+by reference; what is baked in are Python values and the tensors a closure is bound to, so losses must be functions
+of their arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from hvp_engine.engines.functionalize import functionalized
+from hvp_engine.engines.tape import Tape, gradients
+from hvp_engine.errors import TraceError
+from hvp_engine.linearization import Problem
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The traced graph.
+
+    Inputs, in order: weights, hyperparameters, batch tensors, tangents. Outputs, in order: loss, gradient, products
+    with H, mixed products; None for a product that is zero because there is no path.
+    """
+
+    graph: fx.GraphModule
+    weights: int
+    hyperparameters: int
+    inputs: int
+
+
+def split_inputs(problem: Problem) -> tuple[list[Tensor], list[Any], pytree.TreeSpec]:
+    """Tensors of the batch, its other leaves (with None where a tensor was), and how to put it together again."""
+    leaves, spec = pytree.tree_flatten(problem.inputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+
+
+def trace(problem: Problem) -> Trace:
+    """Trace `problem`; :class:`TraceError` naming the remedy where the loss depends on data in Python."""
+    tensors, others, spec = split_inputs(problem)
+    places = [index for index, leaf in enumerate(pytree.tree_leaves(problem.inputs)) if isinstance(leaf, Tensor)]
+    count_w, count_h, count_x = len(problem.weights), len(problem.hyperparameters), len(tensors)
+
+    def function(*arguments: Tensor) -> list[Tensor | None]:
+        weights = [a.detach().requires_grad_() for a in arguments[:count_w]]
+        hyperparameters = [a.detach().requires_grad_() for a in arguments[count_w : count_w + count_h]]
+        leaves = list(others)
+        for place, tensor in zip(places, arguments[count_w + count_h :], strict=False):
+            leaves[place] = tensor
+        tangents = arguments[count_w + count_h + count_x :]
+        with torch.enable_grad():
+            here = problem.at(pytree.tree_unflatten(leaves, spec))
+            loss = here.evaluate(weights, hyperparameters)
+            gradient = gradients(loss, weights, problem.name)
+            tape = Tape(gradient, weights, hyperparameters, loss)
+        products = tape.transposed_product(weights + hyperparameters, tangents)
+        return [tape.loss, *tape.gradient, *products]
+
+    arguments = [
+        *(t.detach() for t in (*problem.weights, *problem.hyperparameters)),
+        *tensors,
+        *(torch.ones_like(w) for w in problem.weights),
+    ]
+    try:
+        with _one_fake_mode(), sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+            graph = make_fx(function)(*arguments)
+            if not functionalized(graph):
+                with torch.no_grad():
+                    graph = make_fx(torch.func.functionalize(graph))(*arguments)
+    except RuntimeError as error:
+        if "data-dependent" in str(error) or "proxy" in str(error).lower() or ".item()" in str(error):
+            raise TraceError(
+                f"{problem.name}: expected a loss without control flow that depends on tensor values; tracing said: "
+                f"{error}; use engine='eager'"
+            ) from error
+        raise
+    return Trace(graph, count_w, count_h, count_x)
+
+
+def _one_fake_mode() -> contextlib.AbstractContextManager[Any]:
+    """Let `make_fx` record shapes in one fake mode: otherwise it makes one for each operation, which is slow."""
+    mode = FakeTensorMode(allow_fallback_kernels=True)
+    return torch._guards.tracing(torch._guards.TracingContext(mode))
