@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine import backend
-from hvp_engine.vectors import INPUT_DTYPES, STATE_DTYPES, Layout, offsets_of, partial_rows
+from hvp_engine.vectors import INPUT_DTYPES, STATE_DTYPES, Layout, partial_rows
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,9 @@ def test_rows_cover_every_element_once() -> None:
 def test_compiles_for_gpus(name: str, state: torch.dtype, dtype: torch.dtype, capability: int) -> None:
     """Machine code without a GPU; and in the code, state and products are read 16 bytes at a time."""
     op, kernel = OPS[name], kernels.KERNELS[name]
-    pointers = {argument: "*fp64" for argument in (*op.scalars, "damping", "partials")}
-    pointers |= {argument: "*i64" for argument in ("rows", "addresses")}
-    pointers |= {argument: f"*{TYPES[state]}" for argument in op.states}
+    pointers = dict.fromkeys((*op.scalars, "damping", "partials"), "*fp64")
+    pointers |= dict.fromkeys(("rows", "addresses"), "*i64")
+    pointers |= dict.fromkeys(op.states, f"*{TYPES[state]}")
     constants = {"PRODUCT": TYPES[dtype], "CHUNK": CHUNK}
     signature = {argument: pointers.get(argument, "constexpr") for argument in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
