@@ -249,6 +249,7 @@ def test_products_that_alias_the_state(target: torch.device, name: str, state: t
         shared = [product.untyped_storage().data_ptr() == vector.data.data_ptr() for product in products]
         assert shared == [True, True, True, False]
         case.run_and_check(products)
+        case.run_and_check([second, first, square, last])
         case.run_and_check([first, second, square, last])
 
 
