@@ -36,7 +36,9 @@ format: build
 
 wheel: build  # the wheel is built from the sdist, which shows that the sdist is complete
 	rm -rf dist
-	$(BIN)/python -m build --no-isolation --outdir dist
+	mkdir -p build
+	$(BIN)/python -m build --no-isolation --outdir dist > build/wheel.log 2>&1 || { cat build/wheel.log; false; }
+	@ls dist
 
 build: $(INSTALLED)
 

@@ -56,7 +56,10 @@ class CMakeBuild(build_ext):
         import pybind11  # here, since a machine without it can still install the Python part
 
         cmake = tool("cmake")
-        command = [cmake, "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        # Forget which compilers an earlier build found, but keep its objects (--fresh would delete them as well).
+        for found in (build / "CMakeCache.txt", *(build / "CMakeFiles").glob("[0-9]*")):
+            shutil.rmtree(found) if found.is_dir() else found.unlink(missing_ok=True)
+        command = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         definitions = {
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
             "CMAKE_BUILD_TYPE": "Release",
