@@ -25,6 +25,7 @@ from hvp_engine.isolation import Draws, isolated
 from hvp_engine.linearization import Linearization, Problem
 from hvp_engine.solution import Solution
 from hvp_engine.solvers import Neumann, Solver
+from hvp_engine.solvers.base import check_solver
 from hvp_engine.solving import solve_flat
 from hvp_engine.spectrum import Spectrum
 from hvp_engine.trees import as_list, check_like, check_scalar, flatten
@@ -118,6 +119,7 @@ def hypergradient(
     if create_graph:
         raise _no_second_derivative("hypergradient")
     solver = Neumann(20) if solver is None else solver
+    check_solver(solver)
     weight_list, hyper_list = as_list(weights, "weights"), as_list(hyperparameters, "hyperparameters")
     check_scalar(train_loss, "train_loss")
     check_scalar(val_loss, "val_loss")
@@ -164,6 +166,7 @@ def best_response(
     (tensor(-0.6250), None)
     """
     solver = Neumann(20) if solver is None else solver
+    check_solver(solver)
     weight_list, hyper_list = as_list(weights, "weights"), as_list(hyperparameters, "hyperparameters")
     check_scalar(train_loss, "train_loss")
     _require_grad(hyper_list)
@@ -246,6 +249,7 @@ class Hypergradient:
                 )
         self.train_loss, self.val_loss = train_loss, val_loss
         self.solver: Solver = Neumann(20) if solver is None else solver
+        check_solver(self.solver)
         self.engine = engines.create(engine)
         self.spectrum = Spectrum()
         self.draws = Draws()

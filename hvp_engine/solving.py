@@ -15,7 +15,7 @@ from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import DivergenceError, NonFiniteError
 from hvp_engine.linearization import LinearMap
 from hvp_engine.solution import Solution, Status
-from hvp_engine.solvers.base import GROWTH_LIMIT, Iteration, Outcome, Solver
+from hvp_engine.solvers.base import GROWTH_LIMIT, Iteration, Outcome, Solver, check_solver
 from hvp_engine.spectrum import SpectralEstimate, Spectrum
 from hvp_engine.trees import Structure, check_like, flatten
 from hvp_engine.vectors import FlatVector, Layout
@@ -182,8 +182,7 @@ def solve(operator: Any, v: Any, solver: Solver) -> Solution:
     True
     """
     leaves, structure = flatten(v, "v")
-    if not isinstance(getattr(solver, "damping", None), (int, float)) or not hasattr(solver, "init"):
-        raise TypeError(f"solver: expected a solver such as hvp.Neumann(20); got {type(solver).__name__}")
+    check_solver(solver)
     engine: Engine = getattr(operator, "engine", None) or EagerEngine()
     spectrum = getattr(operator, "spectrum", None) or Spectrum()
     if hasattr(operator, "product") and hasattr(operator, "layout"):

@@ -70,6 +70,7 @@ def lanczos(product: Product, start: FlatVector, steps: int) -> tuple[SpectralEs
     basis = torch.zeros(steps, layout.size, dtype=layout.state_dtype, device=layout.device)
     direction, work = FlatVector(layout), FlatVector(layout)  # two, since a product may alias its tangent
     diagonal, off_diagonal = [], []
+    negligible = 100 * torch.finfo(layout.state_dtype).eps
     current = start.data / torch.linalg.vector_norm(start.data)
     for k in range(steps):
         basis[k] = current
@@ -82,6 +83,8 @@ def lanczos(product: Product, start: FlatVector, steps: int) -> tuple[SpectralEs
         residual = work.data - coefficients @ known
         residual -= (known @ residual) @ known  # once more: one pass leaves rounding errors in float32
         norm = torch.linalg.vector_norm(residual)
+        # What is left of an invariant subspace is rounding, not a direction: made one, it doubles an eigenvalue.
+        norm = norm * (norm > negligible * torch.linalg.vector_norm(work.data))
         off_diagonal.append(norm)
         current = torch.where(norm > 0, residual / norm, torch.zeros_like(residual))
     figures = torch.stack(diagonal + off_diagonal).double().cpu()  # the one wait

@@ -69,7 +69,7 @@ def as_list(tensors: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
                 f"{name}: expected a tensor or a sequence of tensors; got {type(tensors).__name__}"
             ) from None
     leaves, _ = flatten(tensors, name)
-    if not isinstance(tensors, Tensor) and len(leaves) != len(tensors):
+    if not isinstance(tensors, Tensor) and not all(isinstance(tensor, Tensor) for tensor in tensors):
         raise TypeError(f"{name}: expected a flat sequence of tensors; got nested containers")
     return leaves
 

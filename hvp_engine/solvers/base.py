@@ -76,6 +76,11 @@ class Solver(Protocol):
         """Begin a solve for the right-hand side `v`."""
 
 
+def check_solver(solver: Any) -> None:
+    if isinstance(solver, type) or not (hasattr(solver, "init") and hasattr(solver, "damping")):
+        raise TypeError(f"solver: expected a solver such as hvp.Neumann(20); got {type(solver).__name__}")
+
+
 def check_iterations(iterations: Any) -> None:
     if isinstance(iterations, bool) or not isinstance(iterations, int):
         raise TypeError(f"iterations: expected an int; got {type(iterations).__name__}")
