@@ -108,7 +108,7 @@ def test_identity_leaves_the_inverse_out(style: str) -> None:
 
 
 def test_gauss_newton_inverse_of_a_linear_model() -> None:
-    """Larsen et al.: for a linear model the Gauss-Newton matrix J^T J / n + decay is the Hessian, so the same comes out."""
+    """Larsen et al.: for a linear model J^T J / n + decay, the Gauss-Newton matrix, is the Hessian."""
     problem = BILEVEL["ridge"]()
     w, h = problem.weights.clone().requires_grad_(), problem.hyper.clone().requires_grad_()
     v, direct = torch.autograd.grad(problem.val_loss(w, h, None), [w, h])
@@ -384,7 +384,7 @@ def test_sparse_embedding_gradients(style: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*plain kernels")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network_with_a_decay_for_each_weight(name: str) -> None:
-    """-e^h w . (sum of powers of I - alpha (H + diag e^h)) v, with H from a double loop, through every kind of layer."""
+    """-e^h w . (sum of powers of I - alpha (H + diag e^h)) v, with H from a double loop, through every layer."""
     network = NETWORKS[name]()
     net = hvp.functional(network.module)
     weights = dict(network.module.named_parameters())

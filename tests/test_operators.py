@@ -1,0 +1,298 @@
+"""Hessian-vector products against Hessians that are known or computed another way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CLOSED_FORMS, DTYPE, NETWORKS, Case, dense_hessian, flat, randn, relative_error, truncated_sum, unflat
+from torch import Tensor, nn
+
+import hvp_engine as hvp
+
+
+@pytest.fixture(params=CLOSED_FORMS)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CLOSED_FORMS[request.param]()
+
+
+def test_dense_is_the_closed_form(case: Case) -> None:
+    operator = hvp.HessianOperator(case.loss, case.weights)
+    torch.testing.assert_close(operator.dense(), case.hessian, rtol=1e-12, atol=1e-14)
+    assert operator.shape == tuple(case.hessian.shape)
+
+
+def test_product_is_the_closed_form(case: Case) -> None:
+    v = randn(len(case.hessian), seed=50)
+    product = hvp.HessianOperator(case.loss, case.weights) @ unflat(v, case.weights)
+    torch.testing.assert_close(flat(product), case.hessian @ v, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:.*plain kernels")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_against_a_double_loop(name: str) -> None:
+    network = NETWORKS[name]()
+    net = hvp.functional(network.module)
+    operator = hvp.HessianOperator(lambda w: network.loss_of(net(w, network.x)), network.module)
+    truth = dense_hessian(network)
+    dense = operator.dense()
+    assert relative_error(dense, truth) < 1e-12
+    assert relative_error(dense.T, dense) < 1e-12
+    v = randn(len(truth), seed=51)
+    parameters = list(network.module.parameters())
+    tree = dict(zip(dict(network.module.named_parameters()), unflat(v, parameters), strict=True))
+    assert relative_error(flat(list((operator @ tree).values())), truth @ v) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["conv", "channels_last conv", "lstm", "tied", "batchnorm, training"])
+def test_network_truncated_sum(name: str) -> None:
+    """The whole solve, not only one product, in the strides of the weights."""
+    network = NETWORKS[name]()
+    net = hvp.functional(network.module)
+    operator = hvp.HessianOperator(lambda w: network.loss_of(net(w, network.x)), network.module)
+    truth = dense_hessian(network)
+    parameters = dict(network.module.named_parameters())
+    v = randn(len(truth), seed=52)
+    tree = dict(zip(parameters, unflat(v, list(parameters.values())), strict=True))
+    value = operator.solve(tree, hvp.Neumann(7, alpha=0.3)).value
+    assert relative_error(flat(list(value.values())), truncated_sum(truth, v, 7, 0.3)) < 1e-12
+
+
+def test_single_precision_lstm() -> None:
+    network = NETWORKS["lstm"]()
+    truth = dense_hessian(network)
+    module, x = network.module.float(), network.x.float()
+    net = hvp.functional(module)
+    operator = hvp.HessianOperator(lambda w: network.loss_of(net(w, x)), module)
+    assert relative_error(operator.dense().double(), truth) < 1e-5
+
+
+def test_loss_and_gradient(case: Case) -> None:
+    operator = hvp.HessianOperator(case.loss, case.weights)
+    leaves = [w.clone().requires_grad_() for w in case.weights]
+    loss = case.loss(leaves)
+    torch.testing.assert_close(operator.loss, loss.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(operator.gradient, list(torch.autograd.grad(loss, leaves)), rtol=0, atol=0)
+    assert not operator.loss.requires_grad and not any(g.requires_grad for g in operator.gradient)
+
+
+def test_solve_inverts(case: Case) -> None:
+    v = randn(len(case.hessian), seed=53)
+    solution = hvp.HessianOperator(case.loss, case.weights).solve(
+        unflat(v, case.weights), hvp.Neumann(3000, damping=0.05)
+    )
+    truth = torch.linalg.solve(case.hessian + 0.05 * torch.eye(len(v), dtype=DTYPE), v)
+    assert solution.converged
+    torch.testing.assert_close(flat(solution.value), truth, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        randn(3, seed=1),
+        [randn(3, seed=1)],
+        (randn(2, seed=1), randn(3, seed=2)),
+        {"a": randn(2, seed=1), "b": [randn(3, seed=2), randn(1, seed=3)[0]]},
+    ],
+    ids=["tensor", "list", "tuple", "nested dict"],
+)
+def test_container_comes_back(weights: object) -> None:
+    leaves, structure = torch.utils._pytree.tree_flatten(weights)
+
+    def loss(w: object) -> Tensor:
+        return torch.stack([leaf.pow(4).sum() for leaf in torch.utils._pytree.tree_leaves(w)]).sum()
+
+    operator = hvp.HessianOperator(loss, weights)
+    expected = [12 * leaf**3 for leaf in leaves]
+    for result in (operator @ weights, operator.solve(weights, hvp.Neumann(0, alpha=1.0)).value, operator.gradient):
+        found, found_structure = torch.utils._pytree.tree_flatten(result)
+        assert found_structure == structure
+        assert [leaf.shape for leaf in found] == [leaf.shape for leaf in leaves]
+    torch.testing.assert_close(torch.utils._pytree.tree_leaves(operator @ weights), expected)
+
+
+# Products that share memory with the tangent they are taken at.
+
+ALIASING = {
+    "half of a squared norm": (
+        lambda w: w[0].square().sum() / 2,
+        [randn(3, seed=1)],
+        torch.eye(3, dtype=DTYPE),
+    ),
+    "product of two weights": (
+        lambda w: (w[0] * w[1]).sum(),
+        [randn(3, seed=1), randn(3, seed=2)],
+        torch.kron(torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=DTYPE), torch.eye(3, dtype=DTYPE)),
+    ),
+    "trace of a square": (
+        lambda w: torch.trace(w[0] @ w[0].T),
+        [randn(2, 2, seed=1)],
+        2 * torch.eye(4, dtype=DTYPE),
+    ),
+    "trace of w w": (
+        lambda w: torch.trace(w[0] @ w[0]),
+        [randn(2, 2, seed=1)],
+        2 * torch.eye(4, dtype=DTYPE)[[0, 2, 1, 3]],
+    ),
+    "sum, expanded": (
+        lambda w: w[0].sum().square() / 2,
+        [randn(3, seed=1)],
+        torch.ones(3, 3, dtype=DTYPE),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALIASING)
+@pytest.mark.parametrize("form", ["accumulate", "horner"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_aliasing_products(name: str, form: str, backend: str) -> None:
+    loss, weights, hessian = ALIASING[name]
+    operator = hvp.HessianOperator(loss, weights)
+    v = randn(len(hessian), seed=54)
+    tree = unflat(v, weights)
+    torch.testing.assert_close(flat(operator @ tree), hessian @ v, rtol=1e-13, atol=0)
+    torch.testing.assert_close(flat(tree), v, rtol=0, atol=0)
+    with hvp.use_backend(backend):
+        value = operator.solve(tree, hvp.Neumann(5, alpha=0.2, form=form)).value
+        automatic = operator.solve(tree, hvp.Neumann(5, form=form, damping=3.0))
+    torch.testing.assert_close(flat(value), truncated_sum(hessian, v, 5, 0.2), rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        flat(automatic.value), truncated_sum(hessian, v, 5, automatic.alpha, 3.0), rtol=1e-13, atol=0
+    )
+    torch.testing.assert_close(flat(tree), v, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "matrix"),
+    [
+        (lambda v: v, torch.eye(2, dtype=DTYPE)),
+        (lambda v: (v[1], v[0]), torch.eye(2, dtype=DTYPE)[[1, 0]]),
+    ],
+    ids=["identity", "swap"],
+)
+def test_callable_that_returns_its_argument(kernel: object, matrix: Tensor) -> None:
+    """A swap of views by an in-place copy of one onto the other would make another matrix of it."""
+    v = (torch.tensor([1.0, 2.0], dtype=DTYPE), torch.tensor([3.0, -1.0], dtype=DTYPE))
+    dense = torch.kron(matrix, torch.eye(2, dtype=DTYPE))
+    solution = hvp.solve(kernel, v, hvp.Neumann(4, damping=2.0))
+    assert solution.lambda_max == pytest.approx(1.0, rel=1e-12)
+    torch.testing.assert_close(
+        flat(solution.value), truncated_sum(dense, flat(v), 4, solution.alpha, 2.0), rtol=1e-13, atol=0
+    )
+
+
+# Tensors of every kind.
+
+
+def test_zero_dim_and_non_contiguous_weights() -> None:
+    base = randn(4, 6, seed=60)
+    weights = [base.T[::2], randn(1, seed=61)[0], torch.zeros(0, dtype=DTYPE)]
+    assert not weights[0].is_contiguous()
+    before = base.clone()
+    operator = hvp.HessianOperator(lambda w: w[0].pow(3).sum() * w[1] + w[2].sum(), weights)
+    leaves = [w.clone() for w in weights]
+    dense = torch.autograd.functional.hessian(
+        lambda x: x[:12].pow(3).sum() * x[12],
+        flat(leaves),
+    )
+    torch.testing.assert_close(operator.dense(), dense, rtol=1e-12, atol=1e-12)
+    v = randn(13, seed=62)
+    value = operator.solve(unflat(v, leaves), hvp.Neumann(3, alpha=0.01)).value
+    torch.testing.assert_close(flat(value), truncated_sum(dense, v, 3, 0.01), rtol=1e-12, atol=0)
+    assert torch.equal(base, before)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("swapped", [False, True], ids=["weight channels_last", "v channels_last"])
+def test_v_and_weight_of_different_strides(swapped: bool, backend: str) -> None:
+    weight, v = randn(2, 3, 4, 5, seed=63), randn(2, 3, 4, 5, seed=64)
+    if swapped:
+        v = v.to(memory_format=torch.channels_last)
+    else:
+        weight = weight.to(memory_format=torch.channels_last)
+    with hvp.use_backend(backend):
+        operator = hvp.HessianOperator(lambda w: (w.pow(3) / 6).sum(), weight)
+        value = operator.solve(v, hvp.Neumann(2, alpha=0.1)).value
+    expected = 0.1 * v * (1 + (1 - 0.1 * weight) + (1 - 0.1 * weight) ** 2)
+    torch.testing.assert_close(value, expected, rtol=1e-13, atol=0)
+    assert value.stride() == weight.stride()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "tolerance"),
+    [(torch.float32, torch.float64, 1e-6), (torch.bfloat16, torch.float32, 2e-2), (torch.float16, torch.float32, 2e-3)],
+    ids=["fp32+fp64", "bf16+fp32", "fp16+fp32"],
+)
+def test_mixed_dtypes(first: torch.dtype, second: torch.dtype, tolerance: float) -> None:
+    matrix = randn(4, 3, seed=65)
+    weights = [randn(4, seed=66).to(first), randn(3, seed=67).to(second)]
+
+    def loss(w: list[Tensor]) -> Tensor:
+        a, b = w[0].to(second), w[1]
+        return a.square().sum() + b.square().sum() + (a @ matrix.to(second) @ b) / 4
+
+    coupling = matrix / 4
+    hessian = torch.cat(
+        [
+            torch.cat([2 * torch.eye(4, dtype=DTYPE), coupling], 1),
+            torch.cat([coupling.T, 2 * torch.eye(3, dtype=DTYPE)], 1),
+        ]
+    )
+    v = [randn(4, seed=68).to(first), randn(3, seed=69).to(second)]
+    operator = hvp.HessianOperator(loss, weights)
+    for product, weight in zip(operator @ v, weights, strict=True):
+        assert product.dtype == weight.dtype
+    assert relative_error(flat(operator @ v), hessian @ flat(v)) < tolerance
+    solution = operator.solve(v, hvp.Neumann(60))
+    assert [x.dtype for x in solution.value] == [first, second]
+    assert relative_error(flat(solution.value), torch.linalg.solve(hessian, flat(v))) < tolerance
+
+
+def test_unused_and_frozen_weights_get_zeros() -> None:
+    used, unused = randn(3, seed=70), randn(2, seed=71)
+    operator = hvp.HessianOperator(lambda w: w["used"].pow(3).sum(), {"used": used, "unused": unused})
+    product = operator @ {"used": torch.ones(3, dtype=DTYPE), "unused": torch.ones(2, dtype=DTYPE)}
+    torch.testing.assert_close(product["used"], 6 * used)
+    assert torch.equal(product["unused"], torch.zeros(2, dtype=DTYPE))
+    assert not used.requires_grad and not unused.requires_grad
+
+
+def test_linear_loss_has_a_zero_hessian() -> None:
+    operator = hvp.HessianOperator(lambda w: 3 * w.sum(), randn(3, seed=72))
+    assert torch.equal(operator @ torch.ones(3, dtype=DTYPE), torch.zeros(3, dtype=DTYPE))
+
+
+def test_dropout_draws_one_mask_for_one_operator() -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 1)).to(DTYPE)
+    net, x = hvp.functional(module), randn(5, 4, seed=73)
+    operator = hvp.HessianOperator(lambda w: net(w, x).square().sum(), module)
+    dense = operator.dense()
+    assert relative_error(dense.T, dense) < 1e-12
+    assert torch.equal(operator.dense(), dense)
+    leaves = list(module.parameters())
+    names = [name for name, _ in module.named_parameters()]
+    a, b = randn(len(dense), seed=74), randn(len(dense), seed=75)
+
+    def apply(v: Tensor) -> Tensor:
+        return flat(list((operator @ dict(zip(names, unflat(v, leaves), strict=True))).values()))
+
+    torch.testing.assert_close(apply(2 * a - 3 * b), 2 * apply(a) - 3 * apply(b), rtol=1e-10, atol=1e-12)
+    module.eval()
+    without = hvp.HessianOperator(lambda w: net(w, x).square().sum(), module).dense()
+    assert relative_error(dense, without) > 0.1, "the mask has to matter, else this test shows nothing"
+
+
+def test_result_does_not_share_memory() -> None:
+    operator = hvp.HessianOperator(lambda w: w.square().sum() / 2, randn(3, seed=76))
+    v = torch.ones(3, dtype=DTYPE)
+    first = operator @ v
+    first.zero_()
+    assert torch.equal(v, torch.ones(3, dtype=DTYPE))
+    torch.testing.assert_close(operator @ v, v)
+
+
+def test_applying_twice_gives_the_same(case: Case) -> None:
+    operator = hvp.HessianOperator(case.loss, case.weights)
+    v = unflat(randn(len(case.hessian), seed=77), case.weights)
+    assert torch.equal(flat(operator @ v), flat(operator @ v))
+    solver = hvp.Neumann(9, alpha=0.1)
+    assert torch.equal(flat(operator.solve(v, solver).value), flat(operator.solve(v, solver).value))

@@ -1,0 +1,311 @@
+"""Algorithm 1: it finds optima that are known, and survives what goes wrong on the way."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPE, randn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import hvp_engine as hvp
+from hvp_engine.batches import Batches
+
+
+def sgd(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
+    return lambda tensors: torch.optim.SGD(tensors, lr=lr)
+
+
+def adam(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
+    return lambda tensors: torch.optim.Adam(tensors, lr=lr)
+
+
+def shrink(w: Tensor, h: Tensor, batch: Tensor) -> Tensor:
+    """w* = batch / (1 + e^h)."""
+    return (w - batch).square().sum() / 2 + (h.exp() * w.square()).sum() / 2
+
+
+def distance(w: Tensor, h: Tensor, batch: Tensor) -> Tensor:
+    return (w - batch).square().sum() / 2
+
+
+def tuner_of(w: Any, h: Any, **options: Any) -> hvp.Tuner:
+    settings = {
+        "weight_optimizer": sgd(0.3),
+        "hyper_optimizer": adam(0.1),
+        "solver": hvp.Neumann(20),
+        **options,
+    }
+    return hvp.Tuner(w, h, settings.pop("train", shrink), settings.pop("val", distance), **settings)
+
+
+DATA, TARGET = torch.tensor([1.0, 3.0, -2.0], dtype=DTYPE), torch.tensor([0.8, 1.5, -0.5], dtype=DTYPE)
+
+
+def test_finds_the_closed_form_optimum() -> None:
+    """1 + e^h = data / target, reached from any start."""
+    w, h = torch.zeros(3, dtype=DTYPE), torch.zeros(3, dtype=DTYPE)
+    history = tuner_of(w, h).fit([DATA], [TARGET], hyper_steps=300, progress=False)
+    torch.testing.assert_close(w, TARGET, rtol=1e-3, atol=0)
+    torch.testing.assert_close(h, torch.log(DATA / TARGET - 1), rtol=1e-2, atol=1e-2)
+    assert len(history) == 300 and [record.hyper_step for record in history] == list(range(300))
+    assert history[-1].val_loss < 1e-6 < history[0].val_loss
+    assert history[-1].status == "CONVERGED" or history[-1].status == "ITERATION_LIMIT"
+    assert all(record.training_seconds > 0 and record.hypergradient_seconds > 0 for record in history)
+
+
+def test_optimum_with_a_direct_term() -> None:
+    """L_V = (w - 2)^2 / 2 + (h - 1)^2 / 2 with w* = h: the optimum h = 3/2 needs both terms."""
+    w, h = torch.zeros((), dtype=DTYPE), torch.zeros((), dtype=DTYPE)
+    tuner = tuner_of(
+        w,
+        h,
+        train=lambda w, h, b: (w - h).square() / 2,
+        val=lambda w, h, b: (w - 2).square() / 2 + (h - 1).square() / 2,
+        hyper_optimizer=sgd(0.2),
+    )
+    tuner.fit([None], [None], hyper_steps=150, progress=False)
+    assert float(h) == pytest.approx(1.5, abs=1e-4)
+
+
+def test_module_with_loaders_and_a_hypermodule() -> None:
+    torch.manual_seed(0)
+    x = randn(40, 3, seed=1)
+    y = x @ torch.tensor([1.0, -2.0, 0.0], dtype=DTYPE)[:, None] + 0.5 * randn(40, 1, seed=2)
+    module, decay = nn.Linear(3, 1, dtype=DTYPE), nn.Linear(3, 1, dtype=DTYPE)
+    net = hvp.functional(module)
+
+    def train(w: dict[str, Tensor], h: dict[str, Tensor], batch: list[Tensor]) -> Tensor:
+        return (net(w, batch[0]) - batch[1]).square().mean() + sum((h[n].exp() * w[n].square()).sum() for n in w)
+
+    def val(w: dict[str, Tensor], h: dict[str, Tensor], batch: list[Tensor]) -> Tensor:
+        return (net(w, batch[0]) - batch[1]).square().mean()
+
+    tuner = tuner_of(module, decay, train=train, val=val, weight_optimizer=sgd(0.05), inner_steps=3)
+    history = tuner.fit(
+        DataLoader(TensorDataset(x[:30], y[:30]), batch_size=10),
+        DataLoader(TensorDataset(x[30:], y[30:]), batch_size=10),
+        hyper_steps=80,
+        progress=False,
+    )
+    assert history[-1].val_loss < 0.5 * history[0].val_loss
+    assert decay.weight[0, 0] < decay.weight[0, 2], "the weight that is truly zero decays more"
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_order_of_steps(inner_steps: int) -> None:
+    """Inner steps first, on their batches in order; the hyper step then takes the next training batch."""
+    seen: list[tuple[str, int]] = []
+
+    def train(w: Tensor, h: Tensor, batch: Tensor) -> Tensor:
+        seen.append(("train", int(batch)))
+        return (w - h).square().sum()
+
+    def val(w: Tensor, h: Tensor, batch: Tensor) -> Tensor:
+        seen.append(("val", int(batch)))
+        return w.square().sum()
+
+    w, h = torch.zeros(2), torch.ones(2)
+    tuner = tuner_of(w, h, train=train, val=val, inner_steps=inner_steps, weight_optimizer=sgd(0.1))
+    tuner.fit([torch.tensor(k) for k in range(100)], [torch.tensor(k) for k in range(100)], 2, progress=False)
+    trained = [number for kind, number in seen if kind == "train"]
+    assert trained == list(range(2 * (inner_steps + 1)))
+    assert [number for kind, number in seen if kind == "val"] == [0, 1]
+
+
+def test_train_step_is_the_optimizers_step() -> None:
+    w, h = randn(3, seed=3), randn(3, seed=4)
+    before = w.clone()
+    loss = tuner_of(w, h, weight_optimizer=sgd(0.1)).train_step(DATA)
+    gradient = before - DATA + h.exp() * before
+    torch.testing.assert_close(w, before - 0.1 * gradient)
+    torch.testing.assert_close(loss, shrink(before, h, DATA))
+    assert w.grad is None and not w.requires_grad
+
+
+def test_hyper_step_is_the_optimizers_step() -> None:
+    w, h = DATA / 2, torch.zeros(3, dtype=DTYPE)
+    result = tuner_of(w, h, hyper_optimizer=sgd(0.1), solver=hvp.Neumann(200)).hyper_step(DATA, TARGET)
+    assert result is not None
+    torch.testing.assert_close(result.grads, -w * (w - TARGET) / 2)  # e^h = 1, H = 2 I
+    torch.testing.assert_close(h, -0.1 * result.grads)
+    assert h.grad is None
+
+
+def test_gradients_that_were_there_stay() -> None:
+    module = nn.Linear(2, 1, dtype=DTYPE)
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    net, x = hvp.functional(module), randn(4, 2, seed=5)
+    h = torch.zeros((), dtype=DTYPE)
+    train = lambda w, h, b: net(w, x).square().mean() + h.exp() * w["weight"].square().sum()  # noqa: E731
+    tuner_of(module, h, train=train, val=lambda w, h, b: net(w, x).mean()).fit([0], [0], 2, progress=False)
+    assert all(torch.equal(p.grad, torch.full_like(p, 7.0)) for p in module.parameters())
+    assert h.grad is None
+
+
+def test_buffers_move_in_training_only() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).to(DTYPE)
+    net, x = hvp.functional(module), randn(6, 2, seed=6)
+    h = torch.zeros((), dtype=DTYPE)
+    train = lambda w, h, b: net(w, x).square().mean() + h.exp() * w["0.weight"].square().sum()  # noqa: E731
+    tuner = tuner_of(module, h, train=train, val=lambda w, h, b: net(w, x).mean(), inner_steps=4)
+    tuner.fit([0], [0], hyper_steps=3, progress=False)
+    assert int(module[1].num_batches_tracked) == 12
+
+
+def test_optimizers_given_as_objects() -> None:
+    w, h = torch.zeros(3, dtype=DTYPE), torch.zeros(3, dtype=DTYPE)
+    tuner = tuner_of(
+        w, h, weight_optimizer=torch.optim.SGD([w], lr=0.3), hyper_optimizer=torch.optim.RMSprop([h], lr=0.02)
+    )
+    history = tuner.fit([DATA], [TARGET], 100, progress=False)
+    assert history[-1].val_loss < 0.2 * history[0].val_loss
+
+
+def test_fit_continues_where_it_stopped() -> None:
+    w, h = torch.zeros(3, dtype=DTYPE), torch.zeros(3, dtype=DTYPE)
+    tuner = tuner_of(w, h)
+    tuner.fit([DATA], [TARGET], 3, progress=False)
+    history = tuner.fit([DATA], [TARGET], 2, progress=False)
+    assert [record.hyper_step for record in history] == [0, 1, 2, 3, 4]
+
+
+# What goes wrong
+
+
+def failing(where: str, bad_calls: set[int], value: float) -> dict[str, Callable[..., Tensor]]:
+    """Losses of which one is multiplied by NaN or Inf at some calls of the hypergradient."""
+    calls = {"val": -1}
+
+    def val(w: Tensor, h: Tensor, batch: Tensor) -> Tensor:
+        calls["val"] += 1
+        bad = where == "val" and calls["val"] in bad_calls
+        return distance(w, h, batch) * (value if bad else 1.0)
+
+    def train(w: Tensor, h: Tensor, batch: Tensor) -> Tensor:
+        bad = calls["val"] in bad_calls and h.requires_grad  # only inside the hypergradient
+        if where == "train" and bad:
+            return shrink(w, h, batch) * value
+        if where == "mixed" and bad:
+            root = (h - h.detach()).clamp(min=0).sqrt()  # zero, with an infinite derivative
+            return shrink(w, h, batch) + (root * w).sum()
+        return shrink(w, h, batch)
+
+    return {"train": train, "val": val}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["val", "train", "mixed"])
+@pytest.mark.parametrize("alpha", ["auto", 0.1])
+def test_a_bad_hypergradient_never_reaches_the_optimizer(where: str, value: float, alpha: float | str) -> None:
+    w, h = torch.zeros(3, dtype=DTYPE), torch.zeros(3, dtype=DTYPE)
+    tuner = tuner_of(w, h, solver=hvp.Neumann(5, alpha=alpha), **failing(where, {2, 3}, value))
+    with pytest.warns(UserWarning, match="hyper step left out") as caught:
+        history = tuner.fit([DATA], [TARGET], 6, progress=False)
+    assert len([w for w in caught if "left out" in str(w.message)]) == 2
+    assert len(history) == 4
+    states = [s for state in tuner.hyper_optimizer.state.values() for s in state.values()]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in [w, h, *states])
+
+
+def test_divergence_is_left_out() -> None:
+    w, h = DATA.clone(), torch.zeros(3, dtype=DTYPE)
+    tuner = tuner_of(w, h, solver=hvp.Neumann(100, alpha=5.0))
+    with pytest.warns(UserWarning, match="hyper step left out: Neumann diverged"):
+        assert tuner.hyper_step(DATA, TARGET) is None
+    assert torch.equal(h, torch.zeros(3, dtype=DTYPE))
+
+
+def test_ten_failures_in_a_row_raise_and_nine_do_not() -> None:
+    for bad, total in ((9, 12), (10, 12)):
+        w, h = torch.zeros(3, dtype=DTYPE), torch.zeros(3, dtype=DTYPE)
+        tuner = tuner_of(w, h, **failing("val", set(range(1, 1 + bad)), math.nan))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if bad == 9:
+                assert len(tuner.fit([DATA], [TARGET], total, progress=False)) == total - 9
+            else:
+                with pytest.raises(hvp.DivergenceError, match="val_loss"):
+                    tuner.fit([DATA], [TARGET], total, progress=False)
+                assert len(tuner.history) == 1
+
+
+def test_a_success_resets_the_count() -> None:
+    w, h = torch.zeros(3, dtype=DTYPE), torch.zeros(3, dtype=DTYPE)
+    tuner = tuner_of(w, h, **failing("val", set(range(40)) - {9, 19, 29}, math.nan))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert len(tuner.fit([DATA], [TARGET], 39, progress=False)) == 3
+
+
+def test_survives_curvature_that_grows_thirteenfold() -> None:
+    w, h = torch.zeros(3, dtype=DTYPE), torch.zeros(3, dtype=DTYPE)
+    tuner = tuner_of(
+        w,
+        h,
+        train=lambda w, h, b: b["scale"] * shrink(w, h, b["data"]),
+        weight_optimizer=sgd(0.02),
+        solver=hvp.Neumann(200),
+    )
+    batches = [{"data": DATA, "scale": scale} for scale in (1.0, 1.0, 13.0, 13.0, 0.5)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        history = tuner.fit(batches, [TARGET], 20, progress=False)
+    assert len(history) == 20
+
+
+# Batches
+
+
+def test_batches_begin_again_and_count_epochs() -> None:
+    batches = Batches([1, 2, 3], torch.device("cpu"), "loader")
+    assert [batches.next() for _ in range(7)] == [1, 2, 3, 1, 2, 3, 1]
+    assert batches.epoch == 2
+
+
+def test_batches_reshuffle() -> None:
+    torch.manual_seed(0)
+    loader = DataLoader(list(range(50)), batch_size=50, shuffle=True)
+    batches = Batches(loader, torch.device("cpu"), "loader")
+    first, second = batches.next(), batches.next()
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort().values, second.sort().values)
+
+
+def test_batches_move_tensors_only() -> None:
+    batches = Batches([{"x": torch.zeros(2), "name": "a"}], torch.device("meta"), "loader")
+    batch = batches.next()
+    assert batch["x"].device.type == "meta" and batch["name"] == "a"
+
+
+def endless() -> Iterator[int]:
+    while True:
+        yield 0
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        (torch.zeros(3), TypeError, r"^loader: expected a loader.*for a full batch pass \[batch\]"),
+        (3, TypeError, r"^loader: expected a loader.*got int"),
+        (endless(), TypeError, r"^loader: expected a loader that can be iterated again; got an iterator"),
+    ],
+    ids=["tensor", "number", "iterator"],
+)
+def test_batches_refuse(loader: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Batches(loader, torch.device("cpu"), "loader")
+
+
+def test_empty_loader_is_named() -> None:
+    w, h = torch.zeros(3, dtype=DTYPE), torch.zeros(3, dtype=DTYPE)
+    with pytest.raises(ValueError, match="train_loader: expected at least one batch"):
+        tuner_of(w, h).fit([], [TARGET], 1, progress=False)
+    with pytest.raises(ValueError, match="val_loader: expected at least one batch"):
+        tuner_of(w, h).fit([DATA], [], 1, progress=False)
