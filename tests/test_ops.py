@@ -428,6 +428,7 @@ def test_a_constant_state_stays_as_it_was(target: torch.device) -> None:
         (ValueError, lambda products: [products[0].T, products[1]]),
         (ValueError, lambda products: [products[0].reshape(-1), products[1]]),
         (ValueError, lambda products: [products[0], products[1][:-1]]),
+        (ValueError, lambda products: [products[0], products[1].to("meta")]),
         (TypeError, lambda products: [products[0], products[1].double()]),
         (TypeError, lambda products: [products[0], [0.0] * 70]),
         (TypeError, lambda products: [products[0], products[1].int()]),
