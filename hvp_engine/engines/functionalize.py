@@ -7,6 +7,7 @@ second trace.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -66,7 +67,9 @@ def _fresh(node: Any) -> bool:
 
 def _is_view(node: fx.Node) -> bool:
     """Whether the result may share memory with an argument."""
+    if node.target is operator.getitem:
+        return _is_view(node.args[0]) if isinstance(node.args[0], fx.Node) else True
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        return node.op == "call_function"  # getitem and the like: be careful
+        return node.op == "call_function"  # unknown: be careful
     return any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine.engines.accumulation import AccumulatingTerm
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.partition import Partition, partition
 from hvp_engine.engines.trace import split_inputs, trace
 from hvp_engine.isolation import recorded_modules
-from hvp_engine.linearization import Linearization, Problem
+from hvp_engine.linearization import Linearization, LinearMap, Problem
+from hvp_engine.solvers.base import Iteration, Solver
+from hvp_engine.spectrum import SpectralEstimate
 from hvp_engine.vectors import Layout
 
 Function = Callable[..., Sequence[Tensor]]
@@ -26,6 +29,7 @@ class Functions:
         self.primal: Function = parts.primal.forward
         self.tangent: Function = parts.tangent.module.forward
         self.mixed: Function = parts.mixed.module.forward
+        self.accumulating: Function = parts.accumulating.module.forward
         self._modules = list(modules)
         self._modes = self._read_modes()
 
@@ -49,6 +53,7 @@ class TracedLinearization:
         self.loss: Tensor | None = values[0]
         self.gradient = list(values[1:count])
         residuals = values[count:]
+        self._residuals = residuals
         self._tangent_residuals = [residuals[index] for index in functions.partition.tangent.residuals]
         self._mixed_residuals = [residuals[index] for index in functions.partition.mixed.residuals]
         self._complete = all(functions.partition.tangent.outputs)
@@ -68,6 +73,21 @@ class TracedLinearization:
         with torch._C._AutoDispatchBelowAutograd():
             found = iter(self._functions.mixed(*self._mixed_residuals, *tangents))
         return [next(found) if there else None for there in self._functions.partition.mixed.outputs]
+
+    def accumulating_term(self, iteration: Iteration, damping: float) -> Callable[[], None] | None:
+        """A term of `iteration` that never forms the product; None where that does not apply or pay."""
+        parts = self._functions.partition
+        if iteration.accumulation is None or not parts.accumulates or self.layout.low_precision:
+            return None
+        residuals = [self._residuals[index] for index in parts.accumulating.residuals]
+        return AccumulatingTerm(
+            lambda tangents: self._functions.accumulating(*residuals, *tangents),
+            parts.terms,
+            [[self._residuals[index] for index in diagonals] for diagonals in parts.diagonals],
+            iteration.direction,
+            iteration.accumulation,
+            damping,
+        )
 
 
 def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -90,6 +110,26 @@ class LinearizedEngine(EagerEngine):
         if functions is None or not functions.modes_unchanged():
             functions = self._cache[key] = self._trace(problem)
         return TracedLinearization(functions, problem, tensors)
+
+    def run(
+        self,
+        operator: LinearMap,
+        v: Sequence[Tensor],
+        solver: Solver,
+        estimate: SpectralEstimate | None,
+    ) -> Iteration:
+        """As the eager engine; terms but the last accumulate the product where that pays."""
+        iteration = solver.init(operator.layout, v, estimate)
+        term = None
+        if isinstance(operator, TracedLinearization):
+            term = operator.accumulating_term(iteration, solver.damping)
+        while iteration.steps < iteration.limit and not iteration.finished():
+            if term is not None and iteration.steps < iteration.limit - 1:
+                term()
+                iteration.steps += 1
+            else:
+                iteration.step(operator.product(iteration.direction.tangents))
+        return iteration
 
     def _trace(self, problem: Problem) -> Functions:
         self.traces += 1

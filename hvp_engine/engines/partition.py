@@ -8,8 +8,12 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from hvp_engine.engines.accumulation import Terms, decompose
 from hvp_engine.engines.passes import accumulate, dependents, fold_linear, simplify
 from hvp_engine.engines.trace import Trace
+
+_WORTHWHILE = 1 << 14
+"""Weights with matrix products from which accumulating is faster than one fused step over everything."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,19 @@ class Partition:
     """Graphs of a linearization.
 
     `primal`: (weights, hyperparameters, batch tensors) -> (loss, gradient..., residuals...).
-    `tangent`: the product with H. `mixed`: the mixed product.
+    `tangent`: the product with H. `mixed`: the mixed product. `accumulating`: the summands of the product with H,
+    `terms` of them for each weight, with the residuals that are its `diagonals`.
     """
 
     primal: fx.GraphModule
     gradients: int
     tangent: Part
     mixed: Part
+    accumulating: Part
+    terms: tuple[tuple[int, int], ...]
+    diagonals: tuple[tuple[int, ...], ...]
+    accumulates: bool
+    """Whether matrix products make up most of the weights, so that accumulating pays."""
 
 
 def partition(trace: Trace) -> Partition:
@@ -53,8 +63,33 @@ def partition(trace: Trace) -> Partition:
     residuals: list[fx.Node] = []
     tangent_part = _part(root, graph, products, linear, tangents, residuals)
     mixed_part = _part(root, graph, mixed, linear, tangents, residuals)
+    terms = [
+        decompose(output, tangent, linear) if isinstance(output, fx.Node) else Terms((), (), ())
+        for output, tangent in zip(products, tangents, strict=True)
+    ]
+    summands = [node for term in terms for node in term.nodes]
+    accumulating_part = _part(root, graph, summands, linear, tangents, residuals)
+    diagonals = tuple(tuple(_index(residuals, node) for node in term.diagonals) for term in terms)
+    sizes = [tangent.meta["val"].numel() for tangent in tangents]
+    by_product = sum(size for size, term in zip(sizes, terms, strict=True) if term.products)
     primal = _subgraph(root, graph, [*values, *residuals], placeholders[: -trace.weights])
-    return Partition(primal, trace.weights, tangent_part, mixed_part)
+    return Partition(
+        primal,
+        trace.weights,
+        tangent_part,
+        mixed_part,
+        accumulating_part,
+        tuple((len(term.products), len(term.rest)) for term in terms),
+        diagonals,
+        accumulates=by_product > sum(sizes) / 2 and by_product >= _WORTHWHILE,
+    )
+
+
+def _index(residuals: list[fx.Node], node: fx.Node) -> int:
+    """Where `node` is in `residuals`; added if it is not."""
+    if node not in residuals:
+        residuals.append(node)
+    return residuals.index(node)
 
 
 def _output(graph: fx.Graph) -> fx.Node:
@@ -86,12 +121,10 @@ def _part(
     """The part of `graph` that maps residuals and tangents to `outputs`; what it needs is added to `residuals`."""
     live = _live(outputs, lambda node: node not in linear)
     needed = [node for node in graph.nodes if node in live and node not in linear]
-    for node in needed:
-        if node not in residuals:
-            residuals.append(node)
+    places = tuple(_index(residuals, node) for node in needed)
     present = tuple(isinstance(node, fx.Node) for node in outputs)
     module = _subgraph(root, graph, [node for node in outputs if isinstance(node, fx.Node)], [*needed, *tangents])
-    return Part(module, tuple(residuals.index(node) for node in needed), present)
+    return Part(module, places, present)
 
 
 def _subgraph(
@@ -115,5 +148,3 @@ def _subgraph(
 def example(part: fx.GraphModule) -> list[Tensor]:
     """Placeholders' example values, as the trace recorded them."""
     return [node.meta["val"] for node in part.graph.nodes if node.op == "placeholder"]
-
-

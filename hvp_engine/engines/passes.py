@@ -40,8 +40,8 @@ def simplify(graph: fx.Graph) -> fx.Graph:
             _replace(graph, node, node.args[0])
         elif node.target in _CONSTANTS:
             _replace(graph, node, _constant(graph, node, _CONSTANTS[node.target](node)))
-        elif node.target is aten.t.default and _calls(node.args[0], aten.t.default):
-            _replace(graph, node, node.args[0].args[0])
+        elif node.target is aten.t.default:
+            _push_transpose(graph, node)
         elif node.target is aten.add.Tensor and not node.kwargs:
             for zero, other in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
                 if _calls(zero, aten.full.default) and zero.args[1] == 0 and _same(other, node):
@@ -103,9 +103,13 @@ def accumulate(graph: fx.Graph, linear: set[fx.Node]) -> fx.Graph:
             fused: Callable[..., Any] | None = None
             if term.target is aten.mm.default and _same(term, node):
                 fused = aten.addmm.default
-            elif term.target is aten.mul.Tensor and _same(other, node) and _same(term, node):
-                if all(isinstance(a, fx.Node) and _same_dtype(a, node) for a in term.args):
-                    fused = aten.addcmul.default
+            elif (
+                term.target is aten.mul.Tensor
+                and _same(other, node)
+                and _same(term, node)
+                and all(isinstance(a, fx.Node) and _same_dtype(a, node) for a in term.args)
+            ):
+                fused = aten.addcmul.default
             if fused is not None:
                 with graph.inserting_before(node):
                     sum_ = graph.call_function(fused, (other, *term.args))
@@ -143,6 +147,33 @@ def _multiply(graph: fx.Graph, a: Any, b: Any, like: fx.Node) -> Any:
         device="meta",
     )
     return value
+
+
+def _push_transpose(graph: fx.Graph, node: fx.Node) -> None:
+    """(A B)^T into B^T A^T, (A + B)^T into A^T + B^T, (A^T)^T into A, where nobody else uses the inside."""
+    inner = node.args[0]
+    if _calls(inner, aten.t.default):
+        _replace(graph, node, inner.args[0])
+        return
+    if len(inner.users) != 1 or not (
+        _calls(inner, aten.mm.default) or (_calls(inner, aten.add.Tensor) and _is_plain_sum(inner))
+    ):
+        return
+    factors = inner.args if inner.target is aten.add.Tensor else tuple(reversed(inner.args))
+    with graph.inserting_before(node):
+        transposed = [graph.call_function(aten.t.default, (factor,)) for factor in factors]
+        for new, factor in zip(transposed, factors, strict=True):
+            new.meta["val"] = factor.meta["val"].t()
+        result = graph.call_function(inner.target, tuple(transposed))
+    result.meta = dict(node.meta)
+    _replace(graph, node, result)
+    graph.erase_node(inner)
+    for new in transposed:
+        _push_transpose(graph, new)
+
+
+def _is_plain_sum(node: fx.Node) -> bool:
+    return not node.kwargs and all(isinstance(a, fx.Node) and _same(a, node) for a in node.args)
 
 
 def _constant(graph: fx.Graph, node: fx.Node, value: Any) -> fx.Node:

@@ -9,7 +9,7 @@ device, except `finished()`, which an engine that captures the loop does not cal
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -41,8 +41,23 @@ class Outcome:
         return not self.finite or self.residual_norm > GROWTH_LIMIT
 
 
+@dataclass(frozen=True)
+class Accumulation:
+    """A step that is linear in the product: target <- target - scale (A direction + damping direction); complete().
+
+    An engine that can subtract a product without forming it takes this instead of `Iteration.step`; the norms of
+    such a step are not computed, so the last step is an ordinary one.
+    """
+
+    target: FlatVector
+    scale: float
+    complete: Callable[[], object]
+
+
 class Iteration(Protocol):
-    """One solve in progress."""
+    """One solve in progress; `accumulation` is None where the step is not linear in the product."""
+
+    accumulation: Accumulation | None
 
     value: FlatVector
     direction: FlatVector

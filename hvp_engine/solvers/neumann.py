@@ -13,6 +13,7 @@ from torch import Tensor
 from hvp_engine import ops
 from hvp_engine.solution import Status
 from hvp_engine.solvers.base import (
+    Accumulation,
     Iteration,
     Outcome,
     check_damping,
@@ -97,6 +98,7 @@ class _Accumulate:
         self.value = self._start.clone()
         states = (self.direction.data, self.value.data)
         self._update = ops.bind("neumann_step", states, layout, (self._alpha,), solver.damping, self._partials)
+        self.accumulation = Accumulation(self.direction, self.alpha, lambda: self.value.data.add_(self.direction.data))
 
     def step(self, product: Sequence[Tensor]) -> None:
         self._update(product)
@@ -131,6 +133,7 @@ class _Horner(_Accumulate):
         self.direction = self.value = self._start.clone()
         states = (self.value.data, self._start.data)
         self._update = ops.bind("neumann_step_horner", states, layout, (self._alpha,), solver.damping, self._partials)
+        self.accumulation = Accumulation(self.value, self.alpha, lambda: self.value.data.add_(self._start.data))
 
 
 @dataclass(frozen=True)
