@@ -57,6 +57,14 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
         _active.reset(token)
 
 
+@contextlib.contextmanager
+def same_draws(device: torch.device) -> Iterator[None]:
+    """Leave the random state behind the block as it was before it, so that what follows draws the same."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
 class Draws:
     """A counter of calls that gives each call its own seed, reproducibly.
 

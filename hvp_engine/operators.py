@@ -47,23 +47,23 @@ class HessianOperator:
         leaves, self._structure = flatten(weights, "weights")
         problem = Problem(loss, leaves, self._structure, [], None, args)
         with isolated(Draws().next_seed(), leaves[0].device):
-            self._linearization = self.engine.linearize(problem)
+            self.linearization = self.engine.linearize(problem)
         self.spectrum = Spectrum()
 
     @property
     def layout(self) -> Layout:
         """Shapes, strides, dtypes and device of the weights' leaves."""
-        return self._linearization.layout
+        return self.linearization.layout
 
     @property
     def loss(self) -> Tensor | None:
         """The loss at the weights, detached."""
-        return self._linearization.loss
+        return self.linearization.loss
 
     @property
     def gradient(self) -> Any:
         """d loss / dw, detached, in the container of the weights."""
-        return self._structure.rebuild(self._linearization.gradient)
+        return self._structure.rebuild(self.linearization.gradient)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -73,7 +73,7 @@ class HessianOperator:
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H times the list of leaves `tangents`, unchecked: what solvers call."""
-        return self._linearization.product(tangents)
+        return self.linearization.product(tangents)
 
     def __matmul__(self, v: Any) -> Any:
         """H @ v, in the container of the weights; `v` is a tree like the weights."""

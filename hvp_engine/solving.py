@@ -186,7 +186,7 @@ def solve(operator: Any, v: Any, solver: Solver) -> Solution:
     engine: Engine = getattr(operator, "engine", None) or EagerEngine()
     spectrum = getattr(operator, "spectrum", None) or Spectrum()
     if hasattr(operator, "product") and hasattr(operator, "layout"):
-        linear: LinearMap = operator
+        linear: LinearMap = getattr(operator, "linearization", operator)
         check_like(leaves, linear.layout, "v", "weights")
     elif callable(operator):
         linear = CallableOperator(operator, leaves, structure)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -9,10 +11,11 @@ import torch
 from torch import Tensor
 
 from hvp_engine.engines.accumulation import AccumulatingTerm
+from hvp_engine.engines.agreement import Schedule, disagreement
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.partition import Partition, partition
 from hvp_engine.engines.trace import split_inputs, trace
-from hvp_engine.isolation import recorded_modules
+from hvp_engine.isolation import recorded_modules, same_draws
 from hvp_engine.linearization import Linearization, LinearMap, Problem
 from hvp_engine.solvers.base import Iteration, Solver
 from hvp_engine.spectrum import SpectralEstimate
@@ -30,6 +33,8 @@ class Functions:
         self.tangent: Function = parts.tangent.module.forward
         self.mixed: Function = parts.mixed.module.forward
         self.accumulating: Function = parts.accumulating.module.forward
+        self.schedule = Schedule()
+        self.distrust: str | None = None
         self._modules = list(modules)
         self._modes = self._read_modes()
 
@@ -46,42 +51,42 @@ class TracedLinearization:
 
     def __init__(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]):
         self.layout = Layout.of(problem.weights)
-        self._functions = functions
+        self.name = problem.name
+        self.functions = functions
         with torch.no_grad():
             values = functions.primal(*_detached(problem.weights), *_detached(problem.hyperparameters), *tensors)
         count = 1 + len(problem.weights)
         self.loss: Tensor | None = values[0]
         self.gradient = list(values[1:count])
-        residuals = values[count:]
-        self._residuals = residuals
-        self._tangent_residuals = [residuals[index] for index in functions.partition.tangent.residuals]
-        self._mixed_residuals = [residuals[index] for index in functions.partition.mixed.residuals]
+        self._residuals = values[count:]
+        self._tangent_residuals = [self._residuals[index] for index in functions.partition.tangent.residuals]
+        self._mixed_residuals = [self._residuals[index] for index in functions.partition.mixed.residuals]
         self._complete = all(functions.partition.tangent.outputs)
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t."""
         with torch._C._AutoDispatchBelowAutograd():
-            products = self._functions.tangent(*self._tangent_residuals, *tangents)
+            products = self.functions.tangent(*self._tangent_residuals, *tangents)
         if self._complete:
             return products
         found = iter(products)
-        present = self._functions.partition.tangent.outputs
+        present = self.functions.partition.tangent.outputs
         return [next(found) if there else torch.zeros_like(t) for there, t in zip(present, tangents, strict=True)]
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t."""
         with torch._C._AutoDispatchBelowAutograd():
-            found = iter(self._functions.mixed(*self._mixed_residuals, *tangents))
-        return [next(found) if there else None for there in self._functions.partition.mixed.outputs]
+            found = iter(self.functions.mixed(*self._mixed_residuals, *tangents))
+        return [next(found) if there else None for there in self.functions.partition.mixed.outputs]
 
     def accumulating_term(self, iteration: Iteration, damping: float) -> Callable[[], None] | None:
         """A term of `iteration` that never forms the product; None where that does not apply or pay."""
-        parts = self._functions.partition
+        parts = self.functions.partition
         if iteration.accumulation is None or not parts.accumulates or self.layout.low_precision:
             return None
         residuals = [self._residuals[index] for index in parts.accumulating.residuals]
         return AccumulatingTerm(
-            lambda tangents: self._functions.accumulating(*residuals, *tangents),
+            lambda tangents: self.functions.accumulating(*residuals, *tangents),
             parts.terms,
             [[self._residuals[index] for index in diagonals] for diagonals in parts.diagonals],
             iteration.direction,
@@ -90,26 +95,44 @@ class TracedLinearization:
         )
 
 
-def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach() for tensor in tensors]
-
-
 class LinearizedEngine(EagerEngine):
-    """Traces each (shapes, batch constants, module modes) once; new values of the same shapes reuse the trace."""
+    """Traces each (shapes, batch constants, module modes) once; new values of the same shapes reuse the trace.
+
+    The first linearization of a trace, and later ones more and more rarely, are compared with eager's. Where they
+    disagree, as when a closure was bound to another tensor after the trace, eager takes over for good, with a
+    warning.
+    """
 
     name = "linearized"
 
     def __init__(self) -> None:
+        super().__init__()
         self._cache: dict[Hashable, Functions] = {}
         self.traces = 0
+        self.trace_seconds = 0.0
 
     def linearize(self, problem: Problem) -> Linearization:
         tensors, others, spec = split_inputs(problem)
-        key = _signature(problem, tensors, others, spec)
+        key = signature(problem, tensors, others, spec)
         functions = self._cache.get(key)
         if functions is None or not functions.modes_unchanged():
             functions = self._cache[key] = self._trace(problem)
-        return TracedLinearization(functions, problem, tensors)
+        if functions.distrust:
+            return super().linearize(problem)
+        if not functions.schedule.due():
+            return TracedLinearization(functions, problem, tensors)
+        with same_draws(problem.weights[0].device):
+            eager = super().linearize(problem)
+        traced = TracedLinearization(functions, problem, tensors)
+        functions.distrust = disagreement(traced, eager)
+        if functions.distrust is None:
+            return traced
+        warnings.warn(
+            f"engine {self.name!r} is replaced by 'eager' for {problem.name}: {functions.distrust}; a loss must be a "
+            "function of its arguments: pass what changes between calls in the batch or the hyperparameters",
+            stacklevel=4,
+        )
+        return eager
 
     def run(
         self,
@@ -131,14 +154,23 @@ class LinearizedEngine(EagerEngine):
                 iteration.step(operator.product(iteration.direction.tangents))
         return iteration
 
+    def report(self) -> str:
+        """What was traced, in a line."""
+        return f"{self.traces} traces in {self.trace_seconds:.2f} s"
+
     def _trace(self, problem: Problem) -> Functions:
+        start = time.perf_counter()
+        with recorded_modules() as modules, same_draws(problem.weights[0].device):
+            functions = self._functions(partition(trace(problem)), modules)
         self.traces += 1
-        with recorded_modules() as modules:
-            traced = trace(problem)
-        return Functions(partition(traced), modules)
+        self.trace_seconds += time.perf_counter() - start
+        return functions
+
+    def _functions(self, parts: Partition, modules: Sequence[torch.nn.Module]) -> Functions:
+        return Functions(parts, modules)
 
 
-def _signature(problem: Problem, tensors: Sequence[Tensor], others: Sequence[Any], spec: Any) -> Hashable:
+def signature(problem: Problem, tensors: Sequence[Tensor], others: Sequence[Any], spec: Any) -> Hashable:
     """What a trace depends on besides tensor values."""
     leaves = [*problem.weights, *problem.hyperparameters, *tensors]
     return (
@@ -149,3 +181,7 @@ def _signature(problem: Problem, tensors: Sequence[Tensor], others: Sequence[Any
         tuple(leaf if isinstance(leaf, Hashable) else id(leaf) for leaf in others),
         spec,
     )
+
+
+def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach() for tensor in tensors]

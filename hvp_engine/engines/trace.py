@@ -9,6 +9,8 @@ of their arguments.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +18,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from hvp_engine.engines.eager import plain_kernels
 from hvp_engine.engines.functionalize import functionalized
 from hvp_engine.engines.tape import Tape, gradients
 from hvp_engine.errors import TraceError
@@ -75,7 +77,7 @@ def trace(problem: Problem) -> Trace:
         *(torch.ones_like(w) for w in problem.weights),
     ]
     try:
-        with _one_fake_mode(), sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+        with _one_fake_mode(), plain_kernels(), torch.backends.mkldnn.flags(enabled=False):
             graph = make_fx(function)(*arguments)
             if not functionalized(graph):
                 with torch.no_grad():

@@ -1,0 +1,69 @@
+"""Whether two linearizations of one problem agree: the check of every engine against eager."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hvp_engine.linearization import Linearization
+from hvp_engine.vectors import Layout
+
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+"""Relative difference of a product, by the coarsest dtype of the weights."""
+
+
+class Schedule:
+    """Call numbers at which an engine is checked: the first, the tenth, the hundredth, and so on."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def due(self) -> bool:
+        self.calls += 1
+        power = 1
+        while power < self.calls:
+            power *= 10
+        return power == self.calls
+
+
+def probe(layout: Layout) -> list[Tensor]:
+    """The same random tangents every time, from a generator of their own."""
+    generator = torch.Generator(device=layout.device).manual_seed(0)
+    tangents = []
+    for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True):
+        tangents.append(torch.randn(shape, generator=generator, device=layout.device, dtype=torch.float32).to(dtype))
+    return tangents
+
+
+def disagreement(candidate: Linearization, eager: Linearization) -> str | None:
+    """What differs by more than the tolerance, in words; None if nothing does.
+
+    Products are compared by their global norm: a convolution's bias before BatchNorm has a product near zero, of
+    which single tensors would show nothing but rounding.
+    """
+    tangents = probe(eager.layout)
+    tolerance = max(_TOLERANCES[dtype] for dtype in eager.layout.dtypes)
+    compared = {
+        "gradient": (candidate.gradient, eager.gradient),
+        "product": (candidate.product(tangents), eager.product(tangents)),
+        "mixed product": (list(_present(candidate.mixed(tangents))), list(_present(eager.mixed(tangents)))),
+    }
+    for name, (ours, theirs) in compared.items():
+        if len(ours) != len(theirs):
+            return f"the {name} has paths to {len(ours)} tensors, eager's to {len(theirs)}"
+        difference, norm = _norm([a - b for a, b in zip(ours, theirs, strict=True)]), _norm(theirs)
+        if not difference <= tolerance * norm + torch.finfo(torch.float32).tiny and norm == norm:
+            return f"the {name} differs from eager's by {difference / norm if norm else difference:.2g} (relative)"
+    return None
+
+
+def _present(tensors: Sequence[Tensor | None]) -> Iterator[Tensor]:
+    return (tensor for tensor in tensors if tensor is not None)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    if not tensors:
+        return 0.0
+    return float(torch.linalg.vector_norm(torch.stack([n.double() for n in torch._foreach_norm(list(tensors))])))
