@@ -239,7 +239,7 @@ class Hypergradient:
         train_loss: Callable[[Any, Any, Any], Tensor],
         val_loss: Callable[[Any, Any, Any], Tensor],
         solver: Solver | None = None,
-        engine: str = "auto",
+        engine: str | engines.Engine = "auto",
     ):
         for name, loss in (("train_loss", train_loss), ("val_loss", val_loss)):
             if not callable(loss):
@@ -279,7 +279,7 @@ class Hypergradient:
 
     def report(self) -> str:
         """What the engine did and why."""
-        return f"engine: {self.engine.name}"
+        return f"engine {self.engine.name}\n{self.engine.report()}"
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to continue with the same numbers."""

@@ -42,7 +42,7 @@ class HessianOperator:
     tensor([0.1667, 0.0833])
     """
 
-    def __init__(self, loss: Callable[..., Tensor], weights: Any, *args: Any, engine: str = "auto"):
+    def __init__(self, loss: Callable[..., Tensor], weights: Any, *args: Any, engine: str | engines.Engine = "auto"):
         self.engine = engines.create(engine)
         leaves, self._structure = flatten(weights, "weights")
         problem = Problem(loss, leaves, self._structure, [], None, args)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
+from hvp_engine.engines.auto import AutoEngine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.linearized import LinearizedEngine
 from hvp_engine.linearization import Linearization, LinearMap, Problem
@@ -19,6 +20,8 @@ class Engine(Protocol):
 
     name: str
 
+    def report(self) -> str: ...
+
     def linearize(self, problem: Problem) -> Linearization: ...
 
     def run(
@@ -30,12 +33,14 @@ class Engine(Protocol):
     ) -> Iteration: ...
 
 
-ENGINES = {"eager": EagerEngine, "linearized": LinearizedEngine, "auto": EagerEngine}
+ENGINES: dict[str, Callable[[], Engine]] = {"eager": EagerEngine, "linearized": LinearizedEngine, "auto": AutoEngine}
 """Every engine by the name that the public API takes."""
 
 
-def create(name: str) -> Engine:
-    """A new engine by name; `ValueError` for an unknown one."""
-    if name not in ENGINES:
-        raise ValueError(f"engine: expected one of {', '.join(map(repr, ENGINES))}; got {name!r}")
-    return ENGINES[name]()
+def create(engine: str | Engine) -> Engine:
+    """A new engine by name, or the given one; `ValueError` for an unknown name."""
+    if not isinstance(engine, str):
+        return engine
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {', '.join(map(repr, ENGINES))}; got {engine!r}")
+    return ENGINES[engine]()

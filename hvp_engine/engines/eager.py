@@ -75,3 +75,7 @@ class EagerEngine:
             if iteration.finished():
                 break
         return iteration
+
+    def report(self) -> str:
+        """What the engine did, in a line."""
+        return "no set-up"

@@ -87,6 +87,7 @@ class Tape:
 
     Attributes:
         reaches_weights: whether f depends on some weight; if not, the Hessian is zero.
+        size: nodes of the gradient's graph.
         incomplete: whether some kernel of the forward has no second derivative; a product through it raises.
     """
 
@@ -107,6 +108,7 @@ class Tape:
         self._active = [index for index, g in enumerate(gradient) if g.requires_grad]
         self._outputs = tuple(gradient[index] for index in self._active)
         nodes = _nodes_below(self._outputs)
+        self.size = len(nodes)
         self.incomplete = any(node.name() == "torch::autograd::NotImplemented" for node in nodes)
         self.reaches_weights = any(get_gradient_edge(w).node in nodes for w in weights if w.requires_grad)
 
