@@ -17,11 +17,11 @@ bool has_avx2() {
 #endif
 }
 
-ChunkKernel select_kernel(OpCode op, bool wide, DType dtype) {
+ChunkKernel select_kernel(OpCode op, bool measure, bool wide, DType dtype) {
 #ifdef HVP_HAS_AVX2
-  if (has_avx2()) return avx2_kernel(op, wide, dtype);
+  if (has_avx2()) return avx2_kernel(op, measure, wide, dtype);
 #endif
-  return baseline_kernel(op, wide, dtype);
+  return baseline_kernel(op, measure, wide, dtype);
 }
 
 // Runs the rows [begin, end) of the step.
@@ -45,22 +45,12 @@ void run_rows(const Step& step, const ChunkKernel* kernels, const Scalars& scala
   }
 }
 
-}  // namespace
-
-const char* cpu_variant() { return has_avx2() ? "avx2" : "baseline"; }
-
-void run_cpu(const Step& step, int threads) {
-  if (step.rows == 0) {
-    std::memset(step.partials, 0, 3 * sizeof(double));
-    return;
-  }
+// One pass over all rows.
+void run_pass(const Step& step, bool measure, const Scalars& scalars, int threads) {
   ChunkKernel kernels[kDTypes];
   for (int dtype = 0; dtype < kDTypes; ++dtype) {
-    kernels[dtype] = select_kernel(step.op, step.wide, static_cast<DType>(dtype));
+    kernels[dtype] = select_kernel(step.op, measure, step.wide, static_cast<DType>(dtype));
   }
-  Scalars scalars{};
-  for (int i = 0; i < kOps[static_cast<int>(step.op)].scalars; ++i) scalars.value[i] = *step.scalars[i];
-  scalars.damping = step.damping;
   const int64_t shares = std::min<int64_t>(threads, step.rows);
   if (shares <= 1) {
     run_rows(step, kernels, scalars, 0, step.rows);
@@ -70,6 +60,28 @@ void run_cpu(const Step& step, int threads) {
   for (int64_t share = 0; share < shares; ++share) {
     run_rows(step, kernels, scalars, step.rows * share / shares, step.rows * (share + 1) / shares);
   }
+}
+
+}  // namespace
+
+const char* cpu_variant() { return has_avx2() ? "avx2" : "baseline"; }
+
+void run_cpu(const Step& step, int threads) {
+  if (step.rows == 0) {
+    std::memset(step.partials, 0, 3 * sizeof(double));
+    return;
+  }
+  const OpTraits& traits = kOps[static_cast<int>(step.op)];
+  Scalars scalars{};
+  for (int i = 0; i < traits.scalars; ++i) scalars.value[i] = *step.scalars[i];
+  scalars.damping = step.damping;
+  if (traits.measured) {
+    run_pass(step, true, scalars, threads);
+    double total = 0;  // by row, whoever wrote it
+    for (int64_t row = 0; row < step.rows; ++row) total += step.partials[3 * row + 1];
+    scalars.measured = total;
+  }
+  run_pass(step, false, scalars, threads);
 }
 
 }  // namespace hvp

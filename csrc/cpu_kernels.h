@@ -6,12 +6,12 @@
 namespace hvp {
 
 // Updates `count` elements: the product's from `data`, the states' from `offset` on; writes one row of
-// partials.
+// partials. A measuring kernel leaves the states as they are, and writes the second sum only.
 using ChunkKernel = void (*)(const void* data, void* const* states, int64_t offset, int64_t count,
                              const Scalars& scalars, double* row);
 
 // Null where a product is wider than the state.
-ChunkKernel baseline_kernel(OpCode op, bool wide, DType dtype);
-ChunkKernel avx2_kernel(OpCode op, bool wide, DType dtype);
+ChunkKernel baseline_kernel(OpCode op, bool measure, bool wide, DType dtype);
+ChunkKernel avx2_kernel(OpCode op, bool measure, bool wide, DType dtype);
 
 }  // namespace hvp

@@ -1,5 +1,4 @@
-// One kernel for all ops and types: a block updates one chunk of one tensor and writes its row of partials.
-// Nothing is accumulated across blocks, so results are the same bits in every run.
+// Launches the kernels of cuda_kernels.cuh.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -7,233 +6,10 @@
 #include <string>
 
 #include "cuda.h"
+#include "cuda_kernels.cuh"
 
 namespace hvp {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kVector = 4;                 // consecutive elements of one thread
-constexpr int kSpan = kThreads * kVector;  // elements of one pass of the block
-static_assert(kChunk % kSpan == 0, "a full chunk is a whole number of passes");
-
-// The tensors of one launch, passed by value in the kernel's parameters: 4 KB of them everywhere, 32 KB since
-// CUDA 12.1. A small table costs less to launch.
-constexpr int kSmall = 64;
-#if CUDART_VERSION >= 12010
-constexpr int kLarge = 960;
-#else
-constexpr int kLarge = 112;
-#endif
-
-template <int kCapacity>
-struct Table {
-  const void* data[kCapacity];
-  int64_t numel[kCapacity];
-  int64_t offset[kCapacity];
-  int64_t row[kCapacity];
-  DType dtype[kCapacity];
-  int count;
-};
-
-// What all tensors of a call share.
-struct Shared {
-  void* states[kMaxStates];
-  const double* scalars[kMaxScalars];
-  double damping;
-  double* partials;
-  int64_t first_row;  // of the launch
-};
-static_assert(sizeof(Table<kLarge>) + sizeof(Shared) <= (kLarge > 112 ? 32764 : 4096), "parameters must fit");
-
-template <class T>
-struct alignas(sizeof(T) * kVector > 16 ? 16 : sizeof(T) * kVector) Vector {
-  T at[kVector];
-};
-
-template <class T>
-__device__ bool aligned(const T* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % alignof(Vector<T>) == 0;
-}
-
-template <bool kAligned, class T>
-__device__ Vector<T> load(const T* pointer) {
-  if constexpr (kAligned) {
-    return *reinterpret_cast<const Vector<T>*>(pointer);
-  } else {
-    Vector<T> result;
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) result.at[j] = pointer[j];
-    return result;
-  }
-}
-
-template <bool kAligned, class T>
-__device__ void store(T* pointer, const Vector<T>& value) {
-  if constexpr (kAligned) {
-    *reinterpret_cast<Vector<T>*>(pointer) = value;
-  } else {
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) pointer[j] = value.at[j];
-  }
-}
-
-struct Sums {
-  double first = 0, second = 0;
-  bool nonfinite = false;
-
-  template <class T>
-  __device__ void add(const Record<T>& r) {
-    first += static_cast<double>(r.left[0]) * static_cast<double>(r.right[0]);
-    second += static_cast<double>(r.left[1]) * static_cast<double>(r.right[1]);
-    nonfinite |=
-        !(isfinite(r.left[0]) && isfinite(r.right[0]) && isfinite(r.left[1]) && isfinite(r.right[1]));
-  }
-};
-
-// One chunk: the product at x, the states at a, b, c. Every thread sums the same elements in the same order
-// whether the pointers are aligned or not.
-template <template <class> class Op, class T, class Input>
-struct Chunk {
-  using F = Op<T>;
-  const F& op;
-  const Input* x;
-  T *a, *b, *c;
-  Sums sums;
-
-  // `kBatch` passes beginning at element `begin`: first all loads, so that they are in flight together.
-  template <int kBatch, bool kAligned>
-  __device__ void passes(int begin) {
-    Vector<Input> xs[kBatch];
-    Vector<T> as[kBatch], bs[kBatch], cs[kBatch];
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const int i = begin + k * kSpan + static_cast<int>(threadIdx.x) * kVector;
-      xs[k] = load<kAligned>(x + i);
-      as[k] = load<kAligned>(a + i);
-      if constexpr (F::kStates > 1) bs[k] = load<kAligned>(b + i);
-      if constexpr (F::kStates > 2) cs[k] = load<kAligned>(c + i);
-    }
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const int i = begin + k * kSpan + static_cast<int>(threadIdx.x) * kVector;
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) {
-        sums.add(op(widen<T>(xs[k].at[j]), as[k].at[j], bs[k].at[j], cs[k].at[j]));
-      }
-      if constexpr (F::kMutated & 1) store<kAligned>(a + i, as[k]);
-      if constexpr (F::kMutated & 2) store<kAligned>(b + i, bs[k]);
-      if constexpr (F::kMutated & 4) store<kAligned>(c + i, cs[k]);
-    }
-  }
-
-  __device__ void element(int i) {
-    T s0 = a[i], s1 = T(0), s2 = T(0);
-    if constexpr (F::kStates > 1) s1 = b[i];
-    if constexpr (F::kStates > 2) s2 = c[i];
-    sums.add(op(widen<T>(x[i]), s0, s1, s2));
-    if constexpr (F::kMutated & 1) a[i] = s0;
-    if constexpr (F::kMutated & 2) b[i] = s1;
-    if constexpr (F::kMutated & 4) c[i] = s2;
-  }
-
-  template <bool kAligned>
-  __device__ void run(int count) {
-    [[maybe_unused]] constexpr int kBatch = sizeof(T) == 4 ? 4 : 2;
-    int begin = 0;
-    if constexpr (kAligned) {
-      for (; begin + kBatch * kSpan <= count; begin += kBatch * kSpan) passes<kBatch, kAligned>(begin);
-    }
-    for (; begin + kSpan <= count; begin += kSpan) passes<1, kAligned>(begin);
-    const int i = begin + static_cast<int>(threadIdx.x) * kVector;
-    for (int j = i; j < min(i + kVector, count); ++j) element(j);
-  }
-};
-
-template <template <class> class Op, class T, class Input>
-__device__ Sums run_chunk(const Op<T>& op, const void* data, const Shared& shared, int64_t offset,
-                          int64_t start, int count) {
-  const auto state = [&](int k) {
-    return k < Op<T>::kStates ? static_cast<T*>(shared.states[k]) + offset + start : nullptr;
-  };
-  Chunk<Op, T, Input> chunk{op, static_cast<const Input*>(data) + start, state(0), state(1), state(2), {}};
-  if (aligned(chunk.x) && aligned(chunk.a) && aligned(chunk.b) && aligned(chunk.c)) {
-    chunk.template run<true>(count);
-  } else {
-    chunk.template run<false>(count);
-  }
-  return chunk.sums;
-}
-
-// The block's total, valid in thread 0. The order of the additions is fixed.
-__device__ Sums reduce(Sums sums) {
-  __shared__ double first[kWarps], second[kWarps];
-  for (int distance = 16; distance > 0; distance /= 2) {
-    sums.first += __shfl_down_sync(0xffffffffu, sums.first, distance);
-    sums.second += __shfl_down_sync(0xffffffffu, sums.second, distance);
-  }
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  if (threadIdx.x % 32 == 0) {
-    first[warp] = sums.first;
-    second[warp] = sums.second;
-  }
-  sums.nonfinite = __syncthreads_or(sums.nonfinite);
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kWarps; ++w) {
-      sums.first += first[w];
-      sums.second += second[w];
-    }
-  }
-  return sums;
-}
-
-template <template <class> class Op, class T, int kCapacity>
-__global__ void __launch_bounds__(kThreads)
-    step_kernel(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Shared shared) {
-  const int64_t row = shared.first_row + blockIdx.x;
-  int tensor =
-      0;  // the last one that starts at or before the row; empty tensors share their row with the next
-  for (int end = table.count; end - tensor > 1;) {
-    const int middle = (tensor + end) / 2;
-    if (table.row[middle] <= row) {
-      tensor = middle;
-    } else {
-      end = middle;
-    }
-  }
-  Scalars scalars{};
-  for (int i = 0; i < Op<T>::kScalars; ++i) scalars.value[i] = *shared.scalars[i];
-  scalars.damping = shared.damping;
-  const Op<T> op(scalars);
-
-  const int64_t start = (row - table.row[tensor]) * kChunk;
-  const int64_t offset = table.offset[tensor];
-  const int64_t left = table.numel[tensor] - start;
-  const int count = static_cast<int>(left < kChunk ? left : kChunk);
-  const void* data = table.data[tensor];
-  Sums sums;
-  switch (table.dtype[tensor]) {
-    case DType::kFloat32:
-      sums = run_chunk<Op, T, float>(op, data, shared, offset, start, count);
-      break;
-    case DType::kFloat64:
-      if constexpr (sizeof(T) == 8) sums = run_chunk<Op, T, double>(op, data, shared, offset, start, count);
-      break;
-    case DType::kBFloat16:
-      sums = run_chunk<Op, T, BFloat16>(op, data, shared, offset, start, count);
-      break;
-    case DType::kFloat16:
-      sums = run_chunk<Op, T, Float16>(op, data, shared, offset, start, count);
-      break;
-  }
-  sums = reduce(sums);
-  if (threadIdx.x == 0) {
-    double* out = shared.partials + 3 * row;
-    out[0] = sums.first;
-    out[1] = sums.second;
-    out[2] = sums.nonfinite ? 1.0 : 0.0;
-  }
-}
 
 void require(cudaError_t error, const Step& step, const char* action) {
   if (error == cudaSuccess) return;
@@ -261,13 +37,21 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+template <template <class> class Op, bool kMeasure, int kCapacity>
+const void* kernel_of(bool wide) {
+  return wide ? reinterpret_cast<const void*>(step_kernel<Op, kMeasure, double, kCapacity>)
+              : reinterpret_cast<const void*>(step_kernel<Op, kMeasure, float, kCapacity>);
+}
+
 template <int kCapacity>
-const void* kernel_of(OpCode op, bool wide) {
+const void* kernel_of(OpCode op, bool measure, bool wide) {
   switch (op) {
-#define HVP_CASE(name, Functor)                                                          \
-  case OpCode::name:                                                                     \
-    return wide ? reinterpret_cast<const void*>(step_kernel<Functor, double, kCapacity>) \
-                : reinterpret_cast<const void*>(step_kernel<Functor, float, kCapacity>);
+#define HVP_CASE(name, Functor)                                      \
+  case OpCode::name:                                                 \
+    if constexpr (Functor<float>::kMeasured) {                       \
+      if (measure) return kernel_of<Functor, true, kCapacity>(wide); \
+    }                                                                \
+    return kernel_of<Functor, false, kCapacity>(wide);
     HVP_OPS(HVP_CASE)
 #undef HVP_CASE
   }
@@ -276,7 +60,7 @@ const void* kernel_of(OpCode op, bool wide) {
 
 // Launches the tensors [begin, end), which fit in one table.
 template <int kCapacity>
-void launch(const Step& step, Shared shared, size_t begin, size_t end, cudaStream_t stream) {
+void launch(const Step& step, bool measure, Shared shared, size_t begin, size_t end, cudaStream_t stream) {
   const int64_t last_row = end < step.parts.size() ? step.parts[end].row : step.rows;
   shared.first_row = step.parts[begin].row;
   const int64_t blocks = last_row - shared.first_row;
@@ -293,9 +77,21 @@ void launch(const Step& step, Shared shared, size_t begin, size_t end, cudaStrea
     table.row[i - begin] = part.row;
   }
   void* arguments[] = {&table, &shared};
-  require(cudaLaunchKernel(kernel_of<kCapacity>(step.op, step.wide), dim3(static_cast<unsigned>(blocks)),
-                           dim3(kThreads), arguments, 0, stream),
+  require(cudaLaunchKernel(kernel_of<kCapacity>(step.op, measure, step.wide),
+                           dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments, 0, stream),
           step, "CUDA launch failed");
+}
+
+// One pass over all tensors, in as few launches as they fit in.
+void run_pass(const Step& step, bool measure, const Shared& shared, cudaStream_t stream) {
+  const size_t count = step.parts.size();
+  if (count <= kSmall) {
+    launch<kSmall>(step, measure, shared, 0, count, stream);
+    return;
+  }
+  for (size_t begin = 0; begin < count; begin += kLarge) {
+    launch<kLarge>(step, measure, shared, begin, std::min(count, begin + kLarge), stream);
+  }
 }
 
 }  // namespace
@@ -319,14 +115,16 @@ void run_cuda(const Step& step, int device, void* stream_handle) {
   std::copy(step.scalars, step.scalars + kMaxScalars, shared.scalars);
   shared.damping = step.damping;
   shared.partials = step.partials;
-  const size_t count = step.parts.size();
-  if (count <= kSmall) {
-    launch<kSmall>(step, shared, 0, count, stream);
-    return;
+  if (kOps[static_cast<int>(step.op)].measured) {
+    run_pass(step, true, shared, stream);
+    double* partials = step.partials;
+    int64_t rows = step.rows;
+    void* arguments[] = {&partials, &rows};
+    require(cudaLaunchKernel(reinterpret_cast<const void*>(total_kernel), dim3(1), dim3(kThreads), arguments,
+                             0, stream),
+            step, "CUDA launch failed");
   }
-  for (size_t begin = 0; begin < count; begin += kLarge) {
-    launch<kLarge>(step, shared, begin, std::min(count, begin + kLarge), stream);
-  }
+  run_pass(step, false, shared, stream);
 }
 
 }  // namespace hvp

@@ -2,8 +2,10 @@
 //
 // An op is a functor with the names and the meaning of its function in hvp_engine/reference.py. It takes the
 // product's element and one element of each of its kStates state vectors (the rest are unused), changes those
-// whose bit is set in kMutated, and returns the two pairs whose products are summed into `partials`. Adding
-// an op means adding its functor and its line in HVP_OPS.
+// whose bit is set in kMutated, and returns the two pairs whose products are summed into `partials`. Where
+// kMeasured is set, the whole state is first read once without a change, and the sum of the second products
+// over all elements is what the update is given as `measured`. Adding an op means adding its functor and its
+// line in HVP_OPS.
 #pragma once
 
 #include "dtypes.h"
@@ -18,6 +20,7 @@ constexpr int64_t kChunk = 4096;  // elements of one tensor that make one row of
 struct Scalars {
   double value[kMaxScalars];
   double damping;
+  double measured;  // zero in the measuring pass, and for ops without one
 };
 
 template <class T>
@@ -33,6 +36,7 @@ HVP_INLINE Record<T> squares(T first, T second) {
 template <class T>
 struct NeumannStep {
   static constexpr int kStates = 2, kScalars = 1;
+  static constexpr bool kMeasured = false;
   static constexpr unsigned kMutated = 0b11;
   T alpha, damping;
 
@@ -47,6 +51,7 @@ struct NeumannStep {
 template <class T>
 struct NeumannStepHorner {
   static constexpr int kStates = 2, kScalars = 1;
+  static constexpr bool kMeasured = false;
   static constexpr unsigned kMutated = 0b01;
   T alpha, damping;
 
@@ -61,6 +66,7 @@ struct NeumannStepHorner {
 template <class T>
 struct ScaleAccumulate {
   static constexpr int kStates = 1, kScalars = 2;
+  static constexpr bool kMeasured = false;
   static constexpr unsigned kMutated = 0b1;
   T alpha, beta;
 
@@ -71,10 +77,46 @@ struct ScaleAccumulate {
   }
 };
 
+template <class T>
+struct CgStep {
+  static constexpr int kStates = 3, kScalars = 1;
+  static constexpr bool kMeasured = true;  // the curvature d . (Ad + damping d)
+  static constexpr unsigned kMutated = 0b011;
+  T a, damping;
+
+  HVP_INLINE explicit CgStep(const Scalars& s)
+      : a(s.measured > 0 ? T(s.value[0] / s.measured) : T(0)), damping(T(s.damping)) {}
+  HVP_INLINE Record<T> operator()(T ad, T& x, T& r, T& d) const {
+    const T curved = ad + damping * d;
+    x += a * d;
+    r -= a * curved;
+    return {{r, d}, {r, curved}};
+  }
+};
+
+template <class T>
+struct ChebyshevStep {
+  static constexpr int kStates = 3, kScalars = 2;
+  static constexpr bool kMeasured = false;
+  static constexpr unsigned kMutated = 0b111;
+  T alpha, beta, damping;
+
+  HVP_INLINE explicit ChebyshevStep(const Scalars& s)
+      : alpha(T(s.value[0])), beta(T(s.value[1])), damping(T(s.damping)) {}
+  HVP_INLINE Record<T> operator()(T ad, T& x, T& r, T& d) const {
+    r -= ad + damping * d;
+    d = beta * d + alpha * r;
+    x += d;
+    return squares(r, x);
+  }
+};
+
 #define HVP_OPS(X)                          \
   X(neumann_step, NeumannStep)              \
   X(neumann_step_horner, NeumannStepHorner) \
-  X(scale_accumulate, ScaleAccumulate)
+  X(scale_accumulate, ScaleAccumulate)      \
+  X(cg_step, CgStep)                        \
+  X(chebyshev_step, ChebyshevStep)
 
 enum class OpCode : uint8_t {
 #define HVP_ENUMERATE(name, Functor) name,
@@ -85,10 +127,12 @@ enum class OpCode : uint8_t {
 struct OpTraits {
   const char* name;
   int states, scalars;
+  bool measured;
 };
 
 constexpr OpTraits kOps[] = {
-#define HVP_TRAITS(name, Functor) {#name, Functor<float>::kStates, Functor<float>::kScalars},
+#define HVP_TRAITS(name, Functor) \
+  {#name, Functor<float>::kStates, Functor<float>::kScalars, Functor<float>::kMeasured},
     HVP_OPS(HVP_TRAITS)
 #undef HVP_TRAITS
 };

@@ -50,6 +50,8 @@ OPS = {
         Op("neumann_step", ("v", "p"), ("v", "p"), "hv", ("alpha",), damped=True),
         Op("neumann_step_horner", ("p", "v"), ("p",), "hp", ("alpha",), damped=True),
         Op("scale_accumulate", ("p",), ("p",), "x", ("alpha", "beta"), damped=False),
+        Op("cg_step", ("x", "r", "d"), ("x", "r"), "ad", ("rho",), damped=True),
+        Op("chebyshev_step", ("x", "r", "d"), ("x", "r", "d"), "ad", ("alpha", "beta"), damped=True),
     )
 }
 

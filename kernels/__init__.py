@@ -1,7 +1,8 @@
 """The Triton backend: one multi-tensor kernel for each op of :mod:`hvp_engine.ops`.
 
 Adding an op takes its kernel, with the signature (states..., rows, addresses, scalars..., [damping], partials,
-PRODUCT, CHUNK), and its entry in :data:`KERNELS`.
+PRODUCT, CHUNK), and its entry in :data:`KERNELS`. An op that needs a sum over everything before it can move has a
+kernel of the same signature in :data:`MEASURES`, which runs first.
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ from torch import Tensor
 
 from hvp_engine.backend import Bound
 from hvp_engine.kernels.accumulate import scale_accumulate
+from hvp_engine.kernels.chebyshev import chebyshev_step
+from hvp_engine.kernels.conjugate_gradient import cg_curvature, cg_step
 from hvp_engine.kernels.launch import MultiTensorLaunch
 from hvp_engine.kernels.neumann import neumann_step, neumann_step_horner
 from hvp_engine.ops import OPS
 from hvp_engine.vectors import Layout
 
-KERNELS = {kernel.__name__: kernel for kernel in (neumann_step, neumann_step_horner, scale_accumulate)}
+KERNELS = {
+    kernel.__name__: kernel for kernel in (neumann_step, neumann_step_horner, scale_accumulate, cg_step, chebyshev_step)
+}
+MEASURES = {"cg_step": cg_curvature}
 
 INTERPRETED = not isinstance(neumann_step, triton.JITFunction)
 """Whether the kernels were imported with TRITON_INTERPRET=1."""
@@ -51,4 +57,4 @@ def bind(
     if op.damped:
         # In device memory, since Triton passes a Python float in 32 bits.
         arguments.append(torch.full((), damping, dtype=torch.float64, device=partials.device))
-    return MultiTensorLaunch(op, KERNELS[name], states, layout, arguments, partials)
+    return MultiTensorLaunch(op, KERNELS[name], MEASURES.get(name), states, layout, arguments, partials)

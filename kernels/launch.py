@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from hvp_engine.kernels.rows import spread_total
 from hvp_engine.ops import Op, check_products
 from hvp_engine.vectors import ALIGNMENT, CHUNK, Layout
 
@@ -41,15 +42,17 @@ def row_tables(layout: Layout, dtypes: Sequence[torch.dtype]) -> list[tuple[tl.d
 class MultiTensorLaunch:
     """One kernel bound to its state; calling it with the list of products launches it once for each dtype.
 
-    The kernel takes (states..., row table, address table, arguments..., partials). The row tables depend on the
-    layout and the products' dtypes. The address table is uploaded again only when an address or the stream has
-    changed.
+    If there is one to measure with, that is launched first, and the total of what it wrote put where the kernel
+    finds it. Both take (states..., row table, address table, arguments..., partials). The row tables depend on
+    the layout and the products' dtypes. The address table is uploaded again only when an address or the stream
+    has changed.
     """
 
     def __init__(
         self,
         op: Op,
         kernel: Any,
+        measure: Any | None,
         states: Sequence[Tensor],
         layout: Layout,
         arguments: Sequence[Tensor],
@@ -57,6 +60,7 @@ class MultiTensorLaunch:
     ):
         self._op = op
         self._kernel = kernel
+        self._measure = measure
         self._states = tuple(states)
         self._layout = layout
         self._arguments = tuple(arguments)
@@ -78,11 +82,17 @@ class MultiTensorLaunch:
         cuda = self._device.type == "cuda"
         with torch.cuda.device(self._device) if cuda else contextlib.nullcontext():
             addresses = self._table_of(tuple(product.data_ptr() for product in products))
-            for dtype, rows in self._rows:
-                self._kernel[(len(rows),)](
-                    *self._states, rows, addresses, *self._arguments, self._partials,
-                    PRODUCT=dtype, CHUNK=CHUNK, num_warps=WARPS,
-                )  # fmt: skip
+            if self._measure is not None:
+                self._launch(self._measure, addresses)
+                spread_total[(1,)](self._partials, len(self._partials), BLOCK=1024)
+            self._launch(self._kernel, addresses)
+
+    def _launch(self, kernel: Any, addresses: Tensor) -> None:
+        for dtype, rows in self._rows:
+            kernel[(len(rows),)](
+                *self._states, rows, addresses, *self._arguments, self._partials,
+                PRODUCT=dtype, CHUNK=CHUNK, num_warps=WARPS,
+            )  # fmt: skip
 
     def _readable(self, products: Sequence[Tensor]) -> bool:
         """Whether the kernel can read the products where they are: as laid out, and apart from the state."""

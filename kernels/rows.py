@@ -44,10 +44,28 @@ def elements(address, chunk, start, length, PRODUCT: tl.constexpr, CHUNK: tl.con
 @triton.jit
 def record(partials, row, first, second):
     """Write one row of partials: two squared norms in float64, and whether a value is NaN or infinite."""
-    finite = (tl.abs(first) < float("inf")) & (tl.abs(second) < float("inf"))
-    first = first.to(tl.float64)
-    second = second.to(tl.float64)
+    record_products(partials, row, first, first, second, second)
+
+
+@triton.jit
+def record_products(partials, row, a, b, c, d):
+    """Write one row of partials: a . b and c . d in float64, and whether a value is NaN or infinite."""
+    finite = (tl.abs(a) < float("inf")) & (tl.abs(b) < float("inf"))
+    finite = finite & (tl.abs(c) < float("inf")) & (tl.abs(d) < float("inf"))
     cell = partials + 3 * row
-    tl.store(cell, tl.sum(first * first))
-    tl.store(cell + 1, tl.sum(second * second))
+    tl.store(cell, tl.sum(a.to(tl.float64) * b.to(tl.float64)))
+    tl.store(cell + 1, tl.sum(c.to(tl.float64) * d.to(tl.float64)))
     tl.store(cell + 2, tl.max(1 - finite.to(tl.int32)).to(tl.float64))
+
+
+@triton.jit
+def spread_total(partials, rows, BLOCK: tl.constexpr):
+    """Add up the second column of all `rows` of partials and leave the total in the first column of each, where
+    the row's own program, which alone overwrites it, finds it. One program."""
+    lane = tl.arange(0, BLOCK).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for begin in range(0, rows, BLOCK):
+        total += tl.load(partials + 3 * (begin + lane) + 1, mask=begin + lane < rows, other=0.0)
+    total = tl.zeros((BLOCK,), tl.float64) + tl.sum(total)
+    for begin in range(0, rows, BLOCK):
+        tl.store(partials + 3 * (begin + lane), total, mask=begin + lane < rows)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from op_cases import TARGETS
+
+from hvp_engine.backend import use_backend
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
@@ -13,3 +18,11 @@ if torch.cuda.is_available():
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.empty(0, device=request.param).device
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """A device, with one of its backends selected."""
+    device_type, name = request.param
+    with use_backend(name):
+        yield torch.empty(0, device=device_type).device

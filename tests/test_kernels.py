@@ -50,7 +50,8 @@ def test_every_op_has_its_kernel() -> None:
 
 def test_ops_in_the_interpreter() -> None:
     done = run_interpreted(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "test_ops.py"), "-k", INTERPRETED_TESTS
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider"),
+        *(str(TESTS / "test_ops.py"), str(TESTS / "test_ops_registered.py"), "-k", INTERPRETED_TESTS),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
@@ -97,10 +98,12 @@ def test_rows_cover_every_element_once() -> None:
     [pair for pair in product(STATE_DTYPES, INPUT_DTYPES) if pair != (torch.float32, torch.float64)],
     ids=str,
 )
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [*OPS, *(kernel.__name__ for kernel in kernels.MEASURES.values())])
 def test_compiles_for_gpus(name: str, state: torch.dtype, dtype: torch.dtype, capability: int) -> None:
     """Machine code without a GPU; and in the code, state and products are read 16 bytes at a time."""
-    op, kernel = OPS[name], kernels.KERNELS[name]
+    kernel = {**kernels.KERNELS, **{k.__name__: k for k in kernels.MEASURES.values()}}[name]
+    op = OPS["cg_step" if name == "cg_curvature" else name]
+    states_read, states_written = (1, 0) if name == "cg_curvature" else (len(op.states), len(op.mutated))
     pointers = dict.fromkeys((*op.scalars, "damping", "partials"), "*fp64")
     pointers |= dict.fromkeys(("rows", "addresses"), "*i64")
     pointers |= dict.fromkeys(op.states, f"*{TYPES[state]}")
@@ -117,5 +120,5 @@ def test_compiles_for_gpus(name: str, state: torch.dtype, dtype: torch.dtype, ca
     elements = CHUNK // (32 * WARPS)  # of each thread, all of them by wide accesses in the wide body
     read = 16 * len(re.findall(r"ld\.global\.(?:v4\.b32|v2\.b64)", code))
     written = 16 * len(re.findall(r"st\.global\.(?:v4\.b32|v2\.b64)", code))
-    assert read == elements * (len(op.states) * state.itemsize + dtype.itemsize)
-    assert written == elements * len(op.mutated) * state.itemsize
+    assert read == elements * (states_read * state.itemsize + dtype.itemsize)
+    assert written == elements * states_written * state.itemsize
