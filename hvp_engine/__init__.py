@@ -4,6 +4,7 @@ The names below are the public API; see the README for where to look for what.
 """
 
 from hvp_engine.backend import use_backend
+from hvp_engine.checking import check
 from hvp_engine.errors import (
     BackendError,
     CheckpointError,
@@ -13,8 +14,11 @@ from hvp_engine.errors import (
     HvpError,
     NonFiniteError,
     SecondDerivativeError,
+    TraceError,
 )
 from hvp_engine.functional import functional
+from hvp_engine.gauss_newton import GaussNewtonOperator
+from hvp_engine.history import History, Record
 from hvp_engine.implicit import (
     Hypergradient,
     HypergradientResult,
@@ -23,20 +27,28 @@ from hvp_engine.implicit import (
     hypergradient,
 )
 from hvp_engine.operators import HessianOperator
+from hvp_engine.preconditioning import DiagonalPreconditioner
 from hvp_engine.solution import Solution, Status
-from hvp_engine.solvers import Identity, Neumann
+from hvp_engine.solvers import ConjugateGradient, Exact, Identity, Neumann
 from hvp_engine.solving import solve
-from hvp_engine.tuner import Record, Tuner
+from hvp_engine.tuner import Tuner
+from hvp_engine.verdict import CheckResult, Verdict
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "CheckResult",
     "CheckpointError",
+    "ConjugateGradient",
     "DataError",
+    "DiagonalPreconditioner",
     "DivergenceError",
+    "Exact",
+    "GaussNewtonOperator",
     "GraphError",
     "HessianOperator",
+    "History",
     "HvpError",
     "Hypergradient",
     "HypergradientResult",
@@ -47,9 +59,12 @@ __all__ = [
     "SecondDerivativeError",
     "Solution",
     "Status",
+    "TraceError",
     "Tuner",
+    "Verdict",
     "approx_inverse_hvp",
     "best_response",
+    "check",
     "functional",
     "hypergradient",
     "solve",

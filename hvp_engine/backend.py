@@ -20,7 +20,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -63,10 +63,10 @@ _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "referenc
 _choice: ContextVar[str] = ContextVar("hvp_engine_backend", default="auto")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(name: str) -> tuple[Backend | None, str | None]:
     try:
-        return importlib.import_module(_MODULES[name]), None  # type: ignore[return-value]  # a module as protocol
+        return importlib.import_module(_MODULES[name]), None
     except Exception as error:  # an extension can fail to load in many ways; the reason is kept for the user
         return None, f"{type(error).__name__}: {error}"
 

@@ -3,52 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from hvp_engine import engines
 from hvp_engine.isolation import Draws, isolated
-from hvp_engine.linearization import Problem
+from hvp_engine.linearization import LinearMap, Problem
 from hvp_engine.solution import Solution
 from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.exact import Columns
 from hvp_engine.solving import solve
 from hvp_engine.spectrum import Spectrum
-from hvp_engine.trees import check_like, flatten
+from hvp_engine.trees import Structure, check_like, flatten
 from hvp_engine.vectors import Layout
 
 
-class HessianOperator:
-    """The Hessian H = d2 loss / dw dw^T of a loss at given weights, as a symmetric linear operator.
+class CurvatureMap(LinearMap, Protocol):
+    """The products of a curvature matrix of a loss, with the loss and its gradient, at one point."""
 
-    Arguments:
-        loss: `loss(weights, *args)` -> scalar tensor.
-        weights: any tree of real floating tensors on one device; they are not modified and need not require grad.
-        *args: passed on to the loss.
-        engine: how products are executed, by name; see `hvp_engine.engines`.
+    @property
+    def loss(self) -> Tensor | None: ...
 
-    The gradient graph is built once, here; random layers draw one mask for the lifetime of the operator. Every
-    product costs about two gradients. Memory: the graph, and per product one vector of weights.
+    @property
+    def gradient(self) -> Sequence[Tensor]: ...
 
-    Errors: `ValueError` for an unknown engine, a loss that is no scalar or has no graph to the weights;
-    :class:`SecondDerivativeError` for a loss without a second derivative.
 
-    >>> import torch, hvp_engine as hvp
-    >>> H = hvp.HessianOperator(lambda w: (w ** 3).sum(), torch.tensor([1.0, 2.0]))
-    >>> H @ torch.ones(2)
-    tensor([ 6., 12.])
-    >>> H.solve(torch.ones(2), hvp.Neumann(200)).value
-    tensor([0.1667, 0.0833])
-    """
+_EXPECTED_PRODUCTS = 200
+"""Products that one operator is expected to make: "auto" traces only where that many repay it."""
 
-    def __init__(self, loss: Callable[..., Tensor], weights: Any, *args: Any, engine: str | engines.Engine = "auto"):
-        self.engine = engines.create(engine)
-        leaves, self._structure = flatten(weights, "weights")
-        problem = Problem(loss, leaves, self._structure, [], None, args)
-        with isolated(Draws().next_seed(), leaves[0].device):
-            self.linearization = self.engine.linearize(problem)
+
+class Curvature:
+    """What the operators share: a symmetric linear map on trees like the weights, at fixed weights."""
+
+    def __init__(self, linearization: CurvatureMap, structure: Structure, engine: engines.Engine):
+        self.linearization, self.engine = linearization, engine
         self.spectrum = Spectrum()
+        self._structure = structure
 
     @property
     def layout(self) -> Layout:
@@ -72,11 +63,11 @@ class HessianOperator:
         return size, size
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """H times the list of leaves `tangents`, unchecked: what solvers call."""
+        """The operator times the list of leaves `tangents`, unchecked: what solvers call."""
         return self.linearization.product(tangents)
 
     def __matmul__(self, v: Any) -> Any:
-        """H @ v, in the container of the weights; `v` is a tree like the weights."""
+        """The operator times v, in the container of the weights; `v` is a tree like the weights."""
         leaves, structure = flatten(v, "v")
         layout = self.layout
         check_like(leaves, layout, "v", "weights")
@@ -84,20 +75,43 @@ class HessianOperator:
         return structure.rebuild([p.detach().clone() for p in self.product(tangents)])
 
     def solve(self, v: Any, solver: Solver) -> Solution:
-        """(H + damping I)^-1 v by `solver`; see :func:`solve`."""
+        """(A + damping I)^-1 v by `solver`; see :func:`solve`."""
         return solve(self, v, solver)
 
     def dense(self) -> Tensor:
-        """H as a matrix, by one product for each weight: for tests and small problems."""
-        layout = self.layout
-        columns = []
-        for which, numel in enumerate(layout.numels):
-            for index in range(numel):
-                tangents = [
-                    torch.zeros(shape, dtype=dtype, device=layout.device)
-                    for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True)
-                ]
-                tangents[which].view(-1)[index] = 1
-                product = self.product(tangents)
-                columns.append(torch.cat([p.detach().reshape(-1).to(layout.state_dtype) for p in product]))
-        return torch.stack(columns, 1)
+        """The operator as a matrix, by one product for each weight: for tests and small problems."""
+        columns = Columns(self.layout, self.layout.state_dtype)
+        for _ in range(columns.limit):
+            columns.step(self.product(columns.direction.tangents))
+        return columns.matrix
+
+
+class HessianOperator(Curvature):
+    """The Hessian H = d2 loss / dw dw^T of a loss at given weights, as a symmetric linear operator.
+
+    Arguments:
+        loss: `loss(weights, *args)` -> scalar tensor.
+        weights: any tree of real floating tensors on one device; they are not modified and need not require grad.
+        *args: passed on to the loss.
+        engine: how products are executed, by name; see `hvp_engine.engines`.
+
+    The gradient graph is built once, here; random layers draw one mask for the lifetime of the operator. Every
+    product costs about two gradients. Memory: the graph, and per product one vector of weights.
+
+    Errors: `ValueError` for an unknown engine, a loss that is no scalar or has no graph to the weights;
+    :class:`SecondDerivativeError` for a loss without a second derivative.
+
+    >>> import torch, hvp_engine as hvp
+    >>> H = hvp.HessianOperator(lambda w: (w ** 3).sum(), torch.tensor([1.0, 2.0]))
+    >>> H @ torch.ones(2)
+    tensor([ 6., 12.])
+    >>> H.solve(torch.ones(2), hvp.Neumann(200)).value
+    tensor([0.1667, 0.0833])
+    """
+
+    def __init__(self, loss: Callable[..., Tensor], weights: Any, *args: Any, engine: str | engines.Engine = "auto"):
+        chosen = engines.AutoEngine(_EXPECTED_PRODUCTS) if engine == "auto" else engines.create(engine)
+        leaves, structure = flatten(weights, "weights")
+        problem = Problem(loss, leaves, structure, [], None, args)
+        with isolated(Draws().next_seed(), leaves[0].device):
+            super().__init__(chosen.linearize(problem), structure, chosen)

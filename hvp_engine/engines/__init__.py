@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
-
-from torch import Tensor
+from collections.abc import Callable
 
 from hvp_engine.engines.auto import AutoEngine
+from hvp_engine.engines.base import Engine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.linearized import LinearizedEngine
-from hvp_engine.linearization import Linearization, LinearMap, Problem
-from hvp_engine.solvers.base import Iteration, Solver
-from hvp_engine.spectrum import SpectralEstimate
-
-
-class Engine(Protocol):
-    """See :class:`hvp_engine.engines.eager.EagerEngine` for the plainest one."""
-
-    name: str
-
-    def report(self) -> str: ...
-
-    def linearize(self, problem: Problem) -> Linearization: ...
-
-    def run(
-        self,
-        operator: LinearMap,
-        v: Sequence[Tensor],
-        solver: Solver,
-        estimate: SpectralEstimate | None,
-    ) -> Iteration: ...
-
 
 ENGINES: dict[str, Callable[[], Engine]] = {"eager": EagerEngine, "linearized": LinearizedEngine, "auto": AutoEngine}
 """Every engine by the name that the public API takes."""
@@ -44,3 +20,6 @@ def create(engine: str | Engine) -> Engine:
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(map(repr, ENGINES))}; got {engine!r}")
     return ENGINES[engine]()
+
+
+__all__ = ["ENGINES", "AutoEngine", "EagerEngine", "Engine", "LinearizedEngine", "create"]

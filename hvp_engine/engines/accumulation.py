@@ -36,7 +36,7 @@ class Terms:
         return [node for pair in self.products for node in pair] + list(self.rest)
 
 
-def decompose(output: fx.Node, tangent: fx.Node, linear: set[fx.Node]) -> Terms:
+def decompose(output: fx.Node, tangent: fx.Node, tangents: Sequence[fx.Node], linear: set[fx.Node]) -> Terms:
     """Take the sum that ends in `output` apart, as far as nobody else uses its parts."""
     diagonals: list[fx.Node] = []
     products: list[tuple[fx.Node, fx.Node]] = []
@@ -62,7 +62,7 @@ def decompose(output: fx.Node, tangent: fx.Node, linear: set[fx.Node]) -> Terms:
             rest.append(node)
 
     visit(output, True)
-    if any(_is_tangent(factor) for pair in products for factor in pair) or any(map(_is_tangent, rest)):
+    if any(_shows(node, tangents) for node in [*(factor for pair in products for factor in pair), *rest]):
         return Terms((), (), (output,))  # it would be overwritten while it is still to be read
     return Terms(tuple(diagonals), tuple(products), tuple(rest))
 
@@ -72,11 +72,11 @@ def _shape(node: Any) -> Any:
     return None if value is None else value.shape
 
 
-def _is_tangent(node: fx.Node) -> bool:
-    """Whether the node is a tangent or a view of one."""
+def _shows(node: fx.Node, tangents: Sequence[fx.Node]) -> bool:
+    """Whether the node is one of `tangents` or a view of one."""
     while node.op == "call_function" and node.target in _VIEWS:
         node = node.args[0]  # type: ignore[assignment]
-    return node.op == "placeholder"
+    return node in tangents
 
 
 class AccumulatingTerm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine.engines.agreement import probe
+from hvp_engine.engines.base import Engine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.linearized import LinearizedEngine, signature
 from hvp_engine.engines.tape import Tape
@@ -23,6 +25,9 @@ from hvp_engine.spectrum import SpectralEstimate
 _TRACE_SECONDS_PER_NODE = 2e-3
 """What tracing costs for each node of the gradient's autograd graph, roughly (measured on a 2.4 GHz core)."""
 
+_FIRST_TRACE_SECONDS = 3.0
+"""What the first trace of a process costs on top: torch imports sympy and more."""
+
 _TERMS = 3
 """Terms of the trial solve that engines are compared on."""
 
@@ -31,7 +36,7 @@ _TERMS = 3
 class Choice:
     """What was chosen for one problem, and the evidence: seconds for each term, by engine."""
 
-    engine: EagerEngine
+    engine: Engine
     reason: str
     seconds: dict[str, float] = field(default_factory=dict)
     setup_seconds: float = 0.0
@@ -48,7 +53,7 @@ class Choice:
         return text
 
 
-class AutoEngine(EagerEngine):
+class AutoEngine:
     """Chooses between eager and linearized for each (loss, shapes, device) by a short measurement on first use.
 
     Arguments:
@@ -59,10 +64,9 @@ class AutoEngine(EagerEngine):
     name = "auto"
 
     def __init__(self, expected_products: int = 20_000) -> None:
-        super().__init__()
         self.expected_products = expected_products
         self._eager = EagerEngine()
-        self._linearized = LinearizedEngine()
+        self._linearized = LinearizedEngine(self._eager)
         self.choices: dict[Hashable, Choice] = {}
 
     def linearize(self, problem: Problem) -> Linearization:
@@ -92,6 +96,8 @@ class AutoEngine(EagerEngine):
         term = _seconds_per_term(self._eager, eager)
         seconds = {"eager": term}
         cost = _TRACE_SECONDS_PER_NODE * (eager.size if isinstance(eager, Tape) else 0)
+        if "sympy" not in sys.modules:
+            cost += _FIRST_TRACE_SECONDS
         if cost > self.expected_products * term:
             reason = f"a trace would take about {cost:.1g} s, more than {self.expected_products} products do"
             return Choice(self._eager, reason, seconds), None
@@ -104,11 +110,11 @@ class AutoEngine(EagerEngine):
         if isinstance(traced, Tape):
             return Choice(self._eager, "the traced product did not agree with eager's", seconds), None
         seconds["linearized"] = _seconds_per_term(self._linearized, traced)
-        fastest: EagerEngine = self._linearized if seconds["linearized"] < term else self._eager
+        fastest: Engine = self._linearized if seconds["linearized"] < term else self._eager
         return Choice(fastest, "measured fastest", seconds, setup), traced
 
 
-def _seconds_per_term(engine: EagerEngine, linearization: Linearization) -> float:
+def _seconds_per_term(engine: Engine, linearization: Linearization) -> float:
     """Seconds of a term: the faster of two short solves after a first one."""
     tangents = probe(linearization.layout)
     solver = Neumann(_TERMS, alpha=1e-9)

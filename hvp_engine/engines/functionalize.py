@@ -15,7 +15,17 @@ from torch import fx
 
 aten = torch.ops.aten
 
-_RENAMED = {aten.bernoulli_.float: aten.bernoulli.p}
+_RENAMED = {aten.transpose_.default: aten.transpose.int}
+_RANDOM = (aten.bernoulli_.float, aten.normal_.default, aten.uniform_.default, aten.exponential_.default)
+
+
+def draw(operation: Any, index: int, like: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+    """A new tensor like `like`, filled by an in-place random operation.
+
+    The out-of-place operations of torch fill in another order where strides are not row-major, and would draw
+    other masks than eager does. `index` keeps two draws from being taken for one.
+    """
+    return operation(torch.empty_like(like), *arguments, **keywords)
 
 
 def functionalized(recorded: fx.GraphModule) -> bool:
@@ -25,7 +35,14 @@ def functionalized(recorded: fx.GraphModule) -> bool:
     for node in list(graph.nodes):
         if not mutates(node):
             continue
-        target = node.args[0]
+        target: Any = node.args[0]
+        if node.target in _RANDOM and _fresh(target) and len(target.users) == 1:
+            with graph.inserting_before(node):
+                mask = graph.call_function(draw, (node.target, order[node], target, *node.args[1:]), node.kwargs)
+            mask.meta = dict(node.meta)
+            node.replace_all_uses_with(mask)
+            graph.erase_node(node)
+            continue
         pure = _out_of_place(node.target)
         later = [user for user in target.users if order.get(user, -1) > order[node]]
         if pure is None or not _fresh(target) or any(_is_view(user) for user in target.users):
@@ -34,15 +51,20 @@ def functionalized(recorded: fx.GraphModule) -> bool:
             graph.erase_node(node)  # nobody reads the change
             continue
         with graph.inserting_before(node):
-            arguments = node.args if pure is not aten.bernoulli.p or len(node.args) > 1 else (*node.args, 0.5)
-            result = graph.call_function(pure, arguments, node.kwargs)
+            result = graph.call_function(pure, node.args, node.kwargs)
         result.meta = dict(node.meta)
         order[result] = order[node]
         for user in later:
             user.replace_input_with(target, result)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
+    recorded.recompile()
     return True
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether two evaluations of the operation differ."""
+    return node.target is draw or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def mutates(node: fx.Node) -> bool:
@@ -67,6 +89,8 @@ def _fresh(node: Any) -> bool:
 
 def _is_view(node: fx.Node) -> bool:
     """Whether the result may share memory with an argument."""
+    if node.target is draw:
+        return False
     if node.target is operator.getitem:
         return _is_view(node.args[0]) if isinstance(node.args[0], fx.Node) else True
     schema = getattr(node.target, "_schema", None)

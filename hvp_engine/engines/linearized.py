@@ -95,7 +95,7 @@ class TracedLinearization:
         )
 
 
-class LinearizedEngine(EagerEngine):
+class LinearizedEngine:
     """Traces each (shapes, batch constants, module modes) once; new values of the same shapes reuse the trace.
 
     The first linearization of a trace, and later ones more and more rarely, are compared with eager's. Where they
@@ -105,8 +105,8 @@ class LinearizedEngine(EagerEngine):
 
     name = "linearized"
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, eager: EagerEngine | None = None) -> None:
+        self._eager = EagerEngine() if eager is None else eager
         self._cache: dict[Hashable, Functions] = {}
         self.traces = 0
         self.trace_seconds = 0.0
@@ -118,11 +118,11 @@ class LinearizedEngine(EagerEngine):
         if functions is None or not functions.modes_unchanged():
             functions = self._cache[key] = self._trace(problem)
         if functions.distrust:
-            return super().linearize(problem)
+            return self._eager.linearize(problem)
         if not functions.schedule.due():
             return TracedLinearization(functions, problem, tensors)
         with same_draws(problem.weights[0].device):
-            eager = super().linearize(problem)
+            eager = self._eager.linearize(problem)
         traced = TracedLinearization(functions, problem, tensors)
         functions.distrust = disagreement(traced, eager)
         if functions.distrust is None:

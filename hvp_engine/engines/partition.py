@@ -49,14 +49,15 @@ class Partition:
 def partition(trace: Trace) -> Partition:
     """Simplify the trace and split it by what depends on the tangents."""
     root = trace.graph
-    graph = simplify(root.graph)
+    graph = root.graph
+    simplify(graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     tangents = placeholders[-trace.weights :]
-    graph = fold_linear(graph, set(tangents))
+    fold_linear(graph, set(tangents))
     linear = dependents(graph, set(tangents))
-    graph = accumulate(graph, linear)
+    accumulate(graph, linear)
     linear = dependents(graph, set(tangents))
-    outputs = list(_output(graph).args[0])
+    outputs: list[Any] = list(_output(graph).args[0])  # type: ignore[arg-type]  # our traces return a list
     first = 1 + trace.weights
     values, products, mixed = outputs[:first], outputs[first : first + trace.weights], outputs[first + trace.weights :]
 
@@ -64,7 +65,7 @@ def partition(trace: Trace) -> Partition:
     tangent_part = _part(root, graph, products, linear, tangents, residuals)
     mixed_part = _part(root, graph, mixed, linear, tangents, residuals)
     terms = [
-        decompose(output, tangent, linear) if isinstance(output, fx.Node) else Terms((), (), ())
+        decompose(output, tangent, tangents, linear) if isinstance(output, fx.Node) else Terms((), (), ())
         for output, tangent in zip(products, tangents, strict=True)
     ]
     summands = [node for term in terms for node in term.nodes]

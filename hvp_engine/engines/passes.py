@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch.compile_utils import fx_graph_cse
 
-from hvp_engine.engines.functionalize import mutates
+from hvp_engine.engines.functionalize import is_random, mutates
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
@@ -31,7 +30,7 @@ _CONSTANTS = {
 _NO_OPS = (aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)
 
 
-def simplify(graph: fx.Graph) -> fx.Graph:
+def simplify(graph: fx.Graph) -> None:
     """Drop what does nothing, merge what is computed twice, remove dead code."""
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -40,16 +39,15 @@ def simplify(graph: fx.Graph) -> fx.Graph:
             _replace(graph, node, node.args[0])
         elif node.target in _CONSTANTS:
             _replace(graph, node, _constant(graph, node, _CONSTANTS[node.target](node)))
-        elif node.target is aten.t.default:
-            _push_transpose(graph, node)
+        elif node.target is aten.t.default and _calls(node.args[0], aten.t.default):
+            _replace(graph, node, node.args[0].args[0])
         elif node.target is aten.add.Tensor and not node.kwargs:
             for zero, other in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
                 if _calls(zero, aten.full.default) and zero.args[1] == 0 and _same(other, node):
                     _replace(graph, node, other)
                     break
-    graph = fx_graph_cse(graph)
+    _merge_equal(graph)
     _drop_dead(graph)
-    return graph
 
 
 def dependents(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
@@ -61,11 +59,14 @@ def dependents(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def fold_linear(graph: fx.Graph, tangents: set[fx.Node]) -> fx.Graph:
+def fold_linear(graph: fx.Graph, tangents: set[fx.Node]) -> None:
     """Collapse (t * a) * b into t * (a * b), and sums of products into accumulating ones, where t is a tangent.
 
     `tangents` are the tangent placeholders; whatever does not depend on them is a known factor.
     """
+    for node in dependents(graph, tangents):
+        if node.target is aten.t.default:  # not in the primal part: strides there decide how dropout draws its mask
+            _push_transpose(graph, node)
     linear = dependents(graph, tangents)
     for node in list(graph.nodes):
         if node.op != "call_function" or node not in linear:
@@ -86,10 +87,9 @@ def fold_linear(graph: fx.Graph, tangents: set[fx.Node]) -> fx.Graph:
         linear.add(product)
         _replace(graph, node, product)
         graph.erase_node(inner)
-    return graph
 
 
-def accumulate(graph: fx.Graph, linear: set[fx.Node]) -> fx.Graph:
+def accumulate(graph: fx.Graph, linear: set[fx.Node]) -> None:
     """Turn sums into accumulating operations: mm + x into addmm, t * a + x into addcmul."""
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not aten.add.Tensor or node.kwargs or node not in linear:
@@ -118,15 +118,15 @@ def accumulate(graph: fx.Graph, linear: set[fx.Node]) -> fx.Graph:
                 _replace(graph, node, sum_)
                 graph.erase_node(term)
                 break
-    return graph
 
 
 def _factor(node: fx.Node, linear: set[fx.Node]) -> tuple[fx.Node, Any] | None:
     """(t, a) if `node` is t * a with t in `linear`, of t's shape and dtype, and a known."""
+    arguments: tuple[Any, ...] = node.args
     if node.target is aten.neg.default:
-        return (node.args[0], -1.0) if node.args[0] in linear else None
+        return (arguments[0], -1.0) if arguments[0] in linear else None
     if node.target in (aten.mul.Scalar, aten.mul.Tensor) and len(node.args) == 2:
-        for t, a in (node.args, reversed(node.args)):
+        for t, a in (arguments, reversed(arguments)):
             known = not isinstance(a, fx.Node) or a not in linear
             if isinstance(t, fx.Node) and t in linear and known and _same(t, node):
                 return t, a
@@ -151,7 +151,7 @@ def _multiply(graph: fx.Graph, a: Any, b: Any, like: fx.Node) -> Any:
 
 def _push_transpose(graph: fx.Graph, node: fx.Node) -> None:
     """(A B)^T into B^T A^T, (A + B)^T into A^T + B^T, (A^T)^T into A, where nobody else uses the inside."""
-    inner = node.args[0]
+    inner: Any = node.args[0]
     if _calls(inner, aten.t.default):
         _replace(graph, node, inner.args[0])
         return
@@ -204,9 +204,30 @@ def _same_dtype(a: fx.Node, b: fx.Node) -> bool:
     return x is not None and y is not None and x.dtype == y.dtype
 
 
-def _replace(graph: fx.Graph, node: fx.Node, value: fx.Node) -> None:
+def _replace(graph: fx.Graph, node: fx.Node, value: Any) -> None:
     node.replace_all_uses_with(value)
     graph.erase_node(node)
+
+
+def _merge_equal(graph: fx.Graph) -> None:
+    """Compute once what is computed twice from the same arguments."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "get_attr") or is_random(node) or mutates(node):
+            continue
+        key = (node.op, node.target, _frozen(node.args), _frozen(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            _replace(graph, node, first)
+
+
+def _frozen(value: Any) -> Any:
+    """`value` as something that can be compared and hashed; numbers of different types differ."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, _frozen(item)) for key, item in value.items())
+    return value if isinstance(value, fx.Node) else (type(value), repr(value))
 
 
 def _drop_dead(graph: fx.Graph) -> None:

@@ -10,7 +10,7 @@ of their arguments.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def trace(problem: Problem) -> Trace:
         *(torch.ones_like(w) for w in problem.weights),
     ]
     try:
-        with _one_fake_mode(), plain_kernels(), torch.backends.mkldnn.flags(enabled=False):
+        with _one_fake_mode(), plain_kernels(), _without_mkldnn():
             graph = make_fx(function)(*arguments)
             if not functionalized(graph):
                 with torch.no_grad():
@@ -96,3 +96,14 @@ def _one_fake_mode() -> contextlib.AbstractContextManager[Any]:
     """Let `make_fx` record shapes in one fake mode: otherwise it makes one for each operation, which is slow."""
     mode = FakeTensorMode(allow_fallback_kernels=True)
     return torch._guards.tracing(torch._guards.TracingContext(mode))
+
+
+@contextlib.contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    """Recurrent layers by operations that can be traced; `torch.backends.mkldnn.flags` would warn about TF32."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)

@@ -34,11 +34,12 @@ class Outcome:
     status: Status
     finite: bool = True
     finite_v: bool = True
+    growth_limit: float = GROWTH_LIMIT
 
     @property
     def failed(self) -> bool:
         """Whether the value must not be used: not finite, or grown beyond the limit."""
-        return not self.finite or self.residual_norm > GROWTH_LIMIT
+        return not self.finite or self.residual_norm > self.growth_limit
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,13 @@ class Accumulation:
 class Iteration(Protocol):
     """One solve in progress; `accumulation` is None where the step is not linear in the product."""
 
-    accumulation: Accumulation | None
-
     value: FlatVector
     direction: FlatVector
     limit: int
     steps: int
+
+    @property
+    def accumulation(self) -> Accumulation | None: ...
 
     def step(self, product: Sequence[Tensor]) -> None:
         """Advance by one product with A, taken at `direction`."""
