@@ -7,9 +7,15 @@ from collections.abc import Callable
 from hvp_engine.engines.auto import AutoEngine
 from hvp_engine.engines.base import Engine
 from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.engines.finite_difference import FiniteDifferenceEngine
 from hvp_engine.engines.linearized import LinearizedEngine
 
-ENGINES: dict[str, Callable[[], Engine]] = {"eager": EagerEngine, "linearized": LinearizedEngine, "auto": AutoEngine}
+ENGINES: dict[str, Callable[[], Engine]] = {
+    "eager": EagerEngine,
+    "linearized": LinearizedEngine,
+    "finite_difference": FiniteDifferenceEngine,
+    "auto": AutoEngine,
+}
 """Every engine by the name that the public API takes."""
 
 
@@ -22,4 +28,4 @@ def create(engine: str | Engine) -> Engine:
     return ENGINES[engine]()
 
 
-__all__ = ["ENGINES", "AutoEngine", "EagerEngine", "Engine", "LinearizedEngine", "create"]
+__all__ = ["ENGINES", "AutoEngine", "EagerEngine", "Engine", "FiniteDifferenceEngine", "LinearizedEngine", "create"]

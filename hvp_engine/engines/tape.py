@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,7 @@ def gradients(loss: Tensor, weights: Sequence[Tensor], name: str) -> list[Tensor
             f"{name}: expected a loss with an autograd graph; got a tensor that does not require grad: compute it "
             "from the weights with grad mode on, and without .detach() or .item()"
         )
+    _refuse_once_differentiable(loss)
     found = differentiate(loss, weights, create_graph=True)
     if all(gradient is None for gradient in found):
         raise GraphError(
@@ -132,19 +134,40 @@ class Tape:
             raise
 
 
-def _nodes_below(outputs: Sequence[Tensor]) -> set[Node]:
-    """The nodes of the graph of `outputs`.
-
-    Raises where a once-differentiable function cut the graph: autograd would return zeros without a word.
-    """
+def _walk(outputs: Sequence[Tensor]) -> set[Node]:
+    """The nodes of the graph of `outputs`."""
     seen: set[Node] = set()
     stack = [get_gradient_edge(output).node for output in outputs]
     while stack:
         node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::Error":
-            raise second_derivative_error("a function whose backward is marked once_differentiable")
-        stack.extend(following for following, _ in node.next_functions if following is not None)
+        if node not in seen:
+            seen.add(node)
+            stack.extend(following for following, _ in node.next_functions if following is not None)
     return seen
+
+
+def _nodes_below(outputs: Sequence[Tensor]) -> set[Node]:
+    """The nodes of the graph of a gradient.
+
+    Raises where a once-differentiable function cut the graph: autograd would return zeros without a word.
+    """
+    nodes = _walk(outputs)
+    if any(node.name() == "torch::autograd::Error" for node in nodes):
+        raise second_derivative_error("a function whose backward is marked once_differentiable")
+    return nodes
+
+
+def _refuse_once_differentiable(loss: Tensor) -> None:
+    """Raise for a once-differentiable function in the loss.
+
+    Behind a linear reduction such as a sum its backward leaves no trace in the gradient's graph, and the second
+    derivative would be wrong without a word.
+    """
+    for node in _walk([loss]):
+        function: Any = getattr(node, "_forward_cls", None)
+        backward = getattr(function, "backward", None)
+        code = getattr(backward, "__code__", None)
+        if code is None or code.co_filename != torch.autograd.function.__file__:
+            continue
+        if hasattr(backward, "__wrapped__"):
+            raise second_derivative_error(f"{function.__name__}, whose backward is once_differentiable")
