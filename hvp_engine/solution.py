@@ -20,6 +20,10 @@ class Status(enum.Enum):
         "negative curvature: the operator is not positive definite, so the series has no limit; use damping or "
         "a Gauss-Newton operator"
     )
+    SINGULAR = (
+        "singular, as far as the precision tells: the value is the least-squares solution of smallest norm; use "
+        "damping, or a wider dtype if the operator should have an inverse"
+    )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from hvp_engine.engines import Engine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import DivergenceError, NonFiniteError
 from hvp_engine.linearization import LinearMap
+from hvp_engine.preconditioning import Preconditioner
 from hvp_engine.solution import Solution, Status
 from hvp_engine.solvers.base import GROWTH_LIMIT, Iteration, Outcome, Solver, check_solver
 from hvp_engine.spectrum import SpectralEstimate, Spectrum
@@ -45,6 +46,35 @@ class CallableOperator:
         ]
 
 
+class _Estimates:
+    """Spectral estimates for one solve: of A, or with a preconditioner M of M (A + damping I)."""
+
+    def __init__(self, operator: LinearMap, solver: Solver, spectrum: Spectrum):
+        self._operator, self._spectrum = operator, spectrum
+        self._preconditioner: Preconditioner | None = getattr(solver, "preconditioner", None)
+        self.preconditioned = self._preconditioner is not None
+        self._inside = solver.damping if self.preconditioned else 0.0
+        self.damping = solver.damping - self._inside
+        """What the estimates do not contain yet."""
+
+    def refresh(self) -> SpectralEstimate:
+        return self._spectrum.refresh(self._product, self._operator.layout, self._preconditioner)
+
+    def restart(self, start: FlatVector | None = None) -> SpectralEstimate:
+        """A cold estimate, from a random start unless one is given."""
+        start = self._spectrum._random(self._operator.layout) if start is None else start
+        return self._spectrum.restart(self._product, start, self._preconditioner)
+
+    def indefinite(self, estimate: SpectralEstimate) -> bool:
+        return estimate.smallest + self.damping < -1e-6 * estimate.largest
+
+    def _product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        products = self._operator.product(tangents)
+        if self._inside:
+            products = [p + self._inside * t for p, t in zip(products, tangents, strict=True)]
+        return products
+
+
 def solve_flat(
     operator: LinearMap,
     v: Sequence[Tensor],
@@ -54,7 +84,8 @@ def solve_flat(
     name: str = "v",
 ) -> tuple[list[Tensor], Solution]:
     """The value as views like the weights, and the solution without its value filled in; `name` is v's in messages."""
-    estimate = spectrum.refresh(operator.product, operator.layout) if solver.estimates_spectrum else None
+    estimates = _Estimates(operator, solver, spectrum)
+    estimate = estimates.refresh() if solver.estimates_spectrum else None
     if estimate is not None and not estimate.finite:
         raise _refusal(operator, name if _any_bad(v) else None)
     hvps = estimate.hvps if estimate else 0
@@ -63,7 +94,7 @@ def solve_flat(
     if estimate is not None and outcome.residual_norm > 1 and iteration.steps:
         # A positive definite operator cannot grow the residual under a safe alpha: either the estimate was stale,
         # or there is negative curvature. The residual that grew points at what was missed.
-        fresh = spectrum.restart(operator.product, _start_after(iteration, operator.layout))
+        fresh = estimates.restart(_start_after(iteration, operator.layout))
         hvps += fresh.hvps
         if fresh.finite and fresh.bound() > 1.05 * estimate.bound():
             estimate = fresh
@@ -74,9 +105,9 @@ def solve_flat(
     if outcome.failed:
         if not outcome.finite_v:
             raise _refusal(operator, name)
-        raise _divergence(operator, outcome, iteration, solver, spectrum)
+        raise _divergence(operator, outcome, iteration, solver, estimates)
     status = outcome.status
-    if estimate is not None and estimate.smallest + solver.damping < -1e-6 * estimate.largest:
+    if estimate is not None and estimates.indefinite(estimate):
         status = Status.NEGATIVE_CURVATURE
     solution = Solution(
         value=None,
@@ -131,10 +162,10 @@ def _refusal(operator: LinearMap, bad: str | None) -> NonFiniteError:
 
 
 def _divergence(
-    operator: LinearMap, outcome: Outcome, iteration: Iteration, solver: Solver, spectrum: Spectrum
+    operator: LinearMap, outcome: Outcome, iteration: Iteration, solver: Solver, estimates: _Estimates
 ) -> DivergenceError:
     """The error for a failed solve, with what would have worked."""
-    estimate = spectrum.restart(operator.product, spectrum._random(operator.layout))
+    estimate = estimates.restart()
     if not estimate.finite:
         return _refusal(operator, None)
     alpha = getattr(iteration, "alpha", None)
@@ -144,9 +175,13 @@ def _divergence(
         else "the sum became NaN or Inf"
     )
     used = f" with alpha={alpha:.6g}" if alpha is not None else ""
-    bound = estimate.bound(solver.damping)
+    bound = estimate.bound(estimates.damping)
     advice = f"alpha={1 / bound:.3g} or alpha='auto' would converge" if bound > 0 else "use a smaller alpha"
-    if estimate.smallest + solver.damping < -1e-6 * estimate.largest:
+    if alpha is None:
+        advice = "scale the loss, or use a wider dtype"
+    elif estimates.indefinite(estimate) and estimates.preconditioned:
+        advice = "M (A + damping I) has a negative eigenvalue, so no alpha converges: use more damping or fewer terms"
+    elif estimates.indefinite(estimate):
         needed = -1.5 * estimate.smallest
         advice = (
             f"its smallest eigenvalue is about {estimate.smallest:.3g}, so no alpha converges: use "
@@ -155,7 +190,7 @@ def _divergence(
         )
     return DivergenceError(
         f"{type(solver).__name__} diverged after {iteration.steps} products{used}: {happened}; "
-        f"lambda_max is estimated as {estimate.largest + solver.damping:.3g}; {advice}"
+        f"lambda_max is estimated as {estimate.largest + estimates.damping:.3g}; {advice}"
     )
 
 

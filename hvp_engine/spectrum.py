@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hvp_engine.preconditioning import Preconditioner, precondition
 from hvp_engine.vectors import FlatVector, Layout
 
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -58,35 +60,54 @@ class SpectralEstimate:
         return 1.0 / bound if bound > 0 else 1.0
 
 
-def lanczos(product: Product, start: FlatVector, steps: int) -> tuple[SpectralEstimate, FlatVector]:
+def lanczos(
+    product: Product, start: FlatVector, steps: int, preconditioner: Preconditioner | None = None
+) -> tuple[SpectralEstimate, FlatVector]:
     """Lanczos with full reorthogonalization from `start`: the estimate and the Ritz vector of the largest |value|.
 
-    Cost: `steps` products, `steps` + 2 flat vectors, one wait for the device.
+    With a preconditioner M, the values are those of M A, that is of the symmetric M^(1/2) A M^(1/2).
 
-    Source: Golub and Van Loan, Matrix Computations, section 10.3.
+    Cost: `steps` products, `steps` + 2 flat vectors (2 `steps` + 3 with a preconditioner), one wait for the device.
+
+    Source: Golub and Van Loan, Matrix Computations, sections 10.1 and 11.5.
     """
     layout = start.layout
     steps = min(steps, max(1, sum(layout.numels)))
+    # Vectors u and their images M u, with u_i . M u_j = 1 if i = j else 0; without M they are the same.
     basis = torch.zeros(steps, layout.size, dtype=layout.state_dtype, device=layout.device)
+    images = basis if preconditioner is None else torch.zeros_like(basis)
     direction, work = FlatVector(layout), FlatVector(layout)  # two, since a product may alias its tangent
+    image = work if preconditioner is None else FlatVector(layout)
+    pair = [work] if preconditioner is None else [work, image]
+
+    def norm_of_work() -> Tensor:
+        if preconditioner is None:
+            return torch.linalg.vector_norm(work.data)
+        precondition(preconditioner, work, image)
+        return torch.dot(work.data, image.data).clamp_min(0).sqrt()
+
     diagonal, off_diagonal = [], []
     negligible = 100 * torch.finfo(layout.state_dtype).eps
-    current = start.data / torch.linalg.vector_norm(start.data)
+    work.data.copy_(start.data)
+    norm = norm_of_work()
+    for vector in pair:
+        vector.data /= norm
     for k in range(steps):
-        basis[k] = current
-        direction.data.copy_(current)
+        basis[k] = work.data
+        images[k] = image.data
+        direction.data.copy_(image.data)
         direction.refresh()
         work.copy_(product(direction.tangents))
-        known = basis[: k + 1]
-        coefficients = known @ work.data
+        coefficients = images[: k + 1] @ work.data
         diagonal.append(coefficients[k])
-        residual = work.data - coefficients @ known
-        residual -= (known @ residual) @ known  # once more: one pass leaves rounding errors in float32
-        norm = torch.linalg.vector_norm(residual)
+        work.data -= coefficients @ basis[: k + 1]
+        work.data -= (images[: k + 1] @ work.data) @ basis[: k + 1]  # once more: one pass leaves rounding in float32
+        norm = norm_of_work()
         # What is left of an invariant subspace is rounding, not a direction: made one, it doubles an eigenvalue.
-        norm = norm * (norm > negligible * torch.linalg.vector_norm(work.data))
+        norm = norm * (norm > negligible * torch.hypot(norm, torch.linalg.vector_norm(coefficients)))
         off_diagonal.append(norm)
-        current = torch.where(norm > 0, residual / norm, torch.zeros_like(residual))
+        for vector in pair:
+            vector.data.copy_(torch.where(norm > 0, vector.data / norm, 0.0))
     figures = torch.stack(diagonal + off_diagonal).double().cpu()  # the one wait
     if not torch.isfinite(figures).all():
         return SpectralEstimate(math.nan, math.nan, math.nan, steps), start
@@ -109,6 +130,7 @@ class Spectrum:
     def __init__(self) -> None:
         self.estimate: SpectralEstimate | None = None
         self.vector: FlatVector | None = None
+        self._loaded: Tensor | None = None  # of a checkpoint, until a call brings the layout
         self._calls = 0
 
     def _random(self, layout: Layout) -> FlatVector:
@@ -120,30 +142,38 @@ class Spectrum:
         vector.data /= torch.linalg.vector_norm(vector.data).clamp_min(1e-30)
         return vector
 
-    def refresh(self, product: Product, layout: Layout) -> SpectralEstimate:
+    def refresh(
+        self, product: Product, layout: Layout, preconditioner: Preconditioner | None = None
+    ) -> SpectralEstimate:
         """A new estimate: 3 products from the last eigenvector with a random part added, 8 on the first call."""
         self._calls += 1
+        if self._loaded is not None and self._loaded.numel() == layout.size:
+            self.vector = FlatVector(layout, self._loaded.to(layout.device, layout.state_dtype))
+        self._loaded = None
         if self.vector is None or self.vector.layout != layout:
-            return self.restart(product, self._random(layout))
+            return self.restart(product, self._random(layout), preconditioner)
         start = self._random(layout)
         start.data.mul_(_FRESH_SHARE).add_(self.vector.data / torch.linalg.vector_norm(self.vector.data))
-        return self._run(product, start, REFRESH_STEPS)
+        return self._run(product, start, REFRESH_STEPS, preconditioner)
 
-    def restart(self, product: Product, start: FlatVector) -> SpectralEstimate:
+    def restart(
+        self, product: Product, start: FlatVector, preconditioner: Preconditioner | None = None
+    ) -> SpectralEstimate:
         """A new estimate from `start` with as many products as a first one."""
-        return self._run(product, start, COLD_STEPS)
+        return self._run(product, start, COLD_STEPS, preconditioner)
 
-    def _run(self, product: Product, start: FlatVector, steps: int) -> SpectralEstimate:
-        estimate, vector = lanczos(product, start, steps)
+    def _run(
+        self, product: Product, start: FlatVector, steps: int, preconditioner: Preconditioner | None
+    ) -> SpectralEstimate:
+        estimate, vector = lanczos(product, start, steps, preconditioner)
         if estimate.finite:
             self.estimate, self.vector = estimate, vector
         return estimate
 
-    def state_dict(self) -> dict[str, object]:
-        """What a checkpoint needs to continue with the same numbers."""
-        return {"calls": self._calls, "vector": None if self.vector is None else self.vector.data}
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to continue with the same numbers; its vector is never changed in place."""
+        return {"calls": self._calls, "vector": self._loaded if self.vector is None else self.vector.data}
 
-    def load_state_dict(self, state: dict[str, object], layout: Layout) -> None:
-        self._calls = int(state["calls"])  # type: ignore[call-overload]
-        data = state["vector"]
-        self.vector = FlatVector(layout, data.to(layout.device)) if isinstance(data, Tensor) else None
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state; its vector is used if it fits the operator of the next call."""
+        self._calls, self._loaded, self.vector = state["calls"], state["vector"], None

@@ -64,8 +64,12 @@ def spread_total(partials, rows, BLOCK: tl.constexpr):
     the row's own program, which alone overwrites it, finds it. One program."""
     lane = tl.arange(0, BLOCK).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float64)
-    for begin in range(0, rows, BLOCK):
+    begin = 0
+    while begin < rows:  # a range over a run-time number does not work in the interpreter
         total += tl.load(partials + 3 * (begin + lane) + 1, mask=begin + lane < rows, other=0.0)
+        begin += BLOCK
     total = tl.zeros((BLOCK,), tl.float64) + tl.sum(total)
-    for begin in range(0, rows, BLOCK):
+    begin = 0
+    while begin < rows:
         tl.store(partials + 3 * (begin + lane), total, mask=begin + lane < rows)
+        begin += BLOCK

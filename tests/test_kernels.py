@@ -23,6 +23,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from hvp_engine import kernels  # noqa: E402
 from hvp_engine.kernels.launch import TYPES, WARPS, row_tables  # noqa: E402
+from hvp_engine.kernels.rows import spread_total  # noqa: E402
 
 TESTS = Path(__file__).parent
 compiled_only = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET=1 is set: nothing is compiled")
@@ -56,6 +57,20 @@ def test_ops_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) > 300, done.stdout
+
+
+def test_totals_of_more_rows_than_one_block_takes() -> None:
+    code = """
+import torch
+from hvp_engine.kernels.rows import spread_total
+partials = torch.rand(2500, 3, dtype=torch.float64)
+before = partials.clone()
+spread_total[(1,)](partials, 2500, BLOCK=1024)
+torch.testing.assert_close(partials[:, 0], before[:, 1].sum().expand(2500), rtol=1e-13, atol=0)
+assert torch.equal(partials[:, 1:], before[:, 1:])
+"""
+    done = run_interpreted("-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 @compiled_only
@@ -122,3 +137,13 @@ def test_compiles_for_gpus(name: str, state: torch.dtype, dtype: torch.dtype, ca
     written = 16 * len(re.findall(r"st\.global\.(?:v4\.b32|v2\.b64)", code))
     assert read == elements * (states_read * state.itemsize + dtype.itemsize)
     assert written == elements * states_written * state.itemsize
+
+
+@compiled_only
+@pytest.mark.parametrize("capability", [80, 90])
+def test_totals_compile_for_gpus(capability: int) -> None:
+    signature = {"partials": "*fp64", "rows": "i32", "BLOCK": "constexpr"}
+    compiled = triton.compile(
+        ASTSource(spread_total, signature, constexprs={"BLOCK": 1024}), target=GPUTarget("cuda", capability, 32)
+    )
+    assert len(compiled.asm["cubin"]) > 1000

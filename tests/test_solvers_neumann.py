@@ -215,3 +215,65 @@ def test_solvers_are_values() -> None:
     assert hvp.Neumann(3, alpha=0.1) == hvp.Neumann(3, alpha=0.1) != hvp.Neumann(4, alpha=0.1)
     with pytest.raises(AttributeError):
         hvp.Neumann(3).iterations = 4  # type: ignore[misc]
+
+
+# Preconditioned
+
+DECAY = torch.logspace(-1, 3, 6, dtype=DTYPE)
+SCALED = SPD / 9 + torch.diag(DECAY)
+INVERSE = torch.diag(1 / (DECAY + 0.5))
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.7])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("iterations", [0, 1, 2, 5])
+def test_preconditioned_sum(iterations: int, form: str, damping: float) -> None:
+    """alpha sum_j (I - alpha M (A + damping I))^j M v, by dense matrix powers."""
+    preconditioner = hvp.DiagonalPreconditioner(DECAY, shift=0.5)
+    matrix = Counting(SCALED)
+    solver = hvp.Neumann(iterations, alpha=0.3, form=form, damping=damping, preconditioner=preconditioner)
+    solution = hvp.solve(matrix, V, solver)
+    damped = SCALED + damping * torch.eye(6, dtype=DTYPE)
+    truth = truncated_sum(INVERSE @ damped, INVERSE @ V, iterations, 0.3)
+    torch.testing.assert_close(solution.value, truth, rtol=1e-12, atol=1e-14)
+    assert matrix.calls == solution.hvps == iterations
+    if iterations:
+        before = truncated_sum(INVERSE @ damped, INVERSE @ V, iterations - 1, 0.3)
+        residual = float((V - damped @ before).norm() / V.norm())
+        assert solution.residual_norm == pytest.approx(residual, rel=1e-11) and solution.residual_of == "previous"
+
+
+@pytest.mark.parametrize("damping", [0.0, 3.0])
+@pytest.mark.parametrize("form", FORMS)
+def test_preconditioned_with_automatic_alpha(form: str, damping: float) -> None:
+    """The estimate is that of M (A + damping I): alpha is near 1, not near 1 / lambda_max(A) = 1e-3."""
+    dense = torch.linalg.inv(SCALED + damping * torch.eye(6, dtype=DTYPE)) + 0.001 * torch.eye(6, dtype=DTYPE)
+    for preconditioner, matrix in [
+        (hvp.DiagonalPreconditioner(DECAY, shift=0.5), INVERSE),
+        (lambda v: [dense @ v[0]], dense),  # not diagonal
+    ]:
+        solver = hvp.Neumann(200, form=form, damping=damping, preconditioner=preconditioner)
+        solution = hvp.solve(lambda v: SCALED @ v, V, solver)
+        product = matrix @ (SCALED + damping * torch.eye(6, dtype=DTYPE))
+        largest = float(torch.linalg.eigvals(product).real.max())
+        assert solution.lambda_max == pytest.approx(largest, rel=1e-6)
+        assert solution.alpha == pytest.approx(1 / largest, rel=1e-3)
+        truth = torch.linalg.solve(SCALED + damping * torch.eye(6, dtype=DTYPE), V)
+        assert relative_error(solution.value, truth) < 1e-6
+        plain = hvp.solve(lambda v: SCALED @ v, V, hvp.Neumann(200, form=form, damping=damping))
+        assert relative_error(plain.value, truth) > 1e-2
+
+
+def test_preconditioned_without_a_limit() -> None:
+    preconditioner = hvp.DiagonalPreconditioner(torch.ones(6, dtype=DTYPE), shift=1.0)
+    solution = hvp.solve(lambda v: INDEFINITE @ v, V, hvp.Neumann(5, preconditioner=preconditioner))
+    assert solution.status is hvp.Status.NEGATIVE_CURVATURE
+    damped = hvp.solve(lambda v: INDEFINITE @ v, V, hvp.Neumann(5, damping=0.6, preconditioner=preconditioner))
+    assert damped.status is hvp.Status.ITERATION_LIMIT
+    with pytest.raises(hvp.DivergenceError, match="M .A . damping I. has a negative eigenvalue.*more damping"):
+        hvp.solve(lambda v: INDEFINITE @ v, V, hvp.Neumann(2000, preconditioner=preconditioner))
+    with pytest.raises(hvp.DivergenceError) as caught:
+        hvp.solve(lambda v: SPD @ v, V, hvp.Neumann(100, alpha=1.0, preconditioner=preconditioner))
+    alpha = number_after("; alpha=", str(caught.value))
+    solution = hvp.solve(lambda v: SPD @ v, V, hvp.Neumann(5000, alpha=alpha, preconditioner=preconditioner))
+    torch.testing.assert_close(solution.value, inverse(SPD), rtol=1e-9, atol=0)

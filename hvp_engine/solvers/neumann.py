@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine import ops
+from hvp_engine.preconditioning import Preconditioner, check_preconditioner, precondition
 from hvp_engine.solution import Status
 from hvp_engine.solvers.base import (
     Accumulation,
@@ -23,7 +24,7 @@ from hvp_engine.solvers.base import (
     scalar,
 )
 from hvp_engine.spectrum import SpectralEstimate
-from hvp_engine.vectors import Layout
+from hvp_engine.vectors import FlatVector, Layout
 
 Form = Literal["accumulate", "horner"]
 
@@ -42,8 +43,11 @@ class Neumann:
         form: "accumulate" keeps the term and the sum (v <- v - alpha A v; p <- p + v); "horner" keeps the sum
             alone (p <- p + v_0 - alpha A p): less memory traffic, other rounding.
         damping: added to the diagonal of A, >= 0.
+        preconditioner: v -> M v on the list of the weights' leaves, symmetric positive definite, near A^-1; for
+            example a :class:`DiagonalPreconditioner`. The sum is then that of M A and M v in place of A and v, with the
+            same limit, and converges for 0 < alpha < 2 / lambda_max(M A).
 
-    Cost: `iterations` products; two flat vectors of weights, whatever `iterations` is.
+    Cost: `iterations` products; two flat vectors of weights, whatever `iterations` is; three with a preconditioner.
 
     Errors: `TypeError` or `ValueError` naming the argument, at construction.
 
@@ -58,9 +62,11 @@ class Neumann:
     alpha: float | Literal["auto"] = "auto"
     form: Form = "accumulate"
     damping: float = 0.0
+    preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
         check_iterations(self.iterations)
+        check_preconditioner(self.preconditioner)
         if self.alpha != "auto":
             check_positive(self.alpha, "alpha")
         check_damping(self.damping)
@@ -74,15 +80,16 @@ class Neumann:
     def init(self, layout: Layout, v: Sequence[Tensor], estimate: SpectralEstimate | None) -> Iteration:
         if self.alpha == "auto":
             assert estimate is not None
-            alpha = estimate.safe_alpha(self.damping)
+            alpha = estimate.safe_alpha(self.damping if self.preconditioner is None else 0.0)
         else:
             alpha = float(self.alpha)
-        form = _Accumulate if self.form == "accumulate" else _Horner
-        return form(self, layout, v, alpha)
+        return _FORMS[self.form, self.preconditioner is not None](self, layout, v, alpha)
 
 
 class _Accumulate:
     """v <- v - alpha A v; p <- p + v."""
+
+    accumulation: Accumulation | None
 
     def __init__(self, solver: Neumann, layout: Layout, v: Sequence[Tensor], alpha: float):
         self.limit = solver.iterations
@@ -134,6 +141,57 @@ class _Horner(_Accumulate):
         states = (self.value.data, self._start.data)
         self._update = ops.bind("neumann_step_horner", states, layout, (self._alpha,), solver.damping, self._partials)
         self.accumulation = Accumulation(self.value, self.alpha, lambda: self.value.data.add_(self._start.data))
+
+
+class _Preconditioned(_Accumulate):
+    """r <- r - alpha A z; z <- M r; p <- p + z. r is the residual of alpha p before the step."""
+
+    def _bind(self, solver: Neumann, layout: Layout) -> None:
+        assert solver.preconditioner is not None
+        self.accumulation = None
+        self._preconditioner, self._shift = solver.preconditioner, -self.alpha * solver.damping
+        self._residual = self._start
+        self._image = FlatVector(layout)
+        precondition(self._preconditioner, self._residual, self._image)
+        self.value = self._image.clone()
+        self.direction = self._image
+        scales = scalar(-self.alpha, layout.device), scalar(1.0, layout.device)
+        self._update = ops.bind("scale_accumulate", (self._residual.data,), layout, scales, 0.0, self._partials)
+
+    def step(self, product: Sequence[Tensor]) -> None:
+        self._residual.data.add_(self.direction.data, alpha=self._shift)
+        self._update(product)
+        precondition(self._preconditioner, self._residual, self._image)
+        self.value.data.add_(self._image.data)
+        self.direction.refresh()
+        self.steps += 1
+
+    def finish(self) -> Tensor:
+        self.value.data.mul_(self._alpha)
+        _, squared_residual, bad = self._partials.sum(0).unbind()
+        squared = self.value.data.double().square().sum()
+        return torch.cat([self._initial.sum(0), torch.stack([squared_residual, squared, bad])])
+
+
+class _PreconditionedHorner(_Preconditioned):
+    """p <- p + M (v - alpha A p), with v constant."""
+
+    def _bind(self, solver: Neumann, layout: Layout) -> None:
+        super()._bind(solver, layout)
+        self._v = self._residual.clone()
+        self.direction = self.value
+
+    def step(self, product: Sequence[Tensor]) -> None:
+        self._residual.data.copy_(self._v.data)
+        super().step(product)
+
+
+_FORMS = {
+    ("accumulate", False): _Accumulate,
+    ("horner", False): _Horner,
+    ("accumulate", True): _Preconditioned,
+    ("horner", True): _PreconditionedHorner,
+}
 
 
 @dataclass(frozen=True)

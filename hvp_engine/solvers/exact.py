@@ -1,0 +1,164 @@
+"""The dense solve: the matrix built by one product for each weight, and factorized."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvp_engine.solution import Status
+from hvp_engine.solvers.base import Iteration, Outcome, check_damping, load
+from hvp_engine.spectrum import SpectralEstimate
+from hvp_engine.vectors import STATE_DTYPES, FlatVector, Layout
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A + damping I as a matrix, and its exact solve.
+
+    The matrix is made symmetric by averaging it with its transpose. Positive definite ones are solved by Cholesky;
+    others, indefinite ones included, by their eigenvalues. Eigenvalues that are zero to n eps of the largest are left
+    out: x is then the least-squares solution of smallest norm, and the status is SINGULAR.
+
+    Arguments:
+        dtype: what the matrix is stored and factorized in, torch.float32 or torch.float64; None is the dtype that the
+            weights are solved in. (Products are made in the weights' own dtype in any case.)
+        max_size: refuse more weights than that: memory grows as n^2, time as n^3.
+        damping: added to the diagonal, >= 0.
+
+    Cost: n products for n weights, whatever v is; 2 n^2 numbers of memory (4 n^2 unless positive definite), n^3 / 3
+    operations (about 10 n^3).
+
+    Errors: `TypeError` or `ValueError` naming the argument, at construction; `ValueError` in a solve with more than
+    `max_size` weights.
+
+    >>> import torch, hvp_engine as hvp
+    >>> A = torch.tensor([[2.0, 1.0], [1.0, -1.0]])
+    >>> hvp.solve(lambda v: A @ v, torch.tensor([4.0, -1.0]), hvp.Exact()).value
+    tensor([1.0000, 2.0000])
+    """
+
+    dtype: torch.dtype | None = None
+    max_size: int = 10_000
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in STATE_DTYPES:
+            raise ValueError(f"dtype: expected torch.float32, torch.float64 or None; got {self.dtype}")
+        if isinstance(self.max_size, bool) or not isinstance(self.max_size, int):
+            raise TypeError(f"max_size: expected an int; got {type(self.max_size).__name__}")
+        if self.max_size < 1:
+            raise ValueError(f"max_size: expected a number of weights >= 1; got {self.max_size}")
+        check_damping(self.damping)
+
+    @property
+    def estimates_spectrum(self) -> bool:
+        return False
+
+    def init(self, layout: Layout, v: Sequence[Tensor], estimate: SpectralEstimate | None) -> Iteration:
+        dtype = layout.state_dtype if self.dtype is None else self.dtype
+        size = sum(layout.numels)
+        if size > self.max_size:
+            raise ValueError(
+                f"Exact: expected at most max_size={self.max_size} weights; got {size}, whose matrix takes "
+                f"{size * size * dtype.itemsize / 1e9:.3g} GB: use hvp.ConjugateGradient, or raise max_size"
+            )
+        return _Exact(layout, dtype, v, self.damping)
+
+
+class Columns:
+    """A operator's matrix, one product with a unit vector after another.
+
+    Rows and columns are the weights' elements, tensor after tensor, each in row-major order.
+    """
+
+    accumulation = None
+
+    def __init__(self, layout: Layout, dtype: torch.dtype):
+        self.limit, self.steps = sum(layout.numels), 0
+        self.direction = FlatVector(layout)
+        index = torch.arange(layout.size)
+        places = torch.cat([index[:0], *(view.reshape(-1) for view in layout.views(index))])
+        self.places = places.to(layout.device)
+        self._places = places.tolist()
+        self._work = FlatVector(layout)
+        self._rows = torch.zeros(self.limit, self.limit, dtype=dtype, device=layout.device)
+        self._point(1.0)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The products as columns."""
+        return self._rows.T
+
+    def step(self, product: Sequence[Tensor]) -> None:
+        self._work.copy_(product)
+        self._rows[self.steps] = self._work.data[self.places]
+        self._point(0.0)
+        self.steps += 1
+        self._point(1.0)
+
+    def finished(self) -> bool:
+        return False
+
+    def _point(self, value: float) -> None:
+        """Put `value` where the unit vector of this step has its one."""
+        if self.steps < self.limit:
+            self.direction.data[self._places[self.steps]] = value
+            self.direction.refresh()
+
+
+class _Exact(Columns):
+    def __init__(self, layout: Layout, dtype: torch.dtype, v: Sequence[Tensor], damping: float):
+        super().__init__(layout, dtype)
+        self._damping = damping
+        self._b, self._initial = load(layout, v)
+        self.value = FlatVector(layout)
+
+    def finish(self) -> Tensor:
+        """Unlike other solvers' this waits for the device, which a factorization does in any case."""
+        _, _, bad_v = self._initial.sum(0).unbind()
+        matrix = (self._rows + self._rows.T) / 2
+        matrix.diagonal().add_(self._damping)
+        b = self._b.data[self.places].to(matrix.dtype)
+        bad = bad_v + (~torch.isfinite(matrix).all()).double()
+        if bad > 0:
+            return torch.stack([bad.new_tensor(math.inf), bad.new_zeros(()), bad, bad_v])
+        x = _by_cholesky(matrix, b)
+        deficient = 0
+        if x is None:
+            x, deficient = _by_eigenvalues(matrix, b)
+        norm = torch.linalg.vector_norm(b)
+        residual = torch.linalg.vector_norm(b - matrix @ x) / torch.where(norm > 0, norm, 1.0)
+        self.value.data[self.places] = x.to(self.value.data.dtype)
+        return torch.stack([residual.double(), bad.new_tensor(float(deficient)), bad, bad_v])
+
+    def read(self, figures: Sequence[float]) -> Outcome:
+        residual, deficient, bad, bad_v = figures
+        exact = not deficient and residual <= math.sqrt(torch.finfo(self._rows.dtype).eps)
+        status = Status.CONVERGED if exact else Status.SINGULAR
+        return Outcome(residual, "returned", status, not bad and math.isfinite(residual), not bad_v)
+
+
+def _by_cholesky(matrix: Tensor, b: Tensor) -> Tensor | None:
+    """The solution; None where the matrix is not positive definite, or nearly singular."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    pivots = factor.diagonal().square()
+    if int(info) or not len(b) or bool(pivots.min() <= _threshold(matrix) * pivots.max()):
+        return None
+    return torch.cholesky_solve(b[:, None], factor)[:, 0]
+
+
+def _by_eigenvalues(matrix: Tensor, b: Tensor) -> tuple[Tensor, int]:
+    """The solution of smallest norm, and how many eigenvalues are zero."""
+    values, vectors = torch.linalg.eigh(matrix)
+    size = values.abs()
+    zero = size <= _threshold(matrix) * (size.max() if len(size) else 0.0)
+    inverse = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, values))
+    return vectors @ (inverse * (vectors.T @ b)), int(zero.sum())
+
+
+def _threshold(matrix: Tensor) -> float:
+    return len(matrix) * torch.finfo(matrix.dtype).eps
