@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from hvp_engine.engines.auto import AutoEngine
 from hvp_engine.engines.base import Engine
+from hvp_engine.engines.compiled import CompiledEngine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.finite_difference import FiniteDifferenceEngine
 from hvp_engine.engines.linearized import LinearizedEngine
@@ -13,6 +14,7 @@ from hvp_engine.engines.linearized import LinearizedEngine
 ENGINES: dict[str, Callable[[], Engine]] = {
     "eager": EagerEngine,
     "linearized": LinearizedEngine,
+    "compiled": CompiledEngine,
     "finite_difference": FiniteDifferenceEngine,
     "auto": AutoEngine,
 }
@@ -28,4 +30,13 @@ def create(engine: str | Engine) -> Engine:
     return ENGINES[engine]()
 
 
-__all__ = ["ENGINES", "AutoEngine", "EagerEngine", "Engine", "FiniteDifferenceEngine", "LinearizedEngine", "create"]
+__all__ = [
+    "ENGINES",
+    "AutoEngine",
+    "CompiledEngine",
+    "EagerEngine",
+    "Engine",
+    "FiniteDifferenceEngine",
+    "LinearizedEngine",
+    "create",
+]

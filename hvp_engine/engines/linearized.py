@@ -120,10 +120,10 @@ class LinearizedEngine:
         if functions.distrust:
             return self._eager.linearize(problem)
         if not functions.schedule.due():
-            return TracedLinearization(functions, problem, tensors)
+            return self._linearization(functions, problem, tensors)
         with same_draws(problem.weights[0].device):
             eager = self._eager.linearize(problem)
-        traced = TracedLinearization(functions, problem, tensors)
+        traced = self._linearization(functions, problem, tensors)
         functions.distrust = disagreement(traced, eager)
         if functions.distrust is None:
             return traced
@@ -165,6 +165,9 @@ class LinearizedEngine:
         self.traces += 1
         self.trace_seconds += time.perf_counter() - start
         return functions
+
+    def _linearization(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> TracedLinearization:
+        return TracedLinearization(functions, problem, tensors)
 
     def _functions(self, parts: Partition, modules: Sequence[torch.nn.Module]) -> Functions:
         return Functions(parts, modules)
