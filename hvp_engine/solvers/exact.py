@@ -70,7 +70,7 @@ class Exact:
 
 
 class Columns:
-    """A operator's matrix, one product with a unit vector after another.
+    """An operator's matrix, one product with a unit vector after another.
 
     Rows and columns are the weights' elements, tensor after tensor, each in row-major order.
     """
