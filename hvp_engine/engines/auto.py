@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hvp_engine.engines.agreement import probe
 from hvp_engine.engines.base import Engine
+from hvp_engine.engines.compiled import CompiledEngine, estimated_seconds
 from hvp_engine.engines.eager import EagerEngine
-from hvp_engine.engines.linearized import LinearizedEngine, signature
+from hvp_engine.engines.linearized import LinearizedEngine, TracedLinearization, signature
 from hvp_engine.engines.tape import Tape
 from hvp_engine.engines.trace import split_inputs
 from hvp_engine.isolation import same_draws
@@ -34,12 +35,24 @@ _TERMS = 3
 
 @dataclass
 class Choice:
-    """What was chosen for one problem, and the evidence: seconds for each term, by engine."""
+    """What was chosen for one problem, and the evidence: seconds for each term, by engine.
+
+    `terms` counts the terms run so far; `compile_seconds` is what compiling would take, None once that is settled.
+    """
 
     engine: Engine
     reason: str
     seconds: dict[str, float] = field(default_factory=dict)
     setup_seconds: float = 0.0
+    terms: int = 0
+    compile_seconds: float | None = None
+
+    @property
+    def compiling_would_have_paid(self) -> bool:
+        """Whether as much time has gone into terms as compiling takes, so that waiting longer is no saving."""
+        if self.compile_seconds is None:
+            return False
+        return self.terms * self.seconds[self.engine.name] > self.compile_seconds
 
     def describe(self) -> str:
         timings = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in self.seconds.items())
@@ -54,29 +67,40 @@ class Choice:
 
 
 class AutoEngine:
-    """Chooses between eager and linearized for each (loss, shapes, device) by a short measurement on first use.
+    """Chooses the fastest engine for each (loss, shapes, device) by short measurements.
+
+    On first use eager and linearized are compared. Compiling takes longer, so it is tried once as much time has
+    gone into terms as it is expected to take: then no choice would have been better by more than a factor of two.
 
     Arguments:
         expected_products: products with the Hessian within which a trace should pay for itself; where it cannot,
             eager is taken without trying.
+        compile_budget_s: seconds that compiling one problem may be expected to take; 0 never compiles.
     """
 
     name = "auto"
 
-    def __init__(self, expected_products: int = 20_000) -> None:
+    def __init__(self, expected_products: int = 20_000, compile_budget_s: float = 120.0) -> None:
         self.expected_products = expected_products
+        self.compile_budget_s = compile_budget_s
         self._eager = EagerEngine()
         self._linearized = LinearizedEngine(self._eager)
+        self._compiled = CompiledEngine(compile_budget_s, self._eager)
         self.choices: dict[Hashable, Choice] = {}
+        self._current: Choice | None = None
 
     def linearize(self, problem: Problem) -> Linearization:
         tensors, others, spec = split_inputs(problem)
         key = signature(problem, tensors, others, spec)
         if key in self.choices:
-            return self.choices[key].engine.linearize(problem)
+            choice = self._current = self.choices[key]
+            if choice.compiling_would_have_paid:
+                self._try_compiled(problem, choice)
+            return choice.engine.linearize(problem)
         with same_draws(problem.weights[0].device):
             eager = self._eager.linearize(problem)
             self.choices[key], traced = self._choose(problem, eager)
+            self._current = self.choices[key]
         if self.choices[key].engine is self._eager or traced is None:
             return eager
         return self.choices[key].engine.linearize(problem)
@@ -85,12 +109,15 @@ class AutoEngine:
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> Iteration:
         """By the engine that made the linearization."""
-        return self._linearized.run(operator, v, solver, estimate)
+        iteration = self._linearized.run(operator, v, solver, estimate)
+        if self._current is not None:
+            self._current.terms += iteration.steps
+        return iteration
 
     def report(self) -> str:
         """One line for each problem met so far."""
         lines = [choice.describe() for choice in self.choices.values()] or ["not used yet"]
-        return "\n".join([*lines, self._linearized.report()])
+        return "\n".join([*lines, f"linearized: {self._linearized.report()}", f"compiled: {self._compiled.report()}"])
 
     def _choose(self, problem: Problem, eager: Linearization) -> tuple[Choice, Linearization | None]:
         term = _seconds_per_term(self._eager, eager)
@@ -111,7 +138,27 @@ class AutoEngine:
             return Choice(self._eager, "the traced product did not agree with eager's", seconds), None
         seconds["linearized"] = _seconds_per_term(self._linearized, traced)
         fastest: Engine = self._linearized if seconds["linearized"] < term else self._eager
-        return Choice(fastest, "measured fastest", seconds, setup), traced
+        choice = Choice(fastest, "measured fastest", seconds, setup)
+        if isinstance(traced, TracedLinearization):
+            expected = estimated_seconds(traced.functions.partition)
+            choice.compile_seconds = expected if expected <= self.compile_budget_s else None
+        return choice, traced
+
+    def _try_compiled(self, problem: Problem, choice: Choice) -> None:
+        choice.compile_seconds = None
+        start = time.perf_counter()
+        try:
+            with same_draws(problem.weights[0].device):
+                linearization = self._compiled.linearize(problem)
+                seconds = _seconds_per_term(self._compiled, linearization)
+        except Exception as error:  # the choice so far stays; the reason is reported
+            choice.reason += f"; compiling failed: {type(error).__name__}: {error}"
+            return
+        if isinstance(linearization, Tape):
+            return  # it did not agree with eager, which has been warned about
+        choice.seconds["compiled"] = seconds
+        if seconds < choice.seconds[choice.engine.name]:
+            choice.engine, choice.setup_seconds = self._compiled, time.perf_counter() - start
 
 
 def _seconds_per_term(engine: Engine, linearization: Linearization) -> float:

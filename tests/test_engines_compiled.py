@@ -1,0 +1,79 @@
+"""The compiled engine against eager, its budget, and auto's way to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hvp_engine as hvp
+from hvp_engine import engines
+from hvp_engine.engines.compiled import CompiledFunctions
+
+pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
+DTYPE = torch.float64
+
+
+def train(weights: list[Tensor], hyper: Tensor, batch: Tensor) -> Tensor:
+    hidden = torch.tanh(batch @ weights[0].t() + weights[1])
+    return (hidden @ weights[2]).square().mean() + (hyper.exp() * weights[0].square()).sum()
+
+
+def val(weights: list[Tensor], hyper: Tensor, batch: Tensor) -> Tensor:
+    return (torch.tanh(batch @ weights[0].t() + weights[1]) @ weights[2] - 1).square().mean()
+
+
+def point() -> tuple[list[Tensor], Tensor, Tensor]:
+    torch.manual_seed(0)
+    weights = [torch.randn(6, 9, dtype=DTYPE), torch.randn(6, dtype=DTYPE), torch.randn(6, dtype=DTYPE)]
+    return weights, torch.randn(6, 9, dtype=DTYPE) - 2, torch.randn(12, 9, dtype=DTYPE)
+
+
+@pytest.fixture(scope="module")
+def engine() -> engines.CompiledEngine:
+    """One engine, so that the graph is compiled once for the file."""
+    return engines.CompiledEngine()
+
+
+@pytest.mark.parametrize("form", ["accumulate", "horner"])
+@pytest.mark.parametrize("iterations", [1, 5])
+def test_hypergradient_equals_eagers(engine: Any, form: Any, iterations: int) -> None:
+    weights, hyper, batch = point()
+    solver = hvp.Neumann(iterations, alpha=0.05, form=form, damping=0.1)
+    compiled = hvp.Hypergradient(train, val, solver, engine=engine)
+    eager = hvp.Hypergradient(train, val, solver, engine="eager")
+    for scale in (1.0, 0.7):
+        arguments = ([scale * w for w in weights], scale * hyper, batch * scale, batch)
+        ours, theirs = compiled(*arguments), eager(*arguments)
+        torch.testing.assert_close(ours.grads, theirs.grads, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(ours.solution.value, theirs.solution.value, rtol=1e-10, atol=1e-13)
+        assert ours.solution.residual_norm == pytest.approx(theirs.solution.residual_norm, rel=1e-9)
+    functions = list(engine._cache.values())
+    assert len(functions) == 1 and isinstance(functions[0], CompiledFunctions) and functions[0].distrust is None
+    assert "compiled in" in compiled.report()
+
+
+def test_a_graph_beyond_the_budget_is_refused() -> None:
+    weights, hyper, batch = point()
+    hypergradient = hvp.Hypergradient(train, val, hvp.Neumann(2, 0.05), engine=engines.CompiledEngine(0.5))
+    with pytest.raises(hvp.BackendError, match="compile_budget_s: compiling would take about .* s, more than"):
+        hypergradient(weights, hyper, batch, batch)
+
+
+def test_automatic_choice_tries_compiling_when_it_would_have_paid() -> None:
+    weights, hyper, batch = point()
+    automatic = engines.AutoEngine()
+    hypergradient = hvp.Hypergradient(train, val, hvp.Neumann(4, 0.05), engine=automatic)
+    eager = hvp.Hypergradient(train, val, hvp.Neumann(4, 0.05), engine="eager")
+    hypergradient(weights, hyper, batch, batch)
+    (choice,) = automatic.choices.values()
+    assert "compiled" not in choice.seconds and choice.terms == 4 and choice.compile_seconds is not None
+    choice.compile_seconds = 0.0
+    ours, theirs = hypergradient(weights, hyper, batch, batch), eager(weights, hyper, batch, batch)
+    assert "compiled" in choice.seconds
+    torch.testing.assert_close(ours.grads, theirs.grads, rtol=1e-10, atol=1e-13)
+    never = engines.AutoEngine(compile_budget_s=0.0)
+    hvp.Hypergradient(train, val, hvp.Neumann(4, 0.05), engine=never)(weights, hyper, batch, batch)
+    assert all(choice.compile_seconds is None for choice in never.choices.values())
