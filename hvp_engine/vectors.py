@@ -63,7 +63,7 @@ class Layout:
         """The layout of `tensors`: dense ones keep their strides, others are laid out row-major."""
         return cls(
             tuple(t.shape for t in tensors),
-            tuple(torch.empty_like(t, device="meta").stride() for t in tensors),
+            tuple(t.stride() if t.is_contiguous() else torch.empty_like(t, device="meta").stride() for t in tensors),
             tuple(t.dtype for t in tensors),
             tensors[0].device if tensors else torch.device("cpu"),
         )
