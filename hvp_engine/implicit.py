@@ -21,6 +21,7 @@ from hvp_engine import engines
 from hvp_engine.engines.eager import EagerEngine, leaves
 from hvp_engine.engines.tape import Tape, differentiate, filled, gradients
 from hvp_engine.errors import GraphError, SecondDerivativeError
+from hvp_engine.estimation import Estimate
 from hvp_engine.isolation import Draws, isolated
 from hvp_engine.linearization import Linearization, Problem
 from hvp_engine.solution import Solution
@@ -28,6 +29,7 @@ from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import check_solver
 from hvp_engine.solving import solve_flat
 from hvp_engine.spectrum import Spectrum
+from hvp_engine.stationarity import Stationarity, unfinished_change
 from hvp_engine.trees import as_list, check_like, check_scalar, flatten
 from hvp_engine.vectors import Layout
 
@@ -190,20 +192,19 @@ class _BestResponse(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class HypergradientResult:
+class HypergradientResult(Estimate):
     """What a :class:`Hypergradient` call returns.
 
     Attributes:
         grads: dL_V*/dlambda, in the container of the hyperparameters, detached.
         train_loss, val_loss: 0-dim tensors, detached.
         gradient_norm: ||dL_T/dw|| as a 0-dim float64 tensor: zero where the theorem applies exactly.
+        unfinished: -(H^-1 dL_V/dw) . dL_T/dw as a 0-dim float64 tensor: by how much the validation loss would
+            change if training went on to its end, to first order.
         solution: the solve of H x = dL_V/dw; its value is in the container of the weights.
     """
 
-    grads: Any
-    train_loss: Tensor
-    val_loss: Tensor
-    gradient_norm: Tensor
+    unfinished: Tensor
     solution: Solution
 
 
@@ -223,7 +224,9 @@ class Hypergradient:
     Cost of a call: one gradient of each loss, the solver's products, one mixed product. Memory: the graph of the
     training gradient and the solver's vectors, whatever the number of products.
 
-    Errors: as :func:`hypergradient`.
+    Errors: as :func:`hypergradient`. A warning, once, if the weights are far from stationary, so that the implicit
+    function theorem does not apply: the result's `unfinished` is more than half of the validation loss. Calls
+    1, 2, 4, 8, ... look, since a look waits for the device.
 
     >>> import torch, hvp_engine as hvp
     >>> target = torch.tensor([1.0, 2.0])
@@ -253,6 +256,7 @@ class Hypergradient:
         self.engine = engines.create(engine)
         self.spectrum = Spectrum()
         self.draws = Draws()
+        self._stationarity = Stationarity()
 
     def __call__(self, weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> HypergradientResult:
         weight_list, weight_structure = flatten(weights, "weights")
@@ -269,13 +273,17 @@ class Hypergradient:
             )
         assert linearization.loss is not None
         norms = torch._foreach_norm(list(linearization.gradient))
-        return HypergradientResult(
+        result = HypergradientResult(
             grads=hyper_structure.rebuild(grads),
             train_loss=linearization.loss,
             val_loss=val_loss,
             gradient_norm=torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms])),
+            unfinished=unfinished_change(solution.value, linearization.gradient),
             solution=replace(solution, value=weight_structure.rebuild(solution.value)),
         )
+        if solution.iterations:  # else it is no step of training
+            self._stationarity.look(result.unfinished, val_loss, result.gradient_norm)
+        return result
 
     def report(self) -> str:
         """What the engine did and why."""
@@ -283,7 +291,18 @@ class Hypergradient:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to continue with the same numbers."""
-        return {"draws": self.draws.state_dict(), "spectrum": self.spectrum.state_dict()}
+        return {
+            "draws": self.draws.state_dict(),
+            "spectrum": self.spectrum.state_dict(),
+            "engine": self.engine.state_dict() if hasattr(self.engine, "state_dict") else {},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.draws.load_state_dict(state["draws"])
+        self.spectrum.load_state_dict(state["spectrum"])
+        if hasattr(self.engine, "load_state_dict"):
+            self.engine.load_state_dict(state["engine"])
 
 
 def _direct(problem: Problem) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:

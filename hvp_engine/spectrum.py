@@ -111,13 +111,14 @@ def lanczos(
     figures = torch.stack(diagonal + off_diagonal).double().cpu()  # the one wait
     if not torch.isfinite(figures).all():
         return SpectralEstimate(math.nan, math.nan, math.nan, steps), start
-    tridiagonal = torch.diag(figures[:steps])
-    inner = figures[steps:-1]
-    tridiagonal += torch.diag(inner, 1) + torch.diag(inner, -1)
+    alphas, betas = figures.split(steps)
+    found = int((betas > 0).cumprod(0).sum()) + 1  # the rows after an invariant subspace are zero, no Ritz values
+    alphas, betas = alphas[:found], betas[:found]
+    tridiagonal = torch.diag(alphas) + torch.diag(betas[:-1], 1) + torch.diag(betas[:-1], -1)
     values, vectors = torch.linalg.eigh(tridiagonal)
     top = int(values.abs().argmax())
-    margin = abs(float(figures[-1] * vectors[-1, top]))
-    ritz = FlatVector(layout, vectors[:, top].to(basis) @ basis)
+    margin = abs(float(betas[-1] * vectors[-1, top]))
+    ritz = FlatVector(layout, vectors[:, top].to(basis) @ basis[: len(alphas)])
     return SpectralEstimate(abs(float(values[top])), float(values[0]), margin, steps), ritz
 
 

@@ -2,56 +2,65 @@
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
+from hvp_engine import checkpoint as checkpoints
+from hvp_engine import tuner_state
 from hvp_engine.batches import Batches
-from hvp_engine.errors import DivergenceError
-from hvp_engine.implicit import Hypergradient, HypergradientResult
-from hvp_engine.solvers import Solver
-from hvp_engine.trees import flatten
+from hvp_engine.clock import Moment
+from hvp_engine.history import History, Record
+from hvp_engine.monitor import EarlyStopping, Monitor
+from hvp_engine.saver import Saver
+from hvp_engine.steps import Steps, count
 
-OptimizerLike = torch.optim.Optimizer | Callable[[Sequence[Tensor]], torch.optim.Optimizer]
-
-_PATIENCE = 10
-"""Hypergradients in a row that may fail before the run stops."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One hyper step: losses at its hypergradient, norms, the solve, and seconds for training and hypergradient."""
-
-    hyper_step: int
-    train_loss: float
-    val_loss: float
-    gradient_norm: float
-    hypergradient_norm: float
-    residual_norm: float
-    status: str
-    training_seconds: float
-    hypergradient_seconds: float
+Callback = Callable[["Tuner", Record], "bool | None"]
+Evaluation = Callable[["Tuner"], Mapping[str, float]]
 
 
-class Tuner:
+class Tuner(Steps):
     """Tunes hyperparameters while the weights train (Algorithm 1).
 
+    A round is `inner_steps` training steps and one hyper step; :meth:`fit` runs them.
+
     Arguments:
-        module: the module to train, or a tree of weight tensors.
+        module: the module to train (its parameters that require grad), or a tree of weight tensors. With a module
+            its buffers become part of checkpoints.
         hyper: hyperparameters: any tree of tensors, or a module whose parameters they are; updated in place.
         train_loss, val_loss: `loss(weights, hyper, batch)` -> scalar tensor; weights are the named parameters of
             `module` (or its tree), usually passed to `hvp.functional(module)`.
         weight_optimizer, hyper_optimizer: torch optimizers over these tensors, or functions that make one from the
             list of tensors, as in `lambda tensors: torch.optim.Adam(tensors, lr=1e-3)`.
         solver: how to invert the Hessian; default `Neumann(20)`.
-        inner_steps: training steps before each hyper step, >= 1.
+        inner_steps: training steps before each hyper step, >= 1; with `inner_tolerance` at most so many.
         engine: see :class:`Hypergradient`.
+        inner_tolerance: a round's training ends as soon as ||dL_T/dw|| of a step's batches is not above it.
+        warmup_steps: training steps before the first round.
+        accumulate: batches over which a training step averages its gradient, one after the other.
+        train_batches, val_batches: batches over which the losses of a hypergradient are averaged, as one problem:
+            its products are averages over these batches, at their cost in time and memory.
+        weight_scheduler, hyper_scheduler: learning-rate schedulers of the optimizers, or functions that make one
+            from the optimizer; stepped after each training step and hyper step. `ReduceLROnPlateau` gets the
+            training loss of the step (which waits for the device), or the validation loss.
+        weight_clip, hyper_clip: largest norm of the gradient and the hypergradient.
+        bounds: a pair (low, high) to which the hyperparameters are projected after each hyper step; each a number,
+            None, or a tree like `hyper` of numbers or tensors.
+        estimator: another way to a hypergradient, called as `estimator(weights, hyper, train_batch, val_batch)` (lists
+            of batches where `train_batches`, `val_batches` are above 1), returning an
+            :class:`~hvp_engine.estimation.Estimate`; instead of `solver` and `engine`.
+
+    Attributes:
+        history: a :class:`~hvp_engine.history.History` of :class:`Record`.
+        hyper_steps: rounds made so far, those left out included.
+
+    Memory: beside what the hypergradient needs, a copy of the initial weights on the CPU, for :meth:`retrain`.
+
+    Errors: `TypeError`/`ValueError` naming the argument.
 
     Source: Algorithm 1 of Lorraine, Vicol, Duvenaud 2019.
 
@@ -62,37 +71,11 @@ class Tuner:
     >>> val = lambda w, d, batch: ((w - batch) ** 2).sum() / 2
     >>> tuner = hvp.Tuner(weights, decay, train, val,
     ...                   weight_optimizer=lambda tensors: torch.optim.SGD(tensors, lr=0.3),
-    ...                   hyper_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.1))
+    ...                   hyper_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.1), warmup_steps=20)
     >>> history = tuner.fit([data], [target], hyper_steps=200, progress=False)
     >>> weights
     tensor([0.8000, 1.5000])
     """
-
-    def __init__(
-        self,
-        module: Any,
-        hyper: Any,
-        train_loss: Callable[[Any, Any, Any], Tensor],
-        val_loss: Callable[[Any, Any, Any], Tensor],
-        *,
-        weight_optimizer: OptimizerLike,
-        hyper_optimizer: OptimizerLike,
-        solver: Solver | None = None,
-        inner_steps: int = 5,
-        engine: str = "auto",
-    ):
-        if isinstance(inner_steps, bool) or not isinstance(inner_steps, int) or inner_steps < 1:
-            raise ValueError(f"inner_steps: expected an int >= 1; got {inner_steps!r}")
-        self.module = module
-        self.weights, self._weight_structure = flatten(module, "module")
-        self.hyper, self._hyper_structure = flatten(hyper, "hyper")
-        self.train_loss = train_loss
-        self.inner_steps = inner_steps
-        self.hypergradient = Hypergradient(train_loss, val_loss, solver=solver, engine=engine)
-        self.weight_optimizer = _optimizer(weight_optimizer, self.weights, "weight_optimizer")
-        self.hyper_optimizer = _optimizer(hyper_optimizer, self.hyper, "hyper_optimizer")
-        self.history: list[Record] = []
-        self._failures = 0
 
     def fit(
         self,
@@ -100,106 +83,166 @@ class Tuner:
         val_loader: Iterable[Any],
         hyper_steps: int = 1000,
         progress: bool = True,
-    ) -> list[Record]:
-        """Run `hyper_steps` rounds of `inner_steps` training steps and one hyper step; return the history so far.
+        *,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 50,
+        verbose: bool = False,
+        callbacks: Sequence[Callback] = (),
+        evaluate: Evaluation | None = None,
+        evaluate_every: int = 1,
+        metric: str | Callable[[Record], float] = "val_loss",
+        patience: int | None = None,
+        tensorboard: Any = None,
+    ) -> History:
+        """Run rounds until `hyper_steps` have been made in this tuner's life; return the history so far.
+
+        So `hyper_steps` is the total of a run: called again, or with a checkpoint in another process, it continues
+        where the run stopped and ends where it would have ended.
 
         Arguments:
-            train_loader, val_loader: re-iterable loaders of batches; `[batch]` for a full batch.
-            hyper_steps: rounds to run.
+            train_loader, val_loader: re-iterable loaders of batches; `[batch]` for a full batch. Called again with
+                the same objects, the epochs go on where they stopped.
+            hyper_steps: rounds in all, those that were left out included.
             progress: show a progress bar.
+            checkpoint: a file to continue from, if it exists and this tuner has not made a step yet, and to save to:
+                every `checkpoint_every` hyper steps, at the end, on Ctrl-C and on any exception, atomically, with
+                the one before kept as `<checkpoint>.previous`. It holds weights, buffers, hyperparameters,
+                optimizers, schedulers, random states, the estimator's state, the loaders' positions and the history.
+                On the CPU, with an engine chosen by name, the continued run is the uninterrupted one, bit for bit.
+            verbose: print one line for each hyper step.
+            callbacks: functions of (tuner, record), called after each hyper step; one that returns True stops the run.
+            evaluate: a function of the tuner that returns a dict of numbers, which join the record, called every
+                `evaluate_every` hyper steps.
+            metric, patience: stop early after `patience` hyper steps without a new minimum of `metric`: a field of
+                the record, a name from `evaluate`, or a function of the record.
+            tensorboard: a folder for event files (TensorBoard must be installed), or a writer with `add_scalar`.
 
-        Errors: `ValueError`/`TypeError` for loaders that are empty or not re-iterable; :class:`DivergenceError` if
-        ten hypergradients in a row fail. A failed or non-finite hypergradient never reaches the optimizer: the
-        hyper step is left out with a warning.
+        Errors: `ValueError`/`TypeError` for loaders that are empty or not re-iterable; :class:`CheckpointError` for
+        a checkpoint that is damaged or of something else; :class:`DivergenceError` if ten hypergradients in a row
+        fail. A failed or non-finite hypergradient never reaches the optimizer: the hyper step is left out with a
+        warning.
         """
-        device = self.weights[0].device
-        train = Batches(train_loader, device, "train_loader")
-        val = Batches(val_loader, device, "val_loader")
-        with tqdm(total=hyper_steps, disable=not progress, desc="hyper steps", unit="step") as bar:
-            for _ in range(hyper_steps):
-                start = time.perf_counter()
-                for _ in range(self.inner_steps):
-                    self.train_step(train.next())
-                trained = time.perf_counter()
-                result = self.hyper_step(train.next(), val.next())
-                if result is not None:
-                    self._record(result, trained - start, time.perf_counter() - trained)
-                    last = self.history[-1]
-                    bar.set_postfix(train=f"{last.train_loss:.4f}", val=f"{last.val_loss:.4f}", refresh=False)
-                bar.update()
+        count(hyper_steps, "hyper_steps", least=0)
+        count(checkpoint_every, "checkpoint_every")
+        count(evaluate_every, "evaluate_every")
+        path = None if checkpoint is None else Path(checkpoint)
+        loaded = self._continue_from(path)
+        train, val = self._stream("train_loader", train_loader), self._stream("val_loader", val_loader)
+        stopping = EarlyStopping(metric, patience, self.history)
+        monitor = Monitor(hyper_steps, self.hyper_steps, progress, verbose, tensorboard)
+        stopped = False
+        with monitor, Saver(self, path, checkpoint_every, saved=loaded) as saver:
+            while self.hyper_steps < hyper_steps and not stopping.over and not stopped:
+                start = Moment(self.device)
+                while self.steps_to_go > 0:
+                    self.inner_step(train.take(self.accumulate))
+                    saver.settle()
+                record = self.round(train, val, start)
+                saver.settle()
+                monitor.advance()
+                if record is not None:
+                    if evaluate is not None and self.hyper_steps % evaluate_every == 0:
+                        record = self._evaluated(record, evaluate)
+                        saver.settle()
+                    stopping.see(record)
+                    monitor.report(record)
+                    for callback in callbacks:
+                        stopped |= bool(callback(self, record))
+                    saver.settle()
+                saver.save_if_due()
         return self.history
 
-    def train_step(self, batch: Any) -> Tensor:
-        """One step of the weight optimizer; returns the loss, detached."""
-        weights = [w.detach().requires_grad_() for w in self.weights]
-        loss = self.train_loss(
-            self._weight_structure.rebuild(weights),
-            self._hyper_structure.rebuild([h.detach() for h in self.hyper]),
-            batch,
-        )
-        grads = torch.autograd.grad(loss, weights, allow_unused=True)
-        _step(self.weight_optimizer, self.weights, grads)
-        return loss.detach()
+    def train(self, train_loader: Iterable[Any], steps: int, *, progress: bool = True) -> list[float]:
+        """`steps` training steps with the hyperparameters as they are; returns the loss of each.
 
-    def hyper_step(self, train_batch: Any, val_batch: Any) -> HypergradientResult | None:
-        """One step of the hyper optimizer; None, and a warning, if the hypergradient failed."""
-        try:
-            result = self.hypergradient(
-                self._weight_structure.rebuild(self.weights),
-                self._hyper_structure.rebuild(self.hyper),
-                train_batch,
-                val_batch,
+        Called again with the same loader object, the epoch goes on where it stopped.
+        """
+        count(steps, "steps", least=0)
+        stream = self._stream("train", train_loader)
+        losses = [
+            self.train_step(*stream.take(self.accumulate))
+            for _ in tqdm(range(steps), disable=not progress, desc="training", unit="step")
+        ]
+        return torch.stack(losses).tolist() if losses else []
+
+    def retrain(
+        self,
+        train_loader: Iterable[Any],
+        steps: int,
+        *,
+        init: Callable[[Any], object] | None = None,
+        progress: bool = True,
+    ) -> list[float]:
+        """Train from scratch, `steps` steps with the tuned hyperparameters; returns the loss of each step.
+
+        Weights and buffers go back to what they were when the tuner was made, or to what `init` makes of them; weight
+        optimizer and scheduler begin anew. The loader may hold more than the one of :meth:`fit`: training and
+        validation data together, as in the paper.
+
+        Arguments:
+            train_loader: a re-iterable loader of batches.
+            steps: training steps.
+            init: a function that is given `module` and sets its weights in place, as in
+                `lambda module: module.reset_parameters()`.
+
+        Source: section 5.6 of Lorraine, Vicol, Duvenaud 2019.
+        """
+        with torch.no_grad():
+            for weight, initial in zip(self.weights, self.initial_weights, strict=True):
+                weight.copy_(initial)
+            for name, buffer in self.buffers().items():
+                if name.startswith("module."):
+                    buffer.copy_(self.initial_buffers[name])
+            if init is not None:
+                init(self.module)
+        self.weight_side.reset()
+        self.streams.pop("train", None)
+        return self.train(train_loader, steps, progress=progress)
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint as :meth:`fit` does."""
+        path = Path(path)
+        checkpoints.check_place(path)
+        checkpoints.write(path, tuner_state.state_dict(self, tuner_state.position(self)))
+
+    def load(self, path: str | Path) -> None:
+        """Become what the tuner was that wrote this checkpoint.
+
+        Learning rates and the like are the checkpoint's; `inner_steps`, bounds, clipping and batch counts this
+        tuner's. The loaders' positions are taken up by the next :meth:`fit`.
+
+        Errors: :class:`CheckpointError` for a file that is damaged (if the one before it is, too), of something
+        else, of a newer version, or of a tuner with other tensors, optimizers or schedulers; nothing has changed then.
+        """
+        path = Path(path)
+        tuner_state.load_state_dict(self, checkpoints.read(path), str(path))
+
+    def _continue_from(self, path: Path | None) -> bool:
+        """Whether a checkpoint was loaded."""
+        if path is None:
+            return False
+        checkpoints.check_place(path)
+        fresh = tuner_state.moves(self) == (0, 0) and self.hyper_steps == 0
+        if fresh and checkpoints.exists(path):
+            self.load(path)
+            return True
+        return False
+
+    def _stream(self, name: str, loader: Iterable[Any]) -> Batches:
+        stream = self.streams.get(name)
+        if stream is None or stream.loader is not loader:
+            stream = Batches(loader, self.device, name if name.endswith("loader") else f"{name}_loader")
+            if name in self.stream_states:
+                stream.load_state_dict(self.stream_states.pop(name))
+            self.streams[name] = stream
+        return stream
+
+    def _evaluated(self, record: Record, evaluate: Evaluation) -> Record:
+        """The record with the metrics of `evaluate`, also in the history."""
+        metrics = {name: float(value) for name, value in evaluate(self).items()}
+        if taken := metrics.keys() & record.row().keys():
+            raise ValueError(
+                f"evaluate: expected names that are no fields of the record; got {sorted(taken)[0]!r}: rename it"
             )
-            grads, _ = flatten(result.grads, "grads")
-            if not torch.isfinite(torch.stack(torch._foreach_norm(grads)).sum()):
-                raise DivergenceError("hypergradient: expected finite values; got NaN or Inf in the mixed product")
-        except DivergenceError as error:
-            self._failures += 1
-            if self._failures >= _PATIENCE:
-                raise
-            warnings.warn(f"hyper step left out: {error}", stacklevel=2)
-            return None
-        self._failures = 0
-        _step(self.hyper_optimizer, self.hyper, grads)
-        return result
-
-    def _record(self, result: HypergradientResult, training: float, hypergradient: float) -> None:
-        grads, _ = flatten(result.grads, "grads")
-        squares = torch.stack([norm.double() for norm in torch._foreach_norm(grads)])
-        self.history.append(
-            Record(
-                hyper_step=len(self.history),
-                train_loss=float(result.train_loss),
-                val_loss=float(result.val_loss),
-                gradient_norm=float(result.gradient_norm),
-                hypergradient_norm=float(torch.linalg.vector_norm(squares)),
-                residual_norm=result.solution.residual_norm,
-                status=result.solution.status.name,
-                training_seconds=training,
-                hypergradient_seconds=hypergradient,
-            )
-        )
-
-
-def _optimizer(given: OptimizerLike, tensors: list[Tensor], name: str) -> torch.optim.Optimizer:
-    optimizer = given if isinstance(given, torch.optim.Optimizer) else given(tensors)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"{name}: expected a torch optimizer or a function that makes one; got {type(optimizer).__name__}"
-        )
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not known & {id(t) for t in tensors}:
-        raise ValueError(f"{name}: expected an optimizer over the tuner's tensors; got one over none of them")
-    return optimizer
-
-
-def _step(optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """One optimizer step with these gradients; the tensors' own `.grad` are put back afterwards."""
-    kept = [tensor.grad for tensor in tensors]
-    try:
-        for tensor, grad in zip(tensors, grads, strict=True):
-            tensor.grad = grad
-        optimizer.step()
-    finally:
-        for tensor, grad in zip(tensors, kept, strict=True):
-            tensor.grad = grad
+        self.history[-1] = replace(record, metrics=metrics)
+        return self.history[-1]

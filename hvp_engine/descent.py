@@ -1,0 +1,149 @@
+"""One side of Algorithm 1: tensors that an optimizer moves, with clipping before its step, and scheduler and bounds
+after it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from hvp_engine.bounds import Bounds
+
+OptimizerLike = torch.optim.Optimizer | Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+SchedulerLike = LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler]
+Grads = Sequence[Tensor | None]
+
+
+class Descent:
+    """Steps of an optimizer on `tensors`.
+
+    Arguments:
+        tensors: what to move.
+        optimizer: an optimizer over them, or a function that makes one from the list of them.
+        scheduler: a learning-rate scheduler of that optimizer, or a function that makes one from it; stepped once
+            after each step, `ReduceLROnPlateau` with the step's loss, which waits for the device.
+        clip: largest norm of the gradient, over all tensors together; None for no limit.
+        name: "weight" or "hyper", for messages.
+        bounds: where the tensors are projected to after each step.
+
+    `steps` counts the steps begun: it moves before anything else does.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        optimizer: OptimizerLike,
+        scheduler: SchedulerLike | None,
+        clip: float | None,
+        name: str,
+        bounds: Bounds | None = None,
+    ):
+        if clip is not None and not clip > 0:
+            raise ValueError(f"{name}_clip: expected a number > 0 or None; got {clip!r}")
+        self.tensors, self.clip, self.bounds = tensors, clip, bounds
+        self.optimizer = _optimizer(optimizer, tensors, f"{name}_optimizer")
+        self.scheduler = None if scheduler is None else _scheduler(scheduler, self.optimizer, f"{name}_scheduler")
+        closure = inspect.signature(self.optimizer.step).parameters.get("closure")
+        self.needs_closure = closure is not None and closure.default is inspect.Parameter.empty
+        self.steps = 0
+        self._initial = copy.deepcopy(self.state_dict())
+
+    def step(self, loss: Tensor, grads: Grads, again: Callable[[], tuple[Tensor, Grads]] | None = None) -> None:
+        """One step with these gradients; the tensors' own `.grad` are put back afterwards.
+
+        `again` evaluates loss and gradients at the moved tensors, for an optimizer that `needs_closure` (L-BFGS).
+        """
+        self.steps += 1
+        kept = [tensor.grad for tensor in self.tensors]
+        known: list[tuple[Tensor, Grads]] = [(loss, grads)]
+
+        def closure() -> Tensor:
+            value, found = known.pop() if known else again()  # type: ignore[misc]
+            for tensor, grad in zip(self.tensors, self._clipped(found), strict=True):
+                tensor.grad = grad
+            return value
+
+        try:
+            if self.needs_closure:
+                self.optimizer.step(closure)  # type: ignore[arg-type]
+            else:
+                closure()
+                self.optimizer.step()
+        finally:
+            for tensor, grad in zip(self.tensors, kept, strict=True):
+                tensor.grad = grad
+        if self.bounds is not None:
+            self.bounds.project(self.tensors)
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(float(loss))
+        elif self.scheduler is not None:
+            self.scheduler.step()
+
+    def _clipped(self, grads: Grads) -> Grads:
+        """The gradients, shrunk to the largest norm allowed; new tensors, since autograd may return one twice."""
+        if self.clip is None:
+            return grads
+        scale = (self.clip / global_norm(grads).clamp_min(1e-300)).clamp_max(1.0)
+        return [None if grad is None else grad * scale.to(grad.dtype) for grad in grads]
+
+    def reset(self) -> None:
+        """Optimizer and scheduler as they were at construction."""
+        steps = self.steps
+        self.load_state_dict(copy.deepcopy(self._initial))
+        self.steps = steps + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs; tensors are not copied."""
+        return {
+            "steps": self.steps,
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_type": type(self.optimizer).__name__,
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scheduler_type": type(self.scheduler).__name__,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.steps = state["steps"]
+
+
+def global_norm(grads: Grads) -> Tensor:
+    """The norm over all of `grads` as a 0-dim float64 tensor; None counts as zero."""
+    dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads if grad is not None]
+    if not dense:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.linalg.vector_norm(torch.stack([norm.double() for norm in torch._foreach_norm(dense)]))
+
+
+def _optimizer(given: OptimizerLike, tensors: Sequence[Tensor], name: str) -> torch.optim.Optimizer:
+    optimizer = given if isinstance(given, torch.optim.Optimizer) else given(tensors)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"{name}: expected a torch optimizer or a function that makes one; got {type(optimizer).__name__}"
+        )
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not known & {id(t) for t in tensors}:
+        raise ValueError(f"{name}: expected an optimizer over the tuner's tensors; got one over none of them")
+    return optimizer
+
+
+def _scheduler(given: SchedulerLike, optimizer: torch.optim.Optimizer, name: str) -> LRScheduler:
+    scheduler = given if isinstance(given, LRScheduler) else given(optimizer)
+    if not isinstance(scheduler, LRScheduler):
+        raise TypeError(
+            f"{name}: expected a torch scheduler or a function that makes one from the optimizer; "
+            f"got {type(scheduler).__name__}"
+        )
+    if getattr(scheduler, "optimizer", None) is not optimizer:
+        raise ValueError(
+            f"{name}: expected a scheduler of the tuner's optimizer; got one of another optimizer: pass a function, "
+            "as in lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10)"
+        )
+    return scheduler

@@ -1,0 +1,108 @@
+"""What a tuning run leaves behind: one record for each hyper step."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hvp_engine.solution import Status
+
+
+@dataclass(frozen=True)
+class Record:
+    """One hyper step.
+
+    Attributes:
+        hyper_step: its number, from 0; steps that were left out have no record.
+        weight_steps: training steps made so far.
+        train_loss, val_loss, gradient_norm: at its hypergradient, on its batches; gradient_norm is ||dL_T/dw||.
+        hypergradient_norm: before clipping.
+        unfinished: by how much the validation loss would change if training went on to its end, to first order.
+        residual_norm, status, alpha: of the solve; NaN, "" and None for an estimator without one, as `unfinished`.
+        training_seconds, hypergradient_seconds: of the steps since the last record, and of this hyper step.
+        metrics: what the evaluation function returned, empty at steps without one.
+    """
+
+    hyper_step: int
+    weight_steps: int
+    train_loss: float
+    val_loss: float
+    gradient_norm: float
+    hypergradient_norm: float
+    unfinished: float
+    residual_norm: float
+    status: str
+    alpha: float | None
+    training_seconds: float
+    hypergradient_seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """The record as a flat dict; metrics beside the other fields, under their own names."""
+        row = dataclasses.asdict(self)
+        return row | row.pop("metrics")
+
+    def line(self) -> str:
+        """The record on one line, with the remedy if the solve needs one."""
+        text = (
+            f"hyper step {self.hyper_step}: train {self.train_loss:.4g}, val {self.val_loss:.4g}, "
+            f"|dL_T/dw| {self.gradient_norm:.2e}, |hypergradient| {self.hypergradient_norm:.2e}"
+        )
+        if not math.isnan(self.unfinished):
+            text += f", unfinished {self.unfinished:+.1e}"
+        if self.status:
+            text += f", residual {self.residual_norm:.1e} ({self.status.lower().replace('_', ' ')})"
+        if self.alpha is not None:
+            text += f", alpha {self.alpha:.3g}"
+        text += "".join(f", {name} {value:.4g}" for name, value in self.metrics.items())
+        text += f", {self.training_seconds:.2f} + {self.hypergradient_seconds:.2f} s"
+        if self.status in (Status.DIVERGED.name, Status.NEGATIVE_CURVATURE.name):
+            text += f" -> {Status[self.status].value.partition('; ')[2]}"
+        return text
+
+
+class History(list[Record]):
+    """The records of a run, in order.
+
+    >>> import hvp_engine as hvp
+    >>> hvp.History().rows()
+    []
+    """
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat dict for each record, as `pandas.DataFrame` takes them."""
+        return [record.row() for record in self]
+
+    def write_csv(self, path: str | Path) -> None:
+        """A table with a header; empty cells where a metric was not evaluated."""
+        rows = self.rows()
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def write_json(self, path: str | Path) -> None:
+        """A list of objects; NaN and infinity, which JSON lacks, as null."""
+        rows = [
+            {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in r.items()
+            }
+            for r in self.rows()
+        ]
+        Path(path).write_text(json.dumps(rows, indent=1) + "\n")
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """What a checkpoint needs: one dict of fields for each record."""
+        return [dataclasses.asdict(record) for record in self]
+
+    @classmethod
+    def from_state_dict(cls, state: list[dict[str, Any]]) -> History:
+        return cls(Record(**fields) for fields in state)

@@ -1,0 +1,240 @@
+"""A run that was stopped and continued is the run that was not, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from tuning_run import TuningRun
+
+import hvp_engine as hvp
+from hvp_engine import checkpoint
+
+STEPS = 20
+EVALUATIONS_PER_ROUND = 3 * 2 + 2
+"""Of losses: three training steps of two batches, and a hypergradient."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors are tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the weights are far from a minimum")
+        yield
+
+
+@pytest.fixture(scope="module")
+def straight(one_thread: None) -> dict[str, Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return TuningRun().fit(STEPS)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert not different
+
+
+class Stop(Exception):
+    pass
+
+
+def test_the_run_moves_everything(straight: dict[str, Tensor]) -> None:
+    """Else equality below would say little."""
+    fresh = TuningRun().result()
+    assert not [name for name in straight if name != "random" and torch.equal(straight[name], fresh[name])]
+    assert straight["losses"].shape == (STEPS, 3) and (straight["losses"][:, 2] > 0).sum() == STEPS // 4
+
+
+def test_stopped_and_continued_at_every_step(straight: dict[str, Tensor], tmp_path: Path) -> None:
+    """A callback raises at each hyper step; a new process's tuner continues."""
+
+    def stop(tuner: hvp.Tuner, record: hvp.Record) -> None:
+        raise Stop
+
+    for step in range(1, STEPS + 1):
+        run = TuningRun()
+        with pytest.raises(Stop):
+            run.fit(STEPS, checkpoint=tmp_path / "run.pt", checkpoint_every=1000, callbacks=[stop])
+        assert run.tuner.hyper_steps == step
+    last = TuningRun()
+    assert_same(last.fit(STEPS, checkpoint=tmp_path / "run.pt"), straight)
+    assert last.tuner.hyper_steps == STEPS
+
+
+def test_killed_in_the_middle_of_a_step(straight: dict[str, Tensor], tmp_path: Path) -> None:
+    """SIGKILL in round 13 of a run that saves every 5: continued from 10, in another process than the straight one."""
+    path = tmp_path / "run.pt"
+    kill_at = 8 + 12 * EVALUATIONS_PER_ROUND + 4
+    script = Path(__file__).with_name("tuning_run.py")
+    arguments = [sys.executable, str(script), str(path), str(kill_at)]
+    package = str(Path(hvp.__file__).parents[1])
+    ended = subprocess.run(arguments, env={**os.environ, "PYTHONPATH": package}, capture_output=True, timeout=300)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    assert checkpoint.read(path)["counters"]["hyper_steps"] == 10
+    assert_same(TuningRun().fit(STEPS, checkpoint=path), straight)
+
+
+@pytest.mark.parametrize("evaluation", [1, 8, 14, 45, 47, 48, 61])
+def test_a_loss_that_fails_in_the_middle_of_a_step(
+    evaluation: int, straight: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Batches taken, dropout drawn and buffers moved by the step that failed are taken back."""
+    evaluations = 0
+
+    def event(kind: str) -> None:
+        nonlocal evaluations
+        evaluations += 1
+        if evaluations == evaluation:
+            torch.rand(5)
+            raise Stop
+
+    with pytest.raises(Stop):
+        TuningRun(event).fit(STEPS, checkpoint=tmp_path / "run.pt")
+    assert_same(TuningRun().fit(STEPS, checkpoint=tmp_path / "run.pt"), straight)
+
+
+@pytest.mark.parametrize("evaluation", [5, 49])
+def test_an_interrupt_waits_for_the_end_of_the_step(
+    evaluation: int, straight: dict[str, Tensor], tmp_path: Path
+) -> None:
+    kinds: list[str] = []
+
+    def event(kind: str) -> None:
+        kinds.append(kind)
+        if len(kinds) == evaluation:
+            signal.raise_signal(signal.SIGINT)
+
+    run = TuningRun(event)
+    with pytest.raises(KeyboardInterrupt):
+        run.fit(STEPS, checkpoint=tmp_path / "run.pt")
+    assert len(kinds) - evaluation < 2, "no further step was begun"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_same(TuningRun().fit(STEPS, checkpoint=tmp_path / "run.pt"), straight)
+
+
+def test_a_second_interrupt_acts_at_once(straight: dict[str, Tensor], tmp_path: Path) -> None:
+    def event(kind: str) -> None:
+        if kind == "val":
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("must not be reached")
+
+    with pytest.raises(KeyboardInterrupt):
+        TuningRun(event).fit(STEPS, checkpoint=tmp_path / "run.pt")
+    assert_same(TuningRun().fit(STEPS, checkpoint=tmp_path / "run.pt"), straight)
+
+
+def test_a_handler_of_the_user_stays_and_other_threads_work(tmp_path: Path) -> None:
+    handler = lambda number, frame: None  # noqa: E731
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        seen: list[Any] = []
+        run = TuningRun()
+        run.fit(1, checkpoint=tmp_path / "run.pt", callbacks=[lambda *_: seen.append(signal.getsignal(signal.SIGINT))])
+        assert seen == [handler]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    thread = threading.Thread(target=lambda: seen.append(TuningRun().fit(2, checkpoint=tmp_path / "run.pt")))
+    thread.start()
+    thread.join()
+    assert len(seen) == 2
+
+
+def test_a_torn_step_is_not_saved(tmp_path: Path) -> None:
+    """An error between the optimizer's first and last write leaves the file as it was."""
+    path = tmp_path / "run.pt"
+    run = TuningRun()
+    run.fit(4, checkpoint=path)
+    saved = path.read_bytes()
+    optimizer = run.tuner.weight_optimizer
+    optimizer.register_step_post_hook(lambda *_: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop), pytest.warns(UserWarning, match="not written, since Stop came in the middle"):
+        run.fit(6, checkpoint=path)
+    assert path.read_bytes() == saved
+
+
+def test_the_error_that_came_first_is_raised_even_if_saving_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(tuner: hvp.Tuner, record: hvp.Record) -> None:
+        def full(*arguments: Any) -> None:
+            raise OSError("disk full")
+
+        monkeypatch.setattr(torch, "save", full)
+        raise Stop
+
+    with pytest.raises(Stop), pytest.warns(UserWarning, match="could not be written after Stop: disk full"):
+        TuningRun().fit(3, checkpoint=tmp_path / "run.pt", callbacks=[stop])
+
+
+def test_fit_again_in_the_same_process(straight: dict[str, Tensor], tmp_path: Path) -> None:
+    """With and without a file: `hyper_steps` is the total, and the epochs go on where they stopped."""
+    run = TuningRun()
+    run.fit(7)
+    run.fit(13, checkpoint=tmp_path / "run.pt")
+    assert_same(run.fit(STEPS, checkpoint=tmp_path / "run.pt"), straight)
+    again = TuningRun()
+    assert_same(again.fit(STEPS, checkpoint=tmp_path / "run.pt"), straight)
+    assert_same(again.fit(STEPS), straight), "nothing more to do"
+
+
+def test_files_and_when_they_are_written(tmp_path: Path) -> None:
+    path, steps = tmp_path / "run.pt", []
+
+    def look(tuner: hvp.Tuner, record: hvp.Record) -> None:
+        steps.append(checkpoint.read(path)["counters"]["hyper_steps"] if path.exists() else 0)
+
+    TuningRun().fit(8, checkpoint=path, checkpoint_every=3, callbacks=[look])
+    assert steps == [0, 0, 0, 3, 3, 3, 6, 6]
+    assert checkpoint.read(path)["counters"]["hyper_steps"] == 8
+    assert checkpoint.read(checkpoint.previous(path))["counters"]["hyper_steps"] == 6
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.pt", "run.pt.previous"]
+
+
+def test_a_damaged_newest_costs_the_steps_since_the_one_before(straight: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    TuningRun().fit(9, checkpoint=path, checkpoint_every=4)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.warns(UserWarning, match="going on from the checkpoint before it"):
+        found = TuningRun().fit(STEPS, checkpoint=path)
+    assert_same(found, straight)
+
+
+def test_the_traced_engine_continues_too(tmp_path: Path) -> None:
+    expected = TuningRun(engine="linearized").fit(6)
+    TuningRun(engine="linearized").fit(3, checkpoint=tmp_path / "run.pt")
+    assert_same(TuningRun(engine="linearized").fit(6, checkpoint=tmp_path / "run.pt"), expected)
+
+
+def test_retraining_after_a_resume_begins_at_the_first_runs_weights(tmp_path: Path) -> None:
+    run = TuningRun()
+    run.fit(2, checkpoint=tmp_path / "run.pt")
+    torch.manual_seed(7)
+    expected = run.tuner.retrain(run.train_loader, 3, progress=False)
+    other = TuningRun()
+    with torch.no_grad():
+        for initial in other.tuner.initial_weights:
+            initial.zero_()
+    other.tuner.load(tmp_path / "run.pt")
+    torch.manual_seed(7)
+    assert other.tuner.retrain(other.train_loader, 3, progress=False) == expected
