@@ -108,7 +108,8 @@ class Tuner(Steps):
                 every `checkpoint_every` hyper steps, at the end, on Ctrl-C and on any exception, atomically, with
                 the one before kept as `<checkpoint>.previous`. It holds weights, buffers, hyperparameters,
                 optimizers, schedulers, random states, the estimator's state, the loaders' positions and the history.
-                On the CPU, with an engine chosen by name, the continued run is the uninterrupted one, bit for bit.
+                On the CPU the continued run is the uninterrupted one, bit for bit (with engine="auto", which measures,
+                as long as both chose alike; a checkpoint keeps the choice).
             verbose: print one line for each hyper step.
             callbacks: functions of (tuner, record), called after each hyper step; one that returns True stops the run.
             evaluate: a function of the tuner that returns a dict of numbers, which join the record, called every
@@ -147,7 +148,7 @@ class Tuner(Steps):
                     stopping.see(record)
                     monitor.report(record)
                     for callback in callbacks:
-                        stopped |= bool(callback(self, record))
+                        stopped |= callback(self, record) is True
                     saver.settle()
                 saver.save_if_due()
         return self.history

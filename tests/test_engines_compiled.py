@@ -77,3 +77,16 @@ def test_automatic_choice_tries_compiling_when_it_would_have_paid() -> None:
     never = engines.AutoEngine(compile_budget_s=0.0)
     hvp.Hypergradient(train, val, hvp.Neumann(4, 0.05), engine=never)(weights, hyper, batch, batch)
     assert all(choice.compile_seconds is None for choice in never.choices.values())
+
+
+def test_automatic_choice_is_kept_with_the_state() -> None:
+    weights, hyper, batch = point()
+    first = hvp.Hypergradient(train, val, hvp.Neumann(4, 0.05))
+    expected = first(weights, hyper, batch, batch)
+    for name in ("eager", "linearized"):
+        state = first.state_dict()
+        state["engine"] = {"engines": [name]}
+        second = hvp.Hypergradient(train, val, hvp.Neumann(4, 0.05))
+        second.load_state_dict(state)
+        torch.testing.assert_close(second(weights, hyper, batch, batch).grads, expected.grads, rtol=1e-10, atol=1e-13)
+        assert second.report().splitlines()[1].startswith(f"{name}: as before the checkpoint")

@@ -29,6 +29,9 @@ _TRACE_SECONDS_PER_NODE = 2e-3
 _FIRST_TRACE_SECONDS = 3.0
 """What the first trace of a process costs on top: torch imports sympy and more."""
 
+_TIE = 1.02
+"""Eager must be faster by this to be taken: a choice should not hang on noise."""
+
 _TERMS = 3
 """Terms of the trial solve that engines are compared on."""
 
@@ -80,13 +83,14 @@ class AutoEngine:
 
     name = "auto"
 
-    def __init__(self, expected_products: int = 20_000, compile_budget_s: float = 120.0) -> None:
+    def __init__(self, expected_products: int = 200_000, compile_budget_s: float = 120.0) -> None:
         self.expected_products = expected_products
         self.compile_budget_s = compile_budget_s
         self._eager = EagerEngine()
         self._linearized = LinearizedEngine(self._eager)
         self._compiled = CompiledEngine(compile_budget_s, self._eager)
         self.choices: dict[Hashable, Choice] = {}
+        self._remembered: list[str] = []
         self._current: Choice | None = None
 
     def linearize(self, problem: Problem) -> Linearization:
@@ -97,6 +101,10 @@ class AutoEngine:
             if choice.compiling_would_have_paid:
                 self._try_compiled(problem, choice)
             return choice.engine.linearize(problem)
+        if len(self.choices) < len(self._remembered):
+            remembered = self._by_name(self._remembered[len(self.choices)])
+            self._current = self.choices[key] = Choice(remembered, "as before the checkpoint")
+            return remembered.linearize(problem)
         with same_draws(problem.weights[0].device):
             eager = self._eager.linearize(problem)
             self.choices[key], traced = self._choose(problem, eager)
@@ -113,6 +121,18 @@ class AutoEngine:
         if self._current is not None:
             self._current.terms += iteration.steps
         return iteration
+
+    def state_dict(self) -> dict[str, list[str]]:
+        """The choices made so far, in the order in which problems were met."""
+        return {"engines": [choice.engine.name for choice in self.choices.values()]}
+
+    def load_state_dict(self, state: dict[str, list[str]]) -> None:
+        """Choose the same again, without measuring: a continued run must round as it did before."""
+        self._remembered = list(state["engines"])
+        self.choices.clear()
+
+    def _by_name(self, name: str) -> Engine:
+        return next(engine for engine in (self._eager, self._linearized, self._compiled) if engine.name == name)
 
     def report(self) -> str:
         """One line for each problem met so far."""
@@ -137,7 +157,7 @@ class AutoEngine:
         if isinstance(traced, Tape):
             return Choice(self._eager, "the traced product did not agree with eager's", seconds), None
         seconds["linearized"] = _seconds_per_term(self._linearized, traced)
-        fastest: Engine = self._linearized if seconds["linearized"] < term else self._eager
+        fastest: Engine = self._linearized if seconds["linearized"] < _TIE * term else self._eager
         choice = Choice(fastest, "measured fastest", seconds, setup)
         if isinstance(traced, TracedLinearization):
             expected = estimated_seconds(traced.functions.partition)
