@@ -1,0 +1,91 @@
+"""Timing on a machine that is not quiet: methods take turns, so that whatever disturbs one disturbs all."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+_SHORTEST = 2e-3
+"""Seconds below which a sample repeats the call."""
+
+_FEWEST = 3
+"""Samples that even a slow method gets."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one sample runs: `call` does `units` of what is measured, and returns its seconds if `self_timed`."""
+
+    call: Callable[[], object]
+    units: int = 1
+    self_timed: bool = False
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run torch, and our kernels with it, on `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleave(works: Mapping[str, Work], device: torch.device, seconds: float, rounds: int) -> dict[str, list[float]]:
+    """Seconds for each unit of each work: every round runs every work once, in a random order.
+
+    Arguments:
+        works: what to time, by name.
+        device: waited for at the end of each sample.
+        seconds: in all; a work that has used its share, and has three samples, sits out the rest.
+        rounds: at most so many samples of each.
+    """
+    repeats = {name: _repeats(work, device) for name, work in works.items()}
+    samples: dict[str, list[float]] = {name: [] for name in works}
+    spent = dict.fromkeys(works, 0.0)
+    order, shuffle = list(works), random.Random(0).shuffle
+    fewest, share = min(_FEWEST, rounds), seconds / max(1, len(works))
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            if spent[name] < share or len(samples[name]) < fewest:
+                start = time.perf_counter()
+                samples[name].append(_sample(works[name], repeats[name], device))
+                spent[name] += time.perf_counter() - start
+    return samples
+
+
+def _sample(work: Work, repeats: int, device: torch.device) -> float:
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        results = [work.call() for _ in range(repeats)] if work.self_timed else []
+        if not work.self_timed:
+            for _ in range(repeats):
+                work.call()
+        synchronize(device)
+        elapsed = sum(results) if work.self_timed else time.perf_counter() - start  # type: ignore[arg-type]
+    finally:
+        gc.enable()
+    return elapsed / (repeats * work.units)
+
+
+def _repeats(work: Work, device: torch.device) -> int:
+    """Calls for a sample that a clock can measure, after a first one; self-timed ones add up anyway."""
+    first = work.units * _sample(work, 1, device)
+    if work.self_timed or first > 10 * _SHORTEST:
+        return 1
+    return max(1, min(1000, round(_SHORTEST / max(1e-9, work.units * _sample(work, 1, device)))))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,103 @@
+"""Named ranges around the phases of a hypergradient, put there from outside: the library knows nothing of them.
+
+Every range is a `record_function` for torch.profiler and, on a CUDA device, an NVTX range for nsys and ncu.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from hvp_engine import engines
+from hvp_engine.linearization import Linearization, LinearMap, Problem
+from hvp_engine.solvers.base import Iteration, Solver
+from hvp_engine.spectrum import SpectralEstimate
+from hvp_engine.vectors import Layout
+
+WHOLE, GRADIENT, LINEARIZE, TERM, STEP, MIXED = (
+    "hypergradient", "gradient", "linearize", "term", "step", "mixed product",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """A range with this name."""
+    nvtx = torch.cuda.nvtx.range(name) if torch.cuda.is_available() else contextlib.nullcontext()
+    with nvtx, record_function(name):
+        yield
+
+
+def _within(name: Callable[[], str], function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*arguments: Any) -> Any:
+        with phase(name()):
+            return function(*arguments)
+
+    return wrapped
+
+
+class PhasedSolver:
+    """A solver whose steps are ranges."""
+
+    def __init__(self, solver: Solver):
+        self._solver = solver
+        self.damping, self.estimates_spectrum = solver.damping, solver.estimates_spectrum
+
+    def init(self, layout: Layout, v: Sequence[Tensor], estimate: SpectralEstimate | None) -> Iteration:
+        iteration = self._solver.init(layout, v, estimate)
+        iteration.step = _within(lambda: STEP, iteration.step)  # type: ignore[method-assign]
+        return iteration
+
+
+class PhasedEngine:
+    """An engine whose phases are ranges. Terms are numbered; one that an engine fuses with its step has no step.
+
+    The gradient of the validation loss is what comes before the linearization, so its range is opened by
+    :meth:`hypergradient` and closed here.
+    """
+
+    def __init__(self, engine: engines.Engine):
+        self._engine = engine
+        self.name = engine.name
+        self._before = contextlib.ExitStack()
+        self._terms = 0
+
+    @contextlib.contextmanager
+    def hypergradient(self) -> Iterator[None]:
+        """The range of one call, to be made inside."""
+        self._terms = 0
+        with phase(WHOLE), self._before:
+            self._before.enter_context(phase(GRADIENT))
+            yield
+
+    def report(self) -> str:
+        return self._engine.report()
+
+    def linearize(self, problem: Problem) -> Linearization:
+        self._before.close()
+        with phase(LINEARIZE):
+            linearization: Any = self._engine.linearize(problem)
+        linearization.product = _within(self._next_term, linearization.product)
+        linearization.mixed = _within(lambda: MIXED, linearization.mixed)
+        if hasattr(linearization, "accumulating_term"):
+            bind = linearization.accumulating_term
+
+            def accumulating_term(*arguments: Any) -> Callable[[], None] | None:
+                term = bind(*arguments)
+                return None if term is None else _within(self._next_term, term)
+
+            linearization.accumulating_term = accumulating_term
+        return linearization
+
+    def run(
+        self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
+    ) -> Iteration:
+        return self._engine.run(operator, v, solver, estimate)
+
+    def _next_term(self) -> str:
+        self._terms += 1
+        return f"{TERM} {self._terms}"

@@ -1,0 +1,286 @@
+"""The benchmark itself: problems, methods against float64, timing, results, tables and the profile; all tiny."""
+
+from __future__ import annotations
+
+import csv
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench import methods, networks, peers, plots, problems, profile_gpu, report, results, steps, verification
+from bench.interleave import Work, interleave, threads
+from bench.problems import PROBLEMS, Problem
+from bench.results import Environment, Row
+
+CPU = torch.device("cpu")
+
+
+# Problems
+
+
+def test_weights_of_the_networks() -> None:
+    """As published: U-Net 6,659; the LSTM of the PTB experiment 13,280,400; LeNet-5 61,706; ResNet-44 658,586."""
+    made = {
+        networks.UNet: 6_659,
+        networks.lenet: 61_706,
+        networks.perceptron: 623_290,
+        networks.linear: 7_850,
+        lambda: networks.resnet(20): 269_722,
+        lambda: networks.resnet(44): 658_586,
+        lambda: networks.LSTM(10_000, 650): 13_280_400,
+    }
+    with torch.device("meta"):
+        assert [sum(p.numel() for p in make().parameters()) for make in made] == list(made.values())
+
+
+def test_looped_lstm_is_an_lstm() -> None:
+    module, looped, words = networks.LSTM(7, 4), networks.LoopedLSTM(7, 4), torch.randint(7, (2, 5))
+    looped.load_state_dict(module.state_dict())
+    torch.testing.assert_close(looped(words), module(words))
+
+
+@pytest.mark.parametrize("name", problems.names_for(CPU))
+def test_problems_are_the_same_at_every_build(name: str) -> None:
+    first, second = problems.build(name), problems.build(name)
+    for a, b in zip(first.weights.values(), second.weights.values(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(first.train[0], second.train[0]) and not torch.equal(first.train[0], first.val[0])
+    assert len(first.train[0]) == PROBLEMS[name].size
+
+
+def test_penalty_by_hand(small: Problem) -> None:
+    pairs = zip(small.hyper.values(), small.weights.values(), strict=True)
+    expected = torch.stack([(h.exp() * w.square()).sum() for h, w in pairs]).sum()
+    torch.testing.assert_close(small.penalty(small.weights, small.hyper), expected / 2)
+    difference = small.train_loss(small.weights, small.hyper, small.train) - small.val_loss(
+        small.weights, small.hyper, small.train
+    )
+    torch.testing.assert_close(difference, expected / 2)
+
+
+# Methods
+
+
+def _tiny() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def _batch(count: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(count, 3), torch.randint(2, (count,))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Problem:
+    recipe = problems.Recipe(_tiny, _batch, nn.functional.cross_entropy, alpha=0.3, size=6, terms=4)
+    monkeypatch.setitem(PROBLEMS, "tiny", recipe)
+    return problems.build("tiny")
+
+
+def _candidates() -> dict[str, dict[str, methods.Preparation]]:
+    made = {name: engine for name, engine in methods.own_engines().items() if name != "compiled"}
+    return {
+        "inverse_hvp": methods.own_inverse_hvps(made) | peers.inverse_hvps(),
+        "hypergradient": methods.own_hypergradients(made) | peers.hypergradients(),
+        "unrolled": {"unrolling": methods.unrolled} | peers.unrolled(),
+    }
+
+
+@pytest.mark.parametrize("kind", verification.KINDS)
+def test_every_method_agrees_with_the_reference(small: Problem, kind: str) -> None:
+    """All of ours pass; of a peer that is installed, the same is expected on so plain a network."""
+    candidates = {name: prepare for name, prepare in _candidates()[kind].items() if "compiled" not in name}
+    verified = verification.verify(kind, small, candidates)
+    absent = {name for name, reason in verified.left_out.items() if reason.startswith("ModuleNotFoundError")}
+    assert set(verified.left_out) == absent and not verified.broken
+    assert set(verified.runs) == set(candidates) - absent and all(s >= 0 for s in verified.setup.values())
+
+
+def test_unrolling_equals_the_implicit_hypergradient_at_a_minimum(small: Problem) -> None:
+    """The theorem that lets both stand in one table: n + 1 steps from w* are n products."""
+    exact = problems.build("tiny", dtype=torch.float64)
+    optimizer = torch.optim.LBFGS(
+        exact.weights.values(), max_iter=2000, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = exact.train_loss(exact.weights, exact.hyper, exact.train)
+        loss.backward(inputs=list(exact.weights.values()))
+        return loss
+
+    optimizer.step(closure)
+    unrolled = methods.unrolled(exact)(5)
+    implicit = methods.taped_hypergradient(methods.foreach_loop, exact)(5)
+    torch.testing.assert_close(list(unrolled), list(implicit), rtol=1e-6, atol=1e-12)
+    assert max(float(g.abs().max()) for g in implicit) > 1e-4
+
+
+def test_wrong_and_failing_methods_are_left_out(small: Problem) -> None:
+    def without_curvature(problem: Problem) -> methods.Run:
+        return lambda terms: [problem.alpha * (terms + 1) * v for v in problem.vector]
+
+    def failing(problem: Problem) -> methods.Run:
+        raise NotImplementedError("no such\nthing")
+
+    candidates = {f"{methods.OURS} wrong": without_curvature, "failing": failing}
+    verified = verification.verify("inverse_hvp", small, candidates)
+    assert verified.runs == {}
+    assert verified.left_out["failing"] == "NotImplementedError: no such thing"
+    assert len(verified.broken) == 1 and "wrong result: relative error 1" in verified.broken[0]
+
+
+# Timing
+
+
+def test_interleaving_times_every_work_per_unit() -> None:
+    order: list[str] = []
+
+    def sleeper(name: str, seconds: float) -> None:
+        order.append(name)
+        time.sleep(seconds)
+
+    works = {
+        "long": Work(lambda: sleeper("long", 0.03), units=3),
+        "short": Work(lambda: sleeper("short", 0.004)),
+        "self": Work(lambda: 0.5, units=5, self_timed=True),
+    }
+    samples = interleave(works, CPU, seconds=60.0, rounds=4)
+    assert all(len(values) == 4 for values in samples.values())
+    assert min(samples["long"]) >= 0.01 and min(samples["short"]) >= 0.004
+    assert samples["self"] == [0.1] * 4
+    timed = order[-8:]
+    assert timed.count("long") == timed.count("short") == 4  # they take turns: no block of one of them
+
+
+def test_a_work_beyond_its_share_gets_three_samples() -> None:
+    samples = interleave({"slow": Work(lambda: time.sleep(0.02))}, CPU, seconds=0.01, rounds=50)
+    assert len(samples["slow"]) == 3
+
+
+def test_threads_are_restored() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_step_works_run_and_agree() -> None:
+    works = steps.step_works(1000, 20, CPU)
+    assert set(works) == {"neumann_step", "neumann_step_horner", "two _foreach_add_"}
+    for work in [*works.values(), *steps.step_works(100, 1, CPU).values()]:
+        work.call()
+
+
+def test_update_seconds_are_a_part_of_the_solve(small: Problem) -> None:
+    for work in steps.update_works(small, 4).values():
+        start = time.perf_counter()
+        seconds = work.call()
+        assert isinstance(seconds, float) and 0 < seconds < time.perf_counter() - start
+
+
+# Results
+
+
+def _rows() -> list[Row]:
+    environment = Environment("Some CPU (R), 2 cores", "2.13.0", "3.6.0", "abc", "2030-01-01")
+    timed = {
+        "list loop": 0.2,
+        "list loop, foreach": 0.1,
+        "betty": 0.3,
+        "hvp_engine eager": 0.1,
+        "hvp_engine auto": 0.05,
+    }
+    rows = [environment.row("inverse_hvp", "lenet", name, 20, 1, [s, s, s]) for name, s in timed.items()]
+    rows += [environment.row("hvp", "lenet", name, 1, 1, [s]) for name, s in (timed | {"gradient": 0.1}).items()]
+    rows += [environment.row("step", "1 tensor", name, 10**7, 1, [0.01]) for name in steps.WORDS]
+    rows += [environment.row("update", "lenet", name, 1, 1, [0.01]) for name in ("list loop", "hvp_engine step")]
+    for size in (2, 100):
+        rows.append(environment.row("memory", "lenet", "hvp_engine eager", size, 1, [1e6], "bytes"))
+        rows.append(environment.row("unrolling", "lenet", "unrolling", size, 1, [0.1 * size]))
+        rows.append(environment.row("unrolling memory", "lenet", "unrolling", size, 1, [1e6 * size], "bytes"))
+    rows.append(environment.row("setup", "lenet", "hvp_engine auto", 0, 1, [3.0], note="linearized: fastest"))
+    rows.append(environment.row("inverse_hvp", "lenet", "curvlinops", 0, 1, [], note="wrong result, by 1"))
+    return rows
+
+
+def test_results_round_trip(tmp_path: Path) -> None:
+    file = tmp_path / "new folder" / "device.csv"
+    results.write(file, _rows())
+    assert results.read(file) == _rows()
+    with file.open() as lines:
+        assert {"p20", "p50", "p80", "commit", "torch_version", "package", "threads"} < set(next(csv.reader(lines)))
+
+
+def test_a_new_row_replaces_the_old_one_of_its_case() -> None:
+    rows = _rows()
+    newer = replace(rows[0], p50=0.7)
+    assert results.merged(rows, [newer])[0] == newer and len(results.merged(rows, [newer])) == len(rows)
+
+
+def test_percentiles_and_packages() -> None:
+    assert results.percentiles([3.0]) == (3.0, 3.0, 3.0)
+    assert results.percentiles([float(n) for n in range(11)]) == (2.0, 5.0, 8.0)
+    assert results.package_of("list loop, foreach") == ""
+    assert results.package_of("hvp_engine auto").startswith("hvp_engine 0.")
+    assert results.package_of("curvlinops, compiled").startswith("curvlinops-for-pytorch ")
+
+
+def test_environment_of_this_machine() -> None:
+    environment = Environment.of(CPU)
+    assert environment.torch_version == torch.__version__ and environment.commit
+    assert results.slug(environment.device).replace("-", "").replace(".", "").isalnum()
+
+
+# Tables and plots
+
+
+def test_tables() -> None:
+    text = report.markdown(_rows())
+    assert "| lenet | 20 | 1 | 100 ms | 100 ms (list loop, foreach) | 100 ms | 50 ms | 50 ms (auto) | 2.00x |" in text
+    assert "| lenet | 1 | 100 ms | 100 ms | 50 ms | 0.50 | 0.50 (auto) |" in text
+    assert "20.0 | 12.0 | 8.0 |" in text  # GB/s of the step, add_ and copy_
+    assert "1 MB (2) | 1 MB (100) | 1.000 | 1.00" in text
+    assert "linearized: fastest" in text and "curvlinops: wrong result, by 1" in text
+
+
+def test_tables_go_between_the_markers(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        report.update_readme(_rows(), readme)
+        text = readme.read_text()
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+        assert text.count("2.00x") == 1
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="markers"):
+        report.update_readme(_rows(), readme)
+
+
+def test_plots(tmp_path: Path) -> None:
+    files = plots.draw(_rows(), tmp_path, "device")
+    assert [file.name for file in files] == ["device-solves.png", "device-step.png", "device-unrolling.png"]
+    assert all(file.stat().st_size > 1000 for file in files)
+    assert plots.draw([], tmp_path, "device") == []
+
+
+# The profile
+
+
+@pytest.mark.parametrize("engine", ["eager", "linearized"])
+def test_profile(tmp_path: Path, small: Problem, engine: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--problem", "tiny", "--engine", engine, "--device", "cpu", "--out", str(tmp_path)]
+    assert profile_gpu.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "There is no GPU here" in printed
+    assert "| term | 4 |" in printed
+    assert "| step |" in printed and "fused step: " in printed
+    for name in ("| gradient | 1 |", "| linearize | 1 |", "| mixed product | 1 |"):
+        assert name in printed
+    (folder,) = tmp_path.iterdir()
+    assert {file.name for file in folder.iterdir()} == {"trace.json", "summary.md", "memory.csv", "memory.png"}
+    assert '"term 4"' in (folder / "trace.json").read_text()
