@@ -22,6 +22,9 @@ COLD_STEPS = 8
 REFRESH_STEPS = 3
 """Products of an estimate that starts from the last one's eigenvector."""
 
+GROWTH = 10.0
+"""What a truncated series may make of the residual where the estimate has seen negative curvature."""
+
 _FRESH_SHARE = 0.3
 """Norm of the random part that a refresh adds to the old eigenvector, so that a new largest one is found."""
 
@@ -54,10 +57,18 @@ class SpectralEstimate:
         """What the largest |eigenvalue| of the damped operator is taken to be."""
         return self.largest + self.margin + damping
 
-    def safe_alpha(self, damping: float = 0.0) -> float:
-        """1 / bound: converges even if the estimate is too low by almost one half."""
+    def safe_alpha(self, damping: float = 0.0, iterations: int = 0) -> float:
+        """1 / bound: converges even if the estimate is too low by almost one half.
+
+        Under negative curvature no alpha converges, and `iterations` products multiply the residual by up to
+        (1 + alpha |smallest|)^iterations: alpha is then small enough to keep that below :data:`GROWTH`.
+        """
         bound = self.bound(damping)
-        return 1.0 / bound if bound > 0 else 1.0
+        alpha = 1.0 / bound if bound > 0 else 1.0
+        curvature = self.smallest + damping
+        if self.indefinite and curvature < 0 and iterations > 0:
+            alpha = min(alpha, (GROWTH ** (1 / iterations) - 1) / -curvature)
+        return alpha
 
 
 def lanczos(

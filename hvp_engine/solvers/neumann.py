@@ -39,7 +39,8 @@ class Neumann:
 
     Arguments:
         iterations: number of products with A, >= 0; 0 gives alpha * v and makes no product.
-        alpha: the step > 0, or "auto": 1 / lambda_max from a Lanczos estimate (8 products cold, 3 to refresh).
+        alpha: the step > 0, or "auto": 1 / lambda_max from a Lanczos estimate (8 products cold, 3 to refresh);
+            smaller under negative curvature, so that `iterations` products grow the residual no more than tenfold.
         form: "accumulate" keeps the term and the sum (v <- v - alpha A v; p <- p + v); "horner" keeps the sum
             alone (p <- p + v_0 - alpha A p): less memory traffic, other rounding.
         damping: added to the diagonal of A, >= 0.
@@ -80,7 +81,7 @@ class Neumann:
     def init(self, layout: Layout, v: Sequence[Tensor], estimate: SpectralEstimate | None) -> Iteration:
         if self.alpha == "auto":
             assert estimate is not None
-            alpha = estimate.safe_alpha(self.damping if self.preconditioner is None else 0.0)
+            alpha = estimate.safe_alpha(self.damping if self.preconditioner is None else 0.0, self.iterations)
         else:
             alpha = float(self.alpha)
         return _FORMS[self.form, self.preconditioner is not None](self, layout, v, alpha)
