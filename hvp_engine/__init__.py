@@ -16,6 +16,7 @@ from hvp_engine.errors import (
     SecondDerivativeError,
     TraceError,
 )
+from hvp_engine.estimation import Estimate
 from hvp_engine.functional import functional
 from hvp_engine.gauss_newton import GaussNewtonOperator
 from hvp_engine.history import History, Record
@@ -44,6 +45,7 @@ __all__ = [
     "DataError",
     "DiagonalPreconditioner",
     "DivergenceError",
+    "Estimate",
     "Exact",
     "GaussNewtonOperator",
     "GraphError",

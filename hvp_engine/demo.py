@@ -9,13 +9,12 @@ losses, time and memory; :mod:`hvp_engine.demo_report` shows them.
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ import hvp_engine as hvp
 from hvp_engine import datasets, demo_report
 from hvp_engine.datasets import Images
 from hvp_engine.demo_report import Comparison, Run, Scores
+from hvp_engine.estimation import Estimate, Estimator
 from hvp_engine.memory import peak_memory
 from hvp_engine.preparation import standardize, stratified_split
 
@@ -35,6 +35,7 @@ TERMS = 20
 _TERMS_MEASURED = (1, 5, 10, TERMS)
 _HIDDEN = 128
 _BATCH = 250
+_WARMUP_STEPS = 30
 _INNER_STEPS = 10
 _WEIGHT_LEARNING_RATE = 1e-3
 _HYPER_LEARNING_RATE = 5e-2
@@ -46,7 +47,7 @@ _EVALUATIONS = 25
 Weights = dict[str, Tensor]
 Hyper = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
-HyperStep = Callable[[Batch, Batch], None]
+Curve = list[tuple[int, Mapping[str, float]]]
 Method = Literal["implicit", "unrolled"]
 
 
@@ -108,14 +109,15 @@ def load(folder: Path | None, seed: int, device: torch.device) -> Data:
 def compare(data: Data, seed: int, hyper_steps: int, device: torch.device) -> Comparison:
     """Train the four ways, and measure the memory of a hypergradient by its number of terms."""
     started = time.perf_counter()
-    untuned, single = (Experiment(data, seed, device, per_weight=False) for _ in range(2))
-    many, unrolled = (Experiment(data, seed, device, per_weight=True) for _ in range(2))
-    runs = (
-        untuned.run("no tuning", hyper_steps, None),
-        single.run("one decay, implicit", hyper_steps, "implicit"),
-        many.run("one per weight, implicit", hyper_steps, "implicit"),
-        unrolled.run("one per weight, unrolled", hyper_steps, "unrolled"),
-    )
+    with torch.random.fork_rng():
+        untuned, single = (Experiment(data, seed, device, per_weight=False) for _ in range(2))
+        many, unrolled = (Experiment(data, seed, device, per_weight=True) for _ in range(2))
+        runs = (
+            untuned.run("no tuning", hyper_steps, None),
+            single.run("one decay, implicit", hyper_steps, "implicit"),
+            many.run("one per weight, implicit", hyper_steps, "implicit"),
+            unrolled.run("one per weight, unrolled", hyper_steps, "unrolled"),
+        )
     first_layer = many.hyper["1.weight"].detach().mean(0)
     return Comparison(
         runs=runs,
@@ -129,6 +131,7 @@ def compare(data: Data, seed: int, hyper_steps: int, device: torch.device) -> Co
         network=f"784-{_HIDDEN}-10",
         seed=seed,
         hyper_steps=hyper_steps,
+        warmup_steps=_WARMUP_STEPS,
         inner_steps=_INNER_STEPS,
         device=str(device),
         threads=torch.get_num_threads(),
@@ -136,37 +139,40 @@ def compare(data: Data, seed: int, hyper_steps: int, device: torch.device) -> Co
     )
 
 
+class Shuffled:
+    """A loader of random batches of a part of the data; every epoch is a new order."""
+
+    def __init__(self, part: Batch, seed: int):
+        self.part = part
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[Batch]:
+        images, labels = self.part
+        for indices in torch.randperm(len(labels), generator=self.generator).split(_BATCH):
+            yield images[indices], labels[indices]
+
+
 class Experiment:
-    """One network with its decays, the two losses, and the ways to take a hyper step."""
+    """One network with its decays, the two losses, and the ways to a hypergradient."""
 
     def __init__(self, data: Data, seed: int, device: torch.device, per_weight: bool):
         self.data, self.device = data, device
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            network = torch.nn.Sequential(
+            self.module = torch.nn.Sequential(
                 torch.nn.Flatten(),
                 torch.nn.Linear(data.train[0][0].numel(), _HIDDEN),
                 torch.nn.ReLU(),
                 torch.nn.Linear(_HIDDEN, 10),
             ).to(device)
-        self.network = hvp.functional(network)
-        self.weights: Weights = dict(network.named_parameters())
+        self.network = hvp.functional(self.module)
+        self.weights: Weights = dict(self.module.named_parameters())
         shapes = {name: weight.shape for name, weight in self.weights.items()} if per_weight else {"all": ()}
         self.hyper: Hyper = {
             name: torch.full(shape, _INITIAL_LOG_DECAY, device=device) for name, shape in shapes.items()
         }
-        self.tuner = hvp.Tuner(
-            network,
-            self.hyper,
-            self.train_loss,
-            self.val_loss,
-            weight_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=_WEIGHT_LEARNING_RATE),
-            hyper_optimizer=lambda tensors: torch.optim.RMSprop(tensors, lr=_HYPER_LEARNING_RATE),
-            solver=hvp.Neumann(TERMS),
-            inner_steps=_INNER_STEPS,
-        )
-        self.train_batches = _batches(data.train, seed)
-        self.validation_batches = _batches(data.validation, seed + 1)
+        self.train_loader = Shuffled(data.train, seed)
+        self.val_loader = Shuffled(data.validation, seed + 1)
 
     def val_loss(self, weights: Weights, hyper: Hyper, batch: Batch) -> Tensor:
         """Mean cross-entropy; it does not depend on the decays directly."""
@@ -181,77 +187,101 @@ class Experiment:
         return self.val_loss(weights, hyper, batch) + sum(decays) / 2
 
     def run(self, name: str, hyper_steps: int, method: Method | None) -> Run:
-        """Alternate training steps with hyper steps of `method`; with None only train."""
-        hyper_step, gradient = {
-            "implicit": (self.implicit_step, self.implicit),
-            "unrolled": (self.unrolled_step, self.unrolled),
-            None: (None, None),
-        }[method]
-        started, seconds, curve = time.perf_counter(), [], []
+        """Tune by `method` while the weights train; with None only train them."""
+        estimator = self.unrolled if method == "unrolled" else self.implicit
+        tuner = hvp.Tuner(
+            self.module,
+            self.hyper,
+            self.train_loss,
+            self.val_loss,
+            weight_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=_WEIGHT_LEARNING_RATE),
+            hyper_optimizer=lambda tensors: torch.optim.RMSprop(tensors, lr=_HYPER_LEARNING_RATE),
+            inner_steps=_INNER_STEPS,
+            warmup_steps=_WARMUP_STEPS,
+            bounds=_LOG_DECAY_RANGE,
+            estimator=estimator(TERMS),
+        )
         every = max(1, hyper_steps // _EVALUATIONS)
-        for step in tqdm(range(1, hyper_steps + 1), desc=f"{name:<24}", unit="hyper step"):
-            for _ in range(_INNER_STEPS):
-                self.tuner.train_step(next(self.train_batches))
-            if hyper_step is not None:
-                seconds.append(self._timed(hyper_step))
-                for log_decay in self.hyper.values():
-                    log_decay.clamp_(*_LOG_DECAY_RANGE)
-            if step % every == 0 or step == hyper_steps:
-                curve.append((step, self.score(self.data.validation).loss, self.score(self.data.test).loss))
+        started = time.perf_counter()
+        with tqdm(total=hyper_steps, desc=f"{name:<24}", unit="hyper step") as bar:
+            curve = (self.tune if method else self.train)(tuner, hyper_steps, every, bar)
         total = time.perf_counter() - started
+        if not curve or curve[-1][0] != hyper_steps:
+            curve.append((hyper_steps, self.losses()))
         return Run(
             name=name,
-            hyperparameters=sum(h.numel() for h in self.hyper.values()) if hyper_step else 0,
+            hyperparameters=sum(h.numel() for h in self.hyper.values()) if method else 0,
             train=self.score(self.data.train),
             validation=self.score(self.data.validation),
             test=self.score(self.data.test),
-            curve=tuple(curve),
-            hyper_step_seconds=statistics.median(seconds) if seconds else None,
-            peak_bytes=self.peak_bytes(gradient(TERMS)) if gradient else None,
+            curve=tuple((step, losses["validation"], losses["test"]) for step, losses in curve),
+            hyper_step_seconds=statistics.median(r.hypergradient_seconds for r in tuner.history) if method else None,
+            peak_bytes=self.peak_bytes(estimator(TERMS)) if method else None,
             seconds=total,
         )
 
-    def implicit_step(self, train_batch: Batch, validation_batch: Batch) -> None:
-        """A hyper step of Algorithm 1."""
-        self.tuner.hyper_step(train_batch, validation_batch)
+    def tune(self, tuner: hvp.Tuner, hyper_steps: int, every: int, bar: Any) -> Curve:
+        """Run Algorithm 1; the losses every so many hyper steps."""
 
-    def unrolled_step(self, train_batch: Batch, validation_batch: Batch) -> None:
-        """The same with the gradient through unrolled SGD."""
-        for log_decay, grad in zip(
-            self.hyper.values(), self.unrolled(TERMS)(train_batch, validation_batch), strict=True
-        ):
-            log_decay.grad = grad
-        self.tuner.hyper_optimizer.step()
+        def advance(tuner: hvp.Tuner, record: hvp.Record) -> None:
+            bar.update()
 
-    def implicit(self, terms: int) -> Callable[[Batch, Batch], object]:
-        """A function of (train batch, validation batch) to the implicit hypergradient with `terms` products."""
-        hypergradient = hvp.Hypergradient(self.train_loss, self.val_loss, solver=hvp.Neumann(terms))
-        return lambda train_batch, val_batch: hypergradient(self.weights, self.hyper, train_batch, val_batch)
-
-    def unrolled(self, steps: int) -> Callable[[Batch, Batch], tuple[Tensor, ...]]:
-        """The same for the gradient through `steps` steps of SGD from the current weights, by plain autograd."""
-
-        def gradient(train_batch: Batch, validation_batch: Batch) -> tuple[Tensor, ...]:
-            hyper = {name: log_decay.detach().requires_grad_() for name, log_decay in self.hyper.items()}
-            weights = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
-            for _ in range(steps):
-                loss = self.train_loss(weights, hyper, train_batch)
-                grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-                weights = {
-                    name: weight - _UNROLLED_LEARNING_RATE * grad
-                    for (name, weight), grad in zip(weights.items(), grads, strict=True)
-                }
-            return torch.autograd.grad(self.val_loss(weights, hyper, validation_batch), list(hyper.values()))
-
-        return gradient
-
-    def peak_bytes(self, gradient: Callable[[Batch, Batch], object]) -> int:
-        """Peak memory of one hypergradient, on the first batches of a fixed order."""
-        train_batch, validation_batch = (
-            (part[0][:_BATCH], part[1][:_BATCH]) for part in (self.data.train, self.data.validation)
+        history = tuner.fit(
+            self.train_loader,
+            self.val_loader,
+            hyper_steps,
+            progress=False,
+            callbacks=[advance],
+            evaluate=lambda tuner: self.losses(),
+            evaluate_every=every,
         )
+        return [(record.hyper_step + 1, record.metrics) for record in history if record.metrics]
+
+    def train(self, tuner: hvp.Tuner, hyper_steps: int, every: int, bar: Any) -> Curve:
+        """Only the training steps of Algorithm 1."""
+        curve: Curve = []
+        tuner.train(self.train_loader, _WARMUP_STEPS, progress=False)
+        for step in range(1, hyper_steps + 1):
+            tuner.train(self.train_loader, _INNER_STEPS, progress=False)
+            bar.update()
+            if step % every == 0:
+                curve.append((step, self.losses()))
+        return curve
+
+    def implicit(self, terms: int) -> Estimator:
+        """The hypergradient by implicit differentiation with `terms` products.
+
+        The engine is named, since a choice by measurement need not give the same numbers again.
+        """
+        return hvp.Hypergradient(self.train_loss, self.val_loss, solver=hvp.Neumann(terms), engine="eager")
+
+    def unrolled(self, steps: int) -> Estimator:
+        """The gradient through `steps` steps of SGD from the current weights, by plain autograd."""
+
+        def estimate(weights: Weights, hyper: Hyper, train_batch: Batch, val_batch: Batch) -> Estimate:
+            hyper = {name: log_decay.detach().requires_grad_() for name, log_decay in hyper.items()}
+            moved = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+            for step in range(steps):
+                loss = self.train_loss(moved, hyper, train_batch)
+                grads = torch.autograd.grad(loss, list(moved.values()), create_graph=True)
+                if step == 0:
+                    norm, train_loss = torch.stack([g.detach().norm() for g in grads]).norm(), loss.detach()
+                moved = {
+                    name: weight - _UNROLLED_LEARNING_RATE * grad
+                    for (name, weight), grad in zip(moved.items(), grads, strict=True)
+                }
+            val_loss = self.val_loss(moved, hyper, val_batch)
+            found = torch.autograd.grad(val_loss, list(hyper.values()))
+            return Estimate(dict(zip(hyper, found, strict=True)), train_loss, val_loss.detach(), norm.double())
+
+        return estimate
+
+    def peak_bytes(self, estimator: Estimator) -> int:
+        """Peak memory of a hypergradient after the first; on the first batches of a fixed order."""
+        train_batch, val_batch = ((x[:_BATCH], y[:_BATCH]) for x, y in (self.data.train, self.data.validation))
+        estimator(self.weights, self.hyper, train_batch, val_batch)
         with peak_memory(self.device) as meter:
-            gradient(train_batch, validation_batch)
+            estimator(self.weights, self.hyper, train_batch, val_batch)
         return meter.peak_bytes
 
     @torch.no_grad()
@@ -262,25 +292,9 @@ class Experiment:
         accuracy = (outputs.argmax(1) == labels).float().mean()
         return Scores(float(F.cross_entropy(outputs, labels)), float(accuracy))
 
-    def _timed(self, hyper_step: HyperStep) -> float:
-        batches = next(self.train_batches), next(self.validation_batches)
-        start = self._clock()
-        hyper_step(*batches)
-        return self._clock() - start
-
-    def _clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
-def _batches(part: Batch, seed: int) -> Iterator[Batch]:
-    """Endless random batches; every epoch is a new order."""
-    images, labels = part
-    generator = torch.Generator().manual_seed(seed)
-    for _ in itertools.count():
-        for indices in torch.randperm(len(labels), generator=generator).split(_BATCH):
-            yield images[indices], labels[indices]
+    def losses(self) -> dict[str, float]:
+        """What the curves show."""
+        return {"validation": self.score(self.data.validation).loss, "test": self.score(self.data.test).loss}
 
 
 def _positive(text: str) -> int:

@@ -60,6 +60,7 @@ class Comparison:
     network: str
     seed: int
     hyper_steps: int
+    warmup_steps: int
     inner_steps: int
     device: str
     threads: int
@@ -72,8 +73,9 @@ def table(comparison: Comparison) -> str:
     lines = [
         "",
         f"{comparison.source}: {' / '.join(map(str, comparison.sizes))} for train / validation / test; "
-        f"network {comparison.network}; {comparison.hyper_steps} hyper steps after {comparison.inner_steps} "
-        f"training steps each; seed {comparison.seed}; {comparison.device}, {comparison.threads} threads",
+        f"network {comparison.network}; {comparison.warmup_steps} training steps, then {comparison.hyper_steps} hyper "
+        f"steps after {comparison.inner_steps} more each; seed {comparison.seed}; {comparison.device}, "
+        f"{comparison.threads} threads",
         "",
         f"{'':24}{'decays':>9}" + "".join(f"{head:>18}" for head in heads) + f"{'hyper step':>13}{'its peak':>11}",
         f"{'':24}{'':9}" + f"{'loss / accuracy':>18}" * 3 + f"{'ms':>13}{'MB':>11}",

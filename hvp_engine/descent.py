@@ -95,7 +95,7 @@ class Descent:
         """Optimizer and scheduler as they were at construction."""
         steps = self.steps
         self.load_state_dict(copy.deepcopy(self._initial))
-        self.steps = steps + 1
+        self.steps = steps
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs; tensors are not copied."""

@@ -195,7 +195,12 @@ class Steps:
                 train_batch,
                 val_batch,
             )
-            grads, _ = flatten(estimate.grads, "grads")
+            grads, structure = flatten(estimate.grads, "grads")
+            if structure != self._hyper_structure:
+                raise ValueError(
+                    f"estimator: expected grads in the container of hyper, {self._hyper_structure.spec}; got "
+                    f"{structure.spec}"
+                )
             figures = _figures(estimate, global_norm(grads))
             if not math.isfinite(figures["hypergradient_norm"]):
                 raise DivergenceError("hypergradient: expected finite values; got NaN or Inf in the mixed product")

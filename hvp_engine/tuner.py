@@ -234,7 +234,8 @@ class Tuner(Steps):
         if stream is None or stream.loader is not loader:
             stream = Batches(loader, self.device, name if name.endswith("loader") else f"{name}_loader")
             if name in self.stream_states:
-                stream.load_state_dict(self.stream_states.pop(name))
+                stream.load_state_dict(self.stream_states[name])
+                del self.stream_states[name]  # only now: a loader that was refused can be corrected
             self.streams[name] = stream
         return stream
 

@@ -117,8 +117,8 @@ def test_idx_files_of_a_folder_and_the_global_random_state_left_alone(idx_folder
 def test_one_unrolled_step_against_its_closed_form():
     """w' = w - lr (g + exp(d) w), so dL_V(w')/dd = -lr L_V'(w') exp(d) w."""
     experiment = demo.Experiment(demo.load(None, 0, torch.device("cpu")), 0, torch.device("cpu"), per_weight=True)
-    train_batch, val_batch = next(experiment.train_batches), next(experiment.validation_batches)
-    grads = experiment.unrolled(1)(train_batch, val_batch)
+    train_batch, val_batch = next(iter(experiment.train_loader)), next(iter(experiment.val_loader))
+    grads = experiment.unrolled(1)(experiment.weights, experiment.hyper, train_batch, val_batch).grads
     weights = {name: weight.detach().requires_grad_() for name, weight in experiment.weights.items()}
     loss = experiment.train_loss(weights, experiment.hyper, train_batch)
     descent = torch.autograd.grad(loss, list(weights.values()))
@@ -127,7 +127,9 @@ def test_one_unrolled_step_against_its_closed_form():
         for (name, weight), step in zip(weights.items(), descent, strict=True)
     }
     outer = torch.autograd.grad(experiment.val_loss(moved, experiment.hyper, val_batch), list(moved.values()))
-    for grad, slope, weight, log_decay in zip(grads, outer, weights.values(), experiment.hyper.values(), strict=True):
+    for grad, slope, weight, log_decay in zip(
+        grads.values(), outer, weights.values(), experiment.hyper.values(), strict=True
+    ):
         expected = -0.1 * slope * log_decay.exp() * weight.detach()
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-9)
         assert grad.abs().max() > 0

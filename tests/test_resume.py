@@ -238,3 +238,14 @@ def test_retraining_after_a_resume_begins_at_the_first_runs_weights(tmp_path: Pa
     other.tuner.load(tmp_path / "run.pt")
     torch.manual_seed(7)
     assert other.tuner.retrain(other.train_loader, 3, progress=False) == expected
+
+
+def test_a_wrong_loader_can_be_corrected(straight: dict[str, Tensor], tmp_path: Path) -> None:
+    run = TuningRun()
+    run.fit(2, checkpoint=tmp_path / "run.pt")
+    again = TuningRun()
+    right, again.train_loader = again.train_loader, [next(iter(run.train_loader))]
+    with pytest.raises(hvp.CheckpointError, match="train_loader: expected"):
+        again.fit(STEPS, checkpoint=tmp_path / "run.pt")
+    again.train_loader = right
+    assert_same(again.fit(STEPS, checkpoint=tmp_path / "run.pt"), straight)

@@ -403,6 +403,13 @@ def test_an_estimator_of_ones_own() -> None:
     assert torch.equal(h, torch.full((2,), -0.5))
 
 
+def test_an_estimator_that_returns_another_container() -> None:
+    one = torch.ones(())
+    tuner = tuner_of(torch.zeros(2), [torch.zeros(2)], estimator=lambda *_: Estimate(torch.ones(2), one, one, one))
+    with pytest.raises(ValueError, match="^estimator: expected grads in the container of hyper"):
+        tuner.hyper_step(None, None)
+
+
 # Training and hyper steps
 
 
