@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from hvp_engine import backend, engines
+from hvp_engine.precision import float32_arithmetic
 
 _PACKAGES = ("hvp_engine", "torch", "triton", "numpy", "tqdm", "mlxtend", "matplotlib")
 _OPENMP = re.compile(r"lib(?:gomp|iomp|omp)\d*(?:-[0-9a-f]+)?\.so[.\d]*")
@@ -26,6 +27,7 @@ class Diagnosis:
         versions: of Python, the system and each package; None for a package that is not installed.
         devices: a description of each device, by its torch name; for "cuda" the reason where there is none.
         threads: threads that torch uses for one operation.
+        float32: for each device type, how float32 products are computed; see :mod:`hvp_engine.precision`.
         backends: for each device type, for each backend the reason why it cannot run there, or None if it can.
         chosen: for each device type, the backend that "auto" takes.
         engines: for each engine the reason why it cannot run, or None if it can.
@@ -35,6 +37,7 @@ class Diagnosis:
     versions: dict[str, str | None]
     devices: dict[str, str]
     threads: int
+    float32: dict[str, str]
     backends: dict[str, dict[str, str | None]]
     chosen: dict[str, str]
     engines: dict[str, str | None]
@@ -46,6 +49,8 @@ class Diagnosis:
         lines += ["devices"]
         lines += [f"  {name:<12}{description}" for name, description in self.devices.items()]
         lines += [f"  {'threads':<12}{self.threads}"]
+        lines += ["float32 products"]
+        lines += [f"  {device_type:<12}{precision}" for device_type, precision in self.float32.items()]
         for device_type, reasons in self.backends.items():
             lines += [f"backends on {device_type} ('auto' takes {self.chosen[device_type]!r})"]
             lines += [f"  {name:<12}{_verdict(reason)}" for name, reason in reasons.items()]
@@ -76,6 +81,7 @@ def examine() -> Diagnosis:
         versions=_versions(),
         devices=_devices(),
         threads=torch.get_num_threads(),
+        float32={device_type: float32_arithmetic(device_type) for device_type in chosen},
         backends=reasons,
         chosen=chosen,
         engines={name: _why_not_engine(name) for name in engines.ENGINES},

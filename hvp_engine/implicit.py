@@ -24,6 +24,7 @@ from hvp_engine.errors import GraphError, SecondDerivativeError
 from hvp_engine.estimation import Estimate
 from hvp_engine.isolation import Draws, isolated
 from hvp_engine.linearization import Linearization, Problem
+from hvp_engine.precision import float32_arithmetic
 from hvp_engine.solution import Solution
 from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import check_solver
@@ -286,8 +287,10 @@ class Hypergradient:
         return result
 
     def report(self) -> str:
-        """What the engine did and why."""
-        return f"engine {self.engine.name}\n{self.engine.report()}"
+        """What the engine did and why, and how precise float32 is."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        lines = [f"engine {self.engine.name}", self.engine.report()]
+        return "\n".join([*lines, f"float32 products on {device}: {float32_arithmetic(device)}"])
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to continue with the same numbers."""

@@ -1,0 +1,44 @@
+"""What low precision does to a hypergradient, and how precise float32 is on a device.
+
+* **bfloat16 and float16 weights.** Solvers keep their vectors in float32; the weights' precision limits each product,
+  which is evaluated in it, and the result, which is rounded to it once. Errors are tabulated by
+  `python -m bench.precision`.
+* **Autocast.** Write it into the losses, around the forward pass; products then run in the precisions that the
+  forward chose, and weights, vectors and results stay float32.
+* **Loss scaling.** A training loss scaled by s has the Hessian s H and the mixed derivative s d2L_T/dlambda dw, so
+  that s cancels: the hypergradient needs no unscaling, and alpha="auto" adapts. A fixed alpha is divided by s, damping
+  and the values of :func:`hvp_engine.approx_inverse_hvp` and :func:`hvp_engine.solve` multiplied by it. A validation
+  loss scaled by s scales the hypergradient: divide by s. float16 ends at 65,504, so that s has a limit too.
+* **TF32.** float32 products on a GPU may round their inputs to 10 bits: :func:`float32_arithmetic` tells.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def float32_arithmetic(device_type: str) -> str:
+    """How float32 matrix products, convolutions and recurrent layers are computed: "full precision", or which are not.
+
+    Arguments:
+        device_type: "cpu" or "cuda"; torch's settings are read, nothing is run.
+
+    >>> float32_arithmetic("cpu")
+    'full precision'
+    """
+    if device_type == "cuda":
+        settings = {
+            "matrix products": torch.backends.cuda.matmul.fp32_precision,
+            "convolutions": torch.backends.cudnn.conv.fp32_precision,
+            "recurrent layers": torch.backends.cudnn.rnn.fp32_precision,
+        }
+    else:
+        settings = {
+            "matrix products": torch.backends.mkldnn.matmul.fp32_precision,
+            "convolutions": torch.backends.mkldnn.conv.fp32_precision,
+            "recurrent layers": torch.backends.mkldnn.rnn.fp32_precision,
+        }
+    reduced = [f"{what} in {setting}" for what, setting in settings.items() if setting not in ("none", "ieee")]
+    if not reduced:
+        return "full precision"
+    return f'{", ".join(reduced)} (torch.backends.fp32_precision = "ieee" makes it full precision)'
