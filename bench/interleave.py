@@ -14,8 +14,8 @@ import torch
 _SHORTEST = 2e-3
 """Seconds below which a sample repeats the call."""
 
-_FEWEST = 3
-"""Samples that even a slow method gets."""
+_FEWEST, _SLOW, _FEWEST_OF_SLOW = 3, 2.0, 2
+"""Samples that even a slow method gets, and how many if one takes so many seconds."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,28 @@ def threads(count: int) -> Iterator[None]:
 
 
 def interleave(works: Mapping[str, Work], device: torch.device, seconds: float, rounds: int) -> dict[str, list[float]]:
-    """Seconds for each unit of each work: every round runs every work once, in a random order.
+    """Seconds for each unit of each work; every round runs every work once, in a random order.
 
     Arguments:
         works: what to time, by name.
         device: waited for at the end of each sample.
-        seconds: in all; a work that has used its share, and has three samples, sits out the rest.
+        seconds: in all; a work that has used its share, and has its few samples, sits out the rest.
         rounds: at most so many samples of each.
     """
     repeats = {name: _repeats(work, device) for name, work in works.items()}
     samples: dict[str, list[float]] = {name: [] for name in works}
     spent = dict.fromkeys(works, 0.0)
     order, shuffle = list(works), random.Random(0).shuffle
-    fewest, share = min(_FEWEST, rounds), seconds / max(1, len(works))
+    share = seconds / max(1, len(works))
+
+    def enough(name: str) -> bool:
+        count = len(samples[name])
+        return spent[name] >= share and count >= (_FEWEST_OF_SLOW if spent[name] > _SLOW * count else _FEWEST)
+
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            if spent[name] < share or len(samples[name]) < fewest:
+            if not enough(name):
                 start = time.perf_counter()
                 samples[name].append(_sample(works[name], repeats[name], device))
                 spent[name] += time.perf_counter() - start

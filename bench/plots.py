@@ -39,6 +39,7 @@ def solves(rows: Sequence[Row]) -> Figure | None:
     names = list(dict.fromkeys(row.method for row in rows))
     figure = Figure(figsize=(1.6 * len(problems) + 4, 3.2 * len(threads)))
     for index, count in enumerate(threads):
+        named: set[str] = set()
         axes = figure.add_subplot(len(threads), 1, index + 1)
         for position, problem in enumerate(problems):
             table = case(rows, "inverse_hvp", problem, PROBLEMS[problem].terms, count)
@@ -48,14 +49,15 @@ def solves(rows: Sequence[Row]) -> Figure | None:
                     axes.bar(
                         position + 0.85 * offset, table.medians[name] / table.list_loop, 0.85 / len(names),
                         color=f"C{place % 10}", hatch="//" if place >= 10 else None,
-                        label=name if position == 0 else None,
+                        label=None if name in named else name,
                     )  # fmt: skip
+                    named.add(name)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xticks(range(len(problems)), [f"{p}\n{PROBLEMS[p].terms} HVPs" for p in problems], fontsize=8)
         axes.set_yscale("log", base=2)
         axes.set_ylabel("time / list loop")
         axes.set_title(f"inverse-Hessian-vector product, {count} thread{'s' * (count > 1)}", fontsize=9)
-        if index == 0:
+        if index == 0 and named:
             axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure

@@ -36,6 +36,7 @@ class Problem:
         alpha: a step of the Neumann series; small enough that negative curvature does not blow up 50 terms.
         terms: Hessian-vector products of a solve of the usual length.
         sweep: other lengths that are measured.
+        brief: only the list loops and our engines take part, since a case takes a minute on a CPU.
         kernels: a context in which the forward uses kernels that have a second derivative.
     """
 
@@ -49,6 +50,7 @@ class Problem:
     alpha: float
     terms: int
     sweep: tuple[int, ...]
+    brief: bool
     kernels: Context
 
     @property
@@ -95,6 +97,7 @@ class Recipe:
     size: int = BATCH
     terms: int = 20
     sweep: tuple[int, ...] = (1, 5, 50)
+    brief: bool = False
     per_weight: bool = True
     kernels: Context = contextlib.nullcontext
     gpu_only: bool = False
@@ -136,16 +139,24 @@ def _plain_rnn() -> Iterator[None]:
 PROBLEMS = {
     "logistic": Recipe(networks.linear, _digits, F.cross_entropy, alpha=0.1),
     "mlp": Recipe(networks.perceptron, _digits, F.cross_entropy, alpha=0.05),
-    "mlp-one-decay": Recipe(networks.perceptron, _digits, F.cross_entropy, alpha=0.05, per_weight=False),
+    "mlp-one-decay": Recipe(networks.perceptron, _digits, F.cross_entropy, alpha=0.05, per_weight=False, sweep=()),
     "lenet": Recipe(networks.lenet, _digits, F.cross_entropy, alpha=0.1),
-    "resnet20": Recipe(partial(networks.resnet, 20), _colors, F.cross_entropy, alpha=0.005, terms=5, sweep=()),
+    "resnet20": Recipe(
+        partial(networks.resnet, 20), _colors, F.cross_entropy, alpha=0.005, terms=5, sweep=(), brief=True
+    ),
     "resnet44": Recipe(partial(networks.resnet, 44), _colors, F.cross_entropy, alpha=0.005, gpu_only=True),
     "unet": Recipe(networks.UNet, _noisy_images, F.mse_loss, alpha=0.1, terms=5, sweep=(1,)),
     "lstm": Recipe(
-        partial(networks.LSTM, 100, 64), partial(_text, 100, 20), _next_word, alpha=1.0, size=10, kernels=_plain_rnn
+        partial(networks.LSTM, 100, 64),
+        partial(_text, 100, 20),
+        _next_word,
+        alpha=1.0,
+        size=10,
+        sweep=(1, 5),
+        kernels=_plain_rnn,
     ),
     "looped-lstm": Recipe(
-        partial(networks.LoopedLSTM, 100, 64), partial(_text, 100, 20), _next_word, alpha=1.0, size=10
+        partial(networks.LoopedLSTM, 100, 64), partial(_text, 100, 20), _next_word, alpha=1.0, size=10, sweep=()
     ),
     "large-lstm": Recipe(
         partial(networks.LSTM, 10_000, 650),
@@ -200,5 +211,6 @@ def build(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
         alpha=recipe.alpha,
         terms=recipe.terms,
         sweep=recipe.sweep,
+        brief=recipe.brief,
         kernels=recipe.kernels,
     )

@@ -108,7 +108,7 @@ def measure_problem(recorder: Recorder, name: str, options: argparse.Namespace) 
         if "update" in wanted and name in suite.UPDATE_PROBLEMS:
             cases.append((own.update, options.threads))
         if "hvp" in wanted:
-            cases.append((own.hvp, options.threads))
+            cases.append((own.hvp, [first]))
         if "inverse_hvp" in wanted:
             for terms in options.terms or (own.problem.terms, *own.problem.sweep):
                 counts = options.threads if options.terms or terms == own.problem.terms else [first]
@@ -121,7 +121,7 @@ def measure_problem(recorder: Recorder, name: str, options: argparse.Namespace) 
         for make, counts in cases:
             for count in counts:
                 recorder.time(make(), count)
-        if "memory" in wanted:
+        if "memory" in wanted and name in suite.MEMORY_PROBLEMS:
             measure_memory(recorder, own, options.quick)
 
 

@@ -20,7 +20,8 @@ HYPERGRADIENT_ENGINES = ("eager", "auto")
 
 UNROLLED_PROBLEM = "lenet"
 UNROLLED_LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)
-HYPERGRADIENT_PROBLEMS = ("logistic", "mlp", "lenet", "resnet44", "unet", "lstm", "large-lstm", "transformer")
+HYPERGRADIENT_PROBLEMS = ("logistic", "mlp", "lenet", "resnet44", "lstm", "large-lstm")
+MEMORY_PROBLEMS = ("logistic", "mlp", "lenet", "resnet44", "unet", "lstm", "large-lstm", "transformer")
 UPDATE_PROBLEMS = ("logistic", "mlp", "lenet")
 NEIGHBOUR_SIZES = (1_000_000, 10_000_000)
 
@@ -63,7 +64,11 @@ class ProblemSuite:
 
     @cached_property
     def inverse_hvps(self) -> Verified:
-        return self._settled("inverse_hvp", methods.own_inverse_hvps(self.engines) | peers.inverse_hvps())
+        candidates = methods.own_inverse_hvps(self.engines) | peers.inverse_hvps()
+        if self.problem.brief:
+            names = [*LIST_LOOPS, *(f"{OURS} {name}" for name in self.engines)]
+            candidates = {name: candidates[name] for name in names}
+        return self._settled("inverse_hvp", candidates)
 
     @cached_property
     def hypergradients(self) -> Verified:
@@ -87,9 +92,10 @@ class ProblemSuite:
 
     @property
     def against_unrolling(self) -> dict[str, Run]:
-        """Our hypergradients, and unrolling."""
-        runs = {name: run for name, run in self.hypergradients.runs.items() if methods.is_ours(name)}
-        return runs | self.unrolled.runs
+        """Our hypergradients by engine, and unrolling."""
+        names = [f"{OURS} {name}" for name in HYPERGRADIENT_ENGINES]
+        runs = {name: self.hypergradients.runs[name] for name in names if name in self.hypergradients.runs}
+        return runs | {name: run for name, run in self.unrolled.runs.items() if name == "unrolling"}
 
     def unrolling(self, length: int) -> Case:
         """Hypergradients of `length` products and through as many steps."""
@@ -97,7 +103,7 @@ class ProblemSuite:
 
     def hvp(self) -> Case:
         """One term of a solve, product and step, by every engine; and one gradient."""
-        problem, terms = self.problem, self.problem.terms
+        problem, terms = self.problem, 2 if self.problem.brief else self.problem.terms
         weights = list(problem.weights.values())
 
         def gradient() -> object:

@@ -16,8 +16,9 @@ from bench.methods import Preparation, Run
 from bench.problems import Problem, build
 from hvp_engine.errors import BackendError
 
-TOLERANCE = 5e-3
-"""Relative error of a float32 result, by the global norm."""
+TOLERANCE, WIDEST = 1e-3, 5e-2
+"""Relative error of a float32 result, by the global norm: twice that of a plain loop in float32 is allowed too, which
+in a deep net with ReLU is large, but not more than the second."""
 
 CHECK_TERMS = 3
 """Products of the solve that is checked: enough that every part of a method runs."""
@@ -72,6 +73,11 @@ def verify(kind: str, problem: Problem, candidates: Mapping[str, Preparation]) -
     exact = build(problem.name, problem.device, torch.float64)
     expected = what.reference(exact)(CHECK_TERMS)
     scale = what.scale(exact, expected)
+
+    def error_of(result: Sequence[Tensor]) -> float:
+        return float(_norm([a.detach().double() - b for a, b in zip(result, expected, strict=True)]) / scale)
+
+    allowed = min(WIDEST, max(TOLERANCE, 2 * error_of(what.reference(problem)(CHECK_TERMS))))
     verified = Verified()
     for name, prepare in candidates.items():
         start = time.perf_counter()
@@ -79,7 +85,7 @@ def verify(kind: str, problem: Problem, candidates: Mapping[str, Preparation]) -
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 run = prepare(problem)
-                result = [t.detach() for t in run(CHECK_TERMS)]
+                result = run(CHECK_TERMS)
         except Exception as error:  # whatever a method raises is the reason that it is left out
             reason = f"{type(error).__name__}: {_one_line(error)}"
             verified.leave_out(name, reason, refused=isinstance(error, BackendError))
@@ -90,11 +96,11 @@ def verify(kind: str, problem: Problem, candidates: Mapping[str, Preparation]) -
         if replaced:  # what would be timed is the eager engine under another name
             verified.leave_out(name, replaced[0])
             continue
-        difference = float(_norm([a.double() - b for a, b in zip(result, expected, strict=True)]) / scale)
-        if difference <= TOLERANCE:
+        difference = error_of(result)
+        if difference <= allowed:
             verified.runs[name], verified.setup[name] = run, elapsed
         else:
-            verified.leave_out(name, f"wrong result: relative error {difference:.2g}")
+            verified.leave_out(name, f"wrong result: relative error {difference:.2g} (allowed: {allowed:.2g})")
     return verified
 
 
