@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from hvp_engine.linearization import Linearization, LinearMap, Problem
-from hvp_engine.solvers.base import Iteration, Solver
+from hvp_engine.solvers.base import FinishedIteration, Solver
 from hvp_engine.spectrum import SpectralEstimate
 
 
@@ -23,8 +23,18 @@ class Engine(Protocol):
 
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
-    ) -> Iteration:
+    ) -> FinishedIteration:
         """The finished iteration of `solver` on `operator` for the right-hand side `v`."""
 
     def report(self) -> str:
         """What the engine did and why, in words."""
+
+
+@runtime_checkable
+class BatchEngine(Engine, Protocol):
+    """An engine that shares work between right-hand sides; others are run once for each."""
+
+    def run_batch(
+        self, operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
+    ) -> Iterable[FinishedIteration]:
+        """The finished iterations for the right-hand sides `vs`, in order."""

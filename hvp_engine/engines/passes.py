@@ -64,7 +64,8 @@ def fold_linear(graph: fx.Graph, tangents: set[fx.Node]) -> None:
 
     `tangents` are the tangent placeholders; whatever does not depend on them is a known factor.
     """
-    for node in dependents(graph, tangents):
+    linear = dependents(graph, tangents)
+    for node in [node for node in graph.nodes if node in linear]:  # in the graph's order, which sets do not keep
         if node.target is aten.t.default:  # not in the primal part: strides there decide how dropout draws its mask
             _push_transpose(graph, node)
     linear = dependents(graph, tangents)
