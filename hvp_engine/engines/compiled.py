@@ -29,6 +29,14 @@ def estimated_seconds(parts: Partition) -> float:
     return _FIXED_SECONDS + _SECONDS_PER_NODE * nodes
 
 
+def _miscompiled(node: fx.Node) -> bool:
+    """Whether inductor would change the primal part: other dropout masks than eager's, wrong pooling gradients.
+
+    In torch 2.13 on a CPU the backward of max-pooling of a channels-last convolution comes out wrong.
+    """
+    return is_random(node) or node.target is torch.ops.aten.max_pool2d_with_indices_backward.default
+
+
 class CompiledFunctions(Functions):
     """A partition whose graphs are compiled at their first call; inductor keeps what it made on disk."""
 
@@ -36,7 +44,7 @@ class CompiledFunctions(Functions):
         super().__init__(parts, modules)
         self.seconds = 0.0
         self.tangent = self._lazily(parts.tangent.module)
-        if not any(is_random(node) for node in parts.primal.graph.nodes):  # inductor would draw other masks
+        if not any(_miscompiled(node) for node in parts.primal.graph.nodes):
             self.primal = self._lazily(parts.primal)
         self._terms: dict[tuple[bool, float], Callable[..., Any]] = {}
 
