@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "linear_model.h"
 #include "tensors.h"
 #ifdef HVP_HAS_CUDA
 #include "cuda.h"
@@ -263,6 +264,51 @@ class Plan {
   py::object conform_;
 };
 
+LinearModelKernel linear_model_kernel(bool dual) {
+#ifdef HVP_HAS_AVX2
+  if (has_avx2()) return dual ? avx2::linear_model_dual : avx2::linear_model_direct;
+#endif
+  return dual ? baseline::linear_model_dual : baseline::linear_model_direct;
+}
+
+// All terms for the right-hand sides in the rows of `v`; the caller has checked that everything is on the
+// CPU, of one type and laid out as LinearModel says. The form is dual where there is a Gram matrix.
+void linear_model_neumann(const py::object& v, const py::object& p, const py::object& figures,
+                          const py::object& inputs, const py::object& curvature,
+                          const py::object& probabilities, const py::object& decay, const py::object& gram,
+                          int64_t bias, double alpha, double damping, int64_t iterations, bool horner) {
+  const Torch& torch = Torch::get();
+  const auto memory = [&](const py::object& tensor) {
+    return tensor.is_none() ? nullptr : reinterpret_cast<const void*>(address(torch.view(tensor.ptr())));
+  };
+  const dlpack::Tensor state = torch.view(v.ptr()), x = torch.view(inputs.ptr()),
+                       factors = torch.view(curvature.ptr());
+  LinearModel model{};
+  model.wide = dtype_of(state.dtype) == static_cast<int>(DType::kFloat64);
+  model.batch = state.shape[0];
+  model.size = state.shape[1];
+  model.samples = x.shape[0];
+  model.features = x.shape[1];
+  model.input_stride = x.strides[0];
+  model.outputs = factors.shape[0];
+  model.padded_samples = factors.shape[1];
+  model.bias = bias;
+  model.inputs = memory(inputs);
+  model.curvature = memory(curvature);
+  model.probabilities = memory(probabilities);
+  model.decay = memory(decay);
+  model.gram = memory(gram);
+  const int64_t columns = model.gram == nullptr ? model.features : model.samples;
+  const bool small = model.batch * model.outputs * model.samples * columns < kParallelElements;
+  const int threads = small ? 1 : py::cast<int>(torch.threads());
+  void* const terms = const_cast<void*>(memory(v));
+  void* const sums = const_cast<void*>(memory(p));
+  auto* const numbers = static_cast<double*>(const_cast<void*>(memory(figures)));
+  const py::gil_scoped_release release;
+  linear_model_kernel(model.gram != nullptr)(model, {alpha, damping, iterations, horner}, terms, sums,
+                                             numbers, threads);
+}
+
 }  // namespace
 }  // namespace hvp
 
@@ -285,4 +331,9 @@ PYBIND11_MODULE(_C, module) {
            py::arg("offsets"), py::arg("scalars"), py::arg("damping"), py::arg("partials"),
            py::arg("conform"))
       .def("__call__", &hvp::Plan::operator(), py::arg("products"));
+  module.def("linear_model_neumann", &hvp::linear_model_neumann,
+             "All terms of the Neumann series for a linear model.", py::kw_only(), py::arg("v"), py::arg("p"),
+             py::arg("figures"), py::arg("inputs"), py::arg("curvature"), py::arg("probabilities"),
+             py::arg("decay"), py::arg("gram"), py::arg("bias"), py::arg("alpha"), py::arg("damping"),
+             py::arg("iterations"), py::arg("horner"));
 }

@@ -8,15 +8,6 @@
 namespace hvp {
 namespace {
 
-bool has_avx2() {
-#ifdef HVP_HAS_AVX2
-  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return has;
-#else
-  return false;
-#endif
-}
-
 ChunkKernel select_kernel(OpCode op, bool measure, bool wide, DType dtype) {
 #ifdef HVP_HAS_AVX2
   if (has_avx2()) return avx2_kernel(op, measure, wide, dtype);
@@ -63,6 +54,15 @@ void run_pass(const Step& step, bool measure, const Scalars& scalars, int thread
 }
 
 }  // namespace
+
+bool has_avx2() {
+#ifdef HVP_HAS_AVX2
+  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return has;
+#else
+  return false;
+#endif
+}
 
 const char* cpu_variant() { return has_avx2() ? "avx2" : "baseline"; }
 

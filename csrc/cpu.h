@@ -5,6 +5,8 @@
 
 namespace hvp {
 
+bool has_avx2();
+
 // The instruction set the kernels use on this machine.
 const char* cpu_variant();
 

@@ -22,3 +22,20 @@ class Plan:
         conform: Callable[[int, object], Tensor],
     ) -> None: ...
     def __call__(self, products: Sequence[Tensor]) -> None: ...
+
+def linear_model_neumann(
+    *,
+    v: Tensor,
+    p: Tensor,
+    figures: Tensor,
+    inputs: Tensor,
+    curvature: Tensor,
+    probabilities: Tensor | None,
+    decay: Tensor,
+    gram: Tensor | None,
+    bias: int,
+    alpha: float,
+    damping: float,
+    iterations: int,
+    horner: bool,
+) -> None: ...

@@ -27,6 +27,7 @@ from hvp_engine.implicit import (
     best_response,
     hypergradient,
 )
+from hvp_engine.linear_model import LinearModelOperator
 from hvp_engine.operators import HessianOperator
 from hvp_engine.preconditioning import DiagonalPreconditioner
 from hvp_engine.solution import Solution, Status
@@ -55,6 +56,7 @@ __all__ = [
     "Hypergradient",
     "HypergradientResult",
     "Identity",
+    "LinearModelOperator",
     "Neumann",
     "NonFiniteError",
     "Record",

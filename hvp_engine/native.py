@@ -8,6 +8,7 @@ import torch  # before the extension, which then shares torch's OpenMP runtime
 from torch import Tensor
 
 from hvp_engine.backend import Bound
+from hvp_engine.linear_model_reference import Factors
 from hvp_engine.ops import OPS
 from hvp_engine.vectors import Layout
 
@@ -78,3 +79,44 @@ def _conform(name: str, layout: Layout, states: Sequence[Tensor]) -> Callable[[i
         return row.clone() if row.untyped_storage().data_ptr() in taken else row
 
     return conform
+
+
+def linear_model_direct(
+    v: Tensor, p: Tensor, factors: Factors, alpha: float, damping: float, iterations: int, horner: bool
+) -> Tensor:
+    return _linear_model(v, p, factors, alpha, damping, iterations, horner, gram=None)
+
+
+def linear_model_dual(
+    v: Tensor, p: Tensor, factors: Factors, alpha: float, damping: float, iterations: int, horner: bool
+) -> Tensor:
+    return _linear_model(v, p, factors, alpha, damping, iterations, horner, gram=factors.gram)
+
+
+def _linear_model(
+    v: Tensor,
+    p: Tensor,
+    factors: Factors,
+    alpha: float,
+    damping: float,
+    iterations: int,
+    horner: bool,
+    gram: Tensor | None,
+) -> Tensor:
+    figures = torch.empty(len(v), 6, dtype=torch.float64)
+    _C.linear_model_neumann(
+        v=v,
+        p=p,
+        figures=figures,
+        inputs=factors.inputs,
+        curvature=factors.curvature,
+        probabilities=factors.probabilities,
+        decay=factors.decay,
+        gram=gram,
+        bias=factors.layout.offsets[1] if factors.biased else -1,
+        alpha=alpha,
+        damping=damping,
+        iterations=iterations,
+        horner=horner,
+    )
+    return figures

@@ -14,6 +14,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -26,18 +28,14 @@ def float32_arithmetic(device_type: str) -> str:
     >>> float32_arithmetic("cpu")
     'full precision'
     """
-    if device_type == "cuda":
-        settings = {
-            "matrix products": torch.backends.cuda.matmul.fp32_precision,
-            "convolutions": torch.backends.cudnn.conv.fp32_precision,
-            "recurrent layers": torch.backends.cudnn.rnn.fp32_precision,
-        }
-    else:
-        settings = {
-            "matrix products": torch.backends.mkldnn.matmul.fp32_precision,
-            "convolutions": torch.backends.mkldnn.conv.fp32_precision,
-            "recurrent layers": torch.backends.mkldnn.rnn.fp32_precision,
-        }
+    backends: Any = torch.backends  # its settings are made at run time, unseen by type checkers
+    library = backends.cudnn if device_type == "cuda" else backends.mkldnn
+    products = backends.cuda.matmul if device_type == "cuda" else backends.mkldnn.matmul
+    settings = {
+        "matrix products": products.fp32_precision,
+        "convolutions": library.conv.fp32_precision,
+        "recurrent layers": library.rnn.fp32_precision,
+    }
     reduced = [f"{what} in {setting}" for what, setting in settings.items() if setting not in ("none", "ieee")]
     if not reduced:
         return "full precision"

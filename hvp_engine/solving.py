@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvp_engine.engines import Engine
+from hvp_engine.engines import BatchEngine, Engine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import DivergenceError, NonFiniteError
 from hvp_engine.linearization import LinearMap
 from hvp_engine.preconditioning import Preconditioner
 from hvp_engine.solution import Solution, Status
-from hvp_engine.solvers.base import GROWTH_LIMIT, Iteration, Outcome, Solver, check_solver
+from hvp_engine.solvers.base import GROWTH_LIMIT, FinishedIteration, Outcome, Solver, check_solver
 from hvp_engine.spectrum import SpectralEstimate, Spectrum
 from hvp_engine.trees import Structure, check_like, flatten
 from hvp_engine.vectors import FlatVector, Layout
@@ -84,12 +84,48 @@ def solve_flat(
     name: str = "v",
 ) -> tuple[list[Tensor], Solution]:
     """The value as views like the weights, and the solution without its value filled in; `name` is v's in messages."""
+    [result] = solve_all(operator, [v], solver, engine, spectrum, [name])
+    return result
+
+
+def solve_all(
+    operator: LinearMap,
+    vs: Sequence[Sequence[Tensor]],
+    solver: Solver,
+    engine: Engine,
+    spectrum: Spectrum,
+    names: Sequence[str],
+) -> Iterator[tuple[list[Tensor], Solution]]:
+    """What :func:`solve_flat` returns, for each right-hand side in turn; they share one estimate, whose products
+    count for the first."""
     estimates = _Estimates(operator, solver, spectrum)
     estimate = estimates.refresh() if solver.estimates_spectrum else None
     if estimate is not None and not estimate.finite:
-        raise _refusal(operator, name if _any_bad(v) else None)
+        bad = (name for name, v in zip(names, vs, strict=True) if _any_bad(v))
+        raise _refusal(operator, next(bad, None))
     hvps = estimate.hvps if estimate else 0
-    iteration, outcome = _attempt(operator, v, solver, engine, estimate)
+    if isinstance(engine, BatchEngine):
+        iterations: Iterable[FinishedIteration] = engine.run_batch(operator, vs, solver, estimate)
+    else:
+        iterations = (engine.run(operator, v, solver, estimate) for v in vs)
+    for iteration, v, name in zip(iterations, vs, names, strict=True):
+        yield _judged(operator, v, solver, engine, estimates, estimate, iteration, hvps, name)
+        hvps = 0
+
+
+def _judged(
+    operator: LinearMap,
+    v: Sequence[Tensor],
+    solver: Solver,
+    engine: Engine,
+    estimates: _Estimates,
+    estimate: SpectralEstimate | None,
+    iteration: FinishedIteration,
+    hvps: int,
+    name: str,
+) -> tuple[list[Tensor], Solution]:
+    """The result of a finished iteration, tried once more where the estimate was too low."""
+    outcome = _read(iteration)
     hvps += iteration.steps
     if estimate is not None and outcome.residual_norm > 1 and iteration.steps:
         # A positive definite operator cannot grow the residual under a safe alpha: either the estimate was stale,
@@ -98,7 +134,8 @@ def solve_flat(
         hvps += fresh.hvps
         if fresh.finite and fresh.bound() > 1.05 * estimate.bound():
             estimate = fresh
-            iteration, outcome = _attempt(operator, v, solver, engine, estimate)
+            iteration = engine.run(operator, v, solver, estimate)
+            outcome = _read(iteration)
             hvps += iteration.steps
         elif fresh.finite:
             estimate = replace(estimate, smallest=min(estimate.smallest, fresh.smallest))
@@ -122,11 +159,8 @@ def solve_flat(
     return _in_dtypes(iteration.value), solution
 
 
-def _attempt(
-    operator: LinearMap, v: Sequence[Tensor], solver: Solver, engine: Engine, estimate: SpectralEstimate | None
-) -> tuple[Iteration, Outcome]:
-    iteration = engine.run(operator, v, solver, estimate)
-    return iteration, iteration.read(iteration.finish().tolist())  # the one wait for the device
+def _read(iteration: FinishedIteration) -> Outcome:
+    return iteration.read(iteration.finish().tolist())  # the one wait for the device
 
 
 def _in_dtypes(value: FlatVector) -> list[Tensor]:
@@ -134,7 +168,7 @@ def _in_dtypes(value: FlatVector) -> list[Tensor]:
     return [view if view.dtype == dtype else view.to(dtype) for view, dtype in zip(value.views, dtypes, strict=True)]
 
 
-def _start_after(iteration: Iteration, layout: Layout) -> FlatVector:
+def _start_after(iteration: FinishedIteration, layout: Layout) -> FlatVector:
     """A start vector for an estimate: what grew in a failed iteration if that is finite, else random."""
     data = iteration.direction.data
     norm = torch.linalg.vector_norm(data)
@@ -162,7 +196,7 @@ def _refusal(operator: LinearMap, bad: str | None) -> NonFiniteError:
 
 
 def _divergence(
-    operator: LinearMap, outcome: Outcome, iteration: Iteration, solver: Solver, estimates: _Estimates
+    operator: LinearMap, outcome: Outcome, iteration: FinishedIteration, solver: Solver, estimates: _Estimates
 ) -> DivergenceError:
     """The error for a failed solve, with what would have worked."""
     estimate = estimates.restart()
@@ -194,7 +228,7 @@ def _divergence(
     )
 
 
-def solve(operator: Any, v: Any, solver: Solver) -> Solution:
+def solve(operator: Any, v: Any, solver: Solver, *, batched: bool = False) -> Solution:
     """Solve (A + damping I) x = v.
 
     Arguments:
@@ -202,8 +236,11 @@ def solve(operator: Any, v: Any, solver: Solver) -> Solution:
             linear and symmetric and returns the container and shapes it is given.
         v: a tensor or any tree of tensors, finite, of the operator's shapes.
         solver: how, for example `Neumann(20)`, `Identity()`.
+        batched: every leaf of v has one more dimension, the first and of one length: several right-hand sides. They
+            are solved with one spectral estimate, and by an operator that can do so in one call, else one by one.
 
-    Returns a :class:`Solution`; its value is in the container of v.
+    Returns a :class:`Solution`; its value is in the container of v. Of several right-hand sides, it has the values
+    stacked, the products of all, and the worst residual norm with its status.
 
     Cost: the solver's; see there.
 
@@ -220,12 +257,31 @@ def solve(operator: Any, v: Any, solver: Solver) -> Solution:
     check_solver(solver)
     engine: Engine = getattr(operator, "engine", None) or EagerEngine()
     spectrum = getattr(operator, "spectrum", None) or Spectrum()
+    vs = _unstacked(leaves) if batched else [[leaf.detach() for leaf in leaves]]
+    names = [f"v[{index}]" for index in range(len(vs))] if batched else ["v"]
     if hasattr(operator, "product") and hasattr(operator, "layout"):
         linear: LinearMap = getattr(operator, "linearization", operator)
-        check_like(leaves, linear.layout, "v", "weights")
+        check_like(vs[0], linear.layout, names[0], "weights")
     elif callable(operator):
-        linear = CallableOperator(operator, leaves, structure)
+        linear = CallableOperator(operator, vs[0], structure)
     else:
         raise TypeError(f"operator: expected an operator or a callable v -> A v; got {type(operator).__name__}")
-    value, solution = solve_flat(linear, [leaf.detach() for leaf in leaves], solver, engine, spectrum)
-    return replace(solution, value=structure.rebuild(value))
+    results = list(solve_all(linear, vs, solver, engine, spectrum, names))
+    if not batched:
+        [(value, solution)] = results
+        return replace(solution, value=structure.rebuild(value))
+    stacked = [torch.stack(parts) for parts in zip(*(value for value, _ in results), strict=True)]
+    solutions = [solution for _, solution in results]
+    worst = max(solutions, key=lambda solution: solution.residual_norm)
+    return replace(worst, value=structure.rebuild(stacked), hvps=sum(solution.hvps for solution in solutions))
+
+
+def _unstacked(leaves: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The right-hand sides of a batch."""
+    lengths = [len(leaf) if leaf.dim() else None for leaf in leaves]
+    if lengths[0] is None or any(length != lengths[0] for length in lengths) or lengths[0] == 0:
+        raise ValueError(
+            "v: expected leaves with a first dimension of one length >= 1, for batched=True; got shapes "
+            f"{', '.join(str(tuple(leaf.shape)) for leaf in leaves)}"
+        )
+    return [[leaf[index].detach() for leaf in leaves] for index in range(lengths[0])]

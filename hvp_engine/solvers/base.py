@@ -55,11 +55,28 @@ class Accumulation:
     complete: Callable[[], object]
 
 
-class Iteration(Protocol):
+class FinishedIteration(Protocol):
+    """A solve that has made its steps."""
+
+    @property
+    def value(self) -> FlatVector: ...
+
+    @property
+    def direction(self) -> FlatVector: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    def finish(self) -> Tensor:
+        """Complete `value`; return the float64 figures on the device that :meth:`read` understands."""
+
+    def read(self, figures: Sequence[float]) -> Outcome:
+        """The outcome, from the figures of :meth:`finish` on the host."""
+
+
+class Iteration(FinishedIteration, Protocol):
     """One solve in progress; `accumulation` is None where the step is not linear in the product."""
 
-    value: FlatVector
-    direction: FlatVector
     limit: int
     steps: int
 
@@ -71,12 +88,6 @@ class Iteration(Protocol):
 
     def finished(self) -> bool:
         """Whether to stop before the limit; may wait for the device."""
-
-    def finish(self) -> Tensor:
-        """Complete `value`; return the float64 figures on the device that :meth:`read` understands."""
-
-    def read(self, figures: Sequence[float]) -> Outcome:
-        """The outcome, from the figures of :meth:`finish` on the host."""
 
 
 class Solver(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -79,12 +80,14 @@ class Neumann:
         return self.alpha == "auto"
 
     def init(self, layout: Layout, v: Sequence[Tensor], estimate: SpectralEstimate | None) -> Iteration:
-        if self.alpha == "auto":
-            assert estimate is not None
-            alpha = estimate.safe_alpha(self.damping if self.preconditioner is None else 0.0, self.iterations)
-        else:
-            alpha = float(self.alpha)
-        return _FORMS[self.form, self.preconditioner is not None](self, layout, v, alpha)
+        return _FORMS[self.form, self.preconditioner is not None](self, layout, v, self.alpha_for(estimate))
+
+    def alpha_for(self, estimate: SpectralEstimate | None) -> float:
+        """The step: the given one, or the estimate's."""
+        if self.alpha != "auto":
+            return float(self.alpha)
+        assert estimate is not None
+        return estimate.safe_alpha(self.damping if self.preconditioner is None else 0.0, self.iterations)
 
 
 class _Accumulate:
@@ -106,7 +109,7 @@ class _Accumulate:
         self.value = self._start.clone()
         states = (self.direction.data, self.value.data)
         self._update = ops.bind("neumann_step", states, layout, (self._alpha,), solver.damping, self._partials)
-        self.accumulation = Accumulation(self.direction, self.alpha, lambda: self.value.data.add_(self.direction.data))
+        self.accumulation = Accumulation(self.direction, self.alpha, partial(self.value.data.add_, self.direction.data))
 
     def step(self, product: Sequence[Tensor]) -> None:
         self._update(product)
@@ -121,17 +124,7 @@ class _Accumulate:
         return torch.cat([self._initial.sum(0), self._partials.sum(0)])
 
     def read(self, figures: Sequence[float]) -> Outcome:
-        squared_v, _, bad_v, squared_residual, squared_sum, bad = figures
-        epsilon = torch.finfo(self.value.data.dtype).eps
-        if self.steps == 0:
-            return Outcome(float(squared_v > 0), "none", Status.ITERATION_LIMIT, bad_v == 0, bad_v == 0)
-        finite = bad == 0 and math.isfinite(squared_residual) and math.isfinite(squared_sum)
-        residual = math.sqrt(squared_residual / squared_v) if squared_v and finite else 0.0 if finite else math.inf
-        if residual <= math.sqrt(epsilon):
-            status = Status.CONVERGED
-        else:
-            status = Status.DIVERGED if residual > 1 else Status.ITERATION_LIMIT
-        return Outcome(residual, "previous", status, finite, bad_v == 0)
+        return outcome_of(figures, self.steps, self.value.data.dtype)
 
 
 class _Horner(_Accumulate):
@@ -141,7 +134,7 @@ class _Horner(_Accumulate):
         self.direction = self.value = self._start.clone()
         states = (self.value.data, self._start.data)
         self._update = ops.bind("neumann_step_horner", states, layout, (self._alpha,), solver.damping, self._partials)
-        self.accumulation = Accumulation(self.value, self.alpha, lambda: self.value.data.add_(self._start.data))
+        self.accumulation = Accumulation(self.value, self.alpha, partial(self.value.data.add_, self._start.data))
 
 
 class _Preconditioned(_Accumulate):
@@ -185,6 +178,21 @@ class _PreconditionedHorner(_Preconditioned):
     def step(self, product: Sequence[Tensor]) -> None:
         self._residual.data.copy_(self._v.data)
         super().step(product)
+
+
+def outcome_of(figures: Sequence[float], steps: int, dtype: torch.dtype) -> Outcome:
+    """What the squared norms of v, of the last residual and of the sum say, each pair followed by its flag."""
+    squared_v, _, bad_v, squared_residual, squared_sum, bad = figures
+    epsilon = torch.finfo(dtype).eps
+    if steps == 0:
+        return Outcome(float(squared_v > 0), "none", Status.ITERATION_LIMIT, bad_v == 0, bad_v == 0)
+    finite = bad == 0 and math.isfinite(squared_residual) and math.isfinite(squared_sum)
+    residual = math.sqrt(squared_residual / squared_v) if squared_v and finite else 0.0 if finite else math.inf
+    if residual <= math.sqrt(epsilon):
+        status = Status.CONVERGED
+    else:
+        status = Status.DIVERGED if residual > 1 else Status.ITERATION_LIMIT
+    return Outcome(residual, "previous", status, finite, bad_v == 0)
 
 
 _FORMS = {

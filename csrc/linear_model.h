@@ -1,0 +1,49 @@
+// All terms of the Neumann series for the Hessian of a linear model, in one call; the meaning of the two
+// forms is in hvp_engine/linear_model_reference.py.
+#pragma once
+
+#include <cstdint>
+
+namespace hvp {
+
+// Matrices are row-major; `stride` is the distance of their rows. The state's type is that of everything
+// here.
+struct LinearModel {
+  bool wide;  // float64
+  int64_t samples, features, outputs, batch;
+  int64_t size;        // of one flat vector: the weights first, outputs x features
+  int64_t bias;        // where the bias begins in a flat vector, or -1
+  const void* inputs;  // samples x features
+  int64_t input_stride;
+  const void* curvature;      // outputs x padded samples
+  const void* probabilities;  // likewise, or null where the outputs are not coupled
+  int64_t padded_samples;
+  const void* decay;  // one flat vector
+  const void* gram;   // samples x padded samples; null for the direct form
+};
+
+struct NeumannTerms {
+  double alpha, damping;
+  int64_t iterations;
+  bool horner;
+};
+
+// `v` and `p` hold one flat vector for each right-hand side, `figures` six numbers.
+using LinearModelKernel = void (*)(const LinearModel& model, const NeumannTerms& terms, void* v, void* p,
+                                   double* figures, int threads);
+
+// One for each instruction set, from linear_model.cpp.
+namespace baseline {
+void linear_model_direct(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,
+                         int threads);
+void linear_model_dual(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,
+                       int threads);
+}  // namespace baseline
+namespace avx2 {
+void linear_model_direct(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,
+                         int threads);
+void linear_model_dual(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,
+                       int threads);
+}  // namespace avx2
+
+}  // namespace hvp

@@ -1,0 +1,100 @@
+"""The engine of a linear model: the whole Neumann series in one call, in the cheaper of its two forms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine import backend, linear_model_reference
+from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.linear_model_reference import Factors
+from hvp_engine.linearization import Linearization, LinearMap, Problem
+from hvp_engine.solvers.base import FinishedIteration, Outcome, Solver
+from hvp_engine.solvers.neumann import Neumann, outcome_of
+from hvp_engine.spectrum import SpectralEstimate
+from hvp_engine.vectors import FlatVector
+
+
+@dataclass(frozen=True)
+class AllTerms:
+    """The finished Neumann series of one right-hand side."""
+
+    value: FlatVector
+    direction: FlatVector
+    alpha: float
+    steps: int
+    figures: Tensor
+
+    def finish(self) -> Tensor:
+        return self.figures
+
+    def read(self, figures: Sequence[float]) -> Outcome:
+        return outcome_of(figures, self.steps, self.value.data.dtype)
+
+
+class LinearModelEngine:
+    """Runs `Neumann` on a linear model's factors at once, for several right-hand sides together; other solvers, and
+    series with a preconditioner, go product by product."""
+
+    name = "linear_model"
+
+    def __init__(self) -> None:
+        self._eager = EagerEngine()
+        self._last = "not used yet"
+
+    def linearize(self, problem: Problem) -> Linearization:
+        """As the eager engine does: a loss in general is no linear model."""
+        return self._eager.linearize(problem)
+
+    def run(
+        self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
+    ) -> FinishedIteration:
+        [iteration] = self.run_batch(operator, [v], solver, estimate)
+        return iteration
+
+    def run_batch(
+        self, operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
+    ) -> Iterable[FinishedIteration]:
+        factors = getattr(operator, "factors", None)
+        if not isinstance(factors, Factors) or not isinstance(solver, Neumann) or solver.preconditioner is not None:
+            return (self._eager.run(operator, v, solver, estimate) for v in vs)
+        return self._all_terms(factors, vs, solver, solver.alpha_for(estimate))
+
+    def report(self) -> str:
+        """How the last Neumann series ran."""
+        return self._last
+
+    def _all_terms(
+        self, factors: Factors, vs: Sequence[Sequence[Tensor]], solver: Neumann, alpha: float
+    ) -> Sequence[AllTerms]:
+        layout, iterations, horner = factors.layout, solver.iterations, solver.form == "horner"
+        v = torch.zeros(len(vs), layout.size, dtype=layout.state_dtype, device=layout.device)
+        for row, leaves in zip(v, vs, strict=True):
+            FlatVector(layout, row).copy_(leaves)
+        p = torch.empty_like(v)
+        dual = prefers_dual(factors, len(vs), iterations)
+        name, module = backend.select(layout.device)
+        forms: Any = module if name == "cpp" else linear_model_reference
+        run = forms.linear_model_dual if dual else forms.linear_model_direct
+        figures = run(v, p, factors, alpha, solver.damping, iterations, horner)
+        self._last = f"{'dual' if dual else 'direct'} form in {'C++' if name == 'cpp' else 'plain torch'}"
+        values = [FlatVector(layout, row) for row in p]
+        directions = values if horner else [FlatVector(layout, row) for row in v]
+        return [
+            AllTerms(value, direction, alpha, iterations, row)
+            for value, direction, row in zip(values, directions, figures, strict=True)
+        ]
+
+
+def prefers_dual(factors: Factors, batch: int, iterations: int) -> bool:
+    """Whether the dual form is possible and takes fewer multiplications, that of the Gram matrix included."""
+    samples, features = factors.inputs.shape
+    rows = batch * factors.outputs
+    direct = 2 * iterations * rows * samples * features
+    gram = 0 if "gram" in vars(factors) else samples * samples * features
+    dual = gram + rows * samples * (3 * features + iterations * samples)
+    return factors.uniform and dual < direct
