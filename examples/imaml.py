@@ -1,6 +1,6 @@
 """Meta-learning in the manner of iMAML: an initialization from which new classes are learned from a few examples.
 
-    python examples/imaml.py [--meta-steps 100] [--shots 1] [--seed 0]
+    python examples/imaml.py [--meta-steps 100] [--shots 1] [--test-tasks 60] [--seed 0]
 
 A task is to tell three characters apart from a few examples of each; a character is a digit turned by 0, 90, 180 or
 270 degrees. The network of a task minimizes cross-entropy + STRENGTH / 2 ||w - theta||^2, and the outer gradient of
@@ -114,6 +114,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--meta-steps", type=int, default=100)
     parser.add_argument("--shots", type=int, default=1, help="examples of each class to learn from")
+    parser.add_argument("--test-tasks", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     rows = run(**vars(parser.parse_args()))
     print(f"{'initialization':<26}{'accuracy, digits 0-6':>22}{'accuracy, digits 7-9':>22}")

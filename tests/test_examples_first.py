@@ -65,7 +65,7 @@ def test_the_outer_gradient_of_imaml_agrees_with_finite_differences_of_adapted_w
     values = []
     for step in (1e-5, -1e-5):
         moved = {name: (t + step * direction[name]).detach().requires_grad_() for name, t in theta.items()}
-        values.append(float(imaml.outer_loss(moved, support, query)))
+        values.append(imaml.outer_loss(moved, support, query).item())
     expected = sum(float((t.grad * direction[name]).sum()) for name, t in theta.items())
     assert (values[0] - values[1]) / 2e-5 == pytest.approx(expected, rel=1e-3)
 
@@ -82,7 +82,7 @@ def test_a_script_prints_its_table(name, monkeypatch, capsys):
     sizes = {
         "migrating": ["--examples", "50", "--iterations", "2"],
         "data_reweighting": ["--examples", "50", "--hyper-steps", "2"],
-        "imaml": ["--meta-steps", "1", "--shots", "1"],
+        "imaml": ["--meta-steps", "1", "--test-tasks", "2"],
         "learned_regularizer": ["--examples", "50", "--hyper-steps", "1"],
     }
     module = example(name)
