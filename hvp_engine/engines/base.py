@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor
 
@@ -30,7 +30,6 @@ class Engine(Protocol):
         """What the engine did and why, in words."""
 
 
-@runtime_checkable
 class BatchEngine(Engine, Protocol):
     """An engine that shares work between right-hand sides; others are run once for each."""
 
