@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hvp_engine.bounds import Bounds
+from hvp_engine.vectors import norm_of
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 SchedulerLike = LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler]
@@ -119,7 +120,7 @@ def global_norm(grads: Grads) -> Tensor:
     dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads if grad is not None]
     if not dense:
         return torch.zeros((), dtype=torch.float64)
-    return torch.linalg.vector_norm(torch.stack([norm.double() for norm in torch._foreach_norm(dense)]))
+    return norm_of(dense)
 
 
 def _optimizer(given: OptimizerLike, tensors: Sequence[Tensor], name: str) -> torch.optim.Optimizer:

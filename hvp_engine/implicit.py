@@ -32,7 +32,7 @@ from hvp_engine.solving import solve_flat
 from hvp_engine.spectrum import Spectrum
 from hvp_engine.stationarity import Stationarity, unfinished_change
 from hvp_engine.trees import as_list, check_like, check_scalar, flatten
-from hvp_engine.vectors import Layout
+from hvp_engine.vectors import Layout, detached, norm_of
 
 TensorOrTensors = Tensor | Sequence[Tensor]
 
@@ -81,7 +81,7 @@ def approx_inverse_hvp(
             "f: expected gradients that depend on w; got a graph that reaches none of w: pass the tensors that "
             "the forward used (of a loss linear in w the Hessian is zero and has no inverse)"
         )
-    value, _ = solve_flat(tape, _detached(vector), solver, EagerEngine(), Spectrum())
+    value, _ = solve_flat(tape, detached(vector), solver, EagerEngine(), Spectrum())
     return tuple(value)
 
 
@@ -273,12 +273,11 @@ class Hypergradient:
                 linearization, vector, direct, hyper_list, self.solver, self.engine, self.spectrum
             )
         assert linearization.loss is not None
-        norms = torch._foreach_norm(list(linearization.gradient))
         result = HypergradientResult(
             grads=hyper_structure.rebuild(grads),
             train_loss=linearization.loss,
             val_loss=val_loss,
-            gradient_norm=torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms])),
+            gradient_norm=norm_of(linearization.gradient),
             unfinished=unfinished_change(solution.value, linearization.gradient),
             solution=replace(solution, value=weight_structure.rebuild(solution.value)),
         )
@@ -332,7 +331,7 @@ def _implicit(
 ) -> tuple[list[Tensor], Solution]:
     """direct - mixed(H^-1 vector) for each hyperparameter; the core that all ways of calling share."""
     name = "dL_V/dw, the gradient of val_loss"
-    value, solution = solve_flat(linearization, _detached(vector), solver, engine, spectrum, name)
+    value, solution = solve_flat(linearization, detached(vector), solver, engine, spectrum, name)
     indirect = linearization.mixed(value)
     if all(term is None for term in [*direct, *indirect]):
         raise GraphError(
@@ -374,10 +373,6 @@ def _gradient_of(f: TensorOrTensors, weights: list[Tensor]) -> list[Tensor]:
 def _require_grad(hyperparameters: Sequence[Tensor]) -> None:
     if not any(hyperparameter.requires_grad for hyperparameter in hyperparameters):
         raise GraphError("hyperparameters: expected tensors that require grad; got none that does")
-
-
-def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach() for tensor in tensors]
 
 
 def _no_second_derivative(name: str) -> SecondDerivativeError:

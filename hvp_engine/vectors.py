@@ -49,6 +49,17 @@ def state_dtype_of(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all `tensors` together, a 0-dim float64 tensor; there must be at least one."""
+    norms = torch._foreach_norm(list(tensors))
+    return torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms]))
+
+
+def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`tensors` without their graphs."""
+    return [tensor.detach() for tensor in tensors]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the tensors of a list live in a flat buffer: shapes, strides, dtypes and one device."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine.linearization import Linearization
-from hvp_engine.vectors import Layout
+from hvp_engine.vectors import Layout, norm_of
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Relative difference of a product, by the coarsest dtype of the weights."""
@@ -66,4 +66,4 @@ def _present(tensors: Sequence[Tensor | None]) -> Iterator[Tensor]:
 def _norm(tensors: Sequence[Tensor]) -> float:
     if not tensors:
         return 0.0
-    return float(torch.linalg.vector_norm(torch.stack([n.double() for n in torch._foreach_norm(list(tensors))])))
+    return float(norm_of(tensors))

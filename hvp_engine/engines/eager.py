@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,16 @@ def plain_kernels() -> Iterator[None]:
     """Attention and recurrent layers by kernels that have second derivatives, where the fast ones have none."""
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
         yield
+
+
+def advance(iteration: Iteration, operator: LinearMap, term: Callable[[], None] | None = None) -> None:
+    """Alternate products and steps until the solver is done; `term`, if given, stands for all of them but the last."""
+    while iteration.steps < iteration.limit and not iteration.finished():
+        if term is not None and iteration.steps < iteration.limit - 1:
+            term()
+            iteration.steps += 1
+        else:
+            iteration.step(operator.product(iteration.direction.tangents))
 
 
 class EagerEngine:
@@ -70,10 +80,7 @@ class EagerEngine:
     ) -> Iteration:
         """Alternate products and steps until the solver is done."""
         iteration = solver.init(operator.layout, v, estimate)
-        for _ in range(iteration.limit):
-            iteration.step(operator.product(iteration.direction.tangents))
-            if iteration.finished():
-                break
+        advance(iteration, operator)
         return iteration
 
     def report(self) -> str:

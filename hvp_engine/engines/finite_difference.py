@@ -12,7 +12,7 @@ from hvp_engine.engines.tape import differentiate, filled
 from hvp_engine.errors import GraphError
 from hvp_engine.isolation import same_draws
 from hvp_engine.linearization import Linearization, Problem
-from hvp_engine.vectors import Layout
+from hvp_engine.vectors import Layout, norm_of
 
 
 class DifferenceLinearization:
@@ -29,7 +29,7 @@ class DifferenceLinearization:
         self.loss: Tensor | None
         self.loss, gradient, _ = self._gradients(problem.weights)
         self.gradient = filled(gradient, problem.weights)
-        self._size = 1.0 + float(_norm(problem.weights))
+        self._size = 1.0 + float(norm_of(problem.weights))
         self._relative_step = torch.finfo(_coarsest(problem.weights)).eps ** (1 / 3)
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -42,7 +42,7 @@ class DifferenceLinearization:
         return self._differences(tangents)[1]
 
     def _differences(self, tangents: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        norm = float(_norm(tangents))
+        norm = float(norm_of(tangents))
         step = self._relative_step * self._size / norm if norm > 0 else 1.0
         sides = []
         for sign in (1.0, -1.0):
@@ -76,10 +76,6 @@ class FiniteDifferenceEngine(EagerEngine):
 
     def linearize(self, problem: Problem) -> Linearization:
         return DifferenceLinearization(problem)
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack([norm.double() for norm in torch._foreach_norm(list(tensors))]))
 
 
 def _coarsest(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from hvp_engine.engines.accumulation import AccumulatingTerm
 from hvp_engine.engines.agreement import Schedule, disagreement
-from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.engines.eager import EagerEngine, advance
 from hvp_engine.engines.partition import Partition, partition
 from hvp_engine.engines.trace import split_inputs, trace
 from hvp_engine.isolation import recorded_modules, same_draws
 from hvp_engine.linearization import Linearization, LinearMap, Problem
 from hvp_engine.solvers.base import Iteration, Solver
 from hvp_engine.spectrum import SpectralEstimate
-from hvp_engine.vectors import Layout
+from hvp_engine.vectors import Layout, detached
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -54,7 +54,7 @@ class TracedLinearization:
         self.name = problem.name
         self.functions = functions
         with torch.no_grad():
-            values = functions.primal(*_detached(problem.weights), *_detached(problem.hyperparameters), *tensors)
+            values = functions.primal(*detached(problem.weights), *detached(problem.hyperparameters), *tensors)
         count = 1 + len(problem.weights)
         self.loss: Tensor | None = values[0]
         self.gradient = list(values[1:count])
@@ -146,12 +146,7 @@ class LinearizedEngine:
         term = None
         if isinstance(operator, TracedLinearization):
             term = operator.accumulating_term(iteration, solver.damping)
-        while iteration.steps < iteration.limit and not iteration.finished():
-            if term is not None and iteration.steps < iteration.limit - 1:
-                term()
-                iteration.steps += 1
-            else:
-                iteration.step(operator.product(iteration.direction.tangents))
+        advance(iteration, operator, term)
         return iteration
 
     def report(self) -> str:
@@ -184,7 +179,3 @@ def signature(problem: Problem, tensors: Sequence[Tensor], others: Sequence[Any]
         tuple(leaf if isinstance(leaf, Hashable) else id(leaf) for leaf in others),
         spec,
     )
-
-
-def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach() for tensor in tensors]

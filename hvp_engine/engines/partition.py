@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from hvp_engine.engines.accumulation import Terms, decompose
 from hvp_engine.engines.passes import accumulate, dependents, fold_linear, simplify
@@ -144,8 +144,3 @@ def _subgraph(
             copies[node] = new.node_copy(node, lambda argument: copies[argument])
     new.output(tuple(copies[node] for node in outputs))
     return fx.GraphModule(root, new)
-
-
-def example(part: fx.GraphModule) -> list[Tensor]:
-    """Placeholders' example values, as the trace recorded them."""
-    return [node.meta["val"] for node in part.graph.nodes if node.op == "placeholder"]
