@@ -4,7 +4,7 @@ The names below are the public API; see the README for where to look for what.
 """
 
 from hvp_engine.backend import use_backend
-from hvp_engine.checking import check
+from hvp_engine.checking import CheckResult, Verdict, check
 from hvp_engine.errors import (
     BackendError,
     CheckpointError,
@@ -19,22 +19,15 @@ from hvp_engine.errors import (
 from hvp_engine.estimation import Estimate
 from hvp_engine.functional import functional
 from hvp_engine.gauss_newton import GaussNewtonOperator
-from hvp_engine.history import History, Record
-from hvp_engine.implicit import (
-    Hypergradient,
-    HypergradientResult,
-    approx_inverse_hvp,
-    best_response,
-    hypergradient,
-)
+from hvp_engine.implicit import Hypergradient, HypergradientResult
 from hvp_engine.linear_model import LinearModelOperator
 from hvp_engine.operators import HessianOperator
 from hvp_engine.preconditioning import DiagonalPreconditioner
+from hvp_engine.recorded import approx_inverse_hvp, best_response, hypergradient
 from hvp_engine.solution import Solution, Status
 from hvp_engine.solvers import ConjugateGradient, Exact, Identity, Neumann
 from hvp_engine.solving import solve
-from hvp_engine.tuner import Tuner
-from hvp_engine.verdict import CheckResult, Verdict
+from hvp_engine.tuning import History, Record, Tuner
 
 __version__ = "0.1.0"
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import hvp_engine as hvp
-from hvp_engine import checkpoint
 from hvp_engine.errors import CheckpointError
+from hvp_engine.tuning import checkpoint
 
 STATE = {"weights": {"w": torch.arange(1000.0)}, "count": 3}
 OLD = {"weights": {"w": torch.zeros(1000)}, "count": 2}

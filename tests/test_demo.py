@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from hvp_engine import demo, demo_report
 from hvp_engine.__main__ import main
+from hvp_engine.demo import experiment, report
 
 NAMES = ["no tuning", "one decay, implicit", "one per weight, implicit", "one per weight, unrolled"]
 
@@ -116,19 +116,21 @@ def test_idx_files_of_a_folder_and_the_global_random_state_left_alone(idx_folder
 
 def test_one_unrolled_step_against_its_closed_form():
     """w' = w - lr (g + exp(d) w), so dL_V(w')/dd = -lr L_V'(w') exp(d) w."""
-    experiment = demo.Experiment(demo.load(None, 0, torch.device("cpu")), 0, torch.device("cpu"), per_weight=True)
-    train_batch, val_batch = next(iter(experiment.train_loader)), next(iter(experiment.val_loader))
-    grads = experiment.unrolled(1)(experiment.weights, experiment.hyper, train_batch, val_batch).grads
-    weights = {name: weight.detach().requires_grad_() for name, weight in experiment.weights.items()}
-    loss = experiment.train_loss(weights, experiment.hyper, train_batch)
+    trial = experiment.Experiment(
+        experiment.load(None, 0, torch.device("cpu")), 0, torch.device("cpu"), per_weight=True
+    )
+    train_batch, val_batch = next(iter(trial.train_loader)), next(iter(trial.val_loader))
+    grads = trial.unrolled(1)(trial.weights, trial.hyper, train_batch, val_batch).grads
+    weights = {name: weight.detach().requires_grad_() for name, weight in trial.weights.items()}
+    loss = trial.train_loss(weights, trial.hyper, train_batch)
     descent = torch.autograd.grad(loss, list(weights.values()))
     moved = {
         name: (weight - 0.1 * step).detach().requires_grad_()
         for (name, weight), step in zip(weights.items(), descent, strict=True)
     }
-    outer = torch.autograd.grad(experiment.val_loss(moved, experiment.hyper, val_batch), list(moved.values()))
+    outer = torch.autograd.grad(trial.val_loss(moved, trial.hyper, val_batch), list(moved.values()))
     for grad, slope, weight, log_decay in zip(
-        grads.values(), outer, weights.values(), experiment.hyper.values(), strict=True
+        grads.values(), outer, weights.values(), trial.hyper.values(), strict=True
     ):
         expected = -0.1 * slope * log_decay.exp() * weight.detach()
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-9)
@@ -144,7 +146,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        demo_report._write_atomically(target, fill)
+        report._write_atomically(target, fill)
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tuning_run import TuningRun
 
 import hvp_engine as hvp
-from hvp_engine import checkpoint
+from hvp_engine.tuning import checkpoint
 
 STEPS = 20
 EVALUATIONS_PER_ROUND = 3 * 2 + 2

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from hvp_engine import checkpoint as checkpoints
-from hvp_engine import tuner_state
-from hvp_engine.batches import Batches
-from hvp_engine.clock import Moment
-from hvp_engine.history import History, Record
-from hvp_engine.monitor import EarlyStopping, Monitor
-from hvp_engine.saver import Saver
-from hvp_engine.steps import Steps, count
+from hvp_engine.tuning import checkpoint as checkpoints
+from hvp_engine.tuning import state
+from hvp_engine.tuning.batches import Batches
+from hvp_engine.tuning.clock import Moment
+from hvp_engine.tuning.history import History, Record
+from hvp_engine.tuning.monitor import EarlyStopping, Monitor
+from hvp_engine.tuning.saver import Saver
+from hvp_engine.tuning.steps import Steps, count
 
 Callback = Callable[["Tuner", Record], "bool | None"]
 Evaluation = Callable[["Tuner"], Mapping[str, float]]
@@ -55,7 +55,7 @@ class Tuner(Steps):
             :class:`~hvp_engine.estimation.Estimate`; instead of `solver` and `engine`.
 
     Attributes:
-        history: a :class:`~hvp_engine.history.History` of :class:`Record`.
+        history: a :class:`~hvp_engine.tuning.history.History` of :class:`Record`.
         hyper_steps: rounds made so far, those left out included.
 
     Memory: beside what the hypergradient needs, a copy of the initial weights on the CPU, for :meth:`retrain`.
@@ -204,7 +204,7 @@ class Tuner(Steps):
         """Write a checkpoint as :meth:`fit` does."""
         path = Path(path)
         checkpoints.check_place(path)
-        checkpoints.write(path, tuner_state.state_dict(self, tuner_state.position(self)))
+        checkpoints.write(path, state.state_dict(self, state.position(self)))
 
     def load(self, path: str | Path) -> None:
         """Become what the tuner was that wrote this checkpoint.
@@ -216,14 +216,14 @@ class Tuner(Steps):
         else, of a newer version, or of a tuner with other tensors, optimizers or schedulers; nothing has changed then.
         """
         path = Path(path)
-        tuner_state.load_state_dict(self, checkpoints.read(path), str(path))
+        state.load_state_dict(self, checkpoints.read(path), str(path))
 
     def _continue_from(self, path: Path | None) -> bool:
         """Whether a checkpoint was loaded."""
         if path is None:
             return False
         checkpoints.check_place(path)
-        fresh = tuner_state.moves(self) == (0, 0) and self.hyper_steps == 0
+        fresh = state.moves(self) == (0, 0) and self.hyper_steps == 0
         if fresh and checkpoints.exists(path):
             self.load(path)
             return True

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hvp_engine.batches import Batches
-from hvp_engine.bounds import Bounds
-from hvp_engine.clock import Moment
-from hvp_engine.descent import Descent, Grads, OptimizerLike, SchedulerLike, global_norm
 from hvp_engine.errors import DivergenceError
 from hvp_engine.estimation import Averaged, Estimate, Estimator
-from hvp_engine.history import History, Record
 from hvp_engine.implicit import Hypergradient
 from hvp_engine.solvers import Solver
 from hvp_engine.trees import flatten
+from hvp_engine.tuning.batches import Batches
+from hvp_engine.tuning.bounds import Bounds
+from hvp_engine.tuning.clock import Moment
+from hvp_engine.tuning.descent import Descent, Grads, OptimizerLike, SchedulerLike, global_norm
+from hvp_engine.tuning.history import History, Record
 
 Loss = Callable[[Any, Any, Any], Tensor]
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm
 
 from hvp_engine.errors import HvpError
-from hvp_engine.history import Record
+from hvp_engine.tuning.history import Record
 
 
 class ScalarWriter(Protocol):

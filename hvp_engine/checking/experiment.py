@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine.checking.local_derivatives import random_direction, shifted
+from hvp_engine.checking.refitting import Pair, flat, minimize, product_of
+from hvp_engine.checking.verdict import Point
 from hvp_engine.errors import DivergenceError
 from hvp_engine.implicit import Hypergradient
 from hvp_engine.isolation import isolated
-from hvp_engine.local_derivatives import random_direction, shifted
-from hvp_engine.refitting import Pair, flat, minimize, product_of
 from hvp_engine.solution import Solution
 from hvp_engine.solvers import Solver
 from hvp_engine.spectrum import lanczos
 from hvp_engine.trees import check_like, flatten
 from hvp_engine.vectors import FlatVector, Layout
-from hvp_engine.verdict import Point
 
 Fit = Callable[[Any, Any], Any]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from hvp_engine import checkpoint, tuner_state
+from hvp_engine.tuning import checkpoint, state
 
 if TYPE_CHECKING:
-    from hvp_engine.tuner import Tuner
+    from hvp_engine.tuning.tuner import Tuner
 
 
 class Saver:
@@ -35,7 +35,7 @@ class Saver:
 
     def __enter__(self) -> Saver:
         if self._path is not None:
-            self._settled = tuner_state.position(self._tuner)
+            self._settled = state.position(self._tuner)
             is_main = threading.current_thread() is threading.main_thread()
             if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 self._outer_handler = signal.default_int_handler
@@ -46,7 +46,7 @@ class Saver:
         """A step has ended: the state is whole, and here a held-back Ctrl-C acts."""
         if self._path is None:
             return
-        self._settled = tuner_state.position(self._tuner)
+        self._settled = state.position(self._tuner)
         self._saved = False
         if self._interrupted:
             raise KeyboardInterrupt
@@ -63,7 +63,7 @@ class Saver:
             return
         if error is None:
             self._save()
-        elif self._settled.moves != tuner_state.moves(self._tuner):
+        elif self._settled.moves != state.moves(self._tuner):
             warnings.warn(
                 f"{self._path}: not written, since {type(error).__name__} came in the middle of an optimizer's step; "
                 "it holds the last state saved before",
@@ -79,7 +79,7 @@ class Saver:
 
     def _save(self) -> None:
         if self._path is not None and not self._saved:
-            checkpoint.write(self._path, tuner_state.state_dict(self._tuner, self._settled))
+            checkpoint.write(self._path, state.state_dict(self._tuner, self._settled))
             self._saved = True
 
     def _hold_back(self, number: int, frame: FrameType | None) -> None:

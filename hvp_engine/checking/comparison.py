@@ -1,4 +1,4 @@
-"""`hvp.check`: a hypergradient against finite differences of re-solved inner problems."""
+"""`hvp.check`: a hypergradient compared with finite differences of re-solved inner problems."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine.checking.experiment import Experiment, Fit, Solved
+from hvp_engine.checking.local_derivatives import step_of, wrong_derivatives
+from hvp_engine.checking.refitting import Pair, reference_hypergradient
+from hvp_engine.checking.verdict import CheckResult, Evidence, Point, Verdict
 from hvp_engine.isolation import isolated
 from hvp_engine.linearization import Problem
-from hvp_engine.local_derivatives import step_of, wrong_derivatives
-from hvp_engine.refitting import Pair, reference_hypergradient
-from hvp_engine.resolving import Experiment, Fit, Solved
 from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import check_positive, check_solver
 from hvp_engine.trees import flatten
-from hvp_engine.verdict import CheckResult, Evidence, Point, Verdict
 
 Loss = Callable[[Any, Any, Any], Tensor]
 
@@ -57,8 +57,8 @@ def check(
         engine: as for :class:`Hypergradient`.
         seed: of the directions and of what is random inside the losses.
 
-    Returns a :class:`~hvp_engine.verdict.CheckResult`. The caller's tensors, buffers and random state stay as they
-    were.
+    Returns a :class:`~hvp_engine.checking.verdict.CheckResult`. The caller's tensors, buffers and random state stay
+    as they were.
 
     Validity: a test of one point. A training loss with several minima is followed from the re-solved weights.
 
