@@ -1,0 +1,146 @@
+"""Optima known in closed form are found, and estimators of the user's own are obeyed."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import BILEVEL, DTYPE, Bilevel, matrix_with
+from torch import Tensor
+from tuning_cases import DATA, TARGET, adam, sgd, tuner_of, zeros
+
+import hvp_engine as hvp
+from hvp_engine.estimation import Estimate
+
+pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
+
+
+def test_one_decay_for_all_weights() -> None:
+    """w* = s x with s = 1 / (1 + e^h); ||s x - t||^2 is smallest at s = x.t / x.x."""
+    w, h = zeros(3), zeros()
+    tuner_of(w, h, warmup_steps=30).fit([DATA], [TARGET], hyper_steps=200, progress=False)
+    share = float(DATA @ TARGET / (DATA @ DATA))
+    assert float(h) == pytest.approx(math.log(1 / share - 1), abs=1e-3)
+    torch.testing.assert_close(w, share * DATA, rtol=1e-3, atol=0)
+
+
+def test_one_decay_for_each_weight_of_a_coupled_problem() -> None:
+    """L_T = w A w / 2 - b w + sum(e^h w^2) / 2 has w* = t where e^h = (b - A t) / t, chosen positive."""
+    a = matrix_with([0.5, 1.0, 2.0, 3.0], seed=41)
+    target, h_best = torch.tensor([1.0, -0.5, 0.8, 1.5], dtype=DTYPE), torch.tensor([0.3, -1.0, 0.0, -0.5], dtype=DTYPE)
+    b = a @ target + h_best.exp() * target
+    w, h = zeros(4), zeros(4)
+    tuner = tuner_of(
+        w,
+        h,
+        train=lambda w, h, batch: w @ a @ w / 2 - b @ w + (h.exp() * w.square()).sum() / 2,
+        val=lambda w, h, batch: (w - target).square().sum() / 2,
+        weight_optimizer=sgd(0.25),
+        inner_steps=10,
+        solver=hvp.Neumann(20),
+    )
+    tuner.fit([None], [None], hyper_steps=200, progress=False)
+    torch.testing.assert_close(h, h_best, rtol=0, atol=1e-3)
+    torch.testing.assert_close(w, target, rtol=1e-3, atol=0)
+
+
+class Jump(torch.optim.Optimizer):
+    """Goes to the minimum of the training loss in one step: an optimizer of the user's own."""
+
+    def __init__(self, tensors: Any, minimum: Callable[[], Tensor]):
+        super().__init__(tensors, {})
+        self.minimum = minimum
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.param_groups[0]["params"][0].copy_(self.minimum())
+
+
+class Unrolled:
+    """The hypergradient through `steps` steps of SGD from the current weights."""
+
+    def __init__(self, case: Bilevel, steps: int, lr: float):
+        self.case, self.steps, self.lr = case, steps, lr
+
+    def __call__(self, weights: Tensor, hyper: Tensor, train_batch: Any, val_batch: Any) -> Estimate:
+        w, h = weights.detach().requires_grad_(), hyper.detach().requires_grad_()
+        norm = zeros()
+        for step in range(self.steps):
+            loss = self.case.train_loss(w, h, train_batch)
+            (gradient,) = torch.autograd.grad(loss, w, create_graph=True)
+            norm = torch.linalg.vector_norm(gradient.detach()) if step == 0 else norm
+            w = w - self.lr * gradient
+        val_loss = self.case.val_loss(w, h, val_batch)
+        (grads,) = torch.autograd.grad(val_loss, h)
+        return Estimate(grads, loss.detach(), val_loss.detach(), norm)
+
+
+@pytest.mark.parametrize("name", ["quadratic", "ridge"])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_unrolled_training_equals_the_truncated_series(steps: int, name: str) -> None:
+    """Through i steps of SGD from w*: i - 1 products, over ten hyper steps, in value and in what was moved."""
+    case = BILEVEL[name]()
+    found = []
+    for options in (
+        {"estimator": Unrolled(case, steps, case.alpha)},
+        {"solver": hvp.Neumann(steps - 1, alpha=case.alpha)},
+    ):
+        h = case.hyper.clone()
+        tuner = tuner_of(
+            case.weights.clone(),
+            h,
+            train=case.train_loss,
+            val=case.val_loss,
+            weight_optimizer=lambda tensors, h=h: Jump(tensors, lambda: case.minimum(h)),
+            hyper_optimizer=adam(0.05),
+            inner_steps=1,
+            **options,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            history = tuner.fit([None], [None], hyper_steps=10, progress=False)
+        figures = [[r.val_loss, r.train_loss, r.hypergradient_norm] for r in history]
+        found.append((h, torch.tensor(figures, dtype=DTYPE)))
+    (one, figures), (other, other_figures) = found
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(figures, other_figures, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(one, case.hyper, atol=1e-2)
+
+
+def test_an_estimator_of_ones_own() -> None:
+    """It gets the trees, lists of batches where there are several, and its lack of a solve shows in the record."""
+    seen: list[Any] = []
+
+    def estimator(weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> Estimate:
+        seen.append((weights["w"], hyper[0], train_batch, val_batch))
+        one = torch.ones(())
+        return Estimate([torch.ones(2)], one, 2 * one, 3 * one.double())
+
+    w, h = torch.zeros(2), torch.zeros(2)
+    tuner = tuner_of(
+        {"w": w},
+        [h],
+        train=lambda w, h, b: w["w"].square().sum(),
+        estimator=estimator,
+        hyper_optimizer=sgd(0.5),
+        val_batches=2,
+        inner_steps=1,
+    )
+    (record,) = tuner.fit([10, 20], [30, 40], 1, progress=False)
+    assert seen[0][0] is w and seen[0][1] is h and seen[0][2:] == (20, [30, 40])
+    assert (record.train_loss, record.val_loss, record.gradient_norm) == (1.0, 2.0, 3.0)
+    assert record.hypergradient_norm == pytest.approx(math.sqrt(2))
+    assert math.isnan(record.residual_norm) and math.isnan(record.unfinished)
+    assert record.status == "" and record.alpha is None
+    assert torch.equal(h, torch.full((2,), -0.5))
+
+
+def test_an_estimator_that_returns_another_container() -> None:
+    one = torch.ones(())
+    tuner = tuner_of(torch.zeros(2), [torch.zeros(2)], estimator=lambda *_: Estimate(torch.ones(2), one, one, one))
+    with pytest.raises(ValueError, match="^estimator: expected grads in the container of hyper"):
+        tuner.hyper_step(None, None)
