@@ -47,8 +47,8 @@ class PhasedSolver:
         self._solver = solver
         self.damping, self.estimates_spectrum = solver.damping, solver.estimates_spectrum
 
-    def init(self, layout: Layout, v: Sequence[Tensor], estimate: SpectralEstimate | None) -> Iteration:
-        iteration = self._solver.init(layout, v, estimate)
+    def allocate(self, layout: Layout) -> Iteration:
+        iteration = self._solver.allocate(layout)
         iteration.step = _within(lambda: STEP, iteration.step)  # type: ignore[method-assign]
         return iteration
 

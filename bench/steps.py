@@ -16,6 +16,7 @@ from bench.interleave import Work, synchronize
 from bench.methods import solver_of
 from bench.problems import Problem
 from hvp_engine import ops
+from hvp_engine.engines.eager import begin
 from hvp_engine.engines.tape import Tape
 from hvp_engine.solvers.base import scalar
 from hvp_engine.vectors import FlatVector, Layout
@@ -115,7 +116,7 @@ def update_works(problem: Problem, terms: int) -> dict[str, Work]:
     def fused() -> float:
         stopwatch = Stopwatch(problem.device)
         tape = Tape(gradient, weights)
-        iteration = solver_of(problem, terms).init(tape.layout, problem.vector, None)
+        iteration = begin(tape, problem.vector, solver_of(problem, terms), None)
         for _ in range(terms):
             hv = tape.product(iteration.direction.tangents)
             with stopwatch.running():

@@ -174,10 +174,12 @@ class FlatVector:
             torch._foreach_copy_(self.views, [t.detach() for t in tensors])
         self.refresh()
 
+    def assign(self, other: FlatVector) -> None:
+        """Overwrite with another vector of this layout."""
+        self.data.copy_(other.data)
+        self.refresh()
+
     def refresh(self) -> None:
         """Bring low-precision tangents up to date with `data`."""
         if self.layout.low_precision:
             torch._foreach_copy_(self.tangents, self.views)
-
-    def clone(self) -> FlatVector:
-        return FlatVector(self.layout, self.data.clone())

@@ -28,6 +28,14 @@ def plain_kernels() -> Iterator[None]:
         yield
 
 
+def begin(operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None) -> Iteration:
+    """A new iteration of `solver` on `operator`, ready for its first step."""
+    iteration = solver.allocate(operator.layout)
+    iteration.adapt(estimate)
+    iteration.start(v)
+    return iteration
+
+
 def advance(iteration: Iteration, operator: LinearMap, term: Callable[[], None] | None = None) -> None:
     """Alternate products and steps until the solver is done; `term`, if given, stands for all of them but the last."""
     while iteration.steps < iteration.limit and not iteration.finished():
@@ -79,7 +87,7 @@ class EagerEngine:
         estimate: SpectralEstimate | None,
     ) -> Iteration:
         """Alternate products and steps until the solver is done."""
-        iteration = solver.init(operator.layout, v, estimate)
+        iteration = begin(operator, v, solver, estimate)
         advance(iteration, operator)
         return iteration
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvp_engine.engines.accumulation import AccumulatingTerm
 from hvp_engine.engines.agreement import Schedule, disagreement
-from hvp_engine.engines.eager import EagerEngine, advance
+from hvp_engine.engines.eager import EagerEngine, advance, begin
 from hvp_engine.engines.partition import Partition, partition
 from hvp_engine.engines.trace import split_inputs, trace
 from hvp_engine.isolation import recorded_modules, same_draws
@@ -142,7 +142,7 @@ class LinearizedEngine:
         estimate: SpectralEstimate | None,
     ) -> Iteration:
         """As the eager engine; terms but the last accumulate the product where that pays."""
-        iteration = solver.init(operator.layout, v, estimate)
+        iteration = begin(operator, v, solver, estimate)
         term = None
         if isinstance(operator, TracedLinearization):
             term = operator.accumulating_term(iteration, solver.damping)

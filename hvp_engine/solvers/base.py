@@ -1,16 +1,20 @@
-"""What a solver is: init, step and finish bodies that an engine runs.
+"""What a solver is: start, step and finish bodies that an engine runs.
 
-A solver is a small frozen object that describes a method. Its `init` gives an :class:`Iteration`, whose state
-lives in flat buffers that never move; an engine alternates `product(iteration.direction)` and
-`iteration.step(product)` at most `iteration.limit` times, then calls `iteration.finish()`. No body waits for the
-device, except `finished()`, which an engine that captures the loop does not call.
+A solver is a small frozen object that describes a method. Its `allocate` gives an :class:`Iteration`, whose state
+lives in flat buffers that never move. An engine calls `iteration.adapt(estimate)` and `iteration.start(v)`,
+alternates `product(iteration.direction)` and `iteration.step(product)` at most `iteration.limit` times, then calls
+`iteration.finish()`; and may do so again for another v, which overwrites `value`.
+
+`start`, `step` and `finish` do not wait for the device (except in :class:`Exact`) and read from it whatever differs
+between two solves, coefficients included: so they can be captured once and replayed. `adapt` sets those coefficients
+and runs outside of a capture. `finished` may wait, and is not called by an engine that captures the loop.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -83,6 +87,12 @@ class Iteration(FinishedIteration, Protocol):
     @property
     def accumulation(self) -> Accumulation | None: ...
 
+    def adapt(self, estimate: SpectralEstimate | None) -> None:
+        """Set the coefficients that depend on the spectrum, from the host."""
+
+    def start(self, v: Sequence[Tensor]) -> None:
+        """Begin, or begin anew, with the right-hand side `v`."""
+
     def step(self, product: Sequence[Tensor]) -> None:
         """Advance by one product with A, taken at `direction`."""
 
@@ -98,14 +108,14 @@ class Solver(Protocol):
 
     @property
     def estimates_spectrum(self) -> bool:
-        """Whether `init` needs a spectral estimate."""
+        """Whether `adapt` needs a spectral estimate."""
 
-    def init(self, layout: Layout, v: Sequence[Tensor], estimate: SpectralEstimate | None) -> Iteration:
-        """Begin a solve for the right-hand side `v`."""
+    def allocate(self, layout: Layout) -> Iteration:
+        """Room for a solve, with the ops bound to it; nothing in it moves from then on."""
 
 
 def check_solver(solver: Any) -> None:
-    if isinstance(solver, type) or not (hasattr(solver, "init") and hasattr(solver, "damping")):
+    if isinstance(solver, type) or not (hasattr(solver, "allocate") and hasattr(solver, "damping")):
         raise TypeError(f"solver: expected a solver such as hvp.Neumann(20); got {type(solver).__name__}")
 
 
@@ -135,12 +145,16 @@ def scalar(value: float, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
-def load(layout: Layout, tensors: Sequence[Tensor]) -> tuple[FlatVector, Tensor]:
-    """A new flat vector holding `tensors`, and the partials of its squared norm, in one pass."""
-    vector = FlatVector(layout)
-    partials = layout.empty_partials()
-    one, zero = scalar(1.0, layout.device), scalar(0.0, layout.device)
-    incoming = replace(layout, dtypes=tuple(tensor.dtype for tensor in tensors))  # stored as the weights are
-    ops.bind("scale_accumulate", (vector.data,), incoming, (one, zero), 0.0, partials)(tensors)
-    vector.refresh()
-    return vector, partials
+class RightHandSide:
+    """A flat vector that right-hand sides are loaded into, and the partials of its squared norm, in one pass."""
+
+    def __init__(self, layout: Layout):
+        self.vector = FlatVector(layout)
+        self.partials = layout.empty_partials()
+        one, zero = scalar(1.0, layout.device), scalar(0.0, layout.device)
+        self._load = ops.bind("scale_accumulate", (self.vector.data,), layout, (one, zero), 0.0, self.partials)
+
+    def load(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite the vector with `tensors`."""
+        self._load(tensors)
+        self.vector.refresh()

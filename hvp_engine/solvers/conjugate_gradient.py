@@ -12,7 +12,7 @@ from torch import Tensor
 from hvp_engine import ops
 from hvp_engine.preconditioning import Preconditioner, check_preconditioner, precondition
 from hvp_engine.solution import Status
-from hvp_engine.solvers.base import Iteration, Outcome, check_damping, check_iterations, load, scalar
+from hvp_engine.solvers.base import Iteration, Outcome, RightHandSide, check_damping, check_iterations, scalar
 from hvp_engine.spectrum import SpectralEstimate
 from hvp_engine.vectors import FlatVector, Layout
 
@@ -78,8 +78,8 @@ class ConjugateGradient:
     def estimates_spectrum(self) -> bool:
         return False
 
-    def init(self, layout: Layout, v: Sequence[Tensor], estimate: SpectralEstimate | None) -> Iteration:
-        return _ConjugateGradient(self, layout, v)
+    def allocate(self, layout: Layout) -> Iteration:
+        return _ConjugateGradient(self, layout)
 
 
 class _ConjugateGradient:
@@ -87,23 +87,21 @@ class _ConjugateGradient:
 
     accumulation = None
 
-    def __init__(self, solver: ConjugateGradient, layout: Layout, v: Sequence[Tensor]):
+    def __init__(self, solver: ConjugateGradient, layout: Layout):
         epsilon = torch.finfo(layout.state_dtype).eps
         self.limit, self.steps = solver.iterations, 0
         self._preconditioner, self._damping = solver.preconditioner, solver.damping
         self._tol = max(epsilon, epsilon ** (2 / 3) if solver.tol is None else solver.tol)
         # A residual of x rounded to 16 bits would be further off than the updated one.
         self._refreshes = self.limit > REFRESH_EVERY and not layout.low_precision
-        self._residual, initial = load(layout, v)
-        self._b = self._residual.clone() if self._refreshes else None
+        self._initial = RightHandSide(layout)
+        self._residual = self._initial.vector
+        self._b = FlatVector(layout) if self._refreshes else None
         self._image = self._residual if self._preconditioner is None else FlatVector(layout)
         self.value = FlatVector(layout)
         self.direction = self._search = FlatVector(layout)
 
-        self._squared_b, _, self._bad_b = initial.sum(0).unbind()
-        self._squared = self._squared_b
-        no = torch.zeros((), dtype=torch.bool, device=layout.device)
-        self._negative, self._bad, self._bad_metric = no, no, no
+        self._no = torch.zeros((), dtype=torch.bool, device=layout.device)
         self._rho, self._beta = scalar(0.0, layout.device), scalar(0.0, layout.device)
         self._partials = layout.empty_partials()
         one, minus = scalar(1.0, layout.device), scalar(-1.0, layout.device)
@@ -112,6 +110,21 @@ class _ConjugateGradient:
         self._subtract = ops.bind("scale_accumulate", (states[1],), layout, (minus, one), 0.0, self._partials)
         flat = Layout.of([self._image.data])
         self._mix = ops.bind("scale_accumulate", (states[2],), flat, (one, self._beta), 0.0, flat.empty_partials())
+
+    def adapt(self, estimate: SpectralEstimate | None) -> None:
+        pass
+
+    def start(self, v: Sequence[Tensor]) -> None:
+        self.steps = 0
+        self.direction = self._search
+        self._initial.load(v)
+        if self._b is not None:
+            self._b.data.copy_(self._residual.data)
+        self.value.data.zero_()
+        self._squared_b, _, self._bad_b = self._initial.partials.sum(0).unbind()
+        self._squared = self._squared_b
+        self._negative = self._bad = self._bad_metric = self._no
+        self._rho.zero_()  # so that the first beta is 0, and the old direction is not read
         self._turn()
 
     def step(self, product: Sequence[Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine.solution import Status
-from hvp_engine.solvers.base import Iteration, Outcome, check_damping, load
+from hvp_engine.solvers.base import Iteration, Outcome, RightHandSide, check_damping
 from hvp_engine.spectrum import SpectralEstimate
 from hvp_engine.vectors import STATE_DTYPES, FlatVector, Layout
 
@@ -58,7 +58,7 @@ class Exact:
     def estimates_spectrum(self) -> bool:
         return False
 
-    def init(self, layout: Layout, v: Sequence[Tensor], estimate: SpectralEstimate | None) -> Iteration:
+    def allocate(self, layout: Layout) -> Iteration:
         dtype = layout.state_dtype if self.dtype is None else self.dtype
         size = sum(layout.numels)
         if size > self.max_size:
@@ -66,7 +66,7 @@ class Exact:
                 f"Exact: expected at most max_size={self.max_size} weights; got {size}, whose matrix takes "
                 f"{size * size * dtype.itemsize / 1e9:.3g} GB: use hvp.ConjugateGradient, or raise max_size"
             )
-        return _Exact(layout, dtype, v, self.damping)
+        return _Exact(layout, dtype, self.damping)
 
 
 class Columns:
@@ -86,12 +86,18 @@ class Columns:
         self._places = places.tolist()
         self._work = FlatVector(layout)
         self._rows = torch.zeros(self.limit, self.limit, dtype=dtype, device=layout.device)
-        self._point(1.0)
+        self.restart()
 
     @property
     def matrix(self) -> Tensor:
         """The products as columns."""
         return self._rows.T
+
+    def restart(self) -> None:
+        """Begin, or begin anew."""
+        self.steps = 0
+        self.direction.data.zero_()
+        self._point(1.0)
 
     def step(self, product: Sequence[Tensor]) -> None:
         self._work.copy_(product)
@@ -111,18 +117,25 @@ class Columns:
 
 
 class _Exact(Columns):
-    def __init__(self, layout: Layout, dtype: torch.dtype, v: Sequence[Tensor], damping: float):
+    def __init__(self, layout: Layout, dtype: torch.dtype, damping: float):
         super().__init__(layout, dtype)
         self._damping = damping
-        self._b, self._initial = load(layout, v)
+        self._b = RightHandSide(layout)
         self.value = FlatVector(layout)
+
+    def adapt(self, estimate: SpectralEstimate | None) -> None:
+        pass
+
+    def start(self, v: Sequence[Tensor]) -> None:
+        self.restart()
+        self._b.load(v)
 
     def finish(self) -> Tensor:
         """Unlike other solvers' this waits for the device, which a factorization does in any case."""
-        _, _, bad_v = self._initial.sum(0).unbind()
+        _, _, bad_v = self._b.partials.sum(0).unbind()
         matrix = (self._rows + self._rows.T) / 2
         matrix.diagonal().add_(self._damping)
-        b = self._b.data[self.places].to(matrix.dtype)
+        b = self._b.vector.data[self.places].to(matrix.dtype)
         bad = bad_v + (~torch.isfinite(matrix).all()).double()
         if bad > 0:
             return torch.stack([bad.new_tensor(math.inf), bad.new_zeros(()), bad, bad_v])

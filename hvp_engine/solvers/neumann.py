@@ -18,10 +18,10 @@ from hvp_engine.solvers.base import (
     Accumulation,
     Iteration,
     Outcome,
+    RightHandSide,
     check_damping,
     check_iterations,
     check_positive,
-    load,
     scalar,
 )
 from hvp_engine.spectrum import SpectralEstimate
@@ -81,8 +81,8 @@ class Neumann:
     def estimates_spectrum(self) -> bool:
         return self.alpha == "auto"
 
-    def init(self, layout: Layout, v: Sequence[Tensor], estimate: SpectralEstimate | None) -> Iteration:
-        return _FORMS[self.form, self.preconditioner is not None](self, layout, v, self.alpha_for(estimate))
+    def allocate(self, layout: Layout) -> Iteration:
+        return _FORMS[self.form, self.preconditioner is not None](self, layout)
 
     def alpha_for(self, estimate: SpectralEstimate | None) -> float:
         """The step: the given one, or the estimate's."""
@@ -95,23 +95,33 @@ class Neumann:
 class _Accumulate:
     """v <- v - alpha A v; p <- p + v."""
 
-    accumulation: Accumulation | None
-
-    def __init__(self, solver: Neumann, layout: Layout, v: Sequence[Tensor], alpha: float):
-        self.limit = solver.iterations
-        self.steps = 0
-        self.alpha = alpha
-        self._alpha = scalar(alpha, layout.device)
-        self._start, self._initial = load(layout, v)
+    def __init__(self, solver: Neumann, layout: Layout):
+        self.limit, self.steps = solver.iterations, 0
+        self.alpha = math.nan
+        self._solver = solver
+        self._alpha = scalar(self.alpha, layout.device)
+        self._b = RightHandSide(layout)
         self._partials = layout.empty_partials()
-        self._bind(solver, layout)
+        self._bind(layout)
 
-    def _bind(self, solver: Neumann, layout: Layout) -> None:
-        self.direction = self._start
-        self.value = self._start.clone()
-        states = (self.direction.data, self.value.data)
-        self._update = ops.bind("neumann_step", states, layout, (self._alpha,), solver.damping, self._partials)
-        self.accumulation = Accumulation(self.direction, self.alpha, partial(self.value.data.add_, self.direction.data))
+    def _bind(self, layout: Layout) -> None:
+        self.direction = self._b.vector
+        self.value = FlatVector(layout)
+        states, damping = (self.direction.data, self.value.data), self._solver.damping
+        self._update = ops.bind("neumann_step", states, layout, (self._alpha,), damping, self._partials)
+
+    @property
+    def accumulation(self) -> Accumulation | None:
+        return Accumulation(self.direction, self.alpha, partial(self.value.data.add_, self._b.vector.data))
+
+    def adapt(self, estimate: SpectralEstimate | None) -> None:
+        self.alpha = self._solver.alpha_for(estimate)
+        self._alpha.fill_(self.alpha)
+
+    def start(self, v: Sequence[Tensor]) -> None:
+        self.steps = 0
+        self._b.load(v)
+        self.value.assign(self._b.vector)
 
     def step(self, product: Sequence[Tensor]) -> None:
         self._update(product)
@@ -123,7 +133,7 @@ class _Accumulate:
 
     def finish(self) -> Tensor:
         self.value.data.mul_(self._alpha)
-        return torch.cat([self._initial.sum(0), self._partials.sum(0)])
+        return torch.cat([self._b.partials.sum(0), self._partials.sum(0)])
 
     def read(self, figures: Sequence[float]) -> Outcome:
         return outcome_of(figures, self.steps, self.value.data.dtype)
@@ -132,30 +142,38 @@ class _Accumulate:
 class _Horner(_Accumulate):
     """p <- p + v - alpha A p, with v constant."""
 
-    def _bind(self, solver: Neumann, layout: Layout) -> None:
-        self.direction = self.value = self._start.clone()
-        states = (self.value.data, self._start.data)
-        self._update = ops.bind("neumann_step_horner", states, layout, (self._alpha,), solver.damping, self._partials)
-        self.accumulation = Accumulation(self.value, self.alpha, partial(self.value.data.add_, self._start.data))
+    def _bind(self, layout: Layout) -> None:
+        self.direction = self.value = FlatVector(layout)
+        states, damping = (self.value.data, self._b.vector.data), self._solver.damping
+        self._update = ops.bind("neumann_step_horner", states, layout, (self._alpha,), damping, self._partials)
 
 
 class _Preconditioned(_Accumulate):
     """r <- r - alpha A z; z <- M r; p <- p + z. r is the residual of alpha p before the step."""
 
-    def _bind(self, solver: Neumann, layout: Layout) -> None:
-        assert solver.preconditioner is not None
-        self.accumulation = None
-        self._preconditioner, self._shift = solver.preconditioner, -self.alpha * solver.damping
-        self._residual = self._start
-        self._image = FlatVector(layout)
+    accumulation = None
+
+    def _bind(self, layout: Layout) -> None:
+        assert self._solver.preconditioner is not None
+        self._preconditioner = self._solver.preconditioner
+        self._residual, self._image = self._b.vector, FlatVector(layout)
+        self.value, self.direction = FlatVector(layout), self._image
+        self._minus, one = scalar(math.nan, layout.device), scalar(1.0, layout.device)
+        states, scales = (self._residual.data,), (self._minus, one)
+        self._update = ops.bind("scale_accumulate", states, layout, scales, 0.0, self._partials)
+
+    def adapt(self, estimate: SpectralEstimate | None) -> None:
+        super().adapt(estimate)
+        self._minus.fill_(-self.alpha)
+
+    def start(self, v: Sequence[Tensor]) -> None:
+        self.steps = 0
+        self._b.load(v)
         precondition(self._preconditioner, self._residual, self._image)
-        self.value = self._image.clone()
-        self.direction = self._image
-        scales = scalar(-self.alpha, layout.device), scalar(1.0, layout.device)
-        self._update = ops.bind("scale_accumulate", (self._residual.data,), layout, scales, 0.0, self._partials)
+        self.value.assign(self._image)
 
     def step(self, product: Sequence[Tensor]) -> None:
-        self._residual.data.add_(self.direction.data, alpha=self._shift)
+        self._residual.data.addcmul_(self.direction.data, self._minus, value=self._solver.damping)
         self._update(product)
         precondition(self._preconditioner, self._residual, self._image)
         self.value.data.add_(self._image.data)
@@ -166,16 +184,20 @@ class _Preconditioned(_Accumulate):
         self.value.data.mul_(self._alpha)
         _, squared_residual, bad = self._partials.sum(0).unbind()
         squared = self.value.data.double().square().sum()
-        return torch.cat([self._initial.sum(0), torch.stack([squared_residual, squared, bad])])
+        return torch.cat([self._b.partials.sum(0), torch.stack([squared_residual, squared, bad])])
 
 
 class _PreconditionedHorner(_Preconditioned):
     """p <- p + M (v - alpha A p), with v constant."""
 
-    def _bind(self, solver: Neumann, layout: Layout) -> None:
-        super()._bind(solver, layout)
-        self._v = self._residual.clone()
+    def _bind(self, layout: Layout) -> None:
+        super()._bind(layout)
+        self._v = FlatVector(layout)
         self.direction = self.value
+
+    def start(self, v: Sequence[Tensor]) -> None:
+        super().start(v)
+        self._v.data.copy_(self._residual.data)
 
     def step(self, product: Sequence[Tensor]) -> None:
         self._residual.data.copy_(self._v.data)
@@ -225,5 +247,5 @@ class Identity:
     def estimates_spectrum(self) -> bool:
         return False
 
-    def init(self, layout: Layout, v: Sequence[Tensor], estimate: SpectralEstimate | None) -> Iteration:
-        return _Accumulate(Neumann(0, 1.0 / (1.0 + self.damping)), layout, v, 1.0 / (1.0 + self.damping))
+    def allocate(self, layout: Layout) -> Iteration:
+        return _Accumulate(Neumann(0, 1.0 / (1.0 + self.damping)), layout)
