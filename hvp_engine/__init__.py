@@ -5,6 +5,7 @@ The names below are the public API; see the README for where to look for what.
 
 from hvp_engine.backend import use_backend
 from hvp_engine.checking import CheckResult, Verdict, check
+from hvp_engine.eigenvalues import ExtremeEigenvalues, SpectralDensity, extreme_eigenvalues, spectral_density
 from hvp_engine.errors import (
     BackendError,
     CheckpointError,
@@ -41,6 +42,7 @@ __all__ = [
     "DivergenceError",
     "Estimate",
     "Exact",
+    "ExtremeEigenvalues",
     "GaussNewtonOperator",
     "GraphError",
     "HessianOperator",
@@ -55,6 +57,7 @@ __all__ = [
     "Record",
     "SecondDerivativeError",
     "Solution",
+    "SpectralDensity",
     "Status",
     "TraceError",
     "Tuner",
@@ -62,8 +65,10 @@ __all__ = [
     "approx_inverse_hvp",
     "best_response",
     "check",
+    "extreme_eigenvalues",
     "functional",
     "hypergradient",
     "solve",
+    "spectral_density",
     "use_backend",
 ]

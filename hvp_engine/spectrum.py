@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvp_engine.preconditioning import Preconditioner, precondition
+from hvp_engine.krylov import LanczosBasis, Product, random_unit_vector
+from hvp_engine.preconditioning import Preconditioner
 from hvp_engine.vectors import FlatVector, Layout
-
-Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""A symmetric linear map on lists of tensors."""
 
 COLD_STEPS = 8
 """Products of a first estimate: two miss an outlier eigenvalue by more than half, five suffice."""
@@ -74,63 +71,18 @@ class SpectralEstimate:
 def lanczos(
     product: Product, start: FlatVector, steps: int, preconditioner: Preconditioner | None = None
 ) -> tuple[SpectralEstimate, FlatVector]:
-    """Lanczos with full reorthogonalization from `start`: the estimate and the Ritz vector of the largest |value|.
+    """`steps` of Lanczos from `start`: the estimate and the Ritz vector of the largest |value|.
 
-    With a preconditioner M, the values are those of M A, that is of the symmetric M^(1/2) A M^(1/2).
-
-    Cost: `steps` products, `steps` + 2 flat vectors (2 `steps` + 3 with a preconditioner), one wait for the device.
-
-    Source: Golub and Van Loan, Matrix Computations, sections 10.1 and 11.5.
+    Cost: `steps` products, one wait for the device; memory as :class:`LanczosBasis`.
     """
-    layout = start.layout
-    steps = min(steps, max(1, sum(layout.numels)))
-    # Vectors u and their images M u, with u_i . M u_j = 1 if i = j else 0; without M they are the same.
-    basis = torch.zeros(steps, layout.size, dtype=layout.state_dtype, device=layout.device)
-    images = basis if preconditioner is None else torch.zeros_like(basis)
-    direction, work = FlatVector(layout), FlatVector(layout)  # two, since a product may alias its tangent
-    image = work if preconditioner is None else FlatVector(layout)
-    pair = [work] if preconditioner is None else [work, image]
-
-    def norm_of_work() -> Tensor:
-        if preconditioner is None:
-            return torch.linalg.vector_norm(work.data)
-        precondition(preconditioner, work, image)
-        return torch.dot(work.data, image.data).clamp_min(0).sqrt()
-
-    diagonal, off_diagonal = [], []
-    negligible = 100 * torch.finfo(layout.state_dtype).eps
-    work.data.copy_(start.data)
-    norm = norm_of_work()
-    for vector in pair:
-        vector.data /= norm
-    for k in range(steps):
-        basis[k] = work.data
-        images[k] = image.data
-        direction.data.copy_(image.data)
-        direction.refresh()
-        work.copy_(product(direction.tangents))
-        coefficients = images[: k + 1] @ work.data
-        diagonal.append(coefficients[k])
-        work.data -= coefficients @ basis[: k + 1]
-        work.data -= (images[: k + 1] @ work.data) @ basis[: k + 1]  # once more: one pass leaves rounding in float32
-        norm = norm_of_work()
-        # What is left of an invariant subspace is rounding, not a direction: made one, it doubles an eigenvalue.
-        norm = norm * (norm > negligible * torch.hypot(norm, torch.linalg.vector_norm(coefficients)))
-        off_diagonal.append(norm)
-        for vector in pair:
-            vector.data.copy_(torch.where(norm > 0, vector.data / norm, 0.0))
-    figures = torch.stack(diagonal + off_diagonal).double().cpu()  # the one wait
-    if not torch.isfinite(figures).all():
-        return SpectralEstimate(math.nan, math.nan, math.nan, steps), start
-    alphas, betas = figures.split(steps)
-    found = int((betas > 0).cumprod(0).sum()) + 1  # the rows after an invariant subspace are zero, no Ritz values
-    alphas, betas = alphas[:found], betas[:found]
-    tridiagonal = torch.diag(alphas) + torch.diag(betas[:-1], 1) + torch.diag(betas[:-1], -1)
-    values, vectors = torch.linalg.eigh(tridiagonal)
-    top = int(values.abs().argmax())
-    margin = abs(float(betas[-1] * vectors[-1, top]))
-    ritz = FlatVector(layout, vectors[:, top].to(basis) @ basis[: len(alphas)])
-    return SpectralEstimate(abs(float(values[top])), float(values[0]), margin, steps), ritz
+    basis = LanczosBasis(product, start, steps, preconditioner)
+    basis.extend(steps)
+    pairs = basis.ritz_pairs()
+    if pairs is None:
+        return SpectralEstimate(math.nan, math.nan, math.nan, basis.steps), start
+    top = int(pairs.values.abs().argmax())
+    largest, smallest, margin = abs(float(pairs.values[top])), float(pairs.values[0]), float(pairs.bounds[top])
+    return SpectralEstimate(largest, smallest, margin, basis.steps), basis.combine(pairs.coordinates[:, top])
 
 
 class Spectrum:
@@ -146,13 +98,7 @@ class Spectrum:
         self._calls = 0
 
     def _random(self, layout: Layout) -> FlatVector:
-        generator = torch.Generator(device=layout.device)
-        generator.manual_seed(self._calls)
-        vector = FlatVector(layout)
-        for view in vector.views:
-            view.normal_(generator=generator)
-        vector.data /= torch.linalg.vector_norm(vector.data).clamp_min(1e-30)
-        return vector
+        return random_unit_vector(layout, self._calls)
 
     def refresh(
         self, product: Product, layout: Layout, preconditioner: Preconditioner | None = None
