@@ -1,4 +1,5 @@
-"""The device every test body runs on: the CPU, and on a machine with a GPU also that (`-m gpu` runs only those)."""
+"""What test bodies are run over: the CPU, and on a machine with a GPU also that (`-m gpu` runs only those); backends;
+problems."""
 
 from __future__ import annotations
 
@@ -6,9 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cases import BILEVEL, Bilevel
 from op_cases import TARGETS
 
-from hvp_engine.backend import use_backend
+from hvp_engine.backend import use_backend, why_not
+from hvp_engine.engines import linear_model
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
@@ -26,3 +29,23 @@ def target(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     device_type, name = request.param
     with use_backend(name):
         yield torch.empty(0, device=device_type).device
+
+
+@pytest.fixture(params=BILEVEL)
+def problem(request: pytest.FixtureRequest) -> Bilevel:
+    """A bilevel problem with a closed-form hypergradient."""
+    return BILEVEL[request.param]()
+
+
+@pytest.fixture(params=[name for name in ("reference", "cpp") if why_not(name, "cpu") is None])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend with the terms of a linear model."""
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["direct", "dual"])
+def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the terms of a linear model are computed; test_form_is_chosen_by_cost leaves that to the cost."""
+    monkeypatch.setattr(linear_model, "prefers_dual", lambda *_: request.param == "dual")
+    return request.param
