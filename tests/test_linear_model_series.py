@@ -20,11 +20,16 @@ from hvp_engine.linear_model import LinearModelProducts
 # The series
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.4])
+# Every pair of loss, decay and iterations occurs.
+SETTINGS = [
+    (loss, decay, (0, 1, 50)[(i + j) % 3], (0.0, 0.4)[(i * j) % 2])
+    for i, loss in enumerate(LOSSES)
+    for j, decay in enumerate(["none", "scalar", "leaves"])
+]
+
+
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("iterations", [0, 1, 50])
-@pytest.mark.parametrize("decay", ["none", "scalar", "leaves"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "decay", "iterations", "damping"), SETTINGS)
 def test_truncated_sum(
     loss: str, decay: str, iterations: int, form: str, damping: float, backend: str, algorithm: str
 ) -> None:
@@ -45,9 +50,8 @@ def test_truncated_sum_with_a_decay_for_each_weight(
 SIZES = [(1, 1), (2, 3), (7, 16), (13, 97), (25, 96), (97, 25), (200, 33), (5, 400)]
 
 
-@pytest.mark.parametrize("outputs", ["vector", 2, 3, 4, 5, 11])
+@pytest.mark.parametrize(("outputs", "form"), zip(["vector", 2, 3, 4, 5, 11], FORMS * 3, strict=True))
 @pytest.mark.parametrize("samples, features", SIZES)
-@pytest.mark.parametrize("form", FORMS)
 def test_sizes(samples: int, features: int, outputs: int | str, form: str, backend: str, algorithm: str) -> None:
     loss = "logistic" if outputs == "vector" else "softmax"
     check_series(model_of(loss, outputs, samples=samples, features=features), 3, form, 0.1)
