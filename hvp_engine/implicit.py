@@ -108,7 +108,7 @@ class Hypergradient:
             return Problem(loss, weight_list, weight_structure, hyper_list, hyper_structure, (batch,), name)
 
         with isolated(self.draws.next_seed(), weight_list[0].device):
-            val_loss, vector, direct = _direct(problem(self.val_loss, val_batch, "val_loss"))
+            val_loss, vector, direct = direct_gradient(problem(self.val_loss, val_batch, "val_loss"))
             linearization = self.engine.linearize(problem(self.train_loss, train_batch, "train_loss"))
             grads, solution = implicit_gradient(
                 linearization, vector, direct, hyper_list, self.solver, self.engine, self.spectrum
@@ -148,7 +148,7 @@ class Hypergradient:
             self.engine.load_state_dict(state["engine"])
 
 
-def _direct(problem: Problem) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+def direct_gradient(problem: Problem) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
     """The validation loss, dL_V/dw, and dL_V/dlambda (None where there is no path)."""
     weights, hyperparameters = leaves(problem.weights), leaves(problem.hyperparameters)
     loss = problem.evaluate(weights, hyperparameters)

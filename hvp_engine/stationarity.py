@@ -24,13 +24,18 @@ def unfinished_change(solution: Sequence[Tensor], gradient: Sequence[Tensor]) ->
 
 
 class Stationarity:
-    """Warns, once, when the weights are so far from a minimum that the implicit function theorem says little.
+    """Warns, once, when the weights are so far from their goal that the implicit function theorem says little.
 
     The criterion: finishing the training would change the validation loss by more than half of it, to first order.
     Calls 1, 2, 4, 8, ... look, since a look waits for the device.
+
+    Arguments:
+        goal: where the weights should be, in words.
+        distance: what measures how far they are, and vanishes there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, goal: str = "a minimum of the training loss", distance: str = "||dL_T/dw||") -> None:
+        self._goal, self._distance = goal, distance
         self._calls = 0
         self._warned = False
 
@@ -43,7 +48,7 @@ class Stationarity:
         if abs(change) > _FAR * abs(loss):
             self._warned = True
             warnings.warn(
-                f"the weights are far from a minimum of the training loss: ||dL_T/dw|| is {norm:.3g}, and finishing "
+                f"the weights are far from {self._goal}: {self._distance} is {norm:.3g}, and finishing "
                 f"the training would change the validation loss, {loss:.3g}, by about {change:.3g}; the hypergradient "
                 "assumes that they are at one: train longer before and between hypergradients (warmup_steps and "
                 "inner_steps of a Tuner)",

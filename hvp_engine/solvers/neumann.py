@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -67,6 +67,8 @@ class Neumann:
     form: Form = "horner"
     damping: float = 0.0
     preconditioner: Preconditioner | None = None
+
+    needs_symmetry: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_iterations(self.iterations)
@@ -239,6 +241,8 @@ class Identity:
     """
 
     damping: float = 0.0
+
+    needs_symmetry: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
