@@ -16,7 +16,7 @@ demo: build
 	$(BIN)/python -m hvp_engine demo $(ARGS)
 
 test: build
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 soak: build
 	$(BIN)/python -m pytest -q -m soak $(ARGS)

@@ -3,6 +3,7 @@ problems."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,9 @@ from op_cases import TARGETS
 
 from hvp_engine.backend import use_backend, why_not
 from hvp_engine.engines import linear_model
+
+# Test processes side by side share the cores.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available():

@@ -155,7 +155,13 @@ class Case:
     def run_and_check(self, products: Sequence[Tensor], step: Callable | None = None) -> None:
         """Run the op once and compare states, partials and gaps with the mathematics."""
         state = self.states[0].data.dtype
+        before = [[extended(view) for view in vector.views] for vector in self.states]
         exact = self.expected(products, extended)
+        sums = [[recorded[column] for _, recorded in exact] for column in range(2)]
+        totals = [sum(float(part.sum()) for part in parts) for parts in sums]
+        sizes = [sum(float(np.abs(part).sum()) for part in parts) for parts in sums]
+        # cg_step divides by its second sum, in float64 and in any order: as many roundings as terms cancel.
+        doubt = torch.finfo(F64).eps * sizes[1] / abs(totals[1]) if self.name == "cg_step" and totals[1] else 0.0
         plain = self.expected(products, lambda t: t.detach().clone().cpu().to(state))
         (step or self.bind())(products)
         for i, (oracle, ordinary) in enumerate(zip(exact, plain, strict=True)):
@@ -164,13 +170,13 @@ class Case:
                     scale = max(1.0, float(np.abs(oracle[0][j]).max()))
                     error = np.abs(extended(vector.views[i]) - oracle[0][j]).max()
                     usual = np.abs(extended(ordinary[0][j]) - oracle[0][j]).max()
-                    assert error <= 2 * max(usual, torch.finfo(state).eps * scale), (i, j, error, usual)
-        totals = self.partials.sum(0).tolist()
+                    moved = np.abs(oracle[0][j] - before[j][i]).max()
+                    assert error <= 2 * max(usual, torch.finfo(state).eps * scale) + doubt * moved, (i, j, error, usual)
+        *found, flag = self.partials.sum(0).tolist()
         for column in range(2):
-            total = sum(float(recorded[column].sum()) for _, recorded in exact)
-            size = sum(float(np.abs(recorded[column]).sum()) for _, recorded in exact)
-            assert totals[column] == pytest.approx(total, abs=size * (1e-5 if state == F32 else 1e-13)), column
-        assert totals[2] == 0
+            tolerance = sizes[column] * (1e-5 if state == F32 else 1e-13)
+            assert found[column] == pytest.approx(totals[column], abs=tolerance), column
+        assert flag == 0
         for vector in self.states:
             gaps = vector.data.clone()
             for view in self.layout.views(gaps):

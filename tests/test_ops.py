@@ -12,6 +12,8 @@ from torch import Tensor
 from hvp_engine.ops import OPS
 from hvp_engine.vectors import CHUNK
 
+NAN, INF = float("nan"), float("inf")
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
@@ -91,7 +93,7 @@ def test_states_without_the_last_gap_at_any_address(target: torch.device, name: 
 @pytest.mark.parametrize("name", OPS)
 def test_products_that_alias_the_state(target: torch.device, name: str, state: torch.dtype) -> None:
     """A loss like (w1 * w2).sum() returns one view of the tangent as the product of the other."""
-    weights = products_like([(300, 40), (300, 40), (90, 90), (7,)], [state], target)
+    weights = products_like([(110, 40), (110, 40), (70, 70), (7,)], [state], target)
     case = Case.of(name, weights, state)
     for vector in case.states:
         first, second, square, last = vector.views
@@ -105,17 +107,18 @@ def test_products_that_alias_the_state(target: torch.device, name: str, state: t
 
 @pytest.mark.parametrize("name", OPS)
 def test_a_product_that_overlaps_the_state_partly(target: torch.device, name: str) -> None:
-    case = Case.of(name, products_like([(50_000,)], [F32], target), F32)
+    size = 2 * CHUNK + 100
+    case = Case.of(name, products_like([(size,)], [F32], target), F32)
     for vector in case.states:
-        shifted = vector.data[:1].expand(50_000)
+        shifted = vector.data[:1].expand(size)
         case.run_and_check([shifted])
-    wide = torch.randn(50_100, device=target)
+    wide = torch.randn(size + 100, device=target)
     for vector in case.states:
         memory = wide.clone()
         memory[64 : 64 + vector.data.numel()] = vector.data
         vector.data = memory[64 : 64 + vector.data.numel()]
         vector.views = case.layout.views(vector.data)
-        case.run_and_check([memory[60:50_060]])
+        case.run_and_check([memory[60 : 60 + size]])
 
 
 # --- one bound op, called again --------------------------------------------------------------------------------------
@@ -196,8 +199,11 @@ def test_each_chunk_of_each_tensor_has_its_row(target: torch.device, name: str) 
     assert ((case.partials[:, :2].cpu() - rows).abs() <= 1e-5 * sizes).all()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("at", [0, CHUNK - 1, CHUNK, 2 * CHUNK + 5, 2 * CHUNK + 39])
+BAD = [(0, NAN), (CHUNK - 1, INF), (CHUNK, -INF), (2 * CHUNK + 5, INF), (2 * CHUNK + 39, NAN), (2 * CHUNK + 39, -INF)]
+"""The first and the last element of a chunk, of a wide body and of a tail, with each kind of bad number."""
+
+
+@pytest.mark.parametrize(("at", "bad"), BAD)
 @pytest.mark.parametrize("dtypes", ["f32", "f32-bf16", "f32-f16", "f64"])
 @pytest.mark.parametrize("name", OPS)
 def test_flag_of_a_bad_product(target: torch.device, name: str, dtypes: str, at: int, bad: float) -> None:
@@ -212,7 +218,7 @@ def test_flag_of_a_bad_product(target: torch.device, name: str, dtypes: str, at:
 UNRECORDED = [("cg_step", "x")]  # its norm is not among the partials
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("state", [F32, F64], ids=["f32", "f64"])
 @pytest.mark.parametrize("name", OPS)
 def test_flag_of_a_bad_state_or_scalar(target: torch.device, name: str, state: torch.dtype, bad: float) -> None:
@@ -253,7 +259,7 @@ def test_large_finite_values_set_no_flag(target: torch.device, name: str, state:
 def test_beta_zero_does_not_read_the_target(target: torch.device, dtypes: str) -> None:
     state, inputs = DTYPES[dtypes]
     products = products_like(SIZES["all"], inputs, target)
-    for scratch in (float("nan"), float("inf")):
+    for scratch in (NAN, INF):
         case = Case.of("scale_accumulate", products, state, second=0.0)
         case.run_and_check(products)  # with finite contents the mathematics is the oracle
         expected = [view.clone() for view in case.states[0].views]
@@ -297,7 +303,7 @@ def test_cg_step_does_not_move_without_positive_curvature(target: torch.device, 
 
 def test_cg_step_takes_the_curvature_of_all_tensors_together(target: torch.device) -> None:
     """A = 4 I, r = b = d, rho = ||b||^2: one step is exact, whatever the sizes and the number of tensors."""
-    weights = products_like(SIZES["200"], [F64], target)
+    weights = products_like(SIZES["200"][:70], [F64], target)
     case = Case.of("cg_step", weights, F64, second=1.0)
     x, r, d = case.states
     x.data.zero_()
