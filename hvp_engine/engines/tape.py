@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,17 @@ def second_derivative_error(operator: str) -> SecondDerivativeError:
         "replace it by an operator whose backward is differentiable, or use engine='finite_difference'",
     )
     return SecondDerivativeError(f"the loss uses {operator}, which has no second derivative; remedy: {remedy}")
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Autograd's complaint about an operator without a second derivative becomes ours, with the remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if match := _NOT_DIFFERENTIABLE.search(str(error)):
+            raise second_derivative_error(match[1] or match[2]) from error
+        raise
 
 
 def differentiate(
@@ -126,12 +138,8 @@ class Tape:
         """(df/dx)^T t for each x of `inputs`; None where there is no path."""
         if not self._outputs:  # the gradient is constant in everything
             return [None] * len(inputs)
-        try:
+        with explained():
             return differentiate(self._outputs, inputs, [tangents[index] for index in self._active])
-        except RuntimeError as error:
-            if match := _NOT_DIFFERENTIABLE.search(str(error)):
-                raise second_derivative_error(match[1] or match[2]) from error
-            raise
 
 
 def _walk(outputs: Sequence[Tensor]) -> set[Node]:
