@@ -20,7 +20,9 @@ namespace hvp {
 namespace {
 
 // Below this many elements one thread is faster than waking others.
-constexpr int64_t kParallelElements = int64_t{1} << 20;
+constexpr int64_t kParallelElements = int64_t{1} << 18;
+// The same for the multiplications of one term of a linear model.
+constexpr int64_t kParallelProducts = int64_t{1} << 20;
 // Below this many elements the work is shorter than handing the interpreter's lock over.
 constexpr int64_t kReleaseElements = int64_t{1} << 14;
 
@@ -107,25 +109,26 @@ OpCode op_of(const std::string& name) {
   throw py::value_error("op: expected the name of an op; got '" + name + "'");
 }
 
-// What a product must look like to be read as it is: one dimension each with more than one element.
+// What a product must look like to be read as it is; `order` are its dimensions as the state stores them.
 struct Expected {
   DType dtype;
-  std::vector<int64_t> shape, strides;
+  std::vector<int64_t> shape, strides, order;
 };
 
 class Plan {
  public:
   Plan(const std::string& op, const std::vector<py::object>& states,
        const std::vector<std::vector<int64_t>>& shapes, const std::vector<std::vector<int64_t>>& strides,
-       const std::vector<py::object>& examples, const std::vector<int64_t>& offsets,
-       const std::vector<py::object>& scalars, double damping, const py::object& partials, py::object conform)
+       const std::vector<std::vector<int64_t>>& orders, const std::vector<py::object>& examples,
+       const std::vector<int64_t>& offsets, const std::vector<py::object>& scalars, double damping,
+       const py::object& partials, py::object conform)
       : code_(op_of(op)), damping_(damping), conform_(std::move(conform)) {
     const Torch& torch = Torch::get();
     const OpTraits& traits = kOps[static_cast<int>(code_)];
     const size_t count = shapes.size();
     if (static_cast<int>(states.size()) != traits.states ||
         static_cast<int>(scalars.size()) != traits.scalars || strides.size() != count ||
-        examples.size() != count || offsets.size() != count) {
+        orders.size() != count || examples.size() != count || offsets.size() != count) {
       throw py::value_error(op + ": wrong number of states, scalars or products");
     }
     for (const py::object& state : states) {
@@ -143,7 +146,7 @@ class Plan {
       const int dtype = dtype_of(torch.view(examples[i].ptr()).dtype);
       if (dtype == kDTypes) throw py::type_error(op + ": unexpected dtype of a product");
       parts_.push_back({size, offsets[i], rows_});
-      expected_.push_back({static_cast<DType>(dtype), shapes[i], strides[i]});
+      expected_.push_back({static_cast<DType>(dtype), shapes[i], strides[i], orders[i]});
       rows_ += (size + kChunk - 1) / kChunk;
       elements_ += size;
     }
@@ -164,8 +167,8 @@ class Plan {
       PyObject* item = PySequence_Fast_GET_ITEM(sequence.ptr(), static_cast<Py_ssize_t>(i));
       if (readable(i, item, &read[i])) continue;
       copies.push_back(conform_(i, py::handle(item)));
-      read[i] = {reinterpret_cast<const void*>(address(Torch::get().view(copies.back().ptr()))),
-                 state_dtype_};
+      read[i] = {
+          reinterpret_cast<const void*>(address(Torch::get().view(copies.back().ptr()))), state_dtype_, {}};
     }
     run(read);
   }
@@ -190,25 +193,31 @@ class Plan {
         view.dimensions != static_cast<int32_t>(expected.shape.size())) {
       return false;
     }
+    bool in_order = true;
+    int64_t extent = 1;  // from the first element to the last
     for (int32_t d = 0; d < view.dimensions; ++d) {
       if (view.shape[d] != expected.shape[d]) return false;
-      if (view.shape[d] != 1 && view.strides[d] != expected.strides[d] && parts_[index].numel != 0)
-        return false;
+      in_order &= view.shape[d] == 1 || view.strides[d] == expected.strides[d];
+      extent += (view.shape[d] - 1) * view.strides[d];
     }
-    *product = {reinterpret_cast<const void*>(address(view)), expected.dtype};
-    return apart(index, address(view)) && !torch.negated(item);
+    *product = {reinterpret_cast<const void*>(address(view)), expected.dtype, {}};
+    if (parts_[index].numel == 0) return true;
+    if (!in_order) {
+      if (device_.type != dlpack::kCpu) return false;
+      product->walk = walk_of(expected.order, view.shape, view.strides);
+    }
+    return apart(index, address(view), extent, in_order) && !torch.negated(item);
   }
 
   // A product may be a state's own part (each element is read before it is written), but no other memory of
   // one.
-  bool apart(size_t index, uintptr_t begin) const {
-    const Part& part = parts_[index];
+  bool apart(size_t index, uintptr_t begin, int64_t extent, bool in_order) const {
     const DType dtype = expected_[index].dtype;
-    const uintptr_t end = begin + static_cast<uintptr_t>(part.numel) * kSizes[static_cast<int>(dtype)];
+    const uintptr_t end = begin + static_cast<uintptr_t>(extent) * kSizes[static_cast<int>(dtype)];
+    const auto offset = static_cast<uintptr_t>(parts_[index].offset) * width();
     for (const Span& state : states_) {
       if (begin >= state.end || state.begin >= end) continue;
-      if (dtype != state_dtype_ || begin != state.begin + static_cast<uintptr_t>(part.offset) * width())
-        return false;
+      if (!in_order || dtype != state_dtype_ || begin != state.begin + offset) return false;
     }
     return true;
   }
@@ -299,7 +308,7 @@ void linear_model_neumann(const py::object& v, const py::object& p, const py::ob
   model.decay = memory(decay);
   model.gram = memory(gram);
   const int64_t columns = model.gram == nullptr ? model.features : model.samples;
-  const bool small = model.batch * model.outputs * model.samples * columns < kParallelElements;
+  const bool small = model.batch * model.outputs * model.samples * columns < kParallelProducts;
   const int threads = small ? 1 : py::cast<int>(torch.threads());
   void* const terms = const_cast<void*>(memory(v));
   void* const sums = const_cast<void*>(memory(p));
@@ -326,10 +335,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_variant", &hvp::cpu_variant, "The instruction set of the CPU kernels in use.");
   py::class_<hvp::Plan>(module, "Plan", "An op bound to its state; calling it with the products runs it.")
       .def(py::init<const std::string&, const Objects&, const std::vector<Sizes>&, const std::vector<Sizes>&,
-                    const Objects&, const Sizes&, const Objects&, double, const py::object&, py::object>(),
-           py::arg("op"), py::arg("states"), py::arg("shapes"), py::arg("strides"), py::arg("examples"),
-           py::arg("offsets"), py::arg("scalars"), py::arg("damping"), py::arg("partials"),
-           py::arg("conform"))
+                    const std::vector<Sizes>&, const Objects&, const Sizes&, const Objects&, double,
+                    const py::object&, py::object>(),
+           py::arg("op"), py::arg("states"), py::arg("shapes"), py::arg("strides"), py::arg("orders"),
+           py::arg("examples"), py::arg("offsets"), py::arg("scalars"), py::arg("damping"),
+           py::arg("partials"), py::arg("conform"))
       .def("__call__", &hvp::Plan::operator(), py::arg("products"));
   module.def("linear_model_neumann", &hvp::linear_model_neumann,
              "All terms of the Neumann series for a linear model.", py::kw_only(), py::arg("v"), py::arg("p"),

@@ -15,10 +15,18 @@ ChunkKernel select_kernel(OpCode op, bool measure, bool wide, DType dtype) {
   return baseline_kernel(op, measure, wide, dtype);
 }
 
+// The elements of a product from `start` on, copied to `scratch` unless they lie in order.
+const void* in_order(const Product& product, int64_t width, int64_t start, int64_t count, void* scratch) {
+  if (product.walk.extents.empty()) return static_cast<const char*>(product.data) + start * width;
+  gather(product.data, product.walk, width, start, count, scratch);
+  return scratch;
+}
+
 // Runs the rows [begin, end) of the step.
 void run_rows(const Step& step, const ChunkKernel* kernels, const Scalars& scalars, int64_t begin,
               int64_t end) {
   static constexpr int64_t kSizes[kDTypes] = {4, 8, 2, 2};
+  alignas(64) double scratch[kChunk];
   const std::vector<Part>& parts = step.parts;
   // The last tensor that starts at or before `begin`; empty tensors have no rows of their own.
   size_t index = std::upper_bound(parts.begin(), parts.end(), begin,
@@ -29,9 +37,9 @@ void run_rows(const Step& step, const ChunkKernel* kernels, const Scalars& scala
     const Product& product = step.products[index];
     const int dtype = static_cast<int>(product.dtype);
     for (int64_t start = (row - part.row) * kChunk; start < part.numel && row < end; start += kChunk, ++row) {
-      kernels[dtype](static_cast<const char*>(product.data) + start * kSizes[dtype], step.states,
-                     part.offset + start, std::min(kChunk, part.numel - start), scalars,
-                     step.partials + 3 * row);
+      const int64_t count = std::min(kChunk, part.numel - start);
+      kernels[dtype](in_order(product, kSizes[dtype], start, count, scratch), step.states,
+                     part.offset + start, count, scalars, step.partials + 3 * row);
     }
   }
 }

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "gather.h"
 #include "ops.h"
 
 namespace hvp {
@@ -16,6 +17,7 @@ struct Part {
 struct Product {
   const void* data;
   DType dtype;
+  Walk walk;  // empty where the elements lie as the state's do; on a CPU only
 };
 
 struct Step {

@@ -14,6 +14,7 @@ class Plan:
         states: Sequence[Tensor],
         shapes: Sequence[Sequence[int]],
         strides: Sequence[Sequence[int]],
+        orders: Sequence[Sequence[int]],
         examples: Sequence[Tensor],
         offsets: Sequence[int],
         scalars: Sequence[Tensor],

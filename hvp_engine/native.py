@@ -50,6 +50,7 @@ def bind(
         states=states,
         shapes=layout.shapes,
         strides=layout.strides,
+        orders=layout.orders,
         examples=[torch.empty(0, dtype=dtype) for dtype in layout.dtypes],
         offsets=layout.offsets,
         scalars=[scalar.detach() for scalar in scalars],

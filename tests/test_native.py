@@ -70,6 +70,7 @@ def test_extension_is_built_and_runs_on_a_cpu():
         pytest.param(lambda n: [n.p.views[1], n.p.views[0]], id="swapped-views-of-p"),
         pytest.param(lambda n: [n.v.views[0], n.p.views[1]], id="in-their-own-place"),
         pytest.param(lambda n: [n.v.views[0], n.v.views[0]], id="twice-the-same-view"),
+        pytest.param(lambda n: [n.v.views[0].t(), n.p.views[1].t()], id="transposed-in-their-own-place"),
         pytest.param(lambda n: [n.v.data[1:101].view(10, 10), n.v.data[3:103].view(10, 10)], id="shifted"),
         pytest.param(lambda n: [n.v.data[:1].expand(10, 10), n.p.data[-1:].expand(10, 10)], id="expanded-state"),
     ],
@@ -106,6 +107,18 @@ def test_products_that_share_memory_with_the_state(products_of):
             id="strides-of-single-elements-do-not-matter",
         ),
         pytest.param(torch.empty(()), lambda: torch.randn(4)[2], id="0-dim"),
+        pytest.param(
+            torch.empty(16, 6, 5, 5),
+            lambda: torch.randn(6, 16, 5, 5).transpose(0, 1),
+            id="convolution-product",
+        ),
+        pytest.param(torch.empty(100, 90), lambda: torch.randn(90, 100).t(), id="transposed-over-chunks"),
+        pytest.param(torch.empty(90, 100), lambda: torch.randn(()).expand(90, 100), id="one-number-expanded"),
+        pytest.param(
+            torch.empty(30, 20, 3, 7).to(memory_format=torch.channels_last),
+            lambda: torch.randn(7, 20, 30, 3).permute(2, 1, 3, 0),
+            id="permuted-over-chunks",
+        ),
     ],
 )
 def test_products_of_any_layout(weight, product_of):
