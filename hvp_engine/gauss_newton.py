@@ -111,11 +111,11 @@ class GaussNewtonProducts:
             raise GraphError("loss: expected a loss that depends on the outputs; got one that uses none of them")
         gradient = filled(found, self._outputs)
         # The value of u plays no part, but its graph does.
-        self._cotangents = leaves([torch.zeros_like(output) for output in reached])
-        pulled = filled(differentiate(reached, self._weights, self._cotangents, create_graph=True), self._weights)
+        cotangents = leaves([torch.zeros_like(output) for output in reached])
+        pulled = filled(differentiate(reached, self._weights, cotangents, create_graph=True), self._weights)
 
         self._pull = Tape(reached, self._weights, name="model")
-        self._push = Tape(pulled, self._cotangents, name="model")
+        self._push = Tape(pulled, cotangents, name="model")
         self._curvature = Tape(gradient, self._outputs, name="loss")
         self.loss: Tensor | None = value.detach()
         self.gradient = [g.detach() for g in self._pull.product([g.detach() for g in gradient])]
@@ -127,5 +127,4 @@ class GaussNewtonProducts:
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """G times `tangents`."""
-        pushed = filled(self._push.transposed_product(self._cotangents, tangents), self._cotangents)
-        return self._pull.product(self._curvature.product(pushed))
+        return self._pull.product(self._curvature.product(self._push.product(tangents)))

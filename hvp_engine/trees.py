@@ -34,20 +34,9 @@ def flatten(tree: Tree, name: str) -> tuple[list[Tensor], Structure]:
     """
     if isinstance(tree, torch.nn.Module):
         tree = dict(tree.named_parameters())
-    paths, spec = pytree.tree_flatten_with_path(tree)
-    leaves = []
-    for path, leaf in paths:
-        where = f"{name}{pytree.keystr(path)}"
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"{where}: expected a tensor; got {type(leaf).__name__}")
-        if leaf.dtype not in INPUT_DTYPES:
-            raise TypeError(
-                f"{where}: expected a real floating dtype (float32, float64, bfloat16 or float16); got {leaf.dtype}"
-                + (": view it as real with torch.view_as_real" if leaf.is_complex() else "")
-            )
-        if leaf.layout != torch.strided:
-            raise TypeError(f"{where}: expected a dense tensor; got layout {leaf.layout}: use .to_dense()")
-        leaves.append(leaf)
+    leaves, spec = pytree.tree_flatten(tree)
+    if not all(_is_usable(leaf) for leaf in leaves):
+        raise _unusable_leaf(tree, name)
     if not leaves:
         raise ValueError(f"{name}: expected at least one tensor; got an empty {type(tree).__name__}")
     devices = {leaf.device for leaf in leaves}
@@ -57,6 +46,24 @@ def flatten(tree: Tree, name: str) -> tuple[list[Tensor], Structure]:
             "move them together"
         )
     return leaves, Structure(spec)
+
+
+def _is_usable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dtype in INPUT_DTYPES and leaf.layout is torch.strided
+
+
+def _unusable_leaf(tree: Tree, name: str) -> TypeError:
+    """The error for the first leaf that is not usable, which says where it is."""
+    path, leaf = next(item for item in pytree.tree_leaves_with_path(tree) if not _is_usable(item[1]))
+    where = f"{name}{pytree.keystr(path)}"
+    if not isinstance(leaf, Tensor):
+        return TypeError(f"{where}: expected a tensor; got {type(leaf).__name__}")
+    if leaf.dtype not in INPUT_DTYPES:
+        return TypeError(
+            f"{where}: expected a real floating dtype (float32, float64, bfloat16 or float16); got {leaf.dtype}"
+            + (": view it as real with torch.view_as_real" if leaf.is_complex() else "")
+        )
+    return TypeError(f"{where}: expected a dense tensor; got layout {leaf.layout}: use .to_dense()")
 
 
 def as_list(tensors: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from hvp_engine.engines.eager import plain_kernels
 from hvp_engine.engines.functionalize import functionalized
-from hvp_engine.engines.tape import Tape, gradients
+from hvp_engine.engines.tape import Pullback, Tape, gradients
 from hvp_engine.errors import TraceError
 from hvp_engine.linearization import Problem
 
@@ -67,8 +67,8 @@ def trace(problem: Problem) -> Trace:
             here = problem.at(pytree.tree_unflatten(leaves, spec))
             loss = here.evaluate(weights, hyperparameters)
             gradient = gradients(loss, weights, problem.name)
-            tape = Tape(gradient, weights, hyperparameters, loss)
-        products = tape.transposed_product(weights + hyperparameters, tangents)
+            tape = Tape(gradient, weights, (), loss)
+        products = Pullback(gradient, weights + hyperparameters)(tangents)
         return [tape.loss, *tape.gradient, *products]
 
     arguments = [
