@@ -18,6 +18,7 @@ from hvp_engine.errors import (
     TraceError,
 )
 from hvp_engine.estimation import Estimate
+from hvp_engine.fixed_point import FixedPointHypergradient
 from hvp_engine.functional import functional
 from hvp_engine.gauss_newton import GaussNewtonOperator
 from hvp_engine.implicit import Hypergradient, HypergradientResult
@@ -45,6 +46,7 @@ __all__ = [
     "ExtremeEigenvalues",
     "GaussNewtonOperator",
     "GraphError",
+    "FixedPointHypergradient",
     "HessianOperator",
     "History",
     "HvpError",

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from hvp_engine import engines
+from hvp_engine.engines.side_by_side import fill
 from hvp_engine.isolation import Draws, isolated
 from hvp_engine.linearization import LinearMap, Problem
 from hvp_engine.solution import Solution
@@ -81,8 +82,7 @@ class Curvature:
     def dense(self) -> Tensor:
         """The operator as a matrix, by one product for each weight: for tests and small problems."""
         columns = Columns(self.layout, self.layout.state_dtype)
-        for _ in range(columns.limit):
-            columns.step(self.product(columns.direction.tangents))
+        fill(columns, self.linearization)
         return columns.matrix
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hvp_engine import backend, linear_model_reference
 from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.engines.side_by_side import run_side_by_side
 from hvp_engine.linear_model_reference import Factors
 from hvp_engine.linearization import Linearization, LinearMap, Problem
 from hvp_engine.solvers.base import FinishedIteration, Outcome, Solver
@@ -61,7 +62,7 @@ class LinearModelEngine:
     ) -> Iterable[FinishedIteration]:
         factors = getattr(operator, "factors", None)
         if not isinstance(factors, Factors) or not isinstance(solver, Neumann) or solver.preconditioner is not None:
-            return (self._eager.run(operator, v, solver, estimate) for v in vs)
+            return run_side_by_side(self._eager, operator, vs, solver, estimate)
         return self._all_terms(factors, vs, solver, solver.alpha_for(estimate))
 
     def report(self) -> str:

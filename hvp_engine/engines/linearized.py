@@ -34,6 +34,7 @@ class Functions:
         self.mixed: Function = parts.mixed.module.forward
         self.accumulating: Function = parts.accumulating.module.forward
         self.schedule = Schedule()
+        self.unbatched = ""
         self.distrust: str | None = None
         self._modules = list(modules)
         self._modes = self._read_modes()
@@ -90,6 +91,15 @@ class TracedLinearization:
             parts.terms,
             [[self._residuals[index] for index in diagonals] for diagonals in parts.diagonals],
             iteration.direction,
+    def products(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """H t for several t, stacked along a new first dimension of each tensor, in and out."""
+        known, present = self._tangent_residuals, self.functions.partition.tangent.outputs
+        function = self.functions.partition.tangent.module.forward
+        with torch.no_grad():
+            batched = torch.func.vmap(function, (None,) * len(known) + (0,) * len(tangents))
+            found = iter(batched(*known, *tangents))
+        return [next(found) if there else torch.zeros_like(t) for there, t in zip(present, tangents, strict=True)]
+
             iteration.accumulation,
             damping,
         )
@@ -151,7 +161,14 @@ class LinearizedEngine:
 
     def report(self) -> str:
         """What was traced, in a line."""
-        return f"{self.traces} traces in {self.trace_seconds:.2f} s"
+        text = f"{self.traces} traces in {self.trace_seconds:.2f} s"
+        reasons = {f.unbatched for f in self._cache.values() if isinstance(f, Functions) and f.unbatched}
+        return text + "".join(f"; right-hand sides one by one, since vmap failed: {reason}" for reason in reasons)
+
+    def known(self, problem: Problem) -> Functions | None:
+        """The functions of a problem that has been traced here."""
+        functions = self._cache.get(signature(problem, *split_inputs(problem)))
+        return functions if isinstance(functions, Functions) and functions.modes_unchanged() else None
 
     def _trace(self, problem: Problem) -> Functions:
         start = time.perf_counter()

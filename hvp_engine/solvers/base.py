@@ -101,7 +101,7 @@ class Iteration(FinishedIteration, Protocol):
 
 
 class Solver(Protocol):
-    """A method of solving (A + damping I) x = v."""
+    """A method of solving (A + damping I) x = v, for a symmetric A; for any, where `needs_symmetry` is False."""
 
     @property
     def damping(self) -> float: ...

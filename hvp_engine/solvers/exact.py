@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hvp_engine.solution import Status
-from hvp_engine.solvers.base import Iteration, Outcome, RightHandSide, check_damping
+from hvp_engine.solvers.base import Outcome, RightHandSide, check_damping
 from hvp_engine.spectrum import SpectralEstimate
 from hvp_engine.vectors import STATE_DTYPES, FlatVector, Layout
 
@@ -29,8 +30,8 @@ class Exact:
         max_size: refuse more weights than that: memory grows as n^2, time as n^3.
         damping: added to the diagonal, >= 0.
 
-    Cost: n products for n weights, whatever v is; 2 n^2 numbers of memory (4 n^2 unless positive definite), n^3 / 3
-    operations (about 10 n^3).
+    Cost: n products for n weights, whatever v is and however many there are; 3 n^2 numbers of memory (4 n^2 unless
+    positive definite), n^3 / 3 operations (about 10 n^3).
 
     Errors: `TypeError` or `ValueError` naming the argument, at construction; `ValueError` in a solve with more than
     `max_size` weights.
@@ -58,7 +59,7 @@ class Exact:
     def estimates_spectrum(self) -> bool:
         return False
 
-    def allocate(self, layout: Layout) -> Iteration:
+    def allocate(self, layout: Layout) -> ExactIteration:
         dtype = layout.state_dtype if self.dtype is None else self.dtype
         size = sum(layout.numels)
         if size > self.max_size:
@@ -66,7 +67,7 @@ class Exact:
                 f"Exact: expected at most max_size={self.max_size} weights; got {size}, whose matrix takes "
                 f"{size * size * dtype.itemsize / 1e9:.3g} GB: use hvp.ConjugateGradient, or raise max_size"
             )
-        return _Exact(layout, dtype, self.damping)
+        return ExactIteration(layout, dtype, self.damping)
 
 
 class Columns:
@@ -106,6 +107,25 @@ class Columns:
         self.steps += 1
         self._point(1.0)
 
+    def block(self, count: int) -> list[Tensor]:
+        """The next `count` unit vectors, stacked along a first dimension of each weight's tensor."""
+        layout, units = self.direction.layout, torch.zeros(count, self.direction.layout.size, device=self.places.device)
+        units[torch.arange(count), self.places[self.steps : self.steps + count]] = 1.0
+        return [
+            units.as_strided((count, *shape), (layout.size, *stride), offset).to(dtype)
+            for shape, stride, offset, dtype in zip(
+                layout.shapes, layout.strides, layout.offsets, layout.dtypes, strict=True
+            )
+        ]
+
+    def step_block(self, products: Sequence[Tensor]) -> None:
+        """Advance by the products with :meth:`block`."""
+        rows = torch.cat([product.flatten(1) if product.dim() > 1 else product[:, None] for product in products], 1)
+        self._point(0.0)
+        self._rows[self.steps : self.steps + len(rows)] = rows
+        self.steps += len(rows)
+        self._point(1.0)
+
     def finished(self) -> bool:
         return False
 
@@ -116,7 +136,9 @@ class Columns:
             self.direction.refresh()
 
 
-class _Exact(Columns):
+class ExactIteration(Columns):
+    """The matrix, then its factorization, made at the first :meth:`finish` and kept until a new start."""
+
     def __init__(self, layout: Layout, dtype: torch.dtype, damping: float):
         super().__init__(layout, dtype)
         self._damping = damping
@@ -128,23 +150,33 @@ class _Exact(Columns):
 
     def start(self, v: Sequence[Tensor]) -> None:
         self.restart()
+        self._inverse: tuple[Callable[[Tensor], Tensor], int] | None = None
         self._b.load(v)
+
+    def sharing(self, v: Sequence[Tensor]) -> ExactIteration:
+        """The same matrix and factorization, when all its products have been made, with another right-hand side."""
+        other = copy.copy(self)
+        other._b, other.value = RightHandSide(self.value.layout), FlatVector(self.value.layout)
+        other._b.load(v)
+        other.steps = 0
+        return other
 
     def finish(self) -> Tensor:
         """Unlike other solvers' this waits for the device, which a factorization does in any case."""
         _, _, bad_v = self._b.partials.sum(0).unbind()
-        matrix = (self._rows + self._rows.T) / 2
-        matrix.diagonal().add_(self._damping)
-        b = self._b.vector.data[self.places].to(matrix.dtype)
-        bad = bad_v + (~torch.isfinite(matrix).all()).double()
+        b = self._b.vector.data[self.places].to(self._rows.dtype)
+        bad = bad_v + (~torch.isfinite(self._rows).all()).double()
         if bad > 0:
             return torch.stack([bad.new_tensor(math.inf), bad.new_zeros(()), bad, bad_v])
-        x = _by_cholesky(matrix, b)
-        deficient = 0
-        if x is None:
-            x, deficient = _by_eigenvalues(matrix, b)
+        if self._inverse is None:
+            matrix = (self._rows + self._rows.T) / 2
+            matrix.diagonal().add_(self._damping)
+            self._inverse = _factorize(matrix)
+        inverse, deficient = self._inverse
+        x = inverse(b)
         norm = torch.linalg.vector_norm(b)
-        residual = torch.linalg.vector_norm(b - matrix @ x) / torch.where(norm > 0, norm, 1.0)
+        product = (self._rows @ x + self._rows.T @ x) / 2 + self._damping * x
+        residual = torch.linalg.vector_norm(b - product) / torch.where(norm > 0, norm, 1.0)
         self.value.data[self.places] = x.to(self.value.data.dtype)
         return torch.stack([residual.double(), bad.new_tensor(float(deficient)), bad, bad_v])
 
@@ -155,23 +187,15 @@ class _Exact(Columns):
         return Outcome(residual, "returned", status, not bad and math.isfinite(residual), not bad_v)
 
 
-def _by_cholesky(matrix: Tensor, b: Tensor) -> Tensor | None:
-    """The solution; None where the matrix is not positive definite, or nearly singular."""
+def _factorize(matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
+    """The inverse of a symmetric matrix as a function, of smallest norm; and how many eigenvalues are zero."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal().square()
-    if int(info) or not len(b) or bool(pivots.min() <= _threshold(matrix) * pivots.max()):
-        return None
-    return torch.cholesky_solve(b[:, None], factor)[:, 0]
-
-
-def _by_eigenvalues(matrix: Tensor, b: Tensor) -> tuple[Tensor, int]:
-    """The solution of smallest norm, and how many eigenvalues are zero."""
+    threshold = len(matrix) * torch.finfo(matrix.dtype).eps
+    if len(matrix) and not int(info) and bool(pivots.min() > threshold * pivots.max()):
+        return lambda b: torch.cholesky_solve(b[:, None], factor)[:, 0], 0
     values, vectors = torch.linalg.eigh(matrix)
     size = values.abs()
-    zero = size <= _threshold(matrix) * (size.max() if len(size) else 0.0)
+    zero = size <= threshold * (size.max() if len(size) else 0.0)
     inverse = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, values))
-    return vectors @ (inverse * (vectors.T @ b)), int(zero.sum())
-
-
-def _threshold(matrix: Tensor) -> float:
-    return len(matrix) * torch.finfo(matrix.dtype).eps
+    return lambda b: vectors @ (inverse * (vectors.T @ b)), int(zero.sum())
