@@ -137,7 +137,8 @@ def _cpu_name() -> str:
 
 def _why_not_engine(name: str) -> str | None:
     try:
-        engines.create(name)
+        engine = engines.create(name)
     except Exception as error:  # whatever an engine needs can fail in many ways; the reason is shown
         return f"{type(error).__name__}: {error}"
-    return None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return engine.missing(device) if isinstance(engine, engines.CudaGraphEngine) else None

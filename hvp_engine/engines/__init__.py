@@ -7,6 +7,7 @@ from collections.abc import Callable
 from hvp_engine.engines.auto import AutoEngine
 from hvp_engine.engines.base import BatchEngine, Engine
 from hvp_engine.engines.compiled import CompiledEngine
+from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.finite_difference import FiniteDifferenceEngine
 from hvp_engine.engines.linearized import LinearizedEngine
@@ -15,6 +16,7 @@ ENGINES: dict[str, Callable[[], Engine]] = {
     "eager": EagerEngine,
     "linearized": LinearizedEngine,
     "compiled": CompiledEngine,
+    "cudagraph": CudaGraphEngine,
     "finite_difference": FiniteDifferenceEngine,
     "auto": AutoEngine,
 }
@@ -35,6 +37,7 @@ __all__ = [
     "AutoEngine",
     "BatchEngine",
     "CompiledEngine",
+    "CudaGraphEngine",
     "EagerEngine",
     "Engine",
     "FiniteDifferenceEngine",

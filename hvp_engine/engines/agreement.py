@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -44,7 +45,6 @@ def disagreement(candidate: Linearization, eager: Linearization) -> str | None:
     which single tensors would show nothing but rounding.
     """
     tangents = probe(eager.layout)
-    tolerance = max(_TOLERANCES[dtype] for dtype in eager.layout.dtypes)
     compared = {
         "gradient": (candidate.gradient, eager.gradient),
         "product": (candidate.product(tangents), eager.product(tangents)),
@@ -53,10 +53,20 @@ def disagreement(candidate: Linearization, eager: Linearization) -> str | None:
     for name, (ours, theirs) in compared.items():
         if len(ours) != len(theirs):
             return f"the {name} has paths to {len(ours)} tensors, eager's to {len(theirs)}"
-        difference, norm = _norm([a - b for a, b in zip(ours, theirs, strict=True)]), _norm(theirs)
-        if not difference <= tolerance * norm + torch.finfo(torch.float32).tiny and norm == norm:
-            return f"the {name} differs from eager's by {difference / norm if norm else difference:.2g} (relative)"
+        found = difference(ours, theirs, eager.layout.dtypes)
+        if found is not None:
+            return f"the {name} differs from eager's by {found:.2g} (relative)"
     return None
+
+
+def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> float | None:
+    """The relative difference of two lists, by the global norm, if it is beyond the tolerance of the coarsest of
+    `dtypes`; None if it is not, or if `theirs` is not finite."""
+    tolerance = max(_TOLERANCES[dtype] for dtype in dtypes)
+    distance, norm = _norm([a - b for a, b in zip(ours, theirs, strict=True)]), _norm(theirs)
+    if not math.isfinite(norm) or distance <= tolerance * norm + torch.finfo(torch.float32).tiny:
+        return None
+    return distance / norm if norm else distance
 
 
 def _present(tensors: Sequence[Tensor | None]) -> Iterator[Tensor]:

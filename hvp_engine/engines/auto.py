@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,13 +17,14 @@ from torch import Tensor
 from hvp_engine.engines.agreement import probe
 from hvp_engine.engines.base import Engine
 from hvp_engine.engines.compiled import CompiledEngine, estimated_seconds
+from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.linearized import LinearizedEngine, TracedLinearization, signature
 from hvp_engine.engines.tape import Tape
 from hvp_engine.engines.trace import split_inputs
 from hvp_engine.isolation import same_draws
 from hvp_engine.linearization import Linearization, LinearMap, Problem
-from hvp_engine.solvers.base import Iteration, Solver
+from hvp_engine.solvers.base import FinishedIteration, Solver
 from hvp_engine.solvers.neumann import Neumann
 from hvp_engine.spectrum import SpectralEstimate
 
@@ -80,8 +84,9 @@ class AutoEngine:
     Engines round differently; where two are about equally fast, two runs may choose differently. Name the engine
     where every bit has to be the same in every run.
 
-    On first use eager and linearized are compared. Compiling takes longer, so it is tried once as much time has
-    gone into terms as it is expected to take: then no choice would have been better by more than a factor of two.
+    On first use eager and linearized are compared, on a CUDA device cudagraph as well. Compiling takes longer, so it
+    is tried once as much time has gone into terms as it is expected to take: then no choice would have been better
+    by more than a factor of two.
 
     Arguments:
         expected_products: products with the Hessian within which a trace should pay for itself; where it cannot,
@@ -96,58 +101,66 @@ class AutoEngine:
         self.compile_budget_s = compile_budget_s
         self._eager = EagerEngine()
         self._linearized = LinearizedEngine(self._eager)
+        self._cudagraph = CudaGraphEngine(linearized=self._linearized)
         self._compiled = CompiledEngine(compile_budget_s, self._eager)
         self.choices: dict[Hashable, Choice] = {}
-        self._remembered: list[str] = []
-        self._current: Choice | None = None
+        self._descriptions: dict[Hashable, str] = {}
+        self._remembered: dict[str, str] = {}
+        self._made: WeakKeyDictionary[LinearMap, tuple[Engine, Choice]] = WeakKeyDictionary()
 
     def linearize(self, problem: Problem) -> Linearization:
         tensors, others, spec = split_inputs(problem)
         key = signature(problem, tensors, others, spec)
-        if key in self.choices:
-            choice = self._current = self.choices[key]
-            if choice.compiling_would_have_paid:
-                self._try_compiled(problem, choice)
-            return choice.engine.linearize(problem)
-        if len(self.choices) < len(self._remembered):
-            remembered = self._by_name(self._remembered[len(self.choices)])
-            self._current = self.choices[key] = Choice(remembered, "as before the checkpoint")
-            return remembered.linearize(problem)
-        with same_draws(problem.weights[0].device):
-            eager = self._eager.linearize(problem)
-            self.choices[key], traced = self._choose(problem, eager)
-            self._current = self.choices[key]
-        if self.choices[key].engine is self._eager or traced is None:
-            return eager
-        return self.choices[key].engine.linearize(problem)
+        choice = self.choices.get(key)
+        if choice is None:
+            self._descriptions[key] = description = describe(problem, tensors, others)
+            choice = self.choices[key] = self._first_choice(problem, self._remembered.get(description))
+        elif choice.compiling_would_have_paid:
+            self._try_compiled(problem, choice)
+        linearization = choice.engine.linearize(problem)
+        self._made[linearization] = choice.engine, choice
+        return linearization
 
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
-    ) -> Iteration:
+    ) -> FinishedIteration:
         """By the engine that made the linearization."""
-        iteration = self._linearized.run(operator, v, solver, estimate)
-        if self._current is not None:
-            self._current.terms += iteration.steps
+        if operator not in self._made:
+            return self._eager.run(operator, v, solver, estimate)
+        engine, choice = self._made[operator]
+        iteration = engine.run(operator, v, solver, estimate)
+        choice.terms += iteration.steps
         return iteration
 
-    def state_dict(self) -> dict[str, list[str]]:
-        """The choices made so far, in the order in which problems were met."""
-        return {"engines": [choice.engine.name for choice in self.choices.values()]}
+    def state_dict(self) -> dict[str, dict[str, str]]:
+        """The choices made so far, by what the problems look like."""
+        chosen = {self._descriptions[key]: choice.engine.name for key, choice in self.choices.items()}
+        return {"engines": self._remembered | chosen}
 
-    def load_state_dict(self, state: dict[str, list[str]]) -> None:
+    def load_state_dict(self, state: dict[str, dict[str, str]]) -> None:
         """Choose the same again, without measuring: a continued run must round as it did before."""
-        self._remembered = list(state["engines"])
+        self._remembered = dict(state["engines"])
         self.choices.clear()
-
-    def _by_name(self, name: str) -> Engine:
-        return next(engine for engine in (self._eager, self._linearized, self._compiled) if engine.name == name)
 
     def report(self) -> str:
         """One line for each problem met so far."""
         lines = [choice.describe() for choice in self.choices.values()] or ["not used yet"]
-        return "\n".join([*lines, f"linearized: {self._linearized.report()}", f"compiled: {self._compiled.report()}"])
+        considered = {name for choice in self.choices.values() for name in choice.seconds}
+        used = [e for e in self._engines if e is not self._eager and (e is not self._cudagraph or e.name in considered)]
+        return "\n".join([*lines, *(f"{engine.name}: {engine.report()}" for engine in used)])
 
-    def _choose(self, problem: Problem, eager: Linearization) -> tuple[Choice, Linearization | None]:
+    @property
+    def _engines(self) -> tuple[Engine, ...]:
+        return self._eager, self._linearized, self._cudagraph, self._compiled
+
+    def _first_choice(self, problem: Problem, remembered: str | None) -> Choice:
+        if remembered is not None:
+            engine = next(engine for engine in self._engines if engine.name == remembered)
+            return Choice(engine, "as before the checkpoint")
+        with same_draws(problem.weights[0].device):
+            return self._measured_choice(problem, self._eager.linearize(problem))
+
+    def _measured_choice(self, problem: Problem, eager: Linearization) -> Choice:
         (term,) = _seconds_per_term([(self._eager, eager)])
         seconds = {"eager": term}
         cost = _TRACE_SECONDS_PER_NODE * (eager.size if isinstance(eager, Tape) else 0)
@@ -155,23 +168,28 @@ class AutoEngine:
             cost += _FIRST_TRACE_SECONDS
         if cost > self.expected_products * term:
             reason = f"a trace would take about {cost:.1g} s, more than {self.expected_products} products do"
-            return Choice(self._eager, reason, seconds), None
+            return Choice(self._eager, reason, seconds)
         start = time.perf_counter()
         try:
             traced = self._linearized.linearize(problem)
         except Exception as error:  # eager has just worked, so this is about tracing; the reason is reported
-            return Choice(self._eager, f"the loss cannot be traced: {type(error).__name__}: {error}", seconds), None
-        setup = time.perf_counter() - start
+            return Choice(self._eager, f"the loss cannot be traced: {type(error).__name__}: {error}", seconds)
         if isinstance(traced, Tape):
-            return Choice(self._eager, "the traced product did not agree with eager's", seconds), None
+            return Choice(self._eager, "the traced product did not agree with eager's", seconds)
         contenders: list[tuple[Engine, Linearization]] = [(self._eager, eager), (self._linearized, traced)]
-        seconds["eager"], seconds["linearized"] = _seconds_per_term(contenders)
-        fastest: Engine = self._linearized if seconds["linearized"] < _TIE * seconds["eager"] else self._eager
+        if self._cudagraph.missing(problem.weights[0].device) is None:
+            recorded = self._cudagraph.linearize(problem)
+            if not isinstance(recorded, Tape):  # else its report says why
+                contenders.append((self._cudagraph, recorded))
+        setup = time.perf_counter() - start
+        seconds = dict(zip((engine.name for engine, _ in contenders), _seconds_per_term(contenders), strict=True))
+        engines = [engine for engine, _ in contenders]
+        fastest = min(engines, key=lambda e: seconds[e.name] * (_TIE if e is self._eager else 1.0))
         choice = Choice(fastest, "measured fastest", seconds, setup)
         if isinstance(traced, TracedLinearization):
             expected = estimated_seconds(traced.functions.partition)
             choice.compile_seconds = expected if expected <= self.compile_budget_s else None
-        return choice, traced
+        return choice
 
     def _try_compiled(self, problem: Problem, choice: Choice) -> None:
         choice.compile_seconds = None
@@ -188,6 +206,14 @@ class AutoEngine:
         choice.seconds["compiled"] = seconds
         if seconds < choice.seconds[choice.engine.name]:
             choice.engine, choice.setup_seconds = self._compiled, time.perf_counter() - start
+
+
+def describe(problem: Problem, tensors: Sequence[Tensor], others: Sequence[Any]) -> str:
+    """What a problem looks like, the same in every process."""
+    leaves = [*problem.weights, *problem.hyperparameters, *tensors]
+    shapes = [(tuple(leaf.shape), leaf.stride(), str(leaf.dtype), leaf.device.type) for leaf in leaves]
+    constants = [other for other in others if isinstance(other, (bool, int, float, str))]
+    return hashlib.sha256(repr((problem.name, shapes, constants)).encode()).hexdigest()
 
 
 def _seconds_per_term(contenders: Sequence[tuple[Engine, Linearization]]) -> list[float]:

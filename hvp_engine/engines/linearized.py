@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from hvp_engine.engines.partition import Partition, partition
 from hvp_engine.engines.trace import split_inputs, trace
 from hvp_engine.isolation import recorded_modules, same_draws
 from hvp_engine.linearization import Linearization, LinearMap, Problem
-from hvp_engine.solvers.base import Iteration, Solver
+from hvp_engine.solvers.base import FinishedIteration, Iteration, Solver
 from hvp_engine.spectrum import SpectralEstimate
 from hvp_engine.vectors import Layout, detached
 
@@ -33,30 +34,46 @@ class Functions:
         self.tangent: Function = parts.tangent.module.forward
         self.mixed: Function = parts.mixed.module.forward
         self.accumulating: Function = parts.accumulating.module.forward
-        self.schedule = Schedule()
         self.unbatched = ""
+        self.schedule = Schedule()
         self.distrust: str | None = None
-        self._modules = list(modules)
+        self.modules = list(modules)
         self._modes = self._read_modes()
 
+    def at(self, problem: Problem, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the primal part gives at the problem's point: loss, gradient, residuals."""
+        with torch.no_grad():
+            return self.primal(*detached(problem.weights), *detached(problem.hyperparameters), *tensors)
+
     def _read_modes(self) -> list[bool]:
-        return [part.training for module in self._modules for part in module.modules()]
+        return [part.training for module in self.modules for part in module.modules()]
 
     def modes_unchanged(self) -> bool:
         """Whether the modules that the loss called are in train or eval mode as they were."""
         return self._modes == self._read_modes()
 
 
-class TracedLinearization:
-    """A partition, evaluated at one point: residuals held, products by the tangent graph alone."""
+@dataclass(frozen=True)
+class Refused:
+    """Instead of functions: why there are none."""
 
-    def __init__(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]):
-        self.layout = Layout.of(problem.weights)
-        self.name = problem.name
+    distrust: str
+
+    def modes_unchanged(self) -> bool:
+        return True
+
+
+class TracedLinearization:
+    """A partition, evaluated at one point: residuals held, products by the tangent graph alone.
+
+    `values` are what the primal part gave there.
+    """
+
+    def __init__(self, functions: Functions, layout: Layout, name: str, values: Sequence[Tensor]):
+        self.layout = layout
+        self.name = name
         self.functions = functions
-        with torch.no_grad():
-            values = functions.primal(*detached(problem.weights), *detached(problem.hyperparameters), *tensors)
-        count = 1 + len(problem.weights)
+        count = 1 + len(layout.shapes)
         self.loss: Tensor | None = values[0]
         self.gradient = list(values[1:count])
         self._residuals = values[count:]
@@ -72,6 +89,15 @@ class TracedLinearization:
             return products
         found = iter(products)
         present = self.functions.partition.tangent.outputs
+        return [next(found) if there else torch.zeros_like(t) for there, t in zip(present, tangents, strict=True)]
+
+    def products(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """H t for several t, stacked along a new first dimension of each tensor, in and out."""
+        known, present = self._tangent_residuals, self.functions.partition.tangent.outputs
+        function = self.functions.partition.tangent.module.forward
+        with torch.no_grad():
+            batched = torch.func.vmap(function, (None,) * len(known) + (0,) * len(tangents))
+            found = iter(batched(*known, *tangents))
         return [next(found) if there else torch.zeros_like(t) for there, t in zip(present, tangents, strict=True)]
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
@@ -91,15 +117,6 @@ class TracedLinearization:
             parts.terms,
             [[self._residuals[index] for index in diagonals] for diagonals in parts.diagonals],
             iteration.direction,
-    def products(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """H t for several t, stacked along a new first dimension of each tensor, in and out."""
-        known, present = self._tangent_residuals, self.functions.partition.tangent.outputs
-        function = self.functions.partition.tangent.module.forward
-        with torch.no_grad():
-            batched = torch.func.vmap(function, (None,) * len(known) + (0,) * len(tangents))
-            found = iter(batched(*known, *tangents))
-        return [next(found) if there else torch.zeros_like(t) for there, t in zip(present, tangents, strict=True)]
-
             iteration.accumulation,
             damping,
         )
@@ -117,7 +134,7 @@ class LinearizedEngine:
 
     def __init__(self, eager: EagerEngine | None = None) -> None:
         self._eager = EagerEngine() if eager is None else eager
-        self._cache: dict[Hashable, Functions] = {}
+        self._cache: dict[Hashable, Functions | Refused] = {}
         self.traces = 0
         self.trace_seconds = 0.0
 
@@ -127,13 +144,15 @@ class LinearizedEngine:
         functions = self._cache.get(key)
         if functions is None or not functions.modes_unchanged():
             functions = self._cache[key] = self._trace(problem)
-        if functions.distrust:
+        if isinstance(functions, Refused) or functions.distrust:
             return self._eager.linearize(problem)
         if not functions.schedule.due():
             return self._linearization(functions, problem, tensors)
         with same_draws(problem.weights[0].device):
             eager = self._eager.linearize(problem)
         traced = self._linearization(functions, problem, tensors)
+        if functions.distrust:
+            return traced
         functions.distrust = disagreement(traced, eager)
         if functions.distrust is None:
             return traced
@@ -150,7 +169,7 @@ class LinearizedEngine:
         v: Sequence[Tensor],
         solver: Solver,
         estimate: SpectralEstimate | None,
-    ) -> Iteration:
+    ) -> FinishedIteration:
         """As the eager engine; terms but the last accumulate the product where that pays."""
         iteration = begin(operator, v, solver, estimate)
         term = None
@@ -170,7 +189,7 @@ class LinearizedEngine:
         functions = self._cache.get(signature(problem, *split_inputs(problem)))
         return functions if isinstance(functions, Functions) and functions.modes_unchanged() else None
 
-    def _trace(self, problem: Problem) -> Functions:
+    def _trace(self, problem: Problem) -> Functions | Refused:
         start = time.perf_counter()
         with recorded_modules() as modules, same_draws(problem.weights[0].device):
             functions = self._functions(partition(trace(problem)), modules)
@@ -178,8 +197,10 @@ class LinearizedEngine:
         self.trace_seconds += time.perf_counter() - start
         return functions
 
-    def _linearization(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> TracedLinearization:
-        return TracedLinearization(functions, problem, tensors)
+    def _linearization(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> Linearization:
+        """Of functions that are trusted; without trust in them afterwards, it is eager's."""
+        layout = Layout.of(problem.weights)
+        return TracedLinearization(functions, layout, problem.name, functions.at(problem, tensors))
 
     def _functions(self, parts: Partition, modules: Sequence[torch.nn.Module]) -> Functions:
         return Functions(parts, modules)

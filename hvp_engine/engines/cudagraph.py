@@ -1,0 +1,137 @@
+"""The cudagraph engine: the traced parts and whole solves recorded as CUDA graphs, and replayed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvp_engine.engines.agreement import difference
+from hvp_engine.engines.graphs import CapturedLinearization, Graphs, Solved, Tally
+from hvp_engine.engines.linearized import Functions, LinearizedEngine, Refused
+from hvp_engine.engines.recording import CaptureError, CudaRecorder, Recorder
+from hvp_engine.engines.trace import split_inputs
+from hvp_engine.errors import TraceError
+from hvp_engine.linearization import Linearization, LinearMap, Problem
+from hvp_engine.solvers.base import FinishedIteration, Solver
+from hvp_engine.spectrum import SpectralEstimate
+
+
+class CudaGraphEngine(LinearizedEngine):
+    """Traces like the linearized engine, then records the primal part, a product, the mixed product and all terms
+    of a solve as CUDA graphs, each replayed by one launch.
+
+    Weights, hyperparameters, batch and right-hand side are copied into buffers that the graphs read, the solver's
+    step is set in device memory, and results are copied out, so later calls leave them as they are. Random layers
+    draw anew for every call, one mask for all terms of a solve.
+
+    Where a problem cannot be recorded, eager takes its place; where only a solver's loop cannot (it waits for the
+    device, it has a preconditioner), its terms go one by one. :meth:`report` says which and why. As with the linearized
+    engine, the first call of each problem and, more and more rarely, later ones are compared with eager's; so is
+    each recorded solve with one that goes term by term. A loop that could have stopped early is run to its end.
+
+    Pays for launch-bound problems: small batches, many layers. Memory: a copy of all inputs, and for each shape
+    what its parts compute at once; a linearization that is still in use keeps its buffers, and another is then given
+    new ones.
+
+    Arguments:
+        most_shapes: problems that are kept recorded, the latest used; each new shape is recorded again.
+        linearized: an engine whose traces are taken over where it has them.
+        recorder: what records.
+    """
+
+    name = "cudagraph"
+
+    def __init__(
+        self,
+        most_shapes: int = 8,
+        linearized: LinearizedEngine | None = None,
+        recorder: type[Recorder] = CudaRecorder,
+    ):
+        if isinstance(most_shapes, bool) or not isinstance(most_shapes, int) or most_shapes < 1:
+            raise ValueError(f"most_shapes: expected an int >= 1; got {most_shapes!r}")
+        super().__init__(None if linearized is None else linearized._eager)
+        self.most_shapes = most_shapes
+        self.tally = Tally()
+        self._linearized = linearized
+        self._recorder = recorder
+        self._kept: list[Graphs] = []
+
+    def run(
+        self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
+    ) -> FinishedIteration:
+        """All terms by one replay; one by one where that is impossible."""
+        solve = operator.graphs.solve(solver) if isinstance(operator, CapturedLinearization) else None
+        solved = None if solve is None or solve.distrust else solve.run(v, estimate)
+        if solve is None or solved is None:
+            return super().run(operator, v, solver, estimate)
+        if not solve.schedule.due():
+            return solved
+        iteration = super().run(operator, v, solver, estimate)
+        one_by_one = Solved(iteration, iteration.finish(), iteration.value)
+        found = difference(solved.value.views, one_by_one.value.views, operator.layout.dtypes)
+        if found is None:
+            return solved
+        solve.distrust = f"its graph gives a result that differs by {found:.2g} (relative)"
+        warnings.warn(f"{solve.name} goes term by term from now on: {solve.distrust}", stacklevel=4)
+        return one_by_one
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why this engine cannot do more than eager does on `device`, or None if it can."""
+        return self._recorder.missing(device)
+
+    def report(self) -> str:
+        """What was recorded, and what goes another way and why."""
+        kept, inputs = len(self._kept), sum(graphs.bytes for graphs in self._kept) / 1e6
+        lines = [
+            f"{super().report()}; {self.tally.buffers} shapes recorded in {self.tally.recordings} graphs and "
+            f"{self.tally.seconds:.2f} s; {kept} kept (at most {self.most_shapes}), {inputs:.3g} MB of inputs"
+        ]
+        reasons = {f.distrust for f in self._cache.values() if f.distrust}
+        lines += [f"eager instead: {reason}" for reason in sorted(reasons)]
+        refusals = {f"{name} term by term: {reason}" for g in self._kept for name, reason in g.refusals().items()}
+        return "\n".join([*lines, *sorted(refusals)])
+
+    def _trace(self, problem: Problem) -> Functions | Refused:
+        reason = self._why_not(problem)
+        if reason is not None:
+            return Refused(reason)
+        known = None if self._linearized is None else self._linearized.known(problem)
+        if known is not None:
+            return Functions(known.partition, known.modules)
+        try:
+            return super()._trace(problem)
+        except TraceError as error:
+            return Refused(str(error))
+
+    def _why_not(self, problem: Problem) -> str | None:
+        """Why the inputs alone rule recording out."""
+        device = problem.weights[0].device
+        reason = self.missing(device)
+        if reason is not None:
+            return reason
+        tensors = [*problem.weights, *problem.hyperparameters, *split_inputs(problem)[0]]
+        others = sorted({str(tensor.device) for tensor in tensors if tensor.device != device})
+        if others:
+            return f"{problem.name}: weights on {device} and inputs on {', '.join(others)}, which a graph cannot read"
+        return None
+
+    def _linearization(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> Linearization:
+        try:
+            graphs = self._graphs_of(functions, problem, tensors)
+        except CaptureError as error:
+            functions.distrust = f"{problem.name} cannot be recorded: {error}"
+            return self._eager.linearize(problem)
+        return CapturedLinearization(graphs, problem, tensors)
+
+    def _graphs_of(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> Graphs:
+        """Recordings that nobody uses, made now if there are none; the latest used is the last."""
+        graphs = next((g for g in self._kept if g.functions is functions and g.free), None)
+        if graphs is None:
+            graphs = Graphs(functions, problem, tensors, self._recorder(problem.weights[0].device), self.tally)
+        else:
+            self._kept.remove(graphs)
+        self._kept = [*self._kept, graphs][-self.most_shapes :]
+        return graphs

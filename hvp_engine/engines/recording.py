@@ -1,0 +1,148 @@
+"""Recording what a function launches on a device, to launch it all again at once: CUDA graphs, behind one narrow seam.
+
+A recording bakes in everything that the host decides: addresses, Python numbers, the path through the code. What may
+differ between two replays has to be read from memory that stays where it is. The function does not run while it
+is recorded; its outputs hold values only after a replay, and are overwritten by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hvp_engine.isolation import same_draws
+
+Body = Callable[[], Sequence[Tensor]]
+"""Computes on tensors that stay where they are."""
+
+
+class CaptureError(RuntimeError):
+    """A body that cannot be recorded; the message says why."""
+
+
+class Recording(Protocol):
+    """A recorded body."""
+
+    @property
+    def outputs(self) -> Sequence[Tensor]:
+        """What the body returned, always in the same memory."""
+
+    def replay(self) -> None:
+        """Do again what was recorded. Random operations draw from the device's default generator as it is now."""
+
+
+class Recorder(Protocol):
+    """Makes recordings that share memory: replaying one leaves the outputs of earlier ones as they are, and may
+    overwrite those of later ones."""
+
+    @staticmethod
+    def missing(device: torch.device) -> str | None:
+        """Why nothing can be recorded on `device`, or None if it can."""
+
+    def __init__(self, device: torch.device): ...
+
+    def record(self, body: Body) -> Recording:
+        """Record `body`, after running it to set up what it needs; :class:`CaptureError` if that is impossible."""
+
+
+_FAILED: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture broke off: allocators of torch may still point to them."""
+
+
+class CudaRecorder:
+    """Records CUDA graphs, on one stream and from one memory pool."""
+
+    @staticmethod
+    def missing(device: torch.device) -> str | None:
+        if device.type == "cuda":
+            return None
+        return f"CUDA graphs need a CUDA device; got {device}"
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, body: Body) -> Recording:
+        try:
+            with torch.cuda.device(self._device), same_draws(self._device):
+                self._warm_up(body)
+                return self._capture(body)
+        except Exception as error:  # whatever a kernel library raises while it is recorded; the reason is reported
+            text = str(error).strip().splitlines() or [""]
+            raise CaptureError(f"{type(error).__name__}: {text[0]}") from error
+
+    def _warm_up(self, body: Body) -> None:
+        """Run it where it will be captured: libraries set themselves up, then a wait for the device raises.
+
+        It would raise during the capture as well, but leave torch's allocator in the middle of it.
+        """
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                body()
+                with _waits_raise():
+                    body()
+        finally:
+            current.wait_stream(self._stream)
+
+    def _capture(self, body: Body) -> Recording:
+        """Capture on a generator state of the graph's own, so that a capture that breaks off spoils no other."""
+        graph = torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        outside, own = generator.graphsafe_get_state(), generator.clone_state()
+        torch.cuda.synchronize()
+        generator.graphsafe_set_state(own)
+        try:
+            with torch.cuda.stream(self._stream):  # unlike torch.cuda.graph it gives the stream back in any case
+                # The mode in which other threads, a loader's for example, may go on allocating.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    outputs = tuple(body())
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        except BaseException:
+            _FAILED.append(graph)
+            with contextlib.suppress(RuntimeError):  # it has ended, unless ending the capture was what failed
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            raise
+        finally:
+            generator.graphsafe_set_state(outside)
+        return CudaRecording(graph, outputs, generator, own)
+
+
+class CudaRecording:
+    """A CUDA graph, what it writes, and the state its random operations draw from."""
+
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, outputs: Sequence[Tensor], generator: torch.Generator, own: torch.Generator
+    ):
+        self.outputs = outputs
+        self._graph, self._generator, self._own = graph, generator, own
+
+    def replay(self) -> None:
+        self._own.set_state(self._generator.get_state())
+        self._graph.replay()
+        self._generator.set_state(self._own.get_state())
+
+
+@contextlib.contextmanager
+def _waits_raise() -> Iterator[None]:
+    """Operations that wait for the device raise `RuntimeError` inside the block."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it does not find all of them
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

@@ -1,0 +1,89 @@
+"""A recorder that works on a CPU, to test what is built on recordings: it notes the operations that torch dispatches,
+with their arguments, and replays them into the same memory. As with a CUDA graph, Python numbers and the path through
+the code are baked in, nothing may wait for the device, outputs hold nothing before a replay, and a replay destroys
+the outputs of later recordings. Ops of the extension are not seen, so the reference backend has to be selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hvp_engine.engines.recording import Body, CaptureError
+from hvp_engine.isolation import same_draws
+
+aten = torch.ops.aten
+WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
+"""Operations that wait for the device."""
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class Calls(TorchDispatchMode):
+    """The operations inside the block: with their arguments, results, and which of the results are new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[tuple[int, Tensor]]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in WAITS:
+            raise RuntimeError(f"{func} is not permitted while recording")
+        kwargs = kwargs or {}
+        args = tuple(list(arg) if isinstance(arg, list) else arg for arg in args)
+        result = func(*args, **kwargs)
+        known = {tensor.untyped_storage().data_ptr() for tensor in tensors_of((args, kwargs))}
+        new = [(i, t) for i, t in enumerate(tensors_of(result)) if t.untyped_storage().data_ptr() not in known]
+        self.calls.append((func, args, kwargs, new))
+        return result
+
+    def poison(self) -> None:
+        """Overwrite everything that was computed, in memory that an allocator could give to others."""
+        for *_, new in self.calls:
+            for _, tensor in new:
+                if tensor.is_floating_point():
+                    tensor.fill_(torch.nan)
+
+
+class CallRecording:
+    def __init__(self, calls: Calls, outputs: Sequence[Tensor], later: list[Calls]):
+        self.outputs = outputs
+        self._calls, self._later = calls, later
+
+    def replay(self) -> None:
+        for calls in self._later[self._later.index(self._calls) + 1 :]:
+            calls.poison()
+        for func, args, kwargs, new in self._calls.calls:
+            results = tensors_of(func(*args, **kwargs))
+            for index, tensor in new:
+                tensor.copy_(results[index])
+
+
+class CallRecorder:
+    @staticmethod
+    def missing(device: torch.device) -> str | None:
+        return None
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._all: list[Calls] = []
+
+    def record(self, body: Body) -> CallRecording:
+        calls = Calls()
+        try:
+            with same_draws(self._device):
+                body()
+                with calls:
+                    outputs = tuple(body())
+        except Exception as error:
+            raise CaptureError(f"{type(error).__name__}: {error}") from error
+        calls.poison()
+        self._all.append(calls)
+        return CallRecording(calls, outputs, self._all)

@@ -1,0 +1,96 @@
+"""The automatic engine with several problems at once, and with graphs among the contenders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from call_recorder import CallRecorder
+from torch import Tensor
+
+import hvp_engine as hvp
+from hvp_engine.engines import AutoEngine
+from hvp_engine.engines.cudagraph import CudaGraphEngine
+
+pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
+
+
+def train(weights: list[Tensor], hyper: Tensor, batch: Tensor) -> Tensor:
+    return torch.tanh(batch @ weights[0]).square().mean() + (hyper.exp() * weights[0].square()).sum()
+
+
+def val(weights: list[Tensor], hyper: Tensor, batch: Tensor) -> Tensor:
+    return (torch.tanh(batch @ weights[0]) - 0.1).square().mean()
+
+
+def point(rows: int, device: str | torch.device = "cpu") -> tuple[list[Tensor], Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    weights, hyper, batch = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
+        for shape in ((3, 2), (3, 2), (rows, 3))
+    )
+    return [weights], hyper, batch
+
+
+def test_two_operators_of_one_engine_take_turns() -> None:
+    engine = AutoEngine(compile_budget_s=0.0)
+    points = [point(4), point(7)]
+    operators = [hvp.HessianOperator(train, *p, engine=engine) for p in points]
+    for rounds, iterations in ((1, 3), (2, 5)):
+        for (weights, hyper, batch), operator in zip(points, operators, strict=True):
+            eager = hvp.HessianOperator(train, weights, hyper, batch, engine="eager")
+            solver = hvp.Neumann(iterations, 0.05)
+            torch.testing.assert_close(operator.solve(weights, solver).value, eager.solve(weights, solver).value)
+        assert [choice.terms for choice in engine.choices.values()] == [3 if rounds == 1 else 8] * 2
+
+
+def test_choices_are_remembered_by_shape_not_by_order() -> None:
+    first, second = AutoEngine(compile_budget_s=0.0), AutoEngine(compile_budget_s=0.0)
+    for rows in (4, 7):
+        hvp.HessianOperator(train, *point(rows), engine=first)
+    names = iter(("eager", "linearized"))
+    state = {"engines": {description: next(names) for description in first.state_dict()["engines"]}}
+    second.load_state_dict(state)
+    for rows in (7, 4, 5):
+        hvp.HessianOperator(train, *point(rows), engine=second)
+    lines = second.report().splitlines()
+    assert lines[0] == "linearized: as before the checkpoint" and lines[1] == "eager: as before the checkpoint"
+    assert "measured fastest" in lines[2]
+    assert state["engines"].items() <= second.state_dict()["engines"].items()
+    again = AutoEngine()
+    again.load_state_dict(state)
+    assert again.state_dict() == state  # also of problems not met since
+
+
+def test_graphs_are_considered_where_they_can_be_recorded(device: torch.device) -> None:
+    engine: Any = AutoEngine(compile_budget_s=0.0)
+    if device.type == "cpu":
+        engine._cudagraph = CudaGraphEngine(linearized=engine._linearized, recorder=CallRecorder)
+    weights, hyper, batch = point(4, device)
+    with hvp.use_backend("auto" if device.type == "cuda" else "reference"):
+        ours = hvp.Hypergradient(train, val, hvp.Neumann(4, 0.05), engine)
+        theirs = hvp.Hypergradient(train, val, hvp.Neumann(4, 0.05), "eager")
+        expected = theirs(weights, hyper, batch, batch)
+        result = ours(weights, hyper, batch, batch)
+        torch.testing.assert_close(result.grads, expected.grads, rtol=1e-9, atol=1e-12)
+        (choice,) = engine.choices.values()
+        assert set(choice.seconds) == {"eager", "linearized", "cudagraph"}
+        assert engine._linearized.traces == 1 and engine._cudagraph.traces == 0  # one trace serves both
+        assert "cudagraph: 0 traces" in ours.report()
+
+        engine.load_state_dict({"engines": dict.fromkeys(engine.state_dict()["engines"], "cudagraph")})
+        recordings = engine._cudagraph.tally.recordings
+        for _ in range(2):
+            result = ours(weights, hyper, batch, batch)
+        torch.testing.assert_close(result.grads, expected.grads, rtol=1e-9, atol=1e-12)
+        assert engine._cudagraph.tally.recordings == recordings + 1  # the solve; the rest was recorded in the trial
+        (choice,) = engine.choices.values()
+        assert choice.engine is engine._cudagraph and choice.terms == 8
+
+
+def test_graphs_are_not_considered_on_a_cpu() -> None:
+    engine = AutoEngine(compile_budget_s=0.0)
+    hvp.HessianOperator(train, *point(4), engine=engine)
+    (choice,) = engine.choices.values()
+    assert "cudagraph" not in choice.seconds and "cudagraph" not in engine.report()
