@@ -12,7 +12,6 @@ from bench.problems import PROBLEMS
 from bench.results import Row
 from bench.steps import WORDS
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 README = results.ROOT / "README.md"
 AUTO = "hvp_engine auto"
 
@@ -207,17 +206,23 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def update_readme(rows: Sequence[Row], readme: Path = README) -> Path:
-    """Put the tables between the markers of the README.
+def put(text: str, name: str, readme: Path = README) -> Path:
+    """Replace what stands between the markers `<!-- name:begin -->` and `<!-- name:end -->` of the README.
 
     Errors: `FileNotFoundError` where there is no README, `ValueError` where it has no markers.
     """
-    text = readme.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{readme.name}: expected the markers {BEGIN} and {END} around the benchmark's tables")
-    head, tail = text.split(BEGIN, 1)[0], text.split(END, 1)[1]
-    readme.write_text(f"{head}{BEGIN}\n{markdown(rows)}\n{END}{tail}")
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    content = readme.read_text()
+    if begin not in content or end not in content:
+        raise ValueError(f"{readme.name}: expected the markers {begin} and {end}")
+    head, tail = content.split(begin, 1)[0], content.split(end, 1)[1]
+    readme.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
     return readme
+
+
+def update_readme(rows: Sequence[Row], readme: Path = README) -> Path:
+    """Put the tables of the benchmark into the README; errors as :func:`put`."""
+    return put(markdown(rows), "bench", readme)
 
 
 if __name__ == "__main__":

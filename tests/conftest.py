@@ -22,6 +22,13 @@ if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU its tests are not there."""
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.empty(0, device=request.param).device
@@ -41,7 +48,7 @@ def problem(request: pytest.FixtureRequest) -> Bilevel:
     return BILEVEL[request.param]()
 
 
-@pytest.fixture(params=[name for name in ("reference", "cpp") if why_not(name, "cpu") is None])
+@pytest.fixture(params=[name for name in ("reference", "cpp", "triton") if why_not(name, "cpu") is None])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """A backend with the terms of a linear model."""
     with use_backend(request.param):

@@ -250,7 +250,7 @@ def test_tables() -> None:
 
 def test_tables_go_between_the_markers(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
     for _ in range(2):
         report.update_readme(_rows(), readme)
         text = readme.read_text()

@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from bench import demo
+from bench.report import README
 from hvp_engine.__main__ import main
 from hvp_engine.demo import experiment, report
 
@@ -95,6 +97,15 @@ def test_files_are_complete_and_nothing_else_is_left(short):
     assert content["versions"]["torch"] == torch.__version__
     for run in content["runs"]:
         assert run["curve"][-1] == [15, run["validation"]["loss"], run["test"]["loss"]]
+
+
+def test_results_read_again_give_the_same_table(short):
+    folder, printed, _ = short
+    assert report.table(report.read(folder / "demo.json")) in printed
+
+
+def test_the_readme_shows_the_committed_results():
+    assert demo.block() in README.read_text()
 
 
 def test_same_seed_same_numbers_other_seed_other_numbers(tmp_path):

@@ -152,7 +152,7 @@ def test_other_devices_are_refused():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak resident memory is read from /proc")
 def test_agrees_with_the_resident_memory_of_a_fresh_process():
-    """A chain that saves 8 tensors of 64 MiB for its backward pass, against the kernel's high-water mark.
+    """A chain that saves 5 tensors of 64 MiB for its backward pass, against the kernel's high-water mark.
 
     (So large that malloc gives each back to the system at once.)
     """
@@ -165,7 +165,7 @@ def test_agrees_with_the_resident_memory_of_a_fresh_process():
 
         def run(size):
             value = torch.ones(size, requires_grad=True)
-            for _ in range(8):
+            for _ in range(5):
                 value = value.exp().neg()
             value.sum().backward()
 
@@ -183,12 +183,11 @@ def test_agrees_with_the_resident_memory_of_a_fresh_process():
         int(subprocess.run([sys.executable, "-c", program, what], check=True, capture_output=True, text=True).stdout)
         for what in ("counted", "resident")
     )
-    assert counted >= 10 * 64 * MEGA
+    assert counted >= 7 * 64 * MEGA
     assert counted == pytest.approx(resident, rel=0.05)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_counts_above_the_level_at_entry():
     kept = torch.empty(MEGA, device="cuda")
     with peak_memory("cuda") as meter:

@@ -224,9 +224,9 @@ class Experiment:
     def implicit(self, terms: int) -> Estimator:
         """The hypergradient by implicit differentiation with `terms` products.
 
-        The engine is named, since a choice by measurement need not give the same numbers again.
+        The engine is named, since `auto` measures, and a choice by measurement need not give the same numbers again.
         """
-        return hvp.Hypergradient(self.train_loss, self.val_loss, solver=hvp.Neumann(terms), engine="eager")
+        return hvp.Hypergradient(self.train_loss, self.val_loss, solver=hvp.Neumann(terms), engine="linearized")
 
     def unrolled(self, steps: int) -> Estimator:
         """The gradient through `steps` steps of SGD from the current weights, by plain autograd."""

@@ -141,6 +141,19 @@ def write(comparison: Comparison, folder: Path) -> tuple[Path, Path]:
     return figures, picture
 
 
+def read(figures: Path) -> Comparison:
+    """The comparison that :func:`write` wrote to `demo.json`."""
+    content = json.loads(figures.read_text())
+    del content["versions"]
+    runs = [
+        run | {part: Scores(**run[part]) for part in ("train", "validation", "test")} | {"curve": tuple(run["curve"])}
+        for run in content["runs"]
+    ]
+    content |= {name: tuple(content[name]) for name in ("terms", "implicit_bytes", "unrolled_bytes", "sizes")}
+    content["pixel_log_decay"] = torch.tensor(content["pixel_log_decay"])
+    return Comparison(**content | {"runs": tuple(Run(**run) for run in runs)})
+
+
 def _write_atomically(target: Path, fill: Callable[[BinaryIO], object]) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
