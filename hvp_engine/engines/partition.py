@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from hvp_engine.engines.accumulation import Terms, decompose
+from hvp_engine.engines.combining import combine_sums, share_factors
 from hvp_engine.engines.passes import accumulate, dependents, fold_linear, simplify
 from hvp_engine.engines.trace import Trace
 
@@ -44,6 +46,8 @@ class Partition:
     diagonals: tuple[tuple[int, ...], ...]
     accumulates: bool
     """Whether matrix products make up most of the weights, so that accumulating pays."""
+    dtypes: frozenset[torch.dtype]
+    """Floating dtypes of the arithmetic: the weights', and what autocast or the loss casts to."""
 
 
 def partition(trace: Trace) -> Partition:
@@ -54,8 +58,9 @@ def partition(trace: Trace) -> Partition:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     tangents = placeholders[-trace.weights :]
     fold_linear(graph, set(tangents))
-    linear = dependents(graph, set(tangents))
-    accumulate(graph, linear)
+    share_factors(graph, dependents(graph, set(tangents)))
+    combine_sums(graph, dependents(graph, set(tangents)))
+    accumulate(graph, dependents(graph, set(tangents)))
     linear = dependents(graph, set(tangents))
     outputs: list[Any] = list(_output(graph).args[0])  # type: ignore[arg-type]  # our traces return a list
     first = 1 + trace.weights
@@ -83,7 +88,13 @@ def partition(trace: Trace) -> Partition:
         tuple((len(term.products), len(term.rest)) for term in terms),
         diagonals,
         accumulates=by_product > sum(sizes) / 2 and by_product >= _WORTHWHILE,
+        dtypes=_floating_dtypes(graph),
     )
+
+
+def _floating_dtypes(graph: fx.Graph) -> frozenset[torch.dtype]:
+    values = [node.meta.get("val") for node in graph.nodes]
+    return frozenset(v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
 
 
 def _index(residuals: list[fx.Node], node: fx.Node) -> int:
