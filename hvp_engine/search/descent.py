@@ -1,0 +1,71 @@
+"""Algorithm 1 as a search among others, on their problem and their budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hvp_engine.estimation import Estimator
+from hvp_engine.isolation import isolated
+from hvp_engine.search.problem import Loss, Run, SearchResult, TuningProblem
+from hvp_engine.search.trials import OptimizerOf
+from hvp_engine.tuning import Tuner
+
+
+@dataclass(frozen=True)
+class HypergradientDescent:
+    """Alternate training steps and steps along a hypergradient, as :class:`hvp_engine.Tuner` does.
+
+    Arguments:
+        estimator: a function that makes an estimator from (train_loss, val_loss).
+        cost: gradients that one of its calls counts as, >= 1: 3 + 2 i for i Hessian-vector products.
+        weight_optimizer, hyper_optimizer: functions that make an optimizer from a list of tensors.
+        inner_steps: training steps before each hyper step.
+        warmup_steps: training steps before the first.
+        seed: of masks.
+
+    Memory: the estimator's.
+
+    Errors: `ValueError` for a budget below one round; the :class:`Tuner`'s.
+
+    Source: Algorithm 1 of Lorraine, Vicol, Duvenaud 2019.
+    """
+
+    estimator: Callable[[Loss, Loss], Estimator]
+    cost: int
+    weight_optimizer: OptimizerOf
+    hyper_optimizer: OptimizerOf
+    inner_steps: int = 5
+    warmup_steps: int = 0
+    seed: int = 0
+
+    def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
+        run = Run(problem, gradients)
+        if isinstance(self.cost, bool) or not isinstance(self.cost, int) or self.cost < 1:
+            raise ValueError(f"cost: expected an int >= 1, the gradients that a call counts as; got {self.cost!r}")
+        tuner = Tuner(
+            run.weight_structure.rebuild(run.weights),
+            run.hyper_structure.rebuild(run.hyper),
+            problem.train_loss,
+            problem.val_loss,
+            weight_optimizer=self.weight_optimizer,
+            hyper_optimizer=self.hyper_optimizer,
+            inner_steps=self.inner_steps,
+            warmup_steps=self.warmup_steps,
+            bounds=problem.bounds,
+            estimator=self.estimator(problem.train_loss, problem.val_loss),
+        )
+        first = tuner.steps_to_go + self.cost
+        if gradients < first:
+            raise ValueError(
+                f"gradients: expected a budget of at least one round, warmup_steps + inner_steps + cost = {first}; "
+                f"got {gradients}"
+            )
+        with isolated(self.seed, run.device):
+            while run.spent + tuner.steps_to_go + self.cost <= gradients:
+                run.training_gradients += tuner.steps_to_go + self.cost - 1
+                run.validation_gradients += 1
+                tuner.fit(problem.train_batches, problem.val_batches, tuner.hyper_steps + 1, progress=False)
+                if run.look_is_due:
+                    run.validate(run.weights, run.hyper)
+            return run.result(run.weights, run.hyper, run.validate(run.weights, run.hyper))

@@ -1,0 +1,165 @@
+"""Searches that train a model of the best response along with the hyperparameters: linear hypernetwork and STN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hvp_engine.estimators.responses import LinearResponse, Response, StructuredResponse
+from hvp_engine.isolation import isolated
+from hvp_engine.search.problem import Run, SearchResult, TuningProblem
+from hvp_engine.search.trials import OptimizerOf, unflatten
+from hvp_engine.solvers.base import check_positive
+
+
+@dataclass(frozen=True)
+class LinearHypernetwork:
+    """Alternate: fit a linear w_phi(lambda + eps) to the training loss, and move lambda along dL_V(w_phi(lambda)).
+
+    Arguments:
+        weight_optimizer: a function that makes an optimizer from phi, a list of tensors.
+        hyper_optimizer: the same for lambda.
+        scale: standard deviation of the perturbations eps, > 0.
+        inner_steps: steps of phi before each step of lambda.
+        warmup_steps: steps of phi before the first.
+        seed: of perturbations and masks.
+
+    A call makes one gradient for each step of either. Memory: O(P H).
+
+    Errors: `TypeError`/`ValueError` naming the argument.
+
+    Source: Lorraine and Duvenaud 2018, the local form (its Algorithm 3).
+    """
+
+    weight_optimizer: OptimizerOf
+    hyper_optimizer: OptimizerOf
+    scale: float = 0.1
+    inner_steps: int = 5
+    warmup_steps: int = 0
+    seed: int = 0
+
+    def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
+        return _Descent(self, LinearResponse, None).run(problem, gradients)
+
+
+@dataclass(frozen=True)
+class SelfTuningNetwork:
+    """Alternate: fit the structured w_phi(lambda + eps) to the training loss, and move lambda and the scales of eps.
+
+    phi descends E_eps L_T(w_phi(lambda + eps), lambda + eps); lambda and the scales descend
+    E_eps L_V(w_phi(lambda + eps), lambda + eps) - entropy_weight H[eps]. eps is normal with one standard deviation for
+    each hyperparameter, and H = sum log(scale) up to a constant. Without the entropy term scales would shrink until the
+    response is fitted at a point; with a large one they grow until it is fitted nowhere.
+
+    One perturbation is drawn for a batch. (The original draws one for each example, which a loss that is given weights
+    cannot do; it lowers the variance.)
+
+    Arguments:
+        scale: to start from, > 0.
+        entropy_weight: tau, >= 0.
+        the rest: as for :class:`LinearHypernetwork`.
+
+    A call makes one gradient for each step of either. Memory: O((P + H) K), K the number of units.
+
+    Errors: `TypeError`/`ValueError` naming the argument.
+
+    Source: MacKay, Vicol, Lorraine, Duvenaud, Grosse 2019, Algorithm 1.
+    """
+
+    weight_optimizer: OptimizerOf
+    hyper_optimizer: OptimizerOf
+    scale: float = 0.5
+    entropy_weight: float = 1e-3
+    inner_steps: int = 2
+    warmup_steps: int = 0
+    seed: int = 0
+
+    def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
+        if isinstance(self.entropy_weight, bool) or not isinstance(self.entropy_weight, int | float):
+            raise TypeError(f"entropy_weight: expected a number; got {type(self.entropy_weight).__name__}")
+        if not (math.isfinite(self.entropy_weight) and self.entropy_weight >= 0):
+            raise ValueError(f"entropy_weight: expected a finite number >= 0; got {self.entropy_weight}")
+        return _Descent(self, StructuredResponse, self.entropy_weight).run(problem, gradients)
+
+
+class _Descent:
+    """The alternation that both share; with an entropy weight the scales are tuned and lambda's step is perturbed."""
+
+    def __init__(
+        self,
+        options: LinearHypernetwork | SelfTuningNetwork,
+        response: Callable[[Sequence[Tensor], int], Response],
+        entropy_weight: float | None,
+    ):
+        check_positive(options.scale, "scale")
+        for name, least in (("inner_steps", 1), ("warmup_steps", 0)):
+            value = getattr(options, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an int >= {least}; got {value!r}")
+        self.options, self.make_response, self.entropy_weight = options, response, entropy_weight
+
+    def run(self, problem: TuningProblem, gradients: int) -> SearchResult:
+        """Rounds until the budget does not cover another."""
+        options, run = self.options, Run(problem, gradients)
+        if gradients < options.warmup_steps + options.inner_steps + 1:
+            raise ValueError(
+                f"gradients: expected a budget of at least warmup_steps + inner_steps + 1 = "
+                f"{options.warmup_steps + options.inner_steps + 1}; got {gradients}"
+            )
+        with isolated(options.seed, run.device):
+            start = torch.cat([h.reshape(-1) for h in run.hyper])
+            center = start.clone().requires_grad_()
+            log_scale = torch.full_like(start, math.log(options.scale)).requires_grad_()
+            response = self.make_response(run.weights, len(start))
+            fit = options.weight_optimizer(response.parameters)
+            moving = [center] if self.entropy_weight is None else [center, log_scale]
+            move = options.hyper_optimizer(moving)
+            steps = options.warmup_steps + options.inner_steps
+            while run.spent + steps + 1 <= run.budget:
+                for _ in range(steps):
+                    with torch.no_grad():
+                        point = center + log_scale.exp() * torch.randn_like(center)
+                    loss = run.train_loss(response(point - start), unflatten(point, run.hyper))
+                    _step(fit, loss, response.parameters)
+                _step(move, self._objective(run, response, start, center, log_scale), moving)
+                self._project(run, center)
+                steps = options.inner_steps
+                if run.look_is_due:
+                    run.validate(*_at(run, response, start, center))
+            weights, hyper = _at(run, response, start, center)
+            result = run.result(weights, hyper, run.validate(weights, hyper))
+        if self.entropy_weight is None:
+            return result
+        scales = unflatten(log_scale.detach().exp(), run.hyper)
+        return replace(result, scales=run.hyper_structure.rebuild(scales))
+
+    def _objective(self, run: Run, response: Response, start: Tensor, center: Tensor, log_scale: Tensor) -> Tensor:
+        """What lambda (and the scales) descend."""
+        if self.entropy_weight is None:
+            return run.val_loss(response(center - start), unflatten(center, run.hyper))
+        point = center + log_scale.exp() * torch.randn_like(center)
+        loss = run.val_loss(response(point - start), unflatten(point, run.hyper))
+        return loss - self.entropy_weight * log_scale.sum()
+
+    def _project(self, run: Run, center: Tensor) -> None:
+        hyper = unflatten(center.detach(), run.hyper)
+        run.bounds.project(hyper)
+        with torch.no_grad():
+            center.copy_(torch.cat([h.reshape(-1) for h in hyper]))
+
+
+def _at(run: Run, response: Response, start: Tensor, center: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and hyperparameters, unperturbed."""
+    with torch.no_grad():
+        return response(center - start), unflatten(center, run.hyper)
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor, tensors: Sequence[Tensor]) -> None:
+    found = torch.autograd.grad(loss, tensors, materialize_grads=True, allow_unused=True)
+    for tensor, grad in zip(tensors, found, strict=True):
+        tensor.grad = grad
+    optimizer.step()

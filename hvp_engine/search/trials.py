@@ -1,0 +1,198 @@
+"""Random, grid and Bayesian search, through Optuna: each trial trains from the start with its hyperparameters."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hvp_engine.errors import DivergenceError, HvpError
+from hvp_engine.isolation import isolated
+from hvp_engine.search.problem import Run, SearchResult, TuningProblem
+
+OptimizerOf = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class RandomSearch:
+    """Hyperparameters drawn uniformly from the box, each with its own training; the best one wins.
+
+    Arguments:
+        training_steps: of each trial, each one gradient; `gradients // training_steps` trials are made.
+        weight_optimizer: a function that makes an optimizer from the list of weights.
+        seed: of the draws.
+
+    Cost: memory O(P + H).
+
+    Errors: `ValueError` for a problem without finite bounds, or a budget below one trial; :class:`HvpError` where
+    Optuna is not installed; :class:`DivergenceError` if no trial ends with a finite validation loss.
+
+    Source: Bergstra and Bengio 2012.
+    """
+
+    training_steps: int
+    weight_optimizer: OptimizerOf
+    seed: int = 0
+
+    def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
+        sampler = require_optuna().samplers.RandomSampler(seed=self.seed)
+        return _Trials(problem, gradients, self.training_steps, self.weight_optimizer, self.seed).run(sampler)
+
+
+@dataclass(frozen=True)
+class GridSearch:
+    """Hyperparameters on a regular grid of the box, ends included, each with its own training; the best one wins.
+
+    Arguments:
+        points: on each axis, >= 2: `points ** H` trials for H hyperparameters, all within the budget.
+        training_steps, weight_optimizer, seed: as for :class:`RandomSearch`.
+
+    Cost: memory O(P + H).
+
+    Errors: as for :class:`RandomSearch`; `ValueError` for a grid that the budget does not cover.
+    """
+
+    points: int
+    training_steps: int
+    weight_optimizer: OptimizerOf
+    seed: int = 0
+
+    def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
+        optuna = require_optuna()
+        if isinstance(self.points, bool) or not isinstance(self.points, int) or self.points < 2:
+            raise ValueError(f"points: expected an int >= 2; got {self.points!r}")
+        trials = _Trials(problem, gradients, self.training_steps, self.weight_optimizer, self.seed)
+        size = self.points ** len(trials.box)
+        if size > trials.count:
+            raise ValueError(
+                f"points: expected a grid that fits into the budget of {trials.count} trials; got {self.points} points "
+                f"for each of {len(trials.box)} hyperparameters, {size:.3g} trials: use RandomSearch"
+            )
+        axes = {
+            name: torch.linspace(low, high, self.points, dtype=torch.float64).tolist()
+            for name, (low, high) in trials.box.items()
+        }
+        trials.count = size
+        return trials.run(optuna.samplers.GridSampler(axes, seed=self.seed))
+
+
+@dataclass(frozen=True)
+class BayesianOptimization:
+    """Trials where a Gaussian process of the validation loss, fitted to those before, expects the most improvement.
+
+    Arguments:
+        training_steps, weight_optimizer, seed: as for :class:`RandomSearch`. The first ten trials are random.
+
+    Cost: memory O(P + H), and T^2 for T trials.
+
+    Errors: as for :class:`RandomSearch`.
+
+    Source: Snoek, Larochelle, Adams 2012; Optuna's `GPSampler`.
+    """
+
+    training_steps: int
+    weight_optimizer: OptimizerOf
+    seed: int = 0
+
+    def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
+        sampler = require_optuna().samplers.GPSampler(seed=self.seed)
+        return _Trials(problem, gradients, self.training_steps, self.weight_optimizer, self.seed).run(sampler)
+
+
+class _Trials:
+    """The trials of one search; `box` has the bounds of every element of the hyperparameters, by name."""
+
+    def __init__(
+        self, problem: TuningProblem, gradients: int, training_steps: int, weight_optimizer: OptimizerOf, seed: int
+    ):
+        self.search = Run(problem, gradients)
+        if isinstance(training_steps, bool) or not isinstance(training_steps, int) or training_steps < 1:
+            raise ValueError(f"training_steps: expected an int >= 1; got {training_steps!r}")
+        if gradients < training_steps:
+            raise ValueError(
+                f"gradients: expected a budget of at least one trial, training_steps={training_steps}; got {gradients}"
+            )
+        self.training_steps, self.weight_optimizer, self.seed = training_steps, weight_optimizer, seed
+        self.count = gradients // training_steps
+        self.box = dict(_box(self.search))
+        self.best: tuple[float, list[Tensor], list[Tensor]] | None = None
+
+    def run(self, sampler: Any) -> SearchResult:
+        """Ask, train, tell, `count` times."""
+        optuna = require_optuna()
+        with _quiet(optuna), isolated(self.seed, self.search.device):
+            study = optuna.create_study(direction="minimize", sampler=sampler)
+            study.optimize(self._trial, n_trials=self.count)
+        if self.best is None:
+            raise DivergenceError(
+                f"{type(sampler).__name__}: expected a finite validation loss after some trial; got none in "
+                f"{self.count}: use a smaller learning rate, or narrower bounds"
+            )
+        loss, weights, hyper = self.best
+        return self.search.result(weights, hyper, loss)
+
+    def _trial(self, trial: Any) -> float:
+        values = [trial.suggest_float(name, low, high) for name, (low, high) in self.box.items()]
+        hyper = unflatten(torch.tensor(values, dtype=torch.float64), self.search.hyper)
+        weights = [w.clone().requires_grad_() for w in self.search.weights]
+        optimizer = self.weight_optimizer(weights)
+        for _ in range(self.training_steps):
+            loss = self.search.train_loss(weights, hyper)
+            found = torch.autograd.grad(loss, weights, allow_unused=True)
+            for weight, grad in zip(weights, found, strict=True):
+                weight.grad = grad
+            optimizer.step()
+        loss_here = self.search.validate(weights, hyper)
+        if not math.isfinite(loss_here):
+            return math.inf
+        if self.best is None or loss_here < self.best[0]:
+            self.best = loss_here, weights, hyper
+        return loss_here
+
+
+def unflatten(values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The elements of a vector in the shapes and dtypes of `like`."""
+    parts = values.split([tensor.numel() for tensor in like])
+    return [part.reshape(tensor.shape).to(tensor) for part, tensor in zip(parts, like, strict=True)]
+
+
+def _box(run: Run) -> Iterator[tuple[str, tuple[float, float]]]:
+    tree = run.hyper_structure.rebuild(run.hyper)
+    names = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    for name, tensor, low, high in zip(names, run.hyper, run.bounds.low, run.bounds.high, strict=True):
+        if low is None or high is None or not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+            raise ValueError(
+                f"bounds: expected finite bounds of every hyperparameter to draw from; got none for hyper{name}: "
+                "pass TuningProblem(bounds=(low, high))"
+            )
+        pairs = zip(
+            low.expand_as(tensor).reshape(-1).tolist(), high.expand_as(tensor).reshape(-1).tolist(), strict=True
+        )
+        for element, pair in enumerate(pairs):
+            yield f"hyper{name}[{element}]", pair
+
+
+def require_optuna() -> Any:
+    """The module, or an error that says how to install it."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise HvpError(f"the search needs Optuna ({error}): `pip install hvp_engine[search]`") from error
+    return optuna
+
+
+@contextlib.contextmanager
+def _quiet(optuna: Any) -> Iterator[None]:
+    """Without a line of Optuna's for every trial."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)

@@ -1,0 +1,192 @@
+"""Searches on problems whose best hyperparameters are known, and the account of their work."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPE, randn
+from torch import Tensor, nn
+
+import hvp_engine as hvp
+from hvp_engine.search import (
+    BayesianOptimization,
+    GridSearch,
+    HypergradientDescent,
+    LinearHypernetwork,
+    RandomSearch,
+    Search,
+    SelfTuningNetwork,
+    TuningProblem,
+)
+
+
+def sgd(rate: float) -> Any:
+    return lambda tensors: torch.optim.SGD(tensors, lr=rate)
+
+
+def adam(rate: float) -> Any:
+    return lambda tensors: torch.optim.Adam(tensors, lr=rate)
+
+
+DATA, TARGET = torch.tensor([1.0, 3.0], dtype=DTYPE), torch.tensor([0.8, 1.2], dtype=DTYPE)
+BEST = torch.log(DATA / TARGET - 1)  # where w* = data / (1 + e^h) is the target
+
+
+def two_decays(**options: Any) -> TuningProblem:
+    """w* = data / (1 + e^h); the validation loss is zero at h = (-1.386, 0.405)."""
+    return TuningProblem(
+        train_loss=lambda w, h, batch: ((w["a"] - batch).square() + h["decay"].exp() * w["a"].square()).sum() / 2,
+        val_loss=lambda w, h, batch: (w["a"] - batch).square().sum() / 2,
+        weights={"a": torch.zeros(2, dtype=DTYPE)},
+        hyper={"decay": torch.zeros(2, dtype=DTYPE)},
+        train_batches=[DATA],
+        val_batches=[TARGET],
+        **{"bounds": (-3.0, 2.0)} | options,
+    )
+
+
+def neumann(train: Any, val: Any) -> Any:
+    return hvp.Hypergradient(train, val, hvp.Neumann(5, alpha=0.2), engine="eager")
+
+
+SEARCHES: dict[str, tuple[Search, int, float]] = {  # with a budget, and the validation loss that it has to reach
+    "random": (RandomSearch(20, sgd(0.2)), 1200, 0.02),
+    "grid": (GridSearch(8, 20, sgd(0.2)), 1280, 0.02),
+    "Bayesian": (BayesianOptimization(20, sgd(0.2)), 600, 1e-3),
+    "linear hypernetwork": (LinearHypernetwork(sgd(0.2), adam(0.1), scale=0.1), 1500, 1e-3),
+    "self-tuning network": (SelfTuningNetwork(sgd(0.2), adam(0.05), scale=0.2, warmup_steps=50), 1500, 5e-3),
+    "Algorithm 1": (HypergradientDescent(neumann, 13, sgd(0.3), adam(0.1)), 1500, 1e-3),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_known_optimum_is_found_within_the_budget(name: str) -> None:
+    search, gradients, reached = SEARCHES[name]
+    problem = two_decays()
+    random = torch.get_rng_state()
+    result = search(problem, gradients)
+    assert result.val_loss < reached < float(problem.val_loss({"a": DATA / 2}, None, TARGET))
+    torch.testing.assert_close(result.hyper["decay"], BEST, rtol=0, atol=0.5 if reached > 1e-3 else 0.15)
+    assert result.val_loss == pytest.approx(float(problem.val_loss(result.weights, result.hyper, TARGET)))
+    assert 0.9 * gradients <= result.gradients <= gradients
+    assert [spent for spent, _ in result.curve] == sorted(spent for spent, _ in result.curve)
+    assert min(loss for _, loss in result.curve) == result.curve[-1][1] <= result.val_loss
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(problem.weights["a"], torch.zeros(2)) and torch.equal(problem.hyper["decay"], torch.zeros(2))
+    again = search(problem, gradients)
+    assert torch.equal(again.hyper["decay"], result.hyper["decay"]), "seeded"
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_gradients_are_counted(name: str) -> None:
+    """Every loss that has a graph to differentiate is counted as one, by each kind."""
+    seen = {"train": 0, "val": 0}
+    plain = two_decays()
+
+    def counted(kind: str, loss: Any) -> Any:
+        def evaluate(w: Any, h: Any, batch: Any) -> Tensor:
+            seen[kind] += torch.is_grad_enabled()
+            return loss(w, h, batch)
+
+        return evaluate
+
+    problem = two_decays(bounds=(-3.0, 2.0))
+    object.__setattr__(problem, "train_loss", counted("train", plain.train_loss))
+    object.__setattr__(problem, "val_loss", counted("val", plain.val_loss))
+    search, gradients, _ = SEARCHES[name]
+    result = search(problem, gradients)
+    assert result.validation_gradients == seen["val"]
+    hyper_steps = result.validation_gradients if name == "Algorithm 1" else 0
+    # A hypergradient of 5 products evaluates the training loss once, and counts as 12 gradients of it.
+    assert result.training_gradients == seen["train"] + 11 * hyper_steps
+
+
+def test_searches_agree_with_a_module_on_batches() -> None:
+    """A network with BatchNorm, loaders with several batches: buffers stay, and tuning helps."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1)).to(DTYPE)
+    net, before = hvp.functional(module), {n: b.clone() for n, b in module.named_buffers()}
+
+    def val_loss(w: Any, h: Any, batch: Any) -> Tensor:
+        return (net(w, batch[0]) - batch[1]).square().mean()
+
+    def train_loss(w: Any, h: Any, batch: Any) -> Tensor:
+        return val_loss(w, h, batch) + h.exp() * sum(t.square().sum() for t in w.values())
+
+    def batches(seed: int) -> Any:
+        x = randn(40, 4, seed=seed)
+        y = x[:, :1] + 0.5 * randn(40, 1, seed=seed + 1)
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16)
+
+    problem = TuningProblem(
+        train_loss, val_loss, dict(module.named_parameters()), torch.tensor(0.0, dtype=DTYPE), batches(1), batches(3),
+        bounds=(-6.0, 1.0),
+    )  # fmt: skip
+    start = GridSearch(2, 100, adam(0.03))(problem, 200)
+    for search in (RandomSearch(100, adam(0.03)), SelfTuningNetwork(adam(0.03), adam(0.1), warmup_steps=100)):
+        result = search(problem, 700)
+        assert result.val_loss < 1.1 * start.val_loss and result.hyper.shape == ()
+    assert all(torch.equal(b, before[n]) for n, b in module.named_buffers())
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_budget_must_cover_one_round(name: str) -> None:
+    search = SEARCHES[name][0]
+    for gradients in (0, True, 1.5):
+        with pytest.raises(ValueError, match="gradients: expected an int >= 1"):
+            search(two_decays(), gradients)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="gradients: expected a budget of at least|points: expected a grid that fits"):
+        search(two_decays(), 2)
+
+
+@pytest.mark.parametrize("name", ["random", "grid", "Bayesian"])
+def test_trials_need_finite_bounds(name: str) -> None:
+    for bounds in ((None, 2.0), (-3.0, math.inf)):
+        with pytest.raises(ValueError, match=r"bounds: expected finite bounds .* got none for hyper\['decay'\]"):
+            SEARCHES[name][0](two_decays(bounds=bounds), 1280)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trials_that_all_diverge() -> None:
+    with pytest.raises(hvp.DivergenceError, match="expected a finite validation loss after some trial; got none in 3"):
+        RandomSearch(400, sgd(1e4))(two_decays(), 1200)
+
+
+@pytest.mark.parametrize(
+    "search, message",
+    [
+        (RandomSearch(0, sgd(0.1)), "training_steps: expected an int >= 1; got 0"),
+        (GridSearch(1, 5, sgd(0.1)), "points: expected an int >= 2; got 1"),
+        (GridSearch(9, 5, sgd(0.1)), "points: expected a grid that fits into the budget of 20 trials; got 9"),
+        (LinearHypernetwork(sgd(0.1), sgd(0.1), scale=0.0), "scale: expected a finite number > 0"),
+        (LinearHypernetwork(sgd(0.1), sgd(0.1), inner_steps=0), "inner_steps: expected an int >= 1; got 0"),
+        (SelfTuningNetwork(sgd(0.1), sgd(0.1), entropy_weight=-1.0), "entropy_weight: expected a finite number >= 0"),
+        (SelfTuningNetwork(sgd(0.1), sgd(0.1), warmup_steps=-1), "warmup_steps: expected an int >= 0; got -1"),
+        (HypergradientDescent(neumann, 0, sgd(0.1), sgd(0.1)), "cost: expected an int >= 1"),
+    ],
+)
+def test_bad_options(search: Search, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        search(two_decays(), 100)
+
+
+@pytest.mark.parametrize("batches, message", [([], "expected at least one batch"), (iter([1]), "got list_iterator")])
+def test_bad_batches(batches: Any, message: str) -> None:
+    problem = two_decays()
+    object.__setattr__(problem, "train_batches", batches)
+    with pytest.raises((TypeError, ValueError), match=f"train_batches: .*{message}"):
+        RandomSearch(5, sgd(0.1))(problem, 10)
+
+
+def test_missing_optuna_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    for name in ("random", "grid", "Bayesian"):
+        with pytest.raises(hvp.HvpError, match=r"needs Optuna .*pip install hvp_engine\[search\]"):
+            SEARCHES[name][0](two_decays(), 1280)
