@@ -27,14 +27,16 @@ from hvp_engine.operators import HessianOperator
 from hvp_engine.preconditioning import DiagonalPreconditioner
 from hvp_engine.recorded import approx_inverse_hvp, best_response, hypergradient
 from hvp_engine.solution import Solution, Status
-from hvp_engine.solvers import ConjugateGradient, Exact, Identity, Neumann
+from hvp_engine.solvers import MINRES, Chebyshev, ConjugateGradient, Exact, Identity, Neumann
 from hvp_engine.solving import solve
 from hvp_engine.tuning import History, Record, Tuner
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MINRES",
     "BackendError",
+    "Chebyshev",
     "CheckResult",
     "CheckpointError",
     "ConjugateGradient",

@@ -19,7 +19,7 @@ from hvp_engine.preconditioning import Preconditioner
 from hvp_engine.solution import Solution, Status
 from hvp_engine.solvers import Exact
 from hvp_engine.solvers.base import GROWTH_LIMIT, FinishedIteration, Outcome, Solver, check_solver
-from hvp_engine.spectrum import SpectralEstimate, Spectrum
+from hvp_engine.spectrum import GROWTH, HEADROOM, SpectralEstimate, Spectrum
 from hvp_engine.trees import Structure, check_like, flatten
 from hvp_engine.vectors import FlatVector, Layout
 
@@ -105,6 +105,12 @@ def solve_all(
     if estimate is not None and not estimate.finite:
         bad = (name for name, v in zip(names, vs, strict=True) if _any_bad(v))
         raise _refusal(operator, next(bad, None))
+    if estimate is not None and estimate.bound(estimates.damping) == 0 and torch.float16 in operator.layout.dtypes:
+        raise DivergenceError(
+            f"{_name_of(operator)}: expected curvature that float16 can hold; got only zeros in {estimate.hvps} "
+            "products, so that alpha='auto' has nothing to go by: second derivatives below 6e-8 become zero in "
+            f"float16; {_SCALE_OR_WIDEN}, or give a fixed alpha"
+        )
     hvps = estimate.hvps if estimate else 0
     if hasattr(engine, "run_batch"):  # isinstance of a protocol takes 20 us
         iterations = cast(BatchEngine, engine).run_batch(operator, vs, solver, estimate)
@@ -136,13 +142,13 @@ def _judged(
         # or there is negative curvature. The residual that grew points at what was missed.
         fresh = estimates.restart(_start_after(iteration, operator.layout))
         hvps += fresh.hvps
-        if fresh.finite and fresh.bound() > 1.05 * estimate.bound():
-            estimate = fresh
-            iteration = engine.run(operator, v, solver, estimate)
-            outcome = _read(iteration)
-            hvps += iteration.steps
-        elif fresh.finite:
-            estimate = replace(estimate, smallest=min(estimate.smallest, fresh.smallest))
+        if fresh.finite:
+            risen = fresh.bound() > 1.05 * estimate.bound()
+            estimate = estimate.joined(fresh)
+            if risen or (estimates.indefinite(estimate) and outcome.residual_norm > GROWTH):
+                iteration = engine.run(operator, v, solver, estimate)
+                outcome = _read(iteration)
+                hvps += iteration.steps
     if outcome.failed:
         if not outcome.finite_v:
             raise _refusal(operator, name)
@@ -159,8 +165,24 @@ def _judged(
         status=status,
         alpha=getattr(iteration, "alpha", None),
         lambda_max=estimate.largest if estimate else None,
+        explanation=getattr(iteration, "explanation", ""),
     )
-    return _in_dtypes(iteration.value), solution
+    value = _in_dtypes(iteration.value)
+    if torch.float16 in operator.layout.dtypes and _any_bad(value):
+        largest = float(iteration.value.data.abs().max())
+        raise DivergenceError(
+            f"{_name_of(operator)}: expected a solution that float16 can hold, of entries up to 65,504; got entries "
+            f"up to {largest:.3g}, since the curvature is small or v large; {_SCALE_OR_WIDEN}, or give a smaller "
+            "fixed alpha"
+        )
+    return value, solution
+
+
+_SCALE_OR_WIDEN = "multiply the training loss by a constant such as 1024 (loss scaling), use bfloat16 or float32"
+
+
+def _name_of(operator: LinearMap) -> str:
+    return getattr(operator, "name", "operator")
 
 
 def _read(iteration: FinishedIteration) -> Outcome:
@@ -194,7 +216,7 @@ def _refusal(operator: LinearMap, bad: str | None) -> NonFiniteError:
     if loss is not None and not bool(torch.isfinite(loss)):
         what = f"the loss is {float(loss)} at these weights"
     return NonFiniteError(
-        f"{getattr(operator, 'name', 'operator')}: expected finite products; {what}: check the inputs and weights "
+        f"{_name_of(operator)}: expected finite products; {what}: check the inputs and weights "
         "for NaN and Inf, or lower the learning rates that led here"
     )
 
@@ -212,20 +234,27 @@ def _divergence(
         if outcome.finite and math.isfinite(outcome.residual_norm)
         else "the sum became NaN or Inf"
     )
-    used = f" with alpha={alpha:.6g}" if alpha is not None else ""
+    bounds = getattr(iteration, "bounds", None)
+    step = "alpha" if bounds is None else "bounds"
+    used = "" if alpha is None else f" with alpha={alpha:.6g}"
+    if bounds is not None:
+        used = f" with bounds=({bounds[0]:.6g}, {bounds[1]:.6g})"
     bound = estimate.bound(estimates.damping)
-    advice = f"alpha={1 / bound:.3g} or alpha='auto' would converge" if bound > 0 else "use a smaller alpha"
-    if alpha is None:
+    if alpha is None and bounds is None:
         advice = "scale the loss, or use a wider dtype"
     elif estimates.indefinite(estimate) and estimates.preconditioned:
-        advice = "M (A + damping I) has a negative eigenvalue, so no alpha converges: use more damping or fewer terms"
+        advice = f"M (A + damping I) has a negative eigenvalue, so no {step} converges: use more damping or fewer terms"
     elif estimates.indefinite(estimate):
         needed = -1.5 * estimate.smallest
+        works = f"alpha={1 / estimate.bound(needed):.3g}" if bounds is None else "bounds='auto'"
         advice = (
-            f"its smallest eigenvalue is about {estimate.smallest:.3g}, so no alpha converges: use "
-            f"damping={needed:.3g} with alpha={1 / (estimate.bound(needed)):.3g}, fewer iterations, or a "
-            "Gauss-Newton operator"
+            f"its smallest eigenvalue is about {estimate.smallest:.3g}, so no {step} converges: use "
+            f"damping={needed:.3g} with {works}, fewer iterations, or a Gauss-Newton operator"
         )
+    elif bounds is not None:
+        advice = f"an upper bound of {HEADROOM * bound:.3g} or bounds='auto' would converge"
+    else:
+        advice = f"alpha={1 / bound:.3g} or alpha='auto' would converge" if bound > 0 else "use a smaller alpha"
     return DivergenceError(
         f"{type(solver).__name__} diverged after {iteration.steps} products{used}: {happened}; "
         f"lambda_max is estimated as {estimate.largest + estimates.damping:.3g}; {advice}"

@@ -17,13 +17,16 @@ COLD_STEPS = 8
 """Products of a first estimate: two miss an outlier eigenvalue by more than half, five suffice."""
 
 REFRESH_STEPS = 3
-"""Products of an estimate that starts from the last one's eigenvector."""
+"""Products of an estimate that starts from the last one's eigenvectors."""
 
 GROWTH = 10.0
 """What a truncated series may make of the residual where the estimate has seen negative curvature."""
 
+HEADROOM = 1.05
+"""Of an upper bound of a polynomial's interval above the estimate: what lies beyond the interval is amplified."""
+
 _FRESH_SHARE = 0.3
-"""Norm of the random part that a refresh adds to the old eigenvector, so that a new largest one is found."""
+"""Norm of the random part that a refresh adds to the old eigenvectors, so that a new largest one is found."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,14 @@ class SpectralEstimate:
         smallest: smallest Ritz value; below zero means the operator is indefinite.
         margin: residual norm of the Ritz pair; `largest + margin` bounds the eigenvalue it belongs to.
         hvps: products spent.
+        smallest_margin: residual norm of the smallest Ritz pair.
     """
 
     largest: float
     smallest: float
     margin: float
     hvps: int
+    smallest_margin: float = math.inf
 
     @property
     def finite(self) -> bool:
@@ -53,6 +58,13 @@ class SpectralEstimate:
     def bound(self, damping: float = 0.0) -> float:
         """What the largest |eigenvalue| of the damped operator is taken to be."""
         return self.largest + self.margin + damping
+
+    def joined(self, other: SpectralEstimate) -> SpectralEstimate:
+        """What this and another estimate of the same operator have seen together."""
+        top = max(self, other, key=SpectralEstimate.bound)
+        bottom = min(self, other, key=lambda estimate: estimate.smallest)
+        hvps = self.hvps + other.hvps
+        return SpectralEstimate(top.largest, bottom.smallest, top.margin, hvps, bottom.smallest_margin)
 
     def safe_alpha(self, damping: float = 0.0, iterations: int = 0) -> float:
         """1 / bound: converges even if the estimate is too low by almost one half.
@@ -71,7 +83,7 @@ class SpectralEstimate:
 def lanczos(
     product: Product, start: FlatVector, steps: int, preconditioner: Preconditioner | None = None
 ) -> tuple[SpectralEstimate, FlatVector]:
-    """`steps` of Lanczos from `start`: the estimate and the Ritz vector of the largest |value|.
+    """`steps` of Lanczos from `start`: the estimate, and the sum of the Ritz vectors of its largest and smallest value.
 
     Cost: `steps` products, one wait for the device; memory as :class:`LanczosBasis`.
     """
@@ -81,14 +93,17 @@ def lanczos(
     if pairs is None:
         return SpectralEstimate(math.nan, math.nan, math.nan, basis.steps), start
     top = int(pairs.values.abs().argmax())
-    largest, smallest, margin = abs(float(pairs.values[top])), float(pairs.values[0]), float(pairs.bounds[top])
-    return SpectralEstimate(largest, smallest, margin, basis.steps), basis.combine(pairs.coordinates[:, top])
+    largest, smallest = abs(float(pairs.values[top])), float(pairs.values[0])
+    margin, smallest_margin = float(pairs.bounds[top]), float(pairs.bounds[0])
+    both = pairs.coordinates[:, sorted({0, top})].sum(1)
+    return SpectralEstimate(largest, smallest, margin, basis.steps, smallest_margin), basis.combine(both)
 
 
 class Spectrum:
-    """The spectral estimate of one operator or hypergradient, refreshed at every call from its last eigenvector.
+    """The spectral estimate of one operator or hypergradient, refreshed at every call from its last eigenvectors.
 
-    Holds one flat vector. Randomness comes from its own generator; the caller's is not touched.
+    Holds one flat vector: two steps from the sum of two eigenvectors find both. Randomness comes from its own
+    generator; the caller's is not touched.
     """
 
     def __init__(self) -> None:
@@ -103,7 +118,7 @@ class Spectrum:
     def refresh(
         self, product: Product, layout: Layout, preconditioner: Preconditioner | None = None
     ) -> SpectralEstimate:
-        """A new estimate: 3 products from the last eigenvector with a random part added, 8 on the first call."""
+        """A new estimate: 3 products from the last eigenvectors with a random part added, 8 on the first call."""
         self._calls += 1
         if self._loaded is not None and self._loaded.numel() == layout.size:
             self.vector = FlatVector(layout, self._loaded.to(layout.device, layout.state_dtype))

@@ -26,6 +26,10 @@ SOLVERS = {
     "preconditioned horner": hvp.Neumann(6, damping=DAMPING, preconditioner=DIAGONAL),
     "conjugate gradient": hvp.ConjugateGradient(6, damping=DAMPING),
     "conjugate gradient with refreshed residual": hvp.ConjugateGradient(60, tol=0.0, damping=DAMPING),
+    "chebyshev": hvp.Chebyshev(6, damping=DAMPING),
+    "preconditioned chebyshev": hvp.Chebyshev(6, damping=DAMPING, preconditioner=DIAGONAL),
+    "minres": hvp.MINRES(6, damping=DAMPING),
+    "preconditioned minres": hvp.MINRES(7, damping=DAMPING, preconditioner=DIAGONAL),
     "exact": hvp.Exact(damping=DAMPING),
 }
 

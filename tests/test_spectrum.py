@@ -37,8 +37,12 @@ def test_full_length_run_is_exact() -> None:
     assert estimate.largest == pytest.approx(7.0, rel=1e-12)
     assert estimate.smallest == pytest.approx(-3.0, rel=1e-12)
     assert estimate.margin < 1e-9 and estimate.indefinite
-    ritz = vector.views[0]
-    torch.testing.assert_close(operator.matrix @ ritz, 7.0 * ritz, rtol=1e-9, atol=1e-9)
+    assert estimate.smallest_margin < 1e-9
+    both = vector.views[0]  # the sum of the eigenvectors of 7 and -3
+    image = operator.matrix @ both
+    torch.testing.assert_close(operator.matrix @ (image + 3.0 * both), 7.0 * (image + 3.0 * both), rtol=1e-9, atol=1e-9)
+    assert float((image + 3.0 * both).norm()) == pytest.approx(10.0)
+    assert float((image - 7.0 * both).norm()) == pytest.approx(10.0)
 
 
 def test_largest_is_by_magnitude() -> None:
@@ -116,6 +120,15 @@ def test_refresh_improves_the_estimate() -> None:
         last = spectrum.refresh(operator, operator.layout).largest
     assert abs(last - 1.0) < abs(first - 1.0) or first == pytest.approx(1.0, abs=0.01)
     assert last == pytest.approx(1.0, abs=0.02)
+
+
+def test_refresh_keeps_the_smallest_in_sight() -> None:
+    """Three products from the largest eigenvector alone would put the smallest value at more than ten times as much."""
+    values = torch.linspace(0.01, 1.0, 300, dtype=DTYPE)
+    operator, spectrum = Operator(matrix_with(values, seed=13)), Spectrum()
+    estimates = [spectrum.refresh(operator, operator.layout) for _ in range(10)]
+    assert all(0.01 <= estimate.smallest < 0.05 for estimate in estimates)
+    assert all(estimate.largest > 0.97 for estimate in estimates)
 
 
 def test_refresh_sees_growth_in_the_same_and_in_a_new_direction() -> None:

@@ -1,8 +1,10 @@
 """Ways to solve (A + damping I) x = v, one file each."""
 
 from hvp_engine.solvers.base import Iteration, Outcome, Solver
+from hvp_engine.solvers.chebyshev import Chebyshev
 from hvp_engine.solvers.conjugate_gradient import ConjugateGradient
 from hvp_engine.solvers.exact import Exact
+from hvp_engine.solvers.minres import MINRES
 from hvp_engine.solvers.neumann import Identity, Neumann
 
-__all__ = ["ConjugateGradient", "Exact", "Identity", "Iteration", "Neumann", "Outcome", "Solver"]
+__all__ = ["MINRES", "Chebyshev", "ConjugateGradient", "Exact", "Identity", "Iteration", "Neumann", "Outcome", "Solver"]

@@ -140,6 +140,28 @@ def check_damping(damping: Any) -> None:
         raise ValueError(f"damping: expected a finite number >= 0; got {damping}")
 
 
+def check_tolerance(tol: Any) -> None:
+    if tol is not None:
+        if isinstance(tol, bool) or not isinstance(tol, (int, float)):
+            raise TypeError(f"tol: expected a number or None; got {type(tol).__name__}")
+        if not (math.isfinite(tol) and tol >= 0):
+            raise ValueError(f"tol: expected a finite number >= 0, or None; got {tol}")
+
+
+def tolerance_of(tol: float | None, layout: Layout) -> float:
+    """The relative residual to stop at: `tol`, by default eps^(2/3), and in no case below rounding."""
+    epsilon = torch.finfo(layout.state_dtype).eps
+    return max(epsilon, epsilon ** (2 / 3) if tol is None else tol)
+
+
+def refuse_metric() -> ValueError:
+    """The error for a preconditioner that is no metric."""
+    return ValueError(
+        "preconditioner: expected a symmetric positive definite M; got r . M r <= 0, or not finite, for a "
+        "residual r: look at the signs of its diagonal"
+    )
+
+
 def scalar(value: float, device: torch.device) -> Tensor:
     """A 0-dim float64 tensor, as the ops take their coefficients."""
     return torch.full((), value, dtype=torch.float64, device=device)

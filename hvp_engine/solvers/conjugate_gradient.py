@@ -12,7 +12,17 @@ from torch import Tensor
 from hvp_engine import ops
 from hvp_engine.preconditioning import Preconditioner, check_preconditioner, precondition
 from hvp_engine.solution import Status
-from hvp_engine.solvers.base import Iteration, Outcome, RightHandSide, check_damping, check_iterations, scalar
+from hvp_engine.solvers.base import (
+    Iteration,
+    Outcome,
+    RightHandSide,
+    check_damping,
+    check_iterations,
+    check_tolerance,
+    refuse_metric,
+    scalar,
+    tolerance_of,
+)
 from hvp_engine.spectrum import SpectralEstimate
 from hvp_engine.vectors import FlatVector, Layout
 
@@ -66,11 +76,7 @@ class ConjugateGradient:
 
     def __post_init__(self) -> None:
         check_iterations(self.iterations)
-        if self.tol is not None:
-            if isinstance(self.tol, bool) or not isinstance(self.tol, (int, float)):
-                raise TypeError(f"tol: expected a number or None; got {type(self.tol).__name__}")
-            if not (math.isfinite(self.tol) and self.tol >= 0):
-                raise ValueError(f"tol: expected a finite number >= 0, or None; got {self.tol}")
+        check_tolerance(self.tol)
         check_damping(self.damping)
         check_preconditioner(self.preconditioner)
 
@@ -88,10 +94,9 @@ class _ConjugateGradient:
     accumulation = None
 
     def __init__(self, solver: ConjugateGradient, layout: Layout):
-        epsilon = torch.finfo(layout.state_dtype).eps
         self.limit, self.steps = solver.iterations, 0
         self._preconditioner, self._damping = solver.preconditioner, solver.damping
-        self._tol = max(epsilon, epsilon ** (2 / 3) if solver.tol is None else solver.tol)
+        self._tol = tolerance_of(solver.tol, layout)
         # A residual of x rounded to 16 bits would be further off than the updated one.
         self._refreshes = self.limit > REFRESH_EVERY and not layout.low_precision
         self._initial = RightHandSide(layout)
@@ -176,10 +181,7 @@ class _ConjugateGradient:
         squared_b, bad_b, squared, negative, bad, bad_metric = figures
         finite = not (bad or bad_b) and math.isfinite(squared)
         if bad_metric and not bad_b:
-            raise ValueError(
-                "preconditioner: expected a symmetric positive definite M; got r . M r <= 0, or not finite, for a "
-                "residual r: look at the signs of its diagonal"
-            )
+            raise refuse_metric()
         residual = (math.sqrt(squared / squared_b) if squared_b else 0.0) if finite else math.inf
         if residual <= self._tol:
             status = Status.CONVERGED

@@ -1,0 +1,255 @@
+"""Chebyshev iteration: the Neumann series accelerated by what is known of the eigenvalues."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hvp_engine import ops
+from hvp_engine.preconditioning import Preconditioner, check_preconditioner, precondition
+from hvp_engine.solvers.base import Iteration, Outcome, RightHandSide, check_damping, check_iterations, scalar
+from hvp_engine.solvers.neumann import outcome_of
+from hvp_engine.spectrum import GROWTH, HEADROOM, SpectralEstimate
+from hvp_engine.vectors import FlatVector, Layout
+
+Form = Literal["chebyshev", "heavy_ball"]
+Coefficients = list[tuple[float, float]]
+"""(alpha, beta) of each term: d <- beta d + alpha r; x <- x + d."""
+
+_RESOLVED, _BLURRED = math.acosh(1000.0), math.acosh(10.0)
+"""2 terms sqrt(a / b) that bring the residual of an eigenvalue a down to a thousandth and to a tenth."""
+
+
+@dataclass(frozen=True)
+class Chebyshev:
+    """Chebyshev iteration for a symmetric positive definite operator.
+
+    x_0 = 0, d = alpha_0 v; then, `iterations` times, r <- r - A d, d <- beta d + alpha r, x <- x + d: one product, and
+    no inner products, so that x is a fixed polynomial of A applied to v, as with :class:`Neumann`. i products and
+    i + 1 terms. With all eigenvalues in [a, b] and k = b / a
+
+        ||v - A x|| <= ||v|| / T_{i+1}((k + 1) / (k - 1)) <= 2 ((sqrt(k) - 1) / (sqrt(k) + 1))^(i+1) ||v||,
+
+    and so for the error in x: sqrt(k) products where the Neumann series takes k. An eigenvalue between 0 and a
+    converges too, more slowly; one above a + b is amplified.
+
+    Arguments:
+        iterations: number of products with A, >= 0.
+        bounds: (a, b), a lower and an upper bound of the eigenvalues of A + damping I (of M (A + damping I)); or
+            "auto", from a Lanczos estimate (8 products cold, 3 to refresh): b with 5 % to spare; a where the
+            estimate is sure of it, else as small as `iterations` products can make use of.
+        form: "chebyshev" as above, best where `iterations` and both bounds are known; "heavy_ball" uses only b, and
+            coefficients that depend neither on a nor on `iterations`: at an eigenvalue lambda the residual is at most
+            1.35 / (1 + (i + 1)^2 lambda / b) of v's. It is the nu-method with nu = 1.
+        damping: added to the diagonal of A, >= 0.
+        preconditioner: v -> M v on the list of the weights' leaves, symmetric positive definite, near A^-1.
+
+    If the estimate sees negative curvature, and the polynomial would multiply its residual by more than 10, the Neumann
+    series runs in its place, with a step that keeps to that; the status says so in any case.
+
+    Cost: `iterations` products; three flat vectors of weights, four with a preconditioner.
+
+    Errors: `TypeError` or `ValueError` naming the argument, at construction; :class:`DivergenceError` in a solve with
+    given bounds of which the upper one is too low.
+
+    Source: Golub and Varga 1961; Saad, Iterative Methods for Sparse Linear Systems, algorithm 12.1. Brakhage 1987 and
+    Hanke 1991 for the nu-method.
+
+    >>> import torch, hvp_engine as hvp
+    >>> A = torch.diag(torch.tensor([1.0, 2.0, 10.0]))
+    >>> hvp.solve(lambda v: A @ v, torch.ones(3), hvp.Chebyshev(30, bounds=(1.0, 10.0))).value
+    tensor([1.0000, 0.5000, 0.1000])
+    """
+
+    iterations: int
+    bounds: tuple[float, float] | Literal["auto"] = "auto"
+    form: Form = "chebyshev"
+    damping: float = 0.0
+    preconditioner: Preconditioner | None = None
+
+    def __post_init__(self) -> None:
+        check_iterations(self.iterations)
+        if self.form not in ("chebyshev", "heavy_ball"):
+            raise ValueError(f"form: expected 'chebyshev' or 'heavy_ball'; got {self.form!r}")
+        if self.bounds != "auto":
+            _check_bounds(self.bounds, self.form)
+        check_damping(self.damping)
+        check_preconditioner(self.preconditioner)
+
+    @property
+    def estimates_spectrum(self) -> bool:
+        return self.bounds == "auto"
+
+    def allocate(self, layout: Layout) -> Iteration:
+        return _Chebyshev(self, layout) if self.preconditioner is None else _Preconditioned(self, layout)
+
+    def coefficients_for(self, estimate: SpectralEstimate | None) -> tuple[tuple[float, float], Coefficients]:
+        """The bounds, and the coefficients of all terms."""
+        if self.bounds != "auto":
+            return self.bounds, self._polynomial(*self.bounds)
+        assert estimate is not None
+        damping = self.damping if self.preconditioner is None else 0.0
+        lower, upper = bounds_of(estimate, damping, self.iterations + 1)
+        coefficients = self._polynomial(lower, upper)
+        if estimate.indefinite and amplification(coefficients, estimate.smallest + damping) > GROWTH:
+            lower = upper = 1 / estimate.safe_alpha(damping, self.iterations + 1)
+            coefficients = chebyshev_coefficients(lower, upper, self.iterations + 1)
+        return (lower, upper), coefficients
+
+    def _polynomial(self, lower: float, upper: float) -> Coefficients:
+        if self.form == "heavy_ball":
+            return heavy_ball_coefficients(upper, self.iterations + 1)
+        return chebyshev_coefficients(lower, upper, self.iterations + 1)
+
+
+def bounds_of(estimate: SpectralEstimate, damping: float, terms: int) -> tuple[float, float]:
+    """Between which the damped eigenvalues are taken to be, for a polynomial of so many terms."""
+    upper = HEADROOM * estimate.bound(damping)
+    if upper <= 0:
+        return 1.0, 1.0  # A = 0
+    sure = estimate.smallest - estimate.smallest_margin + damping
+    # A Ritz value is too large; too low a bound costs less than one that is too high; and what lies far below the
+    # reach of so many terms had better be left alone.
+    likely = max(estimate.smallest, 0.0) / 2 + damping
+    resolved, blurred = (upper * min(1.0, (reach / (2 * terms)) ** 2) for reach in (_RESOLVED, _BLURRED))
+    return min(upper, max(sure, min(max(likely, blurred), resolved))), upper
+
+
+def chebyshev_coefficients(lower: float, upper: float, terms: int) -> Coefficients:
+    """Of the polynomial that is smallest on [lower, upper]; for lower = upper, of the Neumann series."""
+    center, squared_radius = (upper + lower) / 2, ((upper - lower) / 2) ** 2
+    alpha = 2 / center
+    coefficients = [(1 / center, 0.0)]
+    for _ in range(terms - 1):
+        alpha = 1 / (center - squared_radius * alpha / 4)
+        coefficients.append((alpha, center * alpha - 1))
+    return coefficients
+
+
+def heavy_ball_coefficients(upper: float, terms: int) -> Coefficients:
+    """Of the nu-method with nu = 1, for eigenvalues in [0, upper]."""
+    coefficients = [(6 / (5 * upper), 0.0)]
+    for k in range(2, terms + 1):
+        beta = (k - 1) * (2 * k - 3) * (2 * k + 1) / ((k + 1) * (2 * k + 3) * (2 * k - 1))
+        coefficients.append((4 * (2 * k + 1) * k / ((k + 1) * (2 * k + 3)) / upper, beta))
+    return coefficients
+
+
+def amplification(coefficients: Coefficients, eigenvalue: float) -> float:
+    """By what all terms multiply the residual of an eigenvector, without sign."""
+    residual, direction = 1.0, 0.0
+    for alpha, beta in coefficients:
+        direction = beta * direction + alpha * residual
+        residual -= eigenvalue * direction
+        if abs(residual) > 1e100:
+            return math.inf
+    return abs(residual)
+
+
+def _check_bounds(bounds: tuple[float, float], form: Form) -> None:
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise TypeError(f"bounds: expected 'auto' or a pair (lower, upper); got {bounds!r}")
+    for bound in bounds:
+        if isinstance(bound, bool) or not isinstance(bound, (int, float)):
+            raise TypeError(f"bounds: expected two numbers; got {bounds!r}")
+    lower, upper = bounds
+    least = lower > 0 or (form == "heavy_ball" and lower == 0)
+    if not (math.isfinite(upper) and least and upper > 0 and lower <= upper):
+        raise ValueError(
+            f"bounds: expected finite 0 < lower <= upper; got {tuple(bounds)}: where only the largest eigenvalue is "
+            "known use form='heavy_ball', which takes (0, upper)"
+        )
+
+
+class _Chebyshev:
+    """r = v - A x of the x before the last term; d the direction, which is that term."""
+
+    accumulation = None
+
+    def __init__(self, solver: Chebyshev, layout: Layout):
+        self.limit, self.steps = solver.iterations, 0
+        self.bounds = (math.nan, math.nan)
+        self._solver = solver
+        self._b = RightHandSide(layout)
+        self._residual = self._b.vector
+        self.value, self.direction = FlatVector(layout), FlatVector(layout)
+        self._table = torch.zeros(self.limit + 1, 2, dtype=torch.float64, device=layout.device)
+        self._current = torch.zeros(2, dtype=torch.float64, device=layout.device)
+        self._alpha, self._beta = self._current.unbind()
+        self._partials = layout.empty_partials()
+        self._bind(layout)
+
+    def _bind(self, layout: Layout) -> None:
+        states = (self.value.data, self._residual.data, self.direction.data)
+        scalars, damping = (self._alpha, self._beta), self._solver.damping
+        self._update = ops.bind("chebyshev_step", states, layout, scalars, damping, self._partials)
+
+    def adapt(self, estimate: SpectralEstimate | None) -> None:
+        self.bounds, coefficients = self._solver.coefficients_for(estimate)
+        self._table.copy_(torch.tensor(coefficients, dtype=torch.float64))
+
+    def start(self, v: Sequence[Tensor]) -> None:
+        self.steps = 0
+        self._b.load(v)
+        torch.mul(self._residual.data, self._table[0, 0], out=self.direction.data)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.direction.refresh()
+        self.value.assign(self.direction)
+
+    def step(self, product: Sequence[Tensor]) -> None:
+        self.steps += 1
+        self._current.copy_(self._table[self.steps])
+        self._update(product)
+        self.direction.refresh()
+
+    def finished(self) -> bool:
+        return False
+
+    def finish(self) -> Tensor:
+        return torch.cat([self._b.partials.sum(0), self._partials.sum(0)])
+
+    def read(self, figures: Sequence[float]) -> Outcome:
+        return outcome_of(figures, self.steps, self.value.data.dtype)
+
+
+class _Preconditioned(_Chebyshev):
+    """The direction is made of z = M r in place of r."""
+
+    def _bind(self, layout: Layout) -> None:
+        assert self._solver.preconditioner is not None
+        self._preconditioner, self._image = self._solver.preconditioner, FlatVector(layout)
+        one, minus = scalar(1.0, layout.device), scalar(-1.0, layout.device)
+        self._subtract = ops.bind("scale_accumulate", (self._residual.data,), layout, (minus, one), 0.0, self._partials)
+        flat = Layout.of([self._image.data])
+        scales = (self._alpha, self._beta)
+        self._mix = ops.bind("scale_accumulate", (self.direction.data,), flat, scales, 0.0, flat.empty_partials())
+
+    def start(self, v: Sequence[Tensor]) -> None:
+        self.steps = 0
+        self._b.load(v)
+        precondition(self._preconditioner, self._residual, self._image)
+        torch.mul(self._image.data, self._table[0, 0], out=self.direction.data)
+        self._begin()
+
+    def step(self, product: Sequence[Tensor]) -> None:
+        self.steps += 1
+        self._current.copy_(self._table[self.steps])
+        if self._solver.damping:
+            self._residual.data.sub_(self.direction.data, alpha=self._solver.damping)
+        self._subtract(product)
+        precondition(self._preconditioner, self._residual, self._image)
+        self._mix([self._image.data])
+        self.value.data.add_(self.direction.data)
+        self.direction.refresh()
+
+    def finish(self) -> Tensor:
+        _, squared_residual, bad = self._partials.sum(0).unbind()
+        squared = self.value.data.double().square().sum()
+        return torch.cat([self._b.partials.sum(0), torch.stack([squared_residual, squared, bad])])

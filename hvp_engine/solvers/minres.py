@@ -1,0 +1,244 @@
+"""MINRES: the smallest residual, for symmetric operators that need not be definite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvp_engine import ops
+from hvp_engine.preconditioning import Preconditioner, check_preconditioner, precondition
+from hvp_engine.solution import Status
+from hvp_engine.solvers.base import (
+    Iteration,
+    Outcome,
+    RightHandSide,
+    check_damping,
+    check_iterations,
+    check_tolerance,
+    refuse_metric,
+    scalar,
+    tolerance_of,
+)
+from hvp_engine.spectrum import SpectralEstimate
+from hvp_engine.vectors import FlatVector, Layout
+
+CHECK_EVERY = 5
+"""Products between two questions to the device whether the tolerance is reached."""
+
+_FLAT = {torch.float32: 6e-5, torch.float64: 1e-8}
+"""||A r|| / (||A|| ||r||) below which r is taken to be in the null space: rounding keeps it from falling further."""
+
+_STRAY = 0.01
+"""Share of the residual that the last step, along what is taken to be the null space, may change it by."""
+
+
+@dataclass(frozen=True)
+class MINRES:
+    """The minimal residual method for a symmetric operator, definite or not.
+
+    Of all x in the span of b, A b, A^2 b, ... that `iterations` products reach, it finds the one with the smallest
+    ||b - A x||; so the residual never grows, whatever the signs of the eigenvalues. For a positive definite operator it
+    needs about as many products as conjugate gradients; for eigenvalues in [-b, -a] and [a, b] about b / a. A
+    singular system is solved where it has a solution; where it has none, the result is the least-squares
+    solution of smallest norm, and the status says SINGULAR.
+
+    Mind what is solved: the exact inverse of an indefinite Hessian, which at a saddle is no response of a minimum. For
+    a hypergradient near a minimum, `damping` beyond the negative curvature may be what is meant.
+
+    Arguments:
+        iterations: number of products with A, >= 0.
+        tol: stop where ||v - A x|| <= tol ||v||; 0 stops at rounding alone; None is eps^(2/3) of the dtype that is
+            solved in, 2.4e-5 in float32 and 3.7e-11 in float64, or, if rounding stops it before, eps^(1/2).
+        damping: added to the diagonal of A, >= 0.
+        preconditioner: v -> M v on the list of the weights' leaves, symmetric positive definite, near |A|^-1; the
+            residual that is smallest is then that in the norm of M, and so is the norm of a least-squares
+            solution in that of M^-1.
+
+    Cost: up to `iterations` products; six flat vectors of weights, seven with a preconditioner. The tolerance is looked
+    at every 5 products, so up to 4 may be spent after it is reached, without effect on x.
+
+    Errors: `TypeError` or `ValueError` naming the argument, at construction; `ValueError` in a solve with a
+    preconditioner that is not positive definite.
+
+    Source: Paige and Saunders 1975; stopping on singular systems and the residual vector: Choi, Paige and Saunders
+    2011; the last step to the smallest norm: Liu, Milzarek and Roosta 2022.
+
+    >>> import torch, hvp_engine as hvp
+    >>> A = torch.tensor([[1.0, 2.0], [2.0, 1.0]])                  # eigenvalues 3 and -1
+    >>> solution = hvp.solve(lambda v: A @ v, torch.tensor([3.0, 0.0]), hvp.MINRES(2))
+    >>> solution.value, solution.status.name
+    (tensor([-1.0000,  2.0000]), 'CONVERGED')
+    """
+
+    iterations: int
+    tol: float | None = None
+    damping: float = 0.0
+    preconditioner: Preconditioner | None = None
+
+    def __post_init__(self) -> None:
+        check_iterations(self.iterations)
+        check_tolerance(self.tol)
+        check_damping(self.damping)
+        check_preconditioner(self.preconditioner)
+
+    @property
+    def estimates_spectrum(self) -> bool:
+        return False
+
+    def allocate(self, layout: Layout) -> Iteration:
+        return _MINRES(self, layout)
+
+
+class _MINRES:
+    """The Lanczos vectors u, with images z = M u; their tridiagonal matrix made triangular by reflections (c, s)."""
+
+    accumulation = None
+
+    def __init__(self, solver: MINRES, layout: Layout):
+        self.limit, self.steps = solver.iterations, 0
+        self._preconditioner, self._damping = solver.preconditioner, solver.damping
+        self._epsilon = torch.finfo(layout.state_dtype).eps
+        self._tol = tolerance_of(solver.tol, layout)
+        self._stalled = self._tol if solver.tol is not None else math.sqrt(self._epsilon)
+        self._b = RightHandSide(layout)
+        self._residual = self._b.vector
+        self.value = FlatVector(layout)
+        self._basis = FlatVector(layout), FlatVector(layout)
+        self._searches = FlatVector(layout), FlatVector(layout)
+        self._image = None if self._preconditioner is None else FlatVector(layout)
+        self.direction = self._basis[0] if self._image is None else self._image
+        vectors = [self._residual, self.value, *self._basis, *self._searches]
+        self._vectors = vectors if self._image is None else [*vectors, self._image]
+        self._partials = layout.empty_partials()
+        one, self._minus_beta = scalar(1.0, layout.device), scalar(0.0, layout.device)
+        self._no = torch.zeros((), dtype=torch.bool, device=layout.device)
+        self._recurrences = [
+            ops.bind("scale_accumulate", (u.data,), layout, (one, self._minus_beta), 0.0, self._partials)
+            for u in self._basis
+        ]
+
+    def adapt(self, estimate: SpectralEstimate | None) -> None:
+        pass
+
+    def start(self, v: Sequence[Tensor]) -> None:
+        self.steps = 0
+        for vector in self._vectors:  # gaps included, which the ops do not write
+            vector.data.zero_()
+        self._b.load(v)
+        self._squared_b, _, self._bad_b = self._b.partials.sum(0).unbind()
+        self._squared = self._lowest = self._squared_b
+        self._bad = self._bad_metric = self._least = self._no
+        zero = torch.zeros_like(self._squared_b)
+        self._cosine, self._sine = zero - 1, zero
+        self._delta_bar = self._epsilon_k = self._size = zero
+        self._slope = zero + math.inf  # of the iterate that is taken to be a least-squares solution
+        self._moving = self._squared_b > 0
+        self._minus_beta.zero_()
+        self._basis[0].data.copy_(self._residual.data)
+        self._beta = self._phi_bar = self._normalize(0, zero)
+        self._bad_metric = self._bad_metric | (self._moving & ~(self._beta > 0))
+
+    def step(self, product: Sequence[Tensor]) -> None:
+        now, other = self.steps % 2, 1 - self.steps % 2
+        self.steps += 1
+        u, following = self._basis[now], self._basis[other]
+        image = self.direction
+        self._recurrences[other](product)  # following <- A z - beta (the one before u)
+        self._bad = self._bad | (self._partials[:, 2].sum() > 0)
+        if self._damping:
+            following.data.add_(image.data, alpha=self._damping)
+        alpha = torch.dot(following.data, image.data).double()
+        following.data.addcmul_(u.data, -alpha)
+
+        # The search direction takes z before its buffer is overwritten; its length follows.
+        search, previous = self._searches[now], self._searches[other]
+        delta = self._cosine * self._delta_bar + self._sine * alpha
+        gamma_bar = self._sine * self._delta_bar - self._cosine * alpha
+        search.data.mul_(-self._epsilon_k).addcmul_(previous.data, -delta).add_(image.data)
+
+        beta = self._normalize(other, torch.hypot(alpha, self._beta))
+        self._size = torch.maximum(self._size, torch.hypot(torch.hypot(alpha, beta), self._beta))
+        self._epsilon_k, self._delta_bar = self._sine * beta, -self._cosine * beta
+        gamma = torch.hypot(gamma_bar, beta)
+        inverse = torch.where(gamma > 0, 1 / gamma, 0.0)
+        self._cosine, self._sine = gamma_bar * inverse, beta * inverse
+        phi = self._cosine * self._phi_bar
+        search.data.mul_(inverse)
+
+        # ||A r|| of the iterate so far is phi_bar times this: it is a least-squares solution where that vanishes. And
+        # a step so long that the rounding of its image hides the residual is one along the null space.
+        slope = torch.hypot(gamma_bar, self._delta_bar)
+        reach = phi.abs() * torch.linalg.vector_norm(search.data) + torch.linalg.vector_norm(self.value.data)
+        flat = slope <= _FLAT[search.data.dtype] * self._size
+        endless = self._epsilon * self._size * reach > self._squared.sqrt()
+        stop = self._moving & (flat | endless)
+        self._slope = torch.where(stop, slope, self._slope)
+        self._least = self._least | stop
+        self._moving = self._moving & ~stop
+
+        self._phi_bar = self._sine * self._phi_bar
+        self.value.data.addcmul_(search.data, torch.where(self._moving, phi, 0.0))
+        self._residual.data.mul_(torch.where(self._moving, self._sine.square(), 1.0))
+        shift = torch.where(self._moving, self._phi_bar * self._cosine, 0.0)
+        self._residual.data.addcmul_(following.data, -shift)
+        before, self._squared = self._squared, torch.linalg.vector_norm(self._residual.data).double().square()
+        if self._preconditioner is None:  # then it is this norm that falls, until rounding takes over
+            self._lowest = torch.minimum(self._lowest, before)
+            risen = self._squared > (1 + self._epsilon**0.5) ** 2 * self._lowest
+            self._least, self._moving = self._least | (self._moving & risen), self._moving & ~risen
+        self._moving = self._moving & (self._squared > self._tol**2 * self._squared_b)
+        self._beta = beta
+        self._minus_beta.copy_(-beta)
+
+    def _normalize(self, index: int, size: Tensor) -> Tensor:
+        """u <- u / beta and z <- M u, with beta = sqrt(u . M u), or 0 where u is only the rounding of what it was."""
+        u = self._basis[index]
+        if self._preconditioner is None:
+            self.direction = u
+            beta = torch.linalg.vector_norm(u.data).double()
+        else:
+            assert self._image is not None
+            precondition(self._preconditioner, u, self._image)
+            squared = torch.dot(u.data, self._image.data).double()
+            scale = torch.dot(u.data, u.data)
+            self._bad_metric = self._bad_metric | ((scale > 0) & ~(squared > -self._epsilon * scale) & ~self._bad)
+            beta = squared.clamp_min(0).sqrt()
+        beta = beta * (beta > 100 * self._epsilon * torch.hypot(size, beta))
+        inverse = torch.where(beta > 0, 1 / beta, 0.0)
+        for vector in {id(u): u, id(self.direction): self.direction}.values():
+            vector.data.mul_(inverse)
+            vector.refresh()
+        return beta
+
+    def finished(self) -> bool:
+        return self.steps % CHECK_EVERY == 1 and not bool(self._moving)
+
+    def finish(self) -> Tensor:
+        # The part of x in the null space of a singular A is a multiple of (M times) the least-squares residual.
+        image = self._residual
+        if self._preconditioner is not None:
+            image = self._basis[0]
+            precondition(self._preconditioner, self._residual, image)
+        norm = torch.dot(self._residual.data, image.data)
+        share = torch.dot(self._residual.data, self.value.data) / norm
+        null = self._least & (norm > 0) & (share.abs() * self._slope <= _STRAY)
+        self.value.data.addcmul_(image.data, -torch.where(null, share, 0.0))
+        bad = self._bad | ~torch.isfinite(self.value.data).all()
+        figures = [self._squared_b, self._bad_b, self._squared, self._least, bad, self._bad_metric]
+        return torch.stack([figure.double() for figure in figures])
+
+    def read(self, figures: Sequence[float]) -> Outcome:
+        squared_b, bad_b, squared, least, bad, bad_metric = figures
+        finite = not (bad or bad_b) and math.isfinite(squared)
+        if bad_metric and not bad_b:
+            raise refuse_metric()
+        residual = (math.sqrt(squared / squared_b) if squared_b else 0.0) if finite else math.inf
+        if residual <= (self._stalled if least else self._tol):
+            status = Status.CONVERGED
+        else:
+            status = Status.SINGULAR if least else Status.ITERATION_LIMIT
+        return Outcome(residual, "returned" if self.steps else "none", status, finite, bad_b == 0)
