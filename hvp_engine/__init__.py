@@ -22,6 +22,7 @@ from hvp_engine.fixed_point import FixedPointHypergradient
 from hvp_engine.functional import functional
 from hvp_engine.gauss_newton import GaussNewtonOperator
 from hvp_engine.implicit import Hypergradient, HypergradientResult
+from hvp_engine.influence import Influence, influence_matrix
 from hvp_engine.linear_model import LinearModelOperator
 from hvp_engine.operators import HessianOperator
 from hvp_engine.preconditioning import DiagonalPreconditioner
@@ -60,6 +61,9 @@ __all__ = [
     "NonFiniteError",
     "Record",
     "SecondDerivativeError",
+    "Influence",
+    "JacobiPreconditioner",
+    "KFACPreconditioner",
     "Solution",
     "SpectralDensity",
     "Status",
@@ -76,3 +80,4 @@ __all__ = [
     "spectral_density",
     "use_backend",
 ]
+    "influence_matrix",
