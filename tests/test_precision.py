@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -166,6 +167,38 @@ def test_autocast_in_the_losses(device, dtype, engine):
     assert not torch.is_autocast_enabled(device.type)
 
 
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_traces_are_trusted_as_far_as_autocast_is_precise(device, dtype):
+    """float32 weights, products in 16 bits: what the engines round differently is no impurity of the loss."""
+    digits = Digits(device)
+    digits.autocast = lambda: torch.autocast(device.type, dtype=dtype)
+    arguments = digits.arguments(torch.float32, torch.float32)
+    hg = hvp.Hypergradient(digits.train, digits.val, hvp.Neumann(ITERATIONS, ALPHA), engine="linearized")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is replaced by 'eager'")
+        found = of(hg(*arguments))
+    [functions] = hg.engine._cache.values()
+    assert functions.distrust is None and functions.partition.dtypes == {torch.float32, dtype}
+    assert (
+        relative_error(found, of(digits.ours(arguments, hvp.Neumann(ITERATIONS, ALPHA)))) < 4 * torch.finfo(dtype).eps
+    )
+
+
+def test_a_stale_closure_under_autocast_is_found(device):
+    digits = Digits(device)
+    digits.autocast = lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+    scale = torch.tensor(1.0, device=device)
+    hg = hvp.Hypergradient(
+        lambda w, h, b: scale * digits.train(w, h, b), digits.val, hvp.Neumann(ITERATIONS, ALPHA), engine="linearized"
+    )
+    arguments = digits.arguments(torch.float32, torch.float32)
+    hg(*arguments)
+    scale = torch.tensor(1.2, device=device)
+    with pytest.warns(UserWarning, match="replaced by 'eager' for train_loss.*function of its arguments"):
+        for _ in range(9):
+            hg(*arguments)
+
+
 def test_autocast_around_the_call_reaches_the_losses_alone(device):
     digits = Digits(device)
     arguments = digits.arguments(torch.float32, torch.float32)
@@ -249,7 +282,44 @@ def test_scaling_saves_float16_products_from_underflow(device):
 
     truth = run(DTYPE, 1.0)
     assert abs(run(torch.float16, 4096.0) / truth - 1) < 0.02
-    assert not abs(run(torch.float16, 1.0) / truth - 1) < 0.02
+    with pytest.raises(hvp.DivergenceError, match="float16 can hold.*loss scaling"):
+        run(torch.float16, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("curvature", "message"),
+    [
+        (1e-9, "got only zeros in .* products.*fixed alpha"),
+        (1e-6, r"entries up to 65,504; got entries up to [\d.]+e\+"),
+    ],
+)
+@pytest.mark.parametrize("style", ["solve", "approx_inverse_hvp", "Hypergradient"])
+def test_what_float16_cannot_hold_is_an_error_and_not_nan(device, style, curvature, message):
+    """Curvature that underflows to zero, or whose inverse overflows; nothing of the caller's changes."""
+    w = torch.ones(5, device=device, dtype=torch.float16, requires_grad=True)
+    h = torch.zeros((), device=device, dtype=torch.float16)
+    before = [w.clone(), h.clone(), torch.get_rng_state()]
+
+    def train(w: Tensor, h: Tensor, batch: Any) -> Tensor:
+        return (w * w * (curvature / 2)).sum() * (1 + h)
+
+    def val(w: Tensor, h: Tensor, batch: Any) -> Tensor:
+        return w.sum()
+
+    def run(alpha: Any) -> list[Tensor]:
+        if style == "solve":
+            solved = hvp.solve(lambda v: v * torch.tensor(curvature).half(), torch.ones_like(w), hvp.Neumann(20, alpha))
+            return [solved.value]
+        if style == "approx_inverse_hvp":
+            return list(hvp.approx_inverse_hvp(torch.ones_like(w), train(w, h, None), w, 20, alpha))
+        return [hvp.Hypergradient(train, val, hvp.Neumann(20, alpha), engine="eager")(w, h, None, None).grads]
+
+    with pytest.raises(hvp.DivergenceError, match=message) as error:
+        run("auto")
+    assert all(remedy in str(error.value) for remedy in ("loss scaling", "bfloat16", "fixed alpha"))
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in run(1.0))
+    assert all(torch.equal(a, b) for a, b in zip(before, [w, h, torch.get_rng_state()], strict=True))
+    assert w.grad is None and w.requires_grad
 
 
 # What float32 is

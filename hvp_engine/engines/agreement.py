@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from hvp_engine.linearization import Linearization
 from hvp_engine.vectors import Layout, norm_of
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-"""Relative difference of a product, by the coarsest dtype of the weights."""
+"""Relative difference of a product, by the coarsest dtype that it is computed in."""
+
+_COARSEST = max(_TOLERANCES.values())
 
 
 class Schedule:
@@ -38,8 +40,10 @@ def probe(layout: Layout) -> list[Tensor]:
     return tangents
 
 
-def disagreement(candidate: Linearization, eager: Linearization) -> str | None:
+def disagreement(candidate: Linearization, eager: Linearization, dtypes: Iterable[torch.dtype]) -> str | None:
     """What differs by more than the tolerance, in words; None if nothing does.
+
+    `dtypes` are those of the arithmetic: under autocast coarser ones than the weights'.
 
     Products are compared by their global norm: a convolution's bias before BatchNorm has a product near zero, of
     which single tensors would show nothing but rounding.
@@ -53,16 +57,16 @@ def disagreement(candidate: Linearization, eager: Linearization) -> str | None:
     for name, (ours, theirs) in compared.items():
         if len(ours) != len(theirs):
             return f"the {name} has paths to {len(ours)} tensors, eager's to {len(theirs)}"
-        found = difference(ours, theirs, eager.layout.dtypes)
+        found = difference(ours, theirs, dtypes)
         if found is not None:
             return f"the {name} differs from eager's by {found:.2g} (relative)"
     return None
 
 
-def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> float | None:
+def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtypes: Iterable[torch.dtype]) -> float | None:
     """The relative difference of two lists, by the global norm, if it is beyond the tolerance of the coarsest of
     `dtypes`; None if it is not, or if `theirs` is not finite."""
-    tolerance = max(_TOLERANCES[dtype] for dtype in dtypes)
+    tolerance = max(_TOLERANCES.get(dtype, _COARSEST) for dtype in dtypes)
     distance, norm = _norm([a - b for a, b in zip(ours, theirs, strict=True)]), _norm(theirs)
     if not math.isfinite(norm) or distance <= tolerance * norm + torch.finfo(torch.float32).tiny:
         return None

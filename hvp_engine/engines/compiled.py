@@ -14,6 +14,7 @@ from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.functionalize import is_random
 from hvp_engine.engines.linearized import Functions, LinearizedEngine, TracedLinearization
 from hvp_engine.engines.partition import Partition
+from hvp_engine.engines.regions import Regions, distinct
 from hvp_engine.errors import BackendError
 from hvp_engine.linearization import Linearization, Problem
 from hvp_engine.solvers.base import Iteration
@@ -21,13 +22,22 @@ from hvp_engine.vectors import Layout
 
 _FIXED_SECONDS = 2.0
 _SECONDS_PER_NODE = 0.04
+_SECONDS_PER_REGION = 1.0
 """What inductor takes for a graph, roughly (measured on a 2.4 GHz core; a cached graph takes a tenth)."""
+
+_LARGEST_WHOLE = 500
+"""Operations of both parts up to which they are compiled whole: beyond, it takes more than 20 s."""
+
+
+def _size(parts: Partition) -> int:
+    return sum(len(module.graph.nodes) for module in (parts.tangent.module, parts.primal))
 
 
 def estimated_seconds(parts: Partition) -> float:
     """How long compiling `parts` takes, roughly."""
-    nodes = sum(len(graph.graph.nodes) for graph in (parts.tangent.module, parts.primal))
-    return _FIXED_SECONDS + _SECONDS_PER_NODE * nodes
+    if _size(parts) <= _LARGEST_WHOLE:
+        return _FIXED_SECONDS + _SECONDS_PER_NODE * _size(parts)
+    return _FIXED_SECONDS + _SECONDS_PER_REGION * distinct((parts.tangent.module, parts.primal))
 
 
 def _miscompiled(node: fx.Node) -> bool:
@@ -39,14 +49,24 @@ def _miscompiled(node: fx.Node) -> bool:
 
 
 class CompiledFunctions(Functions):
-    """A partition whose graphs are compiled at their first call; inductor keeps what it made on disk."""
+    """A partition whose graphs are compiled at their first call; inductor keeps what it made on disk.
+
+    Small graphs are compiled whole, with the solver's update; of large ones the elementwise regions.
+    """
 
     def __init__(self, parts: Partition, modules: Sequence[torch.nn.Module]):
         super().__init__(parts, modules)
         self.seconds = 0.0
-        self.tangent = self._lazily(parts.tangent.module)
-        if not any(_miscompiled(node) for node in parts.primal.graph.nodes):
-            self.primal = self._lazily(parts.primal)
+        self.whole = _size(parts) <= _LARGEST_WHOLE
+        if self.whole:
+            self.tangent = self._lazily(parts.tangent.module)
+            if not any(_miscompiled(node) for node in parts.primal.graph.nodes):
+                self.primal = self._lazily(parts.primal)
+        else:
+            regions = Regions(self._compile)
+            self.tangent = regions.outline(parts.tangent.module).forward
+            self.accumulating = regions.outline(parts.accumulating.module).forward
+            self.primal = regions.outline(parts.primal).forward
         self._terms: dict[tuple[bool, float], Callable[..., Any]] = {}
 
     def _lazily(self, module: fx.GraphModule) -> Callable[..., Sequence[Tensor]]:
@@ -63,7 +83,7 @@ class CompiledFunctions(Functions):
         start = time.perf_counter()
         try:
             with torch.no_grad():
-                return torch._inductor.compile(module, list(arguments))
+                return torch._inductor.compile(module, list(arguments), options={"size_asserts": self.whole})
         except Exception as error:  # a missing C++ compiler among much else; the reason goes to the user
             raise BackendError(
                 f"engine 'compiled': inductor failed on the traced graph: {type(error).__name__}: "
@@ -99,11 +119,21 @@ class CompiledFunctions(Functions):
 
 
 class CompiledLinearization(TracedLinearization):
-    """As the traced linearization, with compiled graphs and a compiled term."""
+    """As the traced linearization, with compiled graphs and, where they are compiled whole, a compiled term."""
 
     functions: CompiledFunctions
 
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """H t; compiled code takes tangents of the weights' own strides only."""
+        laid_out = [
+            t if t.stride() == stride else torch.empty_strided(t.shape, stride, dtype=t.dtype, device=t.device).copy_(t)
+            for t, stride in zip(tangents, self.layout.strides, strict=True)
+        ]
+        return super().product(laid_out)
+
     def accumulating_term(self, iteration: Iteration, damping: float) -> Callable[[], None] | None:
+        if not self.functions.whole:
+            return super().accumulating_term(iteration, damping)
         accumulation = iteration.accumulation
         if accumulation is None or self.layout.low_precision or iteration.limit < 2:
             return None
@@ -131,7 +161,8 @@ class CompiledEngine(LinearizedEngine):
         eager: the eager engine to check against.
 
     Pays for nets with many elementwise operations and for recurrent ones; large matrix products and convolutions
-    run at the same speed as before.
+    run at the same speed as before. Of a large graph only what lies between its matrix products, convolutions and
+    lookups is compiled, and what recurs, as in a Python loop over time, is compiled once.
     """
 
     name = "compiled"

@@ -153,7 +153,7 @@ class LinearizedEngine:
         traced = self._linearization(functions, problem, tensors)
         if functions.distrust:
             return traced
-        functions.distrust = disagreement(traced, eager)
+        functions.distrust = disagreement(traced, eager, functions.partition.dtypes)
         if functions.distrust is None:
             return traced
         warnings.warn(
