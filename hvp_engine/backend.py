@@ -86,12 +86,12 @@ def why_not(name: str, device_type: str) -> str | None:
     return reason if module is None else module.missing(device_type)
 
 
-def select(device: torch.device, name: str | None = None) -> tuple[str, Backend]:
-    """The backend to use on `device`: `name`, or the one chosen by :func:`use_backend`, or the fastest there is."""
+def select(device: torch.device, name: str | None = None, among: Sequence[str] = BACKENDS) -> tuple[str, Backend]:
+    """The backend to use on `device`: `name`, or the one chosen by :func:`use_backend`, or the fastest of `among`."""
     name = _choice.get() if name is None else name
     if name == "auto":
         preferred = _PREFERENCE.get(device.type, ("reference",))
-        name = next(candidate for candidate in preferred if why_not(candidate, device.type) is None)
+        name = next(n for n in preferred if n in among and why_not(n, device.type) is None)
     elif reason := why_not(name, device.type):
         raise BackendError(
             f"backend {name!r} is not available on device {device}: {reason}. "

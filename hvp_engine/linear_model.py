@@ -14,7 +14,7 @@ from hvp_engine.engines.linear_model import LinearModelEngine
 from hvp_engine.linear_model_reference import Factors
 from hvp_engine.operators import Curvature
 from hvp_engine.trees import Structure, flatten
-from hvp_engine.vectors import STATE_DTYPES, FlatVector, Layout, padded
+from hvp_engine.vectors import INPUT_DTYPES, STATE_DTYPES, FlatVector, Layout, padded
 
 Loss = Literal["squared", "logistic", "softmax"]
 Reduction = Literal["mean", "sum"]
@@ -45,7 +45,7 @@ class LinearModelOperator(Curvature):
     weights have is for the caller to say: nothing here looks at it.
 
     Arguments:
-        inputs: X, (samples, features).
+        inputs: X, (samples, features), in the weights' dtype or a narrower one (float32, bfloat16, float16).
         weights: W like that of `nn.Linear`, (outputs, features); or (features,) for one output, whose outputs have the
             shape (samples,). With a bias: a tree of two leaves (W, b), for example a tuple or an `nn.Linear`; b is
             (outputs,), or for a W of shape (features,) 0-dim or (1,).
@@ -57,11 +57,12 @@ class LinearModelOperator(Curvature):
             bias) of such, or of tensors of the weights' shapes. It may be negative.
         reduction: "mean" or "sum".
 
-    All tensors are float32 or all float64, on one device. They are read here, detached: later changes of weights,
-    decay or targets do not reach the operator; inputs must not be changed in place while it is in use.
+    All others are float32 or all float64; all are on one device. They are read here, detached: later changes of
+    weights, decay or targets do not reach the operator; inputs must not be changed in place while it is in use.
 
     Every solver works on it. With :class:`Neumann` (without a preconditioner) all terms run in one call, in C++ on a
-    CPU, for all right-hand sides of `solve(..., batched=True)` together. It takes the cheaper of two forms:
+    CPU and in Triton on a GPU as far as they fit (`.engine.report()` says why not), for all right-hand sides of
+    `solve(..., batched=True)` together. It takes the cheaper of two forms:
 
     * direct: two products with the inputs for each term, 4 samples * features * outputs operations;
     * dual, where all of W has the same decay (that of b may differ): every term is c v + S X, so the terms need
@@ -117,7 +118,8 @@ class LinearModelProducts:
         reduction: Reduction,
     ):
         weight, *bias = weights
-        outputs = functional.linear(inputs, weight if weight.dim() == 2 else weight[None], *(b.view(-1) for b in bias))
+        matrix = weight if weight.dim() == 2 else weight[None]
+        outputs = functional.linear(inputs.to(weight.dtype), matrix, *(b.view(-1) for b in bias))
         if targets is not None:
             targets = targets.detach().clone()
             _check_targets(targets, outputs if weight.dim() == 2 else outputs[:, 0], loss)
@@ -153,7 +155,7 @@ class LinearModelProducts:
                 targets = functional.one_hot(targets, self._outputs.shape[1]).to(self._outputs)
             error = self._outputs.softmax(1) * targets.sum(1, keepdim=True) - targets
         error = error.T * self._scale
-        parts = [error @ self.factors.inputs, error.sum(1)]
+        parts = [error @ self.factors.wide_inputs, error.sum(1)]
         return [
             part.view_as(weight) + decay * weight
             for part, weight, decay in zip(parts, self._weights, self._decays, strict=False)
@@ -234,8 +236,14 @@ def _check_weights(inputs: Any, weights: Sequence[Tensor], loss: Loss) -> None:
                 f"weights: expected a bias of shape {' or '.join(map(str, shapes))} after weights of shape "
                 f"{tuple(weight.shape)}; got {tuple(bias.shape)}"
             )
-    for name, tensor in [("inputs", inputs), *(("weights: bias", bias) for bias in biases)]:
-        _check_kind(tensor, weight, name)
+    if inputs.dtype not in INPUT_DTYPES or inputs.dtype.itemsize > weight.dtype.itemsize:
+        raise TypeError(
+            f"inputs: expected a floating dtype no wider than the weights' {weight.dtype}; got {inputs.dtype}: "
+            f"cast them with .to({weight.dtype})"
+        )
+    _check_device(inputs, weight, "inputs")
+    for bias in biases:
+        _check_kind(bias, weight, "weights: bias")
 
 
 def _check_kind(tensor: Tensor, weight: Tensor, name: str) -> None:

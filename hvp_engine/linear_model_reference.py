@@ -24,11 +24,11 @@ from hvp_engine.vectors import Layout, padded
 
 @dataclass(frozen=True)
 class Factors:
-    """What H is made of; all of one dtype and device, never changed.
+    """What H is made of; all of one dtype (but for the inputs) and device, never changed.
 
     Attributes:
         layout: of the weights, row-major: (outputs, features) or (features,), then the bias if there is one.
-        inputs: X, (samples, features), its rows contiguous.
+        inputs: X, (samples, features), its rows contiguous; of a dtype no wider than the others'.
         curvature: C, (outputs, samples padded with zeros).
         probabilities: Q, like C; None where the outputs are not coupled.
         decay: one flat vector, zero in the gaps.
@@ -51,11 +51,16 @@ class Factors:
         return len(self.layout.shapes) == 2
 
     @cached_property
+    def wide_inputs(self) -> Tensor:
+        """The inputs in the dtype of everything else: themselves, or a copy."""
+        return self.inputs.to(self.curvature.dtype)
+
+    @cached_property
     def gram(self) -> Tensor:
         """X X^T, (samples, samples padded with zeros)."""
         samples = len(self.inputs)
-        gram = self.inputs.new_zeros(samples, padded(samples))
-        torch.mm(self.inputs, self.inputs.T, out=gram[:, :samples])
+        gram = self.curvature.new_zeros(samples, padded(samples))
+        torch.mm(self.wide_inputs, self.wide_inputs.T, out=gram[:, :samples])
         return gram
 
     def split(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -74,9 +79,9 @@ class Factors:
 
     def product(self, weights: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """H without decay times (..., outputs, features) and (..., outputs, 1)."""
-        outputs = weights @ self.inputs.T
+        outputs = weights @ self.wide_inputs.T
         curved = self.curve(outputs if bias is None else outputs + bias)
-        return curved @ self.inputs, curved.sum(-1, keepdim=True)
+        return curved @ self.wide_inputs, curved.sum(-1, keepdim=True)
 
 
 def linear_model_direct(
@@ -111,7 +116,7 @@ def linear_model_dual(
     gram, shift = factors.gram[:, :samples], factors.decay[0] + damping
     bias_shift = factors.split(factors.decay[None] + damping)[1]
     weights, bias = factors.split(start)
-    initial = weights @ factors.inputs.T
+    initial = weights @ factors.wide_inputs.T
     term = Combination(1.0, torch.zeros_like(initial), bias)
     total = term
     for _ in range(iterations):
@@ -151,7 +156,7 @@ class Combination:
         """Write it into the flat vectors `out`."""
         torch.mul(v, self.c, out=out)
         weights, bias = factors.split(out)
-        weights += self.s @ factors.inputs
+        weights += self.s @ factors.wide_inputs
         if bias is not None and self.bias is not None:
             bias.copy_(self.bias)
 

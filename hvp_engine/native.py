@@ -109,7 +109,7 @@ def _linear_model(
         v=v,
         p=p,
         figures=figures,
-        inputs=factors.inputs,
+        inputs=factors.wide_inputs,
         curvature=factors.curvature,
         probabilities=factors.probabilities,
         decay=factors.decay,

@@ -3,6 +3,8 @@
 Adding an op takes its kernel, with the signature (states..., rows, addresses, scalars..., [damping], partials,
 PRODUCT, CHUNK), and its entry in :data:`KERNELS`. An op that needs a sum over everything before it can move has a
 kernel of the same signature in :data:`MEASURES`, which runs first.
+
+A linear model's series, all its terms in one launch, is in :mod:`hvp_engine.kernels.linear_model`.
 """
 
 from __future__ import annotations
@@ -18,9 +20,23 @@ from hvp_engine.kernels.accumulate import scale_accumulate
 from hvp_engine.kernels.chebyshev import chebyshev_step
 from hvp_engine.kernels.conjugate_gradient import cg_curvature, cg_step
 from hvp_engine.kernels.launch import MultiTensorLaunch
+from hvp_engine.kernels.linear_direct import linear_model_direct
+from hvp_engine.kernels.linear_dual import linear_model_dual
+from hvp_engine.kernels.linear_model import linear_model_limit
 from hvp_engine.kernels.neumann import neumann_step, neumann_step_horner
 from hvp_engine.ops import OPS
 from hvp_engine.vectors import Layout
+
+__all__ = [
+    "INTERPRETED",
+    "KERNELS",
+    "MEASURES",
+    "bind",
+    "linear_model_direct",
+    "linear_model_dual",
+    "linear_model_limit",
+    "missing",
+]
 
 KERNELS = {
     kernel.__name__: kernel for kernel in (neumann_step, neumann_step_horner, scale_accumulate, cg_step, chebyshev_step)

@@ -177,7 +177,11 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "inputs kind": (lambda: linear(inputs=[1.0]), TypeError, "^inputs: expected a tensor; got list"),
     "inputs 3-d": (lambda: linear(inputs=torch.ones(2, 2, 4)), ValueError, r"^inputs: .*\(samples, features\); got"),
     "no samples": (lambda: linear(inputs=torch.ones(0, 4)), ValueError, r"^inputs: expected a non-empty tensor"),
-    "inputs dtype": (lambda: linear(inputs=X.double()), TypeError, "^inputs: expected torch.float32 as the weights"),
+    "inputs dtype": (
+        lambda: linear(inputs=X.double()),
+        TypeError,
+        "^inputs: .* wider than the weights' torch.float32",
+    ),
     "weights shape": (lambda: linear(weights=torch.ones(4, 3)), ValueError, r"^weights: expected shape \(outputs, 4\)"),
     "weights 3-d": (
         lambda: linear(weights=torch.ones(1, 3, 4)),

@@ -111,7 +111,7 @@ def test_both_forms_agree(loss: str, form: str, backend: str, monkeypatch: pytes
         reports.append(operator.engine.report())
     assert relative_error(values[1], values[0]) < 1e-13
     assert not torch.equal(*values), "two algorithms round differently"
-    where = "C++" if backend == "cpp" else "plain torch"
+    where = {"cpp": "C++", "triton": "Triton"}.get(backend, "plain torch")
     assert reports == [f"direct form in {where}", f"dual form in {where}"]
 
 

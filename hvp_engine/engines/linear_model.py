@@ -78,17 +78,28 @@ class LinearModelEngine:
             FlatVector(layout, row).copy_(leaves)
         p = torch.empty_like(v)
         dual = prefers_dual(factors, len(vs), iterations)
-        name, module = backend.select(layout.device)
-        forms: Any = module if name == "cpp" else linear_model_reference
+        forms, where = kernels_for(factors, dual)
         run = forms.linear_model_dual if dual else forms.linear_model_direct
         figures = run(v, p, factors, alpha, solver.damping, iterations, horner)
-        self._last = f"{'dual' if dual else 'direct'} form in {'C++' if name == 'cpp' else 'plain torch'}"
+        self._last = f"{'dual' if dual else 'direct'} form in {where}"
         values = [FlatVector(layout, row) for row in p]
         directions = values if horner else [FlatVector(layout, row) for row in v]
         return [
             AllTerms(value, direction, alpha, iterations, row)
             for value, direction, row in zip(values, directions, figures, strict=True)
         ]
+
+
+def kernels_for(factors: Factors, dual: bool) -> tuple[Any, str]:
+    """The module whose functions run all terms of a form, and what to call it."""
+    name, module = backend.select(factors.layout.device, among=("cpp", "triton", "reference"))
+    kernels: Any = module
+    if name == "cpp":
+        return kernels, "C++"
+    limit = kernels.linear_model_limit(factors, dual) if name == "triton" else None
+    if name == "triton" and limit is None:
+        return kernels, "Triton"
+    return linear_model_reference, f"plain torch: {limit}" if limit else "plain torch"
 
 
 def prefers_dual(factors: Factors, batch: int, iterations: int) -> bool:
