@@ -70,9 +70,10 @@ def test_without_a_compiler_the_package_warns_and_runs_on_the_reference_backend(
 import sys
 sys.path[:0] = {[str(site), *sys.path]!r}
 import torch, hvp_engine
-from hvp_engine import backend
+from hvp_engine import backend, doctor
 print(hvp_engine.__file__)
 print(backend.select(torch.device("cpu"))[0], "|", backend.why_not("cpp", "cpu"))
+print(doctor.examine())
 """
     output = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
@@ -80,6 +81,8 @@ print(backend.select(torch.device("cpu"))[0], "|", backend.why_not("cpp", "cpu")
     assert output[0].startswith(str(site))
     assert output[1].startswith("reference | ImportError")
     assert "C++ compiler" in output[1]
+    assert [line for line in output[2:] if re.search("cpp +not available: ImportError.*C\\+\\+ compiler", line)]
+    assert "backends on cpu ('auto' takes 'reference')" in output
 
 
 def test_cuda_on_fails_where_it_cannot_be_built(sources, tmp_path):

@@ -173,6 +173,24 @@ def test_a_torn_step_is_not_saved(tmp_path: Path) -> None:
     assert path.read_bytes() == saved
 
 
+def test_a_broken_state_is_not_saved(tmp_path: Path) -> None:
+    """Weights that became NaN would else push out both good checkpoints while the run fails."""
+    path = tmp_path / "run.pt"
+
+    def spoil(tuner: hvp.Tuner, record: hvp.Record) -> None:
+        if record.hyper_step == 4:
+            with torch.no_grad():
+                tuner.weights[0][0, 0] = float("nan")
+
+    message = "not written, since weights or hyperparameters are NaN or infinite"
+    with pytest.raises(hvp.DivergenceError), pytest.warns(UserWarning, match=message):
+        TuningRun().fit(STEPS, checkpoint=path, checkpoint_every=2, callbacks=[spoil])
+    for file, steps in ((path, 4), (checkpoint.previous(path), 2)):
+        state = checkpoint.read(file)
+        assert state["counters"]["hyper_steps"] == steps
+        assert all(bool(weight.isfinite().all()) for weight in state["weights"].values())
+
+
 def test_the_error_that_came_first_is_raised_even_if_saving_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

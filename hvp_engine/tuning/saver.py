@@ -78,7 +78,15 @@ class Saver:
                 )
 
     def _save(self) -> None:
-        if self._path is not None and not self._saved:
+        if self._path is None or self._saved:
+            return
+        if state.broken(self._tuner):  # written again and again, it would push out the last good one
+            warnings.warn(
+                f"{self._path}: not written, since weights or hyperparameters are NaN or infinite; it holds the last "
+                "state saved before",
+                stacklevel=3,
+            )
+        else:
             checkpoint.write(self._path, state.state_dict(self._tuner, self._settled))
             self._saved = True
 

@@ -40,6 +40,15 @@ def moves(tuner: Tuner) -> tuple[int, int]:
     return tuner.weight_side.steps, tuner.hyper_side.steps
 
 
+def broken(tuner: Tuner) -> bool:
+    """Whether there is no going on from here: a weight is NaN or infinite, or a hyperparameter NaN.
+
+    (An infinite hyperparameter may be meant: a log-decay of -inf is no decay.)
+    """
+    lost = any(not bool(weight.isfinite().all()) for weight in tuner.weights)
+    return lost or any(bool(hyper.isnan().any()) for hyper in tuner.hyper)
+
+
 def position(tuner: Tuner) -> Position:
     """Where `tuner` is now."""
     counters = {"hyper_steps": tuner.hyper_steps, "steps_to_go": tuner.steps_to_go, "failures": tuner.failures}

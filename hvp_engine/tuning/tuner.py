@@ -106,10 +106,10 @@ class Tuner(Steps):
             progress: show a progress bar.
             checkpoint: a file to continue from, if it exists and this tuner has not made a step yet, and to save to:
                 every `checkpoint_every` hyper steps, at the end, on Ctrl-C and on any exception, atomically, with
-                the one before kept as `<checkpoint>.previous`. It holds weights, buffers, hyperparameters,
-                optimizers, schedulers, random states, the estimator's state, the loaders' positions and the history.
-                On the CPU the continued run is the uninterrupted one, bit for bit (with engine="auto", which measures,
-                as long as both chose alike; a checkpoint keeps the choice).
+                the one before kept as `<checkpoint>.previous`; but never weights that are NaN or infinite. It holds
+                weights, buffers, hyperparameters, optimizers, schedulers, random states, the estimator's state, the
+                loaders' positions and the history. On the CPU the continued run is the uninterrupted one, bit for bit
+                (with engine="auto", which measures, as long as both chose alike; a checkpoint keeps the choice).
             verbose: print one line for each hyper step.
             callbacks: functions of (tuner, record), called after each hyper step; one that returns True stops the run.
             evaluate: a function of the tuner that returns a dict of numbers, which join the record, called every
