@@ -25,10 +25,15 @@ from hvp_engine.implicit import Hypergradient, HypergradientResult
 from hvp_engine.influence import Influence, influence_matrix
 from hvp_engine.linear_model import LinearModelOperator
 from hvp_engine.operators import HessianOperator
-from hvp_engine.preconditioning import DiagonalPreconditioner
+from hvp_engine.preconditioning import (
+    DiagonalPreconditioner,
+    JacobiPreconditioner,
+    KFACPreconditioner,
+    NystromPreconditioner,
+)
 from hvp_engine.recorded import approx_inverse_hvp, best_response, hypergradient
 from hvp_engine.solution import Solution, Status
-from hvp_engine.solvers import MINRES, Chebyshev, ConjugateGradient, Exact, Identity, Neumann
+from hvp_engine.solvers import MINRES, Chebyshev, ConjugateGradient, Exact, Identity, Neumann, Nystrom
 from hvp_engine.solving import solve
 from hvp_engine.tuning import History, Record, Tuner
 
@@ -57,9 +62,13 @@ __all__ = [
     "HypergradientResult",
     "Identity",
     "Influence",
+    "JacobiPreconditioner",
+    "KFACPreconditioner",
     "LinearModelOperator",
     "Neumann",
     "NonFiniteError",
+    "Nystrom",
+    "NystromPreconditioner",
     "Record",
     "SecondDerivativeError",
     "Solution",

@@ -6,5 +6,17 @@ from hvp_engine.solvers.conjugate_gradient import ConjugateGradient
 from hvp_engine.solvers.exact import Exact
 from hvp_engine.solvers.minres import MINRES
 from hvp_engine.solvers.neumann import Identity, Neumann
+from hvp_engine.solvers.nystrom import Nystrom
 
-__all__ = ["MINRES", "Chebyshev", "ConjugateGradient", "Exact", "Identity", "Iteration", "Neumann", "Outcome", "Solver"]
+__all__ = [
+    "MINRES",
+    "Chebyshev",
+    "ConjugateGradient",
+    "Exact",
+    "Identity",
+    "Iteration",
+    "Neumann",
+    "Nystrom",
+    "Outcome",
+    "Solver",
+]

@@ -1,0 +1,86 @@
+"""A symmetric operator approximated by its action on a few test vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hvp_engine.vectors import FlatVector, Layout
+
+Kind = Literal["gaussian", "columns"]
+
+
+def check_kind(kind: str) -> None:
+    if kind not in ("gaussian", "columns"):
+        raise ValueError(f"sketch: expected 'gaussian' or 'columns'; got {kind!r}")
+
+
+class Sketch:
+    """Test vectors T and their images Y = A T, one product after another; from them the Nystrom approximation
+    Y (T^T Y)^+ Y^T, which is A itself on the span of T.
+
+    Arguments:
+        layout: of the weights.
+        rank: number of test vectors, capped by the number of weights.
+        kind: "gaussian" for random vectors, "columns" for different unit vectors, so that Y are columns of A.
+        seed: of a generator of its own.
+
+    Memory: 2 `rank` flat vectors; two more ways of `rank` vectors while :meth:`low_rank` runs.
+    """
+
+    def __init__(self, layout: Layout, rank: int, kind: Kind, seed: int):
+        check_kind(kind)
+        size = sum(layout.numels)
+        self.limit, self.steps = min(rank, max(1, size)), 0
+        self.direction = FlatVector(layout)
+        self._image = FlatVector(layout)
+        self._tests = torch.zeros(self.limit, layout.size, dtype=layout.state_dtype, device=layout.device)
+        self._images = torch.zeros_like(self._tests)
+        generator = torch.Generator(device=layout.device).manual_seed(seed)
+        if kind == "columns":
+            index = torch.arange(layout.size, device=layout.device)
+            places = torch.cat([index[:0], *(view.reshape(-1) for view in layout.views(index))])
+            chosen = torch.randperm(size, generator=generator, device=layout.device)[: self.limit]
+            self._tests[torch.arange(len(chosen), device=layout.device), places[chosen]] = 1.0
+        else:
+            for row in self._tests:
+                for view in layout.views(row):
+                    view.normal_(generator=generator)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin, or begin anew, with the same test vectors."""
+        self.steps = 0
+        self._point()
+
+    def step(self, product: Sequence[Tensor]) -> None:
+        """Advance by one product, taken at `direction`."""
+        self._image.copy_(product)
+        self._images[self.steps].copy_(self._image.data)
+        self.steps += 1
+        self._point()
+
+    def low_rank(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(U as rows, values >= 0, whether A has negative curvature, on the device): A ~ U^T diag(values) U.
+
+        In this orthonormal form (A + rho I)^-1 is safe for any rho: Woodbury's formula as it is printed subtracts two
+        terms of size 1 / rho. T^T Y is inverted as far as its eigenvalues rise above rounding; negative ones, for
+        which there is no safe inverse, are left out and reported.
+        """
+        epsilon = torch.finfo(self._images.dtype).eps
+        core = (self._tests @ self._images.T).double()
+        weights, vectors = torch.linalg.eigh((core + core.T) / 2)
+        noise = 10 * self.limit * epsilon * weights.abs().max()
+        scales = torch.where(weights > noise, 1 / weights.clamp_min(torch.finfo(torch.float64).tiny).sqrt(), 0.0)
+        factor = (vectors * scales).T.to(self._images.dtype) @ self._images  # A ~ factor^T factor
+        basis, triangle = torch.linalg.qr(factor.T)
+        left, values, _ = torch.linalg.svd(triangle)
+        return left.T @ basis.T, values.square(), (weights < -noise).any()
+
+    def _point(self) -> None:
+        if self.steps < self.limit:
+            self.direction.data.copy_(self._tests[self.steps])
+            self.direction.refresh()
