@@ -1,0 +1,1 @@
+"""The paper's experiments, and first examples, on the public API."""

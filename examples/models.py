@@ -1,0 +1,213 @@
+"""The networks of the paper's experiments, and its sets of hyperparameters, by construction.
+
+`shape` is that of one image: (1, 28, 28) for MNIST, (3, 32, 32) for CIFAR.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Shape = tuple[int, ...]
+
+
+def linear(shape: Shape, classes: int = 10) -> nn.Module:
+    """Logistic regression: 7,850 weights for MNIST, 30,730 for CIFAR-10."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes))
+
+
+def one_layer(shape: Shape, classes: int = 10) -> nn.Module:
+    """One hidden layer as wide as the input: 623,290 weights for MNIST, 9,470,986 for CIFAR-10."""
+    width = math.prod(shape)
+    return nn.Sequential(nn.Flatten(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
+
+
+def lenet5(shape: Shape, classes: int = 10) -> nn.Module:
+    """LeNet-5 with ReLU and max-pooling: 61,706 weights for MNIST (padded to 32 x 32), 62,006 for CIFAR-10."""
+    channels, height, _ = shape
+    return nn.Sequential(
+        nn.Conv2d(channels, 6, 5, padding=(32 - height) // 2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(400, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, classes),
+    )
+
+
+def wide_lenet(shape: Shape, classes: int = 10) -> nn.Module:
+    """What the paper's code has for LeNet, 20 channels and 250 hidden units: 247,960 and 323,320 weights."""
+    channels, height, width = shape
+    return nn.Sequential(
+        nn.Conv2d(channels, 20, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(20 * (height // 4) * (width // 4), 250),
+        nn.ReLU(),
+        nn.Linear(250, classes),
+    )
+
+
+def alexnet(shape: Shape, classes: int = 10) -> nn.Module:
+    """AlexNet with 3x3 convolutions for CIFAR and the classifier of ImageNet's 6 x 6 x 256: 56,826,698 weights.
+
+    Without dropout, as it is used to overfit.
+    """
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 64, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(64, 192, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(192, 384, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(384, 256, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(256, 256, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(6),
+        nn.Flatten(),
+        nn.Linear(256 * 6 * 6, 4096),
+        nn.ReLU(),
+        nn.Linear(4096, 4096),
+        nn.ReLU(),
+        nn.Linear(4096, classes),
+    )
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm; the shortcut pads new channels by zeros, or is a 1x1 `projection`."""
+
+    def __init__(self, before: int, channels: int, stride: int, projection: bool):
+        super().__init__()
+        self.stride, self.padding = stride, (channels - before) // 2
+        self.first = nn.Conv2d(before, channels, 3, stride=stride, padding=1, bias=False)
+        self.first_norm = nn.BatchNorm2d(channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.second_norm = nn.BatchNorm2d(channels)
+        self.projection = None
+        if projection and before != channels:
+            convolution = nn.Conv2d(before, channels, 1, stride=stride, bias=False)
+            self.projection = nn.Sequential(convolution, nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first_norm(self.first(x)))
+        y = self.second_norm(self.second(y))
+        if self.projection is not None:
+            x = self.projection(x)
+        elif self.padding:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(x + y)
+
+
+def _residual(shape: Shape, classes: int, widths: tuple[int, ...], blocks: int, projection: bool) -> nn.Module:
+    layers: list[nn.Module] = [
+        nn.Conv2d(shape[0], widths[0], 3, padding=1, bias=False),
+        nn.BatchNorm2d(widths[0]),
+        nn.ReLU(),
+    ]
+    before = widths[0]
+    for width in widths:
+        for _ in range(blocks):
+            layers.append(ResidualBlock(before, width, 1 if width == before else 2, projection))
+            before = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+
+
+def resnet44(shape: Shape, classes: int = 10) -> nn.Module:
+    """The CIFAR ResNet of He et al. 2015 with 44 layers: 658,586 weights for CIFAR-10."""
+    return _residual(shape, classes, (16, 32, 64), 7, projection=False)
+
+
+def resnet18(shape: Shape, classes: int = 10, width: int = 64) -> nn.Module:
+    """ResNet-18 with a stem for CIFAR: 11,173,962 weights at width 64."""
+    return _residual(shape, classes, (width, 2 * width, 4 * width, 8 * width), 2, projection=True)
+
+
+def _convolutions(before: int, channels: int) -> nn.Module:
+    first, second = nn.Conv2d(before, channels, 3, padding=1), nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
+
+
+class UNet(nn.Module):
+    """An image with a channel of noise, (N, 4, H, W) with even H and W, to an image (N, 3, H, W): 6,659 weights.
+
+    The output is the image plus a residual in [-1, 1]. The last convolution begins at zero, and the network at the
+    identity.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.inner = _convolutions(4, 8), _convolutions(8, 16)
+        self.up, self.merge = nn.ConvTranspose2d(16, 8, 2, stride=2), _convolutions(16, 8)
+        self.residual = nn.Conv2d(8, 3, 1)
+        for parameter in self.residual.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outer = self.outer(x)
+        inner = self.inner(F.max_pool2d(outer, 2))
+        merged = self.merge(torch.cat([self.up(inner), outer], 1))
+        return x[:, :3] + torch.tanh(self.residual(merged))
+
+
+class TiedLSTM(nn.Module):
+    """Two layers of LSTM whose decoder is the embedding: 13,280,400 weights for 10,000 words and 650 units.
+
+    It maps words int64 (batch, time) and a state (None at the start of a text) to logits (batch, time, words) and the
+    state after them.
+    """
+
+    def __init__(self, words: int = 10_000, units: int = 650, layers: int = 2):
+        super().__init__()
+        self.embedding = nn.Embedding(words, units)
+        self.recurrent = nn.LSTM(units, units, num_layers=layers, batch_first=True)
+        self.bias = nn.Parameter(torch.zeros(words))
+
+    def forward(
+        self, words: Tensor, state: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        hidden, state = self.recurrent(self.embedding(words), state)
+        return F.linear(hidden, self.embedding.weight, self.bias), state
+
+
+def weight_decays(module: nn.Module, log_decay: float) -> dict[str, Tensor]:
+    """One log-decay for each weight, in the container of the module's named parameters."""
+    return {name: torch.full_like(weight, log_decay).detach() for name, weight in module.named_parameters()}
+
+
+def images_per_class(shape: Shape, classes: int) -> Tensor:
+    """Distilled images, one per class, all zero: 7,840 (MNIST), 30,720 (CIFAR-10), 307,200 (CIFAR-100) pixels.
+
+    (The paper prints 300,720 for CIFAR-100.)
+    """
+    return torch.zeros(classes, *shape)
+
+
+def dropout_rates(units: int = 650, rate: float = 0.5, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Logits of the rates that regularize :class:`TiedLSTM`, all sigmoid(logit) = `rate`: 1,691,951 for 650 units.
+
+    One DropConnect rate for each recurrent weight, shared by the layers; one dropout rate for each unit of input,
+    hidden layers and output; one for the embedding.
+    """
+    shapes = {
+        "drop_connect": (4 * units, units),
+        "input": (units,),
+        "hidden": (units,),
+        "output": (units,),
+        "embedding": (),
+    }
+    logit = math.log(rate / (1 - rate))
+    return {name: torch.full(shape, logit, device=device) for name, shape in shapes.items()}

@@ -1,0 +1,75 @@
+"""The paper's networks have the counts that it states, and work on images and words of their sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from examples import models
+
+MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
+
+
+def count(tensors) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "classes", "weights"),
+    [
+        (models.linear, MNIST, 10, 7_850),
+        (models.linear, CIFAR, 10, 30_730),
+        (models.one_layer, MNIST, 10, 623_290),
+        (models.one_layer, CIFAR, 10, 9_470_986),
+        (models.lenet5, MNIST, 10, 61_706),
+        (models.lenet5, CIFAR, 10, 62_006),
+        (models.wide_lenet, MNIST, 10, 247_960),
+        (models.wide_lenet, CIFAR, 10, 323_320),
+        (models.alexnet, CIFAR, 10, 56_826_698),
+        (models.resnet44, CIFAR, 10, 658_586),
+        (models.resnet18, CIFAR, 10, 11_173_962),
+        (models.resnet18, CIFAR, 100, 11_220_132),
+    ],
+)
+def test_counts_and_output_shapes(make, shape, classes, weights):
+    with torch.device("meta"):
+        module = make(shape, classes)
+        assert count(module.parameters()) == weights
+        assert count(models.weight_decays(module, -4.0).values()) == weights
+        assert module(torch.empty(2, *shape)).shape == (2, classes)
+
+
+def test_the_lstm_is_tied_and_goes_on_from_its_state():
+    with torch.device("meta"):
+        assert count(models.TiedLSTM().parameters()) == 13_280_400
+    lstm, words = models.TiedLSTM(words=7, units=5), torch.tensor([[1, 2, 3, 6], [0, 5, 4, 4]])
+    logits, _ = lstm(words)
+    assert logits.shape == (2, 4, 7)
+    first, state = lstm(words[:, :1])
+    rest, _ = lstm(words[:, 1:], state)
+    torch.testing.assert_close(torch.cat([first, rest], 1), logits)
+
+
+def test_the_unet_begins_at_the_identity_and_its_residual_is_bounded():
+    unet = models.UNet()
+    assert count(unet.parameters()) == 6_659
+    x = torch.randn(2, 4, 32, 32)
+    assert torch.equal(unet(x), x[:, :3])
+    torch.nn.init.constant_(unet.residual.bias, 100.0)
+    torch.testing.assert_close(unet(x), x[:, :3] + 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "pixels"), [(MNIST, 10, 7_840), (CIFAR, 10, 30_720), (CIFAR, 100, 307_200)]
+)
+def test_distilled_pixels(shape, classes, pixels):
+    assert models.images_per_class(shape, classes).numel() == pixels
+
+
+def test_dropout_rates():
+    rates = models.dropout_rates(rate=0.2, device="meta")
+    assert count(rates.values()) == 1_691_951 == 2600 * 650 + 3 * 650 + 1
+    assert all(torch.allclose(r.sigmoid(), torch.tensor(0.2)) for r in models.dropout_rates(3, rate=0.2).values())
+    with torch.device("meta"):
+        recurrent = models.TiedLSTM().recurrent
+    assert all(w.shape == rates["drop_connect"].shape for n, w in recurrent.named_parameters() if "weight_hh" in n)
