@@ -219,3 +219,12 @@ def test_missing_derivatives_are_named(options: dict[str, Any]) -> None:
         hvp.SecondDerivativeError, match="forward mode: .*jvp.*mode='reverse'" if "mode" in options else "Once"
     ):
         estimator(torch.ones(3), torch.ones(3), None, None)
+
+
+def test_forward_mode_names_what_torch_cannot_do() -> None:
+    def train(w: Tensor, h: Tensor, batch: Any) -> Tensor:
+        return torch.nn.functional.mse_loss(w, torch.ones(3)) + (h.exp() * w.square()).sum()
+
+    estimator = Unrolled(train, lambda w, h, b: w.square().sum(), 2, SGD(0.1), mode="forward")
+    with pytest.raises(hvp.SecondDerivativeError, match="forward mode: .*use mode='reverse'"):
+        estimator(torch.ones(3), torch.zeros(3), None, None)
