@@ -23,7 +23,7 @@ soak: build
 
 # Correctness first: nothing is timed where a test of a timed path fails.
 bench: build $(PEERS)
-	$(BIN)/python -m pytest -q -x tests/test_kernels.py tests/test_native.py tests/test_implicit.py tests/test_engines*.py \
+	$(BIN)/python -m pytest -q -x tests/test_kernels*.py tests/test_native.py tests/test_implicit.py tests/test_engines*.py \
 		tests/test_solv*.py tests/test_bench.py
 	$(BIN)/python -m bench.run $(ARGS)
 

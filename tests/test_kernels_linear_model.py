@@ -21,7 +21,6 @@ from torch import Tensor
 
 import hvp_engine as hvp
 from hvp_engine import linear_model_reference
-from hvp_engine.backend import why_not
 from hvp_engine.engines import linear_model as engine
 from hvp_engine.linear_model import LinearModelProducts
 from hvp_engine.linear_model_reference import Factors
@@ -38,10 +37,7 @@ from hvp_engine.kernels.linear_dual import EXPAND_WARPS, EXPANDED, linear_model_
 from hvp_engine.kernels.linear_model import LEAST, Tiling  # noqa: E402
 
 TESTS = Path(__file__).parent
-DEVICES = [device for device in ("cpu", "cuda") if why_not("triton", device) is None]
-runs = pytest.mark.parametrize(
-    "where", [pytest.param(device, marks=pytest.mark.gpu) if device == "cuda" else device for device in DEVICES]
-)
+runs = pytest.mark.parametrize("where", ["cpu" if kernels.INTERPRETED else pytest.param("cuda", marks=pytest.mark.gpu)])
 compiled_only = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET=1 is set: nothing is compiled")
 
 # Each pair of loss and algorithm; more outputs, samples and features than one tile has, and fewer.
@@ -86,7 +82,7 @@ def call(module: ModuleType, name: str, start: Tensor, factors: Factors, iterati
 
 def test_in_the_interpreter() -> None:
     """Tests of this file and of the C++ kernels, in a process of its own: it has to be chosen before the import."""
-    wanted = "(cpu or triton) and (meaning or bad or narrow) or triton and (batched or leaves_v)"
+    wanted = "(cpu or triton) and (meaning or bad or narrow) or triton and (batched and horner or leaves_v)"
     wanted += " or triton and (truncated_sum and 0.4 and not 50 or agree and softmax-horner)"
     files = ("test_kernels_linear_model.py", "test_linear_model_series.py")
     done = subprocess.run(
@@ -153,8 +149,8 @@ def test_bad_values_stay_in_their_right_hand_side(name: str, horner: bool, where
         torch.testing.assert_close(mine, alone[0], rtol=1e-13, atol=1e-15)
 
 
-@runs
 @pytest.mark.gpu
+@runs
 @pytest.mark.parametrize("decay", ["scalar", "per weight"])
 @pytest.mark.parametrize("loss", ["logistic", "softmax"])
 def test_full_size(loss: str, decay: str, where: str) -> None:
