@@ -197,14 +197,15 @@ class AutoEngine:
         try:
             with same_draws(problem.weights[0].device):
                 linearization = self._compiled.linearize(problem)
-                (seconds,) = _seconds_per_term([(self._compiled, linearization)])
+                contenders = [(choice.engine, choice.engine.linearize(problem)), (self._compiled, linearization)]
+                before, after = _seconds_per_term(contenders)  # again, since the machine may be busier by now
         except Exception as error:  # the choice so far stays; the reason is reported
             choice.reason += f"; compiling failed: {type(error).__name__}: {error}"
             return
         if isinstance(linearization, Tape):
             return  # it did not agree with eager, which has been warned about
-        choice.seconds["compiled"] = seconds
-        if seconds < choice.seconds[choice.engine.name]:
+        choice.seconds |= {choice.engine.name: before, "compiled": after}
+        if after < before:
             choice.engine, choice.setup_seconds = self._compiled, time.perf_counter() - start
 
 

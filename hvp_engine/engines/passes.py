@@ -27,6 +27,9 @@ _CONSTANTS = {
 }
 """Operations that read only the shape of their argument, and the value they fill with."""
 
+_NEUTRAL = {aten.add.Tensor: 0, aten.mul.Tensor: 1, aten.mul.Scalar: 1, aten.pow.Tensor_Scalar: 1}
+"""Operations that return their operand where the other one is this number."""
+
 _NO_OPS = (aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)
 
 
@@ -41,13 +44,26 @@ def simplify(graph: fx.Graph) -> None:
             _replace(graph, node, _constant(graph, node, _CONSTANTS[node.target](node)))
         elif node.target is aten.t.default and _calls(node.args[0], aten.t.default):
             _replace(graph, node, node.args[0].args[0])
-        elif node.target is aten.add.Tensor and not node.kwargs:
-            for zero, other in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
-                if _calls(zero, aten.full.default) and zero.args[1] == 0 and _same(other, node):
-                    _replace(graph, node, other)
-                    break
+        elif node.target is aten.pow.Tensor_Scalar and node.args[1] == 0:
+            _replace(graph, node, _constant(graph, node, 1))
+        elif (operand := _operand(node)) is not None:
+            _replace(graph, node, operand)
     _merge_equal(graph)
     _drop_dead(graph)
+
+
+def _operand(node: fx.Node) -> fx.Node | None:
+    """The operand that `node` returns unchanged: of x + 0, x * 1 and x ** 1, as derivatives of powers are full of."""
+    neutral = _NEUTRAL.get(node.target)
+    if neutral is None or node.kwargs or len(node.args) != 2:
+        return None
+    first, second = node.args
+    pairs = ((first, second),) if node.target is aten.pow.Tensor_Scalar else ((first, second), (second, first))
+    for operand, other in pairs:
+        value = other.args[1] if _calls(other, aten.full.default) else other
+        if isinstance(value, (int, float)) and value == neutral and _same(operand, node):
+            return operand
+    return None
 
 
 def dependents(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
