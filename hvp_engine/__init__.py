@@ -33,7 +33,7 @@ from hvp_engine.preconditioning import (
 )
 from hvp_engine.recorded import approx_inverse_hvp, best_response, hypergradient
 from hvp_engine.solution import Solution, Status
-from hvp_engine.solvers import MINRES, Chebyshev, ConjugateGradient, Exact, Identity, Neumann, Nystrom
+from hvp_engine.solvers import MINRES, Budget, Chebyshev, ConjugateGradient, Exact, Identity, Neumann, Nystrom
 from hvp_engine.solving import solve
 from hvp_engine.tuning import History, Record, Tuner
 
@@ -42,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MINRES",
     "BackendError",
+    "Budget",
     "Chebyshev",
     "CheckResult",
     "CheckpointError",

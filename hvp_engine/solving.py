@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hvp_engine.budgeting import within
 from hvp_engine.engines import BatchEngine, Engine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.side_by_side import run_side_by_side
@@ -19,6 +20,7 @@ from hvp_engine.preconditioning import Preconditioner
 from hvp_engine.solution import Solution, Status
 from hvp_engine.solvers import Exact
 from hvp_engine.solvers.base import GROWTH_LIMIT, FinishedIteration, Outcome, Solver, check_solver
+from hvp_engine.solvers.budget import Budget
 from hvp_engine.spectrum import GROWTH, HEADROOM, SpectralEstimate, Spectrum
 from hvp_engine.trees import Structure, check_like, flatten
 from hvp_engine.vectors import FlatVector, Layout
@@ -100,6 +102,9 @@ def solve_all(
 ) -> Iterator[tuple[list[Tensor], Solution]]:
     """What :func:`solve_flat` returns, for each right-hand side in turn; they share one estimate, whose products
     count for the first."""
+    if isinstance(solver, Budget):
+        yield from within(solver, solve_all, operator, vs, engine, spectrum, names)
+        return
     estimates = _Estimates(operator, solver, spectrum)
     estimate = estimates.refresh() if solver.estimates_spectrum else None
     if estimate is not None and not estimate.finite:

@@ -129,6 +129,12 @@ class Spectrum:
         start.data.mul_(_FRESH_SHARE).add_(self.vector.data / torch.linalg.vector_norm(self.vector.data))
         return self._run(product, start, REFRESH_STEPS, preconditioner)
 
+    def cost(self, layout: Layout) -> int:
+        """Products that the next :meth:`refresh` takes."""
+        known = self._loaded is not None and self._loaded.numel() == layout.size
+        warm = known or (self.vector is not None and self.vector.layout == layout)
+        return min(REFRESH_STEPS if warm else COLD_STEPS, max(1, sum(layout.numels)))
+
     def restart(
         self, product: Product, start: FlatVector, preconditioner: Preconditioner | None = None
     ) -> SpectralEstimate:

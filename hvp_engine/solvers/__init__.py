@@ -1,6 +1,7 @@
 """Ways to solve (A + damping I) x = v, one file each."""
 
 from hvp_engine.solvers.base import Iteration, Outcome, Solver
+from hvp_engine.solvers.budget import Budget
 from hvp_engine.solvers.chebyshev import Chebyshev
 from hvp_engine.solvers.conjugate_gradient import ConjugateGradient
 from hvp_engine.solvers.exact import Exact
@@ -10,6 +11,7 @@ from hvp_engine.solvers.nystrom import Nystrom
 
 __all__ = [
     "MINRES",
+    "Budget",
     "Chebyshev",
     "ConjugateGradient",
     "Exact",

@@ -101,7 +101,11 @@ class Iteration(FinishedIteration, Protocol):
 
 
 class Solver(Protocol):
-    """A method of solving (A + damping I) x = v, for a symmetric A; for any, where `needs_symmetry` is False."""
+    """A method of solving (A + damping I) x = v, for a symmetric and fixed A.
+
+    Class attributes `needs_symmetry = False` and `needs_fixed_operator = False` say that more is allowed: any A, and
+    another A at every product.
+    """
 
     @property
     def damping(self) -> float: ...
@@ -115,15 +119,20 @@ class Solver(Protocol):
 
 
 def check_solver(solver: Any) -> None:
-    if isinstance(solver, type) or not (hasattr(solver, "allocate") and hasattr(solver, "damping")):
+    if isinstance(solver, type) or not (hasattr(solver, "damping") and (hasattr(solver, "allocate") or _plans(solver))):
         raise TypeError(f"solver: expected a solver such as hvp.Neumann(20); got {type(solver).__name__}")
 
 
-def check_iterations(iterations: Any) -> None:
+def _plans(solver: Any) -> bool:
+    """Whether it is a budget, which chooses a solver."""
+    return hasattr(solver, "plan")
+
+
+def check_iterations(iterations: Any, name: str = "iterations") -> None:
     if isinstance(iterations, bool) or not isinstance(iterations, int):
-        raise TypeError(f"iterations: expected an int; got {type(iterations).__name__}")
+        raise TypeError(f"{name}: expected an int; got {type(iterations).__name__}")
     if iterations < 0:
-        raise ValueError(f"iterations: expected a number of products >= 0; got {iterations}")
+        raise ValueError(f"{name}: expected a number of products >= 0; got {iterations}")
 
 
 def check_positive(value: Any, name: str) -> None:

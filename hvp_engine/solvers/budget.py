@@ -1,0 +1,131 @@
+"""A solver chosen by what the answer may cost or how good it has to be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from hvp_engine.solvers.base import Solver, check_damping, check_iterations, check_positive
+from hvp_engine.solvers.conjugate_gradient import ConjugateGradient
+from hvp_engine.solvers.exact import Exact
+from hvp_engine.solvers.minres import MINRES
+from hvp_engine.spectrum import SpectralEstimate
+from hvp_engine.vectors import Layout
+
+SMALL = 32
+"""Weights up to which the dense matrix costs less than an estimate and a solve."""
+
+_DENSE = 1000
+"""Weights up to which the dense matrix may be a choice at all."""
+
+_SHARE = 3
+"""An estimate may take one part in so many of the products."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a budget chose, and why."""
+
+    solver: Solver
+    explanation: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A number of products, an error, or both: the solver and its length follow from the spectrum.
+
+    * At most 32 weights, or fewer than the products that are expected to be needed: :class:`Exact`.
+    * A positive definite operator: :class:`ConjugateGradient`.
+    * An indefinite or a singular one, or one of which nothing is known: :class:`MINRES`; also where conjugate gradients
+      come upon negative curvature that the estimate missed.
+
+    Damping changes what is solved, so none is added to what is given: the explanation names the damping that would make
+    the operator positive definite. At a saddle the inverse Hessian is no response of a minimum, however precisely
+    it is solved.
+
+    Arguments:
+        error: the relative residual ||v - A x|| / ||v|| to reach, > 0; the error in x is up to the condition times
+            that. It is checked: the status is CONVERGED only if the residual computed in the solve is below.
+        hvps: most products, > 0, those of the estimate (8 cold, 3 later) counted; an estimate that would take more
+            than a third of them is not made.
+        damping: added to the diagonal of A, >= 0.
+
+    `Solution.explanation` says what was chosen and why.
+
+    Cost: of the chosen solver, and the estimate.
+
+    Errors: `TypeError` or `ValueError` naming the argument, at construction.
+
+    >>> import torch, hvp_engine as hvp
+    >>> d = torch.linspace(1.0, 100.0, 200, dtype=torch.float64)
+    >>> solution = hvp.solve(lambda v: d * v, torch.ones_like(d), hvp.Budget(error=1e-6))
+    >>> solution.converged, solution.residual_norm <= 1e-6
+    (True, True)
+    >>> print(solution.explanation)
+    ConjugateGradient: eigenvalues between about ... and ..., all positive; ... products expected to error 1e-06
+    """
+
+    error: float | None = None
+    hvps: int | None = None
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.error is None and self.hvps is None:
+            raise ValueError("error: expected an error, or hvps, or both; got neither")
+        if self.error is not None:
+            check_positive(self.error, "error")
+        if self.hvps is not None:
+            check_iterations(self.hvps, "hvps")
+            if self.hvps < 1:
+                raise ValueError(f"hvps: expected a number of products >= 1; got {self.hvps}")
+        check_damping(self.damping)
+
+    def wants_estimate(self, layout: Layout, cost: int) -> bool:
+        """Whether to spend `cost` products on an estimate."""
+        size = sum(layout.numels)
+        small = size <= SMALL and (self.hvps is None or size <= self.hvps)
+        return not small and (self.hvps is None or _SHARE * cost <= self.hvps)
+
+    def plan(self, estimate: SpectralEstimate | None, layout: Layout, spent: int) -> Plan:
+        """The choice, from an estimate of A and the products it took."""
+        size = sum(layout.numels)
+        left = math.inf if self.hvps is None else self.hvps - spent
+        damping = self.damping
+        if estimate is None and size <= min(SMALL, left):
+            return Plan(Exact(damping=damping), f"Exact: the matrix of {size} weights takes {size} products")
+        if estimate is None:
+            why = f"MINRES: {self.hvps} products are too few to spend some on an estimate, and it takes any signs"
+            return Plan(MINRES(int(left), self.error, damping=damping), why)
+        epsilon = torch.finfo(layout.state_dtype).eps
+        lowest, highest = estimate.smallest + damping, estimate.bound(damping)
+        seen = f"eigenvalues between about {lowest:.3g} and {highest:.3g}"
+        if abs(lowest) <= 10 * epsilon * highest:
+            why = f"MINRES: {seen}, singular in this precision; it gives the least-squares solution of smallest norm"
+            return Plan(MINRES(int(min(left, 2 * size + 100)), self.error, damping=damping), why)
+        target = epsilon ** (2 / 3) if self.error is None else self.error
+        definite, condition = lowest > 0, highest / abs(lowest)
+        rate = math.sqrt(condition) if definite else condition
+        expected = max(1, math.ceil(rate / 2 * math.log(2 / min(target, 1.0))))
+        if definite:
+            seen += ", all positive"
+        else:
+            hint = damping + abs(lowest) + estimate.smallest_margin
+            seen += f", of both signs (damping={hint:.3g} would make them positive)"
+        if size <= min(_DENSE, left) and size < expected:
+            why = f"Exact: {seen}; the matrix of {size} weights takes fewer products than the {expected} expected else"
+            return Plan(Exact(damping=damping), why)
+        # An estimate of the smallest eigenvalue is too large, so more may be needed; a solver stops by itself.
+        limit = int(min(left, 10 * expected + 100))
+        kind: type[MINRES | ConjugateGradient] = ConjugateGradient if definite else MINRES
+        why = f"{kind.__name__}: {seen}; {expected} products expected to error {target:.3g}"
+        return Plan(kind(limit, self.error, damping=damping), why if limit >= expected else f"{why}, {limit} allowed")
+
+    def after_negative_curvature(self, plan: Plan, spent: int) -> Plan | None:
+        """What to do where conjugate gradients met a direction of negative curvature; None if nothing is left."""
+        left = math.inf if self.hvps is None else self.hvps - spent
+        if not isinstance(plan.solver, ConjugateGradient) or left < 1:
+            return None
+        solver = MINRES(int(min(left, 4 * plan.solver.iterations)), self.error, damping=plan.solver.damping)
+        return Plan(solver, f"{plan.explanation}; then MINRES: negative curvature came up that the estimate missed")

@@ -1,0 +1,160 @@
+"""Budgets: what they choose, that they keep to it, and that they say so."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from cases import BILEVEL, DTYPE, matrix_with, randn, relative_error
+from torch import Tensor
+
+import hvp_engine as hvp
+from hvp_engine.spectrum import COLD_STEPS, REFRESH_STEPS
+
+V = randn(200, seed=1)
+
+
+class Diagonal:
+    """v -> d * v in a random basis, counting its calls."""
+
+    def __init__(self, values: Tensor):
+        self.matrix, self.calls = matrix_with(values, seed=2), 0
+
+    def __call__(self, v: Tensor) -> Tensor:
+        self.calls += 1
+        return self.matrix.to(v.dtype) @ v
+
+
+def residual_of(operator: Diagonal, v: Tensor, x: Tensor) -> float:
+    return float((v - operator.matrix @ x).norm() / v.norm())
+
+
+POSITIVE = torch.logspace(-2, 1, 200, dtype=DTYPE)
+SIGNED = torch.cat([-torch.logspace(-1, 0, 20, dtype=DTYPE), torch.logspace(-1, 1, 180, dtype=DTYPE)])
+
+
+@pytest.mark.parametrize("error", [0.1, 1e-3, 1e-8])
+@pytest.mark.parametrize("values, name", [(POSITIVE, "ConjugateGradient"), (SIGNED, "MINRES")])
+def test_an_error_is_reached_and_checked(values: Tensor, name: str, error: float) -> None:
+    operator = Diagonal(values)
+    solution = hvp.solve(operator, V, hvp.Budget(error=error))
+    assert solution.explanation.startswith(name)
+    assert solution.converged and residual_of(operator, V, solution.value) <= 1.01 * error
+    assert solution.hvps == operator.calls
+
+
+@pytest.mark.parametrize("hvps", [1, 5, 23, 24, 60, 150])
+@pytest.mark.parametrize("values", [POSITIVE, SIGNED])
+def test_products_are_counted_and_kept_to(values: Tensor, hvps: int) -> None:
+    operator = Diagonal(values)
+    solution = hvp.solve(operator, V, hvp.Budget(hvps=hvps))
+    assert solution.hvps == operator.calls <= hvps
+    assert operator.calls == hvps or solution.converged
+    assert solution.residual_norm <= 3.0
+    assert solution.explanation.startswith("MINRES: ") or hvps >= 3 * COLD_STEPS
+    assert ("too few" in solution.explanation) == (hvps < 3 * COLD_STEPS)
+
+
+def test_an_error_out_of_reach_of_the_products_is_told() -> None:
+    solution = hvp.solve(Diagonal(POSITIVE), V, hvp.Budget(error=1e-9, hvps=30))
+    assert solution.status is hvp.Status.ITERATION_LIMIT and solution.hvps == 30
+    assert "22 allowed" in solution.explanation
+
+
+def test_few_weights_are_solved_exactly() -> None:
+    operator = Diagonal(torch.logspace(-7, 0, 20, dtype=DTYPE))
+    v = randn(20, seed=3)
+    solution = hvp.solve(operator, v, hvp.Budget(error=1e-3))
+    assert solution.explanation == "Exact: the matrix of 20 weights takes 20 products" and operator.calls == 20
+    assert relative_error(solution.value, torch.linalg.solve(operator.matrix, v)) < 1e-8
+    short = hvp.solve(operator, v, hvp.Budget(hvps=10))
+    assert short.explanation.startswith("MINRES") and short.hvps == 10
+
+
+def test_exact_where_the_condition_asks_for_more_products_than_there_are_weights() -> None:
+    operator = Diagonal(torch.cat([torch.full((100,), 1e-6, dtype=DTYPE), torch.logspace(-4, 0, 100, dtype=DTYPE)]))
+    solution = hvp.solve(operator, V, hvp.Budget(error=1e-8))
+    assert solution.explanation.startswith("Exact: eigenvalues between") and solution.hvps == COLD_STEPS + 200
+
+
+def test_later_estimates_are_cheaper() -> None:
+    operator = hvp.HessianOperator(lambda w: (POSITIVE * w.square()).sum() / 2, torch.zeros(200, dtype=DTYPE))
+    first, second = (operator.solve(V, hvp.Budget(error=1e-3)) for _ in range(2))
+    assert first.iterations == second.iterations
+    assert first.hvps - second.hvps == COLD_STEPS - REFRESH_STEPS
+    assert operator.solve(V, hvp.Budget(hvps=9)).explanation.startswith("ConjugateGradient"), "3 of 9 are affordable"
+
+
+def test_negative_curvature_that_the_estimate_misses() -> None:
+    values = torch.linspace(0.05, 1.0, 400, dtype=DTYPE)
+    values[0] = -0.03
+    v = randn(400, seed=4)
+    calls = 0
+
+    def operator(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return values * x
+
+    solution = hvp.solve(operator, v, hvp.Budget(error=1e-4))
+    assert "then MINRES: negative curvature" in solution.explanation
+    assert solution.converged and float((v - values * solution.value).norm() / v.norm()) <= 1.01e-4
+    assert solution.hvps == calls
+    limited = hvp.solve(operator, v, hvp.Budget(hvps=60))
+    assert limited.hvps <= 60
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_singular_operator_gets_its_least_squares_solution(dtype: torch.dtype) -> None:
+    operator = Diagonal(torch.cat([torch.zeros(196, dtype=DTYPE), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=DTYPE)]))
+    truth = torch.linalg.pinv(operator.matrix, hermitian=True, rtol=1e-10) @ V
+    for v, status in ((operator.matrix @ V, hvp.Status.CONVERGED), (V, hvp.Status.SINGULAR)):
+        solution = hvp.solve(operator, v.to(dtype), hvp.Budget(error=1e-6))
+        assert solution.status is status and "singular in this precision" in solution.explanation
+        truth = torch.linalg.pinv(operator.matrix, hermitian=True, rtol=1e-10) @ v
+        assert relative_error(solution.value.double(), truth) < (1e-2 if dtype == torch.float32 else 1e-5)
+
+
+def test_damping_is_named_and_left_to_the_caller() -> None:
+    plain = hvp.solve(Diagonal(SIGNED), V, hvp.Budget(error=1e-6))
+    found = re.search(r"of both signs \(damping=(\S+) would make them positive\)", plain.explanation)
+    assert found is not None and 1.0 <= float(found[1]) < 3.0
+    damped = hvp.solve(Diagonal(SIGNED), V, hvp.Budget(error=1e-6, damping=1.5))
+    assert damped.explanation.startswith("ConjugateGradient") and damped.converged
+    truth = torch.linalg.solve(Diagonal(SIGNED).matrix + 1.5 * torch.eye(200, dtype=DTYPE), V)
+    assert relative_error(damped.value, truth) < 1e-4
+
+
+def test_several_right_hand_sides_share_the_estimate() -> None:
+    operator, vs = Diagonal(POSITIVE), randn(3, 200, seed=5)
+    solution = hvp.solve(operator, vs, hvp.Budget(error=1e-6), batched=True)
+    assert solution.hvps == operator.calls
+    assert relative_error(solution.value, torch.linalg.solve(operator.matrix, vs.T).T) < 1e-3
+
+
+@pytest.mark.parametrize("engine", ["eager", "linearized", "auto"])
+@pytest.mark.parametrize("name", BILEVEL)
+def test_hypergradient(name: str, engine: str) -> None:
+    problem = BILEVEL[name]()
+    result = hvp.Hypergradient(problem.train_loss, problem.val_loss, solver=hvp.Budget(error=1e-8), engine=engine)(
+        problem.weights, problem.hyper, None, None
+    )
+    torch.testing.assert_close(result.grads, problem.hypergradient, rtol=1e-7, atol=1e-10)
+    assert result.solution.explanation
+
+
+@pytest.mark.parametrize(
+    "error, argument, arguments",
+    [
+        (ValueError, "error", {}),
+        (ValueError, "error", {"error": 0.0}),
+        (TypeError, "error", {"error": "1e-3"}),
+        (TypeError, "hvps", {"hvps": 2.0}),
+        (ValueError, "hvps", {"hvps": 0}),
+        (ValueError, "damping", {"hvps": 2, "damping": -1.0}),
+    ],
+)
+def test_bad_arguments(error: type[Exception], argument: str, arguments: dict) -> None:
+    with pytest.raises(error, match=f"{argument}: expected.*got"):
+        hvp.Budget(**arguments)
