@@ -174,8 +174,9 @@ def unrolled(problem: Problem) -> Run:
 
 
 def own_engines() -> dict[str, engines.Engine]:
-    """A new engine of every exact kind; kept for a problem, so that its traces are."""
-    return {name: engines.create(name) for name in engines.ENGINES if name not in APPROXIMATE}
+    """A new engine of every exact kind that is more than eager here; kept for a problem, so that its traces are."""
+    left_out = APPROXIMATE if torch.cuda.is_available() else (*APPROXIMATE, "cudagraph")
+    return {name: engines.create(name) for name in engines.ENGINES if name not in left_out}
 
 
 def settle(made: Mapping[str, engines.Engine], run: Run) -> None:

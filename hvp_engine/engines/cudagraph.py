@@ -28,9 +28,10 @@ class CudaGraphEngine(LinearizedEngine):
     draw anew for every call, one mask for all terms of a solve.
 
     Where a problem cannot be recorded, eager takes its place; where only a solver's loop cannot (it waits for the
-    device, it has a preconditioner), its terms go one by one. :meth:`report` says which and why. As with the linearized
-    engine, the first call of each problem and, more and more rarely, later ones are compared with eager's; so is
-    each recorded solve with one that goes term by term. A loop that could have stopped early is run to its end.
+    device, it has a preconditioner), its terms go one by one. :meth:`report` says which and why. As with the
+    linearized engine, the first call of each problem and, more and more rarely, later ones are compared with eager's;
+    so is each recorded solve, the second time too, with one that goes term by term. A loop that could have stopped
+    early is run to its end.
 
     Pays for launch-bound problems: small batches, many layers. Memory: a copy of all inputs, and for each shape
     what its parts compute at once; a linearization that is still in use keeps its buffers, and another is then given
@@ -63,15 +64,18 @@ class CudaGraphEngine(LinearizedEngine):
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
         """All terms by one replay; one by one where that is impossible."""
-        solve = operator.graphs.solve(solver) if isinstance(operator, CapturedLinearization) else None
+        if not isinstance(operator, CapturedLinearization):
+            return super().run(operator, v, solver, estimate)
+        solve = operator.graphs.solve(solver)
         solved = None if solve is None or solve.distrust else solve.run(v, estimate)
         if solve is None or solved is None:
             return super().run(operator, v, solver, estimate)
-        if not solve.schedule.due():
+        due = solve.schedule.due()
+        if not due and solve.schedule.calls != 2:  # the second is the first with other values than were recorded
             return solved
         iteration = super().run(operator, v, solver, estimate)
         one_by_one = Solved(iteration, iteration.finish(), iteration.value)
-        found = difference(solved.value.views, one_by_one.value.views, operator.layout.dtypes)
+        found = difference(solved.value.views, one_by_one.value.views, operator.graphs.functions.partition.dtypes)
         if found is None:
             return solved
         solve.distrust = f"its graph gives a result that differs by {found:.2g} (relative)"

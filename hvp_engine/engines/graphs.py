@@ -196,7 +196,7 @@ class Solved:
     def __init__(self, iteration: FinishedIteration, figures: Tensor, value: FlatVector):
         self.value = value
         self.direction = iteration.direction
-        self.alpha = getattr(iteration, "alpha", None)
+        self.alpha, self.bounds = getattr(iteration, "alpha", None), getattr(iteration, "bounds", None)
         self.steps = iteration.steps
         self._iteration, self._figures = iteration, figures
 
