@@ -138,6 +138,7 @@ def _plain_rnn() -> Iterator[None]:
 
 PROBLEMS = {
     "logistic": Recipe(networks.linear, _digits, F.cross_entropy, alpha=0.1),
+    "logistic-one-decay": Recipe(networks.linear, _digits, F.cross_entropy, alpha=0.1, per_weight=False, sweep=(50,)),
     "mlp": Recipe(networks.perceptron, _digits, F.cross_entropy, alpha=0.05),
     "mlp-one-decay": Recipe(networks.perceptron, _digits, F.cross_entropy, alpha=0.05, per_weight=False, sweep=()),
     "lenet": Recipe(networks.lenet, _digits, F.cross_entropy, alpha=0.1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -71,13 +71,14 @@ def verify(kind: str, problem: Problem, candidates: Mapping[str, Preparation]) -
     """Prepare the candidates for a kind of result on `problem`, and sort them by whether they get it right."""
     what = KINDS[kind]
     exact = build(problem.name, problem.device, torch.float64)
-    expected = what.reference(exact)(CHECK_TERMS)
-    scale = what.scale(exact, expected)
 
-    def error_of(result: Sequence[Tensor]) -> float:
-        return float(_norm([a.detach().double() - b for a, b in zip(result, expected, strict=True)]) / scale)
+    def error_of(result: Sequence[Tensor], alpha: float) -> float:
+        there = replace(exact, alpha=alpha)
+        expected = what.reference(there)(CHECK_TERMS)
+        difference = _norm([a.detach().double() - b for a, b in zip(result, expected, strict=True)])
+        return float(difference / what.scale(there, expected))
 
-    allowed = min(WIDEST, max(TOLERANCE, 2 * error_of(what.reference(problem)(CHECK_TERMS))))
+    allowed = min(WIDEST, max(TOLERANCE, 2 * error_of(what.reference(problem)(CHECK_TERMS), problem.alpha)))
     verified = Verified()
     for name, prepare in candidates.items():
         start = time.perf_counter()
@@ -96,7 +97,7 @@ def verify(kind: str, problem: Problem, candidates: Mapping[str, Preparation]) -
         if replaced:  # what would be timed is the eager engine under another name
             verified.leave_out(name, replaced[0])
             continue
-        difference = error_of(result)
+        difference = error_of(result, getattr(run, "alpha", problem.alpha))  # a run may choose its own
         if difference <= allowed:
             verified.runs[name], verified.setup[name] = run, elapsed
         else:

@@ -79,14 +79,15 @@ class LanczosBasis:
         negligible = 100 * torch.finfo(work.data.dtype).eps
         for k in range(self.steps, min(self.steps + steps, self.capacity)):
             self._basis[k] = work.data
-            self._images[k] = self._image.data
+            if self._preconditioner is not None:
+                self._images[k] = self._image.data
             self._direction.data.copy_(self._image.data)
             self._direction.refresh()
             work.copy_(self._product(self._direction.tangents))
             basis, images = self._basis[: k + 1], self._images[: k + 1]
             coefficients = images @ work.data
-            work.data -= coefficients @ basis
-            work.data -= (images @ work.data) @ basis  # once more: one pass leaves rounding in float32
+            work.data.addmv_(basis.T, coefficients, alpha=-1)
+            work.data.addmv_(basis.T, images @ work.data, alpha=-1)  # once more: one pass leaves rounding in float32
             norm = self._norm_of_work()
             # What is left of an invariant subspace is rounding, no direction: made one, it doubles an eigenvalue.
             norm = norm * (norm > negligible * torch.hypot(norm, torch.linalg.vector_norm(coefficients)))
@@ -119,5 +120,6 @@ class LanczosBasis:
         return torch.dot(self._work.data, self._image.data).clamp_min(0).sqrt()
 
     def _divide(self, norm: Tensor) -> None:
+        factor = torch.where(norm > 0, norm.reciprocal(), 0.0)
         for vector in [self._work] if self._image is self._work else [self._work, self._image]:
-            vector.data.copy_(torch.where(norm > 0, vector.data / norm, 0.0))
+            vector.data.mul_(factor)
