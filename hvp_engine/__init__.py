@@ -17,7 +17,7 @@ from hvp_engine.errors import (
     SecondDerivativeError,
     TraceError,
 )
-from hvp_engine.estimation import Estimate
+from hvp_engine.estimation import Averaged, Estimate
 from hvp_engine.fixed_point import FixedPointHypergradient
 from hvp_engine.functional import functional
 from hvp_engine.gauss_newton import GaussNewtonOperator
@@ -35,11 +35,13 @@ from hvp_engine.recorded import approx_inverse_hvp, best_response, hypergradient
 from hvp_engine.solution import Solution, Status
 from hvp_engine.solvers import MINRES, Budget, Chebyshev, ConjugateGradient, Exact, Identity, Neumann, Nystrom
 from hvp_engine.solving import solve
+from hvp_engine.stochastic import StochasticHessianOperator
 from hvp_engine.tuning import History, Record, Tuner
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Averaged",
     "MINRES",
     "BackendError",
     "Budget",
@@ -75,6 +77,7 @@ __all__ = [
     "Solution",
     "SpectralDensity",
     "Status",
+    "StochasticHessianOperator",
     "TraceError",
     "Tuner",
     "Verdict",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,11 +37,25 @@ class Estimator(Protocol):
 
 
 class Averaged:
-    """A loss of a list of batches: the mean of `loss` over them, as one problem with one Hessian."""
+    """A loss of a list of batches: the mean of `loss` over them, as one problem with one Hessian.
 
-    def __init__(self, loss: Callable[[Any, Any, Any], Tensor]):
+    Arguments:
+        loss: `loss(..., batch)` -> scalar tensor, the batch last: of (weights, batch), or (weights, hyper, batch).
+
+    Where a loss is taken: `HessianOperator(hvp.Averaged(loss), weights, batches)`. Cost and memory: those of all
+    batches together. (`Tuner` does this by itself, with `train_batches` and `val_batches`.)
+
+    >>> import torch, hvp_engine as hvp
+    >>> loss = lambda w, batch: batch * w**2 / 2
+    >>> batches = [torch.tensor(1.0), torch.tensor(3.0)]
+    >>> hvp.HessianOperator(hvp.Averaged(loss), torch.tensor(5.0), batches) @ torch.tensor(1.0)
+    tensor(2.)
+    """
+
+    def __init__(self, loss: Callable[..., Tensor]):
         self.loss = loss
 
-    def __call__(self, weights: Any, hyper: Any, batches: Sequence[Any]) -> Tensor:
-        losses = [self.loss(weights, hyper, batch) for batch in batches]
+    def __call__(self, *arguments: Any) -> Tensor:
+        *point, batches = arguments
+        losses = [self.loss(*point, batch) for batch in batches]
         return torch.stack([loss.reshape(()) for loss in losses]).mean()

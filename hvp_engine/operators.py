@@ -75,9 +75,9 @@ class Curvature:
         tangents = [leaf.detach().to(dtype) for leaf, dtype in zip(leaves, layout.dtypes, strict=True)]
         return structure.rebuild([p.detach().clone() for p in self.product(tangents)])
 
-    def solve(self, v: Any, solver: Solver, *, batched: bool = False) -> Solution:
-        """(A + damping I)^-1 v by `solver`, for several v with `batched`; see :func:`solve`."""
-        return solve(self, v, solver, batched=batched)
+    def solve(self, v: Any, solver: Solver, *, batched: bool = False, x0: Any = None) -> Solution:
+        """(A + damping I)^-1 v by `solver`, for several v with `batched`, from a first guess x0; see :func:`solve`."""
+        return solve(self, v, solver, batched=batched, x0=x0)
 
     def dense(self) -> Tensor:
         """The operator as a matrix, by one product for each weight: for tests and small problems."""

@@ -17,6 +17,7 @@ from hvp_engine.engines.side_by_side import run_side_by_side
 from hvp_engine.errors import DivergenceError, NonFiniteError
 from hvp_engine.linearization import LinearMap
 from hvp_engine.preconditioning import Preconditioner
+from hvp_engine.right_hand_sides import WarmStart, guesses, relaxed, unstacked
 from hvp_engine.solution import Solution, Status
 from hvp_engine.solvers import Exact
 from hvp_engine.solvers.base import GROWTH_LIMIT, FinishedIteration, Outcome, Solver, check_solver
@@ -55,6 +56,7 @@ class _Estimates:
 
     def __init__(self, operator: LinearMap, solver: Solver, spectrum: Spectrum):
         self._operator, self._spectrum = operator, spectrum
+        self._held: LinearMap | None = None
         self._preconditioner: Preconditioner | None = getattr(solver, "preconditioner", None)
         self.preconditioned = self._preconditioner is not None
         self._inside = solver.damping if self.preconditioned else 0.0
@@ -73,7 +75,9 @@ class _Estimates:
         return estimate.smallest + self.damping < -1e-6 * estimate.largest
 
     def _product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        products = self._operator.product(tangents)
+        if self._held is None:  # of a map that changes, one draw serves all products of the estimates
+            self._held = self._operator.hold() if hasattr(self._operator, "hold") else self._operator
+        products = self._held.product(tangents)
         if self._inside:
             products = [p + self._inside * t for p, t in zip(products, tangents, strict=True)]
         return products
@@ -86,9 +90,10 @@ def solve_flat(
     engine: Engine,
     spectrum: Spectrum,
     name: str = "v",
+    x0: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Solution]:
     """The value as views like the weights, and the solution without its value filled in; `name` is v's in messages."""
-    [result] = solve_all(operator, [v], solver, engine, spectrum, [name])
+    [result] = solve_all(operator, [v], solver, engine, spectrum, [name], None if x0 is None else [x0])
     return result
 
 
@@ -99,9 +104,13 @@ def solve_all(
     engine: Engine,
     spectrum: Spectrum,
     names: Sequence[str],
+    x0s: Sequence[Sequence[Tensor]] | None = None,
 ) -> Iterator[tuple[list[Tensor], Solution]]:
     """What :func:`solve_flat` returns, for each right-hand side in turn; they share one estimate, whose products
     count for the first."""
+    if x0s is not None:
+        yield from _from_guesses(operator, vs, solver, engine, spectrum, names, x0s)
+        return
     if isinstance(solver, Budget):
         yield from within(solver, solve_all, operator, vs, engine, spectrum, names)
         return
@@ -126,6 +135,26 @@ def solve_all(
     for iteration, v, name in zip(iterations, vs, names, strict=True):
         yield _judged(operator, v, solver, engine, estimates, estimate, iteration, hvps, name)
         hvps = 0
+
+
+def _from_guesses(
+    operator: LinearMap,
+    vs: Sequence[Sequence[Tensor]],
+    solver: Solver,
+    engine: Engine,
+    spectrum: Spectrum,
+    names: Sequence[str],
+    x0s: Sequence[Sequence[Tensor]],
+) -> Iterator[tuple[list[Tensor], Solution]]:
+    """x0 + A^-1 (v - A x0) for each, all to the tolerance of the one that is farthest."""
+    starts = [WarmStart(operator, v, x0, solver.damping) for v, x0 in zip(vs, x0s, strict=True)]
+    rest = relaxed(solver, operator.layout, max(start.share for start in starts))
+    if rest is None:
+        yield from (start.unchanged() for start in starts)
+        return
+    residuals = [start.residual for start in starts]
+    for start, result in zip(starts, solve_all(operator, residuals, rest, engine, spectrum, names), strict=True):
+        yield start.complete(*result)
 
 
 def _judged(
@@ -266,7 +295,7 @@ def _divergence(
     )
 
 
-def solve(operator: Any, v: Any, solver: Solver, *, batched: bool = False) -> Solution:
+def solve(operator: Any, v: Any, solver: Solver, *, batched: bool = False, x0: Any = None) -> Solution:
     """Solve (A + damping I) x = v.
 
     Arguments:
@@ -277,6 +306,9 @@ def solve(operator: Any, v: Any, solver: Solver, *, batched: bool = False) -> So
         batched: every leaf of v has one more dimension, the first and of one length: several right-hand sides. They
             are solved with one spectral estimate: in one call by a linear model; with one dense matrix by `Exact`;
             with batched products where they are traced and it pays (up to 16,384 weights on a CPU); else one by one.
+        x0: a first guess like v, for example the solution of a similar system. What is solved for is the rest,
+            x = x0 + A^-1 (v - A x0), by one more product: a series continues where the guess stands, and a tolerance
+            is still relative to v. None is zero.
 
     Returns a :class:`Solution`; its value is in the container of v. Of several right-hand sides, it has the values
     stacked, the products of all, and the worst residual norm with its status.
@@ -296,7 +328,7 @@ def solve(operator: Any, v: Any, solver: Solver, *, batched: bool = False) -> So
     check_solver(solver)
     engine: Engine = getattr(operator, "engine", None) or EagerEngine()
     spectrum = getattr(operator, "spectrum", None) or Spectrum()
-    vs = _unstacked(leaves) if batched else [[leaf.detach() for leaf in leaves]]
+    vs = unstacked(leaves, "v") if batched else [[leaf.detach() for leaf in leaves]]
     names = [f"v[{index}]" for index in range(len(vs))] if batched else ["v"]
     if hasattr(operator, "product") and hasattr(operator, "layout"):
         linear: LinearMap = getattr(operator, "linearization", operator)
@@ -305,7 +337,14 @@ def solve(operator: Any, v: Any, solver: Solver, *, batched: bool = False) -> So
         linear = CallableOperator(operator, vs[0], structure)
     else:
         raise TypeError(f"operator: expected an operator or a callable v -> A v; got {type(operator).__name__}")
-    results = list(solve_all(linear, vs, solver, engine, spectrum, names))
+    if getattr(linear, "changes", False) and getattr(solver, "needs_fixed_operator", True):
+        raise ValueError(
+            "solver: expected one for an operator that is another at every product, such as hvp.Neumann(100); got "
+            f"{type(solver).__name__}, which needs a fixed one: use hvp.HessianOperator(hvp.Averaged(loss), weights, "
+            "batches)"
+        )
+    x0s = None if x0 is None else guesses(x0, structure, vs, linear.layout, batched)
+    results = list(solve_all(linear, vs, solver, engine, spectrum, names, x0s))
     if not batched:
         [(value, solution)] = results
         return replace(solution, value=structure.rebuild(value))
@@ -318,14 +357,3 @@ def solve(operator: Any, v: Any, solver: Solver, *, batched: bool = False) -> So
         iterations=max(solution.iterations for solution in solutions),
         hvps=sum(solution.hvps for solution in solutions),
     )
-
-
-def _unstacked(leaves: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The right-hand sides of a batch."""
-    lengths = [len(leaf) if leaf.dim() else None for leaf in leaves]
-    if lengths[0] is None or any(length != lengths[0] for length in lengths) or lengths[0] == 0:
-        raise ValueError(
-            "v: expected leaves with a first dimension of one length >= 1, for batched=True; got shapes "
-            f"{', '.join(str(tuple(leaf.shape)) for leaf in leaves)}"
-        )
-    return [[leaf[index].detach() for leaf in leaves] for index in range(lengths[0])]

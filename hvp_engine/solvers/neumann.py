@@ -69,6 +69,7 @@ class Neumann:
     preconditioner: Preconditioner | None = None
 
     needs_symmetry: ClassVar[bool] = False
+    needs_fixed_operator: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_iterations(self.iterations)
@@ -243,6 +244,7 @@ class Identity:
     damping: float = 0.0
 
     needs_symmetry: ClassVar[bool] = False
+    needs_fixed_operator: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
