@@ -32,10 +32,33 @@ class FunctionalModule:
                 f"known are {', '.join(sorted(self._names)[:8])}{', ...' if len(self._names) > 8 else ''}"
             )
         record_module(self.module)
-        state: dict[str, Tensor] = dict(weights)
+        places = self._places()
+        state: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            for place in places[name]:
+                if state.setdefault(place, weight) is not weight:
+                    raise ValueError(f"weights: expected one tensor for tied parameters; got two, one as {name!r}")
         if is_isolated():
-            state |= {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        return torch.func.functional_call(self.module, state, inputs, keywords)
+            for name, buffer in self.module.named_buffers():
+                state |= dict.fromkeys(places[name], buffer.clone())
+        return torch.func.functional_call(self.module, state, inputs, keywords, tie_weights=False)
+
+    def _places(self) -> dict[str, list[str]]:
+        """For each name one name of each attribute that holds its tensor.
+
+        torch's own tying gives an attribute of a module that is known by two names both of them, and then puts back
+        in the end what it had put there itself.
+        """
+        modules = dict(self.module.named_modules(remove_duplicate=False))
+        named = [
+            *self.module.named_parameters(remove_duplicate=False),
+            *self.module.named_buffers(remove_duplicate=False),
+        ]
+        attributes: dict[int, dict[tuple[int, str], str]] = {}
+        for name, tensor in named:
+            path, _, attribute = name.rpartition(".")
+            attributes.setdefault(id(tensor), {}).setdefault((id(modules[path]), attribute), name)
+        return {name: list(attributes[id(tensor)].values()) for name, tensor in named}
 
     def __repr__(self) -> str:
         return f"functional({type(self.module).__name__})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DTYPE, NETWORKS, Tied, randn
-from torch import nn
+from torch import Tensor, nn
 
 import hvp_engine as hvp
 from hvp_engine.isolation import isolated
@@ -81,6 +81,49 @@ def test_gradient_of_a_tied_parameter_is_the_sum_of_its_uses() -> None:
     found = torch.autograd.grad(hvp.functional(module)(weights, x).square().sum(), list(weights.values()))
     expected = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
     torch.testing.assert_close(found, expected)
+
+
+class UsedTwice(nn.Module):
+    """Modules that are known by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.second, self.norm_again = self.first, self.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm_again(self.second(self.norm(self.first(x))))
+
+
+def test_a_module_under_two_names_is_left_as_it_was() -> None:
+    module, x = UsedTwice(), torch.randn(5, 3)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    held = [module.first.weight, module.first.bias, module.norm.running_mean, module.norm.num_batches_tracked]
+    weights = {name: 2 * w.detach() for name, w in module.named_parameters()}
+    twin = UsedTwice()
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            parameter.copy_(weights[name])
+    torch.testing.assert_close(hvp.functional(module)(weights, x), twin(x))
+
+    module.load_state_dict(state)
+    hvp.Hypergradient(
+        lambda w, decay, batch: (
+            hvp.functional(module)(w, batch).square().mean() + decay * sum(p.square().sum() for p in w.values())
+        ),
+        lambda w, decay, batch: hvp.functional(module)(w, batch).sum(),
+        hvp.Neumann(2, alpha=0.01),
+    )(dict(module.named_parameters()), torch.tensor(0.1), x, x)
+    now = [module.first.weight, module.first.bias, module.norm.running_mean, module.norm.num_batches_tracked]
+    assert all(a is b for a, b in zip(now, held, strict=True))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+
+
+def test_two_tensors_for_tied_parameters_are_refused() -> None:
+    module = UsedTwice()
+    with pytest.raises(ValueError, match="weights: expected one tensor for tied parameters; got two, one as 'second.w"):
+        hvp.functional(module)({"first.weight": torch.ones(3, 3), "second.weight": torch.ones(3, 3)}, torch.ones(2, 3))
 
 
 def test_repr() -> None:

@@ -54,10 +54,12 @@ def simplify(graph: fx.Graph) -> None:
 
 def _operand(node: fx.Node) -> fx.Node | None:
     """The operand that `node` returns unchanged: of x + 0, x * 1 and x ** 1, as derivatives of powers are full of."""
-    neutral = _NEUTRAL.get(node.target)
+    target: Any = node.target
+    neutral = _NEUTRAL.get(target)
     if neutral is None or node.kwargs or len(node.args) != 2:
         return None
-    first, second = node.args
+    arguments: tuple[Any, ...] = node.args
+    first, second = arguments
     pairs = ((first, second),) if node.target is aten.pow.Tensor_Scalar else ((first, second), (second, first))
     for operand, other in pairs:
         value = other.args[1] if _calls(other, aten.full.default) else other
