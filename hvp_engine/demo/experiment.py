@@ -18,7 +18,8 @@ import hvp_engine as hvp
 from hvp_engine import datasets
 from hvp_engine.datasets import Images
 from hvp_engine.demo.report import Comparison, Run, Scores
-from hvp_engine.estimation import Estimate, Estimator
+from hvp_engine.estimation import Estimator
+from hvp_engine.estimators import SGD, Unrolled
 from hvp_engine.memory import peak_memory
 from hvp_engine.preparation import standardize, stratified_split
 
@@ -230,24 +231,7 @@ class Experiment:
 
     def unrolled(self, steps: int) -> Estimator:
         """The gradient through `steps` steps of SGD from the current weights, by plain autograd."""
-
-        def estimate(weights: Weights, hyper: Hyper, train_batch: Batch, val_batch: Batch) -> Estimate:
-            hyper = {name: log_decay.detach().requires_grad_() for name, log_decay in hyper.items()}
-            moved = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-            for step in range(steps):
-                loss = self.train_loss(moved, hyper, train_batch)
-                grads = torch.autograd.grad(loss, list(moved.values()), create_graph=True)
-                if step == 0:
-                    norm, train_loss = torch.stack([g.detach().norm() for g in grads]).norm(), loss.detach()
-                moved = {
-                    name: weight - _UNROLLED_LEARNING_RATE * grad
-                    for (name, weight), grad in zip(moved.items(), grads, strict=True)
-                }
-            val_loss = self.val_loss(moved, hyper, val_batch)
-            found = torch.autograd.grad(val_loss, list(hyper.values()))
-            return Estimate(dict(zip(hyper, found, strict=True)), train_loss, val_loss.detach(), norm.double())
-
-        return estimate
+        return Unrolled(self.train_loss, self.val_loss, steps, SGD(_UNROLLED_LEARNING_RATE))
 
     def peak_bytes(self, estimator: Estimator) -> int:
         """Peak memory of a hypergradient after the first; on the first batches of a fixed order."""
