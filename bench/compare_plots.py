@@ -34,7 +34,7 @@ def draw(rows: Sequence[Row], problem: str, folder: Path) -> Path:
         axes.set_xscale("log")
         axes.set_yscale("log")
         if benchmark == "compare error":
-            axes.set_ylim(1e-14, 1e2)
+            axes.set_ylim(1e-17, 1e2)
         axes.set_xlabel({"gradients": "gradient evaluations (a product is two)", "i": "products or steps, i"}.get(
             unit, "gradient evaluations"))  # fmt: skip
         axes.set_ylabel(label)
@@ -58,4 +58,4 @@ def _curve(axes: Axes, rows: Sequence[Row], benchmark: str, problem: str, name: 
     if points:
         x, y = zip(*sorted(points), strict=True)
         style = ("-", "--", ":")[place // 10 % 3]
-        axes.plot(x, [max(v, 1e-15) for v in y], style, marker="o", markersize=3, color=f"C{place % 10}", label=name)
+        axes.plot(x, [max(v, 1e-17) for v in y], style, marker="o", markersize=3, color=f"C{place % 10}", label=name)
