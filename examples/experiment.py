@@ -1,0 +1,299 @@
+"""What the experiments share: their options, tuning with progress and checkpoints, and writing of results.
+
+An experiment is a module with an :class:`Experiment`; its function gets a :class:`Run` and the settings of a size. The
+results of a run are in a folder of its own, `OUT/NAME[-DATASET]-SIZE-seedN`, and every run's in `OUT/SUMMARY.md`.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+import hvp_engine as hvp
+from hvp_engine.errors import HvpError
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment of the paper.
+
+    Arguments:
+        name: of its module, and on the command line.
+        source: figures, tables or sections of the paper.
+        title: one line.
+        run: a function of the :class:`Run` and the settings.
+        sizes: the settings of "small" and "paper".
+        datasets: names that `--dataset` may take; empty where there is no choice.
+    """
+
+    name: str
+    source: str
+    title: str
+    run: Callable[[Run, Any], None]
+    sizes: Mapping[str, Any]
+    datasets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    size: str
+    out: Path
+    data: Path | None = None
+    dataset: str = ""
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    resume: bool = False
+
+
+class Run:
+    """One run of an experiment: what it was asked for, and where its results go.
+
+    Attributes:
+        options: the command line.
+        folder: of its results.
+    """
+
+    def __init__(self, experiment: Experiment, options: Options, settings: Any):
+        self.experiment, self.options, self.settings = experiment, options, settings
+        parts = (experiment.name, options.dataset, options.size, f"seed{options.seed}")
+        self.folder = options.out / "-".join(part for part in parts if part)
+        self._comparisons: list[dict[str, str]] = []
+        self._notes: list[str] = []
+        self._costs: dict[str, dict[str, float]] = {}
+        self._pictures: list[str] = []
+        self._started = time.perf_counter()
+
+    @property
+    def results(self) -> Path:
+        """There once the run has finished."""
+        return self.folder / "results.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints, gone once the run has finished."""
+        return self.folder / "checkpoints"
+
+    def start(self) -> None:
+        """Make the folder; forget an earlier run unless it is to be resumed."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if not self.options.resume:
+                self.results.unlink(missing_ok=True)
+                shutil.rmtree(self.checkpoints)
+        except OSError as error:
+            raise HvpError(f"--out: expected a folder that can be written; got {self.options.out}: {error}") from error
+        torch.manual_seed(self.options.seed)
+
+    def tune(
+        self,
+        name: str,
+        tuner: hvp.Tuner,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any],
+        hyper_steps: int,
+        *,
+        evaluate: Callable[[hvp.Tuner], Mapping[str, float]] | None = None,
+        evaluate_every: int = 1,
+        stop: Callable[[hvp.Record], bool] = lambda record: False,
+        checkpoint_every: int = 50,
+    ) -> hvp.History:
+        """`tuner.fit` with a progress bar, checkpoints, and the history as `NAME.csv`; `stop` ends it before its time.
+
+        With `--resume` it goes on from its checkpoint, and ends as if it had never been interrupted.
+        """
+        path = self.checkpoints / f"{name}.pt"
+        if self.options.resume:  # no steps: only what the checkpoint holds
+            tuner.fit(train_loader, val_loader, 0, progress=False, checkpoint=path)
+        history = tuner.history
+        metrics = dict(history[-1].metrics) if history else {}
+        if not (history and stop(history[-1])):
+            with self.progress(name, hyper_steps, "hyper step", tuner.hyper_steps) as bar:
+
+                def advance(tuner: hvp.Tuner, record: hvp.Record) -> bool:
+                    metrics.update(record.metrics)
+                    losses = {"train": record.train_loss, "val": record.val_loss}
+                    bar.set_postfix({key: f"{value:.4g}" for key, value in (losses | metrics).items()}, refresh=False)
+                    bar.update(tuner.hyper_steps - bar.n)
+                    return stop(record)
+
+                history = tuner.fit(
+                    train_loader,
+                    val_loader,
+                    hyper_steps,
+                    progress=False,
+                    checkpoint=path,
+                    checkpoint_every=checkpoint_every,
+                    callbacks=[advance],
+                    evaluate=evaluate,
+                    evaluate_every=evaluate_every,
+                )
+        self.table(name, history.rows())
+        self.cost(name, history)
+        return history
+
+    def cost(self, name: str, history: hvp.History) -> None:
+        """Keep what the hypergradients of `history` cost beside the training, evaluation left out."""
+        training = sum(record.training_seconds for record in history)
+        hypergradients = sum(record.hypergradient_seconds for record in history)
+        self._costs[name] = {
+            "hyper_steps": len(history),
+            "seconds": training + hypergradients,
+            "share_of_hypergradients": hypergradients / max(training + hypergradients, 1e-12),
+            "ratio_to_plain_training": (training + hypergradients) / max(training, 1e-12),
+        }
+
+    def progress(self, name: str, total: int, unit: str = "step", done: int = 0) -> Any:
+        """A progress bar with the time left."""
+        return tqdm(total=total, initial=done, desc=f"{name:<24}", unit=unit, dynamic_ncols=True)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write `NAME.csv`: a header, a line for each row, empty cells for what a row lacks."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        write(self.folder / f"{name}.csv", text.getvalue().encode())
+
+    def picture(self, name: str, figure: Figure) -> None:
+        """Write `NAME.png`, and show it in the summary."""
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=110)
+        write(self.folder / f"{name}.png", content.getvalue())
+        self._pictures.append(f"{name}.png")
+
+    def compare(self, what: str, ours: str, paper: str = "") -> None:
+        """A line of the summary's table: what was measured, what came out, what the paper has."""
+        self._comparisons.append({"what": what, "paper": paper, "ours": ours})
+
+    def note(self, text: str) -> None:
+        """A remark below the table."""
+        self._notes.append(text)
+
+    def finish(self) -> None:
+        """Write `results.json` and the summary; the checkpoints have served."""
+        options = self.options
+        content = {
+            "name": self.experiment.name,
+            "dataset": options.dataset,
+            "source": self.experiment.source,
+            "title": self.experiment.title,
+            "size": options.size,
+            "seed": options.seed,
+            "settings": dataclasses.asdict(self.settings),
+            "device": torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "hvp_engine": hvp.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "seconds": time.perf_counter() - self._started,
+            "comparisons": self._comparisons,
+            "notes": self._notes,
+            "costs": self._costs,
+            "pictures": self._pictures,
+        }
+        write(self.results, json.dumps(_finite(content), indent=1).encode())
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        summarize(options.out)
+
+
+def execute(experiment: Experiment, options: Options, settings: Any = None) -> Run:
+    """Run `experiment` with the settings of its size, or with others; a finished one that is resumed stays as it is."""
+    run = Run(experiment, options, experiment.sizes[options.size] if settings is None else settings)
+    if options.resume and run.results.exists():
+        print(f"{run.folder}: finished already")
+        return run
+    with torch.random.fork_rng():
+        run.start()
+        experiment.run(run, run.settings)
+        run.finish()
+    print(f"{run.folder}: written")
+    return run
+
+
+def summarize(out: Path) -> None:
+    """Write `SUMMARY.md` from the results of every run in `out`."""
+    lines = ["# Results", ""]
+    for file in sorted(out.glob("*/results.json")):
+        lines += _section(json.loads(file.read_text()), file.parent.name)
+    write(out / "SUMMARY.md", "\n".join(lines).encode())
+
+
+def _section(result: Mapping[str, Any], folder: str) -> list[str]:
+    name = f"{result['name']}, {result['dataset']}" if result["dataset"] else result["name"]
+    versions = result["versions"]
+    lines = [
+        f"## {name}: {result['title']} ({result['source']})",
+        "",
+        f"Size {result['size']}, seed {result['seed']}; {result['device']}, {result['threads']} thread(s), torch "
+        f"{versions['torch']}, Python {versions['python']}; {result['seconds']:.0f} s.",
+        "",
+        *_rows(["what", "paper", "ours"], [list(line.values()) for line in result["comparisons"]]),
+        *(f"- {note}" for note in result["notes"]),
+        "",
+    ]
+    if result["costs"]:
+        head = ["run", "hyper steps", "seconds", "share of hypergradients", "time / plain training"]
+        costs = [
+            [
+                run,
+                str(cost["hyper_steps"]),
+                f"{cost['seconds']:.1f}",
+                f"{cost['share_of_hypergradients']:.0%}",
+                f"{cost['ratio_to_plain_training']:.2f}",
+            ]
+            for run, cost in result["costs"].items()
+        ]
+        lines += _rows(head, costs)
+    return lines + [line for picture in result["pictures"] for line in (f"![{picture}]({folder}/{picture})", "")]
+
+
+def _rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *(f"| {' | '.join(cells)} |" for cells in rows),
+        "",
+    ]
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity, which JSON lacks, as null; what JSON does not know as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def write(target: Path, content: bytes) -> None:
+    """Write a file at once or not at all."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

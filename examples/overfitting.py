@@ -1,0 +1,191 @@
+"""Figs. 5 and 10: one decay for each weight is enough to fit 50 validation examples as well as the 50 trained on.
+
+    L_T(w, lambda) = cross-entropy on 50 examples + 1/2 sum_i exp(lambda_i) w_i^2,   L_V = cross-entropy on 50 others.
+
+Algorithm 1 with the identity for the inverse Hessian (T1-T2). A run ends when every training and validation example is
+classified correctly; the error on the test set stays far higher.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+import hvp_engine as hvp
+from examples import image_sets, models
+from examples.experiment import Experiment, Run
+from examples.image_sets import Batch, ImageSet
+
+NETWORKS = {
+    "Linear": models.linear,
+    "1-layer": models.one_layer,
+    "LeNet-5": models.lenet5,
+    "wide LeNet": models.wide_lenet,
+    "ResNet-44": models.resnet44,
+    "AlexNet": models.alexnet,
+}
+ONLY_COLOUR = ("ResNet-44", "AlexNet")
+LARGE = 9_000_000
+"""Weights from which on `large_inner_steps` are made."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`hyper_steps` at most, by network."""
+
+    hyper_steps: Mapping[str, int]
+    examples: int = 50
+    inner_steps: int = 5
+    large_inner_steps: int = 2
+    weight_learning_rate: float = 1e-4
+    hyper_learning_rate: float = 3e-2
+    log_decay: float = -4.0
+    bounds: tuple[float, float] = (-14.0, 2.0)
+    evaluations: int = 100
+    test_images: int = 500
+    """Of the curves; the summary has all."""
+
+
+class Overfitting:
+    """A network with one decay for each weight."""
+
+    def __init__(self, module: torch.nn.Module, log_decay: float):
+        self.module = module
+        self.network = hvp.functional(module)
+        self.decays = models.weight_decays(module, log_decay)
+
+    def val_loss(self, weights: dict[str, Tensor], decays: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Cross-entropy."""
+        return F.cross_entropy(self.network(weights, batch[0]), batch[1])
+
+    def train_loss(self, weights: dict[str, Tensor], decays: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Cross-entropy + 1/2 sum_i exp(decay_i) w_i^2."""
+        penalties = [(decays[name].exp() * weight.square()).sum() for name, weight in weights.items()]
+        return self.val_loss(weights, decays, batch) + torch.stack(penalties).sum() / 2
+
+    def tuner(self, settings: Settings) -> hvp.Tuner:
+        large = sum(weight.numel() for weight in self.module.parameters()) > LARGE
+        return hvp.Tuner(
+            self.module,
+            self.decays,
+            self.train_loss,
+            self.val_loss,
+            weight_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=settings.weight_learning_rate),
+            hyper_optimizer=lambda tensors: torch.optim.RMSprop(tensors, lr=settings.hyper_learning_rate),
+            solver=hvp.Identity(),
+            inner_steps=settings.large_inner_steps if large else settings.inner_steps,
+            bounds=settings.bounds,
+        )
+
+
+def peak_gigabytes(device: torch.device) -> float:
+    """The most memory that the process (on a GPU: its tensors) has taken so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def everything_right(record: hvp.Record) -> bool:
+    """Whether no training or validation example is wrong."""
+    return record.metrics.get("train", 0.0) == record.metrics.get("validation", 0.0) == 1.0
+
+
+def run(run: Run, settings: Settings) -> None:
+    options = run.options
+    images = image_sets.load(
+        options.dataset, options.data, (settings.examples, settings.examples), options.seed, options.device
+    )
+    run.note(f"{images.source}; the test curves are of {settings.test_images} images, the summary's numbers of all.")
+    curves = {}
+    for name, hyper_steps in settings.hyper_steps.items():
+        if options.dataset == "mnist" and name in ONLY_COLOUR:
+            continue
+        torch.manual_seed(options.seed)
+        module = NETWORKS[name](images.shape, images.classes).to(options.device)
+        curves[name] = _overfit(run, settings, name, module, images, hyper_steps)
+    run.picture("overfitting", draw(curves))
+
+
+def _overfit(
+    run: Run, settings: Settings, name: str, module: torch.nn.Module, images: ImageSet, hyper_steps: int
+) -> hvp.History:
+    problem = Overfitting(module, settings.log_decay)
+    few = tuple(tensor[: settings.test_images] for tensor in images.test)
+    parts = {"train": images.train, "validation": images.validation, "test": few}
+
+    def evaluate(tuner: hvp.Tuner) -> dict[str, float]:
+        found = {part: image_sets.accuracy(module, batch) for part, batch in parts.items()}
+        return found | {"peak_gigabytes": peak_gigabytes(run.options.device)}
+
+    history = run.tune(
+        name,
+        problem.tuner(settings),
+        [images.train],
+        [images.validation],
+        hyper_steps,
+        evaluate=evaluate,
+        evaluate_every=max(1, min(10, hyper_steps // settings.evaluations)),
+        stop=everything_right,
+        checkpoint_every=500,
+    )
+    scores = [f"{image_sets.accuracy(module, part):.1%}" for part in (images.train, images.validation, images.test)]
+    count = sum(decay.numel() for decay in problem.decays.values())
+    run.compare(
+        f"{name}, {count:,} decays: train, validation, test accuracy after {len(history)} hyper steps",
+        ", ".join(scores),
+        "100%, 100%, far lower",
+    )
+    run.compare(f"{name}: validation loss, first and last", f"{history[0].val_loss:.4f}, {history[-1].val_loss:.4f}")
+    measured = [record.metrics["peak_gigabytes"] for record in history if record.metrics]
+    run.compare(
+        f"{name}: peak memory of the process, first and last", f"{measured[0]:.2f}, {measured[-1]:.2f} GB", "constant"
+    )
+    return history
+
+
+def draw(curves: Mapping[str, hvp.History]) -> Figure:
+    """Train, validation and test error over the hyper steps, one panel for each network."""
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(curves) :]:
+        axis.set_axis_off()
+    for axis, (name, history) in zip(axes, curves.items(), strict=False):
+        records = [record for record in history if record.metrics]
+        steps = [record.hyper_step + 1 for record in records]
+        for part in ("train", "validation", "test"):
+            axis.plot(steps, [1 - record.metrics[part] for record in records], label=part, lw=1.8)
+        axis.set(title=name, xlabel="hyper steps", ylabel="error", ylim=(-0.03, 1.0))
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False, fontsize=8)
+    figure.suptitle("Fitting 50 validation examples by one decay for each weight")
+    return figure
+
+
+_SMALL = {"Linear": 3000, "1-layer": 1000, "LeNet-5": 3000, "wide LeNet": 3000, "ResNet-44": 100, "AlexNet": 30}
+_PAPER = {
+    "Linear": 10_000,
+    "1-layer": 10_000,
+    "LeNet-5": 10_000,
+    "wide LeNet": 10_000,
+    "ResNet-44": 10_000,
+    "AlexNet": 2000,
+}
+
+EXPERIMENT = Experiment(
+    name="overfitting",
+    source="Fig. 5, 10",
+    title="fitting 50 validation examples by one decay per weight",
+    run=run,
+    sizes={"small": Settings(_SMALL), "paper": Settings(_PAPER, hyper_learning_rate=1e-2)},
+    datasets=image_sets.NAMES[:2],
+)
