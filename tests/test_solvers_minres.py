@@ -59,7 +59,8 @@ def test_positive_definite_of_condition_1_to_1e6(index: int) -> None:
 def test_indefinite(condition: float, dtype: torch.dtype) -> None:
     matrix, v = mirrored(condition)
     solution = solve(matrix, v.to(dtype), hvp.MINRES(3000))
-    assert residual_of(matrix, v, solution.value) == pytest.approx(solution.residual_norm, rel=0.2, abs=1e-6)
+    slack = 2e-4 if dtype == torch.float32 else 1e-10  # by which rounding parts the updated residual from the true one
+    assert residual_of(matrix, v, solution.value) == pytest.approx(solution.residual_norm, rel=0.2, abs=slack)
     error = relative_error(solution.value.double(), torch.linalg.solve(matrix, v))
     assert error < (1e-3 if dtype == torch.float32 else 1e-9)
     assert solution.converged

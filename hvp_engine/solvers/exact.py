@@ -21,7 +21,7 @@ class Exact:
     """A + damping I as a matrix, and its exact solve.
 
     The matrix is made symmetric by averaging it with its transpose. Positive definite ones are solved by Cholesky;
-    others, indefinite ones included, by their eigenvalues. Eigenvalues that are zero to n eps of the largest are left
+    others, indefinite ones included, by their eigenvalues. Eigenvalues that are zero to 10 n eps of the largest are left
     out: x is then the least-squares solution of smallest norm, and the status is SINGULAR.
 
     Arguments:
@@ -191,7 +191,7 @@ def _factorize(matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
     """The inverse of a symmetric matrix as a function, of smallest norm; and how many eigenvalues are zero."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal().square()
-    threshold = len(matrix) * torch.finfo(matrix.dtype).eps
+    threshold = 10 * len(matrix) * torch.finfo(matrix.dtype).eps
     if len(matrix) and not int(info) and bool(pivots.min() > threshold * pivots.max()):
         return lambda b: torch.cholesky_solve(b[:, None], factor)[:, 0], 0
     values, vectors = torch.linalg.eigh(matrix)

@@ -139,8 +139,8 @@ class _MINRES:
         self._moving = self._squared_b > 0
         self._minus_beta.zero_()
         self._basis[0].data.copy_(self._residual.data)
-        self._beta = self._phi_bar = self._normalize(0, zero)
-        self._bad_metric = self._bad_metric | (self._moving & ~(self._beta > 0))
+        self._beta, self._phi_bar = zero, self._normalize(0, zero)
+        self._bad_metric = self._bad_metric | (self._moving & ~(self._phi_bar > 0))
 
     def step(self, product: Sequence[Tensor]) -> None:
         now, other = self.steps % 2, 1 - self.steps % 2
