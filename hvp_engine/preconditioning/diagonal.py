@@ -92,7 +92,9 @@ def hutchinson_diagonal(operator: SymmetricMap, probes: int, seed: int = 0) -> t
 class JacobiPreconditioner(DiagonalPreconditioner):
     """M = 1 / (d + shift), with d a Hutchinson estimate of an operator's diagonal.
 
-    An entry below a tenth of the norm of its row is raised to it: so small a value, or one below zero, is noise.
+    An entry below a tenth of the norm of its row is raised to it: so small a value, or one below zero, is noise. With
+    few probes the noise of the others may cost more products than the diagonal saves, as it does for softmax
+    regression (bench/results/products.csv): known decays need no probes.
 
     Arguments:
         operator: a :class:`HessianOperator`, a :class:`GaussNewtonOperator` or another operator of this package.

@@ -21,8 +21,8 @@ class Exact:
     """A + damping I as a matrix, and its exact solve.
 
     The matrix is made symmetric by averaging it with its transpose. Positive definite ones are solved by Cholesky;
-    others, indefinite ones included, by their eigenvalues. Eigenvalues that are zero to 10 n eps of the largest are left
-    out: x is then the least-squares solution of smallest norm, and the status is SINGULAR.
+    others, indefinite ones included, by their eigenvalues. Eigenvalues that are zero to 10 n eps of the largest are
+    left out: x is then the least-squares solution of smallest norm, and the status is SINGULAR.
 
     Arguments:
         dtype: what the matrix is stored and factorized in, torch.float32 or torch.float64; None is the dtype that the
