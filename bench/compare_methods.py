@@ -3,7 +3,8 @@
 For every method of `hvp_engine.methods`: cosine and relative l2 error against the exact hypergradient at w* (float64),
 gradient evaluations (a Hessian-vector product is two), time, and peak memory, by the number of products or steps; at
 the minimum w*, and at weights trained for a short while only. With --searches also the validation loss that searches
-reach by the gradients they spend. Prints tables; writes compare-<device>.csv and a plot for each problem.
+reach by the gradients they spend. Prints tables; writes compare-<device>.csv, where a later run of some methods or
+problems replaces their rows, and a plot for each problem.
 """
 
 from __future__ import annotations
@@ -245,7 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows += search_rows(environment, label, run_searches(problem, one_decay, options.searches))
     file = options.out / f"compare-{results.slug(environment.device)}.csv"
     old = results.read(file) if file.exists() else []
-    results.write(file, results.merged(old, rows))
+    rows = results.merged(old, rows)
+    results.write(file, rows)
     plot = compare_plots.draw(rows, problem.name, options.out)
     print(f"\nwritten: {file}, {plot}")
     return 0

@@ -24,6 +24,7 @@ def draw(rows: Sequence[Row], problem: str, folder: Path) -> Path:
         ("search", "one decay", "budget", "lowest validation loss, one decay"),
         ("search", "a decay for each weight", "budget", "lowest validation loss, a decay for each weight"),
     ]
+    rows = [row for row in rows if row.problem.startswith(f"{problem}, ")]
     names = list(dict.fromkeys(row.method for row in rows))
     drawn = [panel for panel in panels if any(_fits(row, panel[0], f"{problem}, {panel[1]}") for row in rows)]
     figure = Figure(figsize=(6.2 * ((len(drawn) + 1) // 2) + 3, 8.4), layout="constrained")

@@ -17,6 +17,7 @@ from hvp_engine import datasets
 from hvp_engine.checking.refitting import Pair, minimize, reference_hypergradient
 from hvp_engine.linearization import Problem
 from hvp_engine.methods import Setting
+from hvp_engine.preconditioning import Preconditioner
 from hvp_engine.preparation import standardize
 from hvp_engine.search import TuningProblem
 from hvp_engine.trees import flatten
@@ -45,6 +46,7 @@ class Comparison:
         train, val: full batches.
         rate: a step that converges, 1 / lambda_max at the minimum.
         condition: lambda_max / lambda_min there, where it is known.
+        preconditioner: the Hessian's diagonal at w*, inverted, by 10 random probes.
         reference: dL_V*/dlambda at w*, in float64.
         residual: of the solve behind it.
     """
@@ -60,6 +62,7 @@ class Comparison:
     val: Batch
     rate: float
     condition: float | None
+    preconditioner: Preconditioner | None
     reference: Tensor
     residual: float
 
@@ -83,13 +86,10 @@ class Comparison:
 
     def setting(self) -> Setting:
         """What the registry makes methods from."""
-        decays = {name: h.exp() for name, h in self.hyper.items()}
-        shift = float(torch.stack([d.mean() for d in decays.values()]).mean())
-        preconditioner = hvp.DiagonalPreconditioner(decays, shift=shift)
-        scale = self.weight_count**-0.5
         return Setting(
-            self.train_loss, self.val_loss, self.rate, self.model, self.loss_of_outputs, preconditioner, scale
-        )
+            self.train_loss, self.val_loss, self.rate, self.model, self.loss_of_outputs, self.preconditioner,
+            scale=self.weight_count**-0.5,
+        )  # fmt: skip
 
     def search_problem(self, one_decay: bool) -> TuningProblem:
         """The same problem from untrained weights, with one log decay for all weights, or one for each."""
@@ -165,7 +165,7 @@ def build(name: str) -> Comparison:
     start = {n: w.detach() for n, w in module.named_parameters()}
     hyper = {n: torch.full_like(w, recipe.log_decay) for n, w in start.items()}
     blank = Comparison(
-        name, hvp.functional(module), recipe.loss, start, start, start, hyper, train, val, 1.0, None,
+        name, hvp.functional(module), recipe.loss, start, start, start, hyper, train, val, 1.0, None, None,
         torch.zeros(0), 0.0,
     )  # fmt: skip
     early = _trained(blank, lambda w: torch.optim.Adam(w, lr=recipe.early_rate), recipe.early_steps)
@@ -174,6 +174,7 @@ def build(name: str) -> Comparison:
     pair = pair.at(minimize(pair))
     minimum = dict(zip(start, pair.weights, strict=True))
     operator = hvp.HessianOperator(blank.train_loss, minimum, hyper, train, engine="eager")
+    preconditioner = hvp.JacobiPreconditioner(operator)
     largest, condition = _extremes(operator, blank.weight_count)
     if condition is not None:
         reference, residual = _dense_reference(operator, pair)
@@ -181,8 +182,8 @@ def build(name: str) -> Comparison:
         reference, solve = reference_hypergradient(pair)
         residual = solve.residuals[-1]
     return replace(
-        blank, early=early, minimum=minimum, rate=1 / largest, condition=condition, reference=reference,
-        residual=residual,
+        blank, early=early, minimum=minimum, rate=1 / largest, condition=condition, preconditioner=preconditioner,
+        reference=reference, residual=residual,
     )  # fmt: skip
 
 

@@ -199,7 +199,7 @@ METHODS = (
     _implicit("MINRES", lambda s, i: MINRES(i, tol=0.0), "argmin_x ||v - H x||, Krylov", "Paige and Saunders 1975"),
     _implicit(
         "CG, preconditioned", lambda s, i: ConjugateGradient(i, tol=0.0, preconditioner=s.preconditioner),
-        "as CG, with M = (diag of the decays + shift)^-1", "Hestenes and Stiefel 1952",
+        "as CG, with M near (diag H)^-1", "Hestenes and Stiefel 1952",
     ),
     _implicit(
         "Neumann, preconditioned", lambda s, i: Neumann(i, preconditioner=s.preconditioner),

@@ -177,6 +177,13 @@ def test_bad_options(search: Search, message: str) -> None:
         search(two_decays(), 100)
 
 
+def test_grid_in_many_dimensions_is_refused_before_it_is_counted() -> None:
+    problem = two_decays()
+    object.__setattr__(problem, "hyper", {"decay": torch.zeros(2, 1000, dtype=DTYPE)})
+    with pytest.raises(ValueError, match=r"got 9 points for each of 2000 hyperparameters, 9\^2000 trials"):
+        GridSearch(9, 5, sgd(0.1))(problem, 100)
+
+
 @pytest.mark.parametrize("batches, message", [([], "expected at least one batch"), (iter([1]), "got list_iterator")])
 def test_bad_batches(batches: Any, message: str) -> None:
     problem = two_decays()
