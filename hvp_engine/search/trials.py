@@ -72,7 +72,8 @@ class GridSearch:
         if size > trials.count:
             raise ValueError(
                 f"points: expected a grid that fits into the budget of {trials.count} trials; got {self.points} points "
-                f"for each of {len(trials.box)} hyperparameters, {self.points}^{len(trials.box)} trials: use RandomSearch"
+                f"for each of {len(trials.box)} hyperparameters, {self.points}^{len(trials.box)} trials: use "
+                "RandomSearch"
             )
         axes = {
             name: torch.linspace(low, high, self.points, dtype=torch.float64).tolist()
