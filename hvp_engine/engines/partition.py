@@ -12,6 +12,7 @@ from torch import fx
 from hvp_engine.engines.accumulation import Terms, decompose
 from hvp_engine.engines.combining import combine_sums, share_factors
 from hvp_engine.engines.passes import accumulate, dependents, fold_linear, simplify
+from hvp_engine.engines.recomputation import recomputable
 from hvp_engine.engines.trace import Trace
 
 _WORTHWHILE = 1 << 14
@@ -66,15 +67,17 @@ def partition(trace: Trace) -> Partition:
     first = 1 + trace.weights
     values, products, mixed = outputs[:first], outputs[first : first + trace.weights], outputs[first + trace.weights :]
 
+    known = _live(products, lambda node: node not in linear) - linear
+    every_term = linear | recomputable(known)
     residuals: list[fx.Node] = []
-    tangent_part = _part(root, graph, products, linear, tangents, residuals)
-    mixed_part = _part(root, graph, mixed, linear, tangents, residuals)
+    tangent_part = _part(root, graph, products, every_term, tangents, residuals)
+    mixed_part = _part(root, graph, mixed, every_term, tangents, residuals)
     terms = [
         decompose(output, tangent, tangents, linear) if isinstance(output, fx.Node) else Terms((), (), ())
         for output, tangent in zip(products, tangents, strict=True)
     ]
     summands = [node for term in terms for node in term.nodes]
-    accumulating_part = _part(root, graph, summands, linear, tangents, residuals)
+    accumulating_part = _part(root, graph, summands, every_term, tangents, residuals)
     diagonals = tuple(tuple(_index(residuals, node) for node in term.diagonals) for term in terms)
     sizes = [tangent.meta["val"].numel() for tangent in tangents]
     by_product = sum(size for size, term in zip(sizes, terms, strict=True) if term.products)
@@ -126,13 +129,14 @@ def _part(
     root: fx.GraphModule,
     graph: fx.Graph,
     outputs: Sequence[Any],
-    linear: set[fx.Node],
+    every_term: set[fx.Node],
     tangents: Sequence[fx.Node],
     residuals: list[fx.Node],
 ) -> Part:
-    """The part of `graph` that maps residuals and tangents to `outputs`; what it needs is added to `residuals`."""
-    live = _live(outputs, lambda node: node not in linear)
-    needed = [node for node in graph.nodes if node in live and node not in linear]
+    """The part of `graph` that maps residuals and tangents to `outputs` by what runs in `every_term`; what else it
+    needs is added to `residuals`."""
+    live = _live(outputs, lambda node: node not in every_term)
+    needed = [node for node in graph.nodes if node in live and node not in every_term]
     places = tuple(_index(residuals, node) for node in needed)
     present = tuple(isinstance(node, fx.Node) for node in outputs)
     module = _subgraph(root, graph, [node for node in outputs if isinstance(node, fx.Node)], [*needed, *tangents])
