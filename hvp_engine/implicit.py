@@ -99,7 +99,9 @@ class Hypergradient:
         self.train_loss, self.val_loss = train_loss, val_loss
         self.solver: Solver = Neumann(20) if solver is None else solver
         check_solver(self.solver)
-        self.engine = engines.create(engine)
+        # With no products to make, the mixed product alone repays no trace.
+        idle = engine == "auto" and getattr(self.solver, "iterations", None) == 0
+        self.engine = engines.create("eager" if idle else engine)
         self.spectrum = Spectrum()
         self.draws = Draws()
         self.warm_start = warm_start

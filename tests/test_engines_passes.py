@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import hvp_engine as hvp
 from hvp_engine.engines.linearized import LinearizedEngine, TracedLinearization
+from hvp_engine.engines.passes import dependents
 
 aten = torch.ops.aten
 
@@ -50,3 +52,36 @@ def test_neutral_operands_go_and_the_rest_stays(loss):
     linearization = linearization_of(loss, w)
     torch.testing.assert_close(linearization.gradient[0], gradient.detach())
     torch.testing.assert_close(linearization.product([t])[0], expected)
+
+
+def test_sums_with_sparse_gradients():
+    tokens = torch.randint(0, 7, (4, 3))
+    w, t = torch.randn(7, 3), torch.randn(7, 3)
+
+    def loss(w: Tensor, sparse: bool = True) -> Tensor:
+        return F.embedding(tokens, w, sparse=sparse).tanh().square().mean() + w.square().sum()
+
+    here = w.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(here, sparse=False), here, create_graph=True)
+    (expected,) = torch.autograd.grad(gradient, here, t)
+    torch.testing.assert_close(linearization_of(loss, w).product([t])[0], expected)
+
+
+def test_large_results_of_cheap_operations_are_not_held():
+    x = torch.randn(64, 2048)  # 512 KiB, as are its centred and its scaled form
+
+    def loss(w: Tensor) -> Tensor:
+        outputs = x * w
+        centred = outputs - outputs.mean(0)
+        return (centred / (centred.square().mean(0) + 1).sqrt()).tanh().pow(3).sum()
+
+    w, t = torch.rand(2048), torch.randn(2048)
+    here = w.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(here), here, create_graph=True)
+    (expected,) = torch.autograd.grad(gradient, here, t)
+    linearization = linearization_of(loss, w)
+    torch.testing.assert_close(linearization.product([t])[0], expected, rtol=1e-4, atol=1e-4)
+    graph = linearization.functions.partition.tangent.module.graph
+    tangents = [node for node in graph.nodes if node.op == "placeholder"][-1:]
+    again = set(graph.nodes) - dependents(graph, set(tangents))
+    assert aten.div.Tensor in {node.target for node in again}

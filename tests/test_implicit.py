@@ -180,3 +180,9 @@ def test_hyperparameter_that_is_nowhere_is_refused(style: str) -> None:
             hvp.hypergradient(w.square().sum(), w.sum(), w, h)
         else:
             hvp.best_response(w.square().sum(), w, h)[0].sum().backward()
+
+
+def test_without_products_nothing_is_traced():
+    for solver in (hvp.Identity(), hvp.Neumann(0, alpha=0.1)):
+        assert hvp.Hypergradient(lambda w, h, b: w, lambda w, h, b: w, solver).report().startswith("engine eager")
+    assert hvp.Hypergradient(lambda w, h, b: w, lambda w, h, b: w).report().startswith("engine auto")

@@ -91,13 +91,14 @@ def _is_sum(node: fx.Node) -> bool:
         node.op == "call_function"
         and node.target is aten.add.Tensor
         and not node.kwargs
+        and _like(node) is not None
         and all(isinstance(argument, fx.Node) and _like(argument) == _like(node) for argument in node.args)
     )
 
 
 def _like(node: fx.Node) -> Hashable:
     value = node.meta["val"]
-    return value.shape, value.dtype
+    return None if value is None else (value.shape, value.dtype)  # None for a sparse one
 
 
 def _summands(root: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -243,6 +243,7 @@ class Identity:
 
     damping: float = 0.0
 
+    iterations: ClassVar[int] = 0
     needs_symmetry: ClassVar[bool] = False
     needs_fixed_operator: ClassVar[bool] = False
 
