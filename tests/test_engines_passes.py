@@ -84,4 +84,5 @@ def test_large_results_of_cheap_operations_are_not_held():
     graph = linearization.functions.partition.tangent.module.graph
     tangents = [node for node in graph.nodes if node.op == "placeholder"][-1:]
     again = set(graph.nodes) - dependents(graph, set(tangents))
-    assert aten.div.Tensor in {node.target for node in again}
+    cheap = (aten.mul.Tensor, aten.div.Tensor, aten.div.Scalar)
+    assert any(node.target in cheap and node.meta["val"].shape == x.shape for node in again)
