@@ -136,16 +136,17 @@ def fused_steps(rows: Sequence[Row]) -> str:
 
 
 def updates(rows: Sequence[Row]) -> str:
-    """The update part of a solve."""
+    """The update part of a solve, against the list loop in both forms."""
     body = []
     for row in rows:
         if row.benchmark == "update" and row.method == "hvp_engine step" and row.p50 is not None:
             table = case(rows, "update", row.problem, row.size, row.threads)
+            loops = [table.medians.get(name) for name in LIST_LOOPS]
             body.append([
-                row.problem, str(row.threads), duration(table.list_loop), duration(row.p50),
-                table.ratio(table.list_loop, row.method),
+                row.problem, str(row.threads), *map(duration, loops), duration(row.p50),
+                *(table.ratio(loop, row.method) for loop in loops),
             ])  # fmt: skip
-    head = ["problem", "threads", "list loop's update", "fused step", "times faster"]
+    head = ["problem", "threads", *LIST_LOOPS, "fused step", *(f"faster than {name}" for name in LIST_LOOPS)]
     return f"The update alone, measured inside a solve.\n\n{grid(head, body)}" if body else ""
 
 
