@@ -227,7 +227,7 @@ def update_readme(rows: Sequence[Row], readme: Path = README) -> Path:
 
 
 if __name__ == "__main__":
-    files = [Path(name) for name in sys.argv[1:]] or sorted(results.FOLDER.glob("*.csv"))
+    files = [Path(name) for name in sys.argv[1:]] or results.device_files()
     everything = [row for file in files for row in results.read(file)]
     print(markdown(everything))
     if README.exists():

@@ -158,6 +158,12 @@ def commit() -> str:
         return "unknown"
 
 
+def device_files() -> list[Path]:
+    """The files of whole benchmarks, one for each device; other results lie beside them."""
+    others = ("compare-", "precision", "products")
+    return sorted(file for file in FOLDER.glob("*.csv") if not file.name.startswith(others))
+
+
 def read(file: Path) -> list[Row]:
     """The rows of a results file."""
 
