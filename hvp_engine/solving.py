@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -14,15 +13,15 @@ from hvp_engine.budgeting import within
 from hvp_engine.engines import BatchEngine, Engine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.side_by_side import run_side_by_side
-from hvp_engine.errors import DivergenceError, NonFiniteError
+from hvp_engine.estimates import Estimates
+from hvp_engine.failures import any_bad, divergence, overflow, refusal, underflow
 from hvp_engine.linearization import LinearMap
-from hvp_engine.preconditioning import Preconditioner
 from hvp_engine.right_hand_sides import WarmStart, guesses, relaxed, unstacked
 from hvp_engine.solution import Solution, Status
 from hvp_engine.solvers import Exact
-from hvp_engine.solvers.base import GROWTH_LIMIT, FinishedIteration, Outcome, Solver, check_solver
+from hvp_engine.solvers.base import FinishedIteration, Outcome, Solver, check_solver
 from hvp_engine.solvers.budget import Budget
-from hvp_engine.spectrum import GROWTH, HEADROOM, SpectralEstimate, Spectrum
+from hvp_engine.spectrum import GROWTH, SpectralEstimate, Spectrum
 from hvp_engine.trees import Structure, check_like, flatten
 from hvp_engine.vectors import FlatVector, Layout
 
@@ -49,38 +48,6 @@ class CallableOperator:
             t.detach() if t.dtype == dtype else t.detach().to(dtype)
             for t, dtype in zip(result, self.layout.dtypes, strict=True)
         ]
-
-
-class _Estimates:
-    """Spectral estimates for one solve: of A, or with a preconditioner M of M (A + damping I)."""
-
-    def __init__(self, operator: LinearMap, solver: Solver, spectrum: Spectrum):
-        self._operator, self._spectrum = operator, spectrum
-        self._held: LinearMap | None = None
-        self._preconditioner: Preconditioner | None = getattr(solver, "preconditioner", None)
-        self.preconditioned = self._preconditioner is not None
-        self._inside = solver.damping if self.preconditioned else 0.0
-        self.damping = solver.damping - self._inside
-        """What the estimates do not contain yet."""
-
-    def refresh(self) -> SpectralEstimate:
-        return self._spectrum.refresh(self._product, self._operator.layout, self._preconditioner)
-
-    def restart(self, start: FlatVector | None = None) -> SpectralEstimate:
-        """A cold estimate, from a random start unless one is given."""
-        start = self._spectrum._random(self._operator.layout) if start is None else start
-        return self._spectrum.restart(self._product, start, self._preconditioner)
-
-    def indefinite(self, estimate: SpectralEstimate) -> bool:
-        return estimate.smallest + self.damping < -1e-6 * estimate.largest
-
-    def _product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        if self._held is None:  # of a map that changes, one draw serves all products of the estimates
-            self._held = self._operator.hold() if hasattr(self._operator, "hold") else self._operator
-        products = self._held.product(tangents)
-        if self._inside:
-            products = [p + self._inside * t for p, t in zip(products, tangents, strict=True)]
-        return products
 
 
 def solve_flat(
@@ -114,17 +81,13 @@ def solve_all(
     if isinstance(solver, Budget):
         yield from within(solver, solve_all, operator, vs, engine, spectrum, names)
         return
-    estimates = _Estimates(operator, solver, spectrum)
+    estimates = Estimates(operator, solver, spectrum)
     estimate = estimates.refresh() if solver.estimates_spectrum else None
     if estimate is not None and not estimate.finite:
-        bad = (name for name, v in zip(names, vs, strict=True) if _any_bad(v))
-        raise _refusal(operator, next(bad, None))
+        bad = (name for name, v in zip(names, vs, strict=True) if any_bad(v))
+        raise refusal(operator, next(bad, None))
     if estimate is not None and estimate.bound(estimates.damping) == 0 and torch.float16 in operator.layout.dtypes:
-        raise DivergenceError(
-            f"{_name_of(operator)}: expected curvature that float16 can hold; got only zeros in {estimate.hvps} "
-            "products, so that alpha='auto' has nothing to go by: second derivatives below 6e-8 become zero in "
-            f"float16; {_SCALE_OR_WIDEN}, or give a fixed alpha"
-        )
+        raise underflow(operator, estimate.hvps)
     hvps = estimate.hvps if estimate else 0
     if hasattr(engine, "run_batch"):  # isinstance of a protocol takes 20 us
         iterations = cast(BatchEngine, engine).run_batch(operator, vs, solver, estimate)
@@ -162,7 +125,7 @@ def _judged(
     v: Sequence[Tensor],
     solver: Solver,
     engine: Engine,
-    estimates: _Estimates,
+    estimates: Estimates,
     estimate: SpectralEstimate | None,
     iteration: FinishedIteration,
     hvps: int,
@@ -185,8 +148,8 @@ def _judged(
                 hvps += iteration.steps
     if outcome.failed:
         if not outcome.finite_v:
-            raise _refusal(operator, name)
-        raise _divergence(operator, outcome, iteration, solver, estimates)
+            raise refusal(operator, name)
+        raise divergence(operator, outcome, iteration, solver, estimates)
     status = outcome.status
     if estimate is not None and estimates.indefinite(estimate):
         status = Status.NEGATIVE_CURVATURE
@@ -202,21 +165,9 @@ def _judged(
         explanation=getattr(iteration, "explanation", ""),
     )
     value = _in_dtypes(iteration.value)
-    if torch.float16 in operator.layout.dtypes and _any_bad(value):
-        largest = float(iteration.value.data.abs().max())
-        raise DivergenceError(
-            f"{_name_of(operator)}: expected a solution that float16 can hold, of entries up to 65,504; got entries "
-            f"up to {largest:.3g}, since the curvature is small or v large; {_SCALE_OR_WIDEN}, or give a smaller "
-            "fixed alpha"
-        )
+    if torch.float16 in operator.layout.dtypes and any_bad(value):
+        raise overflow(operator, iteration.value)
     return value, solution
-
-
-_SCALE_OR_WIDEN = "multiply the training loss by a constant such as 1024 (loss scaling), use bfloat16 or float32"
-
-
-def _name_of(operator: LinearMap) -> str:
-    return getattr(operator, "name", "operator")
 
 
 def _read(iteration: FinishedIteration) -> Outcome:
@@ -234,65 +185,7 @@ def _start_after(iteration: FinishedIteration, layout: Layout) -> FlatVector:
     norm = torch.linalg.vector_norm(data)
     if torch.isfinite(norm) and norm > 0:
         return FlatVector(layout, data / norm)
-    return Spectrum()._random(layout)
-
-
-def _any_bad(tensors: Sequence[Tensor]) -> bool:
-    return not all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
-
-
-def _refusal(operator: LinearMap, bad: str | None) -> NonFiniteError:
-    """The error for NaN or Inf that the solve did not make: in the argument named `bad`, or in the operator."""
-    if bad is not None:
-        return NonFiniteError(f"{bad}: expected finite values; got NaN or Inf: look at the loss it is the gradient of")
-    loss = getattr(operator, "loss", None)
-    what = "the product A v of a finite v is NaN or Inf"
-    if loss is not None and not bool(torch.isfinite(loss)):
-        what = f"the loss is {float(loss)} at these weights"
-    return NonFiniteError(
-        f"{_name_of(operator)}: expected finite products; {what}: check the inputs and weights "
-        "for NaN and Inf, or lower the learning rates that led here"
-    )
-
-
-def _divergence(
-    operator: LinearMap, outcome: Outcome, iteration: FinishedIteration, solver: Solver, estimates: _Estimates
-) -> DivergenceError:
-    """The error for a failed solve, with what would have worked."""
-    estimate = estimates.restart()
-    if not estimate.finite:
-        return _refusal(operator, None)
-    alpha = getattr(iteration, "alpha", None)
-    happened = (
-        f"the residual grew {outcome.residual_norm:.3g}-fold (limit {GROWTH_LIMIT:g})"
-        if outcome.finite and math.isfinite(outcome.residual_norm)
-        else "the sum became NaN or Inf"
-    )
-    bounds = getattr(iteration, "bounds", None)
-    step = "alpha" if bounds is None else "bounds"
-    used = "" if alpha is None else f" with alpha={alpha:.6g}"
-    if bounds is not None:
-        used = f" with bounds=({bounds[0]:.6g}, {bounds[1]:.6g})"
-    bound = estimate.bound(estimates.damping)
-    if alpha is None and bounds is None:
-        advice = "scale the loss, or use a wider dtype"
-    elif estimates.indefinite(estimate) and estimates.preconditioned:
-        advice = f"M (A + damping I) has a negative eigenvalue, so no {step} converges: use more damping or fewer terms"
-    elif estimates.indefinite(estimate):
-        needed = -1.5 * estimate.smallest
-        works = f"alpha={1 / estimate.bound(needed):.3g}" if bounds is None else "bounds='auto'"
-        advice = (
-            f"its smallest eigenvalue is about {estimate.smallest:.3g}, so no {step} converges: use "
-            f"damping={needed:.3g} with {works}, fewer iterations, or a Gauss-Newton operator"
-        )
-    elif bounds is not None:
-        advice = f"an upper bound of {HEADROOM * bound:.3g} or bounds='auto' would converge"
-    else:
-        advice = f"alpha={1 / bound:.3g} or alpha='auto' would converge" if bound > 0 else "use a smaller alpha"
-    return DivergenceError(
-        f"{type(solver).__name__} diverged after {iteration.steps} products{used}: {happened}; "
-        f"lambda_max is estimated as {estimate.largest + estimates.damping:.3g}; {advice}"
-    )
+    return Spectrum().random(layout)
 
 
 def solve(operator: Any, v: Any, solver: Solver, *, batched: bool = False, x0: Any = None) -> Solution:

@@ -112,7 +112,8 @@ class Spectrum:
         self._loaded: Tensor | None = None  # of a checkpoint, until a call brings the layout
         self._calls = 0
 
-    def _random(self, layout: Layout) -> FlatVector:
+    def random(self, layout: Layout) -> FlatVector:
+        """A start vector, the same for each call of the same number."""
         return random_unit_vector(layout, self._calls)
 
     def refresh(
@@ -124,8 +125,8 @@ class Spectrum:
             self.vector = FlatVector(layout, self._loaded.to(layout.device, layout.state_dtype))
         self._loaded = None
         if self.vector is None or self.vector.layout != layout:
-            return self.restart(product, self._random(layout), preconditioner)
-        start = self._random(layout)
+            return self.restart(product, self.random(layout), preconditioner)
+        start = self.random(layout)
         start.data.mul_(_FRESH_SHARE).add_(self.vector.data / torch.linalg.vector_norm(self.vector.data))
         return self._run(product, start, REFRESH_STEPS, preconditioner)
 

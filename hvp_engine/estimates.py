@@ -1,0 +1,45 @@
+"""The spectral estimates that one solve asks for: of its operator as its solver sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hvp_engine.linearization import LinearMap
+from hvp_engine.preconditioning import Preconditioner
+from hvp_engine.solvers.base import Solver
+from hvp_engine.spectrum import SpectralEstimate, Spectrum
+from hvp_engine.vectors import FlatVector
+
+
+class Estimates:
+    """Spectral estimates for one solve: of A, or with a preconditioner M of M (A + damping I)."""
+
+    def __init__(self, operator: LinearMap, solver: Solver, spectrum: Spectrum):
+        self._operator, self._spectrum = operator, spectrum
+        self._held: LinearMap | None = None
+        self._preconditioner: Preconditioner | None = getattr(solver, "preconditioner", None)
+        self.preconditioned = self._preconditioner is not None
+        self._inside = solver.damping if self.preconditioned else 0.0
+        self.damping = solver.damping - self._inside
+        """What the estimates do not contain yet."""
+
+    def refresh(self) -> SpectralEstimate:
+        return self._spectrum.refresh(self._product, self._operator.layout, self._preconditioner)
+
+    def restart(self, start: FlatVector | None = None) -> SpectralEstimate:
+        """A cold estimate, from a random start unless one is given."""
+        start = self._spectrum.random(self._operator.layout) if start is None else start
+        return self._spectrum.restart(self._product, start, self._preconditioner)
+
+    def indefinite(self, estimate: SpectralEstimate) -> bool:
+        return estimate.smallest + self.damping < -1e-6 * estimate.largest
+
+    def _product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self._held is None:  # of a map that changes, one draw serves all products of the estimates
+            self._held = self._operator.hold() if hasattr(self._operator, "hold") else self._operator
+        products = self._held.product(tangents)
+        if self._inside:
+            products = [p + self._inside * t for p, t in zip(products, tangents, strict=True)]
+        return products
