@@ -58,6 +58,15 @@ def test_singular_gives_the_least_squares_solution_of_smallest_norm(
         assert solution.residual_norm == pytest.approx(float((v - matrix @ truth).norm() / v.norm()), rel=1e-5)
 
 
+@pytest.mark.parametrize("seed", [24, 33, 79])
+def test_singular_where_no_pivot_is_small(seed: int) -> None:
+    matrix = matrix_with(torch.tensor([0.0, 0.3, 1.0], dtype=DTYPE), seed)
+    b = matrix @ randn(3, seed=seed + 1)
+    solution = hvp.solve(lambda v: matrix @ v, b, hvp.Exact())
+    assert solution.status is hvp.Status.SINGULAR
+    torch.testing.assert_close(solution.value, torch.linalg.pinv(matrix, hermitian=True, rtol=1e-9) @ b)
+
+
 def test_nearly_singular_in_single_precision_wants_a_wider_dtype() -> None:
     diagonal = torch.tensor([1.0, 1e-8], dtype=torch.float32)
     v = torch.ones(2)

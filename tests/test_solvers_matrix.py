@@ -180,7 +180,7 @@ def test_singular_and_consistent_is_solved(name: str) -> None:
         x = flat(solution.value)
         assert problem.residual(x) <= (1.01e-6 if name == "budget" else 1e-8)
         if bool(problem.b.any()) and problem.condition < 1e3:
-            assert relative_error(x, problem.truth) < 1e-2 if name == "budget" else 1e-5
+            assert relative_error(x, problem.truth) < (1e-2 if name == "budget" else 1e-5)
 
     check()
 

@@ -190,12 +190,27 @@ class ExactIteration(Columns):
 def _factorize(matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
     """The inverse of a symmetric matrix as a function, of smallest norm; and how many eigenvalues are zero."""
     factor, info = torch.linalg.cholesky_ex(matrix)
-    pivots = factor.diagonal().square()
     threshold = 10 * len(matrix) * torch.finfo(matrix.dtype).eps
-    if len(matrix) and not int(info) and bool(pivots.min() > threshold * pivots.max()):
-        return lambda b: torch.cholesky_solve(b[:, None], factor)[:, 0], 0
+
+    def solve(b: Tensor) -> Tensor:
+        return torch.cholesky_solve(b[:, None], factor)[:, 0]
+
+    if len(matrix) and not int(info) and _smallest(solve, matrix) > threshold * float(torch.linalg.matrix_norm(matrix)):
+        return solve, 0
     values, vectors = torch.linalg.eigh(matrix)
     size = values.abs()
     zero = size <= threshold * (size.max() if len(size) else 0.0)
     inverse = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, values))
     return lambda b: vectors @ (inverse * (vectors.T @ b)), int(zero.sum())
+
+
+def _smallest(solve: Callable[[Tensor], Tensor], matrix: Tensor) -> float:
+    """The smallest eigenvalue, nearly, by inverse iteration: pivots can hide that a matrix is singular."""
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(len(matrix), generator=generator, dtype=matrix.dtype).to(matrix.device)
+    growth = 1.0
+    for _ in range(3):
+        vector = vector / torch.linalg.vector_norm(vector)
+        vector = solve(vector)
+        growth = float(torch.linalg.vector_norm(vector))
+    return 1 / growth if growth < math.inf else 0.0
