@@ -14,7 +14,7 @@ from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.functionalize import is_random
 from hvp_engine.engines.linearized import Functions, LinearizedEngine, TracedLinearization
 from hvp_engine.engines.partition import Partition
-from hvp_engine.engines.regions import Regions, distinct
+from hvp_engine.engines.regions import Regions, distinct, lazily
 from hvp_engine.errors import BackendError
 from hvp_engine.linearization import Linearization, Problem
 from hvp_engine.solvers.base import Iteration
@@ -59,25 +59,15 @@ class CompiledFunctions(Functions):
         self.seconds = 0.0
         self.whole = _size(parts) <= _LARGEST_WHOLE
         if self.whole:
-            self.tangent = self._lazily(parts.tangent.module)
+            self.tangent = lazily(self._compile, parts.tangent.module)
             if not any(_miscompiled(node) for node in parts.primal.graph.nodes):
-                self.primal = self._lazily(parts.primal)
+                self.primal = lazily(self._compile, parts.primal)
         else:
             regions = Regions(self._compile)
             self.tangent = regions.outline(parts.tangent.module).forward
             self.accumulating = regions.outline(parts.accumulating.module).forward
             self.primal = regions.outline(parts.primal).forward
         self._terms: dict[tuple[bool, float], Callable[..., Any]] = {}
-
-    def _lazily(self, module: fx.GraphModule) -> Callable[..., Sequence[Tensor]]:
-        compiled: list[Callable[..., Sequence[Tensor]]] = []
-
-        def function(*arguments: Tensor) -> Sequence[Tensor]:
-            if not compiled:
-                compiled.append(self._compile(module, arguments))
-            return compiled[0](*arguments)
-
-        return function
 
     def _compile(self, module: fx.GraphModule, arguments: Sequence[Tensor]) -> Callable[..., Any]:
         start = time.perf_counter()

@@ -49,6 +49,18 @@ _OTHERS = (
 )
 
 
+def lazily(compile: Compile, module: fx.GraphModule) -> Function:
+    """`module`, compiled at its first call for arguments like those."""
+    compiled: list[Function] = []
+
+    def region(*arguments: Tensor) -> Sequence[Tensor]:  # the name that a graph shows for its call
+        if not compiled:
+            compiled.append(compile(module, arguments))
+        return compiled[0](*arguments)
+
+    return region
+
+
 class Regions:
     """The compiled functions of a problem, by what they compute; shared between its graphs.
 
@@ -89,18 +101,8 @@ class Regions:
             for node in nodes:
                 copies[node] = graph.node_copy(node, lambda argument: copies[argument])
             graph.output(tuple(copies[node] for node in outputs))
-            self._functions[key] = self._lazily(fx.GraphModule(module, graph))
+            self._functions[key] = lazily(self._compile, fx.GraphModule(module, graph))
         return self._functions[key]
-
-    def _lazily(self, module: fx.GraphModule) -> Function:
-        compiled: list[Function] = []
-
-        def region(*arguments: Tensor) -> Sequence[Tensor]:
-            if not compiled:
-                compiled.append(self._compile(module, arguments))
-            return compiled[0](*arguments)
-
-        return region
 
 
 def distinct(modules: Iterable[fx.GraphModule]) -> int:
