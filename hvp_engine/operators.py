@@ -34,6 +34,11 @@ _EXPECTED_PRODUCTS = 200
 """Products that one operator is expected to make: "auto" traces only where that many repay it."""
 
 
+def engine_for_operator(engine: str | engines.Engine) -> engines.Engine:
+    """As `engines.create`, for an operator that lives as long as one solve or a few."""
+    return engines.AutoEngine(_EXPECTED_PRODUCTS) if engine == "auto" else engines.create(engine)
+
+
 class Curvature:
     """What the operators share: a symmetric linear map on trees like the weights, at fixed weights."""
 
@@ -110,7 +115,7 @@ class HessianOperator(Curvature):
     """
 
     def __init__(self, loss: Callable[..., Tensor], weights: Any, *args: Any, engine: str | engines.Engine = "auto"):
-        chosen = engines.AutoEngine(_EXPECTED_PRODUCTS) if engine == "auto" else engines.create(engine)
+        chosen = engine_for_operator(engine)
         leaves, structure = flatten(weights, "weights")
         problem = Problem(loss, leaves, structure, [], None, args)
         with isolated(Draws().next_seed(), leaves[0].device):

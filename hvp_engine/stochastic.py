@@ -12,6 +12,7 @@ from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.estimation import Averaged
 from hvp_engine.isolation import Draws, isolated
 from hvp_engine.linearization import LinearMap, Problem
+from hvp_engine.operators import engine_for_operator
 from hvp_engine.solution import Solution
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solving import solve
@@ -19,8 +20,6 @@ from hvp_engine.spectrum import Spectrum
 from hvp_engine.trees import check_like, flatten
 from hvp_engine.tuning.batches import Batches
 from hvp_engine.vectors import Layout
-
-_EXPECTED_PRODUCTS = 200
 
 
 class StochasticHessianOperator:
@@ -74,7 +73,7 @@ class StochasticHessianOperator:
             raise TypeError(f"loss: expected a function of (weights, batch); got {type(loss).__name__}")
         leaves, self._structure = flatten(weights, "weights")
         stream = Batches(batches, leaves[0].device, "batches")
-        maker = engines.AutoEngine(_EXPECTED_PRODUCTS) if engine == "auto" else engines.create(engine)
+        maker = engine_for_operator(engine)
         averaged = loss if batches_per_product == 1 else Averaged(loss)
         problem = Problem(averaged, leaves, self._structure, [], None, ())
         self.linearization = _Draws(problem, stream, batches_per_product, maker)

@@ -163,12 +163,16 @@ def tolerance_of(tol: float | None, layout: Layout) -> float:
     return max(epsilon, epsilon ** (2 / 3) if tol is None else tol)
 
 
-def refuse_metric() -> ValueError:
-    """The error for a preconditioner that is no metric."""
-    return ValueError(
-        "preconditioner: expected a symmetric positive definite M; got r . M r <= 0, or not finite, for a "
-        "residual r: look at the signs of its diagonal"
-    )
+def krylov_residual(squared_b: float, bad_b: float, squared: float, bad: float, bad_metric: float) -> float:
+    """||r|| / ||b||, infinite where something is not finite; `ValueError` for a preconditioner that is no metric."""
+    if bad_metric and not bad_b:
+        raise ValueError(
+            "preconditioner: expected a symmetric positive definite M; got r . M r <= 0, or not finite, for a "
+            "residual r: look at the signs of its diagonal"
+        )
+    if bad or bad_b or not math.isfinite(squared):
+        return math.inf
+    return math.sqrt(squared / squared_b) if squared_b else 0.0
 
 
 def scalar(value: float, device: torch.device) -> Tensor:

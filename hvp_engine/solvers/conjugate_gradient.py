@@ -19,7 +19,7 @@ from hvp_engine.solvers.base import (
     check_damping,
     check_iterations,
     check_tolerance,
-    refuse_metric,
+    krylov_residual,
     scalar,
     tolerance_of,
 )
@@ -179,14 +179,11 @@ class _ConjugateGradient:
 
     def read(self, figures: Sequence[float]) -> Outcome:
         squared_b, bad_b, squared, negative, bad, bad_metric = figures
-        finite = not (bad or bad_b) and math.isfinite(squared)
-        if bad_metric and not bad_b:
-            raise refuse_metric()
-        residual = (math.sqrt(squared / squared_b) if squared_b else 0.0) if finite else math.inf
+        residual = krylov_residual(squared_b, bad_b, squared, bad, bad_metric)
         if residual <= self._tol:
             status = Status.CONVERGED
         else:
             status = Status.NEGATIVE_CURVATURE if negative else Status.ITERATION_LIMIT
         # The residual of a positive definite system may grow by the square root of its condition on the way.
         residual_of = "returned" if self.steps else "none"
-        return Outcome(residual, residual_of, status, finite, bad_b == 0, growth_limit=math.inf)
+        return Outcome(residual, residual_of, status, math.isfinite(residual), bad_b == 0, growth_limit=math.inf)

@@ -19,7 +19,7 @@ from hvp_engine.solvers.base import (
     check_damping,
     check_iterations,
     check_tolerance,
-    refuse_metric,
+    krylov_residual,
     scalar,
     tolerance_of,
 )
@@ -233,12 +233,9 @@ class _MINRES:
 
     def read(self, figures: Sequence[float]) -> Outcome:
         squared_b, bad_b, squared, least, bad, bad_metric = figures
-        finite = not (bad or bad_b) and math.isfinite(squared)
-        if bad_metric and not bad_b:
-            raise refuse_metric()
-        residual = (math.sqrt(squared / squared_b) if squared_b else 0.0) if finite else math.inf
+        residual = krylov_residual(squared_b, bad_b, squared, bad, bad_metric)
         if residual <= (self._stalled if least else self._tol):
             status = Status.CONVERGED
         else:
             status = Status.SINGULAR if least else Status.ITERATION_LIMIT
-        return Outcome(residual, "returned" if self.steps else "none", status, finite, bad_b == 0)
+        return Outcome(residual, "returned" if self.steps else "none", status, math.isfinite(residual), bad_b == 0)
