@@ -7,27 +7,43 @@
 namespace hvp {
 namespace {
 
+// Where the states of a chunk begin; those that the op lacks are null.
+template <class F, class T>
+struct States {
+  T *a, *b, *c;
+
+  States(void* const* states, int64_t offset)
+      : a(static_cast<T*>(states[0]) + offset),
+        b(F::kStates > 1 ? static_cast<T*>(states[1]) + offset : nullptr),
+        c(F::kStates > 2 ? static_cast<T*>(states[2]) + offset : nullptr) {}
+
+  // The op on element i, which is stored unless it is only measured.
+  template <bool kMeasure>
+  HVP_INLINE Record<T> apply(const F& op, T x, int64_t i) const {
+    constexpr unsigned kStored = kMeasure ? 0 : F::kMutated;
+    T s0 = a[i], s1 = 0, s2 = 0;
+    if constexpr (F::kStates > 1) s1 = b[i];
+    if constexpr (F::kStates > 2) s2 = c[i];
+    const Record<T> r = op(x, s0, s1, s2);
+    if constexpr (kStored & 1) a[i] = s0;
+    if constexpr (kStored & 2) b[i] = s1;
+    if constexpr (kStored & 4) c[i] = s2;
+    return r;
+  }
+};
+
 template <template <class> class Op, bool kMeasure, class T, class Input>
 void chunk(const void* data, void* const* states, int64_t offset, int64_t count, const Scalars& scalars,
            double* row) {
   using F = Op<T>;
-  constexpr unsigned kStored = kMeasure ? 0 : F::kMutated;
   const F op(scalars);
   const Input* x = static_cast<const Input*>(data);
-  T* const a = static_cast<T*>(states[0]) + offset;
-  T* const b = F::kStates > 1 ? static_cast<T*>(states[1]) + offset : nullptr;
-  T* const c = F::kStates > 2 ? static_cast<T*>(states[2]) + offset : nullptr;
+  const States<F, T> state(states, offset);
   double first = 0, second = 0;
   double finite = 0;  // stays zero unless a NaN or an infinity is multiplied in
 #pragma omp simd reduction(+ : first, second, finite)
   for (int64_t i = 0; i < count; ++i) {
-    T s0 = a[i], s1 = 0, s2 = 0;
-    if constexpr (F::kStates > 1) s1 = b[i];
-    if constexpr (F::kStates > 2) s2 = c[i];
-    const Record<T> r = op(widen<T>(x[i]), s0, s1, s2);
-    if constexpr (kStored & 1) a[i] = s0;
-    if constexpr (kStored & 2) b[i] = s1;
-    if constexpr (kStored & 4) c[i] = s2;
+    const Record<T> r = state.template apply<kMeasure>(op, widen<T>(x[i]), i);
     if constexpr (!kMeasure) first += static_cast<double>(r.left[0]) * static_cast<double>(r.right[0]);
     second += static_cast<double>(r.left[1]) * static_cast<double>(r.right[1]);
     // Squares of float32 cannot overflow a double, so there the sums alone tell; those of float64 can.
@@ -41,17 +57,73 @@ void chunk(const void* data, void* const* states, int64_t offset, int64_t count,
   row[2] = finite == 0 ? 0.0 : 1.0;
 }
 
+// Elements whose squares are summed in float32 before the sum is added to one in float64.
+constexpr int64_t kBlock = 256;
+
+double sum_of_squares(const float* values, int64_t count) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+  return sum;
+}
+
+// `chunk` for an op that sums squares, with float32 states. To convert each element for its square costs more
+// than to update it, so the squares of a block are summed in float32, and again in float64 where that was too
+// narrow: near an overflow, or where squares that underflowed could count.
+template <template <class> class Op, class Input>
+void chunk_of_squares(const void* data, void* const* states, int64_t offset, int64_t count,
+                      const Scalars& scalars, double* row) {
+  using F = Op<float>;
+  const F op(scalars);
+  alignas(64) float values[2][kBlock];
+  double first = 0, second = 0;
+  const auto exact = [](float sum, const float* squared, int64_t size) {
+    return sum > 0x1p-100f && sum < 0x1p+126f ? static_cast<double>(sum) : sum_of_squares(squared, size);
+  };
+  for (int64_t start = 0; start < count; start += kBlock) {
+    const Input* x = static_cast<const Input*>(data) + start;
+    const States<F, float> state(states, offset + start);
+    const int64_t size = count - start < kBlock ? count - start : kBlock;
+    float left = 0, right = 0;
+#pragma omp simd reduction(+ : left, right)
+    for (int64_t i = 0; i < size; ++i) {
+      const Record<float> r = state.template apply<false>(op, widen<float>(x[i]), i);
+      values[0][i] = r.left[0];
+      values[1][i] = r.left[1];
+      left += r.left[0] * r.left[0];
+      right += r.left[1] * r.left[1];
+    }
+    first += exact(left, values[0], size);
+    second += exact(right, values[1], size);
+  }
+  row[0] = first;
+  row[1] = second;
+  row[2] = first * 0.0 + second * 0.0 == 0 ? 0.0 : 1.0;
+}
+
+template <template <class> class Op, bool kMeasure, class Input>
+ChunkKernel kernel_of(bool wide) {
+  if (wide) return chunk<Op, kMeasure, double, Input>;
+  if constexpr (std::is_same_v<Input, double>) {
+    return nullptr;
+  } else if constexpr (Op<float>::kSquares) {
+    return chunk_of_squares<Op, Input>;
+  } else {
+    return chunk<Op, kMeasure, float, Input>;
+  }
+}
+
 template <template <class> class Op, bool kMeasure>
 ChunkKernel kernel_of(bool wide, DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
-      return wide ? chunk<Op, kMeasure, double, float> : chunk<Op, kMeasure, float, float>;
+      return kernel_of<Op, kMeasure, float>(wide);
     case DType::kFloat64:
-      return wide ? chunk<Op, kMeasure, double, double> : nullptr;
+      return kernel_of<Op, kMeasure, double>(wide);
     case DType::kBFloat16:
-      return wide ? chunk<Op, kMeasure, double, BFloat16> : chunk<Op, kMeasure, float, BFloat16>;
+      return kernel_of<Op, kMeasure, BFloat16>(wide);
     case DType::kFloat16:
-      return wide ? chunk<Op, kMeasure, double, Float16> : chunk<Op, kMeasure, float, Float16>;
+      return kernel_of<Op, kMeasure, Float16>(wide);
   }
   return nullptr;
 }

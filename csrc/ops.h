@@ -37,6 +37,7 @@ template <class T>
 struct NeumannStep {
   static constexpr int kStates = 2, kScalars = 1;
   static constexpr bool kMeasured = false;
+  static constexpr bool kSquares = true;
   static constexpr unsigned kMutated = 0b11;
   T alpha, damping;
 
@@ -52,6 +53,7 @@ template <class T>
 struct NeumannStepHorner {
   static constexpr int kStates = 2, kScalars = 1;
   static constexpr bool kMeasured = false;
+  static constexpr bool kSquares = true;
   static constexpr unsigned kMutated = 0b01;
   T alpha, damping;
 
@@ -67,6 +69,7 @@ template <class T>
 struct ScaleAccumulate {
   static constexpr int kStates = 1, kScalars = 2;
   static constexpr bool kMeasured = false;
+  static constexpr bool kSquares = true;
   static constexpr unsigned kMutated = 0b1;
   T alpha, beta;
 
@@ -81,6 +84,7 @@ template <class T>
 struct CgStep {
   static constexpr int kStates = 3, kScalars = 1;
   static constexpr bool kMeasured = true;  // the curvature d . (Ad + damping d)
+  static constexpr bool kSquares = false;
   static constexpr unsigned kMutated = 0b011;
   T a, damping;
 
@@ -98,6 +102,7 @@ template <class T>
 struct ChebyshevStep {
   static constexpr int kStates = 3, kScalars = 2;
   static constexpr bool kMeasured = false;
+  static constexpr bool kSquares = true;
   static constexpr unsigned kMutated = 0b111;
   T alpha, beta, damping;
 

@@ -202,6 +202,19 @@ def test_norms_are_sums_in_double(dtype, tolerance):
     torch.testing.assert_close(ours.partials.sum(0)[:2], torch.stack(exact), rtol=tolerance, atol=0)
 
 
+@pytest.mark.parametrize("exponent", [-40, -30, -25, -20, -16, -15, -14, 0, 15, 18, 19, 20, 30, 37])
+def test_norms_keep_their_accuracy_at_every_scale(exponent):
+    """Squares of float32 are summed by block in float32 only where that neither overflows nor underflows."""
+    ours = Neumann([torch.empty(4096) for _ in range(3)])
+    for vector in (ours.v, ours.p):
+        vector.data.zero_()
+    even, spread = torch.randn(4096), torch.randn(4096) * 10 ** torch.empty(4096).uniform_(-8, 0)
+    spread[256:512] = 0
+    ours.step([part * 10.0**exponent for part in (even, spread, torch.zeros(4096))])
+    squares = [torch.stack([view.double().square().sum() for view in vector.views]) for vector in (ours.v, ours.p)]
+    torch.testing.assert_close(ours.partials, torch.stack([*squares, torch.zeros(3)], 1), rtol=5e-7, atol=0)
+
+
 @pytest.mark.parametrize("sizes", [[], [0], [0, 0]])
 def test_no_elements_give_one_row_of_zeros(sizes):
     ours = Neumann([torch.empty(size) for size in sizes])
