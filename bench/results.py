@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import datetime
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from bench.peers import PACKAGES
+from hvp_engine.doctor import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "bench" / "results"
@@ -111,14 +111,10 @@ def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def device_name(device: torch.device) -> str:
-    """The model of the GPU, or of the CPU and how many cores of it there are."""
+    """The model of the GPU, or of the CPU with its instruction set and how many cores of it there are."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
-        model = found[1]
-    return f"{model.strip()}, {len(os.sched_getaffinity(0))} cores"
+    return f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def slug(device: str) -> str:

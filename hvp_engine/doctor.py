@@ -114,7 +114,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _devices() -> dict[str, str]:
-    devices = {"cpu": f"{_cpu_name()}, {os.cpu_count()} logical cores, {torch.backends.cpu.get_cpu_capability()}"}
+    devices = {"cpu": f"{cpu_name()}, {os.cpu_count()} logical cores"}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         devices[f"cuda:{index}"] = (
@@ -129,10 +129,12 @@ def _devices() -> dict[str, str]:
     return devices
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The model of the CPU, as far as the system tells it, and the instruction set that torch uses on it."""
     cpuinfo = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return named[1] if named else platform.processor() or platform.machine()
+    model = named[1] if named else platform.processor() or platform.machine()
+    return f"{model.strip()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _why_not_engine(name: str) -> str | None:
