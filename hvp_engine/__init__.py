@@ -5,11 +5,13 @@ The names below are the public API; see the README for where to look for what.
 
 from hvp_engine.backend import use_backend
 from hvp_engine.checking import CheckResult, Verdict, check
+from hvp_engine.distributed import DataParallel
 from hvp_engine.eigenvalues import ExtremeEigenvalues, SpectralDensity, extreme_eigenvalues, spectral_density
 from hvp_engine.errors import (
     BackendError,
     CheckpointError,
     DataError,
+    DistributedError,
     DivergenceError,
     GraphError,
     HvpError,
@@ -50,7 +52,9 @@ __all__ = [
     "CheckpointError",
     "ConjugateGradient",
     "DataError",
+    "DataParallel",
     "DiagonalPreconditioner",
+    "DistributedError",
     "DivergenceError",
     "Estimate",
     "Exact",

@@ -79,7 +79,7 @@ def extreme_eigenvalues(
     _check_count(count, "count")
     _check_count(max_hvps, "max_hvps")
     check_positive(tol, "tol")
-    count = min(count, max(1, sum(linear.layout.numels)))
+    count = min(count, max(1, linear.layout.numel))
     basis = LanczosBasis(linear.product, random_unit_vector(linear.layout, seed), max_hvps)
     while True:
         basis.extend(min(_LOOK_EVERY, basis.capacity - basis.steps))
@@ -87,7 +87,7 @@ def extreme_eigenvalues(
         size = float(pairs.values.abs().max())
         ends = [*range(min(count, len(pairs.values))), *range(max(0, len(pairs.values) - count), len(pairs.values))]
         converged = len(pairs.values) >= 2 * count and bool((pairs.bounds[ends] <= tol * size).all())
-        exhausted = len(pairs.values) < basis.steps or len(pairs.values) == sum(linear.layout.numels)
+        exhausted = len(pairs.values) < basis.steps or len(pairs.values) == linear.layout.numel
         if converged or exhausted or basis.steps == basis.capacity:
             break
     values, bounds = pairs.values.tolist(), pairs.bounds.tolist()
@@ -203,7 +203,7 @@ def spectral_density(
     linear = _linear_map(operator, like)
     _check_count(probes, "probes")
     _check_count(steps, "steps")
-    steps = min(steps, max(1, sum(linear.layout.numels)))
+    steps = min(steps, max(1, linear.layout.numel))
     nodes, weights = torch.zeros(2, probes, steps, dtype=torch.float64)
     hvps = 0
     for probe in range(probes):
@@ -214,7 +214,7 @@ def spectral_density(
         nodes[probe] = pairs.values[-1]  # fewer in an invariant subspace: the rest stands there with weight 0
         nodes[probe, :found], weights[probe, :found] = pairs.values, pairs.coordinates[0].square()
         hvps += basis.steps
-    return SpectralDensity(nodes, weights, sum(linear.layout.numels), hvps)
+    return SpectralDensity(nodes, weights, linear.layout.numel, hvps)
 
 
 def _linear_map(operator: Any, like: Any) -> LinearMap:

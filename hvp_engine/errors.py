@@ -35,5 +35,9 @@ class DataError(HvpError, ValueError):
     """A data file is missing, truncated or not in the expected format."""
 
 
+class DistributedError(HvpError, RuntimeError):
+    """Another process failed, or the processes do not fit together."""
+
+
 class CheckpointError(HvpError, ValueError):
     """A checkpoint is unreadable, incomplete or belongs to something else."""

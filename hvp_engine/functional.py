@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from hvp_engine.isolation import is_isolated, record_module
 
@@ -17,6 +19,10 @@ class FunctionalModule:
     def __init__(self, module: torch.nn.Module):
         if not isinstance(module, torch.nn.Module):
             raise TypeError(f"module: expected a torch.nn.Module; got {type(module).__name__}")
+        _refuse_fully_sharded(module)
+        self._prefix = "module." if isinstance(module, DistributedDataParallel) else ""
+        if isinstance(module, DistributedDataParallel):  # it reduces .grad alone, and its forward talks to others
+            module = module.module
         self.module = module
         self._names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
 
@@ -26,6 +32,7 @@ class FunctionalModule:
                 f"weights: expected a dict from parameter names to tensors; got {type(weights).__name__}: "
                 "use dict(module.named_parameters())"
             )
+        weights = {name.removeprefix(self._prefix): weight for name, weight in weights.items()}
         if unknown := [name for name in weights if name not in self._names]:
             raise ValueError(
                 f"weights: expected names of the module's parameters; got {unknown[0]!r}: "
@@ -64,17 +71,34 @@ class FunctionalModule:
         return f"functional({type(self.module).__name__})"
 
 
+def _refuse_fully_sharded(module: torch.nn.Module) -> None:
+    """FSDP2 gathers and frees parameters by hooks of its own, which leave no graph to differentiate twice."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # else nothing can be an instance
+    if fsdp is None:
+        return
+    for name, part in module.named_modules():
+        if isinstance(part, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
+            raise TypeError(
+                f"module: expected one whose parameters are its own; got {name or 'the module'} under fully_shard, "
+                "which gives no second derivatives: build the module without it (on the meta device, for its code "
+                "alone), shard the dict of its weights by torch.distributed.tensor.distribute_tensor(weight, mesh, "
+                "[Shard(0)]), and wrap the losses in hvp.DataParallel, which gathers them"
+            )
+
+
 def functional(module: torch.nn.Module) -> FunctionalModule:
     """`module` as a function `net(weights, *inputs, **keywords)`.
 
     Arguments:
-        module: any module; it is not copied, and its training/eval mode is read at every call.
+        module: any module; it is not copied, and its training/eval mode is read at every call. Of one wrapped in
+            DistributedDataParallel the module inside is called, under either's names; see :class:`DataParallel`.
 
     The returned callable takes `weights`, a dict of some or all of the module's named parameters (tied parameters
     under either name); the rest are the module's own. Buffers (BatchNorm statistics) are updated as by the module
     itself, except inside calls of this package, where copies are used and the module's stay as they were.
 
-    Errors: `TypeError` if `module` is no module or `weights` no dict, `ValueError` for an unknown name.
+    Errors: `TypeError` if `module` is no module, one under `fully_shard`, or `weights` no dict; `ValueError` for an
+    unknown name.
 
     >>> import torch, hvp_engine as hvp
     >>> module = torch.nn.Linear(2, 1)

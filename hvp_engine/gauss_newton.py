@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine.distributed import for_loss
 from hvp_engine.engines.eager import EagerEngine, leaves, plain_kernels
 from hvp_engine.engines.tape import Tape, differentiate, filled
 from hvp_engine.errors import GraphError
 from hvp_engine.isolation import Draws, isolated
+from hvp_engine.linearization import Problem
 from hvp_engine.operators import Curvature
 from hvp_engine.trees import Structure, check_scalar, flatten
 from hvp_engine.vectors import Layout
@@ -28,7 +30,7 @@ class GaussNewtonOperator(Curvature):
 
     Arguments:
         model: `model(weights, inputs)` -> outputs, a tensor or any tree of floating tensors.
-        loss: `loss(outputs, targets)` -> scalar tensor.
+        loss: `loss(outputs, targets)` -> scalar tensor, or a :class:`DataParallel` of that.
         weights: any tree of real floating tensors on one device; they are not modified and need not require grad.
         inputs, targets: passed on; anything.
 
@@ -58,22 +60,36 @@ class GaussNewtonOperator(Curvature):
         inputs: Any,
         targets: Any,
     ):
-        tensors, structure = flatten(weights, "weights")
-
-        def linearize() -> GaussNewtonProducts:
-            return GaussNewtonProducts(model, loss, tensors, structure, inputs, targets)
-
+        tensors, structure = flatten(weights, "weights", sharded=True)
+        problem = Problem(loss, tensors, structure, [], None, (inputs, targets))
         with isolated(Draws().next_seed(), tensors[0].device):
-            linearization = linearize()
-            if linearization.incomplete:
-                warnings.warn(
-                    "model: a kernel in it has no second derivative; it is evaluated on plain kernels (math "
-                    "attention, no cuDNN)",
-                    stacklevel=2,
-                )
-                with plain_kernels():
-                    linearization = linearize()
+            linearization = for_loss(loss, _Maker(model)).linearize(problem)
         super().__init__(linearization, structure, EagerEngine())
+
+
+class _Maker(EagerEngine):
+    """Linearizes to products of the Gauss-Newton matrix."""
+
+    def __init__(self, model: Callable[[Any, Any], Any]):
+        super().__init__()
+        self._model = model
+
+    def linearize(self, problem: Problem) -> GaussNewtonProducts:
+        def products() -> GaussNewtonProducts:
+            return GaussNewtonProducts(
+                self._model, problem.loss, problem.weights, problem.weight_structure, *problem.inputs
+            )
+
+        found = products()
+        if found.incomplete:
+            warnings.warn(
+                "model: a kernel in it has no second derivative; it is evaluated on plain kernels (math "
+                "attention, no cuDNN)",
+                stacklevel=4,
+            )
+            with plain_kernels():
+                found = products()
+        return found
 
 
 class GaussNewtonProducts:
@@ -128,3 +144,7 @@ class GaussNewtonProducts:
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """G times `tangents`."""
         return self._pull.product(self._curvature.product(self._push.product(tangents)))
+
+    def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """Nothing, for there are no hyperparameters."""
+        return []

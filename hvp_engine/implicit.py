@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine import engines
+from hvp_engine.distributed import DataParallel, for_loss
 from hvp_engine.engines.eager import leaves
 from hvp_engine.engines.tape import differentiate, filled
 from hvp_engine.errors import GraphError
@@ -96,12 +97,17 @@ class Hypergradient:
                     f"{name}: expected a function of (weights, hyper, batch); got {type(loss).__name__}; "
                     "for losses computed already use hvp.hypergradient"
                 )
+        if isinstance(train_loss, DataParallel) != isinstance(val_loss, DataParallel):
+            raise ValueError(
+                "train_loss, val_loss: expected both or none as hvp.DataParallel, so that an error in either reaches "
+                "all processes; got one: wrap the other too (of the same batch in each process it is the same loss)"
+            )
         self.train_loss, self.val_loss = train_loss, val_loss
         self.solver: Solver = Neumann(20) if solver is None else solver
         check_solver(self.solver)
         # With no products to make, the mixed product alone repays no trace.
         idle = engine == "auto" and getattr(self.solver, "iterations", None) == 0
-        self.engine = engines.create("eager" if idle else engine)
+        self.engine = for_loss(train_loss, engines.create("eager" if idle else engine))
         self.spectrum = Spectrum()
         self.draws = Draws()
         self.warm_start = warm_start
@@ -109,8 +115,8 @@ class Hypergradient:
         self._stationarity = Stationarity()
 
     def __call__(self, weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> HypergradientResult:
-        weight_list, weight_structure = flatten(weights, "weights")
-        hyper_list, hyper_structure = flatten(hyper, "hyper")
+        weight_list, weight_structure = flatten(weights, "weights", sharded=True)
+        hyper_list, hyper_structure = flatten(hyper, "hyper", sharded=True)
 
         def problem(loss: Callable[..., Tensor], batch: Any, name: str) -> Problem:
             return Problem(loss, weight_list, weight_structure, hyper_list, hyper_structure, (batch,), name)
@@ -129,8 +135,8 @@ class Hypergradient:
             grads=hyper_structure.rebuild(grads),
             train_loss=linearization.loss,
             val_loss=val_loss,
-            gradient_norm=norm_of(linearization.gradient),
-            unfinished=unfinished_change(solution.value, linearization.gradient),
+            gradient_norm=norm_of(linearization.gradient, linearization.layout),
+            unfinished=linearization.layout.total(unfinished_change(solution.value, linearization.gradient)),
             solution=replace(solution, value=weight_structure.rebuild(solution.value)),
         )
         if solution.iterations:  # else it is no step of training

@@ -17,12 +17,11 @@ Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 def random_unit_vector(layout: Layout, seed: int) -> FlatVector:
     """A random direction, from a generator of its own."""
-    generator = torch.Generator(device=layout.device)
-    generator.manual_seed(seed)
+    generator = layout.generator(seed)
     vector = FlatVector(layout)
     for view in vector.views:
         view.normal_(generator=generator)
-    vector.data /= torch.linalg.vector_norm(vector.data).clamp_min(1e-30)
+    vector.data /= vector.norm().clamp_min(1e-30)
     return vector
 
 
@@ -60,7 +59,7 @@ class LanczosBasis:
         self, product: Product, start: FlatVector, capacity: int, preconditioner: Preconditioner | None = None
     ):
         layout = start.layout
-        self.capacity = min(capacity, max(1, sum(layout.numels)))
+        self.capacity = min(capacity, max(1, layout.numel))
         self.steps = 0
         self._product, self._preconditioner = product, preconditioner
         # Vectors u and their images M u, with u_i . M u_j = 1 if i = j else 0; without M they are the same.
@@ -76,6 +75,7 @@ class LanczosBasis:
     def extend(self, steps: int) -> None:
         """So many more steps, of one product each, as far as the capacity goes; nothing waits for the device."""
         work = self._work
+        total = work.layout.total
         negligible = 100 * torch.finfo(work.data.dtype).eps
         for k in range(self.steps, min(self.steps + steps, self.capacity)):
             self._basis[k] = work.data
@@ -85,9 +85,10 @@ class LanczosBasis:
             self._direction.refresh()
             work.copy_(self._product(self._direction.tangents))
             basis, images = self._basis[: k + 1], self._images[: k + 1]
-            coefficients = images @ work.data
+            # Twice: one pass leaves rounding in float32.
+            coefficients = total(images @ work.data)
             work.data.addmv_(basis.T, coefficients, alpha=-1)
-            work.data.addmv_(basis.T, images @ work.data, alpha=-1)  # once more: one pass leaves rounding in float32
+            work.data.addmv_(basis.T, total(images @ work.data), alpha=-1)
             norm = self._norm_of_work()
             # What is left of an invariant subspace is rounding, no direction: made one, it doubles an eigenvalue.
             norm = norm * (norm > negligible * torch.hypot(norm, torch.linalg.vector_norm(coefficients)))
@@ -115,9 +116,9 @@ class LanczosBasis:
 
     def _norm_of_work(self) -> Tensor:
         if self._preconditioner is None:
-            return torch.linalg.vector_norm(self._work.data)
+            return self._work.norm()
         precondition(self._preconditioner, self._work, self._image)
-        return torch.dot(self._work.data, self._image.data).clamp_min(0).sqrt()
+        return self._work.dot(self._image).clamp_min(0).sqrt()
 
     def _divide(self, norm: Tensor) -> None:
         factor = torch.where(norm > 0, norm.reciprocal(), 0.0)

@@ -27,6 +27,16 @@ class Problem:
     inputs: tuple[Any, ...]
     name: str = "loss"
 
+    def __post_init__(self) -> None:
+        if not hasattr(self.loss, "processes"):
+            structures = {"weights": self.weight_structure, "hyper": self.hyperparameter_structure}
+            for name, structure in structures.items():
+                if structure is not None and structure.shards is not None:
+                    raise TypeError(
+                        f"{name}: expected tensors that this process has whole; got DTensors: wrap the loss in "
+                        "hvp.DataParallel, which gathers them"
+                    )
+
     def at(self, inputs: tuple[Any, ...]) -> Problem:
         """The same problem on other inputs."""
         return replace(self, inputs=inputs)

@@ -33,13 +33,14 @@ class Sketch:
 
     def __init__(self, layout: Layout, rank: int, kind: Kind, seed: int):
         check_kind(kind)
-        size = sum(layout.numels)
+        layout.refuse_parts("a low-rank approximation")
+        size = layout.numel
         self.limit, self.steps = min(rank, max(1, size)), 0
         self.direction = FlatVector(layout)
         self._image = FlatVector(layout)
         self._tests = torch.zeros(self.limit, layout.size, dtype=layout.state_dtype, device=layout.device)
         self._images = torch.zeros_like(self._tests)
-        generator = torch.Generator(device=layout.device).manual_seed(seed)
+        generator = layout.generator(seed)
         if kind == "columns":
             index = torch.arange(layout.size, device=layout.device)
             places = torch.cat([index[:0], *(view.reshape(-1) for view in layout.views(index))])

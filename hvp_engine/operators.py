@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from hvp_engine import engines
+from hvp_engine.distributed import for_loss
 from hvp_engine.engines.side_by_side import fill
 from hvp_engine.isolation import Draws, isolated
 from hvp_engine.linearization import LinearMap, Problem
@@ -34,9 +35,9 @@ _EXPECTED_PRODUCTS = 200
 """Products that one operator is expected to make: "auto" traces only where that many repay it."""
 
 
-def engine_for_operator(engine: str | engines.Engine) -> engines.Engine:
-    """As `engines.create`, for an operator that lives as long as one solve or a few."""
-    return engines.AutoEngine(_EXPECTED_PRODUCTS) if engine == "auto" else engines.create(engine)
+def engine_for_operator(engine: str | engines.Engine, loss: Callable[..., Tensor]) -> engines.Engine:
+    """As `engines.create`, for an operator of `loss` that lives as long as one solve or a few."""
+    return for_loss(loss, engines.AutoEngine(_EXPECTED_PRODUCTS) if engine == "auto" else engines.create(engine))
 
 
 class Curvature:
@@ -65,7 +66,7 @@ class Curvature:
     @property
     def shape(self) -> tuple[int, int]:
         """(number of weights, number of weights)."""
-        size = sum(self.layout.numels)
+        size = self.layout.numel
         return size, size
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -74,7 +75,7 @@ class Curvature:
 
     def __matmul__(self, v: Any) -> Any:
         """The operator times v, in the container of the weights; `v` is a tree like the weights."""
-        leaves, structure = flatten(v, "v")
+        leaves, structure = flatten(v, "v", sharded=True)
         layout = self.layout
         check_like(leaves, layout, "v", "weights")
         tangents = [leaf.detach().to(dtype) for leaf, dtype in zip(leaves, layout.dtypes, strict=True)]
@@ -115,8 +116,8 @@ class HessianOperator(Curvature):
     """
 
     def __init__(self, loss: Callable[..., Tensor], weights: Any, *args: Any, engine: str | engines.Engine = "auto"):
-        chosen = engine_for_operator(engine)
-        leaves, structure = flatten(weights, "weights")
+        chosen = engine_for_operator(engine, loss)
+        leaves, structure = flatten(weights, "weights", sharded=True)
         problem = Problem(loss, leaves, structure, [], None, args)
         with isolated(Draws().next_seed(), leaves[0].device):
             super().__init__(chosen.linearize(problem), structure, chosen)

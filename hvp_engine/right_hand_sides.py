@@ -31,7 +31,7 @@ class WarmStart:
         residual, right = FlatVector(layout), FlatVector.of(layout, v)
         torch.sub(right.data, product.data, out=residual.data)
         residual.data.sub_(self._start.data, alpha=damping)
-        norms = torch.stack([torch.linalg.vector_norm(vector.data) for vector in (right, residual)])
+        norms = torch.stack([vector.norm() for vector in (right, residual)])
         of_v, of_residual = norms.double().tolist()
         self.residual = [view.to(dtype) for view, dtype in zip(residual.views, layout.dtypes, strict=True)]
         share = of_residual / of_v if of_v > 0 else 1.0
@@ -70,16 +70,16 @@ def guesses(
     x0: Any, structure: Structure, vs: Sequence[Sequence[Tensor]], layout: Layout, batched: bool
 ) -> list[list[Tensor]]:
     """The first guesses, one for each right-hand side."""
-    leaves, found = flatten(x0, "x0")
+    leaves, found = flatten(x0, "x0", sharded=not batched)
     if found != structure:
         raise ValueError(f"x0: expected the container of v, {structure.spec}; got {found.spec}")
     x0s = unstacked(leaves, "x0") if batched else [[leaf.detach() for leaf in leaves]]
     if len(x0s) != len(vs):
         raise ValueError(f"x0: expected one for each of the {len(vs)} right-hand sides; got {len(x0s)}")
     check_like(x0s[0], layout, "x0", "v")
-    for leaf in leaves:
-        if not bool(torch.isfinite(leaf).all()):
-            raise NonFiniteError("x0: expected finite values; got NaN or Inf: start without it")
+    bad = torch.stack([(~torch.isfinite(leaf)).sum().double() for leaf in leaves]).sum()
+    if layout.total(bad) > 0:
+        raise NonFiniteError("x0: expected finite values; got NaN or Inf: start without it")
     return x0s
 
 

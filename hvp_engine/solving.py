@@ -182,7 +182,7 @@ def _in_dtypes(value: FlatVector) -> list[Tensor]:
 def _start_after(iteration: FinishedIteration, layout: Layout) -> FlatVector:
     """A start vector for an estimate: what grew in a failed iteration if that is finite, else random."""
     data = iteration.direction.data
-    norm = torch.linalg.vector_norm(data)
+    norm = iteration.direction.norm()
     if torch.isfinite(norm) and norm > 0:
         return FlatVector(layout, data / norm)
     return Spectrum().random(layout)
@@ -217,13 +217,14 @@ def solve(operator: Any, v: Any, solver: Solver, *, batched: bool = False, x0: A
     >>> torch.allclose(A @ solution.value, torch.ones(2), atol=1e-4)
     True
     """
-    leaves, structure = flatten(v, "v")
+    ours = hasattr(operator, "product") and hasattr(operator, "layout")
+    leaves, structure = flatten(v, "v", sharded=ours and not batched)
     check_solver(solver)
     engine: Engine = getattr(operator, "engine", None) or EagerEngine()
     spectrum = getattr(operator, "spectrum", None) or Spectrum()
     vs = unstacked(leaves, "v") if batched else [[leaf.detach() for leaf in leaves]]
     names = [f"v[{index}]" for index in range(len(vs))] if batched else ["v"]
-    if hasattr(operator, "product") and hasattr(operator, "layout"):
+    if ours:
         linear: LinearMap = getattr(operator, "linearization", operator)
         check_like(vs[0], linear.layout, names[0], "weights")
     elif callable(operator):

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hvp_engine.krylov import LanczosBasis, Product, random_unit_vector
@@ -127,14 +126,14 @@ class Spectrum:
         if self.vector is None or self.vector.layout != layout:
             return self.restart(product, self.random(layout), preconditioner)
         start = self.random(layout)
-        start.data.mul_(_FRESH_SHARE).add_(self.vector.data / torch.linalg.vector_norm(self.vector.data))
+        start.data.mul_(_FRESH_SHARE).add_(self.vector.data / self.vector.norm())
         return self._run(product, start, REFRESH_STEPS, preconditioner)
 
     def cost(self, layout: Layout) -> int:
         """Products that the next :meth:`refresh` takes."""
         known = self._loaded is not None and self._loaded.numel() == layout.size
         warm = known or (self.vector is not None and self.vector.layout == layout)
-        return min(REFRESH_STEPS if warm else COLD_STEPS, max(1, sum(layout.numels)))
+        return min(REFRESH_STEPS if warm else COLD_STEPS, max(1, layout.numel))
 
     def restart(
         self, product: Product, start: FlatVector, preconditioner: Preconditioner | None = None

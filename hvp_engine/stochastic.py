@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from hvp_engine import engines
+from hvp_engine.distributed import averaged
 from hvp_engine.engines.eager import EagerEngine
-from hvp_engine.estimation import Averaged
 from hvp_engine.isolation import Draws, isolated
 from hvp_engine.linearization import LinearMap, Problem
 from hvp_engine.operators import engine_for_operator
@@ -73,9 +73,9 @@ class StochasticHessianOperator:
             raise TypeError(f"loss: expected a function of (weights, batch); got {type(loss).__name__}")
         leaves, self._structure = flatten(weights, "weights")
         stream = Batches(batches, leaves[0].device, "batches")
-        maker = engine_for_operator(engine)
-        averaged = loss if batches_per_product == 1 else Averaged(loss)
-        problem = Problem(averaged, leaves, self._structure, [], None, ())
+        maker = engine_for_operator(engine, loss)
+        of_batches = loss if batches_per_product == 1 else averaged(loss)
+        problem = Problem(of_batches, leaves, self._structure, [], None, ())
         self.linearization = _Draws(problem, stream, batches_per_product, maker)
         self.engine = EagerEngine()  # it runs any solver on any map; `maker` makes the products
         self.spectrum = Spectrum()

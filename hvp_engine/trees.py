@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hvp_engine.shards import Shard, is_sharded, local_part
 from hvp_engine.vectors import INPUT_DTYPES, Layout
 
 Tree = Any
@@ -18,23 +19,44 @@ Tree = Any
 
 @dataclass(frozen=True)
 class Structure:
-    """How to rebuild a tree from the list of its leaves."""
+    """How to rebuild a tree from the list of its leaves; of DTensors the list has this process's part."""
 
     spec: pytree.TreeSpec
+    shards: tuple[Shard | None, ...] | None = None
 
     def rebuild(self, leaves: Sequence[Any]) -> Tree:
+        """The tree of these leaves, parts of shards as DTensors."""
+        if self.shards is not None:
+            leaves = [
+                leaf if shard is None else shard.wrap(leaf) for leaf, shard in zip(leaves, self.shards, strict=True)
+            ]
         return pytree.tree_unflatten(list(leaves), self.spec)
 
+    @property
+    def whole(self) -> Structure:
+        """The same tree of whole tensors."""
+        return self if self.shards is None else Structure(self.spec)
 
-def flatten(tree: Tree, name: str) -> tuple[list[Tensor], Structure]:
+
+def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor], Structure]:
     """The leaves of `tree`, each checked to be a real floating tensor, all on one device.
 
     Errors: `TypeError` for a leaf that is no tensor or of an unsupported dtype, `ValueError` for an empty tree or
-    several devices; `name` is the argument that the message names.
+    several devices; `name` is the argument that the message names. DTensors are refused unless `sharded`; the list
+    then has this process's parts.
     """
     if isinstance(tree, torch.nn.Module):
         tree = dict(tree.named_parameters())
     leaves, spec = pytree.tree_flatten(tree)
+    shards = None
+    if any(is_sharded(leaf) for leaf in leaves):
+        if not sharded:
+            raise TypeError(
+                f"{name}: expected tensors that this process has whole; got DTensors, which are supported as weights "
+                "and hyperparameters of hvp.Hypergradient and hvp.HessianOperator with hvp.DataParallel losses"
+            )
+        shards = tuple(Shard.of(leaf, name) if is_sharded(leaf) else None for leaf in leaves)
+        leaves = [local_part(leaf.detach()) if is_sharded(leaf) else leaf for leaf in leaves]
     if not all(_is_usable(leaf) for leaf in leaves):
         raise _unusable_leaf(tree, name)
     if not leaves:
@@ -45,7 +67,7 @@ def flatten(tree: Tree, name: str) -> tuple[list[Tensor], Structure]:
             f"{name}: expected all tensors on one device; got {', '.join(sorted(map(str, devices)))}: "
             "move them together"
         )
-    return leaves, Structure(spec)
+    return leaves, Structure(spec, shards)
 
 
 def _is_usable(leaf: Any) -> bool:

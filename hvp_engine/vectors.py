@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,10 +50,14 @@ def state_dtype_of(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def norm_of(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all `tensors` together, a 0-dim float64 tensor; there must be at least one."""
+def norm_of(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
+    """The Euclidean norm of all `tensors` together, a 0-dim float64 tensor; there must be at least one.
+
+    With a layout, it is that of the whole vector of which they may be a part.
+    """
     norms = torch._foreach_norm(list(tensors))
-    return torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms]))
+    norm = torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms]))
+    return norm if layout is None or layout.whole is None else layout.total(norm.square()).sqrt()
 
 
 def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -60,14 +65,33 @@ def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach() for tensor in tensors]
 
 
+class Whole(Protocol):
+    """What a vector is in all processes together, of which each holds a part."""
+
+    @property
+    def numel(self) -> int: ...
+
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+
+    def total(self, sums: Tensor) -> Tensor:
+        """The sums over the vector, from those over each part."""
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Where the tensors of a list live in a flat buffer: shapes, strides, dtypes and one device."""
+    """Where the tensors of a list live in a flat buffer: shapes, strides, dtypes and one device.
+
+    `whole` is None, or says of what vector, spread over processes, these are a part; inner products and norms are
+    those of the whole vector.
+    """
 
     shapes: tuple[torch.Size, ...]
     strides: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
+    whole: Whole | None = None
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Layout:
@@ -82,6 +106,28 @@ class Layout:
     @cached_property
     def numels(self) -> tuple[int, ...]:
         return tuple(math.prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def numel(self) -> int:
+        """Elements of the vector, in all processes together."""
+        return sum(self.numels) if self.whole is None else self.whole.numel
+
+    def total(self, sums: Tensor) -> Tensor:
+        """From sums over the tensors here, those over the whole vector."""
+        return sums if self.whole is None else self.whole.total(sums)
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A generator of random vectors; no two parts of a vector draw alike."""
+        generator = torch.Generator(device=self.device)
+        return generator.manual_seed(seed if self.whole is None else seed + (self.whole.rank << 32))
+
+    def refuse_parts(self, what: str) -> None:
+        """Raise where vectors are spread over processes, for `what` needs them whole."""
+        if self.whole is not None:
+            raise ValueError(
+                f"weights: expected tensors that each process has whole, for {what}; got DTensors: use hvp.Neumann, "
+                "hvp.Chebyshev, hvp.ConjugateGradient or hvp.MINRES, which work on shards, or whole weights"
+            )
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -173,6 +219,20 @@ class FlatVector:
         if self.views:
             torch._foreach_copy_(self.views, [t.detach() for t in tensors])
         self.refresh()
+
+    def dot(self, other: FlatVector) -> Tensor:
+        """The inner product, in the state dtype."""
+        return self.layout.total(torch.dot(self.data, other.data))
+
+    def norm(self) -> Tensor:
+        """The Euclidean norm, in the state dtype."""
+        norm = torch.linalg.vector_norm(self.data)
+        return norm if self.layout.whole is None else self.layout.total(norm.double().square()).sqrt().to(norm.dtype)
+
+    def all_finite(self) -> Tensor:
+        """Whether nothing is NaN or infinite."""
+        finite = torch.isfinite(self.data).all()
+        return finite if self.layout.whole is None else self.layout.total((~finite).double()) == 0
 
     def assign(self, other: FlatVector) -> None:
         """Overwrite with another vector of this layout."""

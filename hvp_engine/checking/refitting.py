@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine.distributed import for_loss
 from hvp_engine.engines.eager import EagerEngine, leaves
 from hvp_engine.engines.tape import differentiate, filled
 from hvp_engine.isolation import isolated
@@ -84,7 +85,7 @@ class Pair:
     def linearization(self) -> Linearization:
         """The gradient of the training loss and its derivatives, by the plainest engine."""
         with isolated(self.seed, self.weights[0].device):
-            return EagerEngine().linearize(self.train)
+            return for_loss(self.train.loss, EagerEngine()).linearize(self.train)
 
     def widened(self) -> Pair | None:
         """The same in float64, batches included; None if it is already, or if the losses do not take that."""

@@ -96,6 +96,9 @@ class AutoEngine:
 
     name = "auto"
 
+    ORDER = ("eager", "linearized", "cudagraph", "compiled")
+    """What is chosen from, simplest first: where one works, so do those before it."""
+
     def __init__(self, expected_products: int = 200_000, compile_budget_s: float = 120.0) -> None:
         self.expected_products = expected_products
         self.compile_budget_s = compile_budget_s
@@ -121,15 +124,26 @@ class AutoEngine:
         self._made[linearization] = choice.engine, choice
         return linearization
 
+    def linearize_by(self, name: str, problem: Problem) -> Linearization:
+        """By the engine of this name, whatever would be chosen."""
+        return self._engine(name).linearize(problem)
+
+    def engine_of(self, linearization: LinearMap) -> str:
+        """The engine that was chosen for a linearization made here."""
+        return self._made[linearization][0].name
+
+    def credit(self, linearization: LinearMap, terms: int) -> None:
+        """So many terms were run on a linearization; if it was made here, they count towards compiling."""
+        if linearization in self._made:
+            self._made[linearization][1].terms += terms
+
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
         """By the engine that made the linearization."""
-        if operator not in self._made:
-            return self._eager.run(operator, v, solver, estimate)
-        engine, choice = self._made[operator]
+        engine = self._made[operator][0] if operator in self._made else self._eager
         iteration = engine.run(operator, v, solver, estimate)
-        choice.terms += iteration.steps
+        self.credit(operator, iteration.steps)
         return iteration
 
     def state_dict(self) -> dict[str, dict[str, str]]:
@@ -149,14 +163,16 @@ class AutoEngine:
         used = [e for e in self._engines if e is not self._eager and (e is not self._cudagraph or e.name in considered)]
         return "\n".join([*lines, *(f"{engine.name}: {engine.report()}" for engine in used)])
 
+    def _engine(self, name: str) -> Engine:
+        return next(engine for engine in self._engines if engine.name == name)
+
     @property
     def _engines(self) -> tuple[Engine, ...]:
         return self._eager, self._linearized, self._cudagraph, self._compiled
 
     def _first_choice(self, problem: Problem, remembered: str | None) -> Choice:
         if remembered is not None:
-            engine = next(engine for engine in self._engines if engine.name == remembered)
-            return Choice(engine, "as before the checkpoint")
+            return Choice(self._engine(remembered), "as before the checkpoint")
         with same_draws(problem.weights[0].device):
             return self._measured_choice(problem, self._eager.linearize(problem))
 

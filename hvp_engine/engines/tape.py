@@ -19,6 +19,7 @@ _NOT_DIFFERENTIABLE = re.compile(
     r"|trying to differentiate twice a function that was marked with @(\w+)"
 )
 _REMEDIES = {
+    "_Union": "hand the hvp.DataParallel itself to hvp.Hypergradient, hvp.HessianOperator, ...; hvp.Averaged inside it",
     "_scaled_dot_product": "run the forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
     "_cudnn_rnn": "run the forward under torch.backends.cudnn.flags(enabled=False)",
     "mkldnn_rnn": "run the forward under torch.backends.mkldnn.flags(enabled=False)",

@@ -76,7 +76,7 @@ def hutchinson_diagonal(operator: SymmetricMap, probes: int, seed: int = 0) -> t
     Source: Bekas, Kokiopoulou and Saad 2007, equation 5.
     """
     layout: Layout = operator.layout
-    generator = torch.Generator(device=layout.device).manual_seed(seed)
+    generator = layout.generator(seed)
     diagonal, squares = FlatVector(layout), FlatVector(layout)
     signs, image = FlatVector(layout), FlatVector(layout)
     for _ in range(probes):

@@ -193,3 +193,7 @@ class RightHandSide:
         """Overwrite the vector with `tensors`."""
         self._load(tensors)
         self.vector.refresh()
+
+    def sums(self) -> Tensor:
+        """Squared norm, another, and how much is not finite, of the vector loaded."""
+        return self.vector.layout.total(self.partials.sum(0))

@@ -84,13 +84,13 @@ class Budget:
 
     def wants_estimate(self, layout: Layout, cost: int) -> bool:
         """Whether to spend `cost` products on an estimate."""
-        size = sum(layout.numels)
+        size = layout.numel
         small = size <= SMALL and (self.hvps is None or size <= self.hvps)
         return not small and (self.hvps is None or _SHARE * cost <= self.hvps)
 
     def plan(self, estimate: SpectralEstimate | None, layout: Layout, spent: int) -> Plan:
         """The choice, from an estimate of A and the products it took."""
-        size = sum(layout.numels)
+        size = layout.numel
         left = math.inf if self.hvps is None else self.hvps - spent
         damping = self.damping
         if estimate is None and size <= min(SMALL, left):

@@ -213,7 +213,7 @@ class _Chebyshev:
         return False
 
     def finish(self) -> Tensor:
-        return torch.cat([self._b.partials.sum(0), self._partials.sum(0)])
+        return torch.cat([self._b.sums(), self.value.layout.total(self._partials.sum(0))])
 
     def read(self, figures: Sequence[float]) -> Outcome:
         return outcome_of(figures, self.steps, self.value.data.dtype)
@@ -252,4 +252,5 @@ class _Preconditioned(_Chebyshev):
     def finish(self) -> Tensor:
         _, squared_residual, bad = self._partials.sum(0).unbind()
         squared = self.value.data.double().square().sum()
-        return torch.cat([self._b.partials.sum(0), torch.stack([squared_residual, squared, bad])])
+        sums = self.value.layout.total(torch.stack([squared_residual, squared, bad]))
+        return torch.cat([self._b.sums(), sums])

@@ -126,7 +126,7 @@ class _ConjugateGradient:
         if self._b is not None:
             self._b.data.copy_(self._residual.data)
         self.value.data.zero_()
-        self._squared_b, _, self._bad_b = self._initial.partials.sum(0).unbind()
+        self._squared_b, _, self._bad_b = self._initial.sums().unbind()
         self._squared = self._squared_b
         self._negative = self._bad = self._bad_metric = self._no
         self._rho.zero_()  # so that the first beta is 0, and the old direction is not read
@@ -138,7 +138,7 @@ class _ConjugateGradient:
             self._refresh(product)
         else:
             self._update(product)
-            self._squared, curvature, bad = self._partials.sum(0).unbind()
+            self._squared, curvature, bad = self.value.layout.total(self._partials.sum(0)).unbind()
             self._negative = self._negative | ((self._rho > 0) & ~(curvature > 0))
             self._bad = self._bad | (bad > 0)
             if self._refreshes and self.steps % REFRESH_EVERY == 0:
@@ -151,7 +151,7 @@ class _ConjugateGradient:
         assert self._b is not None
         torch.sub(self._b.data, self.value.data, alpha=self._damping, out=self._residual.data)
         self._subtract(product)
-        _, self._squared, bad = self._partials.sum(0).unbind()
+        _, self._squared, bad = self.value.layout.total(self._partials.sum(0)).unbind()
         self._bad = self._bad | (bad > 0)
         self.direction = self._search
 
@@ -161,6 +161,7 @@ class _ConjugateGradient:
         if self._preconditioner is not None:
             precondition(self._preconditioner, self._residual, self._image)
             rho = torch.dot(self._residual.data.double(), self._image.data.double())
+            rho = self.value.layout.total(rho)
             self._bad_metric = self._bad_metric | ((self._squared > 0) & ~(rho > 0) & ~self._bad)
         moving = (self._squared > self._tol**2 * self._squared_b) & ~self._negative
         self._beta.copy_(torch.where(self._rho > 0, rho / self._rho, 0.0))
@@ -173,7 +174,7 @@ class _ConjugateGradient:
         return self.steps % CHECK_EVERY == 1 and not bool(self._rho > 0)
 
     def finish(self) -> Tensor:
-        bad = self._bad | ~torch.isfinite(self.value.data).all()
+        bad = self._bad | ~self.value.all_finite()
         figures = [self._squared_b, self._bad_b, self._squared, self._negative, bad, self._bad_metric]
         return torch.stack([figure.double() for figure in figures])
 

@@ -61,7 +61,7 @@ class Exact:
 
     def allocate(self, layout: Layout) -> ExactIteration:
         dtype = layout.state_dtype if self.dtype is None else self.dtype
-        size = sum(layout.numels)
+        size = layout.numel
         if size > self.max_size:
             raise ValueError(
                 f"Exact: expected at most max_size={self.max_size} weights; got {size}, whose matrix takes "
@@ -79,7 +79,8 @@ class Columns:
     accumulation = None
 
     def __init__(self, layout: Layout, dtype: torch.dtype):
-        self.limit, self.steps = sum(layout.numels), 0
+        layout.refuse_parts("a dense matrix")
+        self.limit, self.steps = layout.numel, 0
         self.direction = FlatVector(layout)
         index = torch.arange(layout.size)
         places = torch.cat([index[:0], *(view.reshape(-1) for view in layout.views(index))])
@@ -163,7 +164,7 @@ class ExactIteration(Columns):
 
     def finish(self) -> Tensor:
         """Unlike other solvers' this waits for the device, which a factorization does in any case."""
-        _, _, bad_v = self._b.partials.sum(0).unbind()
+        _, _, bad_v = self._b.sums().unbind()
         b = self._b.vector.data[self.places].to(self._rows.dtype)
         bad = bad_v + (~torch.isfinite(self._rows).all()).double()
         if bad > 0:

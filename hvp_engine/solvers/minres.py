@@ -129,7 +129,7 @@ class _MINRES:
         for vector in self._vectors:  # gaps included, which the ops do not write
             vector.data.zero_()
         self._b.load(v)
-        self._squared_b, _, self._bad_b = self._b.partials.sum(0).unbind()
+        self._squared_b, _, self._bad_b = self._b.sums().unbind()
         self._squared = self._lowest = self._squared_b
         self._bad = self._bad_metric = self._least = self._no
         zero = torch.zeros_like(self._squared_b)
@@ -148,10 +148,10 @@ class _MINRES:
         u, following = self._basis[now], self._basis[other]
         image = self.direction
         self._recurrences[other](product)  # following <- A z - beta (the one before u)
-        self._bad = self._bad | (self._partials[:, 2].sum() > 0)
+        self._bad = self._bad | (self.value.layout.total(self._partials[:, 2].sum()) > 0)
         if self._damping:
             following.data.add_(image.data, alpha=self._damping)
-        alpha = torch.dot(following.data, image.data).double()
+        alpha = following.dot(image).double()
         following.data.addcmul_(u.data, -alpha)
 
         # The search direction takes z before its buffer is overwritten; its length follows.
@@ -172,7 +172,7 @@ class _MINRES:
         # ||A r|| of the iterate so far is phi_bar times this: it is a least-squares solution where that vanishes. And
         # a step so long that the rounding of its image hides the residual is one along the null space.
         slope = torch.hypot(gamma_bar, self._delta_bar)
-        reach = phi.abs() * torch.linalg.vector_norm(search.data) + torch.linalg.vector_norm(self.value.data)
+        reach = phi.abs() * search.norm() + self.value.norm()
         flat = slope <= _FLAT[search.data.dtype] * self._size
         endless = self._epsilon * self._size * reach > self._squared.sqrt()
         stop = self._moving & (flat | endless)
@@ -185,7 +185,7 @@ class _MINRES:
         self._residual.data.mul_(torch.where(self._moving, self._sine.square(), 1.0))
         shift = torch.where(self._moving, self._phi_bar * self._cosine, 0.0)
         self._residual.data.addcmul_(following.data, -shift)
-        before, self._squared = self._squared, torch.linalg.vector_norm(self._residual.data).double().square()
+        before, self._squared = self._squared, self._residual.norm().double().square()
         if self._preconditioner is None:  # then it is this norm that falls, until rounding takes over
             self._lowest = torch.minimum(self._lowest, before)
             risen = self._squared > (1 + self._epsilon**0.5) ** 2 * self._lowest
@@ -199,12 +199,12 @@ class _MINRES:
         u = self._basis[index]
         if self._preconditioner is None:
             self.direction = u
-            beta = torch.linalg.vector_norm(u.data).double()
+            beta = u.norm().double()
         else:
             assert self._image is not None
             precondition(self._preconditioner, u, self._image)
-            squared = torch.dot(u.data, self._image.data).double()
-            scale = torch.dot(u.data, u.data)
+            squared = u.dot(self._image).double()
+            scale = u.dot(u)
             self._bad_metric = self._bad_metric | ((scale > 0) & ~(squared > -self._epsilon * scale) & ~self._bad)
             beta = squared.clamp_min(0).sqrt()
         beta = beta * (beta > 100 * self._epsilon * torch.hypot(size, beta))
@@ -223,11 +223,11 @@ class _MINRES:
         if self._preconditioner is not None:
             image = self._basis[0]
             precondition(self._preconditioner, self._residual, image)
-        norm = torch.dot(self._residual.data, image.data)
-        share = torch.dot(self._residual.data, self.value.data) / norm
+        norm = self._residual.dot(image)
+        share = self._residual.dot(self.value) / norm
         null = self._least & (norm > 0) & (share.abs() * self._slope <= _STRAY)
         self.value.data.addcmul_(image.data, -torch.where(null, share, 0.0))
-        bad = self._bad | ~torch.isfinite(self.value.data).all()
+        bad = self._bad | ~self.value.all_finite()
         figures = [self._squared_b, self._bad_b, self._squared, self._least, bad, self._bad_metric]
         return torch.stack([figure.double() for figure in figures])
 

@@ -136,7 +136,7 @@ class _Accumulate:
 
     def finish(self) -> Tensor:
         self.value.data.mul_(self._alpha)
-        return torch.cat([self._b.partials.sum(0), self._partials.sum(0)])
+        return torch.cat([self._b.sums(), self.value.layout.total(self._partials.sum(0))])
 
     def read(self, figures: Sequence[float]) -> Outcome:
         return outcome_of(figures, self.steps, self.value.data.dtype)
@@ -187,7 +187,8 @@ class _Preconditioned(_Accumulate):
         self.value.data.mul_(self._alpha)
         _, squared_residual, bad = self._partials.sum(0).unbind()
         squared = self.value.data.double().square().sum()
-        return torch.cat([self._b.partials.sum(0), torch.stack([squared_residual, squared, bad])])
+        sums = self.value.layout.total(torch.stack([squared_residual, squared, bad]))
+        return torch.cat([self._b.sums(), sums])
 
 
 class _PreconditionedHorner(_Preconditioned):

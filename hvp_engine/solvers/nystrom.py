@@ -122,7 +122,7 @@ class _Nystrom:
         return False
 
     def finish(self) -> Tensor:
-        squared_b, _, bad_b = self._b.partials.sum(0).unbind()
+        squared_b, _, bad_b = self._b.sums().unbind()
         squared = torch.linalg.vector_norm(self._residual.data).double().square()
         return torch.stack([squared_b, bad_b, squared, self._negative.double()])
 

@@ -30,6 +30,7 @@ class Descent:
             after each step, `ReduceLROnPlateau` with the step's loss, which waits for the device.
         clip: largest norm of the gradient, over all tensors together; None for no limit.
         name: "weight" or "hyper", for messages.
+        norm: the norm of a gradient.
         bounds: where the tensors are projected to after each step.
 
     `steps` counts the steps begun: it moves before anything else does.
@@ -42,11 +43,12 @@ class Descent:
         scheduler: SchedulerLike | None,
         clip: float | None,
         name: str,
+        norm: Callable[[Grads], Tensor],
         bounds: Bounds | None = None,
     ):
         if clip is not None and not clip > 0:
             raise ValueError(f"{name}_clip: expected a number > 0 or None; got {clip!r}")
-        self.tensors, self.clip, self.bounds = tensors, clip, bounds
+        self.tensors, self.clip, self.norm, self.bounds = tensors, clip, norm, bounds
         self.optimizer = _optimizer(optimizer, tensors, f"{name}_optimizer")
         self.scheduler = None if scheduler is None else _scheduler(scheduler, self.optimizer, f"{name}_scheduler")
         closure = inspect.signature(self.optimizer.step).parameters.get("closure")
@@ -89,7 +91,7 @@ class Descent:
         """The gradients, shrunk to the largest norm allowed; new tensors, since autograd may return one twice."""
         if self.clip is None:
             return grads
-        scale = (self.clip / global_norm(grads).clamp_min(1e-300)).clamp_max(1.0)
+        scale = (self.clip / self.norm(grads).clamp_min(1e-300)).clamp_max(1.0)
         return [None if grad is None else grad * scale.to(grad.dtype) for grad in grads]
 
     def reset(self) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hvp_engine.distributed import DataParallel, Held, averaged
 from hvp_engine.errors import DivergenceError
-from hvp_engine.estimation import Averaged, Estimate, Estimator
+from hvp_engine.estimation import Estimate, Estimator
 from hvp_engine.implicit import Hypergradient
 from hvp_engine.solvers import Solver
-from hvp_engine.trees import flatten
+from hvp_engine.trees import Structure, flatten
 from hvp_engine.tuning.batches import Batches
 from hvp_engine.tuning.bounds import Bounds
 from hvp_engine.tuning.clock import Moment
@@ -68,14 +70,21 @@ class Steps:
         self.inner_tolerance = inner_tolerance
         self.module, self.hyper_module, self.train_loss = module, hyper, train_loss
         weight_tree, hyper_tree = _trainable(module), _trainable(hyper)
-        self.weights, self._weight_structure = flatten(weight_tree, "module")
-        self.hyper, self._hyper_structure = flatten(hyper_tree, "hyper")
+        self.processes = train_loss.processes if isinstance(train_loss, DataParallel) else None
+        self.weights, self._weight_structure = flatten(weight_tree, "module", sharded=True)
+        self.hyper, self._hyper_structure = flatten(hyper_tree, "hyper", sharded=True)
         self.weight_names, self.hyper_names = _names(weight_tree), _names(hyper_tree)
         self.device = self.weights[0].device
         self.estimator = self._estimator(estimator, val_loss, solver, engine)
+        self._weight_norm = self._norm_of(self.weights, self._weight_structure)
+        self._hyper_norm = self._norm_of(self.hyper, self._hyper_structure)
         limits = None if bounds is None else Bounds(bounds, self.hyper, self._hyper_structure)
-        self.weight_side = Descent(self.weights, weight_optimizer, weight_scheduler, weight_clip, "weight")
-        self.hyper_side = Descent(self.hyper, hyper_optimizer, hyper_scheduler, hyper_clip, "hyper", limits)
+        self.weight_side = Descent(
+            self.weights, weight_optimizer, weight_scheduler, weight_clip, "weight", self._weight_norm
+        )
+        self.hyper_side = Descent(
+            self.hyper, hyper_optimizer, hyper_scheduler, hyper_clip, "hyper", self._hyper_norm, limits
+        )
         if self.hyper_side.needs_closure:
             raise TypeError(
                 "hyper_optimizer: expected an optimizer that takes one gradient a step; got "
@@ -140,7 +149,7 @@ class Steps:
         """A training step, or none if the gradient is small enough for the round's training to end."""
         loss, grads = self._gradients(batches)
         warm = self.steps_to_go <= self.inner_steps
-        if self.inner_tolerance is not None and warm and float(global_norm(grads)) <= self.inner_tolerance:
+        if self.inner_tolerance is not None and warm and float(self._weight_norm(grads)) <= self.inner_tolerance:
             self.steps_to_go = 0
             return
         self.weight_side.step(loss, grads, lambda: self._gradients(batches))
@@ -164,8 +173,9 @@ class Steps:
     def round(self, train: Batches, val: Batches, start: Moment) -> Record | None:
         """The hyper step of a round that began at `start`; its record, None if it was left out."""
         trained = Moment(self.device)
-        train_batch = train.next() if self.train_batches == 1 else train.take(self.train_batches)
-        val_batch = val.next() if self.val_batches == 1 else val.take(self.val_batches)
+        with self._together():
+            train_batch = train.next() if self.train_batches == 1 else train.take(self.train_batches)
+            val_batch = val.next() if self.val_batches == 1 else val.take(self.val_batches)
         found = self._hyper_step(train_batch, val_batch)
         record = None
         if found is not None:
@@ -186,6 +196,23 @@ class Steps:
         self.steps_to_go = self.inner_steps
         return record
 
+    def _norm_of(self, tensors: Sequence[Tensor], structure: Structure) -> Callable[[Grads], Tensor]:
+        """The norm of gradients of these tensors."""
+        return global_norm if self.processes is None else Held(self.processes, tensors, structure.shards).norm
+
+    def _take(self, stream: Batches, count: int) -> list[Any]:
+        """The next batches of a stream, in all processes or none."""
+        with self._together():
+            return stream.take(count)
+
+    def _together(self) -> AbstractContextManager[None]:
+        """What one process raises in the block, all raise."""
+        return nullcontext() if self.processes is None else self.processes.together(self.device)
+
+    def _any(self, flag: bool) -> bool:
+        """Whether `flag` is true in some process."""
+        return flag if self.processes is None else any(self.processes.gather(flag, self.device))
+
     def _hyper_step(self, train_batch: Any, val_batch: Any) -> tuple[Estimate, dict[str, float]] | None:
         """One step of the hyper optimizer: the estimate, and its figures read from the device at once."""
         try:
@@ -195,13 +222,13 @@ class Steps:
                 train_batch,
                 val_batch,
             )
-            grads, structure = flatten(estimate.grads, "grads")
+            grads, structure = flatten(estimate.grads, "grads", sharded=True)
             if structure != self._hyper_structure:
                 raise ValueError(
                     f"estimator: expected grads in the container of hyper, {self._hyper_structure.spec}; got "
                     f"{structure.spec}"
                 )
-            figures = _figures(estimate, global_norm(grads))
+            figures = _figures(estimate, self._hyper_norm(grads))
             if not math.isfinite(figures["hypergradient_norm"]):
                 raise DivergenceError("hypergradient: expected finite values; got NaN or Inf in the mixed product")
         except DivergenceError as error:
@@ -217,7 +244,7 @@ class Steps:
 
 def _averaged(loss: Loss, batches: int) -> Loss:
     """`loss` over so many batches; what is no function stays, to be refused by name."""
-    return Averaged(loss) if batches > 1 and callable(loss) else loss
+    return averaged(loss) if batches > 1 and callable(loss) else loss
 
 
 def _figures(estimate: Estimate, hypergradient_norm: Tensor) -> dict[str, float]:

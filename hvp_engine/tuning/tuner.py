@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from hvp_engine.distributed import Processes
+from hvp_engine.errors import CheckpointError
 from hvp_engine.tuning import checkpoint as checkpoints
 from hvp_engine.tuning import state
 from hvp_engine.tuning.batches import Batches
@@ -57,6 +59,12 @@ class Tuner(Steps):
     Attributes:
         history: a :class:`~hvp_engine.tuning.history.History` of :class:`Record`.
         hyper_steps: rounds made so far, those left out included.
+
+    In many processes, as started by torchrun, the losses are :class:`DataParallel` and each process has its own
+    loaders, for example with a `DistributedSampler`; the steps are then those of one process on all their batches. What
+    one process raises, its loaders, callbacks and files included, ends the run in all of them; a callback that returns
+    True in one stops all. Each writes a checkpoint of its own, `run-0-of-4.pt` for `run.pt`. Beside the sums of the
+    losses this takes two small messages for each training step and three for each hyper step.
 
     Memory: beside what the hypergradient needs, a copy of the initial weights on the CPU, for :meth:`retrain`.
 
@@ -126,31 +134,38 @@ class Tuner(Steps):
         count(hyper_steps, "hyper_steps", least=0)
         count(checkpoint_every, "checkpoint_every")
         count(evaluate_every, "evaluate_every")
-        path = None if checkpoint is None else Path(checkpoint)
-        loaded = self._continue_from(path)
-        train, val = self._stream("train_loader", train_loader), self._stream("val_loader", val_loader)
+        path = None if checkpoint is None else self._own(checkpoint)
+        with self._together():
+            loaded = self._continue_from(path)
+        if path is not None and self.processes is not None:
+            self._agree_on_start(path, self.processes)
+        with self._together():
+            train, val = self._stream("train_loader", train_loader), self._stream("val_loader", val_loader)
         stopping = EarlyStopping(metric, patience, self.history)
         monitor = Monitor(hyper_steps, self.hyper_steps, progress, verbose, tensorboard)
-        stopped = False
+        stopped = self._any(stopping.over)
         with monitor, Saver(self, path, checkpoint_every, saved=loaded) as saver:
-            while self.hyper_steps < hyper_steps and not stopping.over and not stopped:
+            while self.hyper_steps < hyper_steps and not stopped:
                 start = Moment(self.device)
                 while self.steps_to_go > 0:
-                    self.inner_step(train.take(self.accumulate))
-                    saver.settle()
-                record = self.round(train, val, start)
-                saver.settle()
-                monitor.advance()
-                if record is not None:
-                    if evaluate is not None and self.hyper_steps % evaluate_every == 0:
-                        record = self._evaluated(record, evaluate)
+                    self.inner_step(self._take(train, self.accumulate))
+                    with self._together():
                         saver.settle()
-                    stopping.see(record)
-                    monitor.report(record)
-                    for callback in callbacks:
-                        stopped |= callback(self, record) is True
+                record = self.round(train, val, start)
+                with self._together():
                     saver.settle()
-                saver.save_if_due()
+                    monitor.advance()
+                    if record is not None:
+                        if evaluate is not None and self.hyper_steps % evaluate_every == 0:
+                            record = self._evaluated(record, evaluate)
+                            saver.settle()
+                        stopping.see(record)
+                        monitor.report(record)
+                        for callback in callbacks:
+                            stopped |= callback(self, record) is True
+                        saver.settle()
+                    saver.save_if_due()
+                stopped = self._any(stopped or stopping.over)
         return self.history
 
     def train(self, train_loader: Iterable[Any], steps: int, *, progress: bool = True) -> list[float]:
@@ -161,7 +176,7 @@ class Tuner(Steps):
         count(steps, "steps", least=0)
         stream = self._stream("train", train_loader)
         losses = [
-            self.train_step(*stream.take(self.accumulate))
+            self.train_step(*self._take(stream, self.accumulate))
             for _ in tqdm(range(steps), disable=not progress, desc="training", unit="step")
         ]
         return torch.stack(losses).tolist() if losses else []
@@ -202,7 +217,7 @@ class Tuner(Steps):
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint as :meth:`fit` does."""
-        path = Path(path)
+        path = self._own(path)
         checkpoints.check_place(path)
         checkpoints.write(path, state.state_dict(self, state.position(self)))
 
@@ -215,8 +230,7 @@ class Tuner(Steps):
         Errors: :class:`CheckpointError` for a file that is damaged (if the one before it is, too), of something
         else, of a newer version, or of a tuner with other tensors, optimizers or schedulers; nothing has changed then.
         """
-        path = Path(path)
-        state.load_state_dict(self, checkpoints.read(path), str(path))
+        self._read(self._own(path))
 
     def _continue_from(self, path: Path | None) -> bool:
         """Whether a checkpoint was loaded."""
@@ -225,9 +239,33 @@ class Tuner(Steps):
         checkpoints.check_place(path)
         fresh = state.moves(self) == (0, 0) and self.hyper_steps == 0
         if fresh and checkpoints.exists(path):
-            self.load(path)
+            self._read(path)
             return True
         return False
+
+    def _read(self, path: Path) -> None:
+        state.load_state_dict(self, checkpoints.read(path), str(path))
+
+    def _own(self, path: str | Path) -> Path:
+        """The file of this process."""
+        path = Path(path)
+        if self.processes is None:
+            return path
+        return path.with_name(f"{path.stem}-{self.processes.rank}-of-{self.processes.count}{path.suffix}")
+
+    def _agree_on_start(self, path: Path, processes: Processes) -> None:
+        """Where a kill came between the writes of two processes, go on from the older of the two moments."""
+        steps = processes.gather(self.weight_side.steps, self.device)
+        if len(set(steps)) > 1:
+            with self._together():
+                if self.weight_side.steps > min(steps):
+                    self._read(checkpoints.previous(path))
+            steps = processes.gather(self.weight_side.steps, self.device)
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"{path}: expected checkpoints of one moment in all processes; got training steps "
+                f"{', '.join(f'{step:.0f}' for step in steps)}: delete them to begin again"
+            )
 
     def _stream(self, name: str, loader: Iterable[Any]) -> Batches:
         stream = self.streams.get(name)

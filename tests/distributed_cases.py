@@ -1,0 +1,101 @@
+"""What every process of a test knows: a small network, decays, and batches of which each process holds a part."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import DTYPE, randn
+from torch import Tensor, nn
+
+import hvp_engine as hvp
+
+EXAMPLES = 24
+
+
+def network_of_any_device() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(DTYPE)
+
+
+def network() -> nn.Sequential:
+    """The same in every process; its size is no multiple of anything."""
+    module = network_of_any_device()
+    with torch.no_grad():
+        for seed, weight in enumerate(module.parameters()):
+            weight.copy_(randn(*weight.shape, seed=seed))
+    return module
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in module.named_parameters()}
+
+
+def decays() -> dict[str, Tensor]:
+    """One log-decay for each weight, so large that the training loss is convex nearby."""
+    return {name: 0.1 * weight for name, weight in weights_of(network()).items()}
+
+
+def losses(module: nn.Module) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Training and validation loss of one process; means over the batch, both with a part that has no batch."""
+    net = hvp.functional(module)
+
+    def data(weights: Any, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(net(weights, batch[0]), batch[1])
+
+    def decay(weights: Any, hyper: Any) -> Tensor:
+        pairs = zip(weights.values(), hyper.values(), strict=True)
+        return sum((d.exp() * w**2).sum() for w, d in pairs)  # type: ignore[return-value]
+
+    def train(weights: Any, hyper: Any, batch: Any) -> Tensor:
+        return data(weights, batch) + decay(weights, hyper)
+
+    def val(weights: Any, hyper: Any, batch: Any) -> Tensor:
+        return data(weights, batch) + 0.01 * decay(weights, hyper)
+
+    return train, val
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    """All examples."""
+    generator = torch.Generator().manual_seed(seed)
+    return randn(EXAMPLES, 5, seed=seed), torch.randint(0, 3, (EXAMPLES,), generator=generator)
+
+
+def shard(whole: tuple[Tensor, Tensor], rank: int, count: int) -> tuple[Tensor, Tensor]:
+    """The examples of one process, equally many for each."""
+    return whole[0][rank::count], whole[1][rank::count]
+
+
+def parallel(module: nn.Module, **arguments: Any) -> tuple[hvp.DataParallel, hvp.DataParallel]:
+    """Both losses over all processes."""
+    train, val = losses(module)
+    return hvp.DataParallel(train, **arguments), hvp.DataParallel(val, **arguments)
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every process has."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def assert_same_bits(tensors: Sequence[Tensor], *values: Any) -> None:
+    """Every process has the same tensors, bit for bit, and the same plain values."""
+    theirs = gathered(([tensor.detach().clone() for tensor in tensors], values))
+    for other, other_values in theirs:
+        assert other_values == values
+        assert all(torch.equal(a, b) for a, b in zip(other, tensors, strict=True))
+
+
+def assert_close(ours: Any, theirs: Any, tolerance: float = 1e-10) -> None:
+    """Two dicts of tensors agree by the global norm."""
+    distance = sum(float((ours[name] - theirs[name]).square().sum()) for name in theirs) ** 0.5
+    norm = sum(float(tensor.square().sum()) for tensor in theirs.values()) ** 0.5
+    assert distance <= tolerance * norm, distance / norm
+
+
+def twin(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module)

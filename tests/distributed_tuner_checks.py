@@ -1,0 +1,141 @@
+"""What must hold of a Tuner in every process of a group; see processes.py."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_cases import (
+    assert_close,
+    assert_same_bits,
+    batch,
+    decays,
+    losses,
+    network,
+    parallel,
+    shard,
+    weights_of,
+)
+
+import hvp_engine as hvp
+
+
+def small_tuner(module: torch.nn.Module, hyper: Any, pair: Any, **arguments: Any) -> hvp.Tuner:
+    return hvp.Tuner(
+        module,
+        hyper,
+        *pair,
+        weight_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=1e-2),
+        hyper_optimizer=lambda tensors: torch.optim.RMSprop(tensors, lr=1e-2),
+        solver=hvp.Neumann(5),
+        inner_steps=3,
+        **arguments,
+    )
+
+
+def loaders(rank: int, count: int) -> tuple[list[Any], list[Any]]:
+    return [shard(batch(seed), rank, count) for seed in (1, 3, 4)], [shard(batch(2), rank, count)]
+
+
+def check_tuner(rank: int, count: int, folder: Path) -> None:
+    module, other = network(), network()
+    hyper, other_hyper = decays(), decays()
+    options = {"weight_clip": 1.0, "hyper_clip": 0.5, "accumulate": 2, "train_batches": 2, "engine": "eager"}
+    ours = small_tuner(module, hyper, parallel(module), **options).fit(*loaders(rank, count), 4, progress=False)
+    theirs = small_tuner(other, other_hyper, losses(other), **options).fit(*loaders(0, 1), 4, progress=False)
+    assert_close(weights_of(module), weights_of(other), 1e-9)
+    assert_close(hyper, other_hyper, 1e-9)
+    assert [record.val_loss for record in ours] == pytest.approx([record.val_loss for record in theirs], rel=1e-9)
+    assert_same_bits([*module.parameters(), *hyper.values()], [record.val_loss for record in ours])
+
+
+def check_tuner_resumes(rank: int, count: int, folder: Path) -> None:
+    """Each process its own file; after a kill between two writes all go on from the older moment."""
+    path = folder / "run.pt"
+    whole, whole_hyper = network(), decays()
+    small_tuner(whole, whole_hyper, parallel(whole), engine="eager").fit(*loaders(rank, count), 6, progress=False)
+    for steps in (2, 4):
+        module, hyper = network(), decays()
+        tuner = small_tuner(module, hyper, parallel(module), engine="eager")
+        tuner.fit(*loaders(rank, count), steps, progress=False, checkpoint=path)
+    own = folder / f"run-{rank}-of-{count}.pt"
+    assert own.exists() and not path.exists()
+    if rank == 0:  # as if it had been killed before it wrote
+        own.with_name(own.name + ".previous").replace(own)
+    dist.barrier()
+    module, hyper = network(), decays()
+    tuner = small_tuner(module, hyper, parallel(module), engine="eager")
+    tuner.fit(*loaders(rank, count), 6, progress=False, checkpoint=path)
+    assert_same_bits([*module.parameters(), *hyper.values()])
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), whole.parameters(), strict=True))
+    assert all(torch.equal(hyper[name], whole_hyper[name]) for name in hyper)
+    if rank == 0:
+        own.unlink()
+        own.with_name(own.name + ".previous").unlink(missing_ok=True)
+    dist.barrier()
+    with pytest.raises(hvp.CheckpointError, match="one moment in all processes"):
+        small_tuner(network(), decays(), parallel(network())).fit(
+            *loaders(rank, count), 9, progress=False, checkpoint=path
+        )
+
+
+class _EndsBadly:
+    """A loader whose third batch cannot be read."""
+
+    def __init__(self, batches: list[Any], bad: bool):
+        self._batches, self._bad = batches, bad
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._batches[:2]
+        if self._bad:
+            raise OSError("a hole in the disk")
+        yield from self._batches[2:]
+
+
+def check_tuner_stops_together(rank: int, count: int, folder: Path) -> None:
+    last = rank == count - 1
+    train, val = loaders(rank, count)
+
+    def fit(train: Any, **arguments: Any) -> hvp.Tuner:
+        module = network()
+        tuner = small_tuner(module, decays(), parallel(module), engine="eager")
+        tuner.fit(train, val, 5, progress=False, **arguments)
+        return tuner
+
+    with pytest.raises(OSError if last else hvp.DistributedError, match="a hole in the disk"):
+        fit(_EndsBadly(train, last))
+    with pytest.raises(ZeroDivisionError if last else hvp.DistributedError, match="division"):
+        fit(train, evaluate=lambda tuner: {"score": 1 / (0 if last else 1)})
+    with pytest.raises(hvp.CheckpointError if last else hvp.CheckpointError):
+        fit(train, checkpoint=folder if last else folder / "elsewhere" / "run.pt")
+    assert fit(train, callbacks=[lambda tuner, record: last and record.hyper_step == 1]).hyper_steps == 2
+    early = fit(train, metric="score", patience=1, evaluate=lambda tuner: {"score": tuner.hyper_steps * last})
+    assert_same_bits([], early.hyper_steps)
+    assert early.hyper_steps < 5
+
+
+def check_failed_hyper_steps_are_left_out_by_all(rank: int, count: int, folder: Path) -> None:
+    """A batch that only one process has makes the hypergradient infinite: all leave the step out, and go on."""
+    last = rank == count - 1
+    module, hyper = network(), decays()
+    train, val = loaders(rank, count)
+    spoiled = (val[0][0] * (torch.nan if last else 1.0), val[0][1])
+    tuner = small_tuner(module, hyper, parallel(module), engine="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        history = tuner.fit(train, [val[0], spoiled], 4, progress=False)
+    assert len(history) == 2
+    assert_same_bits([*module.parameters(), *hyper.values()], tuner.hyper_steps)
+
+
+CHECKS = [
+    check_tuner,
+    check_tuner_resumes,
+    check_tuner_stops_together,
+    check_failed_hyper_steps_are_left_out_by_all,
+]

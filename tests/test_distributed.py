@@ -1,0 +1,52 @@
+"""Many processes give what one gives; see distributed_checks.py and its neighbours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_checks
+import distributed_shard_checks
+import distributed_tuner_checks
+import processes
+import pytest
+import torch
+
+import hvp_engine as hvp
+
+CHECKS = [*distributed_checks.CHECKS, *distributed_tuner_checks.CHECKS, *distributed_shard_checks.CHECKS]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Of all checks in two processes, which are started once."""
+    return processes.run(CHECKS, 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
+def test_two_processes(results: dict[str, str], check: str) -> None:
+    assert results.get(check, "not reached, since a check before it failed") == ""
+
+
+@pytest.mark.soak
+def test_four_processes(tmp_path: Path) -> None:
+    found = processes.run([*CHECKS, *distributed_checks.SLOW_CHECKS], 4, tmp_path)
+    assert found == {check.__name__: "" for check in [*CHECKS, *distributed_checks.SLOW_CHECKS]}
+
+
+@pytest.mark.soak
+def test_torchrun(tmp_path: Path) -> None:
+    script = Path(processes.__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parents[1]), str(script.parent)])}
+    subprocess.run([*command, str(script), str(tmp_path)], check=True, env=environment, timeout=300)
+    assert processes.collected(2, tmp_path) == {check.__name__: "" for check in CHECKS}
+
+
+def test_without_a_group() -> None:
+    with pytest.raises(hvp.DistributedError, match="init_process_group"):
+        hvp.DataParallel(lambda w, batch: w.sum())
+    with pytest.raises(TypeError, match="loss: expected a function"):
+        hvp.DataParallel(torch.ones(1))  # type: ignore[arg-type]
