@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hvp_engine import engines
-from hvp_engine.distributed import averaged
+from hvp_engine.distributed import averaged, together
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.isolation import Draws, isolated
 from hvp_engine.linearization import LinearMap, Problem
@@ -114,7 +114,8 @@ class _Draws:
     def hold(self) -> LinearMap:
         """The Hessian on the next batches, as a map that stays."""
         with isolated(self._seeds.next_seed(), self.layout.device):
-            batch = self._stream.next() if self._count == 1 else self._stream.take(self._count)
+            with together(self._problem.loss, self.layout.device):
+                batch = self._stream.next() if self._count == 1 else self._stream.take(self._count)
             return self._maker.linearize(self._problem.at((batch,)))
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:

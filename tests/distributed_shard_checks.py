@@ -88,7 +88,7 @@ def check_sharded_estimates(rank: int, count: int, folder: Path) -> None:
     theirs = hvp.HessianOperator(loss, weights_of(module), train)
     ours = hvp.HessianOperator(hvp.DataParallel(loss), _cut(weights_of(module)), shard(train, rank, count))
     assert ours.shape == theirs.shape
-    largest = [hvp.extreme_eigenvalues(H).largest for H in (ours, theirs)]
+    largest = [hvp.extreme_eigenvalues(H, tol=1e-5).largest for H in (ours, theirs)]
     assert largest[0] == pytest.approx(largest[1], rel=1e-6)
     v = {name: randn(*weight.shape, seed=9) for name, weight in weights_of(module).items()}
     assert_close(_whole(ours @ _cut(v)), theirs @ v)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -180,6 +181,11 @@ def of_all(number: Tensor) -> float:
     if total <= 0:
         raise ValueError("examples: expected at least one example in some process; got none in all")
     return total
+
+
+def together(loss: Callable[..., Tensor], device: torch.device) -> AbstractContextManager[None]:
+    """In the block, what one process of `loss` raises, all raise."""
+    return loss.processes.together(device) if isinstance(loss, DataParallel) else nullcontext()
 
 
 def averaged(loss: Callable[..., Tensor]) -> Averaged | DataParallel:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hvp_engine.distributed import DataParallel, Held, averaged
+from hvp_engine.distributed import DataParallel, Held, averaged, together
 from hvp_engine.errors import DivergenceError
 from hvp_engine.estimation import Estimate, Estimator
 from hvp_engine.implicit import Hypergradient
@@ -207,7 +207,7 @@ class Steps:
 
     def _together(self) -> AbstractContextManager[None]:
         """What one process raises in the block, all raise."""
-        return nullcontext() if self.processes is None else self.processes.together(self.device)
+        return together(self.train_loss, self.device)
 
     def _any(self, flag: bool) -> bool:
         """Whether `flag` is true in some process."""
