@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from cases import DTYPE, randn
@@ -90,12 +91,25 @@ def assert_same_bits(tensors: Sequence[Tensor], *values: Any) -> None:
         assert all(torch.equal(a, b) for a, b in zip(other, tensors, strict=True))
 
 
-def assert_close(ours: Any, theirs: Any, tolerance: float = 1e-10) -> None:
+def assert_close(ours: Any, theirs: Any, tolerance: float = 1e-10, where: Any = "") -> None:
     """Two dicts of tensors agree by the global norm."""
     distance = sum(float((ours[name] - theirs[name]).square().sum()) for name in theirs) ** 0.5
     norm = sum(float(tensor.square().sum()) for tensor in theirs.values()) ** 0.5
-    assert distance <= tolerance * norm, distance / norm
+    assert distance <= tolerance * norm, (distance / norm, where)
 
 
 def twin(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module)
+
+
+def compare(ours: hvp.HypergradientResult, theirs: hvp.HypergradientResult) -> None:
+    """Everything agrees with one process to rounding, and between processes in every bit."""
+    assert_close(ours.grads, theirs.grads)
+    assert_close(ours.solution.value, theirs.solution.value)
+    for name in ("train_loss", "val_loss", "gradient_norm", "unfinished"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-10, atol=1e-12)
+    mine, other = ours.solution, theirs.solution
+    assert (mine.iterations, mine.hvps, mine.status) == (other.iterations, other.hvps, other.status)
+    assert (mine.alpha or 0.0) == pytest.approx(other.alpha or 0.0, rel=1e-10)
+    figures = (mine.iterations, mine.hvps, mine.status.name, mine.alpha, mine.residual_norm, mine.lambda_max)
+    assert_same_bits([*ours.grads.values(), *mine.value.values(), ours.train_loss, ours.val_loss], *figures)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import distributed_checks
+import distributed_failure_checks
 import distributed_shard_checks
 import distributed_tuner_checks
 import processes
@@ -16,7 +17,12 @@ import torch
 
 import hvp_engine as hvp
 
-CHECKS = [*distributed_checks.CHECKS, *distributed_tuner_checks.CHECKS, *distributed_shard_checks.CHECKS]
+CHECKS = [
+    *distributed_checks.CHECKS,
+    *distributed_failure_checks.CHECKS,
+    *distributed_tuner_checks.CHECKS,
+    *distributed_shard_checks.CHECKS,
+]
 
 
 @pytest.fixture(scope="module")

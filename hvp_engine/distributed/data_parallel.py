@@ -19,6 +19,7 @@ from hvp_engine.errors import DistributedError
 from hvp_engine.estimation import Averaged
 from hvp_engine.shards import Shard, is_sharded, local_part
 from hvp_engine.trees import check_scalar
+from hvp_engine.vectors import state_dtype_of
 
 
 class DataParallel:
@@ -97,7 +98,8 @@ class DataParallel:
 
         device = next((leaf.device for leaf in tensors.values()), torch.device("cpu"))
         holding = Held(self.processes, held, [shards.get(index) for index in varying], device)
-        return _Union.apply(holding, evaluate, known, *held)
+        dtype = state_dtype_of([leaf.dtype for leaf in point])
+        return _Union.apply(holding, evaluate, known, *held).to(dtype)
 
     def share(self, batch: Any) -> float:
         """n_r of this process."""

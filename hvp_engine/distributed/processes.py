@@ -51,9 +51,10 @@ class Processes:
         Arguments:
             compute: returns the tensors, and writes the numbers into the 1-d tensor of zeros that it is given.
 
-        Both come back in the layout's state dtype.
+        Both come back in the layout's state dtype; numbers alone in float64.
         """
-        buffer = torch.empty(layout.size + figures + 1, dtype=layout.state_dtype, device=layout.device)
+        dtype = layout.state_dtype if layout.shapes else torch.float64
+        buffer = torch.empty(layout.size + figures + 1, dtype=dtype, device=layout.device)
         views, tail = layout.views(buffer), buffer[layout.size :]
         with self.carrying(tail) as numbers:
             write(views, *compute(numbers))

@@ -153,7 +153,7 @@ class AutoEngine:
 
     def load_state_dict(self, state: dict[str, dict[str, str]]) -> None:
         """Choose the same again, without measuring: a continued run must round as it did before."""
-        self._remembered = dict(state["engines"])
+        self._remembered = dict(state.get("engines", {}))  # another engine's state has none
         self.choices.clear()
 
     def report(self) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hvp_engine import ops
+from hvp_engine.backend import Bound
 from hvp_engine.preconditioning import Preconditioner, check_preconditioner, precondition
 from hvp_engine.solution import Status
 from hvp_engine.solvers.base import (
@@ -111,7 +113,12 @@ class _ConjugateGradient:
         self._partials = layout.empty_partials()
         one, minus = scalar(1.0, layout.device), scalar(-1.0, layout.device)
         states = (self.value.data, self._residual.data, self._search.data)
-        self._update = ops.bind("cg_step", states, layout, (self._rho,), self._damping, self._partials)
+        if layout.whole is None:
+            update = ops.bind("cg_step", states, layout, (self._rho,), self._damping, self._partials)
+            self._advance = partial(_fused_step, update, self._partials)
+        else:
+            vectors = self.value, self._residual, self._search, FlatVector(layout)
+            self._advance = partial(_step_of_parts, *vectors, self._rho, self._damping)
         self._subtract = ops.bind("scale_accumulate", (states[1],), layout, (minus, one), 0.0, self._partials)
         flat = Layout.of([self._image.data])
         self._mix = ops.bind("scale_accumulate", (states[2],), flat, (one, self._beta), 0.0, flat.empty_partials())
@@ -137,8 +144,7 @@ class _ConjugateGradient:
         if self.direction is self.value:
             self._refresh(product)
         else:
-            self._update(product)
-            self._squared, curvature, bad = self.value.layout.total(self._partials.sum(0)).unbind()
+            self._squared, curvature, bad = self._advance(product).unbind()
             self._negative = self._negative | ((self._rho > 0) & ~(curvature > 0))
             self._bad = self._bad | (bad > 0)
             if self._refreshes and self.steps % REFRESH_EVERY == 0:
@@ -188,3 +194,28 @@ class _ConjugateGradient:
         # The residual of a positive definite system may grow by the square root of its condition on the way.
         residual_of = "returned" if self.steps else "none"
         return Outcome(residual, residual_of, status, math.isfinite(residual), bad_b == 0, growth_limit=math.inf)
+
+
+def _fused_step(update: Bound, partials: Tensor, product: Sequence[Tensor]) -> Tensor:
+    """The op "cg_step", and the sums over its partials."""
+    update(product)
+    return partials.sum(0)
+
+
+def _step_of_parts(
+    x: FlatVector,
+    r: FlatVector,
+    d: FlatVector,
+    image: FlatVector,
+    rho: Tensor,
+    damping: float,
+    product: Sequence[Tensor],
+) -> Tensor:
+    """The same of parts of vectors: between its two passes a sum over the processes, so that no op does both."""
+    image.copy_(product)
+    image.data.add_(d.data, alpha=damping)
+    curvature = d.dot(image).double()
+    step = torch.where(curvature > 0, rho / curvature, 0.0).to(image.data.dtype)
+    x.data.addcmul_(d.data, step)
+    r.data.addcmul_(image.data, step, value=-1)
+    return torch.stack([r.norm().double().square(), curvature, (~r.all_finite()).double()])

@@ -1,0 +1,119 @@
+"""What must hold when something fails in one process of a group; see processes.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_cases import (
+    assert_same_bits,
+    batch,
+    compare,
+    decays,
+    losses,
+    network,
+    parallel,
+    shard,
+    weights_of,
+)
+from torch import Tensor
+
+import hvp_engine as hvp
+
+
+class _Broken(torch.autograd.Function):
+    """The identity, whose second derivative fails."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _BrokenBackward.apply(gradient)
+
+
+class _BrokenBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise RuntimeError("out of memory, say")
+
+
+def _failing(rank: int, what: Callable[[Tensor], Tensor]) -> tuple[hvp.DataParallel, hvp.DataParallel]:
+    """Losses of which the training loss is changed by `what` in the last process."""
+    train, val = losses(network())
+
+    def broken(weights: Any, hyper: Any, batch: Any) -> Tensor:
+        if rank == dist.get_world_size() - 1:
+            weights = {name: what(weight) for name, weight in weights.items()}
+        return train(weights, hyper, batch)
+
+    return hvp.DataParallel(broken), hvp.DataParallel(val)
+
+
+def check_errors_reach_all(rank: int, count: int, folder: Path) -> None:
+    def raising(error: BaseException) -> Callable[[Tensor], Tensor]:
+        def what(_: Tensor) -> Tensor:
+            raise error
+
+        return what
+
+    last = count - 1
+    arguments = weights_of(network()), decays(), shard(batch(1), rank, count), shard(batch(2), rank, count)
+    for what, there, elsewhere in (
+        (raising(ValueError("a bad batch")), ValueError, hvp.DistributedError),
+        (raising(KeyboardInterrupt()), KeyboardInterrupt, hvp.DistributedError),
+        (raising(hvp.DataError("no file")), hvp.DataError, hvp.DataError),
+        (_Broken.apply, RuntimeError, hvp.DistributedError),  # only the first product fails
+    ):
+        for solver in (hvp.Neumann(3, alpha=0.05), hvp.Neumann(3), hvp.ConjugateGradient(3)):
+            hypergradient = hvp.Hypergradient(*_failing(rank, what), solver=solver, engine="eager")
+            with pytest.raises(there if rank == last else elsewhere) as caught:
+                hypergradient(*arguments)
+            if rank != last:
+                assert str(caught.value).startswith(f"process {last} of {count} failed: ")
+    # A shape that only one process gets wrong; in the validation loss; and all goes on afterwards.
+    module = network()
+    hypergradient = hvp.Hypergradient(*parallel(module), solver=hvp.Neumann(3))
+    wrong = (arguments[3][0][:, :2] if rank == last else arguments[3][0], arguments[3][1])
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        hypergradient(*arguments[:3], wrong)
+    ours = hypergradient(*arguments)
+    compare(ours, hvp.Hypergradient(*losses(module), solver=hvp.Neumann(3))(*arguments[:2], batch(1), batch(2)))
+
+
+def check_divergence_is_raised_in_all(rank: int, count: int, folder: Path) -> None:
+    arguments = weights_of(network()), decays(), shard(batch(1), rank, count), shard(batch(2), rank, count)
+    with pytest.raises(hvp.DivergenceError) as caught:
+        hvp.Hypergradient(*parallel(network()), solver=hvp.Neumann(300, alpha=50.0))(*arguments)
+    assert_same_bits([], str(caught.value))
+    infinite = _failing(rank, lambda weight: weight * torch.inf)
+    with pytest.raises(hvp.NonFiniteError) as caught:
+        hvp.Hypergradient(*infinite)(*arguments)
+    assert_same_bits([], str(caught.value))
+
+
+def check_different_weights_are_refused(rank: int, count: int, folder: Path) -> None:
+    weights = weights_of(network())
+    if rank == 1:
+        weights["2.bias"] = weights["2.bias"] + 1e-6
+    arguments = weights, decays(), shard(batch(1), rank, count), shard(batch(2), rank, count)
+    with pytest.raises(hvp.DistributedError, match="others in process 1 than in process 0"):
+        hvp.Hypergradient(*parallel(network()))(*arguments)
+    with pytest.raises(ValueError, match="both or none"):
+        hvp.Hypergradient(parallel(network())[0], losses(network())[1])
+
+
+CHECKS = [
+    check_errors_reach_all,
+    check_divergence_is_raised_in_all,
+    check_different_weights_are_refused,
+]
