@@ -52,8 +52,16 @@ class DataParallel:
     for a loss and its gradients together; one for the mixed product. After each the host waits for the device, to
     see whether a process failed. Memory: one flat vector of weights.
 
+    Shards: weights may be DTensors, all of them cut along some dimension of theirs over the processes of `group`, as by
+    `distribute_tensor(weight, mesh, [Shard(0)])`; hyperparameters each a DTensor or whole. `loss` is given whole tensors;
+    of weights, vectors of a solve and results each process keeps its part, so that they take 1 / N of the memory. For
+    a product the tangent is gathered and the product scattered: as many bytes as an all-reduce. While it is made,
+    tangent, product and message are whole. Steps that need inner products take small messages besides. alpha="auto" and
+    other estimates start from other random vectors than in one process.
+
     Limits: engines that run or compile whole terms run the product alone, since the reduction comes between product
-    and step; `SyncBatchNorm`, which talks to other processes itself, has no second derivative.
+    and step; `SyncBatchNorm`, which talks to other processes itself, has no second derivative; `Exact`, `Nystrom` and
+    `batched=True` need whole weights.
 
     >>> import tempfile, torch, torch.distributed as dist, hvp_engine as hvp
     >>> file = tempfile.NamedTemporaryFile()                           # torchrun does this for many processes
@@ -83,7 +91,7 @@ class DataParallel:
     def __call__(self, *arguments: Any) -> Tensor:
         leaves, spec = pytree.tree_flatten(arguments)
         tensors = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        point = [leaf for leaf in pytree.tree_leaves(arguments[:-1]) if isinstance(leaf, Tensor)]
+        point = [leaf for leaf in pytree.tree_leaves(arguments[:-1] or arguments) if isinstance(leaf, Tensor)]
         self.compare([leaf for leaf in point if not is_sharded(leaf)])
         known = torch.is_grad_enabled()
         shards = {index: Shard.of(leaf, "weights, hyper") for index, leaf in tensors.items() if is_sharded(leaf)}

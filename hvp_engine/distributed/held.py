@@ -63,10 +63,10 @@ class Held:
         self._whole = Layout.of(self.wholes(tensors))
         known = [shard for shard in self._shards if shard is not None]
         for shard in known:
-            if shard.mesh.size() != processes.count:
+            if (ranks := dist.get_process_group_ranks(shard.mesh.get_group())) != processes.ranks:
                 raise ValueError(
-                    f"weights, hyper: expected DTensors on a mesh of the {processes.count} processes of the losses; "
-                    f"got one of {shard.mesh.size()}"
+                    f"weights, hyper: expected DTensors on a mesh of the processes {processes.ranks} of the losses; "
+                    f"got {ranks}: give hvp.DataParallel the group of the mesh"
                 )
         *self._offsets, self._step = offsets_of([shard.most for shard in known])
 

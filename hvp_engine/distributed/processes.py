@@ -29,6 +29,8 @@ class Processes:
         group: a process group; None is the default one.
 
     Attributes:
+        rank, count: of this process in the group, and how many there are.
+        ranks: of all of them in the default group.
         messages: messages of vectors so far.
         sent: bytes that this process has sent in them if they went around a ring, which is the least there is.
     """
@@ -43,6 +45,7 @@ class Processes:
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise DistributedError("group: expected one that this process belongs to; got one without it")
+        self.ranks = dist.get_process_group_ranks(group)
         self.messages, self.sent = 0, 0.0
 
     def sum(self, layout: Layout, figures: int, compute: Callable[[Tensor], Summands]) -> tuple[list[Tensor], Tensor]:
