@@ -52,12 +52,12 @@ class DataParallel:
     for a loss and its gradients together; one for the mixed product. After each the host waits for the device, to
     see whether a process failed. Memory: one flat vector of weights.
 
-    Shards: weights may be DTensors, all of them cut along some dimension of theirs over the processes of `group`, as by
-    `distribute_tensor(weight, mesh, [Shard(0)])`; hyperparameters each a DTensor or whole. `loss` is given whole tensors;
-    of weights, vectors of a solve and results each process keeps its part, so that they take 1 / N of the memory. For
-    a product the tangent is gathered and the product scattered: as many bytes as an all-reduce. While it is made,
-    tangent, product and message are whole. Steps that need inner products take small messages besides. alpha="auto" and
-    other estimates start from other random vectors than in one process.
+    Shards: weights may be DTensors, all of them, each cut along one dimension over the processes of `group`, as by
+    `distribute_tensor(weight, mesh, [Shard(0)])`; hyperparameters DTensors or whole ones. `loss` is given whole
+    tensors; of weights, vectors of a solve and results each process keeps its part, so that they take 1 / N of the
+    memory. For a product the tangent is gathered and the product scattered: as many bytes as an all-reduce; meanwhile
+    tangent, product and message are whole. Solvers that need inner products send small messages besides.
+    alpha="auto" and other estimates start from other random vectors than in one process.
 
     Limits: engines that run or compile whole terms run the product alone, since the reduction comes between product
     and step; `SyncBatchNorm`, which talks to other processes itself, has no second derivative; `Exact`, `Nystrom` and
