@@ -85,14 +85,15 @@ def check_sharded_estimates(rank: int, count: int, folder: Path) -> None:
     def loss(weights: Any, batch: Any) -> Tensor:
         return part(weights, hyper, batch)
 
-    theirs = hvp.HessianOperator(loss, weights_of(module), train)
-    ours = hvp.HessianOperator(hvp.DataParallel(loss), _cut(weights_of(module)), shard(train, rank, count))
+    theirs = hvp.HessianOperator(loss, weights_of(module), train, engine="eager")
+    union, mine = hvp.DataParallel(loss), shard(train, rank, count)
+    ours = hvp.HessianOperator(union, _cut(weights_of(module)), mine, engine="eager")
     assert ours.shape == theirs.shape
     largest = [hvp.extreme_eigenvalues(H, tol=1e-5).largest for H in (ours, theirs)]
     assert largest[0] == pytest.approx(largest[1], rel=1e-6)
     v = {name: randn(*weight.shape, seed=9) for name, weight in weights_of(module).items()}
     assert_close(_whole(ours @ _cut(v)), theirs @ v)
-    solutions = [ours.solve(_cut(v), hvp.Neumann(2000)), theirs.solve(v, hvp.Neumann(2000))]
+    solutions = [ours.solve(_cut(v), hvp.Neumann(300)), theirs.solve(v, hvp.Neumann(300))]
     assert solutions[0].alpha == pytest.approx(solutions[1].alpha, rel=0.1)
     assert_close(_whole(solutions[0].value), solutions[1].value, 1e-5)
     again = ours.solve(_cut(v), hvp.ConjugateGradient(60), x0=solutions[0].value)
@@ -109,13 +110,14 @@ def check_sharded_memory(rank: int, count: int, folder: Path) -> None:
     for solver in (hvp.Neumann(3, alpha=0.1), hvp.Chebyshev(3, bounds=(1.0, 3.0)), hvp.ConjugateGradient(3)):
         taken = []
         for point in (weights, cut):
-            operator = hvp.HessianOperator(loss, point, torch.ones(2))
+            operator = hvp.HessianOperator(loss, point, torch.ones(2), engine="eager")
             with peak_memory() as meter:
                 kept = solver.allocate(operator.layout)
             taken.append(meter.peak_bytes)
             del kept
         assert taken[0] >= 2 * 4 * 1024 * 64
-        assert taken[1] <= taken[0] / count + 2000
+        vectors = 4 / 3 if isinstance(solver, hvp.ConjugateGradient) else 1  # its step of parts needs one more
+        assert taken[1] <= vectors * taken[0] / count + 2000
 
 
 def check_sharded_refusals(rank: int, count: int, folder: Path) -> None:
@@ -126,7 +128,7 @@ def check_sharded_refusals(rank: int, count: int, folder: Path) -> None:
         hvp.Hypergradient(*losses(module), engine="eager")(cut, *arguments)
     for solver in (hvp.Exact(), hvp.Nystrom(3, rho=0.1)):
         with pytest.raises(ValueError, match="hvp.MINRES, which work on shards"):
-            hvp.Hypergradient(*parallel(module), solver=solver)(cut, *arguments)
+            hvp.Hypergradient(*parallel(module), solver=solver, engine="eager")(cut, *arguments)
     with pytest.raises(ValueError, match="expected all of them as shards, or none"):
         hvp.Hypergradient(*parallel(module))({**cut, "2.bias": weights_of(module)["2.bias"]}, *arguments)
     mesh = init_device_mesh("cpu", (count,))
