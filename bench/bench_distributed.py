@@ -81,6 +81,7 @@ def _work(rank: int, count: int, folder: Path) -> None:
         operator = hvp.HessianOperator(union, point, (inputs, targets), engine="linearized")
         v = {name: torch.ones_like(weight) for name, weight in point.items()}
         runs[mode] = lambda operator=operator, v=v: operator.solve(v, solver)
+        dist.barrier()
         before, device = union.processes.sent, _loopback_bytes()
         runs[mode]()
         dist.barrier()

@@ -32,9 +32,8 @@ def small_tuner(module: torch.nn.Module, hyper: Any, pair: Any, **arguments: Any
         *pair,
         weight_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=1e-2),
         hyper_optimizer=lambda tensors: torch.optim.RMSprop(tensors, lr=1e-2),
-        solver=hvp.Neumann(5),
         inner_steps=3,
-        **arguments,
+        **{"solver": hvp.Neumann(5), **arguments},
     )
 
 
