@@ -72,6 +72,22 @@ def check_compiled(rank: int, count: int, folder: Path) -> None:
     compare(*_hypergradients(rank, count, hvp.Neumann(20), "compiled"))
 
 
+def check_finite_differences(rank: int, count: int, folder: Path) -> None:
+    """`hvp.check` re-solves the inner problem of all batches."""
+    module, train, val = network(), batch(1), batch(2)
+    arguments = weights_of(module), decays()
+    ours = hvp.check(
+        *parallel(module),
+        *arguments,
+        (shard(train, rank, count), shard(val, rank, count)),
+        directions=1,
+        engine="eager",
+    )
+    theirs = hvp.check(*losses(module), *arguments, (train, val), directions=1, engine="eager")
+    assert ours.verdict == theirs.verdict
+    assert_same_bits([], ours.verdict.name)
+
+
 @contextmanager
 def _counted() -> Iterator[list[int]]:
     """The numbers of elements that all-reduces in the block take."""
@@ -253,4 +269,4 @@ CHECKS = [
     check_one_engine_is_chosen,
     check_precisions,
 ]
-SLOW_CHECKS = [check_compiled]
+SLOW_CHECKS = [check_compiled, check_finite_differences]

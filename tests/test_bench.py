@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import methods, networks, peers, plots, problems, profile_gpu, report, results, steps, verification
+from bench.bench_distributed import GPUS, MODES, WEIGHTS, Machine, draw, estimated_rows
 from bench.interleave import Work, interleave, threads
 from bench.problems import PROBLEMS, Problem
 from bench.results import Environment, Row
@@ -259,6 +260,26 @@ def test_tables_go_between_the_markers(tmp_path: Path) -> None:
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="markers"):
         report.update_readme(_rows(), readme)
+
+
+def test_estimate_for_many_gpus() -> None:
+    machine = Machine(flops=1e14, inside=4e11, outside=4e10, start_inside=1e-6, start_outside=1e-5, tokens=1000)
+    # 1e9 weights, 16 GPUs in two nodes: 120 ms of products; 4 GB, of which 15/16 go out and in; 2 (3 + 10) us to start.
+    assert machine.product(1e9) == pytest.approx(0.12)
+    assert machine.reduction(1e9, 16) == pytest.approx(2 * 15 / 16 * 0.1 + 26e-6)
+    assert machine.reduction(1e9, 8) == pytest.approx(2 * 7 / 8 * 0.01 + 6e-6)
+    shards, whole = (machine.bytes_needed(1e9, 16, sharded) for sharded in (True, False))
+    assert whole - shards == pytest.approx(15 / 16 * 8e9)
+    environment = Environment("a cpu", "2.13", "none", "abc", "2026-11-25")
+    estimates = list(estimated_rows(machine, environment))
+    assert len(estimates) == len(GPUS) * len(WEIGHTS) * len(MODES)
+    units = {"": "s", ", counted": "bytes a process a term"}
+    measured = [
+        environment.row("distributed", f"mlp, {count} processes", f"hvp_engine shards{kind}", 1000, 1, [1.0], unit)
+        for kind, unit in units.items()
+        for count in (1, 2)
+    ]
+    assert len(draw([*measured, *estimates], machine).axes) == 3
 
 
 def test_plots(tmp_path: Path) -> None:
