@@ -4,7 +4,8 @@
 
 Measured: the time of a term (a Hessian-vector product, its reduction and the step) of a network of 623,290 weights on
 400 digits-sized examples, divided between 1, 2 and 4 processes that talk by gloo, with whole weights in each process
-and with shards; beside it a bare all-reduce of as many numbers; and the bytes that a process sends for a term, as
+and with shards; beside it the part of each process without the others, all at once, which shows what the cores allow; a bare
+all-reduce of as many numbers; and the bytes that a process sends for a term, as
 counted here and as the loopback device counts them, against the least that a reduction of the product needs.
 
 Estimated: a term on 8 to 1,024 GPUs at 1e8 to 1e11 weights, each GPU with its own examples, by the alpha-beta model of
@@ -21,7 +22,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ matplotlib.use("Agg")
 
 EXAMPLES, TERMS, ROUNDS = 400, 10, 7
 MODES = ("whole weights", "shards")
+ALONE = "own part alone"
 GPUS = tuple(2**power for power in range(3, 11))
 WEIGHTS = (10**8, 10**9, 10**10, 10**11)
 
@@ -87,6 +89,9 @@ def _work(rank: int, count: int, folder: Path) -> None:
         dist.barrier()
         found[f"{mode}: counted"] = (union.processes.sent - before) / TERMS
         found[f"{mode}: loopback"] = (_loopback_bytes() - device) / TERMS / count
+    alone = hvp.HessianOperator(loss, weights, (inputs, targets), engine="linearized")
+    v = {name: torch.ones_like(weight) for name, weight in weights.items()}
+    runs[ALONE] = lambda: alone.solve(v, solver)
     buffer = torch.zeros(found["weights"])
     runs["all-reduce alone"] = lambda: [dist.all_reduce(buffer) for _ in range(TERMS)]
     for name in runs:
@@ -117,7 +122,7 @@ def measured_rows(largest: int, environment: Environment) -> Iterator[Row]:
             return
         found = measure(count)
         size, problem = found["weights"], f"mlp, {count} processes"
-        for name in (*MODES, "all-reduce alone"):
+        for name in (*MODES, ALONE, "all-reduce alone"):
             yield environment.row("distributed", problem, f"hvp_engine {name}", size, 1, found[name])
         least = 2 * (count - 1) / count * size * 4
         for mode in MODES:
@@ -207,12 +212,13 @@ def estimated_rows(machine: Machine, environment: Environment) -> Iterator[Row]:
 
 
 def draw(rows: Sequence[Row], machine: Machine) -> Figure:
-    figure = Figure(figsize=(16, 4.8))
-    times, sent, estimates = figure.subplots(1, 3)
+    figure = Figure(figsize=(13, 9.5))
+    (times, sent), (estimates, memory) = figure.subplots(2, 2)
     measured = [row for row in rows if row.benchmark == "distributed"]
     _draw_times(times, [row for row in measured if row.unit == "s"])
     _draw_bytes(sent, [row for row in measured if row.unit != "s"])
-    _draw_estimates(estimates, machine)
+    _draw_shares(estimates, machine)
+    _draw_memory(memory, machine)
     figure.tight_layout()
     return figure
 
@@ -230,7 +236,7 @@ def _draw_times(axes: Axes, rows: Sequence[Row]) -> None:
         axes.fill_between(counts, low, high, alpha=0.2, color=line.get_color())
     first = next(1e3 * (row.p50 or 0.0) for row in rows)
     counts = sorted({_processes(row) for row in rows})
-    axes.plot(counts, [first / min(count, os.cpu_count() or 1) for count in counts], "k--", label="one process / cores")
+    axes.plot(counts, [first / min(count, os.cpu_count() or 1) for count in counts], "k--", label="first / cores")
     axes.set(xlabel="processes, one thread each", ylabel="ms a term", xticks=counts, ylim=(0, None))
     axes.set_title(f"Measured: {rows[0].size:,} weights, {EXAMPLES} examples in all\n{rows[0].device}", fontsize=9)
     axes.legend(fontsize=8)
@@ -248,29 +254,46 @@ def _draw_bytes(axes: Axes, rows: Sequence[Row]) -> None:
         axes.bar_label(bars, fmt="%.3f", fontsize=7)
     axes.axhline(1, color="k", linestyle="--", linewidth=0.8)
     axes.set(xticks=range(len(counts)), xticklabels=counts, xlabel="processes", ylabel="bytes sent a term / least")
-    axes.set_ylim(0, 1.6)
+    axes.set_ylim(0, 2)
     axes.set_title(
         "Measured: bytes that a process sends for a term,\nleast: 2 (N - 1) / N of the weights in float32", fontsize=9
     )
     axes.legend(fontsize=7, ncols=2, loc="upper left")
 
 
-def _draw_estimates(axes: Axes, machine: Machine) -> None:
-    for index, size in enumerate(WEIGHTS):
-        shares = [machine.product(size) / machine.term(size, gpus, sharded=True) for gpus in GPUS]
-        fits = [machine.bytes_needed(size, gpus, sharded=True) <= machine.memory for gpus in GPUS]
-        needed = machine.bytes_needed(size, GPUS[-1], sharded=True) / 1e9
-        label = f"{size:.0e} weights, {needed:.3g} GB a GPU" + ("" if any(fits) else ": does not fit")
-        axes.plot(GPUS, shares, color=f"C{index}", linestyle="-" if any(fits) else ":", marker=".", label=label)
+def _draw_shares(axes: Axes, machine: Machine) -> None:
+    for color, tokens in enumerate((1024, 8192, 65536)):
+        other = replace(machine, tokens=tokens)
+        for size, style in zip(WEIGHTS, ("-", "--", "-.", ":"), strict=True):
+            shares = [other.product(size) / other.term(size, gpus, sharded=True) for gpus in GPUS]
+            label = f"{tokens:,} tokens a GPU, {size:.0e} weights" if size in (WEIGHTS[0], WEIGHTS[-1]) else None
+            axes.plot(GPUS, shares, color=f"C{color}", linestyle=style, label=label)
     axes.set_xscale("log", base=2)
     axes.set(xticks=GPUS, xticklabels=GPUS, xlabel="GPUs", ylabel="share of a term that is the product", ylim=(0, 1))
     axes.set_title(
-        f"Estimated, not measured: shards, {machine.tokens:,} tokens a GPU, {machine.flops / 1e12:.0f} Tflop/s,\n"
-        f"{machine.inside / 1e9:.0f} GB/s in nodes of {machine.per_node}, {machine.outside / 1e9:.0f} GB/s between, "
-        f"{1e6 * machine.start_inside:.0f} / {1e6 * machine.start_outside:.0f} us a message",
+        f"Estimated, not measured: shards, {machine.flops / 1e12:.0f} Tflop/s, {machine.inside / 1e9:.0f} GB/s in nodes\n"
+        f"of {machine.per_node}, {machine.outside / 1e9:.0f} GB/s between, {1e6 * machine.start_inside:.0f} / "
+        f"{1e6 * machine.start_outside:.0f} us a message, nothing overlaps",
         fontsize=9,
     )
-    axes.legend(fontsize=8, loc="lower left")
+    axes.legend(fontsize=7)
+
+
+def _draw_memory(axes: Axes, machine: Machine) -> None:
+    for color, size in enumerate(WEIGHTS):
+        for mode, style in zip(MODES, ("--", "-"), strict=True):
+            needed = [machine.bytes_needed(size, gpus, mode == "shards") / 1e9 for gpus in GPUS]
+            axes.plot(GPUS, needed, color=f"C{color}", linestyle=style, label=f"{size:.0e} weights, {mode}")
+    axes.axhline(machine.memory / 1e9, color="k", linewidth=0.8, label=f"{machine.memory / 1e9:.0f} GB")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set(xticks=GPUS, xticklabels=GPUS, xlabel="GPUs", ylabel="GB a GPU, activations apart")
+    axes.set_title(
+        "Estimated, not measured: memory of a Neumann solve with bfloat16 weights\n"
+        "(shards divide the solver's vectors; weights, tangent, product and message are whole for a product)",
+        fontsize=9,
+    )
+    axes.legend(fontsize=7, ncols=2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -75,15 +75,9 @@ def check_compiled(rank: int, count: int, folder: Path) -> None:
 def check_finite_differences(rank: int, count: int, folder: Path) -> None:
     """`hvp.check` re-solves the inner problem of all batches."""
     module, train, val = network(), batch(1), batch(2)
-    arguments = weights_of(module), decays()
-    ours = hvp.check(
-        *parallel(module),
-        *arguments,
-        (shard(train, rank, count), shard(val, rank, count)),
-        directions=1,
-        engine="eager",
-    )
-    theirs = hvp.check(*losses(module), *arguments, (train, val), directions=1, engine="eager")
+    point, parts = (weights_of(module), decays()), (shard(train, rank, count), shard(val, rank, count))
+    ours = hvp.check(*parallel(module), *point, parts, directions=1, engine="eager")
+    theirs = hvp.check(*losses(module), *point, (train, val), directions=1, engine="eager")
     assert ours.verdict == theirs.verdict
     assert_same_bits([], ours.verdict.name)
 

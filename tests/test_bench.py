@@ -279,7 +279,7 @@ def test_estimate_for_many_gpus() -> None:
         for kind, unit in units.items()
         for count in (1, 2)
     ]
-    assert len(draw([*measured, *estimates], machine).axes) == 3
+    assert len(draw([*measured, *estimates], machine).axes) == 4
 
 
 def test_plots(tmp_path: Path) -> None:
