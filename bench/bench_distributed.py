@@ -4,9 +4,9 @@
 
 Measured: the time of a term (a Hessian-vector product, its reduction and the step) of a network of 623,290 weights on
 400 digits-sized examples, divided between 1, 2 and 4 processes that talk by gloo, with whole weights in each process
-and with shards; beside it the part of each process without the others, all at once, which shows what the cores allow; a bare
-all-reduce of as many numbers; and the bytes that a process sends for a term, as
-counted here and as the loopback device counts them, against the least that a reduction of the product needs.
+and with shards. Beside it, the parts of the processes without their reduction, all at once, which shows what the cores
+allow, and a bare all-reduce of as many numbers. And the bytes that a process sends for a term, as counted here and as
+the loopback device counts them, against the least that a reduction of the product needs.
 
 Estimated: a term on 8 to 1,024 GPUs at 1e8 to 1e11 weights, each GPU with its own examples, by the alpha-beta model of
 :class:`Machine`. It is arithmetic on the constants there, and says where a limit lies, not what somebody measured.
@@ -271,8 +271,8 @@ def _draw_shares(axes: Axes, machine: Machine) -> None:
     axes.set_xscale("log", base=2)
     axes.set(xticks=GPUS, xticklabels=GPUS, xlabel="GPUs", ylabel="share of a term that is the product", ylim=(0, 1))
     axes.set_title(
-        f"Estimated, not measured: shards, {machine.flops / 1e12:.0f} Tflop/s, {machine.inside / 1e9:.0f} GB/s in nodes\n"
-        f"of {machine.per_node}, {machine.outside / 1e9:.0f} GB/s between, {1e6 * machine.start_inside:.0f} / "
+        f"Estimated, not measured: shards, {machine.flops / 1e12:.0f} Tflop/s, {machine.inside / 1e9:.0f} GB/s in\n"
+        f"nodes of {machine.per_node}, {machine.outside / 1e9:.0f} GB/s between, {1e6 * machine.start_inside:.0f} / "
         f"{1e6 * machine.start_outside:.0f} us a message, nothing overlaps",
         fontsize=9,
     )
