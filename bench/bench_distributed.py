@@ -264,36 +264,35 @@ def _draw_bytes(axes: Axes, rows: Sequence[Row]) -> None:
 def _draw_shares(axes: Axes, machine: Machine) -> None:
     for color, tokens in enumerate((1024, 8192, 65536)):
         other = replace(machine, tokens=tokens)
-        for size, style in zip(WEIGHTS, ("-", "--", "-.", ":"), strict=True):
+        for size, style in zip((WEIGHTS[0], WEIGHTS[-1]), ("-", ":"), strict=True):
             shares = [other.product(size) / other.term(size, gpus, sharded=True) for gpus in GPUS]
-            label = f"{tokens:,} tokens a GPU, {size:.0e} weights" if size in (WEIGHTS[0], WEIGHTS[-1]) else None
-            axes.plot(GPUS, shares, color=f"C{color}", linestyle=style, label=label)
+            axes.plot(GPUS, shares, color=f"C{color}", linestyle=style, label=f"{tokens:,} tokens, {size:.0e} weights")
     axes.set_xscale("log", base=2)
     axes.set(xticks=GPUS, xticklabels=GPUS, xlabel="GPUs", ylabel="share of a term that is the product", ylim=(0, 1))
     axes.set_title(
-        f"Estimated, not measured: shards, {machine.flops / 1e12:.0f} Tflop/s, {machine.inside / 1e9:.0f} GB/s in\n"
+        f"Estimated, not measured: tokens a GPU, {machine.flops / 1e12:.0f} Tflop/s, {machine.inside / 1e9:.0f} GB/s in\n"
         f"nodes of {machine.per_node}, {machine.outside / 1e9:.0f} GB/s between, {1e6 * machine.start_inside:.0f} / "
         f"{1e6 * machine.start_outside:.0f} us a message, nothing overlaps",
         fontsize=9,
     )
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center right", bbox_to_anchor=(1, 0.42))
 
 
 def _draw_memory(axes: Axes, machine: Machine) -> None:
     for color, size in enumerate(WEIGHTS):
         for mode, style in zip(MODES, ("--", "-"), strict=True):
             needed = [machine.bytes_needed(size, gpus, mode == "shards") / 1e9 for gpus in GPUS]
-            axes.plot(GPUS, needed, color=f"C{color}", linestyle=style, label=f"{size:.0e} weights, {mode}")
-    axes.axhline(machine.memory / 1e9, color="k", linewidth=0.8, label=f"{machine.memory / 1e9:.0f} GB")
+            axes.plot(GPUS, needed, color=f"C{color}", linestyle=style, label=f"{size:.0e}, {mode}")
+    axes.axhline(machine.memory / 1e9, color="k", linewidth=0.8, label=f"a GPU: {machine.memory / 1e9:.0f} GB")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set(xticks=GPUS, xticklabels=GPUS, xlabel="GPUs", ylabel="GB a GPU, activations apart")
+    axes.set(xticks=GPUS, xticklabels=GPUS, xlabel="GPUs", ylabel="GB a GPU, activations apart", ylim=(0.5, 5e4))
     axes.set_title(
-        "Estimated, not measured: memory of a Neumann solve with bfloat16 weights\n"
-        "(shards divide the solver's vectors; weights, tangent, product and message are whole for a product)",
+        "Estimated, not measured: memory of a Neumann solve, bfloat16 weights;\n"
+        "weights, tangent, product and message are whole either way",
         fontsize=9,
     )
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, ncols=3, loc="upper center")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
