@@ -270,9 +270,9 @@ def _draw_shares(axes: Axes, machine: Machine) -> None:
     axes.set_xscale("log", base=2)
     axes.set(xticks=GPUS, xticklabels=GPUS, xlabel="GPUs", ylabel="share of a term that is the product", ylim=(0, 1))
     axes.set_title(
-        f"Estimated, not measured: tokens a GPU, {machine.flops / 1e12:.0f} Tflop/s, {machine.inside / 1e9:.0f} GB/s in\n"
-        f"nodes of {machine.per_node}, {machine.outside / 1e9:.0f} GB/s between, {1e6 * machine.start_inside:.0f} / "
-        f"{1e6 * machine.start_outside:.0f} us a message, nothing overlaps",
+        f"Estimated, not measured: tokens of each GPU, {machine.flops / 1e12:.0f} Tflop/s, nothing overlaps,\n"
+        f"{machine.inside / 1e9:.0f} GB/s in nodes of {machine.per_node}, {machine.outside / 1e9:.0f} GB/s between, "
+        f"{1e6 * machine.start_inside:.0f} / {1e6 * machine.start_outside:.0f} us a message",
         fontsize=9,
     )
     axes.legend(fontsize=7, loc="center right", bbox_to_anchor=(1, 0.42))
