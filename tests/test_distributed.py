@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import distributed_checks
@@ -25,21 +26,19 @@ CHECKS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Of all checks in two processes, which are started once."""
-    return processes.run(CHECKS, 2, tmp_path_factory.mktemp("two"))
+def _nothing_wrong(checks: Sequence[processes.Check]) -> dict[str, str]:
+    return {check.__name__: "" for check in checks}
 
 
-@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
-def test_two_processes(results: dict[str, str], check: str) -> None:
-    assert results.get(check, "not reached, since a check before it failed") == ""
+def test_two_processes(tmp_path: Path) -> None:
+    """All checks in one test, so that the processes are started once, on whatever worker it runs."""
+    assert processes.run(CHECKS, 2, tmp_path) == _nothing_wrong(CHECKS)
 
 
 @pytest.mark.soak
 def test_four_processes(tmp_path: Path) -> None:
-    found = processes.run([*CHECKS, *distributed_checks.SLOW_CHECKS], 4, tmp_path)
-    assert found == {check.__name__: "" for check in [*CHECKS, *distributed_checks.SLOW_CHECKS]}
+    checks = [*CHECKS, *distributed_checks.SLOW_CHECKS]
+    assert processes.run(checks, 4, tmp_path) == _nothing_wrong(checks)
 
 
 @pytest.mark.soak
@@ -48,7 +47,7 @@ def test_torchrun(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parents[1]), str(script.parent)])}
     subprocess.run([*command, str(script), str(tmp_path)], check=True, env=environment, timeout=300)
-    assert processes.collected(2, tmp_path) == {check.__name__: "" for check in CHECKS}
+    assert processes.collected(2, tmp_path) == _nothing_wrong(CHECKS)
 
 
 def test_without_a_group() -> None:
