@@ -1,22 +1,28 @@
-# make demo | test | lint | bench | soak | wheel | clean. Needs Python >= 3.10, a C++ compiler and make.
+# make demo | test | docs | lint | bench | soak | wheel | clean. Needs Python >= 3.10, a C++ compiler and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TOOLS := $(VENV)/tools.stamp
 INSTALLED := $(VENV)/installed.stamp
 PEERS := $(VENV)/peers.stamp
+DOCS := $(VENV)/docs.stamp
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # A waiting OpenMP thread must not hold a core that somebody else could use.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint format bench soak wheel build clean
+.PHONY: demo test docs lint format bench soak wheel build clean
 
 demo: build
 	$(BIN)/python -m hvp_engine demo $(ARGS)
 
 test: build
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+# Any warning, such as a link to nowhere, is an error.
+docs: build $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo build/docs/index.html
 
 soak: build
 	$(BIN)/python -m pytest -q -m soak $(ARGS)
@@ -58,6 +64,10 @@ $(TOOLS): constraints.txt
 	$(PIP) setuptools wheel pybind11 cmake ninja
 	@touch $@
 
+$(DOCS): $(INSTALLED)
+	$(PIP) --no-build-isolation --editable '.[docs]'
+	@touch $@
+
 # Each by itself: where one cannot be had, the benchmark goes without it and says so.
 $(PEERS): $(INSTALLED)
 	for peer in betty-ml curvlinops-for-pytorch torchopt higher hypergrad; do \
@@ -66,5 +76,5 @@ $(PEERS): $(INSTALLED)
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info $(INSTALLED) $(PEERS) hvp_engine/_C.*.so
+	rm -rf build dist *.egg-info $(INSTALLED) $(PEERS) $(DOCS) hvp_engine/_C.*.so
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

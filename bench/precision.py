@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import hvp_engine as hvp
+from bench.report import grid
 from bench.results import FOLDER, Environment
 from hvp_engine import datasets
 
@@ -239,6 +240,22 @@ def table(rows: Sequence[Row]) -> str:
         cells = [f"{found[method]:>26.1e}" if method in found else f"{'':>26}" for method in methods]
         lines.append(f"{problem.removesuffix(' nan'):<30}{dtype:<10}{count:>9}" + "".join(cells))
     return "\n".join(lines)
+
+
+def markdown(file: Path = FOLDER / "precision.csv", iterations: int = max(ITERATIONS)) -> str:
+    """The medians of a results file at one number of products, and where they come from, in Markdown."""
+    with file.open(newline="") as lines:
+        records = [record for record in csv.DictReader(lines) if int(record["iterations"]) == iterations]
+    methods = ["horner", "accumulate", "plain torch, horner", "plain torch, accumulate"]
+    cases: dict[tuple[str, str], dict[str, str]] = {}
+    for record in records:
+        condition = float(record["condition"])
+        problem = record["problem"] + (f", condition {condition:,.0f}" if condition == condition else "")
+        cases.setdefault((problem, record["dtype"]), {})[record["method"]] = record["median"]
+    body = [[*case, *(f"{float(found[method]):.1e}" for method in methods)] for case, found in cases.items()]
+    (place,) = {(record["device"], record["torch"], record["date"]) for record in records}
+    text = f"{iterations} products; {{}}, torch {{}}, {{}}; medians of {records[0]['seeds']} problems.".format(*place)
+    return f"{text}\n\n{grid(['problem', 'weights in', *methods], body)}"
 
 
 def _flat(tensors: Tensors) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import hvp_engine as hvp
+from bench.report import README, grid, put
 from bench.results import FOLDER
 from hvp_engine import datasets
 
@@ -268,6 +269,33 @@ def rows(problem: Problem) -> Iterator[dict[str, object]]:
     yield {**common, "solver": name, "products": solution.hvps, "error": f"{error:.1e}", "fewer": fewer}
 
 
+_COLUMNS = {"Chebyshev": "Chebyshev", "ConjugateGradient": "CG", "MINRES": "MINRES", "Budget of products": "Budget(hvps)"}
+
+
+def markdown(file: Path = FOLDER / "products.csv") -> str:
+    """The results as a table: products of the Neumann series at its best and of the solvers that need few of them."""
+    problems: dict[str, dict[str, dict[str, str]]] = {}
+    with file.open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            name = "Neumann" if row["solver"].startswith("Neumann, best") else row["solver"]
+            problems.setdefault(row["problem"], {})[name] = row
+    body = []
+    for problem, found in problems.items():
+        neumann = found["Neumann"]
+        fewer = max(float(found[name]["fewer"] or 0) for name in _COLUMNS)
+        body.append([
+            problem, *(_figure(neumann[name]) for name in ("weights", "condition", "products")),
+            *(_figure(found[name]["products"]) for name in _COLUMNS), f"{_figure(fewer)}x",
+        ])  # fmt: skip
+    return grid(["problem", "weights", "condition", "Neumann, best alpha", *_COLUMNS.values(), "fewer"], body)
+
+
+def _figure(value: float | str) -> str:
+    if value == "":
+        return "-"
+    return f"{float(value):,.0f}" if float(value) < 1e5 else f"{float(value):.2g}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PROBLEMS, action="append", help="problems to run, all of them by default")
@@ -282,6 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         writer = csv.DictWriter(file, list(found[0]))
         writer.writeheader()
         writer.writerows(found)
+    if options.out == FOLDER / "products.csv" and README.exists():
+        put(markdown(), "products", README)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""The tables of the README, from a results file: `python -m bench.report [FILE]` prints them and updates README.md."""
+"""The tables of the benchmark, from results files.
+
+`python -m bench.report [FILE ...]` prints them all, as the documentation's page of results has them, and puts the short
+one into README.md.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from bench import results
@@ -190,11 +194,26 @@ def set_ups(rows: Sequence[Row]) -> str:
     )
 
 
+def by_device(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each device, in order."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.device, []).append(row)
+    return found
+
+
 def markdown(rows: Sequence[Row]) -> str:
-    """All tables, with where the numbers come from."""
-    devices = sorted({f"{row.device}; torch {row.torch_version}; commit {row.commit}; {row.date}" for row in rows})
+    """All tables, those of each device under a heading with where the numbers come from."""
+    return "\n\n".join(_of_device(device, own) for device, own in by_device(rows).items())
+
+
+def _of_device(device: str, rows: Sequence[Row]) -> str:
+    runs = sorted({(row.date, row.commit, row.torch_version) for row in rows})
     parts = [
-        "Measured on: " + " / ".join(devices) + ". Medians of interleaved samples.",
+        f"### {device}",
+        "Medians of interleaved samples, measured with "
+        + "; ".join(f"torch {version} at commit {commit} on {date}" for date, commit, version in runs)
+        + ".",
         solves(rows, "inverse_hvp", "Inverse-Hessian-vector product, gradient included."),
         solves(rows, "hypergradient", "Whole hypergradient."),
         terms(rows),
@@ -205,6 +224,39 @@ def markdown(rows: Sequence[Row]) -> str:
         left_out(rows),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The README's table: one solve of each problem on each device, `auto` against the fastest other; and the memory."""
+    head = ["problem", "HVPs", "device", "date", "fastest other", "hvp_engine", "faster"]
+    body = [line for device, own in by_device(rows).items() for line in _compared(device, own)]
+    text = (
+        "Inverse-Hessian-vector products on one CPU thread or one GPU, gradient included, `engine=\"auto\"` against the "
+        f"fastest of plain loops and other packages; medians of interleaved samples.\n\n{grid(head, body)}"
+    )
+    sizes: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in rows:
+        if row.benchmark == "memory" and row.p50 is not None and is_ours(row.method):
+            sizes.setdefault((row.device, row.problem, row.method), {})[row.size] = row.p50
+    if sizes:
+        growth = max(found[max(found)] / found[min(found)] for found in sizes.values())
+        short, long = min(map(min, sizes.values())), max(map(max, sizes.values()))
+        text += f"\n\nPeak memory of a solve of {long} products against one of {short}: {growth:.2f}x at most."
+    return text
+
+
+def _compared(device: str, rows: Sequence[Row]) -> Iterator[list[str]]:
+    """A line for each problem, of the fewest threads."""
+    for problem, recipe in PROBLEMS.items():
+        key = ("inverse_hvp", problem, recipe.terms)
+        own = [row for row in rows if (row.benchmark, row.problem, row.size) == key and row.p50 is not None]
+        table = case(own, *key, min((row.threads for row in own), default=0))
+        other = table.best(ours=False)
+        if other is not None and AUTO in table.medians:
+            yield [
+                problem, str(recipe.terms), device, max(row.date for row in own), f"{duration(other[1])} ({other[0]})",
+                duration(table.medians[AUTO]), table.ratio(other[1], AUTO),
+            ]  # fmt: skip
 
 
 def put(text: str, name: str, readme: Path = README) -> Path:
@@ -221,14 +273,17 @@ def put(text: str, name: str, readme: Path = README) -> Path:
     return readme
 
 
-def update_readme(rows: Sequence[Row], readme: Path = README) -> Path:
-    """Put the tables of the benchmark into the README; errors as :func:`put`."""
-    return put(markdown(rows), "bench", readme)
+def everything() -> list[Row]:
+    """The rows of every device's committed results."""
+    return [row for file in results.device_files() for row in results.read(file)]
+
+
+def update_readme(readme: Path = README) -> Path:
+    """Put the short table of all committed results into the README; errors as :func:`put`."""
+    return put(summary(everything()), "bench", readme)
 
 
 if __name__ == "__main__":
-    files = [Path(name) for name in sys.argv[1:]] or results.device_files()
-    everything = [row for file in files for row in results.read(file)]
-    print(markdown(everything))
-    if README.exists():
-        update_readme(everything)
+    files = [Path(name) for name in sys.argv[1:]]
+    print(markdown([row for file in files for row in results.read(file)] if files else everything()))
+    update_readme()

@@ -1,4 +1,4 @@
-"""Measure everything: `python -m bench.run` writes bench/results/<device>.csv, its plots and the README's table.
+"""Measure everything: `python -m bench.run` writes bench/results/<device>.csv, its plots and the README's short table.
 
 Every method is checked against float64 before it is timed, and left out, with the reason, where it is wrong. The
 methods of a case take turns in one process, at equal thread counts. Traces are made once for a problem and serve all
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     written = [file, *plots.draw(recorder.all_rows, options.out, file.stem)]
     if options.out == results.FOLDER:
         with contextlib.suppress(FileNotFoundError):
-            written.append(report.update_readme(recorder.all_rows))
+            written.append(report.update_readme())
     print(report.markdown(recorder.all_rows))
     print(f"\n{time.perf_counter() - start:.0f} s; written: {', '.join(map(str, written))}")
     for text in recorder.broken:
