@@ -21,7 +21,7 @@ test: build
 
 # Any warning, such as a link to nowhere, is an error.
 docs: build $(DOCS)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo build/docs/index.html
 
 soak: build

@@ -269,7 +269,12 @@ def rows(problem: Problem) -> Iterator[dict[str, object]]:
     yield {**common, "solver": name, "products": solution.hvps, "error": f"{error:.1e}", "fewer": fewer}
 
 
-_COLUMNS = {"Chebyshev": "Chebyshev", "ConjugateGradient": "CG", "MINRES": "MINRES", "Budget of products": "Budget(hvps)"}
+_COLUMNS = {
+    "Chebyshev": "Chebyshev",
+    "ConjugateGradient": "CG",
+    "MINRES": "MINRES",
+    "Budget of products": "Budget(hvps)",
+}
 
 
 def markdown(file: Path = FOLDER / "products.csv") -> str:

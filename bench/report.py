@@ -231,7 +231,7 @@ def summary(rows: Sequence[Row]) -> str:
     head = ["problem", "HVPs", "device", "date", "fastest other", "hvp_engine", "faster"]
     body = [line for device, own in by_device(rows).items() for line in _compared(device, own)]
     text = (
-        "Inverse-Hessian-vector products on one CPU thread or one GPU, gradient included, `engine=\"auto\"` against the "
+        'Inverse-Hessian-vector products on one CPU thread or one GPU, gradient included, `engine="auto"` against the '
         f"fastest of plain loops and other packages; medians of interleaved samples.\n\n{grid(head, body)}"
     )
     sizes: dict[tuple[str, str, str], dict[int, float]] = {}

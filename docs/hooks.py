@@ -1,4 +1,8 @@
-"""Hooks of the documentation's build: tables from the committed results, and their figures and files beside the pages."""
+"""Hooks of the documentation's build: what pages take from elsewhere in the repository.
+
+`<!-- table: NAME -->` is replaced by a table of bench/documentation.py, `<!-- file: NAME -->` by a file of the root; every
+file in bench/results is there as results/NAME.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +13,27 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from bench.documentation import TABLES
-from bench.results import FOLDER
+from bench.results import FOLDER, ROOT
 
-_PLACE = re.compile(r"^<!-- table: (.+) -->$", re.MULTILINE)
+_PLACE = re.compile(r"^<!-- (table|file): (.+) -->$", re.MULTILINE)
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Everything in bench/results, as results/NAME."""
+    """Add the committed results."""
     for path in sorted(FOLDER.iterdir()):
         files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """`<!-- table: NAME -->` by the table of that name."""
+    """Fill the places of a page."""
 
-    def table(place: re.Match[str]) -> str:
-        if place[1] not in TABLES:
-            raise PluginError(f"{page.file.src_uri}: expected a table of {', '.join(TABLES)}; got {place[1]!r}")
-        return TABLES[place[1]]()
+    def content(place: re.Match[str]) -> str:
+        kind, name = place.groups()
+        if kind == "table" and name in TABLES:
+            return TABLES[name]()
+        if kind == "file" and (ROOT / name).exists():
+            return (ROOT / name).read_text().replace("](docs/", "](")  # links as the page sees them
+        raise PluginError(f"{page.file.src_uri}: there is no {kind} {name!r}")
 
-    return _PLACE.sub(table, markdown)
+    return _PLACE.sub(content, markdown)

@@ -2,14 +2,12 @@
 
 Four backends implement every op of :mod:`hvp_engine.ops`:
 
-========== ========= =====================================================================
-name       devices   what it is
-========== ========= =====================================================================
-reference  any       plain torch, the executable specification
-cpp        cpu       the C++ extension (OpenMP, vectorized)
-cuda       cuda      the CUDA part of the extension: lowest launch cost, changing addresses
-triton     cuda      Triton kernels (on a CPU only through Triton's interpreter)
-========== ========= =====================================================================
+| name      | devices | what it is                                                     |
+|-----------|---------|----------------------------------------------------------------|
+| reference | any     | plain torch, the executable specification                      |
+| cpp       | cpu     | the C++ extension (OpenMP, vectorized)                         |
+| cuda      | cuda    | the CUDA part of the extension: lowest launch cost, changing addresses |
+| triton    | cuda    | Triton kernels (on a CPU only through Triton's interpreter)    |
 
 A backend is imported on first use; if that fails its original error is kept and shown by :func:`why_not`.
 """

@@ -31,13 +31,11 @@ class LinearModelOperator(Curvature):
 
     With outputs = inputs W^T + b, it is the second derivative in (W, b) of exactly
 
-    ========== =====================================================================================
-    loss       L(W, b)
-    ========== =====================================================================================
-    "squared"  F.mse_loss(outputs, targets, reduction=reduction)
-    "logistic" F.binary_cross_entropy_with_logits(outputs, targets, reduction=reduction)
-    "softmax"  F.cross_entropy(outputs, targets, reduction=reduction)
-    ========== =====================================================================================
+    | loss       | L(W, b)                                                                            |
+    |------------|------------------------------------------------------------------------------------|
+    | "squared"  | `F.mse_loss(outputs, targets, reduction=reduction)`                                |
+    | "logistic" | `F.binary_cross_entropy_with_logits(outputs, targets, reduction=reduction)`        |
+    | "softmax"  | `F.cross_entropy(outputs, targets, reduction=reduction)`                           |
 
     plus sum(decay * W**2) / 2, and the same for b. (So "mean" divides the squared and the logistic loss by
     samples * outputs, the softmax loss by samples; the squared loss has no factor 1/2; the decay is never divided.) It

@@ -249,17 +249,37 @@ def test_tables() -> None:
     assert "linearized: fastest" in text and "curvlinops: wrong result, by 1" in text
 
 
-def test_tables_go_between_the_markers(tmp_path: Path) -> None:
+def test_every_device_has_tables_of_its_own() -> None:
+    other = [replace(row, device="A GPU", p50=row.p50 and row.p50 / 10) for row in _rows()]
+    text = report.markdown([*_rows(), *other])
+    assert text.index("### Some CPU (R), 2 cores") < text.index("| 50 ms (auto) | 2.00x |")
+    assert text.index("### A GPU") < text.index("| 5 ms (auto) | 2.00x |")
+
+
+def test_short_table() -> None:
+    lines = report.summary([*_rows(), *(replace(row, device="A GPU", date="2030-01-02") for row in _rows())]).split(
+        "\n"
+    )
+    found = [line for line in lines if line.startswith("| lenet")]
+    assert found == [
+        f"| lenet | 20 | {device} | {date} | 100 ms (list loop, foreach) | 50 ms | 2.00x |"
+        for device, date in (("Some CPU (R), 2 cores", "2030-01-01"), ("A GPU", "2030-01-02"))
+    ]
+    assert lines[-1] == "Peak memory of a solve of 100 products against one of 2: 1.00x at most."
+
+
+def test_short_table_goes_between_the_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "everything", _rows)
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
     for _ in range(2):
-        report.update_readme(_rows(), readme)
+        report.update_readme(readme)
         text = readme.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
         assert text.count("2.00x") == 1
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="markers"):
-        report.update_readme(_rows(), readme)
+        report.update_readme(readme)
 
 
 def test_estimate_for_many_gpus() -> None:

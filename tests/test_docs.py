@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ DOCS = results.ROOT / "docs"
 PAGES = [results.ROOT / "README.md", results.ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 PEERS = ("betty", "curvlinops", "hypergrad", "torchopt")
 """Packages that a page may import and a test environment may lack."""
+
+PUBLIC = ("engines", "estimators", "search", "solvers")
+"""Submodules whose names are public, beside those of the package itself."""
 
 GIVEN = {
     "README.md": """
@@ -56,3 +60,33 @@ def test_code_runs(parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyP
     names: dict[str, Any] = {"__name__": "page"}
     for part in parts:
         exec(compile(part, "page", "exec"), names)
+
+
+def test_reference_has_every_public_name() -> None:
+    documented = set()
+    for page in (DOCS / "reference").glob("*.md"):
+        for path in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE):
+            module, _, name = path.rpartition(".")
+            documented.add(id(getattr(importlib.import_module(module), name)))
+    for module in (hvp, *(importlib.import_module(f"hvp_engine.{name}") for name in PUBLIC)):
+        for name in module.__all__:
+            assert id(getattr(module, name)) in documented, f"docs/reference: {module.__name__}.{name} is missing"
+
+
+@pytest.mark.parametrize("name", documentation.TABLES)
+def test_tables_are_made_from_committed_results(name: str) -> None:
+    assert len(documentation.TABLES[name]()) > 100
+    assert any(f"<!-- table: {name} -->" in page.read_text() for page in PAGES), "no page has this table"
+
+
+def test_readme_has_the_committed_results() -> None:
+    readme = PAGES[0].read_text()
+    assert report.summary(report.everything()) in readme, "README.md: run python -m bench.report"
+    assert products.markdown() in readme, "README.md: put products.markdown() between its markers"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_files_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        place = results.FOLDER / Path(target).name if target.startswith("results/") else page.parent / target
+        assert place.exists(), f"{page.name}: {target}"
