@@ -227,7 +227,7 @@ def _of_device(device: str, rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The README's table: one solve of each problem on each device, `auto` against the fastest other; and the memory."""
+    """The README's table: one solve of each problem on each device, `auto` against the fastest other; and memory."""
     head = ["problem", "HVPs", "device", "date", "fastest other", "hvp_engine", "faster"]
     body = [line for device, own in by_device(rows).items() for line in _compared(device, own)]
     text = (

@@ -1,7 +1,7 @@
 """Hooks of the documentation's build: what pages take from elsewhere in the repository.
 
-`<!-- table: NAME -->` is replaced by a table of bench/documentation.py, `<!-- file: NAME -->` by a file of the root; every
-file in bench/results is there as results/NAME.
+`<!-- table: NAME -->` is replaced by a table of bench/documentation.py, `<!-- file: NAME -->` by a file of the root;
+every file in bench/results is there as results/NAME.
 """
 
 from __future__ import annotations
