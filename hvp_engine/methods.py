@@ -196,7 +196,7 @@ METHODS = (
     _implicit("Neumann, auto alpha", lambda s, i: Neumann(i), "a sum_{j<=i} (I - a H)^j, a from Lanczos", "here"),
     _implicit("Chebyshev", lambda s, i: Chebyshev(i), "Chebyshev polynomial of H, bounds from Lanczos", "Saad 2003"),
     _implicit("heavy ball", lambda s, i: Chebyshev(i, form="heavy_ball"), "nu-method polynomial of H", "Brakhage 1987"),
-    _implicit("MINRES", lambda s, i: MINRES(i, tol=0.0), "argmin_x ||v - H x||, Krylov", "Paige and Saunders 1975"),
+    _implicit("MINRES", lambda s, i: MINRES(i, tol=0.0), "argmin_x norm(v - H x), Krylov", "Paige and Saunders 1975"),
     _implicit(
         "CG, preconditioned", lambda s, i: ConjugateGradient(i, tol=0.0, preconditioner=s.preconditioner),
         "as CG, with M near (diag H)^-1", "Hestenes and Stiefel 1952",
@@ -243,4 +243,4 @@ def markdown() -> str:
     head = ["method", "kind", "in place of the exact expression", "at", "memory", "cost of one", "source"]
     rows = [[m.name, m.kind, f"`{m.formula}`", m.point, m.memory, m.cost, m.source] for m in METHODS]
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

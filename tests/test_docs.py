@@ -59,7 +59,7 @@ def test_code_runs(parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyP
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": "page"}
     for part in parts:
-        exec(compile(part, "page", "exec"), names)
+        exec(compile(part, "page", "exec", dont_inherit=True), names)
 
 
 def test_reference_has_every_public_name() -> None:
