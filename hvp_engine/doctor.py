@@ -45,17 +45,17 @@ class Diagnosis:
 
     def __str__(self) -> str:
         lines = ["versions"]
-        lines += [f"  {name:<12}{version or 'not installed'}" for name, version in self.versions.items()]
+        lines += [f"  {name:<18}{version or 'not installed'}" for name, version in self.versions.items()]
         lines += ["devices"]
-        lines += [f"  {name:<12}{description}" for name, description in self.devices.items()]
-        lines += [f"  {'threads':<12}{self.threads}"]
+        lines += [f"  {name:<18}{description}" for name, description in self.devices.items()]
+        lines += [f"  {'threads':<18}{self.threads}"]
         lines += ["float32 products"]
-        lines += [f"  {device_type:<12}{precision}" for device_type, precision in self.float32.items()]
+        lines += [f"  {device_type:<18}{precision}" for device_type, precision in self.float32.items()]
         for device_type, reasons in self.backends.items():
             lines += [f"backends on {device_type} ('auto' takes {self.chosen[device_type]!r})"]
-            lines += [f"  {name:<12}{_verdict(reason)}" for name, reason in reasons.items()]
+            lines += [f"  {name:<18}{_verdict(reason)}" for name, reason in reasons.items()]
         lines += ["engines"]
-        lines += [f"  {name:<12}{_verdict(reason)}" for name, reason in self.engines.items()]
+        lines += [f"  {name:<18}{_verdict(reason)}" for name, reason in self.engines.items()]
         if self.openmp is None:
             lines += ["OpenMP runtimes loaded: unknown (they are read from /proc/self/maps, which is Linux only)"]
         else:
