@@ -15,19 +15,23 @@ def plots(files: list[Path]) -> str:
     return _shown(images, files)
 
 
-def comparisons() -> str:
-    """The plots of the comparison of methods, and its files."""
-    return _shown(sorted(results.FOLDER.glob("compare-*.png")), sorted(results.FOLDER.glob("compare-*.csv")))
+def named(prefix: str) -> str:
+    """All plots and tables of results whose names begin so."""
+    files = sorted(results.FOLDER.glob(f"{prefix}*"))
+    return _shown([file for file in files if file.suffix == ".png"], [file for file in files if file.suffix == ".csv"])
 
 
 def _shown(images: list[Path], files: list[Path]) -> str:
+    if not files:
+        return "No results have been committed yet."
     lines = [f"![{image.stem}](results/{image.name})" for image in images]
     return "\n\n".join([*lines, "Files: " + ", ".join(f"[{file.name}](results/{file.name})" for file in files) + "."])
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "benchmark plots": lambda: plots(results.device_files()),
-    "comparison plots": comparisons,
+    "comparison plots": lambda: named("compare-"),
+    "distributed plots": lambda: named("distributed"),
     "benchmark": lambda: report.markdown(report.everything()),
     "summary": lambda: report.summary(report.everything()),
     "demo": demo.block,

@@ -21,6 +21,9 @@ PEERS = ("betty", "curvlinops", "hypergrad", "torchopt")
 PUBLIC = ("engines", "estimators", "search", "solvers")
 """Submodules whose names are public, beside those of the package itself."""
 
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""What torchrun tells a process, here the only one."""
+
 GIVEN = {
     "README.md": """
 import torch
@@ -56,6 +59,8 @@ def test_code_runs(parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyP
         if re.search(rf"^from {name}\b", parts[-1], re.MULTILINE):
             pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)
+    for variable, value in TORCHRUN.items():
+        monkeypatch.setenv(variable, value)
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": "page"}
     for part in parts:
@@ -75,7 +80,7 @@ def test_reference_has_every_public_name() -> None:
 
 @pytest.mark.parametrize("name", documentation.TABLES)
 def test_tables_are_made_from_committed_results(name: str) -> None:
-    assert len(documentation.TABLES[name]()) > 100
+    assert len(documentation.TABLES[name]()) > 30
     assert any(f"<!-- table: {name} -->" in page.read_text() for page in PAGES), "no page has this table"
 
 
