@@ -6,12 +6,9 @@ results of a run are in a folder of its own, `OUT/NAME[-DATASET]-SIZE-seedN`, an
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import math
-import os
 import platform
 import shutil
 import time
@@ -25,6 +22,8 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 import hvp_engine as hvp
+from examples.files import write, write_picture, write_table
+from examples.summary import summarize
 from hvp_engine.errors import HvpError
 
 
@@ -116,6 +115,7 @@ class Run:
     ) -> hvp.History:
         """`tuner.fit` with a progress bar, checkpoints, and the history as `NAME.csv`; `stop` ends it before its time.
 
+        The table has the first and the last hyper step and those that are evaluated; without evaluation all.
         With `--resume` it goes on from its checkpoint, and ends as if it had never been interrupted.
         """
         path = self.checkpoints / f"{name}.pt"
@@ -144,7 +144,10 @@ class Run:
                     evaluate=evaluate,
                     evaluate_every=evaluate_every,
                 )
-        self.table(name, history.rows())
+        every = 1 if evaluate is None else evaluate_every
+        ends = [*history[:1], *history[-1:]]
+        kept = [record for record in history if (record.hyper_step + 1) % every == 0 or record in ends]
+        self.table(name, [record.row() for record in kept])
         self.cost(name, history)
         return history
 
@@ -164,18 +167,12 @@ class Run:
         return tqdm(total=total, initial=done, desc=f"{name:<24}", unit=unit, dynamic_ncols=True)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write `NAME.csv`: a header, a line for each row, empty cells for what a row lacks."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-        write(self.folder / f"{name}.csv", text.getvalue().encode())
+        """Write `NAME.csv`."""
+        write_table(self.folder / f"{name}.csv", rows)
 
     def picture(self, name: str, figure: Figure) -> None:
         """Write `NAME.png`, and show it in the summary."""
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=110)
-        write(self.folder / f"{name}.png", content.getvalue())
+        write_picture(self.folder / f"{name}.png", figure)
         self._pictures.append(f"{name}.png")
 
     def compare(self, what: str, ours: str, paper: str = "") -> None:
@@ -229,53 +226,6 @@ def execute(experiment: Experiment, options: Options, settings: Any = None) -> R
     return run
 
 
-def summarize(out: Path) -> None:
-    """Write `SUMMARY.md` from the results of every run in `out`."""
-    lines = ["# Results", ""]
-    for file in sorted(out.glob("*/results.json")):
-        lines += _section(json.loads(file.read_text()), file.parent.name)
-    write(out / "SUMMARY.md", "\n".join(lines).encode())
-
-
-def _section(result: Mapping[str, Any], folder: str) -> list[str]:
-    name = f"{result['name']}, {result['dataset']}" if result["dataset"] else result["name"]
-    versions = result["versions"]
-    lines = [
-        f"## {name}: {result['title']} ({result['source']})",
-        "",
-        f"Size {result['size']}, seed {result['seed']}; {result['device']}, {result['threads']} thread(s), torch "
-        f"{versions['torch']}, Python {versions['python']}; {result['seconds']:.0f} s.",
-        "",
-        *_rows(["what", "paper", "ours"], [list(line.values()) for line in result["comparisons"]]),
-        *(f"- {note}" for note in result["notes"]),
-        "",
-    ]
-    if result["costs"]:
-        head = ["run", "hyper steps", "seconds", "share of hypergradients", "time / plain training"]
-        costs = [
-            [
-                run,
-                str(cost["hyper_steps"]),
-                f"{cost['seconds']:.1f}",
-                f"{cost['share_of_hypergradients']:.0%}",
-                f"{cost['ratio_to_plain_training']:.2f}",
-            ]
-            for run, cost in result["costs"].items()
-        ]
-        lines += _rows(head, costs)
-    return lines + [line for picture in result["pictures"] for line in (f"![{picture}]({folder}/{picture})", "")]
-
-
-def _rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table in Markdown."""
-    return [
-        f"| {' | '.join(head)} |",
-        f"|{'---|' * len(head)}",
-        *(f"| {' | '.join(cells)} |" for cells in rows),
-        "",
-    ]
-
-
 def _finite(value: Any) -> Any:
     """NaN and infinity, which JSON lacks, as null; what JSON does not know as text."""
     if isinstance(value, Mapping):
@@ -285,15 +235,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def write(target: Path, content: bytes) -> None:
-    """Write a file at once or not at all."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

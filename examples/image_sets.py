@@ -14,6 +14,11 @@ from hvp_engine.errors import DataError
 from hvp_engine.preparation import standardize, stratified_split
 
 NAMES = ("mnist", "cifar10", "cifar100")
+CLASSES = {
+    "mnist": tuple("0123456789"),
+    "cifar10": ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}
+"""Names of the classes, where they are few."""
 _READERS = {"mnist": datasets.mnist, "cifar10": datasets.cifar10, "cifar100": datasets.cifar100}
 
 Batch = tuple[Tensor, Tensor]

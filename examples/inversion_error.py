@@ -32,7 +32,7 @@ class Settings:
     log_decay: float = -7.0
     products: tuple[int, ...] = tuple(range(31))
     hyper_steps: int = 100
-    hyper_learning_rate: float = 1e-2
+    hyper_learning_rate: float = 2e-2
 
 
 class Problem:
@@ -155,6 +155,7 @@ def run(run: Run, settings: Settings) -> None:
     }
     run.picture("inversion_error", draw(curves, conditions))
     for name, condition in conditions.items():
+        run.compare(f"{name} inputs: condition", f"{condition:.3g}")
         for count in sorted({1, 5, 20, settings.products[-1]} & set(settings.products)):
             found = [
                 f"{row['solver']} {row['cosine']:.4f}, {row['distance']:.1e}"
@@ -163,8 +164,15 @@ def run(run: Run, settings: Settings) -> None:
                 for row in curves[name]
                 if row["products"] == count
             ]
-            what = f"{name} inputs (condition {condition:.3g}), {count} HVPs: cosine, relative distance"
+            what = f"{name} inputs, {count} HVPs: cosine, relative distance"
             run.compare(what, "; ".join(found))
+    for solver in dict.fromkeys(row["solver"] for row in curves["hyper_steps"]):
+        found = [row for row in curves["hyper_steps"] if row["solver"] == solver]
+        first, last = found[0], found[-1]
+        run.compare(
+            f"{solver}, first and last of {len(found)} hyper steps: cosine; relative distance; validation loss",
+            "; ".join(f"{first[key]:.4g}, {last[key]:.4g}" for key in ("cosine", "distance", "val_loss")),
+        )
     _judge(run, curves)
 
 
@@ -179,7 +187,7 @@ def _judge(run: Run, curves: dict[str, list[dict[str, Any]]]) -> None:
         run.compare(f"{name}: CG has the smaller distance", f"at {distance} of {len(pairs)} counts", "yes")
     run.note(
         "The conjugate gradients of the paper's public code were faulty; these agree with the dense inverse to "
-        "rounding once they have made about as many products as there are weights."
+        "rounding once they have made about as many products as there are weights (raw inputs: twice as many)."
     )
 
 
@@ -202,6 +210,8 @@ def draw(curves: dict[str, list[dict[str, Any]]], conditions: dict[str, float]) 
         title = f"{name} inputs, condition {conditions[name]:.2g}" if name in conditions else "standardized inputs"
         axes[0, column].set(title=title, ylabel="cosine similarity")
         axes[1, column].set(xlabel=label, ylabel="relative distance")
+        if name == "hyper_steps":  # far from zero, but for conjugate gradients
+            axes[1, column].set(yscale="linear", ylim=(-0.05, 1.3))
         axes[0, column].legend(frameon=False, fontsize=8)
         for axis in axes[:, column]:
             axis.grid(alpha=0.25)

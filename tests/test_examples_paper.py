@@ -13,7 +13,8 @@ import torch
 
 from examples import image_sets, models, overfitting
 from examples.__main__ import NAMES, find, main
-from examples.experiment import Options, Run, execute, write
+from examples.experiment import Options, Run, execute
+from examples.files import write
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -79,21 +80,25 @@ def test_inverse_hessian_pictures(tmp_path):
     run, result = finished(
         "inverse_hessian_pictures", tmp_path, hidden=2, training_steps=500, products=(1, 100, 10_000)
     )
-    assert not any("negative" in note for note in result["notes"])
-    errors = [float(row["error"]) for row in rows(run, "errors")]
+    assert not any(note.startswith("standardized") for note in result["notes"])  # no negative eigenvalue
+    errors = [float(row["error"]) for row in rows(run, "standardized")]
     assert 1 > errors[0] > errors[1] > errors[2] > errors[3] == 0
+    raw = [float(row["error"]) for row in rows(run, "raw")]
+    assert raw[2] > errors[2] and raw[3] == 0
 
 
 def test_distillation_is_far_better_than_real_images(tmp_path):
     settings = {"hyper_steps": 40, "solvers": ("Neumann",), "real_draws": 2}
     _, result = finished("distillation", tmp_path, {"dataset": "mnist"}, **settings)
-    ours = {line["what"]: line["ours"] for line in result["comparisons"]}
+    ours = {line["what"].removeprefix("4,000 validation points: "): line["ours"] for line in result["comparisons"]}
     accuracy = {name: float(text.rstrip("%")) for name, text in ours.items() if text.endswith("%")}
-    distilled = accuracy["distilled (Neumann, 4,000 validation points): test accuracy of a fresh classifier"]
-    assert distilled > accuracy["class means (4,000 validation points)"] + 2
-    assert distilled > accuracy["one real image per class (4,000 validation points), mean of 2"] + 20
+    distilled = accuracy["test accuracy of a fresh classifier of the images by Neumann"]
+    assert distilled > accuracy["of the class means"] + 2
+    assert distilled > accuracy["of one real image per class, mean of 2 draws"] + 20
+    assert accuracy["of all of these points"] > accuracy["of the class means"]
+    assert ours["images by Neumann most like the mean of their own class"] == "10 of 10"
     assert ours["hyperparameters"] == "7,840"
-    assert 0 < result["costs"]["Neumann, 4,000 validation points"]["share_of_hypergradients"] < 1
+    assert 0 < result["costs"]["Neumann-4000"]["share_of_hypergradients"] < 1
 
 
 def test_distillation_reads_cifar100(tmp_path):
@@ -103,7 +108,7 @@ def test_distillation_reads_cifar100(tmp_path):
     _, result = finished("distillation", tmp_path / "out", options, **settings)
     ours = {line["what"]: line["ours"] for line in result["comparisons"]}
     assert ours["hyperparameters"] == "307,200"
-    assert {"class means (400 validation points)", "class means (300 validation points)"} <= ours.keys()
+    assert {f"{points} validation points: of the class means" for points in (400, 300)} <= ours.keys()
 
 
 def test_overfitting_fits_the_validation_set(tmp_path):

@@ -1,0 +1,45 @@
+"""Files of results: written whole or not at all, and small enough to be kept beside the code."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+
+def write(target: Path, content: bytes) -> None:
+    """Write a file at once or not at all."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_table(target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """CSV: a header, a line for each row, empty cells for what a row lacks; numbers with six digits."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+    write(target, text.getvalue().encode())
+
+
+def write_picture(target: Path, figure: Figure, dpi: int = 90) -> None:
+    """PNG of at most 256 colours, which takes a third of the space."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi)
+    picture = Image.open(content).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    content = io.BytesIO()
+    picture.save(content, format="png", optimize=True)
+    write(target, content.getvalue())
