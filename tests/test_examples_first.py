@@ -13,7 +13,7 @@ import torch
 import hvp_engine as hvp
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
-NAMES = ["migrating", "data_reweighting", "imaml", "learned_regularizer"]
+NAMES = ["migrating", "data_reweighting", "imaml", "learned_regularizer", "relaxed_choice"]
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +77,14 @@ def test_a_learned_regularizer_beats_one_decay_on_the_validation_set():
     assert learned < 0.9 * one < 0.9 * none
 
 
+def test_a_relaxed_choice_becomes_the_best_discrete_one():
+    rows = example("relaxed_choice").run(hyper_steps=100)
+    _, shares, losses, _ = zip(*rows, strict=True)
+    assert sum(shares) == pytest.approx(1)
+    assert max(shares) > 0.9
+    assert shares.index(max(shares)) == losses.index(min(losses))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_script_prints_its_table(name, monkeypatch, capsys):
     sizes = {
@@ -84,6 +92,7 @@ def test_a_script_prints_its_table(name, monkeypatch, capsys):
         "data_reweighting": ["--examples", "50", "--hyper-steps", "2"],
         "imaml": ["--meta-steps", "1", "--test-tasks", "2"],
         "learned_regularizer": ["--examples", "50", "--hyper-steps", "1"],
+        "relaxed_choice": ["--examples", "50", "--hyper-steps", "1"],
     }
     module = example(name)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *sizes[name]])
