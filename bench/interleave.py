@@ -83,7 +83,12 @@ def _sample(work: Work, repeats: int, device: torch.device) -> float:
 
 
 def _repeats(work: Work, device: torch.device) -> int:
-    """Calls for a sample that a clock can measure, after a first one; self-timed ones add up anyway."""
+    """Calls for a sample that a clock can measure, after two first ones; self-timed ones add up anyway.
+
+    Two, since `auto` chooses anew for a number of threads: at the first call among what is there, at the next it tries
+    what has been compiled.
+    """
+    _sample(work, 1, device)
     first = work.units * _sample(work, 1, device)
     if work.self_timed or first > 10 * _SHORTEST:
         return 1

@@ -1,9 +1,9 @@
 """Measure everything: `python -m bench.run` writes bench/results/<device>.csv, its plots and the README's short table.
 
 Every method is checked against float64 before it is timed, and left out, with the reason, where it is wrong. The
-methods of a case take turns in one process, at equal thread counts. Traces are made once for a problem and serve all
-thread counts; so does what `auto` chooses. The file is written after every case; a later run of some problems or
-benchmarks replaces their rows.
+methods of a case take turns in one process, at equal thread counts. Traces and compiled code are made once for a
+problem, on the fewest threads, and serve all thread counts; `auto` chooses for each. The file is written after every
+case; a later run of some problems or benchmarks replaces their rows.
 """
 
 from __future__ import annotations

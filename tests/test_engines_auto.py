@@ -94,3 +94,16 @@ def test_graphs_are_not_considered_on_a_cpu() -> None:
     hvp.HessianOperator(train, *point(4), engine=engine)
     (choice,) = engine.choices.values()
     assert "cudagraph" not in choice.seconds and "cudagraph" not in engine.report()
+
+
+def test_another_number_of_threads_is_another_choice_on_the_same_trace() -> None:
+    engine: Any = AutoEngine(compile_budget_s=0.0)
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2, 1):
+            torch.set_num_threads(count)
+            hvp.HessianOperator(train, *point(4), engine=engine)
+    finally:
+        torch.set_num_threads(before)
+    assert len(engine.choices) == len(engine.state_dict()["engines"]) == 2
+    assert engine._linearized.traces == 1

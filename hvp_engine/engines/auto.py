@@ -79,7 +79,7 @@ class Choice:
 
 
 class AutoEngine:
-    """Chooses the fastest engine for each (loss, shapes, device) by short measurements.
+    """Chooses the fastest engine for each (loss, shapes, device, number of threads) by short measurements.
 
     Engines round differently; where two are about equally fast, two runs may choose differently. Name the engine
     where every bit has to be the same in every run.
@@ -113,7 +113,7 @@ class AutoEngine:
 
     def linearize(self, problem: Problem) -> Linearization:
         tensors, others, spec = split_inputs(problem)
-        key = signature(problem, tensors, others, spec)
+        key = signature(problem, tensors, others, spec), _threads(problem)
         choice = self.choices.get(key)
         if choice is None:
             self._descriptions[key] = description = describe(problem, tensors, others)
@@ -203,7 +203,8 @@ class AutoEngine:
         fastest = min(engines, key=lambda e: seconds[e.name] * (_TIE if e is self._eager else 1.0))
         choice = Choice(fastest, "measured fastest", seconds, setup)
         if isinstance(traced, TracedLinearization):
-            expected = estimated_seconds(traced.functions.partition)
+            made = self._compiled.known(problem) is not None
+            expected = 0.0 if made else estimated_seconds(traced.functions.partition)
             choice.compile_seconds = expected if expected <= self.compile_budget_s else None
         return choice
 
@@ -230,7 +231,12 @@ def describe(problem: Problem, tensors: Sequence[Tensor], others: Sequence[Any])
     leaves = [*problem.weights, *problem.hyperparameters, *tensors]
     shapes = [(tuple(leaf.shape), leaf.stride(), str(leaf.dtype), leaf.device.type) for leaf in leaves]
     constants = [other for other in others if isinstance(other, (bool, int, float, str))]
-    return hashlib.sha256(repr((problem.name, shapes, constants)).encode()).hexdigest()
+    return hashlib.sha256(repr((problem.name, shapes, constants, _threads(problem))).encode()).hexdigest()
+
+
+def _threads(problem: Problem) -> int:
+    """Threads that the problem's operations are spread over: on a CPU what is fastest depends on them."""
+    return torch.get_num_threads() if problem.weights[0].device.type == "cpu" else 0
 
 
 def _seconds_per_term(contenders: Sequence[tuple[Engine, Linearization]]) -> list[float]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from hvp_engine.engines.passes import called
+
 aten = torch.ops.aten
 
 
@@ -33,7 +35,7 @@ def combine_sums(graph: fx.Graph, linear: set[fx.Node]) -> None:
                 continue
             total, *others = (node for group in combined for node in group)
             for other in others:
-                total = _call(graph, aten.add.Tensor, (total, other), root.meta["val"])
+                total = called(graph, aten.add.Tensor, (total, other), root.meta["val"])
         root.replace_all_uses_with(total)
         for node in [*sums, *summands]:
             if not node.users:
@@ -58,12 +60,12 @@ def share_factors(graph: fx.Graph, linear: set[fx.Node]) -> None:
             stacked = _concatenated(graph, [_factor(node, 0) for node in group], 0)
         with graph.inserting_after(right) if right.op == "call_function" else graph.inserting_before(first):
             value = group[0].meta["val"].new_empty(stacked.meta["val"].shape[0], group[0].meta["val"].shape[1])
-            product = _call(graph, aten.mm.default, (stacked, right), value)
+            product = called(graph, aten.mm.default, (stacked, right), value)
         start = 0
         for node in group:
             end = start + node.meta["val"].shape[0]
             with graph.inserting_before(node):
-                part = _call(graph, aten.slice.Tensor, (product, 0, start, end), value[start:end])
+                part = called(graph, aten.slice.Tensor, (product, 0, start, end), value[start:end])
             node.replace_all_uses_with(part)
             graph.erase_node(node)
             start = end
@@ -79,7 +81,7 @@ def _drop_kept_dimensions(graph: fx.Graph) -> None:
         shape = [n for k, n in enumerate(summed.meta["val"].shape) if k not in dimensions]
         if rest == [True] and not source.kwargs and list(node.meta["val"].shape) == shape:
             with graph.inserting_before(node):
-                plain = _call(graph, aten.sum.dim_IntList, (summed, dimensions), node.meta["val"])
+                plain = called(graph, aten.sum.dim_IntList, (summed, dimensions), node.meta["val"])
             node.replace_all_uses_with(plain)
             graph.erase_node(node)
             graph.erase_node(source)
@@ -141,15 +143,15 @@ def _combined(graph: fx.Graph, group: list[fx.Node]) -> list[fx.Node]:
         if inner * (rows + columns) > (len(group) - 1) * rows * columns:
             return group  # to copy the factors costs more than to read and write the result again and again
         left, right = (_concatenated(graph, [_factor(node, k) for node in group], 1 - k) for k in (0, 1))
-        return [_call(graph, target, (left, right), value)]
+        return [called(graph, target, (left, right), value)]
     if target is aten.sum.dim_IntList:
         source = _concatenated(graph, [_factor(node, 0) for node in group], first[1][0])
-        return [_call(graph, target, (source, *first[1:]), value)]
+        return [called(graph, target, (source, *first[1:]), value)]
     size, dimension = first[1:3]
     entries = {_factor(node, 3) % size[dimension]: _factor(node, 0) for node in group}
     if len(group) != size[dimension] or len(entries) != size[dimension]:
         return group
-    return [_call(graph, aten.stack.default, ([entries[k] for k in range(len(entries))], dimension), value)]
+    return [called(graph, aten.stack.default, ([entries[k] for k in range(len(entries))], dimension), value)]
 
 
 def _factor(node: fx.Node, index: int) -> Any:
@@ -167,15 +169,8 @@ def _concatenated(graph: fx.Graph, nodes: Sequence[fx.Node], dimension: int) -> 
     """`nodes` side by side; of transposed ones, the transposed of what is below."""
     if all(node.target is aten.t.default for node in nodes):
         below = _concatenated(graph, [_factor(node, 0) for node in nodes], 1 - dimension)
-        return _call(graph, aten.t.default, (below,), below.meta["val"].t())
+        return called(graph, aten.t.default, (below,), below.meta["val"].t())
     value = nodes[0].meta["val"]
     shape = list(value.shape)
     shape[dimension] = sum(node.meta["val"].shape[dimension] for node in nodes)
-    return _call(graph, aten.cat.default, (list(nodes), dimension), value.new_empty(shape))
-
-
-def _call(graph: fx.Graph, target: Any, arguments: tuple[Any, ...], value: torch.Tensor) -> fx.Node:
-    """A new call whose result is like `value`."""
-    node = graph.call_function(target, arguments)
-    node.meta["val"] = value
-    return node
+    return called(graph, aten.cat.default, (list(nodes), dimension), value.new_empty(shape))

@@ -1,17 +1,19 @@
 """In-place operations of a recorded graph, turned into operations that make new tensors.
 
 Autograd accumulates in place, so a recorded graph contains `add_` and the like, nearly always on a fresh tensor
-without views; those are replaced here. Anything else is left to torch's own functionalization, at the price of a
-second trace.
+without views; those are replaced here. Anything else, such as buffers written in part, is left to torch's own
+functionalization, at the price of a second trace.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
 
@@ -45,7 +47,7 @@ def functionalized(recorded: fx.GraphModule) -> bool:
             continue
         pure = _out_of_place(node.target)
         later = [user for user in target.users if order.get(user, -1) > order[node]]
-        if pure is None or not _fresh(target) or any(_is_view(user) for user in target.users):
+        if pure is None or not _fresh(target) or any(is_view(user) for user in target.users):
             if later or node.users or not _fresh(target):
                 return False
             graph.erase_node(node)  # nobody reads the change
@@ -60,6 +62,44 @@ def functionalized(recorded: fx.GraphModule) -> bool:
         graph.erase_node(node)
     recorded.recompile()
     return True
+
+
+def retraced(recorded: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphModule:
+    """`recorded` without in-place operations, by torch's functionalization.
+
+    It follows what is written to its inputs and to what is made of them, and nothing else: so the tensors that the
+    graph takes from elsewhere, as module buffers, become inputs for that long. A change of one of those themselves
+    stays in the graph, as a copy to it.
+    """
+    lifted, inputs = fx.Graph(), len(arguments)
+    taken: dict[str, Tensor] = {
+        str(node.target): getattr(recorded, str(node.target)) for node in recorded.graph.nodes if node.op == "get_attr"
+    }
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in recorded.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = lifted.node_copy(node)
+    places = {name: lifted.placeholder(f"taken_{index}") for index, name in enumerate(taken)}
+    for node in recorded.graph.nodes:
+        if node.op == "get_attr":
+            copies[node] = places[str(node.target)]
+        elif node.op != "placeholder":
+            copies[node] = lifted.node_copy(node, lambda argument: copies[argument])
+    pure = torch.func.functionalize(fx.GraphModule(recorded, lifted))
+    with torch.no_grad():
+        graph = make_fx(pure)(*arguments, *(tensor.clone() for tensor in taken.values()))
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"][inputs:]
+    for (name, tensor), node in zip(taken.items(), placeholders, strict=True):
+        attribute = f"taken_{name}"
+        setattr(graph, attribute, tensor)
+        with graph.graph.inserting_after(placeholders[-1]):
+            again = graph.graph.get_attr(attribute)
+        again.meta = dict(node.meta)
+        node.replace_all_uses_with(again)
+    for node in placeholders:
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
 
 
 def is_random(node: fx.Node) -> bool:
@@ -84,15 +124,15 @@ def _out_of_place(target: Any) -> Any:
 
 def _fresh(node: Any) -> bool:
     """Whether the node makes a tensor of its own."""
-    return isinstance(node, fx.Node) and node.op == "call_function" and not _is_view(node) and not mutates(node)
+    return isinstance(node, fx.Node) and node.op == "call_function" and not is_view(node) and not mutates(node)
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     """Whether the result may share memory with an argument."""
     if node.target is draw:
         return False
     if node.target is operator.getitem:
-        return _is_view(node.args[0]) if isinstance(node.args[0], fx.Node) else True
+        return is_view(node.args[0]) if isinstance(node.args[0], fx.Node) else True
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return node.op == "call_function"  # unknown: be careful

@@ -15,6 +15,7 @@ from hvp_engine.engines.accumulation import AccumulatingTerm
 from hvp_engine.engines.agreement import Schedule, disagreement
 from hvp_engine.engines.eager import EagerEngine, advance, begin
 from hvp_engine.engines.partition import Partition, partition
+from hvp_engine.engines.reuse import written_over
 from hvp_engine.engines.trace import split_inputs, trace
 from hvp_engine.isolation import recorded_modules, same_draws
 from hvp_engine.linearization import Linearization, LinearMap, Problem
@@ -31,9 +32,9 @@ class Functions:
     def __init__(self, parts: Partition, modules: Sequence[torch.nn.Module]):
         self.partition = parts
         self.primal: Function = parts.primal.forward
-        self.tangent: Function = parts.tangent.module.forward
-        self.mixed: Function = parts.mixed.module.forward
-        self.accumulating: Function = parts.accumulating.module.forward
+        self.tangent: Function = written_over(parts.tangent.module).forward
+        self.mixed: Function = written_over(parts.mixed.module).forward
+        self.accumulating: Function = written_over(parts.accumulating.module).forward
         self.unbatched = ""
         self.schedule = Schedule()
         self.distrust: str | None = None

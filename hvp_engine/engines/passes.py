@@ -97,6 +97,8 @@ def fold_linear(graph: fx.Graph, tangents: set[fx.Node]) -> None:
         if len(inner.users) != 1 or (below := _factor(inner, linear)) is None:
             continue
         source, inner_factor = below
+        if not same_layout(source, node):
+            continue  # the product would have other strides than `node`, and views of it would fail
         with graph.inserting_before(node):
             combined = _multiply(graph, inner_factor, outer_factor, node)
             if combined is None:
@@ -109,7 +111,7 @@ def fold_linear(graph: fx.Graph, tangents: set[fx.Node]) -> None:
 
 
 def accumulate(graph: fx.Graph, linear: set[fx.Node]) -> None:
-    """Turn sums into accumulating operations: mm + x into addmm, t * a + x into addcmul."""
+    """Turn sums into accumulating operations: mm + x into addmm, bmm + x into baddbmm, t * a + x into addcmul."""
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not aten.add.Tensor or node.kwargs or node not in linear:
             continue
@@ -119,12 +121,18 @@ def accumulate(graph: fx.Graph, linear: set[fx.Node]) -> None:
                 continue
             if not _same_dtype(term, other):
                 continue
+            if term.target is aten.bmm.default and _same(term, node) and _same(other, node):
+                sum_ = _accumulate_batched(graph, node, term, other)
+                if sum_ is None:
+                    continue
+                linear.add(sum_)
+                break
             fused: Callable[..., Any] | None = None
             if term.target is aten.mm.default and _same(term, node):
                 fused = aten.addmm.default
             elif (
                 term.target is aten.mul.Tensor
-                and _same(other, node)
+                and same_layout(other, node)
                 and _same(term, node)
                 and all(isinstance(a, fx.Node) and _same_dtype(a, node) for a in term.args)
             ):
@@ -137,6 +145,38 @@ def accumulate(graph: fx.Graph, linear: set[fx.Node]) -> None:
                 _replace(graph, node, sum_)
                 graph.erase_node(term)
                 break
+
+
+def _accumulate_batched(graph: fx.Graph, node: fx.Node, term: fx.Node, other: fx.Node) -> fx.Node | None:
+    """x + A B instead of `node`, or (x^T + B^T A^T)^T where that has its strides; None where neither has, since the
+    views that follow would fail."""
+    value, factors = node.meta["val"], term.args
+    if value.is_contiguous():
+        with graph.inserting_before(node):
+            sum_ = called(graph, aten.baddbmm.default, (other, *factors), value)
+    elif value.transpose(1, 2).is_contiguous() and _calls(other, aten.transpose.int):
+        x, *dimensions = other.args
+        if {dimension % 3 for dimension in dimensions} != {1, 2}:  # type: ignore[operator]
+            return None
+        with graph.inserting_before(node):
+            factors = tuple(_transposed(graph, factor) for factor in reversed(factors))
+            sum_ = _transposed(graph, called(graph, aten.baddbmm.default, (x, *factors), value.transpose(1, 2)))
+    else:
+        return None
+    _replace(graph, node, sum_)
+    graph.erase_node(term)
+    return sum_
+
+
+def _transposed(graph: fx.Graph, node: Any) -> fx.Node:
+    return called(graph, aten.transpose.int, (node, 1, 2), node.meta["val"].transpose(1, 2))
+
+
+def called(graph: fx.Graph, target: Any, arguments: tuple[Any, ...], value: torch.Tensor) -> fx.Node:
+    """A call whose result is like `value`."""
+    node = graph.call_function(target, arguments)
+    node.meta["val"] = value
+    return node
 
 
 def _factor(node: fx.Node, linear: set[fx.Node]) -> tuple[fx.Node, Any] | None:
@@ -216,6 +256,11 @@ def _same(a: Any, b: fx.Node) -> bool:
         return False
     x, y = a.meta.get("val"), b.meta.get("val")
     return x is not None and y is not None and x.shape == y.shape and x.dtype == y.dtype
+
+
+def same_layout(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes have the same shape, dtype and strides."""
+    return _same(a, b) and a.meta["val"].stride() == b.meta["val"].stride()
 
 
 def _same_dtype(a: fx.Node, b: fx.Node) -> bool:

@@ -28,6 +28,7 @@ _SMALLEST = 3
 
 _VIEWS = (
     aten.slice.Tensor,
+    aten.select.int,
     aten.view.default,
     aten._unsafe_view.default,
     aten.t.default,
@@ -39,6 +40,7 @@ _VIEWS = (
 )
 _OTHERS = (
     aten.cat.default,
+    aten.stack.default,
     aten.clone.default,
     aten.sum.dim_IntList,
     aten.mean.dim,
@@ -46,6 +48,7 @@ _OTHERS = (
     aten._softmax_backward_data.default,
     aten._log_softmax.default,
     aten._log_softmax_backward_data.default,
+    aten.native_layer_norm_backward.default,
 )
 
 
@@ -112,7 +115,11 @@ def distinct(modules: Iterable[fx.GraphModule]) -> int:
 
 def _worthwhile(graph: fx.Graph) -> Iterator[list[fx.Node]]:
     """The regions for which a call is cheaper."""
-    return (nodes for nodes in _components(graph) if sum(node.target not in _VIEWS for node in nodes) >= _SMALLEST)
+    return (nodes for nodes in _components(graph) if sum(map(_computes, nodes)) >= _SMALLEST)
+
+
+def _computes(node: fx.Node) -> bool:
+    return node.target not in _VIEWS and node.target is not operator.getitem
 
 
 def _components(graph: fx.Graph) -> Iterator[list[fx.Node]]:
@@ -148,6 +155,8 @@ def _is_elementwise(node: fx.Node) -> bool:
     in which part of an input they take."""
     if node.op != "call_function" or is_random(node):
         return False
+    if node.target is operator.getitem:
+        return _is_elementwise(node.args[0])  # type: ignore[arg-type]  # of several results
     if node.target in _VIEWS:
         return any(argument.op != "placeholder" for argument in node.all_input_nodes)
     return node.target in _OTHERS or torch.Tag.pointwise in getattr(node.target, "tags", ())

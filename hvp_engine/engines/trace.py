@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from hvp_engine.engines.eager import plain_kernels
-from hvp_engine.engines.functionalize import functionalized
+from hvp_engine.engines.functionalize import functionalized, retraced
 from hvp_engine.engines.tape import Pullback, Tape, gradients
 from hvp_engine.errors import TraceError
 from hvp_engine.linearization import Problem
@@ -80,8 +80,7 @@ def trace(problem: Problem) -> Trace:
         with _one_fake_mode(), plain_kernels(), _without_mkldnn():
             graph = make_fx(function)(*arguments)
             if not functionalized(graph):
-                with torch.no_grad():
-                    graph = make_fx(torch.func.functionalize(graph))(*arguments)
+                graph = _retraced(graph, arguments, problem.name)
     except RuntimeError as error:
         if "data-dependent" in str(error) or "proxy" in str(error).lower() or ".item()" in str(error):
             raise TraceError(
@@ -90,6 +89,16 @@ def trace(problem: Problem) -> Trace:
             ) from error
         raise
     return Trace(graph, count_w, count_h, count_x)
+
+
+def _retraced(graph: fx.GraphModule, arguments: list[Tensor], name: str) -> fx.GraphModule:
+    try:
+        return retraced(graph, arguments)
+    except RuntimeError as error:
+        raise TraceError(
+            f"{name}: expected a loss that changes no tensors in place, or only such as it makes itself; torch could "
+            f"not replace what it changes: {error}; compute new tensors instead, or use engine='eager'"
+        ) from error
 
 
 def _one_fake_mode() -> contextlib.AbstractContextManager[Any]:
