@@ -153,7 +153,8 @@ class CompiledEngine(LinearizedEngine):
 
     Pays for nets with many elementwise operations and for recurrent ones; large matrix products and convolutions
     run at the same speed as before. Of a large graph only what lies between its matrix products, convolutions and
-    lookups is compiled, and what recurs, as in a Python loop over time, is compiled once.
+    lookups is compiled, and what recurs, as in a Python loop over time, is compiled once. A solve raises the resident
+    set by less than with eager: in MB, MLP 784-784-10 13 (eager 42), LeNet 15 (17), LSTM 8 (13), transformer 83 (91).
 
     What was tried for such loops (an LSTM of two layers, 64 units and 20 steps on a 2.4 GHz core, torch 2.13): to
     compile the whole graph takes 152 s; its elementwise regions, each kind once, take 22 to 28 s and are as fast;
