@@ -280,22 +280,30 @@ LinearModelKernel linear_model_kernel(bool dual) {
   return dual ? baseline::linear_model_dual : baseline::linear_model_direct;
 }
 
-// All terms for the right-hand sides in the rows of `v`; the caller has checked that everything is on the
-// CPU, of one type and laid out as LinearModel says. The form is dual where there is a Gram matrix.
-void linear_model_neumann(const py::object& v, const py::object& p, const py::object& figures,
-                          const py::object& inputs, const py::object& curvature,
-                          const py::object& probabilities, const py::object& decay, const py::object& gram,
-                          int64_t bias, double alpha, double damping, int64_t iterations, bool horner) {
+LanczosKernel lanczos_kernel() {
+#ifdef HVP_HAS_AVX2
+  if (has_avx2()) return avx2::linear_model_lanczos;
+#endif
+  return baseline::linear_model_lanczos;
+}
+
+// The memory behind a tensor, or null for None.
+void* memory(const py::object& tensor) {
+  return tensor.is_none() ? nullptr : reinterpret_cast<void*>(address(Torch::get().view(tensor.ptr())));
+}
+
+// The caller has checked that everything is on the CPU, of one type and laid out as LinearModel says;
+// `state` has one flat vector in each of its rows.
+LinearModel linear_model(const py::object& state, const py::object& inputs, const py::object& curvature,
+                         const py::object& probabilities, const py::object& decay, const py::object& gram,
+                         int64_t bias) {
   const Torch& torch = Torch::get();
-  const auto memory = [&](const py::object& tensor) {
-    return tensor.is_none() ? nullptr : reinterpret_cast<const void*>(address(torch.view(tensor.ptr())));
-  };
-  const dlpack::Tensor state = torch.view(v.ptr()), x = torch.view(inputs.ptr()),
+  const dlpack::Tensor vectors = torch.view(state.ptr()), x = torch.view(inputs.ptr()),
                        factors = torch.view(curvature.ptr());
   LinearModel model{};
-  model.wide = dtype_of(state.dtype) == static_cast<int>(DType::kFloat64);
-  model.batch = state.shape[0];
-  model.size = state.shape[1];
+  model.wide = dtype_of(vectors.dtype) == static_cast<int>(DType::kFloat64);
+  model.batch = vectors.shape[0];
+  model.size = vectors.shape[1];
   model.samples = x.shape[0];
   model.features = x.shape[1];
   model.input_stride = x.strides[0];
@@ -307,15 +315,42 @@ void linear_model_neumann(const py::object& v, const py::object& p, const py::ob
   model.probabilities = memory(probabilities);
   model.decay = memory(decay);
   model.gram = memory(gram);
+  return model;
+}
+
+int threads_for(const LinearModel& model) {
   const int64_t columns = model.gram == nullptr ? model.features : model.samples;
   const bool small = model.batch * model.outputs * model.samples * columns < kParallelProducts;
-  const int threads = small ? 1 : py::cast<int>(torch.threads());
-  void* const terms = const_cast<void*>(memory(v));
-  void* const sums = const_cast<void*>(memory(p));
-  auto* const numbers = static_cast<double*>(const_cast<void*>(memory(figures)));
+  return small ? 1 : py::cast<int>(Torch::get().threads());
+}
+
+// All terms for the right-hand sides in the rows of `v`. The form is dual where there is a Gram matrix.
+void linear_model_neumann(const py::object& v, const py::object& p, const py::object& figures,
+                          const py::object& inputs, const py::object& curvature,
+                          const py::object& probabilities, const py::object& decay, const py::object& gram,
+                          int64_t bias, double alpha, double damping, int64_t iterations, bool horner) {
+  const LinearModel model = linear_model(v, inputs, curvature, probabilities, decay, gram, bias);
+  const int threads = threads_for(model);
+  void* const terms = memory(v);
+  void* const sums = memory(p);
+  auto* const numbers = static_cast<double*>(memory(figures));
   const py::gil_scoped_release release;
   linear_model_kernel(model.gram != nullptr)(model, {alpha, damping, iterations, horner}, terms, sums,
                                              numbers, threads);
+}
+
+// Lanczos from the first row of `basis`; `figures` has the diagonal and the off-diagonal in its two rows.
+void linear_model_lanczos(const py::object& basis, const py::object& figures, const py::object& inputs,
+                          const py::object& curvature, const py::object& probabilities,
+                          const py::object& decay, int64_t bias) {
+  LinearModel model = linear_model(basis, inputs, curvature, probabilities, decay, py::none(), bias);
+  const int64_t steps = model.batch;
+  model.batch = 1;
+  const int threads = threads_for(model);
+  void* const vectors = memory(basis);
+  auto* const numbers = static_cast<double*>(memory(figures));
+  const py::gil_scoped_release release;
+  lanczos_kernel()(model, vectors, numbers, numbers + steps, steps, threads);
 }
 
 }  // namespace
@@ -346,4 +381,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("figures"), py::arg("inputs"), py::arg("curvature"), py::arg("probabilities"),
              py::arg("decay"), py::arg("gram"), py::arg("bias"), py::arg("alpha"), py::arg("damping"),
              py::arg("iterations"), py::arg("horner"));
+  module.def("linear_model_lanczos", &hvp::linear_model_lanczos, "A Lanczos run for a linear model.",
+             py::kw_only(), py::arg("basis"), py::arg("figures"), py::arg("inputs"), py::arg("curvature"),
+             py::arg("probabilities"), py::arg("decay"), py::arg("bias"));
 }

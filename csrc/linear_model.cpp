@@ -1,76 +1,38 @@
 // Compiled once for each instruction set, with HVP_VARIANT naming the namespace. The state, the product and
 // the small factors stay in cache from term to term; within one term the inputs are read once, block by
 // block.
-#include "linear_model.h"
-
-#include <vector>
-
-#include "dtypes.h"
-#include "tiles.h"
+#include "linear_model_parts.h"
 
 namespace hvp {
 namespace HVP_VARIANT {
 namespace {
 
-constexpr int64_t kColumns = 96;     // of one task; a multiple of every tile's width
-constexpr int64_t kSamples = 12;     // of one task; a multiple of every tile's height
-constexpr int64_t kElements = 4096;  // of one task of an update
-constexpr int64_t kBlockBytes = int64_t{1}
-                                << 18;  // of inputs, for each thread: they are read twice from its cache
-
-int64_t tasks(int64_t count, int64_t each) { return (count + each - 1) / each; }
-
 template <class T>
-class Solve {
+class Solve : Parts<T> {
+  using Parts<T>::model_, Parts<T>::threads_, Parts<T>::inputs_, Parts<T>::decay_, Parts<T>::rows_;
+  using Parts<T>::row, Parts<T>::rows_of, Parts<T>::curve, Parts<T>::multiply, Parts<T>::allocate;
+
  public:
   Solve(const LinearModel& model, const NeumannTerms& terms, T* v, T* p, double* figures, int threads)
-      : model_(model),
+      : Parts<T>(model, threads),
         terms_(terms),
         v_(v),
         p_(p),
         figures_(figures),
-        threads_(threads),
-        inputs_(static_cast<const T*>(model.inputs)),
-        decay_(static_cast<const T*>(model.decay)),
         alpha_(T(terms.alpha)),
-        damping_(T(terms.damping)),
-        rows_(model.batch * model.outputs) {}
+        damping_(T(terms.damping)) {}
 
   void direct() {
     begin();
+    allocate();
     work_.assign(model_.batch * model_.size, T(0));
     T* const product = work_.data();
-    const std::vector<T*> from = rows_of(terms_.horner ? p_ : v_), to = rows_of(product);
-    const int64_t n = model_.samples;
-    const int64_t row_bytes = std::max<int64_t>(1, model_.features) * static_cast<int64_t>(sizeof(T));
-    const int64_t block =
-        std::min(n, std::max(kSamples, threads_ * kBlockBytes / row_bytes / kSamples * kSamples));
-    std::vector<T> outputs(rows_ * block);
-    T* const u = outputs.data();
-    const int64_t chunks = tasks(model_.features, kColumns), updates = tasks(model_.size, kElements);
+    T* const direction = terms_.horner ? p_ : v_;
+    const std::vector<T*> from = rows_of(direction), to = rows_of(product);
+    const int64_t updates = tasks(model_.size, kElements);
 #pragma omp parallel num_threads(threads_)
     for (int64_t term = 1; term <= terms_.iterations; ++term) {
-      for (int64_t first = 0; first < n; first += block) {
-        const int64_t count = std::min(block, n - first);
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < tasks(count, kSamples); ++task) {
-          const int64_t here = task * kSamples, some = std::min(kSamples, count - here);
-          dots(row(first + here), model_.input_stride, some, from.data(), rows_, model_.features, u + here,
-               block);
-          if (model_.bias >= 0) add_bias(terms_.horner ? p_ : v_, u + here, block, some);
-          curve(u + here, block, first + here, some);
-        }
-#pragma omp for schedule(static)
-        for (int64_t chunk = 0; chunk <= chunks; ++chunk) {
-          const int64_t column = chunk * kColumns;
-          if (chunk == chunks) {
-            if (model_.bias >= 0) sum_bias(u, block, count, product);
-          } else {
-            add_products(to.data(), rows_, u, block, row(first), model_.input_stride, count, column,
-                         std::min(column + kColumns, model_.features));
-          }
-        }
-      }
+      multiply(direction, from, product, to);
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < model_.batch * updates; ++task) {
         const int64_t offset = task % updates * kElements;
@@ -159,57 +121,6 @@ class Solve {
   }
 
  private:
-  const T* row(int64_t sample) const { return inputs_ + sample * model_.input_stride; }
-
-  // The rows of the weights in `state`, right-hand side after right-hand side.
-  std::vector<T*> rows_of(T* state) const {
-    std::vector<T*> rows(rows_);
-    for (int64_t r = 0; r < rows_; ++r) {
-      rows[r] = state + r / model_.outputs * model_.size + r % model_.outputs * model_.features;
-    }
-    return rows;
-  }
-
-  void add_bias(const T* state, T* u, int64_t stride, int64_t count) const {
-    for (int64_t r = 0; r < rows_; ++r) {
-      const T bias = state[r / model_.outputs * model_.size + model_.bias + r % model_.outputs];
-      for (int64_t m = 0; m < count; ++m) u[r * stride + m] += bias;
-    }
-  }
-
-  void sum_bias(const T* g, int64_t stride, int64_t count, T* product) const {
-    for (int64_t r = 0; r < rows_; ++r) {
-      T& sum = product[r / model_.outputs * model_.size + model_.bias + r % model_.outputs];
-      for (int64_t m = 0; m < count; ++m) sum += g[r * stride + m];
-    }
-  }
-
-  // u <- the loss's Hessian in the outputs times u, for samples [first, first + count), at most kColumns.
-  void curve(T* u, int64_t stride, int64_t first, int64_t count) const {
-    const int64_t k = model_.outputs, padded = model_.padded_samples;
-    const T* const curvature = static_cast<const T*>(model_.curvature) + first;
-    const T* const probabilities = static_cast<const T*>(model_.probabilities);
-    T mean[kColumns] = {};
-    for (int64_t b = 0; b < model_.batch; ++b) {
-      T* const here = u + b * k * stride;
-      if (probabilities != nullptr) {
-        std::fill(mean, mean + count, T(0));
-        for (int64_t c = 0; c < k; ++c) {
-          const T* const q = probabilities + first + c * padded;
-          const T* const from = here + c * stride;
-#pragma omp simd
-          for (int64_t m = 0; m < count; ++m) mean[m] += q[m] * from[m];
-        }
-      }
-      for (int64_t c = 0; c < k; ++c) {
-        const T* const factor = curvature + c * padded;
-        T* const to = here + c * stride;
-#pragma omp simd
-        for (int64_t m = 0; m < count; ++m) to[m] = factor[m] * (to[m] - mean[m]);
-      }
-    }
-  }
-
   // One step of the elements [offset, offset + count) of the flat vector that begins at `start`; the product
   // is then zero, or after the last step of the Horner form the residual.
   void update(int64_t start, int64_t offset, int64_t count, T* product, bool last) const {
@@ -286,16 +197,11 @@ class Solve {
     *bad = finite == 0 ? 0.0 : 1.0;
   }
 
-  const LinearModel& model_;
   const NeumannTerms& terms_;
   T* const v_;
   T* const p_;
   double* const figures_;
-  const int threads_;
-  const T* const inputs_;
-  const T* const decay_;
   const T alpha_, damping_;
-  const int64_t rows_;
   std::vector<T> work_;
 };
 

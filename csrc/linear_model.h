@@ -1,5 +1,5 @@
-// All terms of the Neumann series for the Hessian of a linear model, in one call; the meaning of the two
-// forms is in hvp_engine/linear_model_reference.py.
+// All terms of the Neumann series for the Hessian of a linear model, in one call, and a Lanczos run; the
+// meaning of the two forms of the series is in hvp_engine/linear_model_reference.py.
 #pragma once
 
 #include <cstdint>
@@ -32,18 +32,26 @@ struct NeumannTerms {
 using LinearModelKernel = void (*)(const LinearModel& model, const NeumannTerms& terms, void* v, void* p,
                                    double* figures, int threads);
 
-// One for each instruction set, from linear_model.cpp.
+// `basis` holds one flat vector for each step, the first one the start; the figures are one for each step.
+using LanczosKernel = void (*)(const LinearModel& model, void* basis, double* diagonal, double* off_diagonal,
+                               int64_t steps, int threads);
+
+// One for each instruction set, from linear_model.cpp and linear_lanczos.cpp.
 namespace baseline {
 void linear_model_direct(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,
                          int threads);
 void linear_model_dual(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,
                        int threads);
+void linear_model_lanczos(const LinearModel&, void* basis, double* diagonal, double* off_diagonal,
+                          int64_t steps, int threads);
 }  // namespace baseline
 namespace avx2 {
 void linear_model_direct(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,
                          int threads);
 void linear_model_dual(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,
                        int threads);
+void linear_model_lanczos(const LinearModel&, void* basis, double* diagonal, double* off_diagonal,
+                          int64_t steps, int threads);
 }  // namespace avx2
 
 }  // namespace hvp

@@ -40,3 +40,13 @@ def linear_model_neumann(
     iterations: int,
     horner: bool,
 ) -> None: ...
+def linear_model_lanczos(
+    *,
+    basis: Tensor,
+    figures: Tensor,
+    inputs: Tensor,
+    curvature: Tensor,
+    probabilities: Tensor | None,
+    decay: Tensor,
+    bias: int,
+) -> None: ...

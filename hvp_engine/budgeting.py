@@ -31,7 +31,7 @@ def within(
     """The results for each right-hand side, which has the budget to itself; they share the estimate and the choice."""
     layout, estimate = operator.layout, None
     if budget.wants_estimate(layout, spectrum.cost(layout)):
-        estimate = spectrum.refresh(operator.product, layout)
+        estimate = spectrum.refresh(operator)
     usable = estimate if estimate is not None and estimate.finite else None
     spent = 0 if estimate is None else estimate.hvps
     plan, first = budget.plan(usable, layout, spent), spent

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine.errors import HvpError, NonFiniteError
-from hvp_engine.krylov import LanczosBasis, RitzPairs, random_unit_vector
+from hvp_engine.krylov import LanczosBasis, RitzPairs, random_unit_vector, tridiagonalize
 from hvp_engine.linearization import LinearMap
 from hvp_engine.solvers.base import check_positive
 from hvp_engine.solving import CallableOperator
@@ -83,7 +83,7 @@ def extreme_eigenvalues(
     basis = LanczosBasis(linear.product, random_unit_vector(linear.layout, seed), max_hvps)
     while True:
         basis.extend(min(_LOOK_EVERY, basis.capacity - basis.steps))
-        pairs = _finite(basis.ritz_pairs())
+        pairs = _finite(basis.tridiagonalization.ritz_pairs())
         size = float(pairs.values.abs().max())
         ends = [*range(min(count, len(pairs.values))), *range(max(0, len(pairs.values) - count), len(pairs.values))]
         converged = len(pairs.values) >= 2 * count and bool((pairs.bounds[ends] <= tol * size).all())
@@ -207,19 +207,19 @@ def spectral_density(
     nodes, weights = torch.zeros(2, probes, steps, dtype=torch.float64)
     hvps = 0
     for probe in range(probes):
-        basis = LanczosBasis(linear.product, random_unit_vector(linear.layout, seed * probes + probe), steps)
-        basis.extend(steps)
-        pairs = _finite(basis.ritz_pairs())
+        start = random_unit_vector(linear.layout, seed * probes + probe)
+        pairs = _finite(tridiagonalize(linear, start, steps).ritz_pairs())
         found = len(pairs.values)
         nodes[probe] = pairs.values[-1]  # fewer in an invariant subspace: the rest stands there with weight 0
         nodes[probe, :found], weights[probe, :found] = pairs.values, pairs.coordinates[0].square()
-        hvps += basis.steps
+        hvps += steps
     return SpectralDensity(nodes, weights, linear.layout.numel, hvps)
 
 
 def _linear_map(operator: Any, like: Any) -> LinearMap:
     if hasattr(operator, "product") and hasattr(operator, "layout"):
-        return operator
+        linear: LinearMap = getattr(operator, "linearization", operator)
+        return linear
     if not callable(operator):
         raise TypeError(f"operator: expected an operator or a callable v -> A v; got {type(operator).__name__}")
     if like is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from hvp_engine.linearization import LinearMap
 from hvp_engine.preconditioning import Preconditioner
 from hvp_engine.solvers.base import Solver
 from hvp_engine.spectrum import SpectralEstimate, Spectrum
-from hvp_engine.vectors import FlatVector
+from hvp_engine.vectors import FlatVector, Layout
 
 
 class Estimates:
@@ -18,7 +19,7 @@ class Estimates:
 
     def __init__(self, operator: LinearMap, solver: Solver, spectrum: Spectrum):
         self._operator, self._spectrum = operator, spectrum
-        self._held: LinearMap | None = None
+        self._seen: LinearMap | None = None
         self._preconditioner: Preconditioner | None = getattr(solver, "preconditioner", None)
         self.preconditioned = self._preconditioner is not None
         self._inside = solver.damping if self.preconditioned else 0.0
@@ -26,20 +27,32 @@ class Estimates:
         """What the estimates do not contain yet."""
 
     def refresh(self) -> SpectralEstimate:
-        return self._spectrum.refresh(self._product, self._operator.layout, self._preconditioner)
+        return self._spectrum.refresh(self._map, self._preconditioner)
 
     def restart(self, start: FlatVector | None = None) -> SpectralEstimate:
         """A cold estimate, from a random start unless one is given."""
         start = self._spectrum.random(self._operator.layout) if start is None else start
-        return self._spectrum.restart(self._product, start, self._preconditioner)
+        return self._spectrum.restart(self._map, start, self._preconditioner)
 
-    def indefinite(self, estimate: SpectralEstimate) -> bool:
-        return estimate.smallest + self.damping < -1e-6 * estimate.largest
+    @property
+    def _map(self) -> LinearMap:
+        if self._seen is None:  # of a map that changes, one draw serves all products of the estimates
+            held = self._operator.hold() if hasattr(self._operator, "hold") else self._operator
+            self._seen = Shifted(held, self._inside) if self._inside else held
+        return self._seen
 
-    def _product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        if self._held is None:  # of a map that changes, one draw serves all products of the estimates
-            self._held = self._operator.hold() if hasattr(self._operator, "hold") else self._operator
-        products = self._held.product(tangents)
-        if self._inside:
-            products = [p + self._inside * t for p, t in zip(products, tangents, strict=True)]
-        return products
+
+@dataclass(frozen=True)
+class Shifted:
+    """A + damping I."""
+
+    operator: LinearMap
+    damping: float
+
+    @property
+    def layout(self) -> Layout:
+        return self.operator.layout
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        products = self.operator.product(tangents)
+        return [p + self.damping * t for p, t in zip(products, tangents, strict=True)]

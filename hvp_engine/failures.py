@@ -61,9 +61,9 @@ def divergence(
     bound = estimate.bound(estimates.damping)
     if alpha is None and bounds is None:
         advice = "scale the loss, or use a wider dtype"
-    elif estimates.indefinite(estimate) and estimates.preconditioned:
+    elif estimate.indefinite(estimates.damping) and estimates.preconditioned:
         advice = f"M (A + damping I) has a negative eigenvalue, so no {step} converges: use more damping or fewer terms"
-    elif estimates.indefinite(estimate):
+    elif estimate.indefinite(estimates.damping):
         needed = -1.5 * estimate.smallest
         works = f"alpha={1 / estimate.bound(needed):.3g}" if bounds is None else "bounds='auto'"
         advice = (

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hvp_engine.linearization import LinearMap
 from hvp_engine.preconditioning import Preconditioner, precondition
 from hvp_engine.vectors import FlatVector, Layout
 
@@ -38,6 +39,53 @@ class RitzPairs:
     values: Tensor
     coordinates: Tensor
     bounds: Tensor
+
+
+@dataclass(frozen=True)
+class Tridiagonalization:
+    """What some steps of Lanczos give: Q^T A Q is tridiagonal, with orthonormal (with M: M-orthonormal) columns Q.
+
+    Attributes:
+        basis: Q^T, one flat vector in each row; zero after an invariant subspace.
+        diagonal: (steps,).
+        off_diagonal: (steps,): the last is the norm of what is left over.
+    """
+
+    basis: Tensor
+    diagonal: Tensor
+    off_diagonal: Tensor
+
+    def ritz_pairs(self) -> RitzPairs | None:
+        """By one wait for the device; None where something is not finite."""
+        figures = torch.stack([self.diagonal, self.off_diagonal]).double().cpu()
+        if not torch.isfinite(figures).all():
+            return None
+        alphas, betas = figures
+        found = int((betas > 0).cumprod(0).sum()) + 1  # the rows after an invariant subspace are zero, no Ritz values
+        alphas, betas = alphas[:found], betas[:found]
+        tridiagonal = torch.diag(alphas) + torch.diag(betas[:-1], 1) + torch.diag(betas[:-1], -1)
+        values, coordinates = torch.linalg.eigh(tridiagonal)
+        return RitzPairs(values, coordinates, (betas[-1] * coordinates[-1]).abs())
+
+    def combine(self, coordinates: Tensor) -> Tensor:
+        """The flat vector with these coordinates in the basis."""
+        return coordinates.to(self.basis) @ self.basis[: len(coordinates)]
+
+
+def tridiagonalize(
+    operator: LinearMap, start: FlatVector, steps: int, preconditioner: Preconditioner | None = None
+) -> Tridiagonalization:
+    """`steps` of Lanczos from `start`, at most as many as there are weights.
+
+    An operator that has a faster way to them than product by product has a method `lanczos(start, steps)`.
+    """
+    steps = min(steps, max(1, start.layout.numel))
+    if preconditioner is None and hasattr(operator, "lanczos"):
+        found: Tridiagonalization = operator.lanczos(start, steps)
+        return found
+    basis = LanczosBasis(operator.product, start, steps, preconditioner)
+    basis.extend(steps)
+    return basis.tridiagonalization
 
 
 class LanczosBasis:
@@ -97,22 +145,11 @@ class LanczosBasis:
             self._divide(norm)
             self.steps += 1
 
-    def ritz_pairs(self) -> RitzPairs | None:
-        """From all steps so far, by one wait for the device; None where something was not finite."""
-        figures = torch.stack(self._diagonal + self._off_diagonal).double().cpu()
-        if not torch.isfinite(figures).all():
-            return None
-        alphas, betas = figures.split(self.steps)
-        found = int((betas > 0).cumprod(0).sum()) + 1  # the rows after an invariant subspace are zero, no Ritz values
-        alphas, betas = alphas[:found], betas[:found]
-        tridiagonal = torch.diag(alphas) + torch.diag(betas[:-1], 1) + torch.diag(betas[:-1], -1)
-        values, coordinates = torch.linalg.eigh(tridiagonal)
-        return RitzPairs(values, coordinates, (betas[-1] * coordinates[-1]).abs())
-
-    def combine(self, coordinates: Tensor) -> FlatVector:
-        """The vector with these coordinates in the basis."""
-        basis = self._basis[: len(coordinates)]
-        return FlatVector(self._work.layout, coordinates.to(basis) @ basis)
+    @property
+    def tridiagonalization(self) -> Tridiagonalization:
+        """Of all steps so far."""
+        diagonal, off_diagonal = torch.stack(self._diagonal), torch.stack(self._off_diagonal)
+        return Tridiagonalization(self._basis[: self.steps], diagonal, off_diagonal)
 
     def _norm_of_work(self) -> Tensor:
         if self._preconditioner is None:

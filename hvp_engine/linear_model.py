@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from hvp_engine import backend, linear_model_reference
 from hvp_engine.engines.linear_model import LinearModelEngine
+from hvp_engine.krylov import Tridiagonalization
 from hvp_engine.linear_model_reference import Factors
 from hvp_engine.operators import Curvature
 from hvp_engine.trees import Structure, flatten
@@ -169,6 +171,13 @@ class LinearModelProducts:
             torch.addcmul(part.view(tangent.shape), decay, tangent)
             for part, decay, tangent in zip(parts, self._decays, tangents, strict=False)
         ]
+
+    def lanczos(self, start: FlatVector, steps: int) -> Tridiagonalization:
+        """So many steps of Lanczos, all in one call on a CPU."""
+        name, module = backend.select(self.layout.device, among=("cpp", "reference"))
+        kernels: Any = module if name == "cpp" else linear_model_reference
+        found: Tridiagonalization = kernels.linear_model_lanczos(start.data, self.factors, steps)
+        return found
 
     @property
     def _scale(self) -> float:

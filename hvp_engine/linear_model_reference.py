@@ -4,22 +4,24 @@ The Hessian is H V = G(V X^T) X + decay * V: X are the inputs (samples, features
 weights, and G(U) = C * (U - sum over outputs of (Q * U)) is the loss's own Hessian in the outputs, sample by sample,
 with C and Q like the transposed outputs. A bias is the weight of one more input that is always 1.
 
-:func:`linear_model_direct` and :func:`linear_model_dual` are the executable specification of the C++ kernels of the
-same names. `v` and `p` hold one flat vector (see :mod:`hvp_engine.vectors`) in each row, one for each right-hand side.
-On entry `v` holds the right-hand sides; on return it holds the residuals of the last sums but one, except in the
-Horner form, which leaves it as it was, and `p` holds alpha times the sums. What is returned are the figures of each
-row, as the iterations of :class:`hvp_engine.Neumann` have them.
+:func:`linear_model_direct`, :func:`linear_model_dual` and :func:`linear_model_lanczos` are the executable specification
+of the C++ kernels of the same names. In the first two `v` and `p` hold one flat vector (see :mod:`hvp_engine.vectors`)
+in each row, one for each right-hand side. On entry `v` holds the right-hand sides; on return it holds the residuals of
+the last sums but one, except in the Horner form, which leaves it as it was, and `p` holds alpha times the sums. What is
+returned are the figures of each row, as the iterations of :class:`hvp_engine.Neumann` have them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from hvp_engine.vectors import Layout, padded
+from hvp_engine.krylov import LanczosBasis, Tridiagonalization
+from hvp_engine.vectors import FlatVector, Layout, padded
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,23 @@ def linear_model_dual(
         if not horner:
             v.copy_(residual)
     return _finish(start, residual, p, alpha)
+
+
+def linear_model_lanczos(start: Tensor, factors: Factors, steps: int) -> Tridiagonalization:
+    """`steps` of Lanczos from the flat vector `start`, at most as many as there are weights."""
+    layout = factors.layout
+
+    def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        state = FlatVector.of(layout, tangents).data[None]
+        image = factors.decay * state
+        for part, data in zip(factors.split(image), factors.product(*factors.split(state)), strict=True):
+            if part is not None:
+                part += data
+        return layout.views(image[0])
+
+    basis = LanczosBasis(product, FlatVector(layout, start), steps)
+    basis.extend(steps)
+    return basis.tridiagonalization
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 import torch  # before the extension, which then shares torch's OpenMP runtime
 from torch import Tensor
 
 from hvp_engine.backend import Bound
+from hvp_engine.krylov import Tridiagonalization
 from hvp_engine.linear_model_reference import Factors
 from hvp_engine.ops import OPS
 from hvp_engine.vectors import Layout
@@ -109,15 +111,38 @@ def _linear_model(
         v=v,
         p=p,
         figures=figures,
-        inputs=factors.wide_inputs,
-        curvature=factors.curvature,
-        probabilities=factors.probabilities,
-        decay=factors.decay,
         gram=gram,
-        bias=factors.layout.offsets[1] if factors.biased else -1,
         alpha=alpha,
         damping=damping,
         iterations=iterations,
         horner=horner,
+        **_parts(factors),
     )
     return figures
+
+
+def linear_model_lanczos(start: Tensor, factors: Factors, steps: int) -> Tridiagonalization:
+    basis = start.new_empty(steps, len(start))
+    basis[0] = start
+    figures = torch.empty(2, steps, dtype=torch.float64)
+    _C.linear_model_lanczos(basis=basis, figures=figures, **_parts(factors))
+    return Tridiagonalization(basis, *figures)
+
+
+class _Parts(TypedDict):
+    inputs: Tensor
+    curvature: Tensor
+    probabilities: Tensor | None
+    decay: Tensor
+    bias: int
+
+
+def _parts(factors: Factors) -> _Parts:
+    """What the extension takes of a linear model."""
+    return {
+        "inputs": factors.wide_inputs,
+        "curvature": factors.curvature,
+        "probabilities": factors.probabilities,
+        "decay": factors.decay,
+        "bias": factors.layout.offsets[1] if factors.biased else -1,
+    }

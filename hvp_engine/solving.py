@@ -18,7 +18,7 @@ from hvp_engine.failures import any_bad, divergence, overflow, refusal, underflo
 from hvp_engine.linearization import LinearMap
 from hvp_engine.right_hand_sides import WarmStart, guesses, relaxed, unstacked
 from hvp_engine.solution import Solution, Status
-from hvp_engine.solvers import Exact
+from hvp_engine.solvers import Exact, Nystrom
 from hvp_engine.solvers.base import FinishedIteration, Outcome, Solver, check_solver
 from hvp_engine.solvers.budget import Budget
 from hvp_engine.spectrum import GROWTH, SpectralEstimate, Spectrum
@@ -91,7 +91,7 @@ def solve_all(
     hvps = estimate.hvps if estimate else 0
     if hasattr(engine, "run_batch"):  # isinstance of a protocol takes 20 us
         iterations = cast(BatchEngine, engine).run_batch(operator, vs, solver, estimate)
-    elif len(vs) > 1 or isinstance(solver, Exact):
+    elif len(vs) > 1 or isinstance(solver, (Exact, Nystrom)):
         iterations = run_side_by_side(engine, operator, vs, solver, estimate)
     else:
         iterations = (engine.run(operator, v, solver, estimate) for v in vs)
@@ -142,7 +142,7 @@ def _judged(
         if fresh.finite:
             risen = fresh.bound() > 1.05 * estimate.bound()
             estimate = estimate.joined(fresh)
-            if risen or (estimates.indefinite(estimate) and outcome.residual_norm > GROWTH):
+            if risen or (estimate.indefinite(estimates.damping) and outcome.residual_norm > GROWTH):
                 iteration = engine.run(operator, v, solver, estimate)
                 outcome = _read(iteration)
                 hvps += iteration.steps
@@ -151,7 +151,7 @@ def _judged(
             raise refusal(operator, name)
         raise divergence(operator, outcome, iteration, solver, estimates)
     status = outcome.status
-    if estimate is not None and estimates.indefinite(estimate):
+    if estimate is not None and estimate.indefinite(estimates.damping):
         status = Status.NEGATIVE_CURVATURE
     solution = Solution(
         value=None,
@@ -197,7 +197,8 @@ def solve(operator: Any, v: Any, solver: Solver, *, batched: bool = False, x0: A
         v: a tensor or any tree of tensors, finite, of the operator's shapes.
         solver: how, for example `Neumann(20)`, `Identity()`.
         batched: every leaf of v has one more dimension, the first and of one length: several right-hand sides. They
-            are solved with one spectral estimate: in one call by a linear model; with one dense matrix by `Exact`;
+            are solved with one spectral estimate: in one call by a linear model; with one dense matrix by `Exact`
+            and one sketch by `Nystrom`;
             with batched products where they are traced and it pays (up to 16,384 weights on a CPU); else one by one.
         x0: a first guess like v, for example the solution of a similar system. What is solved for is the rest,
             x = x0 + A^-1 (v - A x0), by one more product: a series continues where the guess stands, and a tolerance

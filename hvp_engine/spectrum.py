@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hvp_engine.krylov import LanczosBasis, Product, random_unit_vector
+from hvp_engine.krylov import random_unit_vector, tridiagonalize
+from hvp_engine.linearization import LinearMap
 from hvp_engine.preconditioning import Preconditioner
 from hvp_engine.vectors import FlatVector, Layout
 
@@ -50,9 +51,9 @@ class SpectralEstimate:
     def finite(self) -> bool:
         return math.isfinite(self.largest)
 
-    @property
-    def indefinite(self) -> bool:
-        return self.smallest < -1e-6 * self.largest
+    def indefinite(self, damping: float = 0.0) -> bool:
+        """Whether the damped operator has shown negative curvature beyond rounding."""
+        return self.smallest + damping < -1e-6 * self.largest
 
     def bound(self, damping: float = 0.0) -> float:
         """What the largest |eigenvalue| of the damped operator is taken to be."""
@@ -73,29 +74,27 @@ class SpectralEstimate:
         """
         bound = self.bound(damping)
         alpha = 1.0 / bound if bound > 0 else 1.0
-        curvature = self.smallest + damping
-        if self.indefinite and curvature < 0 and iterations > 0:
-            alpha = min(alpha, (GROWTH ** (1 / iterations) - 1) / -curvature)
+        if self.indefinite(damping) and iterations > 0:
+            alpha = min(alpha, (GROWTH ** (1 / iterations) - 1) / -(self.smallest + damping))
         return alpha
 
 
 def lanczos(
-    product: Product, start: FlatVector, steps: int, preconditioner: Preconditioner | None = None
+    operator: LinearMap, start: FlatVector, steps: int, preconditioner: Preconditioner | None = None
 ) -> tuple[SpectralEstimate, FlatVector]:
     """`steps` of Lanczos from `start`: the estimate, and the sum of the Ritz vectors of its largest and smallest value.
 
     Cost: `steps` products, one wait for the device; memory as :class:`LanczosBasis`.
     """
-    basis = LanczosBasis(product, start, steps, preconditioner)
-    basis.extend(steps)
-    pairs = basis.ritz_pairs()
+    found = tridiagonalize(operator, start, steps, preconditioner)
+    pairs, hvps = found.ritz_pairs(), len(found.basis)
     if pairs is None:
-        return SpectralEstimate(math.nan, math.nan, math.nan, basis.steps), start
-    top = int(pairs.values.abs().argmax())
-    largest, smallest = abs(float(pairs.values[top])), float(pairs.values[0])
-    margin, smallest_margin = float(pairs.bounds[top]), float(pairs.bounds[0])
+        return SpectralEstimate(math.nan, math.nan, math.nan, hvps), start
+    values, bounds = pairs.values.tolist(), pairs.bounds.tolist()
+    top = max(range(len(values)), key=lambda k: abs(values[k]))
     both = pairs.coordinates[:, sorted({0, top})].sum(1)
-    return SpectralEstimate(largest, smallest, margin, basis.steps, smallest_margin), basis.combine(both)
+    estimate = SpectralEstimate(abs(values[top]), values[0], bounds[top], hvps, bounds[0])
+    return estimate, FlatVector(start.layout, found.combine(both))
 
 
 class Spectrum:
@@ -115,19 +114,18 @@ class Spectrum:
         """A start vector, the same for each call of the same number."""
         return random_unit_vector(layout, self._calls)
 
-    def refresh(
-        self, product: Product, layout: Layout, preconditioner: Preconditioner | None = None
-    ) -> SpectralEstimate:
+    def refresh(self, operator: LinearMap, preconditioner: Preconditioner | None = None) -> SpectralEstimate:
         """A new estimate: 3 products from the last eigenvectors with a random part added, 8 on the first call."""
         self._calls += 1
+        layout = operator.layout
         if self._loaded is not None and self._loaded.numel() == layout.size:
             self.vector = FlatVector(layout, self._loaded.to(layout.device, layout.state_dtype))
         self._loaded = None
         if self.vector is None or self.vector.layout != layout:
-            return self.restart(product, self.random(layout), preconditioner)
+            return self.restart(operator, self.random(layout), preconditioner)
         start = self.random(layout)
         start.data.mul_(_FRESH_SHARE).add_(self.vector.data / self.vector.norm())
-        return self._run(product, start, REFRESH_STEPS, preconditioner)
+        return self._run(operator, start, REFRESH_STEPS, preconditioner)
 
     def cost(self, layout: Layout) -> int:
         """Products that the next :meth:`refresh` takes."""
@@ -136,15 +134,15 @@ class Spectrum:
         return min(REFRESH_STEPS if warm else COLD_STEPS, max(1, layout.numel))
 
     def restart(
-        self, product: Product, start: FlatVector, preconditioner: Preconditioner | None = None
+        self, operator: LinearMap, start: FlatVector, preconditioner: Preconditioner | None = None
     ) -> SpectralEstimate:
         """A new estimate from `start` with as many products as a first one."""
-        return self._run(product, start, COLD_STEPS, preconditioner)
+        return self._run(operator, start, COLD_STEPS, preconditioner)
 
     def _run(
-        self, product: Product, start: FlatVector, steps: int, preconditioner: Preconditioner | None
+        self, operator: LinearMap, start: FlatVector, steps: int, preconditioner: Preconditioner | None
     ) -> SpectralEstimate:
-        estimate, vector = lanczos(product, start, steps, preconditioner)
+        estimate, vector = lanczos(operator, start, steps, preconditioner)
         if estimate.finite:
             self.estimate, self.vector = estimate, vector
         return estimate

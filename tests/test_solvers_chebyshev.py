@@ -156,7 +156,7 @@ def test_growth_that_the_refresh_misses_is_found_by_the_residual() -> None:
     before.solve(v, solver)
     after.spectrum = before.spectrum
     stale = before.spectrum.estimate
-    after.spectrum.refresh = lambda product, layout, preconditioner: stale  # type: ignore[method-assign]
+    after.spectrum.refresh = lambda operator, preconditioner: stale  # type: ignore[method-assign]
     solution = after.solve(v, solver)
     assert solution.hvps == 8 + 60 + COLD_STEPS + 60
     assert relative_error(solution.value, torch.linalg.solve(matrix, v)) < 0.1

@@ -136,7 +136,7 @@ def test_growth_that_overflows_is_recovered(dtype: torch.dtype) -> None:
     sharp.spectrum = operator.spectrum
     # The refresh sees a uniform rise at once; hide it, so that the solve itself has to notice.
     stale = operator.spectrum.estimate
-    sharp.spectrum.refresh = lambda product, layout, preconditioner: stale  # type: ignore[method-assign]
+    sharp.spectrum.refresh = lambda operator, preconditioner: stale  # type: ignore[method-assign]
     solution = sharp.solve(torch.ones(8, dtype=dtype), hvp.Neumann(100))
     truth = torch.full((8,), 1e-6, dtype=dtype)
     torch.testing.assert_close(solution.value, truth, rtol=1e-4, atol=0)

@@ -104,7 +104,7 @@ class Experiment:
         """Gradient, curvature and residual at `pair`'s point."""
         linearization = pair.linearization()
         start = FlatVector.of(linearization.layout, random_direction(pair.weights, self.generator))
-        estimate, _ = lanczos(linearization.product, start, _LANCZOS_STEPS)
+        estimate, _ = lanczos(linearization, start, _LANCZOS_STEPS)
         residual = math.nan
         if solved.solution is not None:
             vector = pair.gradient(pair.val)[0]

@@ -96,7 +96,7 @@ class Chebyshev:
         damping = self.damping if self.preconditioner is None else 0.0
         lower, upper = bounds_of(estimate, damping, self.iterations + 1)
         coefficients = self._polynomial(lower, upper)
-        if estimate.indefinite and amplification(coefficients, estimate.smallest + damping) > GROWTH:
+        if estimate.indefinite(damping) and amplification(coefficients, estimate.smallest + damping) > GROWTH:
             lower = upper = 1 / estimate.safe_alpha(damping, self.iterations + 1)
             coefficients = chebyshev_coefficients(lower, upper, self.iterations + 1)
         return (lower, upper), coefficients
