@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hvp_engine.blocks import stacked_tangents, stacked_views
 from hvp_engine.vectors import FlatVector, Layout
 
 Kind = Literal["gaussian", "columns"]
@@ -19,7 +20,7 @@ def check_kind(kind: str) -> None:
 
 
 class Sketch:
-    """Test vectors T and their images Y = A T, one product after another; from them the Nystrom approximation
+    """Test vectors T and their images Y = A T, made one by one or in blocks; from them the Nystrom approximation
     Y (T^T Y)^+ Y^T, which is A itself on the span of T.
 
     Arguments:
@@ -62,6 +63,19 @@ class Sketch:
         self._image.copy_(product)
         self._images[self.steps].copy_(self._image.data)
         self.steps += 1
+        self._point()
+
+    def block(self, count: int) -> list[Tensor]:
+        """The next `count` test vectors, stacked along a first dimension of each weight's tensor."""
+        return stacked_tangents(self.direction.layout, self._tests[self.steps : self.steps + count])
+
+    def step_block(self, products: Sequence[Tensor]) -> None:
+        """Advance by the products with :meth:`block`."""
+        count = len(products[0])
+        images = stacked_views(self.direction.layout, self._images[self.steps : self.steps + count])
+        for image, product in zip(images, products, strict=True):
+            image.copy_(product.detach())
+        self.steps += count
         self._point()
 
     def low_rank(self) -> tuple[Tensor, Tensor, Tensor]:

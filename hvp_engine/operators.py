@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from hvp_engine import engines
+from hvp_engine.blocks import fill
 from hvp_engine.distributed import for_loss
-from hvp_engine.engines.side_by_side import fill
 from hvp_engine.isolation import Draws, isolated
 from hvp_engine.linearization import LinearMap, Problem
 from hvp_engine.solution import Solution

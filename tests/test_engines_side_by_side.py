@@ -186,3 +186,53 @@ def test_exact_on_a_network_and_on_a_linear_model(batched_calls: list[int]) -> N
     both = linear.solve(randn(4, 5, seed=6), hvp.Exact(), batched=True)
     assert both.hvps == 5
     torch.testing.assert_close(both.value @ linear.dense(), randn(4, 5, seed=6), rtol=1e-10, atol=1e-12)
+
+
+# --- Nystrom ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sketch", ["gaussian", "columns"])
+@pytest.mark.parametrize("name", ["mlp", "channels_last conv", "tied"])
+def test_a_sketch_is_made_in_blocks(name: str, sketch: Any, batched_calls: list[int]) -> None:
+    """At most 32 vectors at a time, and what is left over one by one; the values are those of single products."""
+    operator, weights = operator_of(name)
+    plain = hvp.HessianOperator(lambda w: 0.0 * w["x"].sum(), {"x": torch.zeros(1, dtype=DTYPE)}, engine="eager")
+    plain.linearization, plain._structure, plain.spectrum = Single(operator), operator._structure, operator.spectrum  # type: ignore[assignment]
+    v = {key: t[0] for key, t in right_hand_sides(weights, 1).items()}
+    rank = min(70, operator.shape[0])
+    solver = hvp.Nystrom(rank, rho=0.5, damping=0.1, sketch=sketch)
+    together, alone = operator.solve(v, solver), plain.solve(v, solver)
+    assert batched_calls and max(batched_calls) == min(32, rank)
+    assert sum(batched_calls) > rank - 8
+    assert relative_error(flat(list(together.value.values())), flat(list(alone.value.values()))) < 1e-9
+    assert together.hvps == alone.hvps == together.iterations == rank + 1
+    assert together.residual_norm == pytest.approx(alone.residual_norm, rel=1e-6)
+    batched_calls.clear()
+    preconditioner = hvp.NystromPreconditioner(operator, rank=rank, rho=0.5, sketch=sketch)
+    assert preconditioner.hvps == rank and sum(batched_calls) > rank - 8
+    single = hvp.NystromPreconditioner(plain, rank=rank, rho=0.5, sketch=sketch)
+    leaves = list(v.values())
+    assert relative_error(flat(list(preconditioner(leaves))), flat(list(single(leaves)))) < 1e-9
+
+
+class Single:
+    """An operator that takes one vector at a time."""
+
+    def __init__(self, operator: hvp.HessianOperator):
+        self.layout, self.product = operator.layout, operator.product
+
+
+def test_several_right_hand_sides_share_a_sketch() -> None:
+    matrix, calls = matrix_with(torch.linspace(0.5, 9.0, 12, dtype=DTYPE), seed=3), 0
+
+    def product(v: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return matrix @ v
+
+    v, solver = randn(5, 12, seed=4), hvp.Nystrom(12, rho=1e-9, damping=0.5)
+    solution = hvp.solve(product, v, solver, batched=True)
+    assert calls == solution.hvps == 12 + 5
+    truth = torch.linalg.solve(matrix + (0.5 + 1e-9) * torch.eye(12, dtype=DTYPE), v.T).T
+    assert relative_error(solution.value, truth) < 1e-9
+    assert solution.residual_norm < 1e-7 and solution.converged

@@ -92,6 +92,15 @@ class TracedLinearization:
         present = self.functions.partition.tangent.outputs
         return [next(found) if there else torch.zeros_like(t) for there, t in zip(present, tangents, strict=True)]
 
+    @property
+    def unbatched(self) -> str:
+        """Why :meth:`products` failed for this trace, if it did."""
+        return self.functions.unbatched
+
+    @unbatched.setter
+    def unbatched(self, reason: str) -> None:
+        self.functions.unbatched = reason
+
     def products(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t for several t, stacked along a new first dimension of each tensor, in and out."""
         known, present = self._tangent_residuals, self.functions.partition.tangent.outputs

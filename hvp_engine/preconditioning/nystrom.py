@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from hvp_engine.blocks import fill
 from hvp_engine.low_rank import Sketch
 from hvp_engine.preconditioning.base import SymmetricMap, check_count, check_operator
 from hvp_engine.vectors import FlatVector
@@ -54,8 +55,7 @@ class NystromPreconditioner:
         if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 < rho < float("inf"):
             raise ValueError(f"rho: expected a finite number > 0; got {rho!r}")
         columns = Sketch(operator.layout, rank, sketch, seed)
-        while columns.steps < columns.limit:
-            columns.step(operator.product(columns.direction.tangents))
+        fill(columns, operator)
         self.hvps = columns.steps
         self._layout = operator.layout
         self._basis, values, _ = columns.low_rank()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hvp_engine.blocks import stacked_tangents
 from hvp_engine.solution import Status
 from hvp_engine.solvers.base import Outcome, RightHandSide, check_damping
 from hvp_engine.spectrum import SpectralEstimate
@@ -110,14 +111,10 @@ class Columns:
 
     def block(self, count: int) -> list[Tensor]:
         """The next `count` unit vectors, stacked along a first dimension of each weight's tensor."""
-        layout, units = self.direction.layout, torch.zeros(count, self.direction.layout.size, device=self.places.device)
+        layout = self.direction.layout
+        units = torch.zeros(count, layout.size, device=self.places.device)
         units[torch.arange(count), self.places[self.steps : self.steps + count]] = 1.0
-        return [
-            units.as_strided((count, *shape), (layout.size, *stride), offset).to(dtype)
-            for shape, stride, offset, dtype in zip(
-                layout.shapes, layout.strides, layout.offsets, layout.dtypes, strict=True
-            )
-        ]
+        return stacked_tangents(layout, units)
 
     def step_block(self, products: Sequence[Tensor]) -> None:
         """Advance by the products with :meth:`block`."""
