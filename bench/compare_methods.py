@@ -79,7 +79,13 @@ def measure(method: Method, problem: Comparison, length: int, weights: Any, time
         seconds = sorted(samples)[len(samples) // 2]
     size = problem.weight_count
     return Measured(
-        method.name, length, cosine, error_norm, _work(method, estimate, length, size), seconds, meter.peak_bytes
+        method.name,
+        length,
+        cosine,
+        error_norm,
+        _work(method, estimator, estimate, length, size),
+        seconds,
+        meter.peak_bytes,
     )
 
 
@@ -89,10 +95,14 @@ def agreement(found: Tensor, reference: Tensor) -> tuple[float, float]:
     return float(found @ reference / (norm(found) * norm(reference))), float(norm(found - reference) / norm(reference))
 
 
-def _work(method: Method, estimate: Estimate, length: int, size: int) -> int:
-    """Gradients of a call: by the registry, with the products that a solution counted, if there is one."""
+def _work(method: Method, estimator: Estimator, estimate: Estimate, length: int, size: int) -> int:
+    """Gradients of a call: by the registry, or with the products that a solution counted; and those that its
+    preconditioner is made from, as if it were made for this call."""
     solution = getattr(estimate, "solution", None)
-    return method.gradients(length, size, size) if solution is None else 3 + 2 * solution.hvps
+    if solution is None:
+        return method.gradients(length, size, size)
+    preconditioner = getattr(getattr(estimator, "solver", None), "preconditioner", None)
+    return 3 + 2 * (solution.hvps + getattr(preconditioner, "hvps", 0))
 
 
 def compare(problem: Comparison, lengths: Sequence[int], chosen: Sequence[Method], quick: bool) -> Iterator[tuple]:
@@ -147,8 +157,17 @@ def table(rows: Sequence[tuple], place: str) -> str:
 # Searches
 
 
-def searches(problem: Comparison) -> dict[str, search.Search]:
-    """Every search with settings for these problems, by name."""
+TRIAL_STEPS = 100
+"""Training steps of a trial: from the start to where the validation loss changes little."""
+
+COPIES = 1_000_000
+"""Weights, all copies of them together, up to which a self-tuning network perturbs every example by itself; beyond,
+one perturbation serves a twentieth of a batch."""
+
+
+def searches(problem: Comparison, gradients: int) -> dict[str, search.Search]:
+    """Every search, by name, with settings that were chosen by hand once for all problems; each has the whole budget:
+    a grid over one hyperparameter has as many points as there are trials."""
 
     def adam(rate: float) -> Callable[[Sequence[Tensor]], torch.optim.Optimizer]:
         return lambda tensors: torch.optim.Adam(tensors, lr=rate)
@@ -158,13 +177,16 @@ def searches(problem: Comparison) -> dict[str, search.Search]:
         assert make is not None
         return make(problem.setting(), 10)
 
-    steps = 100
+    few = problem.weight_count * len(problem.train[0]) > COPIES
+    perturbations = 20 if few else None
     return {
-        "random search": search.RandomSearch(steps, adam(0.05)),
-        "grid search": search.GridSearch(10, steps, adam(0.05)),
-        "Bayesian optimization": search.BayesianOptimization(steps, adam(0.05)),
+        "random search": search.RandomSearch(TRIAL_STEPS, adam(0.05)),
+        "grid search": search.GridSearch(max(2, gradients // TRIAL_STEPS), TRIAL_STEPS, adam(0.05)),
+        "Bayesian optimization": search.BayesianOptimization(TRIAL_STEPS, adam(0.05)),
         "linear hypernetwork": search.LinearHypernetwork(adam(0.02), adam(0.1), 0.3, warmup_steps=100),
-        "self-tuning network": search.SelfTuningNetwork(adam(0.02), adam(0.1), 0.3, 1e-4, warmup_steps=100),
+        "self-tuning network": search.SelfTuningNetwork(
+            adam(0.02), adam(0.1), 0.3, 1e-4, warmup_steps=100, perturbations=perturbations
+        ),
         "Algorithm 1": search.HypergradientDescent(estimator, 23, adam(0.02), adam(0.1), warmup_steps=100),
     }
 
@@ -174,7 +196,7 @@ def run_searches(problem: Comparison, one_decay: bool, gradients: int) -> dict[s
     found: dict[str, search.SearchResult | str] = {}
     task = problem.search_problem(one_decay)
     size = 1 if one_decay else problem.weight_count
-    for name, method in searches(problem).items():
+    for name, method in searches(problem, gradients).items():
         if name == "linear hypernetwork" and size * problem.weight_count > LINEAR_LIMIT:
             found[name] = f"{problem.weight_count} x {size} slopes"
         elif name == "Bayesian optimization" and size > FORWARD_LIMIT:
@@ -191,7 +213,8 @@ def run_searches(problem: Comparison, one_decay: bool, gradients: int) -> dict[s
 def _short(found: search.SearchResult | str) -> str:
     if isinstance(found, str):
         return f"left out: {found}"
-    return f"validation loss {found.val_loss:.5f} after {found.gradients} gradients"
+    looks = f"{found.validation_losses} looks at the validation loss"
+    return f"validation loss {found.val_loss:.5f} after {found.gradients} gradients, {looks}"
 
 
 def search_rows(environment: Environment, label: str, found: dict[str, search.SearchResult | str]) -> list[Row]:

@@ -12,6 +12,7 @@ from cases import DTYPE, randn
 from torch import Tensor, nn
 
 import hvp_engine as hvp
+import hvp_engine.isolation
 from hvp_engine.search import (
     BayesianOptimization,
     GridSearch,
@@ -22,6 +23,7 @@ from hvp_engine.search import (
     SelfTuningNetwork,
     TuningProblem,
 )
+from hvp_engine.search.problem import Run
 
 
 def sgd(rate: float) -> Any:
@@ -53,12 +55,18 @@ def neumann(train: Any, val: Any) -> Any:
     return hvp.Hypergradient(train, val, hvp.Neumann(5, alpha=0.2), engine="eager")
 
 
+# (Its losses are no means over examples.)
+STN = SelfTuningNetwork(sgd(0.2), adam(0.05), scale=0.2, warmup_steps=50, perturbations=1)
 SEARCHES: dict[str, tuple[Search, int, float]] = {  # with a budget, and the validation loss that it has to reach
     "random": (RandomSearch(20, sgd(0.2)), 1200, 0.02),
     "grid": (GridSearch(8, 20, sgd(0.2)), 1280, 0.02),
     "Bayesian": (BayesianOptimization(20, sgd(0.2)), 600, 1e-3),
     "linear hypernetwork": (LinearHypernetwork(sgd(0.2), adam(0.1), scale=0.1), 1500, 1e-3),
-    "self-tuning network": (SelfTuningNetwork(sgd(0.2), adam(0.05), scale=0.2, warmup_steps=50), 1500, 5e-3),
+    "self-tuning network": (
+        SelfTuningNetwork(sgd(0.2), adam(0.05), scale=0.2, warmup_steps=50, perturbations=1),
+        1500,
+        5e-3,
+    ),
     "Algorithm 1": (HypergradientDescent(neumann, 13, sgd(0.3), adam(0.1)), 1500, 1e-3),
 }
 
@@ -127,10 +135,69 @@ def test_searches_agree_with_a_module_on_batches() -> None:
         bounds=(-6.0, 1.0),
     )  # fmt: skip
     start = GridSearch(2, 100, adam(0.03))(problem, 200)
-    for search in (RandomSearch(100, adam(0.03)), SelfTuningNetwork(adam(0.03), adam(0.1), warmup_steps=100)):
+    for search in (
+        RandomSearch(100, adam(0.03)),
+        SelfTuningNetwork(adam(0.03), adam(0.1), warmup_steps=100, perturbations=1),
+    ):
         result = search(problem, 700)
         assert result.val_loss < 1.1 * start.val_loss and result.hyper.shape == ()
     assert all(torch.equal(b, before[n]) for n, b in module.named_buffers())
+
+
+# Perturbations for each example
+
+
+def ridge(seen: list[tuple[int, ...]] | None = None) -> TuningProblem:
+    """Least squares with a decay; losses are means over examples. Every batch size of a loss joins `seen`."""
+    w_true = randn(3, seed=30)
+    x, x_val = randn(24, 3, seed=31), randn(24, 3, seed=32)
+    y, y_val = x @ w_true + 2 * randn(24, seed=33), x_val @ w_true
+
+    def val_loss(w: Any, h: Any, batch: Any) -> Tensor:
+        if seen is not None:
+            seen.append(tuple(batch[0].shape))
+        return (batch[0] @ w - batch[1]).square().mean() / 2
+
+    return TuningProblem(
+        lambda w, h, batch: val_loss(w, h, batch) + h.exp() * w.square().sum() / 2,
+        val_loss,
+        torch.zeros(3, dtype=DTYPE),
+        torch.tensor(-4.0, dtype=DTYPE),
+        [(x, y)],
+        [(x_val, y_val)],
+        bounds=(-5.0, 2.0),
+    )
+
+
+@pytest.mark.parametrize("perturbations, rows", [(None, 1), (4, 6), (1, 24)])
+def test_examples_have_perturbations_of_their_own(perturbations: int | None, rows: int) -> None:
+    """The optimum of ridge regression, found with one for each example, for each part and for the batch."""
+    seen: list[tuple[int, ...]] = []
+    network = SelfTuningNetwork(sgd(0.3), adam(0.05), scale=0.3, warmup_steps=50, perturbations=perturbations)
+    result = network(ridge(seen), 900)
+    assert result.gradients == 900 and result.validation_losses == len(result.curve)
+    assert {shape for shape in seen if shape != (24, 3)} == ({(rows, 3)} if rows < 24 else set())
+    best = GridSearch(40, 300, sgd(0.3))(ridge(), 12_000)
+    start = float(ridge().val_loss(GridSearch(2, 300, sgd(0.3))(ridge(), 600).weights, None, ridge().val_batches[0]))
+    assert result.val_loss < best.val_loss + 0.1 * (start - best.val_loss) + 1e-4
+
+
+def test_perturbations_of_examples_lower_the_variance_and_keep_the_mean() -> None:
+    run = Run(ridge(), 100_000)
+    slope, point = torch.tensor([1.0, -2.0, 0.5], dtype=DTYPE), randn(3, seed=34)
+
+    def at(noise: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        return [point + slope * noise], [noise[0] - 1.0]
+
+    with hvp.isolation.isolated(0, run.device):
+        losses = {
+            parts: torch.stack([run.perturbed_loss("train", at, 1, parts) for _ in range(400)])
+            for parts in (1, 4, None)
+        }
+    mean, deviation = float(losses[1].mean()), float(losses[1].std())
+    for parts, count in ((4, 4), (None, 24)):
+        assert abs(float(losses[parts].mean()) - mean) < 4 * deviation / 400**0.5
+        assert float(losses[parts].std()) < 1.6 * deviation / count**0.5
 
 
 # Bad input
@@ -169,6 +236,8 @@ def test_trials_that_all_diverge() -> None:
         (LinearHypernetwork(sgd(0.1), sgd(0.1), inner_steps=0), "inner_steps: expected an int >= 1; got 0"),
         (SelfTuningNetwork(sgd(0.1), sgd(0.1), entropy_weight=-1.0), "entropy_weight: expected a finite number >= 0"),
         (SelfTuningNetwork(sgd(0.1), sgd(0.1), warmup_steps=-1), "warmup_steps: expected an int >= 0; got -1"),
+        (SelfTuningNetwork(sgd(0.1), sgd(0.1), perturbations=0), "perturbations: expected an int >= 1 for a batch"),
+        (SelfTuningNetwork(sgd(0.1), sgd(0.1), perturbations=3), "perturbations: expected a divisor of the 2 examples"),
         (HypergradientDescent(neumann, 0, sgd(0.1), sgd(0.1)), "cost: expected an int >= 1"),
     ],
 )

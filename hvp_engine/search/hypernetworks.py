@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvp_engine.estimators.responses import LinearResponse, Response, StructuredResponse
 from hvp_engine.isolation import isolated
-from hvp_engine.search.problem import Run, SearchResult, TuningProblem
+from hvp_engine.search.problem import Kind, Point, Run, SearchResult, TuningProblem
 from hvp_engine.search.trials import OptimizerOf, unflatten
 from hvp_engine.solvers.base import check_positive
 
@@ -55,17 +55,22 @@ class SelfTuningNetwork:
     each hyperparameter, and H = sum log(scale) up to a constant. Without the entropy term scales would shrink until the
     response is fitted at a point; with a large one they grow until it is fitted nowhere.
 
-    One perturbation is drawn for a batch. (The original draws one for each example, which a loss that is given weights
-    cannot do; it lowers the variance.)
+    As published, every example of a batch has its own perturbation, and so its own weights: the gradients have less
+    variance. The losses then have to be means over the examples of a batch (a decay beside the mean is fine), without
+    BatchNorm in training mode, and of operations that `torch.func.vmap` knows; for others take `perturbations=1`.
 
     Arguments:
         scale: to start from, > 0.
         entropy_weight: tau, >= 0.
+        perturbations: drawn for a batch: None is one for each example; a number, one for each of so many equal parts,
+            takes less memory and time.
         the rest: as for :class:`LinearHypernetwork`.
 
-    A call makes one gradient for each step of either. Memory: O((P + H) K), K the number of units.
+    A call makes one gradient for each step of either. Memory: O((P + H) K), K the number of units, and the weights
+    once for each perturbation: the loss is any function of them, so that the layers' own way to a response for each
+    example (two forward passes with shared weights) is not open to it.
 
-    Errors: `TypeError`/`ValueError` naming the argument.
+    Errors: `TypeError`/`ValueError` naming the argument; what vmap raises for a loss that it cannot take.
 
     Source: MacKay, Vicol, Lorraine, Duvenaud, Grosse 2019, Algorithm 1.
     """
@@ -77,13 +82,17 @@ class SelfTuningNetwork:
     inner_steps: int = 2
     warmup_steps: int = 0
     seed: int = 0
+    perturbations: int | None = None
 
     def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
         if isinstance(self.entropy_weight, bool) or not isinstance(self.entropy_weight, int | float):
             raise TypeError(f"entropy_weight: expected a number; got {type(self.entropy_weight).__name__}")
         if not (math.isfinite(self.entropy_weight) and self.entropy_weight >= 0):
             raise ValueError(f"entropy_weight: expected a finite number >= 0; got {self.entropy_weight}")
-        return _Descent(self, StructuredResponse, self.entropy_weight).run(problem, gradients)
+        parts = self.perturbations
+        if parts is not None and (isinstance(parts, bool) or not isinstance(parts, int) or parts < 1):
+            raise ValueError(f"perturbations: expected an int >= 1 for a batch, or None; got {parts!r}")
+        return _Descent(self, StructuredResponse, self.entropy_weight, parts).run(problem, gradients)
 
 
 class _Descent:
@@ -94,6 +103,7 @@ class _Descent:
         options: LinearHypernetwork | SelfTuningNetwork,
         response: Callable[[Sequence[Tensor], int], Response],
         entropy_weight: float | None,
+        perturbations: int | None = 1,
     ):
         check_positive(options.scale, "scale")
         for name, least in (("inner_steps", 1), ("warmup_steps", 0)):
@@ -101,6 +111,7 @@ class _Descent:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: expected an int >= {least}; got {value!r}")
         self.options, self.make_response, self.entropy_weight = options, response, entropy_weight
+        self.perturbations = perturbations
 
     def run(self, problem: TuningProblem, gradients: int) -> SearchResult:
         """Rounds until the budget does not cover another."""
@@ -121,9 +132,7 @@ class _Descent:
             steps = options.warmup_steps + options.inner_steps
             while run.spent + steps + 1 <= run.budget:
                 for _ in range(steps):
-                    with torch.no_grad():
-                        point = center + log_scale.exp() * torch.randn_like(center)
-                    loss = run.train_loss(response(point - start), unflatten(point, run.hyper))
+                    loss = self._perturbed("train", run, response, start, center.detach(), log_scale.detach())
                     _step(fit, loss, response.parameters)
                 _step(move, self._objective(run, response, start, center, log_scale), moving)
                 self._project(run, center)
@@ -141,9 +150,25 @@ class _Descent:
         """What lambda (and the scales) descend."""
         if self.entropy_weight is None:
             return run.val_loss(response(center - start), unflatten(center, run.hyper))
-        point = center + log_scale.exp() * torch.randn_like(center)
-        loss = run.val_loss(response(point - start), unflatten(point, run.hyper))
+        loss = self._perturbed("val", run, response, start, center, log_scale)
         return loss - self.entropy_weight * log_scale.sum()
+
+    def _perturbed(
+        self,
+        kind: Kind,
+        run: Run,
+        response: Response,
+        start: Tensor,
+        center: Tensor,
+        log_scale: Tensor,
+    ) -> Tensor:
+        """The loss of the next batch at w_phi(lambda + eps), lambda + eps."""
+
+        def at(noise: Tensor) -> Point:
+            point = center + log_scale.exp() * noise
+            return response(point - start), unflatten(point, run.hyper)
+
+        return run.perturbed_loss(kind, at, len(center), self.perturbations)
 
     def _project(self, run: Run, center: Tensor) -> None:
         hyper = unflatten(center.detach(), run.hyper)

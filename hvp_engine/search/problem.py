@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hvp_engine.linearization import Problem
 from hvp_engine.trees import flatten
 from hvp_engine.tuning.bounds import Bounds
 
 Loss = Callable[[Any, Any, Any], Tensor]
+Kind = Literal["train", "val"]
+Point = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""Weights and hyperparameters."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ class SearchResult:
         weights: those trained for them, like the problem's.
         val_loss: the mean validation loss there, over all validation batches.
         training_gradients, validation_gradients: evaluations of a loss with its gradient on one batch; a
-            Hessian-vector product counts as two. (Losses without a gradient are not counted.)
+            Hessian-vector product counts as two.
+        validation_losses: evaluations of the validation loss alone on one batch, to choose between trials and for the
+            curve; the budget leaves them out.
         curve: (gradients of both kinds so far, lowest mean validation loss so far), as the search went on.
         scales: of a self-tuning network, the standard deviations of the perturbations, like `hyper`; else None.
     """
@@ -57,6 +63,7 @@ class SearchResult:
     val_loss: float
     training_gradients: int
     validation_gradients: int
+    validation_losses: int
     curve: tuple[tuple[int, float], ...]
     scales: Any = None
 
@@ -83,7 +90,8 @@ class Run:
         self.weights, self.hyper = ([t.detach().clone() for t in tensors] for tensors in (weights, hyper))
         self.bounds = Bounds(problem.bounds, self.hyper, self.hyper_structure)
         self.device = self.weights[0].device
-        self.budget, self.training_gradients, self.validation_gradients = gradients, 0, 0
+        self.budget = gradients
+        self.training_gradients = self.validation_gradients = self.validation_losses = 0
         self.curve: list[tuple[int, float]] = []
         self._problem = problem
         self._train, self._val = (
@@ -97,13 +105,39 @@ class Run:
 
     def train_loss(self, weights: Sequence[Tensor], hyper: Sequence[Tensor]) -> Tensor:
         """The training loss on the next batch, to be differentiated: counted."""
-        self.training_gradients += 1
-        return self._evaluate(self._problem.train_loss, weights, hyper, next(self._train), "train_loss")
+        loss, batch, name = self._next("train")
+        return self._evaluate(loss, weights, hyper, batch, name)
 
     def val_loss(self, weights: Sequence[Tensor], hyper: Sequence[Tensor]) -> Tensor:
         """The validation loss on the next batch, to be differentiated: counted."""
+        loss, batch, name = self._next("val")
+        return self._evaluate(loss, weights, hyper, batch, name)
+
+    def perturbed_loss(self, kind: Kind, at: Callable[[Tensor], Point], size: int, parts: int | None) -> Tensor:
+        """The mean loss on the next batch, to be differentiated: counted as one. Each of `parts` equal parts of the
+        batch, or each example if None, has weights and hyperparameters `at(noise)` of its own normal noise (size,)."""
+        loss, batch, name = self._next(kind)
+        like = self.hyper[0]
+        if parts == 1:
+            noise = torch.randn(size, dtype=like.dtype, device=like.device)
+            return self._evaluate(loss, *at(noise), batch, name)
+        leaves, spec = pytree.tree_flatten(batch)
+        stacked = _in_parts(leaves, parts)
+        noise = torch.randn(len(stacked[0]), size, dtype=like.dtype, device=like.device)
+
+        def evaluate(row: Tensor, *part: Tensor) -> Tensor:
+            return self._evaluate(loss, *at(row), pytree.tree_unflatten(list(part), spec), name)
+
+        losses: Tensor = torch.func.vmap(evaluate, randomness="different")(noise, *stacked)
+        return losses.mean()
+
+    def _next(self, kind: Kind) -> tuple[Loss, Any, str]:
+        """A loss, its next batch and its name: counted."""
+        if kind == "train":
+            self.training_gradients += 1
+            return self._problem.train_loss, next(self._train), "train_loss"
         self.validation_gradients += 1
-        return self._evaluate(self._problem.val_loss, weights, hyper, next(self._val), "val_loss")
+        return self._problem.val_loss, next(self._val), "val_loss"
 
     @property
     def look_is_due(self) -> bool:
@@ -117,6 +151,7 @@ class Run:
             float(self._evaluate(self._problem.val_loss, weights, hyper, batch, "val_loss"))
             for batch in self._problem.val_batches
         ]
+        self.validation_losses += len(losses)
         mean = sum(losses) / len(losses)
         lowest = min([mean if math.isfinite(mean) else math.inf, *(loss for _, loss in self.curve[-1:])])
         self.curve.append((self.spent, lowest))
@@ -129,6 +164,7 @@ class Run:
             val_loss,
             self.training_gradients,
             self.validation_gradients,
+            self.validation_losses,
             tuple(self.curve),
         )
 
@@ -137,6 +173,24 @@ class Run:
     ) -> Tensor:
         problem = Problem(loss, list(weights), self.weight_structure, list(hyper), self.hyper_structure, (batch,), name)
         return problem.evaluate(weights, hyper)
+
+
+def _in_parts(leaves: Sequence[Any], parts: int | None) -> list[Tensor]:
+    """The leaves of a batch cut along their first dimension, examples: (parts, examples of each, ...)."""
+    counts = [len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves]
+    count = counts[0] if counts else None
+    if not count or any(other != count for other in counts):
+        raise ValueError(
+            "perturbations: expected batches that are trees of tensors whose first dimension is that of the examples; "
+            f"got leaves with {counts}: use perturbations=1, one for the whole batch"
+        )
+    parts = count if parts is None else parts
+    if count % parts:
+        raise ValueError(
+            f"perturbations: expected a divisor of the {count} examples of a batch; got {parts}: use None, one for "
+            "each example, or 1"
+        )
+    return [leaf.reshape(parts, count // parts, *leaf.shape[1:]) for leaf in leaves]
 
 
 def _endless(batches: Iterable[Any], name: str) -> Iterator[Any]:
