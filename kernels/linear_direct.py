@@ -8,7 +8,19 @@ import triton.language as tl
 from torch import Tensor
 
 from hvp_engine import linear_model_reference
-from hvp_engine.kernels.linear_model import Tiling, curve, device_of, group_rows, measure, measure_each, numbers, record
+from hvp_engine.kernels.linear_model import (
+    Tiling,
+    add_each,
+    close_bias,
+    curve,
+    device_of,
+    group_rows,
+    measure,
+    numbers,
+    open_bias,
+    record,
+    step_bias,
+)
 from hvp_engine.linear_model_reference import Factors
 
 
@@ -51,11 +63,8 @@ def linear_model_direct_terms(
     start_bias = tl.zeros((ROWS,), state)
     bias_shift = start_bias
     if bias is not None:
-        start_bias = tl.load(v + row // outputs * size + bias + output, mask=inside, other=0.0)
-        bias_shift = tl.load(decay + bias + output, mask=inside, other=0.0) + damped
-        squared, wrong = measure_each(start_bias)
-        squared_start += squared
-        bad_start = tl.maximum(bad_start, wrong)
+        start_bias, bias_shift = open_bias(v, decay, damped, row, output, outputs, size, bias, inside)
+        squared_start, bad_start = add_each(start_bias, squared_start, bad_start)
     term_bias = start_bias
     sum_bias = start_bias
     squared_term = tl.zeros((ROWS,), tl.float64)
@@ -95,20 +104,12 @@ def linear_model_direct_terms(
             tl.store(p + place, total, mask=there)
             begin += FEATURES
         if bias is not None:
-            bias_product = tl.sum(curved, 1) + bias_shift * source_bias
-            term_bias = (start_bias if HORNER else term_bias) - step * bias_product
-            sum_bias += term_bias
+            term_bias, sum_bias = step_bias(curved, bias_shift, start_bias, term_bias, sum_bias, step, HORNER)
     if bias is not None:
         place_bias = row // outputs * size + bias + output
-        tl.store(p + place_bias, step * sum_bias, mask=inside)
-        if not HORNER:
-            tl.store(v + place_bias, term_bias, mask=inside)
-        squared, wrong = measure_each(term_bias)
-        squared_term += squared
-        bad = tl.maximum(bad, wrong)
-        squared, wrong = measure_each(sum_bias)
-        squared_sum += squared
-        bad = tl.maximum(bad, wrong)
+        squared_term, squared_sum, bad = close_bias(
+            v, p, place_bias, inside, term_bias, sum_bias, step, squared_term, squared_sum, bad, HORNER
+        )
     record(figures, row, inside, squared_start, bad_start, squared_term, squared_sum, bad)
 
 

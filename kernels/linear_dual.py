@@ -10,13 +10,16 @@ from torch import Tensor
 from hvp_engine.kernels.linear_model import (
     LEAST,
     Tiling,
+    add_each,
+    close_bias,
     curve,
     device_of,
     group_rows,
     measure,
-    measure_each,
     numbers,
+    open_bias,
     record,
+    step_bias,
 )
 from hvp_engine.linear_model_reference import Factors
 
@@ -47,12 +50,12 @@ def linear_model_dual_terms(
     if probabilities is not None:
         probabilities = tl.load(probabilities + factor, mask=here, other=0.0)
     step = tl.load(alpha).to(state)
-    shift = tl.load(decay).to(state) + tl.load(damping).to(state)
+    damped = tl.load(damping).to(state)
+    shift = tl.load(decay).to(state) + damped
     start_bias = tl.zeros((ROWS,), state)
     bias_shift = start_bias
     if bias is not None:
-        start_bias = tl.load(v + row // outputs * size + bias + output, mask=inside, other=0.0)
-        bias_shift = tl.load(decay + bias + output, mask=inside, other=0.0) + tl.load(damping).to(state)
+        start_bias, bias_shift = open_bias(v, decay, damped, row, output, outputs, size, bias, inside)
     term_bias = start_bias
     sum_bias = start_bias
     term = tl.zeros((ROWS, SAMPLES), state)
@@ -79,9 +82,7 @@ def linear_model_dual_terms(
         total += term
         sum_c += term_c
         if bias is not None:
-            bias_product = tl.sum(curved, 1) + bias_shift * source_bias
-            term_bias = (start_bias if HORNER else term_bias) - step * bias_product
-            sum_bias += term_bias
+            term_bias, sum_bias = step_bias(curved, bias_shift, start_bias, term_bias, sum_bias, step, HORNER)
     tl.store(sums + at, total, mask=here)
     tl.store(terms + at, term, mask=here)
     if bias is not None:
@@ -135,18 +136,10 @@ def linear_model_expand(
         start_bias = tl.load(v + place_bias, mask=first, other=0.0)
         total_bias = tl.load(biases + 2 * row, mask=first, other=0.0)
         term_bias = tl.load(biases + 2 * row + 1, mask=first, other=0.0)
-        tl.store(p + place_bias, step * total_bias, mask=first)
-        if not HORNER:
-            tl.store(v + place_bias, term_bias, mask=first)
-        squared, wrong = measure_each(start_bias)
-        squared_start += squared
-        bad_start = tl.maximum(bad_start, wrong)
-        squared, wrong = measure_each(term_bias)
-        squared_term += squared
-        bad = tl.maximum(bad, wrong)
-        squared, wrong = measure_each(total_bias)
-        squared_sum += squared
-        bad = tl.maximum(bad, wrong)
+        squared_start, bad_start = add_each(start_bias, squared_start, bad_start)
+        squared_term, squared_sum, bad = close_bias(
+            v, p, place_bias, first, term_bias, total_bias, step, squared_term, squared_sum, bad, HORNER
+        )
     record(
         figures + tl.program_id(1).to(tl.int64) * 6 * rows,
         row,

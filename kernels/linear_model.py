@@ -73,10 +73,37 @@ def measure(x):
 
 
 @triton.jit
-def measure_each(x):
-    """The same for rows of one element."""
+def add_each(x, squared, bad):
+    """The same for rows of one element, added to those of others."""
     wide = x.to(tl.float64)
-    return wide * wide, 1 - (tl.abs(x) < float("inf")).to(tl.int32)
+    return squared + wide * wide, tl.maximum(bad, 1 - (tl.abs(x) < float("inf")).to(tl.int32))
+
+
+@triton.jit
+def open_bias(v, decay, damped, row, output, outputs, size, bias, inside):
+    """The bias of each row of the right-hand side, and its decay with damping."""
+    start = tl.load(v + row // outputs * size + bias + output, mask=inside, other=0.0)
+    return start, tl.load(decay + bias + output, mask=inside, other=0.0) + damped
+
+
+@triton.jit
+def step_bias(curved, shift, start, term, total, step, HORNER: tl.constexpr):
+    """The bias of the next term, and of the sum with it; its product is the sum over samples."""
+    source = total if HORNER else term
+    product = tl.sum(curved, 1) + shift * source
+    term = (start if HORNER else term) - step * product
+    return term, total + term
+
+
+@triton.jit
+def close_bias(v, p, place, mask, term, total, step, squared_term, squared_sum, bad, HORNER: tl.constexpr):
+    """Write the bias as the weights are written, and add it to the figures (the last three)."""
+    tl.store(p + place, step * total, mask=mask)
+    if not HORNER:
+        tl.store(v + place, term, mask=mask)
+    squared_term, bad = add_each(term, squared_term, bad)
+    squared_sum, bad = add_each(total, squared_sum, bad)
+    return squared_term, squared_sum, bad
 
 
 @triton.jit
