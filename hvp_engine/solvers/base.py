@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine import ops
+from hvp_engine.preconditioning import Preconditioner, check_preconditioner
 from hvp_engine.solution import Status
 from hvp_engine.spectrum import SpectralEstimate
 from hvp_engine.vectors import FlatVector, Layout
@@ -161,6 +162,26 @@ def tolerance_of(tol: float | None, layout: Layout) -> float:
     """The relative residual to stop at: `tol`, by default eps^(2/3), and in no case below rounding."""
     epsilon = torch.finfo(layout.state_dtype).eps
     return max(epsilon, epsilon ** (2 / 3) if tol is None else tol)
+
+
+@dataclass(frozen=True)
+class KrylovSolver:
+    """The settings of conjugate gradients and MINRES, which need no estimate."""
+
+    iterations: int
+    tol: float | None = None
+    damping: float = 0.0
+    preconditioner: Preconditioner | None = None
+
+    def __post_init__(self) -> None:
+        check_iterations(self.iterations)
+        check_tolerance(self.tol)
+        check_damping(self.damping)
+        check_preconditioner(self.preconditioner)
+
+    @property
+    def estimates_spectrum(self) -> bool:
+        return False
 
 
 def krylov_residual(squared_b: float, bad_b: float, squared: float, bad: float, bad_metric: float) -> float:

@@ -12,15 +12,13 @@ from torch import Tensor
 
 from hvp_engine import ops
 from hvp_engine.backend import Bound
-from hvp_engine.preconditioning import Preconditioner, check_preconditioner, precondition
+from hvp_engine.preconditioning import precondition
 from hvp_engine.solution import Status
 from hvp_engine.solvers.base import (
     Iteration,
+    KrylovSolver,
     Outcome,
     RightHandSide,
-    check_damping,
-    check_iterations,
-    check_tolerance,
     krylov_residual,
     scalar,
     tolerance_of,
@@ -36,7 +34,7 @@ REFRESH_EVERY = 50
 
 
 @dataclass(frozen=True)
-class ConjugateGradient:
+class ConjugateGradient(KrylovSolver):
     """Conjugate gradients for a symmetric positive definite operator.
 
     Of all x in the span of b, A b, A^2 b, ... (of M b, M A M b, ... with a preconditioner) that `iterations` products
@@ -70,21 +68,6 @@ class ConjugateGradient:
     >>> solution.value, solution.status.name
     (tensor([2., 2.]), 'CONVERGED')
     """
-
-    iterations: int
-    tol: float | None = None
-    damping: float = 0.0
-    preconditioner: Preconditioner | None = None
-
-    def __post_init__(self) -> None:
-        check_iterations(self.iterations)
-        check_tolerance(self.tol)
-        check_damping(self.damping)
-        check_preconditioner(self.preconditioner)
-
-    @property
-    def estimates_spectrum(self) -> bool:
-        return False
 
     def allocate(self, layout: Layout) -> Iteration:
         return _ConjugateGradient(self, layout)

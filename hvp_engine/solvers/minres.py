@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from hvp_engine import ops
-from hvp_engine.preconditioning import Preconditioner, check_preconditioner, precondition
+from hvp_engine.preconditioning import precondition
 from hvp_engine.solution import Status
 from hvp_engine.solvers.base import (
     Iteration,
+    KrylovSolver,
     Outcome,
     RightHandSide,
-    check_damping,
-    check_iterations,
-    check_tolerance,
     krylov_residual,
     scalar,
     tolerance_of,
@@ -37,7 +35,7 @@ _STRAY = 0.01
 
 
 @dataclass(frozen=True)
-class MINRES:
+class MINRES(KrylovSolver):
     """The minimal residual method for a symmetric operator, definite or not.
 
     Of all x in the span of b, A b, A^2 b, ... that `iterations` products reach, it finds the one with the smallest
@@ -73,21 +71,6 @@ class MINRES:
     >>> solution.value, solution.status.name
     (tensor([-1.0000,  2.0000]), 'CONVERGED')
     """
-
-    iterations: int
-    tol: float | None = None
-    damping: float = 0.0
-    preconditioner: Preconditioner | None = None
-
-    def __post_init__(self) -> None:
-        check_iterations(self.iterations)
-        check_tolerance(self.tol)
-        check_damping(self.damping)
-        check_preconditioner(self.preconditioner)
-
-    @property
-    def estimates_spectrum(self) -> bool:
-        return False
 
     def allocate(self, layout: Layout) -> Iteration:
         return _MINRES(self, layout)
