@@ -71,7 +71,7 @@ class Method:
         source: who published it.
         iterative: whether i plays a part.
         gradients: gradient evaluations of one hypergradient, from (i, P, H); a product is two. Spectral estimates
-            (8 products, or 3 to refresh) come on top.
+            (8 products, or 3 to refresh) and what a preconditioner is made from come on top.
         make: an estimator from a setting and i; None for a search.
         search: the class, for a search.
     """
@@ -94,13 +94,15 @@ class Method:
         return " i" in self.memory
 
 
-def _implicit(name: str, solver: Callable[[Setting, int], Solver], formula: str, source: str) -> Method:
+def _implicit(
+    name: str, solver: Callable[[Setting, int], Solver], formula: str, source: str, cost: str = "i HVPs"
+) -> Method:
     """An iterative solver in the implicit estimator; the eager engine, so that time and memory compare."""
 
     def make(setting: Setting, i: int) -> Estimator:
         return Hypergradient(setting.train_loss, setting.val_loss, solver(setting, i), engine="eager")
 
-    return Method(name, "implicit", formula, "w", "O(P + H)", "i HVPs", source, True, lambda i, p, h: 3 + 2 * i, make)
+    return Method(name, "implicit", formula, "w", "O(P + H)", cost, source, True, lambda i, p, h: 3 + 2 * i, make)
 
 
 def _dense(name: str, make: Callable[[Setting], Estimator], formula: str, point: str, source: str) -> Method:
@@ -143,6 +145,7 @@ def _fitted(response: Any, setting: Setting, i: int) -> Estimator:
 
 _SUM = "sum_{j<i} [prod_{k<j} I - a H(w_{i-k})]"
 _TRIALS = "T trainings"
+_WITH_M = "i HVPs, and what M is made from"
 
 METHODS = (
     _dense("exact IFT", lambda s: AtMinimum(s.train_loss, _exact(s)), "H^-1", "w*", "implicit function theorem"),
@@ -199,11 +202,11 @@ METHODS = (
     _implicit("MINRES", lambda s, i: MINRES(i, tol=0.0), "argmin_x norm(v - H x), Krylov", "Paige and Saunders 1975"),
     _implicit(
         "CG, preconditioned", lambda s, i: ConjugateGradient(i, tol=0.0, preconditioner=s.preconditioner),
-        "as CG, with M near (diag H)^-1", "Hestenes and Stiefel 1952",
+        "as CG, with M near (diag H)^-1", "Hestenes and Stiefel 1952", _WITH_M,
     ),
     _implicit(
         "Neumann, preconditioned", lambda s, i: Neumann(i, preconditioner=s.preconditioner),
-        "a sum_{j<=i} (I - a M H)^j M", "here",
+        "a sum_{j<=i} (I - a M H)^j M", "here", _WITH_M,
     ),
     Method(
         "Nystrom", "implicit", "(A_i + rho I)^-1, A_i of rank i, rho = 0.01", "w", "O(P i + H)", "i + 1 HVPs",

@@ -33,7 +33,8 @@ class Solution:
     Attributes:
         value: x, in the container of v.
         iterations: terms or steps that the solver made.
-        hvps: products with A in all, those of the estimate of alpha included.
+        hvps: products with A in all, those of the estimate of alpha included. What a preconditioner was made from,
+            once and maybe for many solves, is its own `hvps`.
         residual_norm: ||v - A x'|| / ||v||, damping included, for the iterate x' that `residual_of` names.
         residual_of: "previous" (the iterate before the returned one: free), "returned", or "none" (no product was
             made, so the residual is that of x = 0).

@@ -46,8 +46,12 @@ class KFACPreconditioner:
         inputs, targets: a batch.
         shift: > 0, the typical curvature of what the blocks lack: weight decay and the solver's damping.
 
+    Attributes:
+        hvps: products spent with the Hessian: 0.
+        gradients: backward passes spent, one for each output. The solution of a solve does not count them.
+
     Cost: one forward pass, as many backward passes as there are outputs; the factors' squares in memory, and their
-    eigenvalue decompositions. No product with the Hessian. It stays as it is when the weights change.
+    eigenvalue decompositions. It stays as it is when the weights change.
 
     Errors: `TypeError` or `ValueError` naming the argument; `ValueError` if no layer is of a known kind.
 
@@ -85,7 +89,8 @@ class KFACPreconditioner:
         self.shift = shift
         self._count = len(names)
         places = {name: index for index, name in enumerate(names)}
-        self._blocks, self._means = _factors(module, loss, weights, inputs, targets, places)
+        self._blocks, self._means, self.gradients = _factors(module, loss, weights, inputs, targets, places)
+        self.hvps = 0
         if not self._blocks:
             raise ValueError("module: expected torch.nn.Linear or Conv2d layers with weights in `weights`; got none")
 
@@ -112,8 +117,8 @@ def _factors(
     inputs: Any,
     targets: Any,
     places: dict[str, int],
-) -> tuple[list[_Block], dict[int, float]]:
-    """The blocks, and the mean curvature of the weights that belong to none, by their places."""
+) -> tuple[list[_Block], dict[int, float], int]:
+    """The blocks; the mean curvature of the weights that belong to none, by their places; the backward passes."""
     layers = {name: layer for name, layer in module.named_modules() if _path(name, "weight") in places}
     layers = {name: layer for name, layer in layers.items() if _is_known(layer)}
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
@@ -133,7 +138,8 @@ def _factors(
     once = {name: found[0] for name, found in calls.items() if len(found) == 1}
     covered = {_path(name, kind) for name in once for kind in ("weight", "bias")}
     rest = [name for name in state if name not in covered]
-    sums, means = _covariances(outputs, _hessian_roots(loss, outputs, targets), layers, once, [state[n] for n in rest])
+    roots = _hessian_roots(loss, outputs, targets)
+    sums, means = _covariances(outputs, roots, layers, once, [state[n] for n in rest])
     blocks = []
     for (name, (x, _)), covariance in zip(once.items(), sums, strict=True):
         bias = places.get(_path(name, "bias"))
@@ -142,7 +148,7 @@ def _factors(
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
         a, g = rows.T @ rows / len(outputs), covariance * (len(outputs) / len(rows))
         blocks.append(_Block(places[_path(name, "weight")], bias, _eigen(a), _eigen(g)))
-    return blocks, {places[name]: mean for name, mean in zip(rest, means, strict=True)}
+    return blocks, {places[name]: mean for name, mean in zip(rest, means, strict=True)}, roots.shape[2]
 
 
 def _covariances(
