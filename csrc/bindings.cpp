@@ -280,6 +280,13 @@ LinearModelKernel linear_model_kernel(bool dual) {
   return dual ? baseline::linear_model_dual : baseline::linear_model_direct;
 }
 
+ChebyshevKernel chebyshev_kernel() {
+#ifdef HVP_HAS_AVX2
+  if (has_avx2()) return avx2::linear_model_chebyshev;
+#endif
+  return baseline::linear_model_chebyshev;
+}
+
 LanczosKernel lanczos_kernel() {
 #ifdef HVP_HAS_AVX2
   if (has_avx2()) return avx2::linear_model_lanczos;
@@ -339,6 +346,22 @@ void linear_model_neumann(const py::object& v, const py::object& p, const py::ob
                                              numbers, threads);
 }
 
+// `coefficients` has two numbers for each term; `figures` is zero on entry.
+void linear_model_chebyshev(const py::object& residual, const py::object& direction, const py::object& x,
+                            const py::object& figures, const py::object& coefficients,
+                            const py::object& inputs, const py::object& curvature,
+                            const py::object& probabilities, const py::object& decay, int64_t bias,
+                            double damping) {
+  const LinearModel model = linear_model(residual, inputs, curvature, probabilities, decay, py::none(), bias);
+  const int threads = threads_for(model);
+  const int64_t terms = Torch::get().view(coefficients.ptr()).shape[0];
+  void* const state[] = {memory(residual), memory(direction), memory(x)};
+  const auto* const table = static_cast<const double*>(memory(coefficients));
+  auto* const numbers = static_cast<double*>(memory(figures));
+  const py::gil_scoped_release release;
+  chebyshev_kernel()(model, {table, damping, terms - 1}, state[0], state[1], state[2], numbers, threads);
+}
+
 // Lanczos from the first row of `basis`; `figures` has the diagonal and the off-diagonal in its two rows.
 void linear_model_lanczos(const py::object& basis, const py::object& figures, const py::object& inputs,
                           const py::object& curvature, const py::object& probabilities,
@@ -381,6 +404,11 @@ PYBIND11_MODULE(_C, module) {
              py::arg("figures"), py::arg("inputs"), py::arg("curvature"), py::arg("probabilities"),
              py::arg("decay"), py::arg("gram"), py::arg("bias"), py::arg("alpha"), py::arg("damping"),
              py::arg("iterations"), py::arg("horner"));
+  module.def("linear_model_chebyshev", &hvp::linear_model_chebyshev,
+             "All terms of a Chebyshev iteration for a linear model.", py::kw_only(), py::arg("residual"),
+             py::arg("direction"), py::arg("x"), py::arg("figures"), py::arg("coefficients"),
+             py::arg("inputs"), py::arg("curvature"), py::arg("probabilities"), py::arg("decay"),
+             py::arg("bias"), py::arg("damping"));
   module.def("linear_model_lanczos", &hvp::linear_model_lanczos, "A Lanczos run for a linear model.",
              py::kw_only(), py::arg("basis"), py::arg("figures"), py::arg("inputs"), py::arg("curvature"),
              py::arg("probabilities"), py::arg("decay"), py::arg("bias"));

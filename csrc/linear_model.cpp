@@ -10,7 +10,8 @@ namespace {
 template <class T>
 class Solve : Parts<T> {
   using Parts<T>::model_, Parts<T>::threads_, Parts<T>::inputs_, Parts<T>::decay_, Parts<T>::rows_;
-  using Parts<T>::row, Parts<T>::rows_of, Parts<T>::curve, Parts<T>::multiply, Parts<T>::allocate;
+  using Parts<T>::row, Parts<T>::rows_of, Parts<T>::curve, Parts<T>::multiply, Parts<T>::allocate,
+      Parts<T>::measure;
 
  public:
   Solve(const LinearModel& model, const NeumannTerms& terms, T* v, T* p, double* figures, int threads)
@@ -183,18 +184,6 @@ class Solve : Parts<T> {
       if (bad_residual != 0) figures[5] = 1;
       for (int64_t i = 0; i < model_.size; ++i) p[i] *= alpha_;
     }
-  }
-
-  void measure(const T* vector, double* squared, double* bad) const {
-    double sum = 0, finite = 0;  // the latter stays zero unless a NaN or an infinity is multiplied in
-#pragma omp simd reduction(+ : sum, finite)
-    for (int64_t i = 0; i < model_.size; ++i) {
-      const double element = static_cast<double>(vector[i]);
-      sum += element * element;
-      finite += element * 0.0;
-    }
-    *squared = sum;
-    *bad = finite == 0 ? 0.0 : 1.0;
   }
 
   const NeumannTerms& terms_;

@@ -1,4 +1,4 @@
-// All terms of the Neumann series for the Hessian of a linear model, in one call, and a Lanczos run; the
+// All terms of a series for the Hessian of a linear model, in one call, and a Lanczos run; the
 // meaning of the two forms of the series is in hvp_engine/linear_model_reference.py.
 #pragma once
 
@@ -32,11 +32,21 @@ struct NeumannTerms {
 using LinearModelKernel = void (*)(const LinearModel& model, const NeumannTerms& terms, void* v, void* p,
                                    double* figures, int threads);
 
+struct ChebyshevTerms {
+  const double* coefficients;  // alpha and beta of each term, one more than products
+  double damping;
+  int64_t iterations;
+};
+
+// `residual` holds the right-hand sides on entry; `direction` and `x` are written. Figures as above.
+using ChebyshevKernel = void (*)(const LinearModel& model, const ChebyshevTerms& terms, void* residual,
+                                 void* direction, void* x, double* figures, int threads);
+
 // `basis` holds one flat vector for each step, the first one the start; the figures are one for each step.
 using LanczosKernel = void (*)(const LinearModel& model, void* basis, double* diagonal, double* off_diagonal,
                                int64_t steps, int threads);
 
-// One for each instruction set, from linear_model.cpp and linear_lanczos.cpp.
+// One for each instruction set, from linear_*.cpp.
 namespace baseline {
 void linear_model_direct(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,
                          int threads);
@@ -44,6 +54,8 @@ void linear_model_dual(const LinearModel&, const NeumannTerms&, void* v, void* p
                        int threads);
 void linear_model_lanczos(const LinearModel&, void* basis, double* diagonal, double* off_diagonal,
                           int64_t steps, int threads);
+void linear_model_chebyshev(const LinearModel&, const ChebyshevTerms&, void* residual, void* direction,
+                            void* x, double* figures, int threads);
 }  // namespace baseline
 namespace avx2 {
 void linear_model_direct(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,
@@ -52,6 +64,8 @@ void linear_model_dual(const LinearModel&, const NeumannTerms&, void* v, void* p
                        int threads);
 void linear_model_lanczos(const LinearModel&, void* basis, double* diagonal, double* off_diagonal,
                           int64_t steps, int threads);
+void linear_model_chebyshev(const LinearModel&, const ChebyshevTerms&, void* residual, void* direction,
+                            void* x, double* figures, int threads);
 }  // namespace avx2
 
 }  // namespace hvp

@@ -116,6 +116,19 @@ class Parts {
     }
   }
 
+  // The squared norm of one flat vector, and 1 if something in it is not finite.
+  void measure(const T* vector, double* squared, double* bad) const {
+    double sum = 0, finite = 0;  // the latter stays zero unless a NaN or an infinity is multiplied in
+#pragma omp simd reduction(+ : sum, finite)
+    for (int64_t i = 0; i < model_.size; ++i) {
+      const double element = static_cast<double>(vector[i]);
+      sum += element * element;
+      finite += element * 0.0;
+    }
+    *squared = sum;
+    *bad = finite == 0 ? 0.0 : 1.0;
+  }
+
   const LinearModel& model_;
   const int threads_;
   const T* const inputs_;

@@ -40,6 +40,20 @@ def linear_model_neumann(
     iterations: int,
     horner: bool,
 ) -> None: ...
+def linear_model_chebyshev(
+    *,
+    residual: Tensor,
+    direction: Tensor,
+    x: Tensor,
+    figures: Tensor,
+    coefficients: Tensor,
+    inputs: Tensor,
+    curvature: Tensor,
+    probabilities: Tensor | None,
+    decay: Tensor,
+    bias: int,
+    damping: float,
+) -> None: ...
 def linear_model_lanczos(
     *,
     basis: Tensor,

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
 from hvp_engine import backend, linear_model_reference
 from hvp_engine.engines.linear_model import LinearModelEngine
 from hvp_engine.krylov import Tridiagonalization
+from hvp_engine.linear_model_arguments import Loss, Reduction, check_names, check_targets, check_weights, decays_of
 from hvp_engine.linear_model_reference import Factors
 from hvp_engine.operators import Curvature
-from hvp_engine.trees import Structure, flatten
-from hvp_engine.vectors import INPUT_DTYPES, STATE_DTYPES, FlatVector, Layout, padded
-
-Loss = Literal["squared", "logistic", "softmax"]
-Reduction = Literal["mean", "sum"]
+from hvp_engine.trees import flatten
+from hvp_engine.vectors import FlatVector, Layout, padded
 
 _LOSSES: dict[str, Callable[..., Tensor]] = {
     "squared": functional.mse_loss,
@@ -62,7 +59,8 @@ class LinearModelOperator(Curvature):
 
     Every solver works on it. With :class:`Neumann` (without a preconditioner) all terms run in one call, in C++ on a
     CPU and in Triton on a GPU as far as they fit (`.engine.report()` says why not), for all right-hand sides of
-    `solve(..., batched=True)` together. It takes the cheaper of two forms:
+    `solve(..., batched=True)` together; so do, on a CPU, those of :class:`Chebyshev`, and for every solver the Lanczos
+    steps of automatic settings. The Neumann series takes the cheaper of two forms, the others the first:
 
     * direct: two products with the inputs for each term, 4 samples * features * outputs operations;
     * dual, where all of W has the same decay (that of b may differ): every term is c v + S X, so the terms need
@@ -96,11 +94,11 @@ class LinearModelOperator(Curvature):
         reduction: Reduction = "mean",
     ):
         leaves, structure = flatten(weights, "weights")
-        _check_names(loss, reduction)
-        _check_weights(inputs, leaves, loss)
+        check_names(loss, reduction)
+        check_weights(inputs, leaves, loss)
         leaves = [leaf.detach().clone(memory_format=torch.contiguous_format) for leaf in leaves]
         linearization = LinearModelProducts(
-            inputs.detach(), leaves, loss, targets, _decays(decay, leaves, structure), reduction
+            inputs.detach(), leaves, loss, targets, decays_of(decay, leaves, structure), reduction
         )
         super().__init__(linearization, structure, LinearModelEngine())
 
@@ -122,7 +120,7 @@ class LinearModelProducts:
         outputs = functional.linear(inputs.to(weight.dtype), matrix, *(b.view(-1) for b in bias))
         if targets is not None:
             targets = targets.detach().clone()
-            _check_targets(targets, outputs if weight.dim() == 2 else outputs[:, 0], loss)
+            check_targets(targets, outputs if weight.dim() == 2 else outputs[:, 0], loss)
         self._weights, self._decays, self._reduction = weights, decays, reduction
         self._outputs, self._loss, self._targets = outputs, loss, targets
         self.layout = Layout.of(weights)
@@ -204,111 +202,3 @@ class LinearModelProducts:
         if self._targets is not None and self._targets.dim() == 2:
             part *= self._targets.sum(1)
         return curvature, probabilities
-
-
-def _check_names(loss: str, reduction: str) -> None:
-    for name, value, kind in (("loss", loss, Loss), ("reduction", reduction, Reduction)):
-        if value not in get_args(kind):
-            raise ValueError(f"{name}: expected one of {', '.join(map(repr, get_args(kind)))}; got {value!r}")
-
-
-def _check_weights(inputs: Any, weights: Sequence[Tensor], loss: Loss) -> None:
-    """Raise unless inputs and weights are those of a linear model."""
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"inputs: expected a tensor; got {type(inputs).__name__}")
-    if inputs.dim() != 2 or 0 in inputs.shape:
-        raise ValueError(
-            f"inputs: expected a non-empty tensor (samples, features); got shape {tuple(inputs.shape)}: "
-            "flatten what is left with .flatten(1)"
-        )
-    if len(weights) > 2:
-        raise ValueError(f"weights: expected one tensor, or two with a bias; got {len(weights)}")
-    weight, *biases = weights
-    if weight.dtype not in STATE_DTYPES:
-        raise TypeError(f"weights: expected float32 or float64; got {weight.dtype}: cast them with .float()")
-    if weight.dim() not in (1, 2) or weight.shape[-1] != inputs.shape[1] or 0 in weight.shape:
-        raise ValueError(
-            f"weights: expected shape (outputs, {inputs.shape[1]}) or ({inputs.shape[1]},), for inputs of shape "
-            f"{tuple(inputs.shape)}; got {tuple(weight.shape)}"
-        )
-    if weight.dim() == 1 and loss == "softmax":
-        raise ValueError(
-            f"weights: expected shape (outputs, {inputs.shape[1]}) for the softmax loss; got {tuple(weight.shape)}: "
-            "for two classes and one output take loss='logistic'"
-        )
-    for bias in biases:
-        shapes = [(len(weight),)] if weight.dim() == 2 else [(), (1,)]
-        if tuple(bias.shape) not in shapes:
-            raise ValueError(
-                f"weights: expected a bias of shape {' or '.join(map(str, shapes))} after weights of shape "
-                f"{tuple(weight.shape)}; got {tuple(bias.shape)}"
-            )
-    if inputs.dtype not in INPUT_DTYPES or inputs.dtype.itemsize > weight.dtype.itemsize:
-        raise TypeError(
-            f"inputs: expected a floating dtype no wider than the weights' {weight.dtype}; got {inputs.dtype}: "
-            f"cast them with .to({weight.dtype})"
-        )
-    _check_device(inputs, weight, "inputs")
-    for bias in biases:
-        _check_kind(bias, weight, "weights: bias")
-
-
-def _check_kind(tensor: Tensor, weight: Tensor, name: str) -> None:
-    if tensor.dtype != weight.dtype:
-        raise TypeError(
-            f"{name}: expected {weight.dtype} as the weights; got {tensor.dtype}: cast it with .to({weight.dtype})"
-        )
-    _check_device(tensor, weight, name)
-
-
-def _check_device(tensor: Tensor, weight: Tensor, name: str) -> None:
-    if tensor.device != weight.device:
-        raise ValueError(
-            f"{name}: expected device {weight.device} as the weights; got {tensor.device}: "
-            f"move it with .to({str(weight.device)!r})"
-        )
-
-
-def _check_targets(targets: Any, outputs: Tensor, loss: Loss) -> None:
-    """Raise unless the loss takes these targets for these outputs."""
-    classes = loss == "softmax" and targets.dim() == 1
-    if classes and targets.dtype != torch.int64:
-        raise TypeError(f"targets: expected class indices in torch.int64; got {targets.dtype}: cast them with .long()")
-    shape = outputs.shape[:1] if classes else outputs.shape
-    if targets.shape != shape:
-        expected = f"({len(outputs)},) or {tuple(outputs.shape)}" if loss == "softmax" else str(tuple(outputs.shape))
-        raise ValueError(f"targets: expected shape {expected} for this loss; got {tuple(targets.shape)}")
-    if not classes:
-        _check_kind(targets, outputs, "targets")
-        return
-    _check_device(targets, outputs, "targets")
-    low, high = (int(bound) for bound in targets.aminmax())
-    if low < 0 or high >= outputs.shape[1]:
-        raise ValueError(
-            f"targets: expected class indices from 0 to {outputs.shape[1] - 1}; got {low} to {high}: "
-            "leave out the samples without a class"
-        )
-
-
-def _decays(decay: Any, weights: Sequence[Tensor], structure: Structure) -> list[Tensor]:
-    """One tensor for each of the weights: 0-dim, or of its shape."""
-    leaves, spec = pytree.tree_flatten(decay)
-    if spec.is_leaf():
-        leaves = leaves * len(weights)
-    elif spec != structure.spec:
-        raise ValueError(f"decay: expected a number, or the container of the weights, {structure.spec}; got {spec}")
-    decays = []
-    for index, (leaf, weight) in enumerate(zip(leaves, weights, strict=True)):
-        where = "decay" if len(leaves) == 1 else f"decay[{index}]"
-        if isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
-            leaf = weight.new_tensor(float(leaf))
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"{where}: expected a number or a tensor; got {type(leaf).__name__}")
-        _check_kind(leaf, weight, where)
-        if leaf.dim() and leaf.shape != weight.shape:
-            raise ValueError(
-                f"{where}: expected a number, or a tensor of shape {tuple(weight.shape)} as the weights; "
-                f"got {tuple(leaf.shape)}"
-            )
-        decays.append(leaf.detach().clone())
-    return decays

@@ -4,11 +4,12 @@ The Hessian is H V = G(V X^T) X + decay * V: X are the inputs (samples, features
 weights, and G(U) = C * (U - sum over outputs of (Q * U)) is the loss's own Hessian in the outputs, sample by sample,
 with C and Q like the transposed outputs. A bias is the weight of one more input that is always 1.
 
-:func:`linear_model_direct`, :func:`linear_model_dual` and :func:`linear_model_lanczos` are the executable specification
-of the C++ kernels of the same names. In the first two `v` and `p` hold one flat vector (see :mod:`hvp_engine.vectors`)
-in each row, one for each right-hand side. On entry `v` holds the right-hand sides; on return it holds the residuals of
-the last sums but one, except in the Horner form, which leaves it as it was, and `p` holds alpha times the sums. What is
-returned are the figures of each row, as the iterations of :class:`hvp_engine.Neumann` have them.
+:func:`linear_model_direct`, :func:`linear_model_dual`, :func:`linear_model_chebyshev` and :func:`linear_model_lanczos`
+are the executable specification of the C++ kernels of the same names. In the first two `v` and `p` hold one flat vector
+(see :mod:`hvp_engine.vectors`) in each row, one for each right-hand side. On entry `v` holds the right-hand sides; on
+return it holds the residuals of the last sums but one, except in the Horner form, which leaves it as it was, and `p`
+holds alpha times the sums. What is returned are the figures of each row, as the iterations of
+:class:`hvp_engine.Neumann` have them.
 """
 
 from __future__ import annotations
@@ -142,17 +143,30 @@ def linear_model_dual(
     return _finish(start, residual, p, alpha)
 
 
+def linear_model_chebyshev(
+    residual: Tensor, direction: Tensor, x: Tensor, factors: Factors, coefficients: Tensor, damping: float
+) -> Tensor:
+    """r <- r - A d; d <- beta d + alpha r; x <- x + d for each pair (alpha, beta) of `coefficients` (terms, 2) after
+    the first, which begins with d = x = alpha r.
+
+    On entry `residual` holds the right-hand sides, on return the residuals of the last x but one. Figures as above.
+    """
+    start = residual.clone()
+    torch.mul(residual, coefficients[0, 0].to(residual.dtype), out=direction)
+    x.copy_(direction)
+    for alpha, beta in coefficients[1:].to(residual.dtype):
+        residual -= _images(factors, direction) + damping * direction
+        direction.mul_(beta).addcmul_(residual, alpha)
+        x += direction
+    return _figures(start, residual, x)
+
+
 def linear_model_lanczos(start: Tensor, factors: Factors, steps: int) -> Tridiagonalization:
     """`steps` of Lanczos from the flat vector `start`, at most as many as there are weights."""
     layout = factors.layout
 
     def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        state = FlatVector.of(layout, tangents).data[None]
-        image = factors.decay * state
-        for part, data in zip(factors.split(image), factors.product(*factors.split(state)), strict=True):
-            if part is not None:
-                part += data
-        return layout.views(image[0])
+        return layout.views(_images(factors, FlatVector.of(layout, tangents).data[None])[0])
 
     basis = LanczosBasis(product, FlatVector(layout, start), steps)
     basis.extend(steps)
@@ -181,9 +195,24 @@ class Combination:
 
 
 def _finish(start: Tensor, residual: Tensor, p: Tensor, alpha: float) -> Tensor:
-    """Scale the sums; the figures, (rows, 6)."""
+    """Scale the sums; the figures."""
+    figures = _figures(start, residual, p)
+    p *= alpha
+    return figures
+
+
+def _figures(start: Tensor, residual: Tensor, p: Tensor) -> Tensor:
+    """(rows, 6)."""
     bad = (~torch.isfinite(residual) | ~torch.isfinite(p)).any(1).double()
     squares = [x.double().square().sum(1) for x in (start, residual, p)]
     bad_start = (~torch.isfinite(start)).any(1).double()
-    p *= alpha
     return torch.stack([squares[0], torch.zeros_like(bad), bad_start, *squares[1:], bad], dim=1)
+
+
+def _images(factors: Factors, state: Tensor) -> Tensor:
+    """H, its decay included, times the flat vectors in the rows of `state`."""
+    images = factors.decay * state
+    for part, data in zip(factors.split(images), factors.product(*factors.split(state)), strict=True):
+        if part is not None:
+            part += data
+    return images

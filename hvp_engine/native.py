@@ -121,6 +121,22 @@ def _linear_model(
     return figures
 
 
+def linear_model_chebyshev(
+    residual: Tensor, direction: Tensor, x: Tensor, factors: Factors, coefficients: Tensor, damping: float
+) -> Tensor:
+    figures = torch.zeros(len(x), 6, dtype=torch.float64)
+    _C.linear_model_chebyshev(
+        residual=residual,
+        direction=direction,
+        x=x,
+        figures=figures,
+        coefficients=coefficients,
+        damping=damping,
+        **_parts(factors),
+    )
+    return figures
+
+
 def linear_model_lanczos(start: Tensor, factors: Factors, steps: int) -> Tridiagonalization:
     basis = start.new_empty(steps, len(start))
     basis[0] = start

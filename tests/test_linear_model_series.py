@@ -287,3 +287,16 @@ def test_reference_and_kernels_have_one_meaning() -> None:
                 for ours, theirs in zip(*results, strict=True):
                     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
                 assert torch.equal(results[1][0], start) == (horner or iterations == 0)
+    table = torch.tensor([[0.2, 0.0], [0.3, 0.4], [0.1, 0.7], [0.4, 0.2]], dtype=DTYPE)
+    for terms in (1, 2, 4):
+        results = []
+        for module in (linear_model_reference, native):
+            r, d, x = start.clone(), torch.full_like(start, math.nan), torch.full_like(start, math.nan)
+            figures = module.linear_model_chebyshev(r, d, x, products.factors, table[:terms], 0.2)
+            results.append((r, d, x, figures))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    for steps in (1, 5):
+        both = [m.linear_model_lanczos(start[0], products.factors, steps) for m in (linear_model_reference, native)]
+        for ours, theirs in zip(*((t.basis, t.diagonal, t.off_diagonal) for t in both), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)

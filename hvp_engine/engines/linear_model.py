@@ -1,8 +1,8 @@
-"""The engine of a linear model: the whole Neumann series in one call, in the cheaper of its two forms."""
+"""The engine of a linear model: a whole Neumann series or Chebyshev iteration in one call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +15,22 @@ from hvp_engine.engines.side_by_side import run_side_by_side
 from hvp_engine.linear_model_reference import Factors
 from hvp_engine.linearization import Linearization, LinearMap, Problem
 from hvp_engine.solvers.base import FinishedIteration, Outcome, Solver
+from hvp_engine.solvers.chebyshev import Chebyshev
 from hvp_engine.solvers.neumann import Neumann, outcome_of
 from hvp_engine.spectrum import SpectralEstimate
-from hvp_engine.vectors import FlatVector
+from hvp_engine.vectors import FlatVector, Layout
 
 
 @dataclass(frozen=True)
 class AllTerms:
-    """The finished Neumann series of one right-hand side."""
+    """The finished terms of one right-hand side; `alpha` of a Neumann series, `bounds` of a Chebyshev iteration."""
 
     value: FlatVector
     direction: FlatVector
-    alpha: float
     steps: int
     figures: Tensor
+    alpha: float | None = None
+    bounds: tuple[float, float] | None = None
 
     def finish(self) -> Tensor:
         return self.figures
@@ -38,8 +40,8 @@ class AllTerms:
 
 
 class LinearModelEngine:
-    """Runs `Neumann` on a linear model's factors at once, for several right-hand sides together; other solvers, and
-    series with a preconditioner, go product by product."""
+    """Runs `Neumann`, and on a CPU `Chebyshev`, on a linear model's factors at once, for several right-hand sides
+    together; other solvers, and those with a preconditioner, go product by product."""
 
     name = "linear_model"
 
@@ -61,21 +63,22 @@ class LinearModelEngine:
         self, operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
     ) -> Iterable[FinishedIteration]:
         factors = getattr(operator, "factors", None)
-        if not isinstance(factors, Factors) or not isinstance(solver, Neumann) or solver.preconditioner is not None:
-            return run_side_by_side(self._eager, operator, vs, solver, estimate)
-        return self._all_terms(factors, vs, solver, solver.alpha_for(estimate))
+        if isinstance(factors, Factors) and getattr(solver, "preconditioner", None) is None:
+            if isinstance(solver, Neumann):
+                return self._all_terms(factors, vs, solver, solver.alpha_for(estimate))
+            if isinstance(solver, Chebyshev) and (kernel := chebyshev_kernel(factors)) is not None:
+                return self._chebyshev(kernel, factors, vs, solver, estimate)
+        return run_side_by_side(self._eager, operator, vs, solver, estimate)
 
     def report(self) -> str:
-        """How the last Neumann series ran."""
+        """How the last solve ran that was made in one call."""
         return self._last
 
     def _all_terms(
         self, factors: Factors, vs: Sequence[Sequence[Tensor]], solver: Neumann, alpha: float
     ) -> Sequence[AllTerms]:
         layout, iterations, horner = factors.layout, solver.iterations, solver.form == "horner"
-        v = torch.zeros(len(vs), layout.size, dtype=layout.state_dtype, device=layout.device)
-        for row, leaves in zip(v, vs, strict=True):
-            FlatVector(layout, row).copy_(leaves)
+        v = _rows(layout, vs)
         p = torch.empty_like(v)
         dual = prefers_dual(factors, len(vs), iterations)
         forms, where = kernels_for(factors, dual)
@@ -85,9 +88,44 @@ class LinearModelEngine:
         values = [FlatVector(layout, row) for row in p]
         directions = values if horner else [FlatVector(layout, row) for row in v]
         return [
-            AllTerms(value, direction, alpha, iterations, row)
+            AllTerms(value, direction, iterations, row, alpha=alpha)
             for value, direction, row in zip(values, directions, figures, strict=True)
         ]
+
+    def _chebyshev(
+        self,
+        kernel: Callable[..., Tensor],
+        factors: Factors,
+        vs: Sequence[Sequence[Tensor]],
+        solver: Chebyshev,
+        estimate: SpectralEstimate | None,
+    ) -> Sequence[AllTerms]:
+        layout = factors.layout
+        bounds, coefficients = solver.coefficients_for(estimate)
+        residual = _rows(layout, vs)
+        direction, x = torch.empty_like(residual), torch.empty_like(residual)
+        table = torch.tensor(coefficients, dtype=torch.float64)
+        figures = kernel(residual, direction, x, factors, table, solver.damping)
+        self._last = "direct form in C++"
+        return [
+            AllTerms(FlatVector(layout, value), FlatVector(layout, last), solver.iterations, row, bounds=bounds)
+            for value, last, row in zip(x, direction, figures, strict=True)
+        ]
+
+
+def _rows(layout: Layout, vs: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The right-hand sides as flat vectors, one in each row."""
+    rows = torch.zeros(len(vs), layout.size, dtype=layout.state_dtype, device=layout.device)
+    for row, leaves in zip(rows, vs, strict=True):
+        FlatVector(layout, row).copy_(leaves)
+    return rows
+
+
+def chebyshev_kernel(factors: Factors) -> Callable[..., Tensor] | None:
+    """The function that runs all terms, where it is worth it: in C++."""
+    name, module = backend.select(factors.layout.device, among=("cpp", "triton", "reference"))
+    kernels: Any = module
+    return kernels.linear_model_chebyshev if name == "cpp" else None
 
 
 def kernels_for(factors: Factors, dual: bool) -> tuple[Any, str]:
