@@ -27,9 +27,8 @@ def fast(model: Model, steps: int) -> Tridiagonalization:
 
 def ordinary(model: Model, steps: int) -> Tridiagonalization:
     """Product by product, with autograd's Hessian."""
-    basis = LanczosBasis(
-        hvp.HessianOperator(model.value, model.container, engine="eager").product, started(model), steps
-    )
+    operator = hvp.HessianOperator(model.value, model.weights, engine="eager")
+    basis = LanczosBasis(operator.product, started(model), steps)
     basis.extend(steps)
     return basis.tridiagonalization
 
