@@ -91,7 +91,7 @@ def retraced(recorded: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphM
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"][inputs:]
     for (name, tensor), node in zip(taken.items(), placeholders, strict=True):
         attribute = f"taken_{name}"
-        setattr(graph, attribute, tensor)
+        graph.register_buffer(attribute, tensor)
         with graph.graph.inserting_after(placeholders[-1]):
             again = graph.graph.get_attr(attribute)
         again.meta = dict(node.meta)
