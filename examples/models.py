@@ -112,9 +112,11 @@ class ResidualBlock(nn.Module):
         return F.relu(x + y)
 
 
-def _residual(shape: Shape, classes: int, widths: tuple[int, ...], blocks: int, projection: bool) -> nn.Module:
+def _residual(
+    shape: Shape, classes: int, widths: tuple[int, ...], blocks: int, projection: bool, stem_stride: int = 1
+) -> nn.Module:
     layers: list[nn.Module] = [
-        nn.Conv2d(shape[0], widths[0], 3, padding=1, bias=False),
+        nn.Conv2d(shape[0], widths[0], 3, stride=stem_stride, padding=1, bias=False),
         nn.BatchNorm2d(widths[0]),
         nn.ReLU(),
     ]
@@ -131,9 +133,10 @@ def resnet44(shape: Shape, classes: int = 10) -> nn.Module:
     return _residual(shape, classes, (16, 32, 64), 7, projection=False)
 
 
-def resnet18(shape: Shape, classes: int = 10, width: int = 64) -> nn.Module:
-    """ResNet-18 with a stem for CIFAR: 11,173,962 weights at width 64."""
-    return _residual(shape, classes, (width, 2 * width, 4 * width, 8 * width), 2, projection=True)
+def resnet18(shape: Shape, classes: int = 10, width: int = 64, stem_stride: int = 1) -> nn.Module:
+    """ResNet-18 with a stem for CIFAR: 11,173,962 weights at width 64, 176,402 at width 8."""
+    widths = (width, 2 * width, 4 * width, 8 * width)
+    return _residual(shape, classes, widths, 2, projection=True, stem_stride=stem_stride)
 
 
 def _convolutions(before: int, channels: int) -> nn.Module:

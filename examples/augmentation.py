@@ -1,0 +1,229 @@
+"""Fig. 7 and Table 3: a network that augments the training images, tuned on the validation images.
+
+The hyperparameters are the 6,659 weights of a U-Net, which begins as the identity; the problem and the rows of the
+table are in augmented_training.py. All rows of one seed have the same initial weights, batches and noise. Scored are
+the plain prediction and the mean of those for augmented images, in every row; the public code averages for tuned rows
+only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import mean, stdev
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import hvp_engine as hvp
+from examples import image_sets
+from examples.augmented_training import Augmentation, Recipe, Settings
+from examples.experiment import Experiment, Run
+from examples.image_sets import Batch, ImageSet
+
+PAPER = {
+    "none": "92.5 / 92.6",
+    "identity": "94.6 / 94.1",
+    "3 Neumann terms": "95.1 / 94.6",
+    "3 Neumann products": "95.1 / 94.6",
+    "3 unrolled": "95.0 / 94.7",
+    "3 CG products": "unstable",
+}
+"""Validation and test accuracy in percent."""
+
+FAILED = (hvp.Status.DIVERGED.name, hvp.Status.NEGATIVE_CURVATURE.name)
+PARTS = ("validation", "test")
+SHOWN = 8
+"""Images of the picture."""
+
+
+def run(run: Run, settings: Settings) -> None:
+    options, recipe = run.options, settings.recipes[run.options.recipe]
+    scores: dict[str, list[dict[str, float]]] = {row: [] for row in settings.rows}
+    histories: dict[str, list[hvp.History]] = {row: [] for row in settings.rows}
+    samples = {}
+    for seed in range(options.seed, options.seed + settings.seeds):
+        sizes = (settings.train, settings.validation)
+        images = image_sets.load(options.dataset, options.data, sizes, seed, options.device)
+        shown = images.test[0][:SHOWN]
+        for row in settings.rows:
+            torch.manual_seed(seed)
+            problem = Augmentation(settings, recipe, images, options.device)
+            if not torch.equal(problem.samples(shown, 1)[0], shown):
+                raise RuntimeError("the augmentation does not begin as the identity")
+            histories[row].append(_train(run, problem, images, f"{row}, seed {seed}"))
+            parts = {
+                "validation": first(images.validation, settings.scored),
+                "test": first(images.test, settings.tested),
+            }
+            figures = {part: problem.scores(batch) for part, batch in parts.items()}
+            scores[row].append({f"{part}_{name}": x for part in parts for name, x in figures[part].items()})
+            samples.setdefault(row, problem.samples(shown, 32).cpu())
+    weights = sum(weight.numel() for weight in problem.module.parameters())
+    run.note(
+        f"{images.source}; {len(images.train[1]):,} to train and {len(images.validation[1]):,} to validate; a "
+        f"ResNet-18 of {weights:,} weights; {settings.seeds} seeds, each with its own split; mean ± standard deviation."
+    )
+    run.table("scores", [{"row": row, "run": k} | score for row in scores for k, score in enumerate(scores[row])])
+    _report(run, settings, scores, histories)
+    run.picture("samples", draw_samples(shown.cpu(), samples))
+    run.picture("curves", draw_curves(histories))
+
+
+def _train(run: Run, problem: Augmentation, images: ImageSet, name: str) -> hvp.History:
+    settings = problem.settings
+    row = name.rpartition(", seed")[0]
+    return run.tune(
+        name,
+        problem.tuner(row),
+        image_sets.Shuffled(images.train, settings.batch),
+        image_sets.Shuffled(images.validation, settings.validation_batch),
+        settings.hyper_steps,
+        evaluate=lambda tuner: problem.progress(first(images.validation, settings.watched)),
+        evaluate_every=max(1, settings.hyper_steps // settings.evaluations),
+        checkpoint_every=settings.checkpoint_every,
+    )
+
+
+def _report(
+    run: Run,
+    settings: Settings,
+    scores: Mapping[str, list[Mapping[str, float]]],
+    histories: Mapping[str, list[hvp.History]],
+) -> None:
+    """The table, what tuning gained in pairs of runs, and how the augmentations ended."""
+    names = {"clean": "plain", "averaged": f"mean over {settings.samples} augmented images"}
+    for way, name in names.items():
+        for row, found in scores.items():
+            accuracies = [spread([100 * score[f"{part}_{way}_accuracy"] for score in found], 1) for part in PARTS]
+            losses = [spread([score[f"{part}_{way}_loss"] for score in found], 3) for part in PARTS]
+            run.compare(
+                f"{row}, {name}: validation / test accuracy in %; loss",
+                f"{' / '.join(accuracies)}; {' / '.join(losses)}",
+                PAPER[row] if way == "clean" else "",
+            )
+    for row in (row for row in scores if row != "none"):
+        pairs = list(zip(scores[row], scores["none"], strict=True))
+        for way, name in names.items():
+            accuracy = [100 * (mine[f"test_{way}_accuracy"] - none["test_clean_accuracy"]) for mine, none in pairs]
+            loss = [mine[f"test_{way}_loss"] - none["test_clean_loss"] for mine, none in pairs]
+            run.compare(
+                f"{row}, {name}: test accuracy above none, in points; test loss above none",
+                f"{spread(accuracy, 1, '+')} ({verdict(accuracy)}); {spread(loss, 3, '+')} ({verdict(loss)})",
+            )
+        ends = [history[-1].metrics for history in histories[row]]
+        run.compare(
+            f"{row}: mean change of an image, standard deviation over the noise",
+            ", ".join(f"{mean(end[name] for end in ends):.3f}" for name in ("shift", "deviation")),
+        )
+        failed = sum(record.status in FAILED for history in histories[row] for record in history)
+        if failed:
+            steps = sum(map(len, histories[row]))
+            run.note(f"{row}: {failed} of {steps} solves met negative curvature or diverged.")
+
+
+def first(part: Batch, count: int) -> Batch:
+    """At most `count` of it, which are in random order."""
+    return part[0][:count], part[1][:count]
+
+
+def spread(values: list[float], digits: int, sign: str = "") -> str:
+    """Mean ± standard deviation over the seeds."""
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.{digits}f}{deviation}"
+
+
+def verdict(differences: list[float]) -> str:
+    """Whether the mean is further from 0 than twice its standard error."""
+    if len(differences) < 2:
+        return "one seed"
+    error = stdev(differences) / math.sqrt(len(differences))
+    return "within noise" if abs(mean(differences)) <= 2 * error else "beyond noise"
+
+
+def draw_samples(images: Tensor, samples: Mapping[str, Tensor]) -> Figure:
+    """The images; below them, for each row that is tuned, an augmentation and the standard deviation of many."""
+    low, high = images.amin(), images.amax()
+    strips = {"image": (images - low) / (high - low)}
+    for row, drawn in samples.items():
+        if row != "none":
+            deviation = drawn.std(0)
+            strips[f"{row}:\na sample"] = ((drawn[0] - low) / (high - low)).clamp(0, 1)
+            strips[f"standard deviation,\nwhite = {deviation.amax():.2g}"] = deviation / deviation.amax().clamp(
+                min=1e-12
+            )
+    figure = Figure(figsize=(1.6 + 0.62 * len(images), 0.68 * len(strips)), layout="constrained")
+    for axis, (name, strip) in zip(
+        figure.subplots(len(strips), 1, squeeze=False).flatten(), strips.items(), strict=True
+    ):
+        axis.imshow(torch.cat(list(strip), 2).permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
+    return figure
+
+
+def draw_curves(histories: Mapping[str, list[hvp.History]]) -> Figure:
+    """Mean over the seeds, and between which values they were."""
+    panels = {
+        "clean_loss": "validation loss",
+        "clean_accuracy": "validation accuracy",
+        "shift": "mean change of the image",
+        "deviation": "standard deviation of the augmented image",
+    }
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    for axis, (metric, title) in zip(figure.subplots(2, 2).flatten(), panels.items(), strict=True):
+        for row, runs in histories.items():
+            records = [[record for record in history if record.metrics] for history in runs]
+            steps = [record.weight_steps for record in records[0]]
+            curves = torch.tensor([[record.metrics[metric] for record in run] for run in records])
+            (line,) = axis.plot(steps, curves.mean(0), label=row, lw=1.6)
+            axis.fill_between(steps, curves.amin(0), curves.amax(0), alpha=0.12, color=line.get_color(), lw=0)
+        axis.set(title=title, xlabel="training steps")
+        axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+_EPOCH = 45_000 // 128
+
+EXPERIMENT = Experiment(
+    name="augmentation",
+    source="Fig. 7, Table 3",
+    title="a network that augments the training images",
+    run=run,
+    sizes={
+        "small": Settings(
+            recipes={
+                "paper": Recipe("Adam", 3e-3, 3e-3, 0.03),
+                "code": Recipe("SGD", 0.1, 3e-3, 0.1, cuts=(0.3, 0.6, 0.8), spread=0.5),
+            },
+            hyper_steps=40,
+            inner_steps=9,
+            train=3000,
+            validation=2000,
+            width=8,
+            stem_stride=2,
+            batch=50,
+            validation_batch=100,
+            samples=3,
+        ),
+        "paper": Settings(
+            recipes={
+                "paper": Recipe("Adam", 1e-4, 1e-2, 1e-2),
+                "code": Recipe("SGD", 0.1, 1e-2, 0.1, cuts=(0.3, 0.6, 0.8), spread=0.5),
+            },
+            hyper_steps=200 * _EPOCH // 9,
+            inner_steps=9,
+            train=None,
+            validation=5000,
+            width=64,
+            stem_stride=1,
+            batch=128,
+            validation_batch=128,
+            evaluations=200,
+        ),
+    },
+    datasets=("cifar10",),
+    recipes=("paper", "code"),
+)

@@ -1,0 +1,209 @@
+"""A ResNet-18 that is trained on images which a U-Net changes; the U-Net's weights are the hyperparameters.
+
+    L_T(w, lambda) = cross-entropy of a(x, noise; lambda), with new noise at every step,
+    L_V(w, lambda) = cross-entropy of validation images as they are + spread * R(lambda).
+
+R is of the public code, the paper is silent about it: mean |mean_s a_s(x) - x| - mean std_s a_s(x) over samples s of
+the noise. Without it the identity is a saddle: a loss changes to second order in the amount of symmetric noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import hvp_engine as hvp
+from examples import models
+from examples.image_sets import Batch, ImageSet
+from hvp_engine.estimation import Estimate
+from hvp_engine.estimators import SGD, Unrolled
+
+Trees = dict[str, Tensor]
+
+ROWS = ("none", "identity", "3 Neumann terms", "3 Neumann products", "3 unrolled", "3 CG products")
+"""Ways to a hypergradient.
+
+The paper's "3 Neumann" and "3 unrolled" are not on equal terms: Algorithm 3 makes 3 products, which are 4 terms of the
+series, and 3 unrolled steps are 3 terms. "3 Neumann terms" and "3 unrolled" have 3 terms and one step size, "3 Neumann
+products" is Algorithm 3 to the letter. The identity is the first term, so that all but CG have the same scale.
+"""
+
+WAYS = ("clean", "averaged")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Optimizers and rates.
+
+    Arguments:
+        weight_optimizer: "Adam", or "SGD" with Nesterov's momentum 0.9 and weight decay 5e-4.
+        weight_rate: its learning rate.
+        cuts: fractions of the training steps after which the weights' learning rate is divided by 5.
+        hyper_rate: learning rate of RMSprop.
+        step_size: of the Neumann series and the unrolled steps.
+        spread: weight of R.
+    """
+
+    weight_optimizer: str
+    weight_rate: float
+    hyper_rate: float
+    step_size: float
+    cuts: tuple[float, ...] = ()
+    spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes.
+
+    Arguments:
+        recipes: by the name of `--recipe`.
+        hyper_steps, inner_steps, warmup_steps: as for `hvp.Tuner`.
+        train, validation: images; None is what the other leaves.
+        width, stem_stride: of the ResNet-18.
+        batch, validation_batch: images of a batch.
+        seeds: runs of each row.
+        samples: augmentations of an image for R and for mean predictions.
+        spread_images: of a validation batch for R.
+        watched, scored, tested: at most so many validation images in curves and in the table, and test images.
+    """
+
+    recipes: Mapping[str, Recipe]
+    hyper_steps: int
+    inner_steps: int
+    train: int | None
+    validation: int | None
+    width: int
+    stem_stride: int
+    batch: int
+    validation_batch: int
+    seeds: int = 3
+    rows: tuple[str, ...] = ROWS
+    warmup_steps: int = 0
+    spread_images: int = 32
+    samples: int = 5
+    scored: int = 1000
+    tested: int = 10_000
+    watched: int = 500
+    evaluations: int = 10
+    checkpoint_every: int = 20
+
+
+class Augmentation:
+    """A ResNet-18 that is trained on images which a U-Net, tuned, has changed."""
+
+    def __init__(self, settings: Settings, recipe: Recipe, images: ImageSet, device: torch.device):
+        self.settings, self.recipe = settings, recipe
+        self.module = models.resnet18(images.shape, images.classes, settings.width, settings.stem_stride).to(device)
+        self.unet = models.UNet().to(device)
+        self.classify, self.augment = hvp.functional(self.module), hvp.functional(self.unet)
+
+    def train_loss(self, weights: Trees, augmentation: Trees, batch: Batch) -> Tensor:
+        """Cross-entropy of augmented images."""
+        images, labels = batch
+        return F.cross_entropy(self.classify(weights, self.augment(augmentation, with_noise(images))), labels)
+
+    def val_loss(self, weights: Trees, augmentation: Trees, batch: Batch) -> Tensor:
+        """Cross-entropy of images as they are, with R of the first of them."""
+        loss = F.cross_entropy(self.classify(weights, batch[0]), batch[1])
+        if not self.recipe.spread:
+            return loss
+        images = batch[0][: self.settings.spread_images]
+        copies = with_noise(images.repeat(self.settings.samples, 1, 1, 1))
+        samples = self.augment(augmentation, copies).unflatten(0, (-1, len(images)))
+        shift, deviation = moments(samples, images)
+        return loss + self.recipe.spread * (shift - deviation)
+
+    def untuned(self, weights: Trees, augmentation: Trees, train_batch: Batch, val_batch: Batch) -> Estimate:
+        """No hypergradient, but the losses of one."""
+        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        with torch.enable_grad():
+            loss = self.train_loss(leaves, augmentation, train_batch)
+            gradient = torch.autograd.grad(loss, list(leaves.values()))
+        norm = torch.stack([part.double().norm() for part in gradient]).norm()
+        with torch.no_grad():
+            val_loss = self.val_loss(weights, augmentation, val_batch)
+        return Estimate({name: torch.zeros_like(h) for name, h in augmentation.items()}, loss.detach(), val_loss, norm)
+
+    def tuner(self, row: str) -> hvp.Tuner:
+        """Algorithm 1 with the row's way to a hypergradient."""
+        settings, recipe = self.settings, self.recipe
+        steps = settings.warmup_steps + settings.inner_steps * settings.hyper_steps
+        cuts = [round(cut * steps) for cut in recipe.cuts]
+        return hvp.Tuner(
+            self.module,
+            self.unet,
+            self.train_loss,
+            self.val_loss,
+            weight_optimizer=lambda tensors: weight_optimizer(recipe, tensors),
+            hyper_optimizer=lambda tensors: torch.optim.RMSprop(tensors, lr=recipe.hyper_rate),
+            weight_scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, cuts, gamma=0.2),
+            inner_steps=settings.inner_steps,
+            warmup_steps=settings.warmup_steps,
+            **self._approximation(row),
+        )
+
+    def _approximation(self, row: str) -> dict[str, Any]:
+        size = self.recipe.step_size
+        if row == "none":
+            return {"estimator": self.untuned}
+        if row == "3 unrolled":
+            return {"estimator": Unrolled(self.train_loss, self.val_loss, 3, SGD(size))}
+        solvers = {
+            "identity": hvp.Neumann(0, size),
+            "3 Neumann terms": hvp.Neumann(2, size),
+            "3 Neumann products": hvp.Neumann(3, size),
+            "3 CG products": hvp.ConjugateGradient(3),
+        }
+        return {"solver": solvers[row]}
+
+    @torch.no_grad()
+    def scores(self, part: Batch, ways: Sequence[str] = WAYS, size: int = 500) -> dict[str, float]:
+        """Accuracy and cross-entropy of plain predictions ("clean") and of the mean over augmented images."""
+        found = {f"{way}_{figure}": 0.0 for way in ways for figure in ("accuracy", "loss")}
+        training = self.module.training
+        self.module.eval()
+        for images, labels in zip(part[0].split(size), part[1].split(size), strict=True):
+            for way in ways:
+                copies = self.samples(images, self.settings.samples) if way == "averaged" else [images]
+                predicted = torch.stack([self.module(copy).softmax(1) for copy in copies]).mean(0)
+                found[f"{way}_accuracy"] += int(predicted.argmax(1).eq(labels).sum()) / len(part[1])
+                loss = F.nll_loss(predicted.clamp(min=1e-12).log(), labels, reduction="sum")
+                found[f"{way}_loss"] += float(loss) / len(part[1])
+        self.module.train(training)
+        return found
+
+    def progress(self, part: Batch) -> dict[str, float]:
+        """What the curves show, of plain predictions and of the augmentation."""
+        few = part[0][: self.settings.spread_images]
+        shift, deviation = moments(self.samples(few, self.settings.samples), few)
+        return self.scores(part, ["clean"]) | {"shift": float(shift), "deviation": float(deviation)}
+
+    @torch.no_grad()
+    def samples(self, images: Tensor, count: int) -> Tensor:
+        """(count, N, 3, H, W): so many augmentations of each image."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return torch.stack([self.unet(with_noise(images)) for _ in range(count)])
+
+
+def with_noise(images: Tensor) -> Tensor:
+    """A channel of standard normal noise behind the colours."""
+    return torch.cat([images, torch.randn_like(images[:, :1])], 1)
+
+
+def moments(samples: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean change and standard deviation of samples (S, N, 3, H, W) of images (N, 3, H, W)."""
+    shift = (samples.mean(0) - images).abs().mean()
+    return shift, (samples.var(0) + 1e-12).sqrt().mean()
+
+
+def weight_optimizer(recipe: Recipe, tensors: list[Tensor]) -> torch.optim.Optimizer:
+    if recipe.weight_optimizer == "Adam":
+        return torch.optim.Adam(tensors, lr=recipe.weight_rate)
+    return torch.optim.SGD(tensors, lr=recipe.weight_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
