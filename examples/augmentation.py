@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from statistics import mean, stdev
 
 import torch
@@ -18,12 +19,13 @@ from torch import Tensor
 
 import hvp_engine as hvp
 from examples import image_sets
-from examples.augmented_training import Augmentation, Recipe, Settings
+from examples.augmented_training import ROWS, Augmentation, Recipe, Settings
 from examples.experiment import Experiment, Run
 from examples.image_sets import Batch, ImageSet
 
 PAPER = {
     "none": "92.5 / 92.6",
+    "fixed noise": "",
     "identity": "94.6 / 94.1",
     "3 Neumann terms": "95.1 / 94.6",
     "3 Neumann products": "95.1 / 94.6",
@@ -34,7 +36,7 @@ PAPER = {
 
 FAILED = (hvp.Status.DIVERGED.name, hvp.Status.NEGATIVE_CURVATURE.name)
 PARTS = ("validation", "test")
-SHOWN = 8
+SHOWN = 6
 """Images of the picture."""
 
 
@@ -42,23 +44,20 @@ def run(run: Run, settings: Settings) -> None:
     options, recipe = run.options, settings.recipes[run.options.recipe]
     scores: dict[str, list[dict[str, float]]] = {row: [] for row in settings.rows}
     histories: dict[str, list[hvp.History]] = {row: [] for row in settings.rows}
-    samples = {}
+    samples: dict[str, Tensor] = {}
     for seed in range(options.seed, options.seed + settings.seeds):
         sizes = (settings.train, settings.validation)
         images = image_sets.load(options.dataset, options.data, sizes, seed, options.device)
         shown = images.test[0][:SHOWN]
+        samples.setdefault("image", shown.cpu())
         for row in settings.rows:
             torch.manual_seed(seed)
-            problem = Augmentation(settings, recipe, images, options.device)
-            if not torch.equal(problem.samples(shown, 1)[0], shown):
+            problem = Augmentation(settings, recipe, images, options.device, row)
+            if row != "fixed noise" and not torch.equal(problem.samples(shown, 1)[0], shown):
                 raise RuntimeError("the augmentation does not begin as the identity")
-            histories[row].append(_train(run, problem, images, f"{row}, seed {seed}"))
-            parts = {
-                "validation": first(images.validation, settings.scored),
-                "test": first(images.test, settings.tested),
-            }
-            figures = {part: problem.scores(batch) for part, batch in parts.items()}
-            scores[row].append({f"{part}_{name}": x for part in parts for name, x in figures[part].items()})
+            name = f"{row}, seed {seed}"
+            histories[row].append(_train(run, problem, images, name))
+            scores[row].append(run.remember(name, partial(_scores, problem, images)))
             samples.setdefault(row, problem.samples(shown, 32).cpu())
     weights = sum(weight.numel() for weight in problem.module.parameters())
     run.note(
@@ -67,16 +66,15 @@ def run(run: Run, settings: Settings) -> None:
     )
     run.table("scores", [{"row": row, "run": k} | score for row in scores for k, score in enumerate(scores[row])])
     _report(run, settings, scores, histories)
-    run.picture("samples", draw_samples(shown.cpu(), samples))
+    run.picture("samples", draw_samples(samples))
     run.picture("curves", draw_curves(histories))
 
 
 def _train(run: Run, problem: Augmentation, images: ImageSet, name: str) -> hvp.History:
     settings = problem.settings
-    row = name.rpartition(", seed")[0]
     return run.tune(
         name,
-        problem.tuner(row),
+        problem.tuner(),
         image_sets.Shuffled(images.train, settings.batch),
         image_sets.Shuffled(images.validation, settings.validation_batch),
         settings.hyper_steps,
@@ -84,6 +82,14 @@ def _train(run: Run, problem: Augmentation, images: ImageSet, name: str) -> hvp.
         evaluate_every=max(1, settings.hyper_steps // settings.evaluations),
         checkpoint_every=settings.checkpoint_every,
     )
+
+
+def _scores(problem: Augmentation, images: ImageSet) -> dict[str, float]:
+    settings = problem.settings
+    parts = (first(images.validation, settings.scored), first(images.test, settings.tested))
+    return {
+        f"{name}_{key}": x for name, part in zip(PARTS, parts, strict=True) for key, x in problem.scores(part).items()
+    }
 
 
 def _report(
@@ -112,7 +118,7 @@ def _report(
                 f"{row}, {name}: test accuracy above none, in points; test loss above none",
                 f"{spread(accuracy, 1, '+')} ({verdict(accuracy)}); {spread(loss, 3, '+')} ({verdict(loss)})",
             )
-        ends = [history[-1].metrics for history in histories[row]]
+        ends = [metered(history)[-1].metrics for history in histories[row]]
         run.compare(
             f"{row}: mean change of an image, standard deviation over the noise",
             ", ".join(f"{mean(end[name] for end in ends):.3f}" for name in ("shift", "deviation")),
@@ -121,6 +127,11 @@ def _report(
         if failed:
             steps = sum(map(len, histories[row]))
             run.note(f"{row}: {failed} of {steps} solves met negative curvature or diverged.")
+
+
+def metered(history: hvp.History) -> list[hvp.Record]:
+    """The records with what was evaluated."""
+    return [record for record in history if record.metrics]
 
 
 def first(part: Batch, count: int) -> Batch:
@@ -142,18 +153,18 @@ def verdict(differences: list[float]) -> str:
     return "within noise" if abs(mean(differences)) <= 2 * error else "beyond noise"
 
 
-def draw_samples(images: Tensor, samples: Mapping[str, Tensor]) -> Figure:
-    """The images; below them, for each row that is tuned, an augmentation and the standard deviation of many."""
+def draw_samples(samples: Mapping[str, Tensor]) -> Figure:
+    """Images; below them, for each row that is tuned, an augmentation of each and the standard deviation of many."""
+    images = samples["image"]
     low, high = images.amin(), images.amax()
     strips = {"image": (images - low) / (high - low)}
     for row, drawn in samples.items():
-        if row != "none":
+        if row not in ("image", "none", "fixed noise"):
             deviation = drawn.std(0)
             strips[f"{row}:\na sample"] = ((drawn[0] - low) / (high - low)).clamp(0, 1)
-            strips[f"standard deviation,\nwhite = {deviation.amax():.2g}"] = deviation / deviation.amax().clamp(
-                min=1e-12
-            )
-    figure = Figure(figsize=(1.6 + 0.62 * len(images), 0.68 * len(strips)), layout="constrained")
+            white = deviation.amax().clamp(min=1e-12)
+            strips[f"{row}: standard\ndeviation, white = {float(white):.2g}"] = deviation / white
+    figure = Figure(figsize=(2.4 + 0.5 * len(images), 0.55 * len(strips)), layout="constrained")
     for axis, (name, strip) in zip(
         figure.subplots(len(strips), 1, squeeze=False).flatten(), strips.items(), strict=True
     ):
@@ -174,9 +185,9 @@ def draw_curves(histories: Mapping[str, list[hvp.History]]) -> Figure:
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axis, (metric, title) in zip(figure.subplots(2, 2).flatten(), panels.items(), strict=True):
         for row, runs in histories.items():
-            records = [[record for record in history if record.metrics] for history in runs]
-            steps = [record.weight_steps for record in records[0]]
-            curves = torch.tensor([[record.metrics[metric] for record in run] for run in records])
+            measured = [{record.weight_steps: record.metrics[metric] for record in metered(run)} for run in runs]
+            steps = sorted(set.intersection(*(set(run) for run in measured)))
+            curves = torch.tensor([[run[step] for step in steps] for run in measured])
             (line,) = axis.plot(steps, curves.mean(0), label=row, lw=1.6)
             axis.fill_between(steps, curves.amin(0), curves.amax(0), alpha=0.12, color=line.get_color(), lw=0)
         axis.set(title=title, xlabel="training steps")
@@ -195,18 +206,20 @@ EXPERIMENT = Experiment(
     sizes={
         "small": Settings(
             recipes={
-                "paper": Recipe("Adam", 3e-3, 3e-3, 0.03),
-                "code": Recipe("SGD", 0.1, 3e-3, 0.1, cuts=(0.3, 0.6, 0.8), spread=0.5),
+                "paper": Recipe("Adam", 3e-3, 2e-3, 1e-2),
+                "code": Recipe("SGD", 0.1, 2e-3, 2e-2, cuts=(0.3, 0.6, 0.8), spread=0.5),
             },
-            hyper_steps=40,
-            inner_steps=9,
-            train=3000,
+            hyper_steps=24,
+            inner_steps=10,
+            rows=tuple(row for row in ROWS if row != "3 Neumann products"),
+            train=2000,
             validation=2000,
             width=8,
             stem_stride=2,
             batch=50,
             validation_batch=100,
             samples=3,
+            scored=500,
         ),
         "paper": Settings(
             recipes={

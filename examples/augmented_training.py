@@ -9,12 +9,13 @@ the noise. Without it the identity is a saddle: a loss changes to second order i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hvp_engine as hvp
@@ -25,8 +26,8 @@ from hvp_engine.estimators import SGD, Unrolled
 
 Trees = dict[str, Tensor]
 
-ROWS = ("none", "identity", "3 Neumann terms", "3 Neumann products", "3 unrolled", "3 CG products")
-"""Ways to a hypergradient.
+ROWS = ("none", "fixed noise", "identity", "3 Neumann terms", "3 Neumann products", "3 unrolled", "3 CG products")
+"""Ways to a hypergradient, beside two that tune nothing: the image itself, and with fixed noise (not in the paper).
 
 The paper's "3 Neumann" and "3 unrolled" are not on equal terms: Algorithm 3 makes 3 products, which are 4 terms of the
 series, and 3 unrolled steps are 3 terms. "3 Neumann terms" and "3 unrolled" have 3 terms and one step size, "3 Neumann
@@ -69,8 +70,10 @@ class Settings:
         batch, validation_batch: images of a batch.
         seeds: runs of each row.
         samples: augmentations of an image for R and for mean predictions.
+        noise: standard deviation of the fixed noise, in those of the pixels.
         spread_images: of a validation batch for R.
-        watched, scored, tested: at most so many validation images in curves and in the table, and test images.
+        watched, scored, tested: at most so many validation images in curves and in the table, and test images; the
+            statistics of plain images are taken of at most `scored`.
     """
 
     recipes: Mapping[str, Recipe]
@@ -85,6 +88,7 @@ class Settings:
     seeds: int = 3
     rows: tuple[str, ...] = ROWS
     warmup_steps: int = 0
+    noise: float = 0.5
     spread_images: int = 32
     samples: int = 5
     scored: int = 1000
@@ -94,13 +98,26 @@ class Settings:
     checkpoint_every: int = 20
 
 
-class Augmentation:
-    """A ResNet-18 that is trained on images which a U-Net, tuned, has changed."""
+class FixedNoise(nn.Module):
+    """In place of the U-Net: the noise is added to all colours, `amount` times."""
 
-    def __init__(self, settings: Settings, recipe: Recipe, images: ImageSet, device: torch.device):
-        self.settings, self.recipe = settings, recipe
+    def __init__(self, amount: float):
+        super().__init__()
+        self.amount = nn.Parameter(torch.tensor(amount))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :3] + self.amount * x[:, 3:]
+
+
+class Augmentation:
+    """A ResNet-18 that is trained on images which a U-Net changes; `row` says how that is tuned."""
+
+    def __init__(self, settings: Settings, recipe: Recipe, images: ImageSet, device: torch.device, row: str):
+        self.settings, self.recipe, self.row = settings, recipe, row
         self.module = models.resnet18(images.shape, images.classes, settings.width, settings.stem_stride).to(device)
-        self.unet = models.UNet().to(device)
+        unet = models.UNet()  # in every row, for the same random numbers afterwards
+        self.unet = (FixedNoise(settings.noise) if row == "fixed noise" else unet).to(device)
+        self.plain = images.train[0][: settings.scored]
         self.classify, self.augment = hvp.functional(self.module), hvp.functional(self.unet)
 
     def train_loss(self, weights: Trees, augmentation: Trees, batch: Batch) -> Tensor:
@@ -130,7 +147,7 @@ class Augmentation:
             val_loss = self.val_loss(weights, augmentation, val_batch)
         return Estimate({name: torch.zeros_like(h) for name, h in augmentation.items()}, loss.detach(), val_loss, norm)
 
-    def tuner(self, row: str) -> hvp.Tuner:
+    def tuner(self) -> hvp.Tuner:
         """Algorithm 1 with the row's way to a hypergradient."""
         settings, recipe = self.settings, self.recipe
         steps = settings.warmup_steps + settings.inner_steps * settings.hyper_steps
@@ -145,14 +162,14 @@ class Augmentation:
             weight_scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, cuts, gamma=0.2),
             inner_steps=settings.inner_steps,
             warmup_steps=settings.warmup_steps,
-            **self._approximation(row),
+            **self._approximation(),
         )
 
-    def _approximation(self, row: str) -> dict[str, Any]:
+    def _approximation(self) -> dict[str, Any]:
         size = self.recipe.step_size
-        if row == "none":
+        if self.row in ("none", "fixed noise"):
             return {"estimator": self.untuned}
-        if row == "3 unrolled":
+        if self.row == "3 unrolled":
             return {"estimator": Unrolled(self.train_loss, self.val_loss, 3, SGD(size))}
         solvers = {
             "identity": hvp.Neumann(0, size),
@@ -160,23 +177,38 @@ class Augmentation:
             "3 Neumann products": hvp.Neumann(3, size),
             "3 CG products": hvp.ConjugateGradient(3),
         }
-        return {"solver": solvers[row]}
+        return {"solver": solvers[self.row]}
 
     @torch.no_grad()
     def scores(self, part: Batch, ways: Sequence[str] = WAYS, size: int = 500) -> dict[str, float]:
-        """Accuracy and cross-entropy of plain predictions ("clean") and of the mean over augmented images."""
+        """Accuracy and cross-entropy of plain predictions ("clean") and of the mean over augmented images.
+
+        BatchNorm has the statistics of training images that are treated alike. (With those that training leaves, plain
+        predictions are at chance level once the augmentation shifts all images: batch statistics hide that from both
+        losses.)
+        """
         found = {f"{way}_{figure}": 0.0 for way in ways for figure in ("accuracy", "loss")}
-        training = self.module.training
-        self.module.eval()
-        for images, labels in zip(part[0].split(size), part[1].split(size), strict=True):
-            for way in ways:
-                copies = self.samples(images, self.settings.samples) if way == "averaged" else [images]
-                predicted = torch.stack([self.module(copy).softmax(1) for copy in copies]).mean(0)
+        for way in ways:
+            count = self.settings.samples if way == "averaged" else 0
+            network = self.settled(self.samples(self.plain, 1)[0] if count else self.plain, size)
+            for images, labels in zip(part[0].split(size), part[1].split(size), strict=True):
+                copies = self.samples(images, count) if count else [images]
+                predicted = torch.stack([network(treated).softmax(1) for treated in copies]).mean(0)
                 found[f"{way}_accuracy"] += int(predicted.argmax(1).eq(labels).sum()) / len(part[1])
                 loss = F.nll_loss(predicted.clamp(min=1e-12).log(), labels, reduction="sum")
                 found[f"{way}_loss"] += float(loss) / len(part[1])
-        self.module.train(training)
         return found
+
+    def settled(self, images: Tensor, size: int) -> nn.Module:
+        """The ResNet in evaluation mode, its BatchNorm's statistics those of `images`, in batches of `size`."""
+        network = copy.deepcopy(self.module)
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.reset_running_stats()
+                layer.momentum = None  # the mean over all batches
+        for batch in images.split(size):
+            network.train()(batch)
+        return network.eval()
 
     def progress(self, part: Batch) -> dict[str, float]:
         """What the curves show, of plain predictions and of the augmentation."""

@@ -155,6 +155,15 @@ class Run:
         self.cost(name, history)
         return history
 
+    def remember(self, name: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What `compute` returns; with `--resume`, what it returned before the interruption."""
+        path = self.checkpoints / f"{name}.json"
+        if self.options.resume and path.exists():
+            return json.loads(path.read_text())
+        found = compute()
+        write(path, json.dumps(found).encode())
+        return found
+
     def cost(self, name: str, history: hvp.History) -> None:
         """Keep what the hypergradients of `history` cost beside the training, evaluation left out."""
         training = sum(record.training_seconds for record in history)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_examples_paper import Interrupted, cifar, finished, quiet, rows  # noqa: F401
 
+import hvp_engine as hvp
 from examples import augmented_training
-from examples.augmentation import EXPERIMENT
+from examples.augmentation import EXPERIMENT, PAPER
 from examples.augmented_training import ROWS, Augmentation, Recipe, Settings, moments, with_noise
 from examples.image_sets import ImageSet
 
@@ -26,45 +27,75 @@ TINY = {
 }
 
 
-def problem(**recipe) -> Augmentation:
+def problem(row: str = "none", **recipe) -> Augmentation:
     torch.manual_seed(0)
     settings = Settings({}, **TINY)
     part = (torch.randn(10, 3, 8, 8), torch.arange(10))
     chosen = Recipe(**{"weight_optimizer": "SGD", "weight_rate": 0.1, "hyper_rate": 0.01, "step_size": 0.1} | recipe)
-    return Augmentation(settings, chosen, ImageSet(part, part, part, 10, "random"), torch.device("cpu"))
+    return Augmentation(settings, chosen, ImageSet(part, part, part, 10, "random"), torch.device("cpu"), row)
 
 
-@pytest.mark.parametrize("size", ["small", "paper"])
-@pytest.mark.parametrize("recipe", EXPERIMENT.recipes)
-def test_every_row_runs(tmp_path, size, recipe):
+@pytest.mark.parametrize(
+    ("size", "recipe", "chosen"),
+    [
+        ("small", "paper", ("none", "fixed noise", "identity", "3 unrolled")),
+        ("paper", "code", ("none", "3 Neumann products")),  # with a trace, which takes seconds
+    ],
+)
+def test_it_runs_and_writes_its_results(tmp_path, size, recipe, chosen):
     data = cifar(tmp_path, "cifar10", 40)
     options = {"size": size, "dataset": "cifar10", "recipe": recipe, "data": data}
-    run, result = finished("augmentation", tmp_path / "out", options, **TINY)
+    run, result = finished("augmentation", tmp_path / "out", options, **TINY, rows=chosen)
     assert run.folder.name == f"augmentation-cifar10-{size}-{recipe}-seed0"
     assert result["pictures"] == ["samples.png", "curves.png"]
     scores = {row["row"]: row for row in rows(run, "scores")}
-    assert tuple(scores) == ROWS == tuple(dict.fromkeys(name.rpartition(", ")[0] for name in result["costs"]))
+    assert tuple(scores) == chosen
     for part in ("validation", "test"):
-        assert scores["none"][f"{part}_clean_accuracy"] == scores["none"][f"{part}_averaged_accuracy"]
-    for row in ROWS:
+        clean, averaged = (float(scores["none"][f"{part}_{way}_loss"]) for way in ("clean", "averaged"))
+        assert clean == pytest.approx(averaged, rel=1e-3)
+    for row in chosen:
         records = rows(run, f"{row}, seed 0")
         assert [record["weight_steps"] for record in records] == ["2", "4"]
-        assert (float(records[-1]["shift"]) > 0) == (float(records[-1]["hypergradient_norm"]) > 0)
-        assert (float(records[-1]["shift"]) > 0) or row in ("none", "3 CG products")
+        if row == "fixed noise":
+            assert 0.4 < float(records[-1]["deviation"]) < 0.6
+            continue
+        assert (float(records[-1]["shift"]) > 1e-6) == (row != "none")
+        assert (float(records[-1]["hypergradient_norm"]) > 0) == (row != "none")
 
 
 def test_rows_differ_in_the_hypergradient_alone():
-    first = {}
+    assert set(EXPERIMENT.sizes["paper"].rows) == set(PAPER) == set(ROWS)
+    batch = (torch.randn(10, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(10))
+    found = {}
     for row in ROWS:
-        tuner = problem().tuner(row)
-        loader = [(torch.randn(10, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(10))]
-        first[row] = tuner.fit(loader, loader, 1, progress=False)[0]
-    for record in first.values():
-        assert record.train_loss == pytest.approx(first["none"].train_loss, rel=1e-5)
-        assert record.gradient_norm == pytest.approx(first["none"].gradient_norm, rel=1e-4)
-    norms = {row: record.hypergradient_norm for row, record in first.items()}
-    assert norms["none"] == 0 < norms["identity"] < norms["3 Neumann products"]
+        one = problem(row)
+        estimator = one.tuner().estimator
+        if isinstance(estimator, hvp.Hypergradient):
+            estimator = hvp.Hypergradient(one.train_loss, one.val_loss, solver=estimator.solver, engine="eager")
+        weights, augmentation = dict(one.module.named_parameters()), dict(one.unet.named_parameters())
+        estimate = estimator(weights, augmentation, batch, batch)
+        norm = float(torch.stack([grad.norm() for grad in estimate.grads.values()]).norm())
+        found[row] = float(estimate.train_loss), float(estimate.gradient_norm), norm
+    losses, gradients, norms = (dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True))
+    assert norms["none"] == norms["fixed noise"] == 0 < norms["identity"] < norms["3 Neumann products"]
+    assert losses.pop("fixed noise") != losses["none"]
+    gradients.pop("fixed noise")
+    for row in losses:
+        assert losses[row] == pytest.approx(losses["none"], rel=1e-5)
+        assert gradients[row] == pytest.approx(gradients["none"], rel=1e-4)
     assert norms["3 Neumann terms"] == pytest.approx(norms["3 unrolled"], rel=0.5)
+
+
+def test_batch_norm_has_the_statistics_of_what_is_scored():
+    one = problem()
+    torch.nn.init.constant_(one.unet.residual.bias, 1.0)
+    before = {name: buffer.clone() for name, buffer in one.module.named_buffers()}
+    with torch.no_grad():
+        for shift, images in enumerate((one.plain, one.samples(one.plain, 1)[0])):
+            torch.testing.assert_close(images - one.plain, torch.full_like(images, shift * torch.tensor(1.0).tanh()))
+            mean = one.module[0](images).mean((0, 2, 3))
+            torch.testing.assert_close(one.settled(images, 5)[1].running_mean, mean)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in one.module.named_buffers())
 
 
 def test_the_spread_of_augmentations_is_rewarded():
@@ -89,7 +120,7 @@ def test_the_spread_of_augmentations_is_rewarded():
 def test_an_interrupted_run_ends_with_the_same_scores(tmp_path, monkeypatch):
     data = cifar(tmp_path, "cifar10", 40)
     options = {"dataset": "cifar10", "recipe": "code", "data": data}
-    settings = TINY | {"rows": ("none", "3 Neumann terms", "3 unrolled")}
+    settings = TINY | {"rows": ("none", "identity", "3 unrolled")}
     whole, _ = finished("augmentation", tmp_path / "whole", options, **settings)
 
     calls, measured = [], augmented_training.Augmentation.progress
