@@ -63,12 +63,14 @@ def test_it_runs_and_writes_its_results(tmp_path, size, recipe, chosen):
         assert (float(records[-1]["hypergradient_norm"]) > 0) == (row != "none")
 
 
-def test_rows_differ_in_the_hypergradient_alone():
+def test_rows_differ_in_the_hypergradient_alone(monkeypatch):
+    # unrolled steps draw new noise each; with the same one they are the Neumann series of as many terms
+    monkeypatch.setattr(augmented_training, "with_noise", lambda images: torch.cat([images, images[:, :1]], 1))
     assert set(EXPERIMENT.sizes["paper"].rows) == set(PAPER) == set(ROWS)
     batch = (torch.randn(10, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(10))
     found = {}
     for row in ROWS:
-        one = problem(row)
+        one = problem(row, step_size=1e-7)  # far below 1 / lambda_max
         estimator = one.tuner().estimator
         if isinstance(estimator, hvp.Hypergradient):
             estimator = hvp.Hypergradient(one.train_loss, one.val_loss, solver=estimator.solver, engine="eager")
@@ -77,13 +79,15 @@ def test_rows_differ_in_the_hypergradient_alone():
         norm = float(torch.stack([grad.norm() for grad in estimate.grads.values()]).norm())
         found[row] = float(estimate.train_loss), float(estimate.gradient_norm), norm
     losses, gradients, norms = (dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True))
-    assert norms["none"] == norms["fixed noise"] == 0 < norms["identity"] < norms["3 Neumann products"]
+    assert norms["none"] == norms["fixed noise"] == 0 < norms["identity"]
     assert losses.pop("fixed noise") != losses["none"]
     gradients.pop("fixed noise")
     for row in losses:
         assert losses[row] == pytest.approx(losses["none"], rel=1e-5)
         assert gradients[row] == pytest.approx(gradients["none"], rel=1e-4)
-    assert norms["3 Neumann terms"] == pytest.approx(norms["3 unrolled"], rel=0.5)
+    terms = {"3 Neumann terms": 3, "3 unrolled": 3, "3 Neumann products": 4}
+    ratios = {row: norms[row] / norms["identity"] for row in terms}
+    assert ratios == pytest.approx(terms, rel=0.15)
 
 
 def test_batch_norm_has_the_statistics_of_what_is_scored():
