@@ -15,6 +15,7 @@ from examples.image_sets import ImageSet
 TINY = {
     "hyper_steps": 2,
     "inner_steps": 2,
+    "warmup_steps": 0,
     "train": 20,
     "validation": 20,
     "width": 2,
