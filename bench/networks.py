@@ -1,4 +1,4 @@
-"""The networks that are measured, and nothing about how."""
+"""The networks that are measured beside those of the paper's experiments, and nothing about how."""
 
 from __future__ import annotations
 
@@ -6,101 +6,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from examples import models
 
-def linear() -> nn.Module:
-    """Logistic regression, 784 to 10: 7,850 weights."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-
-
-def perceptron() -> nn.Module:
-    """784-784-10 with ReLU: 623,290 weights."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 784), nn.ReLU(), nn.Linear(784, 10))
-
-
-def lenet() -> nn.Module:
-    """LeNet-5 for 28x28 images: 61,706 weights."""
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(400, 120),
-        nn.ReLU(),
-        nn.Linear(120, 84),
-        nn.ReLU(),
-        nn.Linear(84, 10),
-    )
-
-
-def _norm(channels: int) -> nn.Module:
-    # Batch statistics only: running ones would be updated in place, which torch.func's transforms refuse, and no
-    # method that is compared here should be excluded for that.
-    return nn.BatchNorm2d(channels, track_running_stats=False)
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm, and a shortcut without parameters."""
-
-    def __init__(self, before: int, channels: int):
-        super().__init__()
-        self.stride = channels // before
-        self.padding = (channels - before) // 2
-        self.first = nn.Conv2d(before, channels, 3, stride=self.stride, padding=1, bias=False)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.first_norm, self.second_norm = _norm(channels), _norm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.first_norm(self.first(x)))
-        y = self.second_norm(self.second(y))
-        if self.stride > 1:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
-        return F.relu(x + y)
+DIGIT, COLOR = (1, 28, 28), (3, 32, 32)
+"""Shapes of an image."""
 
 
 def resnet(depth: int) -> nn.Module:
-    """The CIFAR ResNet of He et al. 2015 with 6n + 2 layers: 269,722 weights at depth 20, 658,586 at 44."""
-    blocks, before = [], 16
-    for channels in (16, 32, 64):
-        for _ in range((depth - 2) // 6):
-            blocks.append(ResidualBlock(before, channels))
-            before = channels
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False),
-        _norm(16),
-        nn.ReLU(),
-        *blocks,
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(64, 10),
-    )
+    """The ResNet for CIFAR of `depth` layers, on batch statistics only.
+
+    Running ones would be updated in place, which torch.func's transforms refuse, and no method that is compared here
+    should be excluded for that.
+    """
+    return torch.func.replace_all_batch_norm_modules_(models.resnet(depth, COLOR))
 
 
-def _double(before: int, channels: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(before, channels, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(channels, channels, 3, padding=1),
-        nn.ReLU(),
-    )
-
-
-class UNet(nn.Module):
-    """Image and a noise channel to an image, depth 2, as a bounded residual: 6,659 weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.outer, self.inner = _double(4, 8), _double(8, 16)
-        self.up, self.merge = nn.ConvTranspose2d(16, 8, 2, stride=2), _double(16, 8)
-        self.out = nn.Conv2d(8, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        outer = self.outer(x)
-        inner = self.inner(F.max_pool2d(outer, 2))
-        merged = self.merge(torch.cat([self.up(inner), outer], 1))
-        return x[:, :3] + torch.tanh(self.out(merged))
+def unet() -> nn.Module:
+    """The U-Net away from the identity, where it begins: there gradients reach only its last layer."""
+    module = models.UNet()
+    module.residual.reset_parameters()
+    return module
 
 
 class LSTM(nn.Module):

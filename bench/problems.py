@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hvp_engine as hvp
 from bench import networks
+from bench.networks import COLOR, DIGIT
+from examples import models
 
 Tensors = Mapping[str, Tensor]
 Batch = tuple[Tensor, Tensor]
@@ -103,8 +105,8 @@ class Recipe:
     gpu_only: bool = False
 
 
-def _images(channels: int, side: int, count: int) -> Batch:
-    return torch.randn(count, channels, side, side), torch.randint(10, (count,))
+def _images(shape: models.Shape, count: int) -> Batch:
+    return torch.randn(count, *shape), torch.randint(10, (count,))
 
 
 def _noisy_images(count: int) -> Batch:
@@ -121,7 +123,7 @@ def _next_word(scores: Tensor, words: Tensor) -> Tensor:
     return F.cross_entropy(scores.flatten(0, 1), words.flatten())
 
 
-_digits, _colors = partial(_images, 1, 28), partial(_images, 3, 32)
+_digits, _colors = partial(_images, DIGIT), partial(_images, COLOR)
 _math_attention = partial(sdpa_kernel, SDPBackend.MATH)
 
 
@@ -137,16 +139,20 @@ def _plain_rnn() -> Iterator[None]:
 
 
 PROBLEMS = {
-    "logistic": Recipe(networks.linear, _digits, F.cross_entropy, alpha=0.1),
-    "logistic-one-decay": Recipe(networks.linear, _digits, F.cross_entropy, alpha=0.1, per_weight=False, sweep=(50,)),
-    "mlp": Recipe(networks.perceptron, _digits, F.cross_entropy, alpha=0.05),
-    "mlp-one-decay": Recipe(networks.perceptron, _digits, F.cross_entropy, alpha=0.05, per_weight=False, sweep=()),
-    "lenet": Recipe(networks.lenet, _digits, F.cross_entropy, alpha=0.1),
+    "logistic": Recipe(partial(models.linear, DIGIT), _digits, F.cross_entropy, alpha=0.1),
+    "logistic-one-decay": Recipe(
+        partial(models.linear, DIGIT), _digits, F.cross_entropy, alpha=0.1, per_weight=False, sweep=(50,)
+    ),
+    "mlp": Recipe(partial(models.one_layer, DIGIT), _digits, F.cross_entropy, alpha=0.05),
+    "mlp-one-decay": Recipe(
+        partial(models.one_layer, DIGIT), _digits, F.cross_entropy, alpha=0.05, per_weight=False, sweep=()
+    ),
+    "lenet": Recipe(partial(models.lenet5, DIGIT), _digits, F.cross_entropy, alpha=0.1),
     "resnet20": Recipe(
         partial(networks.resnet, 20), _colors, F.cross_entropy, alpha=0.005, terms=5, sweep=(), brief=True
     ),
     "resnet44": Recipe(partial(networks.resnet, 44), _colors, F.cross_entropy, alpha=0.005, gpu_only=True),
-    "unet": Recipe(networks.UNet, _noisy_images, F.mse_loss, alpha=0.1, terms=5, sweep=(1,)),
+    "unet": Recipe(networks.unet, _noisy_images, F.mse_loss, alpha=0.1, terms=5, sweep=(1,)),
     "lstm": Recipe(
         partial(networks.LSTM, 100, 64),
         partial(_text, 100, 20),

@@ -14,7 +14,16 @@ import torch
 from examples.experiment import Experiment, Options, execute
 from hvp_engine.errors import DataError, HvpError
 
-NAMES = ("inversion_error", "inverse_hessian_pictures", "distillation", "overfitting", "augmentation")
+NAMES = (
+    "inversion_error",
+    "inverse_hessian_pictures",
+    "distillation",
+    "overfitting",
+    "augmentation",
+    "validation_splits",
+    "method_comparison",
+    "method_memory",
+)
 """Modules of this package that hold an `EXPERIMENT`."""
 
 

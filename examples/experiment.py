@@ -152,11 +152,12 @@ class Run:
         ends = [*history[:1], *history[-1:]]
         kept = [record for record in history if (record.hyper_step + 1) % every == 0 or record in ends]
         self.table(name, [record.row() for record in kept])
-        self.cost(name, history)
+        training = sum(record.training_seconds for record in history)
+        self.cost(name, len(history), training, sum(record.hypergradient_seconds for record in history))
         return history
 
-    def remember(self, name: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """What `compute` returns; with `--resume`, what it returned before the interruption."""
+    def remember(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, which JSON can hold; with `--resume`, what it returned before the interruption."""
         path = self.checkpoints / f"{name}.json"
         if self.options.resume and path.exists():
             return json.loads(path.read_text())
@@ -164,15 +165,14 @@ class Run:
         write(path, json.dumps(found).encode())
         return found
 
-    def cost(self, name: str, history: hvp.History) -> None:
-        """Keep what the hypergradients of `history` cost beside the training, evaluation left out."""
-        training = sum(record.training_seconds for record in history)
-        hypergradients = sum(record.hypergradient_seconds for record in history)
+    def cost(self, name: str, hyper_steps: int, training_seconds: float, hypergradient_seconds: float) -> None:
+        """Keep what hypergradients cost beside the training, evaluation left out."""
+        seconds = training_seconds + hypergradient_seconds
         self._costs[name] = {
-            "hyper_steps": len(history),
-            "seconds": training + hypergradients,
-            "share_of_hypergradients": hypergradients / max(training + hypergradients, 1e-12),
-            "ratio_to_plain_training": (training + hypergradients) / max(training, 1e-12),
+            "hyper_steps": hyper_steps,
+            "seconds": seconds,
+            "share_of_hypergradients": hypergradient_seconds / max(seconds, 1e-12),
+            "ratio_to_plain_training": seconds / max(training_seconds, 1e-12),
         }
 
     def progress(self, name: str, total: int, unit: str = "step", done: int = 0) -> Any:
@@ -186,7 +186,11 @@ class Run:
     def picture(self, name: str, figure: Figure) -> None:
         """Write `NAME.png`, and show it in the summary."""
         write_picture(self.folder / f"{name}.png", figure)
-        self._pictures.append(f"{name}.png")
+        self.show(f"{name}.png")
+
+    def show(self, file: str) -> None:
+        """Show a picture that is in the folder in the summary."""
+        self._pictures.append(file)
 
     def compare(self, what: str, ours: str, paper: str = "") -> None:
         """A line of the summary's table: what was measured, what came out, what the paper has."""

@@ -128,9 +128,14 @@ def _residual(
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
 
 
+def resnet(depth: int, shape: Shape, classes: int = 10) -> nn.Module:
+    """The CIFAR ResNet of He et al. 2015 with 6n + 2 layers: 658,586 weights for CIFAR-10 at depth 44."""
+    return _residual(shape, classes, (16, 32, 64), (depth - 2) // 6, projection=False)
+
+
 def resnet44(shape: Shape, classes: int = 10) -> nn.Module:
-    """The CIFAR ResNet of He et al. 2015 with 44 layers: 658,586 weights for CIFAR-10."""
-    return _residual(shape, classes, (16, 32, 64), 7, projection=False)
+    """:func:`resnet` of the paper's depth."""
+    return resnet(44, shape, classes)
 
 
 def resnet18(shape: Shape, classes: int = 10, width: int = 64, stem_stride: int = 1) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ from cases import DTYPE, randn, relative_error
 from torch import Tensor
 
 from bench import compare_methods, compare_problems, documentation, results
+from examples import __main__ as examples
+from examples import method_memory
+from examples.experiment import Options, execute
 from hvp_engine.estimation import Estimate
 from hvp_engine.memory import peak_memory
 from hvp_engine.methods import METHODS, Method, Setting, find, markdown
 
+MEASURED = ("Neumann", "CG", "unrolled", "linear hypernetwork", "self-tuning network")
 ESTIMATORS = [method for method in METHODS if method.make]
 X, Y = randn(60, 12, seed=1), randn(60, 3, seed=2)
 WEIGHTS, HYPER = randn(12, 3, seed=3) / 10, torch.full((12, 3), -2.0, dtype=DTYPE)
@@ -136,6 +141,20 @@ def test_compare_writes_rows_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFi
         rows["compare memory", "boston, at w*", "unrolled", 20] > 3 * rows["compare memory", "boston, at w*", "CG", 20]
     )
     assert (tmp_path / "compare-boston.png").stat().st_size > 10_000
+
+
+def test_memory_grows_in_the_comparison_where_the_formula_says_so(tmp_path: Path) -> None:
+    settings = method_memory.Settings(lengths=(5, 20), hyperparameters=(5, 20), methods=MEASURED, batch=10)
+    run = execute(examples.find("method_memory"), Options("small", tmp_path), settings)
+    growth = {}
+    for table in ("by_length", "by_hyperparameters"):
+        with (run.folder / f"{table}.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                growth.setdefault((table, row["method"]), []).append(float(row["peak_bytes"]))
+    ratio = {key: peaks[-1] / peaks[0] for key, peaks in growth.items()}
+    assert {name for name in MEASURED if ratio["by_length", name] > 1.01} == {"unrolled"}
+    assert {name for name in MEASURED if ratio["by_hyperparameters", name] > 1.5} == {"linear hypernetwork"}
+    assert ratio["by_length", "unrolled"] > 2
 
 
 def test_large_problems_leave_out_what_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
