@@ -26,6 +26,9 @@ from bench.results import Environment, Row
 from examples.experiment import Experiment, Run
 from hvp_engine.methods import METHODS, find
 
+COLUMNS = ("benchmark", "problem", "method", "size", "p50", "unit", "note")
+"""Of a row, what is kept: the others are the same everywhere."""
+
 Records = list[dict[str, Any]]
 """Rows as JSON has them."""
 
@@ -75,7 +78,7 @@ def run(run: Run, settings: Settings) -> None:
                 found[name] = [Row(**record) for record in run.remember(name, case)]
                 bar.update()
     rows = [row for part in found.values() for row in part]
-    run.table("comparison", [dataclasses.asdict(row) for row in rows])
+    run.table("comparison", [{column: getattr(row, column) for column in COLUMNS} for row in rows])
     for place in (MINIMUM, EARLY):
         for name in settings.methods:
             summarize(run, settings, [row for row in found[name] if row.problem == f"{problem.name}, {place}"], place)

@@ -83,9 +83,10 @@ def _pictures(runs: Sequence[tuple[Path, Result]]) -> list[str]:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table in Markdown."""
+    lines = [" | ".join(cell.replace("|", r"\|") for cell in cells) for cells in rows]
     return [
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
-        *(f"| {' | '.join(cells)} |" for cells in rows),
+        *(f"| {line} |" for line in lines),
         "",
     ]
