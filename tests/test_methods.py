@@ -1,4 +1,4 @@
-"""The registry of methods: what it says about memory and work, measured; and the comparison command, on Boston."""
+"""The registry of methods: what it says about memory and work, measured; the comparison command, on Boston; memory."""
 
 from __future__ import annotations
 
