@@ -37,8 +37,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import hvp_engine as hvp
-from bench.networks import perceptron
+from bench.networks import DIGIT
 from bench.results import FOLDER, Environment, Row, write
+from examples import models
 
 matplotlib.use("Agg")
 
@@ -64,7 +65,7 @@ def _work(rank: int, count: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), count)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
     torch.manual_seed(0)
-    module = perceptron()
+    module = models.one_layer(DIGIT)
     inputs, targets = torch.randn(EXAMPLES, 784)[rank::count], torch.randint(0, 10, (EXAMPLES,))[rank::count]
     net = hvp.functional(module)
 
