@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -230,6 +231,8 @@ def test_trials_that_all_diverge() -> None:
     "search, message",
     [
         (RandomSearch(0, sgd(0.1)), "training_steps: expected an int >= 1; got 0"),
+        (RandomSearch(5, sgd(0.1), weight_clip=0.0), "weight_clip: expected a number > 0"),
+        (BayesianOptimization(5, sgd(0.1), startup_trials=0), "startup_trials: expected an int >= 1; got 0"),
         (GridSearch(1, 5, sgd(0.1)), "points: expected an int >= 2; got 1"),
         (GridSearch(9, 5, sgd(0.1)), "points: expected a grid that fits into the budget of 20 trials; got 9"),
         (LinearHypernetwork(sgd(0.1), sgd(0.1), scale=0.0), "scale: expected a finite number > 0"),
@@ -244,6 +247,25 @@ def test_trials_that_all_diverge() -> None:
 def test_bad_options(search: Search, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         search(two_decays(), 100)
+
+
+@pytest.mark.parametrize("make", [RandomSearch, LinearHypernetwork, SelfTuningNetwork, HypergradientDescent])
+def test_learning_rates_fall_and_gradients_are_clipped(make: Any) -> None:
+    """Each step of a linear loss is the clipped gradient times the rate: 1 + 1/2 + 1/4 of it in three."""
+    problem = replace(two_decays(), train_loss=lambda w, h, batch: (30 + h["decay"].sum()) * w["a"][0])
+    halving: dict[str, Any] = {
+        "weight_scheduler": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+        "weight_clip": 4.0,
+    }
+    search: Search
+    if make is RandomSearch:
+        search, budget = make(3, sgd(1.0), **halving), 3
+    elif make is HypergradientDescent:
+        search, budget = make(neumann, 13, sgd(1.0), sgd(0.0), inner_steps=3, **halving), 16
+    else:
+        search, budget = make(sgd(1.0), sgd(0.0), inner_steps=3, **halving, **{"scale": 1e-6}), 4
+    found = search(problem, budget)
+    torch.testing.assert_close(found.weights["a"], torch.tensor([-7.0, 0.0], dtype=DTYPE), atol=1e-4, rtol=0)
 
 
 def test_grid_in_many_dimensions_is_refused_before_it_is_counted() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hvp_engine.estimation import Estimator
 from hvp_engine.isolation import isolated
 from hvp_engine.search.problem import Loss, Run, SearchResult, TuningProblem
-from hvp_engine.search.trials import OptimizerOf
+from hvp_engine.search.trials import OptimizerOf, SchedulerOf
 from hvp_engine.tuning import Tuner
 
 
@@ -23,6 +23,8 @@ class HypergradientDescent:
         inner_steps: training steps before each hyper step.
         warmup_steps: training steps before the first.
         seed: of masks.
+        weight_scheduler: a function that makes a learning-rate scheduler from the weights' optimizer.
+        weight_clip: largest norm of the weights' gradient.
 
     Memory: the estimator's.
 
@@ -38,6 +40,8 @@ class HypergradientDescent:
     inner_steps: int = 5
     warmup_steps: int = 0
     seed: int = 0
+    weight_scheduler: SchedulerOf | None = None
+    weight_clip: float | None = None
 
     def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
         run = Run(problem, gradients)
@@ -52,6 +56,8 @@ class HypergradientDescent:
             hyper_optimizer=self.hyper_optimizer,
             inner_steps=self.inner_steps,
             warmup_steps=self.warmup_steps,
+            weight_scheduler=self.weight_scheduler,
+            weight_clip=self.weight_clip,
             bounds=problem.bounds,
             estimator=self.estimator(problem.train_loss, problem.val_loss),
         )

@@ -12,8 +12,10 @@ from torch import Tensor
 from hvp_engine.estimators.responses import LinearResponse, Response, StructuredResponse
 from hvp_engine.isolation import isolated
 from hvp_engine.search.problem import Kind, Point, Run, SearchResult, TuningProblem
-from hvp_engine.search.trials import OptimizerOf, unflatten
+from hvp_engine.search.trials import OptimizerOf, SchedulerOf, unflatten
 from hvp_engine.solvers.base import check_positive
+from hvp_engine.tuning.descent import Descent, global_norm
+from hvp_engine.tuning.steps import count
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class LinearHypernetwork:
         inner_steps: steps of phi before each step of lambda.
         warmup_steps: steps of phi before the first.
         seed: of perturbations and masks.
+        weight_scheduler: a function that makes a learning-rate scheduler from phi's optimizer; stepped after each step.
+        weight_clip: largest norm of the gradient of phi.
 
     A call makes one gradient for each step of either. Memory: O(P H).
 
@@ -41,6 +45,8 @@ class LinearHypernetwork:
     inner_steps: int = 5
     warmup_steps: int = 0
     seed: int = 0
+    weight_scheduler: SchedulerOf | None = None
+    weight_clip: float | None = None
 
     def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
         return _Descent(self, LinearResponse, None).run(problem, gradients)
@@ -83,6 +89,8 @@ class SelfTuningNetwork:
     warmup_steps: int = 0
     seed: int = 0
     perturbations: int | None = None
+    weight_scheduler: SchedulerOf | None = None
+    weight_clip: float | None = None
 
     def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
         if isinstance(self.entropy_weight, bool) or not isinstance(self.entropy_weight, int | float):
@@ -106,10 +114,8 @@ class _Descent:
         perturbations: int | None = 1,
     ):
         check_positive(options.scale, "scale")
-        for name, least in (("inner_steps", 1), ("warmup_steps", 0)):
-            value = getattr(options, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an int >= {least}; got {value!r}")
+        count(options.inner_steps, "inner_steps")
+        count(options.warmup_steps, "warmup_steps", least=0)
         self.options, self.make_response, self.entropy_weight = options, response, entropy_weight
         self.perturbations = perturbations
 
@@ -126,15 +132,21 @@ class _Descent:
             center = start.clone().requires_grad_()
             log_scale = torch.full_like(start, math.log(options.scale)).requires_grad_()
             response = self.make_response(run.weights, len(start))
-            fit = options.weight_optimizer(response.parameters)
+            fit = Descent(
+                response.parameters,
+                options.weight_optimizer,
+                options.weight_scheduler,
+                options.weight_clip,
+                "weight",
+                global_norm,
+            )
             moving = [center] if self.entropy_weight is None else [center, log_scale]
-            move = options.hyper_optimizer(moving)
+            move = Descent(moving, options.hyper_optimizer, None, None, "hyper", global_norm)
             steps = options.warmup_steps + options.inner_steps
             while run.spent + steps + 1 <= run.budget:
                 for _ in range(steps):
-                    loss = self._perturbed("train", run, response, start, center.detach(), log_scale.detach())
-                    _step(fit, loss, response.parameters)
-                _step(move, self._objective(run, response, start, center, log_scale), moving)
+                    _step(fit, self._perturbed("train", run, response, start, center.detach(), log_scale.detach()))
+                _step(move, self._objective(run, response, start, center, log_scale))
                 self._project(run, center)
                 steps = options.inner_steps
                 if run.look_is_due:
@@ -183,8 +195,6 @@ def _at(run: Run, response: Response, start: Tensor, center: Tensor) -> tuple[li
         return response(center - start), unflatten(center, run.hyper)
 
 
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor, tensors: Sequence[Tensor]) -> None:
-    found = torch.autograd.grad(loss, tensors, materialize_grads=True, allow_unused=True)
-    for tensor, grad in zip(tensors, found, strict=True):
-        tensor.grad = grad
-    optimizer.step()
+def _step(descent: Descent, loss: Tensor) -> None:
+    grads = torch.autograd.grad(loss, descent.tensors, materialize_grads=True, allow_unused=True)
+    descent.step(loss.detach(), grads)

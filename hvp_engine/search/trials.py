@@ -15,8 +15,11 @@ from torch.utils import _pytree as pytree
 from hvp_engine.errors import DivergenceError, HvpError
 from hvp_engine.isolation import isolated
 from hvp_engine.search.problem import Run, SearchResult, TuningProblem
+from hvp_engine.tuning.descent import Descent, global_norm
+from hvp_engine.tuning.steps import count
 
 OptimizerOf = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+SchedulerOf = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class RandomSearch:
         training_steps: of each trial, each one gradient; `gradients // training_steps` trials are made.
         weight_optimizer: a function that makes an optimizer from the list of weights.
         seed: of the draws.
+        weight_scheduler: a function that makes a learning-rate scheduler from the optimizer; stepped after each step.
+        weight_clip: largest norm of the gradient.
 
     Cost: memory O(P + H).
 
@@ -39,10 +44,12 @@ class RandomSearch:
     training_steps: int
     weight_optimizer: OptimizerOf
     seed: int = 0
+    weight_scheduler: SchedulerOf | None = None
+    weight_clip: float | None = None
 
     def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
         sampler = require_optuna().samplers.RandomSampler(seed=self.seed)
-        return _Trials(problem, gradients, self.training_steps, self.weight_optimizer, self.seed).run(sampler)
+        return _Trials(self, problem, gradients).run(sampler)
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class GridSearch:
 
     Arguments:
         points: on each axis, >= 2: `points ** H` trials for H hyperparameters, all within the budget.
-        training_steps, weight_optimizer, seed: as for :class:`RandomSearch`.
+        the rest: as for :class:`RandomSearch`.
 
     Cost: memory O(P + H).
 
@@ -62,12 +69,14 @@ class GridSearch:
     training_steps: int
     weight_optimizer: OptimizerOf
     seed: int = 0
+    weight_scheduler: SchedulerOf | None = None
+    weight_clip: float | None = None
 
     def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
         optuna = require_optuna()
         if isinstance(self.points, bool) or not isinstance(self.points, int) or self.points < 2:
             raise ValueError(f"points: expected an int >= 2; got {self.points!r}")
-        trials = _Trials(problem, gradients, self.training_steps, self.weight_optimizer, self.seed)
+        trials = _Trials(self, problem, gradients)
         size = self.points ** len(trials.box)
         if size > trials.count:
             raise ValueError(
@@ -88,7 +97,8 @@ class BayesianOptimization:
     """Trials where a Gaussian process of the validation loss, fitted to those before, expects the most improvement.
 
     Arguments:
-        training_steps, weight_optimizer, seed: as for :class:`RandomSearch`. The first ten trials are random.
+        startup_trials: how many trials at the beginning are random, >= 1.
+        the rest: as for :class:`RandomSearch`.
 
     Cost: memory O(P + H), and T^2 for T trials.
 
@@ -100,34 +110,36 @@ class BayesianOptimization:
     training_steps: int
     weight_optimizer: OptimizerOf
     seed: int = 0
+    weight_scheduler: SchedulerOf | None = None
+    weight_clip: float | None = None
+    startup_trials: int = 10
 
     def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
-        sampler = require_optuna().samplers.GPSampler(seed=self.seed)
-        return _Trials(problem, gradients, self.training_steps, self.weight_optimizer, self.seed).run(sampler)
+        count(self.startup_trials, "startup_trials")
+        sampler = require_optuna().samplers.GPSampler(seed=self.seed, n_startup_trials=self.startup_trials)
+        return _Trials(self, problem, gradients).run(sampler)
 
 
 class _Trials:
     """The trials of one search; `box` has the bounds of every element of the hyperparameters, by name."""
 
     def __init__(
-        self, problem: TuningProblem, gradients: int, training_steps: int, weight_optimizer: OptimizerOf, seed: int
+        self, options: RandomSearch | GridSearch | BayesianOptimization, problem: TuningProblem, gradients: int
     ):
-        self.search = Run(problem, gradients)
-        if isinstance(training_steps, bool) or not isinstance(training_steps, int) or training_steps < 1:
-            raise ValueError(f"training_steps: expected an int >= 1; got {training_steps!r}")
-        if gradients < training_steps:
+        self.options, self.search = options, Run(problem, gradients)
+        steps = count(options.training_steps, "training_steps")
+        if gradients < steps:
             raise ValueError(
-                f"gradients: expected a budget of at least one trial, training_steps={training_steps}; got {gradients}"
+                f"gradients: expected a budget of at least one trial, training_steps={steps}; got {gradients}"
             )
-        self.training_steps, self.weight_optimizer, self.seed = training_steps, weight_optimizer, seed
-        self.count = gradients // training_steps
+        self.count = gradients // steps
         self.box = dict(_box(self.search))
         self.best: tuple[float, list[Tensor], list[Tensor]] | None = None
 
     def run(self, sampler: Any) -> SearchResult:
         """Ask, train, tell, `count` times."""
         optuna = require_optuna()
-        with _quiet(optuna), isolated(self.seed, self.search.device):
+        with _quiet(optuna), isolated(self.options.seed, self.search.device):
             study = optuna.create_study(direction="minimize", sampler=sampler)
             study.optimize(self._trial, n_trials=self.count)
         if self.best is None:
@@ -142,13 +154,13 @@ class _Trials:
         values = [trial.suggest_float(name, low, high) for name, (low, high) in self.box.items()]
         hyper = unflatten(torch.tensor(values, dtype=torch.float64), self.search.hyper)
         weights = [w.clone().requires_grad_() for w in self.search.weights]
-        optimizer = self.weight_optimizer(weights)
-        for _ in range(self.training_steps):
+        options = self.options
+        descent = Descent(
+            weights, options.weight_optimizer, options.weight_scheduler, options.weight_clip, "weight", global_norm
+        )
+        for _ in range(options.training_steps):
             loss = self.search.train_loss(weights, hyper)
-            found = torch.autograd.grad(loss, weights, allow_unused=True)
-            for weight, grad in zip(weights, found, strict=True):
-                weight.grad = grad
-            optimizer.step()
+            descent.step(loss.detach(), torch.autograd.grad(loss, weights, allow_unused=True))
         loss_here = self.search.validate(weights, hyper)
         if not math.isfinite(loss_here):
             return math.inf
