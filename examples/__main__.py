@@ -23,6 +23,8 @@ NAMES = (
     "validation_splits",
     "method_comparison",
     "method_memory",
+    "ptb_overfitting",
+    "ptb_tuning",
 )
 """Modules of this package that hold an `EXPERIMENT`."""
 

@@ -114,6 +114,7 @@ class Run:
         *,
         evaluate: Callable[[hvp.Tuner], Mapping[str, float]] | None = None,
         evaluate_every: int = 1,
+        callbacks: Sequence[Callable[[hvp.Tuner, hvp.Record], bool | None]] = (),
         stop: Callable[[hvp.Record], bool] = lambda record: False,
         checkpoint_every: int = 50,
     ) -> hvp.History:
@@ -144,7 +145,7 @@ class Run:
                     progress=False,
                     checkpoint=path,
                     checkpoint_every=checkpoint_every,
-                    callbacks=[advance],
+                    callbacks=[*callbacks, advance],
                     evaluate=evaluate,
                     evaluate_every=evaluate_every,
                 )

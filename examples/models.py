@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 Shape = tuple[int, ...]
+States = list[tuple[Tensor, Tensor]]
+"""Of the layers of an LSTM: outputs and cells, each (1, rows, units)."""
 
 
 def linear(shape: Shape, classes: int = 10) -> nn.Module:
@@ -172,23 +175,48 @@ class UNet(nn.Module):
 
 
 class TiedLSTM(nn.Module):
-    """Two layers of LSTM whose decoder is the embedding: 13,280,400 weights for 10,000 words and 650 units.
+    """Layers of LSTM whose decoder is the embedding: 13,280,400 weights for 10,000 words, 650 units and 2 layers.
 
-    It maps words int64 (batch, time) and a state (None at the start of a text) to logits (batch, time, words) and the
-    state after them.
+    Arguments:
+        words, units, layers: sizes.
+        scale: the embedding begins uniform in [-scale, scale].
     """
 
-    def __init__(self, words: int = 10_000, units: int = 650, layers: int = 2):
+    def __init__(self, words: int = 10_000, units: int = 650, layers: int = 2, scale: float = 0.1):
         super().__init__()
         self.embedding = nn.Embedding(words, units)
-        self.recurrent = nn.LSTM(units, units, num_layers=layers, batch_first=True)
+        nn.init.uniform_(self.embedding.weight, -scale, scale)
+        self.recurrent = nn.ModuleList(nn.LSTM(units, units, batch_first=True) for _ in range(layers))
         self.bias = nn.Parameter(torch.zeros(words))
 
     def forward(
-        self, words: Tensor, state: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        hidden, state = self.recurrent(self.embedding(words), state)
-        return F.linear(hidden, self.embedding.weight, self.bias), state
+        self, words: Tensor, states: States | None = None, context: int = 0, masks: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, States, Tensor, Tensor]:
+        """Logits (rows, time, words) of the next words, the states after them, outputs before and after dropout.
+
+        Arguments:
+            words: int64 (rows, context + time).
+            states: of the layers, None at the start of a text.
+            context: words at the beginning that only set the state, as a constant.
+            masks: factors "input", "hidden" (between layers) and "output" of (rows, 1, units), "embedding" of (words,).
+        """
+        if context:
+            with torch.no_grad():
+                states, _, _ = self._recur(words[:, :context], states, masks)
+        states, raw, dropped = self._recur(words[:, context:], states, masks)
+        return F.linear(dropped, self.embedding.weight, self.bias), states, raw, dropped
+
+    def _recur(
+        self, words: Tensor, states: States | None, masks: Mapping[str, Tensor] | None
+    ) -> tuple[States, Tensor, Tensor]:
+        x, after = self.embedding(words), []
+        if masks is not None:
+            x = x * masks["embedding"][words].unsqueeze(-1) * masks["input"]
+        for number, layer in enumerate(self.recurrent):
+            raw, state = layer(x, None if states is None else states[number])
+            after.append(state)
+            x = raw if masks is None else raw * masks["hidden" if number + 1 < len(self.recurrent) else "output"]
+        return after, raw, x
 
 
 def weight_decays(module: nn.Module, log_decay: float) -> dict[str, Tensor]:
@@ -219,3 +247,27 @@ def dropout_rates(units: int = 650, rate: float = 0.5, device: torch.device | st
     }
     logit = math.log(rate / (1 - rate))
     return {name: torch.full(shape, logit, device=device) for name, shape in shapes.items()}
+
+
+def shared_rates(value: float = 0.5, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Seven hyperparameters that regularize :class:`TiedLSTM`: logits of five rates, logarithms of two strengths.
+
+    The rates are those of :func:`dropout_rates`, each one number; the strengths are of activation and temporal
+    activation regularization. All are `value`.
+    """
+    logit, log = math.log(value / (1 - value)), math.log(value)
+    values = dict.fromkeys(("drop_connect", "input", "hidden", "output", "embedding"), logit)
+    return {
+        name: torch.tensor(start, device=device)
+        for name, start in (values | {"activation": log, "temporal": log}).items()
+    }
+
+
+def concrete_mask(logit: Tensor, shape: Shape, temperature: float) -> Tensor:
+    """Factors of dropout at the rates p = sigmoid(logit), as a smooth function of p, of mean 1 at a low temperature.
+
+    (1 - z) / (1 - p) with z = sigmoid((logit(p) + logit(u)) / temperature), u uniform: concrete dropout (Gal, Hron,
+    Kendall 2017). `logit` broadcasts to `shape`, and has its dtype.
+    """
+    noise = torch.rand(shape, dtype=logit.dtype, device=logit.device).clamp(1e-6, 1 - 1e-6).logit()
+    return torch.sigmoid((noise - logit) / temperature) * (1 + logit.exp())

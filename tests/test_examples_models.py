@@ -42,12 +42,39 @@ def test_counts_and_output_shapes(make, shape, classes, weights):
 def test_the_lstm_is_tied_and_goes_on_from_its_state():
     with torch.device("meta"):
         assert count(models.TiedLSTM().parameters()) == 13_280_400
-    lstm, words = models.TiedLSTM(words=7, units=5), torch.tensor([[1, 2, 3, 6], [0, 5, 4, 4]])
-    logits, _ = lstm(words)
+    lstm, words = models.TiedLSTM(words=7, units=5, scale=1.0), torch.tensor([[1, 2, 3, 6], [0, 5, 4, 4]])
+    logits, _, raw, dropped = lstm(words)
     assert logits.shape == (2, 4, 7)
-    first, state = lstm(words[:, :1])
-    rest, _ = lstm(words[:, 1:], state)
+    assert torch.equal(raw, dropped)
+    first, states, _, _ = lstm(words[:, :1])
+    rest, _, _, _ = lstm(words[:, 1:], states)
     torch.testing.assert_close(torch.cat([first, rest], 1), logits)
+    torch.testing.assert_close(lstm(words, context=1)[0], rest)
+
+
+def test_the_context_is_a_constant():
+    lstm, words = models.TiedLSTM(words=7, units=5, scale=1.0), torch.tensor([[1, 2, 3, 6]])
+    weights = list(lstm.parameters())
+    grads = torch.autograd.grad(lstm(words, context=2)[0].square().sum(), weights)
+    _, states, _, _ = lstm(words[:, :2])
+    constant = [(output.detach(), cell.detach()) for output, cell in states]
+    expected = torch.autograd.grad(lstm(words[:, 2:], constant)[0].square().sum(), weights)
+    torch.testing.assert_close(grads, expected)
+    through = torch.autograd.grad(lstm(words[:, 2:], states)[0].square().sum(), weights)
+    assert not all(map(torch.allclose, through, grads))
+
+
+def test_masks_of_the_lstm():
+    lstm, words = models.TiedLSTM(words=7, units=5), torch.tensor([[1, 2, 3], [0, 5, 4]])
+    ones = {name: torch.ones(2, 1, 5) for name in ("input", "hidden", "output")} | {"embedding": torch.ones(7)}
+    torch.testing.assert_close(lstm(words, masks=ones)[0], lstm(words)[0])
+    zero = {"embedding": torch.zeros(7), "input": torch.zeros(2, 1, 5), "hidden": torch.zeros(2, 1, 5)}
+    for name, mask in zero.items():  # then every word is like every other
+        other = words.flip(1) if name != "embedding" else 6 - words
+        torch.testing.assert_close(lstm(words, masks=ones | {name: mask})[0], lstm(other, masks=ones | {name: mask})[0])
+    logits, _, raw, dropped = lstm(words, masks=ones | {"output": torch.zeros(2, 1, 5)})
+    assert raw.any() and not dropped.any()
+    assert torch.equal(logits, lstm.bias.expand(2, 3, 7))
 
 
 def test_the_unet_begins_at_the_identity_and_its_residual_is_bounded():

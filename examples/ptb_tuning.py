@@ -1,0 +1,350 @@
+"""Tab. 4: the regularization of an LSTM on the Penn Treebank, by 7 hyperparameters and by one for each unit and weight.
+
+    L_T(w, lambda) = cross-entropy under dropout + a mean(output^2) + b mean((output_t - output_{t-1})^2),
+    L_V(w) = cross-entropy without dropout.
+
+Five rates: of units of the input, between the layers, and of the output (one mask for all time steps: variational
+dropout), of words of the embedding, and of recurrent weights (DropConnect); with a and b, the strengths of activation
+and temporal activation regularization, they are the 7. The many are one rate for each unit, one for each recurrent
+weight, shared by the layers, and one for the embedding; a and b stay as they begin. Masks are concrete, so that the
+training loss is a smooth function of the rates. Everything begins at 0.5: "no tuning" leaves it there.
+
+Training text is read in order. A batch brings the words before it, from which the network sets its state as a constant:
+then a loss is a function of weights, hyperparameters and batch alone, as every search needs it.
+
+Hypergradients take the identity for the inverse Hessian (T1-T2). Searches have the budget of a tuned run in gradients,
+one for a training step and three for a hyper step; random, grid and Bayesian search divide it into `trials` trainings.
+The grid is of one rate for all five, since 2^7 trainings are more than the budget.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import hvp_engine as hvp
+from examples import text_sets
+from examples.experiment import Experiment, Run
+from examples.regularized_lstm import RATES, RegularizedLSTM
+from examples.training import NoTuning, last_quarter, nonmonotone
+from hvp_engine import search
+from hvp_engine.datasets import Text
+
+PAPER = {
+    "no tuning": "75.72 / 71.91",
+    "7": "69.22 / 66.40",
+    "many": "68.18 / 66.14",
+    "self-tuning network": "70.30 / 67.68",
+    "Bayesian optimization": "72.13 / 69.29",
+    "random search": "84.81 / 81.46",
+    "grid search": "97.32 / 94.58",
+}
+"""Validation and test perplexity."""
+HYPER_STEP_COST = 3
+"""Gradients that a hyper step counts as: of the validation loss, of the training loss, and through that one."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`steps` are training steps; a hyper step is made after `inner_steps` of them."""
+
+    words: int
+    units: int
+    rows: int
+    time: int
+    steps: int
+    inner_steps: int
+    evaluations: int
+    curve_words: int
+    """Of the validation text, for the curves; the table has all."""
+    seeds: int
+    learning_rate: float
+    hyper_learning_rate: float
+    hyper_clip: float | None
+    """Largest norm of a hypergradient: the first ones are a thousand times longer than the rest, and would long be all
+    that Adam scales its steps by."""
+    nonmonotone: int | None
+    """Evaluations without a new minimum after which the learning rate is divided by 4; None: it falls linearly in the
+    last quarter, as it does in the trials of every search."""
+    layers: int = 2
+    clip: float = 0.25
+    start: float = 0.5
+    temperature: float = 0.1
+    rate_bounds: tuple[float, float] = (0.02, 0.9)
+    strength_bounds: tuple[float, float] = (0.01, 5.0)
+    trials: int = 4
+    search_batches: int = 20
+    """Of validation, by which searches compare their trials."""
+    stn_learning_rate: float = 5e-2
+    searches: tuple[str, ...] = ("self-tuning network", "random search", "grid search", "Bayesian optimization")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trained network: `steps` of one training, `gradients` in all."""
+
+    method: str
+    seed: int
+    hyperparameters: int
+    steps: int
+    gradients: int
+    seconds: float
+    validation: float
+    test: float
+
+
+def run(run: Run, settings: Settings) -> None:
+    options = run.options
+    text = text_sets.load(options.data, settings.words)
+    rows: list[Row] = []
+    curves: dict[tuple[str, int], hvp.History] = {}
+    budget = settings.steps + settings.steps // settings.inner_steps * HYPER_STEP_COST
+    for seed in range(options.seed, options.seed + settings.seeds):
+        for method in ("no tuning", "7", "many"):
+            torch.manual_seed(seed)
+            problem = _problem(run, settings, text)
+            row, curves[method, seed] = _tune(run, settings, problem, method, seed, settings.steps)
+            rows.append(row)
+    torch.manual_seed(options.seed)
+    problem = _problem(run, settings, text)
+    rows.append(_tune(run, settings, problem, "no tuning", options.seed, budget)[0])
+    for name in settings.searches:
+        rows.append(Row(**run.remember(name, lambda name=name: _search(run, settings, text, name, budget))))
+    run.table("table", [vars(row) for row in rows])
+    run.note(
+        f"PTB with {len(text.words):,} words; {settings.layers} layers of {settings.units}; batches of {settings.rows} "
+        f"x {settings.time} words; {settings.steps:,} training steps, a hyper step after each {settings.inner_steps}. "
+        "Perplexities are validation / test, of the whole texts; times are without evaluation."
+    )
+    _compare(run, settings, rows)
+    run.picture("tuning", draw(curves, rows))
+
+
+def _problem(run: Run, settings: Settings, text: Text) -> RegularizedLSTM:
+    batch = settings.rows, settings.time
+    device = run.options.device
+    return RegularizedLSTM(text, settings.units, settings.layers, batch, settings.start, settings.temperature, device)
+
+
+def _tune(
+    run: Run, settings: Settings, problem: RegularizedLSTM, method: str, seed: int, steps: int
+) -> tuple[Row, hvp.History]:
+    """Algorithm 1, or plain training in as many rounds as there are evaluations."""
+    tuned = method != "no tuning"
+    hyper = problem.many if method == "many" else problem.seven
+    evaluate_every = settings.steps // settings.evaluations
+    inner_steps = settings.inner_steps if tuned else evaluate_every
+    plan = {} if settings.nonmonotone else {"weight_scheduler": last_quarter(steps)}
+    way = {"solver": hvp.Identity()} if tuned else {"estimator": NoTuning(problem.train_loss, problem.val_loss)}
+    tuner = hvp.Tuner(
+        problem.module,
+        hyper,
+        problem.train_loss,
+        problem.val_loss,
+        weight_optimizer=lambda tensors: torch.optim.SGD(tensors, lr=settings.learning_rate),
+        hyper_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=settings.hyper_learning_rate),
+        inner_steps=inner_steps,
+        weight_clip=settings.clip,
+        hyper_clip=settings.hyper_clip,
+        bounds=problem.bounds(hyper, settings.rate_bounds, settings.strength_bounds),
+        **plan,
+        **way,
+    )
+    part = problem.text.validation[: settings.curve_words]
+
+    def evaluate(tuner: hvp.Tuner) -> dict[str, float]:
+        rates = {f"rate_{name}": float(hyper[name].sigmoid().mean()) for name in RATES}
+        strengths = {name: float(tensor.exp()) for name, tensor in hyper.items() if name not in RATES}
+        return {"validation_perplexity": problem.perplexity(problem.module.state_dict(), part)} | rates | strengths
+
+    history = run.tune(
+        f"{method}, {steps} steps, seed {seed}",
+        tuner,
+        problem.train,
+        problem.validation,
+        steps // inner_steps,
+        evaluate=evaluate,
+        evaluate_every=evaluate_every // inner_steps,
+        callbacks=[nonmonotone("validation_perplexity", settings.nonmonotone)] if settings.nonmonotone else (),
+    )
+    weights = problem.module.state_dict()
+    row = Row(
+        method,
+        seed,
+        sum(tensor.numel() for tensor in hyper.values()) if tuned else 0,
+        steps,
+        steps + len(history) * HYPER_STEP_COST if tuned else steps,
+        sum(record.training_seconds + (record.hypergradient_seconds if tuned else 0) for record in history),
+        problem.perplexity(weights, problem.text.validation),
+        problem.perplexity(weights, problem.text.test),
+    )
+    return row, history
+
+
+def _search(run: Run, settings: Settings, text: Text, name: str, budget: int) -> dict[str, Any]:
+    """One search from the same weights, on `budget` gradients."""
+    torch.manual_seed(run.options.seed)
+    problem = _problem(run, settings, text)
+    hyper, train_loss = dict(problem.seven), problem.train_loss
+    if name == "grid search":
+        hyper = {"rate": problem.seven["input"]}
+
+        def train_loss(weights: dict[str, Tensor], hyper: Mapping[str, Tensor], batch: Tensor) -> Tensor:
+            return problem.train_loss(weights, dict.fromkeys(RATES, hyper["rate"]), batch)
+
+    every = max(1, len(problem.validation) // settings.search_batches)
+    weights = dict(problem.module.named_parameters())
+    task = search.TuningProblem(
+        train_loss,
+        problem.val_loss,
+        weights,
+        hyper,
+        problem.train,
+        problem.validation[::every],
+        problem.bounds(hyper, settings.rate_bounds, settings.strength_bounds),
+    )
+    trial_steps = budget // settings.trials
+    options = {
+        "weight_optimizer": lambda tensors: torch.optim.SGD(tensors, lr=settings.learning_rate),
+        "weight_clip": settings.clip,
+        "seed": run.options.seed,
+    }
+    trial = options | {"training_steps": trial_steps, "weight_scheduler": last_quarter(trial_steps)}
+    make: dict[str, Callable[[], search.Search]] = {
+        "random search": lambda: search.RandomSearch(**trial),
+        "grid search": lambda: search.GridSearch(points=settings.trials, **trial),
+        "Bayesian optimization": lambda: search.BayesianOptimization(
+            startup_trials=max(1, settings.trials // 2), **trial
+        ),
+        "self-tuning network": lambda: search.SelfTuningNetwork(
+            perturbations=1,  # one for each row would need as many networks as rows
+            hyper_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=settings.stn_learning_rate),
+            weight_scheduler=last_quarter(2 * budget // 3),
+            **options,
+        ),
+    }
+    print(f"{name}: {budget:,} gradients", flush=True)
+    start = time.perf_counter()
+    found = make[name]()(task, budget)
+    steps = found.training_gradients if name == "self-tuning network" else trial_steps
+    return vars(
+        Row(
+            name,
+            run.options.seed,
+            len(hyper),
+            steps,
+            found.gradients,
+            time.perf_counter() - start,
+            problem.perplexity(found.weights, text.validation),
+            problem.perplexity(found.weights, text.test),
+        )
+    )
+
+
+def _compare(run: Run, settings: Settings, rows: list[Row]) -> None:
+    """The table of the summary: equal steps over the seeds, then equal budget."""
+    plain = [row for row in rows if row.method == "no tuning" and row.steps == settings.steps]
+    for method in ("no tuning", "7", "many"):
+        mine = [row for row in rows if row.method == method and row.steps == settings.steps]
+        perplexities = "; ".join(f"{row.validation:.1f} / {row.test:.1f}" for row in mine)
+        seconds = sum(row.seconds for row in mine) / sum(row.seconds for row in plain)
+        count = f"{mine[0].hyperparameters:,} hyperparameters" if mine[0].hyperparameters else method
+        run.compare(f"{count}, seeds {mine[0].seed} to {mine[-1].seed}", perplexities, PAPER[method])
+        run.compare(f"{count}: time / plain training", f"{seconds:.2f}")
+    tuned = [row for row in rows if row.method == "7"]
+    extra = sum(row.seconds for row in tuned) / sum(row.seconds for row in plain) - 1
+    run.note(
+        f"A hyper step counts as {HYPER_STEP_COST} gradients; it takes as long as {extra * settings.inner_steps:.1f} "
+        "training steps, among which fused kernels serve that have no second derivative. Equal budgets are equal "
+        "gradients, not equal times."
+    )
+    for row in rows:
+        if row in plain or row.method in ("7", "many"):
+            continue
+        what = (
+            f"{row.method}, {row.gradients:,} gradients, the best training of {row.steps:,} steps, {row.seconds:.0f} s"
+        )
+        run.compare(what, f"{row.validation:.1f} / {row.test:.1f}", PAPER[row.method])
+
+
+def draw(curves: Mapping[tuple[str, int], hvp.History], rows: list[Row]) -> Figure:
+    """Validation perplexity and mean rates over the training steps, and the perplexities of every method."""
+    figure = Figure(figsize=(12.5, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    colours = {"no tuning": "C7", "7": "C0", "many": "C1"}
+    first = min(seed for _, seed in curves)
+    for (method, seed), history in curves.items():
+        seen = [record for record in history if record.metrics]
+        steps = [record.weight_steps for record in seen]
+        label = method if seed == first else None
+        perplexity = [record.metrics["validation_perplexity"] for record in seen]
+        left.plot(steps, perplexity, color=colours[method], label=label, lw=1.6)
+        if seed == first and method != "no tuning":
+            for number, name in enumerate(RATES):
+                style = {"ls": "-", "label": name} if method == "7" else {"ls": "--"}
+                rates = [record.metrics[f"rate_{name}"] for record in seen]
+                middle.plot(steps, rates, color=f"C{number}", lw=1.5, **style)
+    left.set(xlabel="training steps", ylabel="validation perplexity", yscale="log", title="equal steps, every seed")
+    middle.set(xlabel="training steps", ylabel="rate", ylim=(0, 1), title="7 (solid), means of many (dashed)")
+    shown = [row for row in rows if row.seed == first]
+    for part, (offset, height) in {"validation": (-0.2, 0.4), "test": (0.2, 0.4)}.items():
+        values = [getattr(row, part) for row in shown]
+        right.barh([place + offset for place in range(len(shown))], values, height, label=part)
+    right.set_yticks(range(len(shown)), [f"{row.method}\n{row.gradients:,} gradients" for row in shown], fontsize=7)
+    right.invert_yaxis()
+    right.set(xlabel="perplexity", title=f"every method, seed {first}")
+    right.set_xlim(right=1.4 * max(max(row.validation, row.test) for row in shown))
+    for axis in (left, middle, right):
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
+_PAPER_EPOCH = 331
+"""Batches of 40 x 70 words in the training text."""
+
+EXPERIMENT = Experiment(
+    name="ptb_tuning",
+    source="Tab. 4",
+    title="regularization of an LSTM on PTB, by 7 hyperparameters and by one for each unit and weight",
+    run=run,
+    sizes={
+        "small": Settings(
+            words=2000,
+            units=128,
+            rows=20,
+            time=20,
+            steps=240,
+            inner_steps=2,
+            evaluations=8,
+            curve_words=10_000,
+            seeds=3,
+            learning_rate=20.0,
+            hyper_learning_rate=4e-2,
+            hyper_clip=2e-3,
+            nonmonotone=None,
+        ),
+        "paper": Settings(
+            words=10_000,
+            units=650,
+            rows=40,
+            time=70,
+            steps=100 * _PAPER_EPOCH,
+            inner_steps=1,
+            evaluations=100,
+            curve_words=1_000_000,
+            seeds=1,
+            learning_rate=30.0,
+            hyper_learning_rate=1e-3,
+            hyper_clip=None,
+            nonmonotone=5,
+            stn_learning_rate=1e-3,
+        ),
+    },
+)

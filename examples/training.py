@@ -1,0 +1,48 @@
+"""Plain training beside Algorithm 1, and what becomes of its learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hvp_engine as hvp
+from hvp_engine.estimation import Estimate
+
+
+class NoTuning:
+    """An estimator for a tuner that only trains: hypergradients of zero, and the two losses."""
+
+    def __init__(self, train_loss: Callable[..., Tensor], val_loss: Callable[..., Tensor]):
+        self.train_loss, self.val_loss = train_loss, val_loss
+
+    @torch.no_grad()
+    def __call__(self, weights: Any, hyper: Mapping[str, Tensor], train_batch: Any, val_batch: Any) -> Estimate:
+        return Estimate(
+            {name: torch.zeros_like(tensor) for name, tensor in hyper.items()},
+            self.train_loss(weights, hyper, train_batch),
+            self.val_loss(weights, hyper, val_batch),
+            gradient_norm=torch.tensor(math.nan, dtype=torch.float64),
+        )
+
+
+def last_quarter(steps: int) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]:
+    """A learning rate that falls linearly, to a twentieth, in the last quarter of `steps`."""
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: max(0.05, min(1.0, 4 * (1 - step / steps)))
+    )
+
+
+def nonmonotone(metric: str, patience: int) -> Callable[[hvp.Tuner, hvp.Record], None]:
+    """Divides the learning rate by 4 at each evaluation that is worse than the best one before the last `patience`."""
+
+    def callback(tuner: hvp.Tuner, record: hvp.Record) -> None:
+        seen = [earlier.metrics[metric] for earlier in tuner.history if metric in earlier.metrics]
+        if metric in record.metrics and len(seen) > patience and seen[-1] > min(seen[:-patience]):
+            for group in tuner.weight_optimizer.param_groups:
+                group["lr"] /= 4
+
+    return callback
