@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 import hvp_engine as hvp
-from examples.files import write, write_picture, write_table
+from examples.files import few_colours, write, write_picture, write_table
 from examples.summary import summarize
 from hvp_engine.errors import HvpError
 
@@ -187,11 +187,12 @@ class Run:
     def picture(self, name: str, figure: Figure) -> None:
         """Write `NAME.png`, and show it in the summary."""
         write_picture(self.folder / f"{name}.png", figure)
-        self.show(f"{name}.png")
+        self._pictures.append(f"{name}.png")
 
-    def show(self, file: str) -> None:
-        """Show a picture that is in the folder in the summary."""
-        self._pictures.append(file)
+    def show(self, picture: Path) -> None:
+        """Show in the summary a PNG that something else has written to the folder, made smaller."""
+        write(picture, few_colours(picture.read_bytes()))
+        self._pictures.append(picture.name)
 
     def compare(self, what: str, ours: str, paper: str = "") -> None:
         """A line of the summary's table: what was measured, what came out, what the paper has."""

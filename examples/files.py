@@ -36,10 +36,15 @@ def write_table(target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_picture(target: Path, figure: Figure, dpi: int = 90) -> None:
-    """PNG of at most 256 colours, which takes a third of the space."""
+    """PNG of few colours."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=dpi)
-    picture = Image.open(content).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    write(target, few_colours(content.getvalue()))
+
+
+def few_colours(png: bytes) -> bytes:
+    """The picture with at most 256 colours, which takes a third of the space."""
+    picture = Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     content = io.BytesIO()
     picture.save(content, format="png", optimize=True)
-    write(target, content.getvalue())
+    return content.getvalue()

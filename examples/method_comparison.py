@@ -90,7 +90,7 @@ def run(run: Run, settings: Settings) -> None:
         f"solve with relative residual {problem.residual:.1e}. A product is two gradients. Float64; times of a shared "
         "machine."
     )
-    run.show(compare_plots.draw(rows, problem.name, run.folder).name)
+    run.show(compare_plots.draw(rows, problem.name, run.folder))
 
 
 def summarize(run: Run, settings: Settings, rows: Sequence[Row], place: str) -> None:
