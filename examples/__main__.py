@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.name == "list":
         for experiment in map(find, NAMES):
             choices = "".join(f" [{', '.join(names)}]" for names in (experiment.datasets, experiment.recipes) if names)
-            print(f"{experiment.name:<26}{experiment.source:<14}{experiment.title}{choices}")
+            print(f"{experiment.name:<26}{experiment.source:<16}{experiment.title}{choices}")
         return 0
     options = Options(asked.size, asked.out, asked.data, "", "", asked.seed, asked.device, asked.resume)
     try:

@@ -203,7 +203,7 @@ _EPOCH = 45_000 // 128
 
 EXPERIMENT = Experiment(
     name="augmentation",
-    source="Fig. 7, Table 3",
+    source="Fig. 7, Tab. 3",
     title="a network that augments the training images",
     run=run,
     sizes={
