@@ -1,11 +1,11 @@
-"""The tables of the documentation, made from committed results; a page has `<!-- table: NAME -->` in their place."""
+"""The tables of the documentation, from committed results and lists in code; `<!-- table: NAME -->` is their place."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import demo, precision, products, report, results
+from bench import demo, hard_models, precision, products, report, results
 from hvp_engine import methods
 
 
@@ -35,6 +35,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "benchmark": lambda: report.markdown(report.everything()),
     "summary": lambda: report.summary(report.everything()),
     "demo": demo.block,
+    "hard models": hard_models.markdown,
     "methods": methods.markdown,
     "precision": precision.markdown,
     "products": products.markdown,

@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hvp_engine.isolation import is_isolated, record_module
 
+_HOOKS = "saved-tensor hooks in a functional call"
+
 
 class FunctionalModule:
     """See :func:`functional`."""
@@ -23,6 +25,10 @@ class FunctionalModule:
         self._prefix = "module." if isinstance(module, DistributedDataParallel) else ""
         if isinstance(module, DistributedDataParallel):  # it reduces .grad alone, and its forward talks to others
             module = module.module
+        if hasattr(module, "_orig_mod"):  # compiled code can be differentiated once only
+            self._prefix += "_orig_mod."
+            original: Any = module._orig_mod
+            module = original
         self.module = module
         self._names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
 
@@ -39,6 +45,29 @@ class FunctionalModule:
                 f"known are {', '.join(sorted(self._names)[:8])}{', ...' if len(self._names) > 8 else ''}"
             )
         record_module(self.module)
+        if not is_isolated():
+            return self._call(weights, inputs, keywords)
+        try:
+            with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):
+                return self._call(weights, inputs, keywords)
+        except RuntimeError as error:
+            if str(error) != _HOOKS:
+                raise
+            self._refuse_other_weights(weights)
+        return self._call(weights, inputs, keywords)
+
+    def _refuse_other_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """What is computed again in the backward pass finds the module's own weights in the module."""
+        own = dict(self.module.named_parameters(remove_duplicate=False))
+        for name, weight in weights.items():
+            if not weight.is_set_to(own[name]):
+                raise ValueError(
+                    f"weights: expected the module's own, since gradient checkpointing in it computes with those again "
+                    f"in the backward pass; got another tensor for {name!r}: copy the weights into the module and pass "
+                    "dict(module.named_parameters()), or switch checkpointing off"
+                )
+
+    def _call(self, weights: Mapping[str, Tensor], inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         places = self._places()
         state: dict[str, Tensor] = {}
         for name, weight in weights.items():
@@ -91,7 +120,8 @@ def functional(module: torch.nn.Module) -> FunctionalModule:
 
     Arguments:
         module: any module; it is not copied, and its training/eval mode is read at every call. Of one wrapped in
-            DistributedDataParallel the module inside is called, under either's names; see :class:`DataParallel`.
+            DistributedDataParallel the module inside is called, under either's names; see :class:`DataParallel`. Of
+            one from torch.compile the original is called, since compiled code can be differentiated once only.
 
     The returned callable takes `weights`, a dict of some or all of the module's named parameters (tied parameters
     under either name); the rest are the module's own. Buffers (BatchNorm statistics) are updated as by the module

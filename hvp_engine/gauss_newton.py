@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hvp_engine.distributed import for_loss
-from hvp_engine.engines.eager import EagerEngine, leaves, plain_kernels
+from hvp_engine.engines.eager import EagerEngine, leaves
+from hvp_engine.engines.plain_kernels import plain_kernels
 from hvp_engine.engines.tape import Tape, differentiate, filled
 from hvp_engine.errors import GraphError
 from hvp_engine.isolation import Draws, isolated

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+from bench.hard_modules import Attention, BareAttention, Recurrent, Tied, Words
 
 DTYPE = torch.float64
 
@@ -259,63 +261,6 @@ class LoopedRNN(nn.Module):
         for t in range(x.shape[1]):
             state = torch.tanh(self.cell(torch.cat([x[:, t], state], 1)))
         return self.readout(state)
-
-
-class Recurrent(nn.Module):
-    """nn.LSTM or nn.GRU with a readout."""
-
-    def __init__(self, kind: type[nn.RNNBase]):
-        super().__init__()
-        self.rnn, self.readout = kind(2, 3, batch_first=True), nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.readout(self.rnn(x)[0][:, -1])
-
-
-class Attention(nn.Module):
-    """nn.MultiheadAttention with a readout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.readout = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.readout(self.attention(x, x, x, need_weights=False)[0].mean(1))
-
-
-class BareAttention(nn.Module):
-    """scaled_dot_product_attention, called directly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.project, self.readout = nn.Linear(4, 12), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.project(x).chunk(3, dim=-1)
-        return self.readout(scaled_dot_product_attention(query, key, value).mean(1))
-
-
-class Tied(nn.Module):
-    """Two layers that share one weight matrix, as a language model's embedding and decoder do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.second.weight = self.first.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
-
-
-class Words(nn.Module):
-    """An embedding of word numbers, with dense or sparse gradients."""
-
-    def __init__(self, sparse: bool = False):
-        super().__init__()
-        self.embedding, self.readout = nn.Embedding(6, 3, sparse=sparse), nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.readout(torch.tanh(self.embedding(x)).mean(1))
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hvp_engine.engines.tape import Tape, gradients
+from hvp_engine.engines.plain_kernels import plain_kernels
+from hvp_engine.engines.tape import FastKernelError, Tape, gradients
 from hvp_engine.linearization import Linearization, LinearMap, Problem
 from hvp_engine.solvers.base import Iteration, Solver
 from hvp_engine.spectrum import SpectralEstimate
@@ -19,13 +18,6 @@ from hvp_engine.spectrum import SpectralEstimate
 def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Fresh leaves that share memory with `tensors`, so that the caller's own are not touched."""
     return [tensor.detach().requires_grad_() for tensor in tensors]
-
-
-@contextlib.contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Attention and recurrent layers by kernels that have second derivatives, where the fast ones have none."""
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
-        yield
 
 
 def begin(operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None) -> Iteration:
@@ -54,8 +46,8 @@ def advance(iteration: Iteration, operator: LinearMap, term: Callable[[], None] 
 class EagerEngine:
     """Builds the gradient graph once for each linearization; every product is one `torch.autograd.grad`.
 
-    Where a fast kernel of the forward has no second derivative, the graph is built on the plain kernels instead,
-    from then on, with one warning.
+    Where a fast kernel of the forward has no second derivative, or a wrong one, the graph is built on the plain kernels
+    instead, from then on, with one warning.
     """
 
     name = "eager"
@@ -65,13 +57,16 @@ class EagerEngine:
 
     def linearize(self, problem: Problem) -> Linearization:
         if not self._plain:
-            tape = self._record(problem)
-            if not tape.incomplete:
-                return tape
+            try:
+                tape = self._record(problem)
+                if not tape.incomplete:
+                    return tape
+            except FastKernelError:
+                pass
             self._plain = True
             warnings.warn(
                 f"{problem.name}: a kernel in it has no second derivative; it is evaluated on plain kernels from "
-                "now on (math attention, no cuDNN)",
+                "now on (math attention, no cuDNN, no fused weight normalization, no sparse gradients)",
                 stacklevel=4,
             )
         with plain_kernels():

@@ -18,22 +18,32 @@ _NOT_DIFFERENTIABLE = re.compile(
     r"derivative for '?(?:aten::)?([\w.]+)'? is not implemented"
     r"|trying to differentiate twice a function that was marked with @(\w+)"
 )
+_REENTRANT = "use_reentrant=True"
+_COMPILED = re.compile("does not currently support double backward|compiled with non-empty donated|dynamo-optimized")
 _REMEDIES = {
     "_Union": "hand the hvp.DataParallel itself to hvp.Hypergradient, hvp.HessianOperator, ...; hvp.Averaged inside it",
     "_scaled_dot_product": "run the forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
     "_cudnn_rnn": "run the forward under torch.backends.cudnn.flags(enabled=False)",
     "mkldnn_rnn": "run the forward under torch.backends.mkldnn.flags(enabled=False)",
+    "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint",
+    "sparse gradients": "make the embedding with sparse=False: products are dense anyway",
+    "torch.compile": "hand the original module or function to the loss, as hvp.functional does with a compiled module",
+    "_weight_norm": "compute the weight as v * (g / torch.norm_except_dim(v, 2, dim)), as calls with loss functions do",
     "once_differentiable": "write its backward with differentiable operations and drop once_differentiable",
 }
 
 
-def second_derivative_error(operator: str) -> SecondDerivativeError:
+class FastKernelError(SecondDerivativeError):
+    """The second derivative of a fast kernel is wrong; `plain_kernels` has the right one."""
+
+
+def second_derivative_error(operator: str, kind: type[SecondDerivativeError] = SecondDerivativeError) -> Exception:
     """The error for an operator without a second derivative, with the remedy where one is known."""
     remedy = next(
         (text for part, text in _REMEDIES.items() if part in operator),
         "replace it by an operator whose backward is differentiable, or use engine='finite_difference'",
     )
-    return SecondDerivativeError(f"the loss uses {operator}, which has no second derivative; remedy: {remedy}")
+    return kind(f"the loss uses {operator}, which has no second derivative; remedy: {remedy}")
 
 
 @contextlib.contextmanager
@@ -44,6 +54,12 @@ def explained() -> Iterator[None]:
     except RuntimeError as error:
         if match := _NOT_DIFFERENTIABLE.search(str(error)):
             raise second_derivative_error(match[1] or match[2]) from error
+        if _REENTRANT in str(error):
+            raise second_derivative_error(f"gradient checkpointing with {_REENTRANT}") from error
+        if "add(sparse, dense)" in str(error):
+            raise second_derivative_error("sparse gradients beside dense ones", FastKernelError) from error
+        if _COMPILED.search(str(error)):
+            raise second_derivative_error("a part compiled by torch.compile") from error
         raise
 
 
@@ -59,11 +75,11 @@ def differentiate(
     active = [tensor for tensor in inputs if tensor.requires_grad]
     if not active:
         return [None] * len(inputs)
-    found = iter(
-        torch.autograd.grad(
+    with explained():
+        products = torch.autograd.grad(
             outputs, active, tangents, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
         )
-    )
+    found = iter(products)
     return [_dense(next(found)) if tensor.requires_grad else None for tensor in inputs]
 
 
@@ -117,7 +133,7 @@ def gradients(loss: Tensor, weights: Sequence[Tensor], name: str) -> list[Tensor
             f"{name}: expected a loss with an autograd graph; got a tensor that does not require grad: compute it "
             "from the weights with grad mode on, and without .detach() or .item()"
         )
-    _refuse_once_differentiable(loss)
+    _refuse_without_second_derivative(loss)
     found = differentiate(loss, weights, create_graph=True)
     if all(gradient is None for gradient in found):
         raise GraphError(
@@ -187,13 +203,15 @@ def _walk(outputs: Sequence[Tensor]) -> set[Node]:
     return seen
 
 
-def _refuse_once_differentiable(loss: Tensor) -> None:
-    """Raise for a once-differentiable function in the loss.
+def _refuse_without_second_derivative(loss: Tensor) -> None:
+    """Raise for a once-differentiable function in the loss, and for fused weight normalization.
 
-    Behind a linear reduction such as a sum its backward leaves no trace in the gradient's graph, and the second
-    derivative would be wrong without a word.
+    Behind a linear reduction such as a sum the backward of the first leaves no trace in the gradient's graph, and the
+    second derivative would be wrong without a word, as that of the other is.
     """
     for node in _walk([loss]):
+        if node.name() == "WeightNormInterfaceBackward0":
+            raise second_derivative_error("torch._weight_norm, in torch's fused kernel", FastKernelError)
         function: Any = getattr(node, "_forward_cls", None)
         backward = getattr(function, "backward", None)
         code = getattr(backward, "__code__", None)

@@ -20,13 +20,18 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from hvp_engine.engines.eager import plain_kernels
 from hvp_engine.engines.functionalize import functionalized, retraced
-from hvp_engine.engines.tape import Pullback, Tape, gradients
+from hvp_engine.engines.plain_kernels import plain_kernels
+from hvp_engine.engines.tape import Pullback, Tape, explained, gradients
 from hvp_engine.errors import TraceError
 from hvp_engine.linearization import Problem
 
 aten = torch.ops.aten
+
+_HOOKS = (
+    "saved-tensor hooks (gradient checkpointing, save_on_cpu), which compute again with the module's own weights "
+    "while the trace runs backwards"
+)
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,22 @@ def trace(problem: Problem) -> Trace:
         *(torch.ones_like(w) for w in problem.weights),
     ]
     try:
-        with _one_fake_mode(), plain_kernels(), _without_mkldnn():
+        with (
+            _one_fake_mode(),
+            plain_kernels(),
+            _without_mkldnn(),
+            torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS),
+            explained(),
+        ):
             graph = make_fx(function)(*arguments)
             if not functionalized(graph):
                 graph = _retraced(graph, arguments, problem.name)
     except RuntimeError as error:
+        if str(error) == _HOOKS:
+            raise TraceError(
+                f"{problem.name}: expected a loss without saved-tensor hooks; got some: {_HOOKS}: "
+                "switch checkpointing off, since a trace keeps what it needs anyway, or use engine='eager'"
+            ) from error
         if "data-dependent" in str(error) or "proxy" in str(error).lower() or ".item()" in str(error):
             raise TraceError(
                 f"{problem.name}: expected a loss without control flow that depends on tensor values; tracing said: "

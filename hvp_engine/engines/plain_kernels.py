@@ -1,0 +1,41 @@
+"""Slower kernels that have second derivatives, in place of fast ones that have none or a wrong one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import embedding
+from torch.overrides import TorchFunctionMode
+
+
+@contextlib.contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Attention, recurrent layers, embeddings and weight normalization with the right second derivatives."""
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), _PlainFunctions():
+        yield
+
+
+class _PlainFunctions(TorchFunctionMode):
+    """Functions of torch by others with the same values."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _PLAIN.get(func, func)(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """By the formula: the backward of torch's fused kernel takes the norms for constants, so that its derivative is
+    wrong (in torch 2.13; `torch.autograd.gradgradcheck` finds that too)."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _embedding(input: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """With dense gradients: autograd cannot add a dense one, as of a penalty, to a sparse one that it came to first."""
+    return embedding(input, weight, *arguments[:4], **(options | {"sparse": False}))
+
+
+_PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {torch._weight_norm: _weight_norm, embedding: _embedding}
