@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -45,14 +46,17 @@ class FunctionalModule:
                 f"known are {', '.join(sorted(self._names)[:8])}{', ...' if len(self._names) > 8 else ''}"
             )
         record_module(self.module)
-        if not is_isolated():
-            return self._call(weights, inputs, keywords)
-        try:
-            with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):
-                return self._call(weights, inputs, keywords)
-        except RuntimeError as error:
-            if str(error) != _HOOKS:
-                raise
+        if is_isolated():
+            with contextlib.ExitStack() as without_hooks:
+                try:
+                    without_hooks.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS))
+                except RuntimeError:  # there are some around this call: it is repeated whole, with these weights
+                    return self._call(weights, inputs, keywords)
+                try:
+                    return self._call(weights, inputs, keywords)
+                except RuntimeError as error:
+                    if str(error) != _HOOKS:
+                        raise
             self._refuse_other_weights(weights)
         return self._call(weights, inputs, keywords)
 
