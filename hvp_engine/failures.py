@@ -49,8 +49,8 @@ def divergence(
         return refusal(operator, None)
     alpha = getattr(iteration, "alpha", None)
     happened = (
-        f"the residual grew {outcome.residual_norm:.3g}-fold (limit {GROWTH_LIMIT:g})"
-        if outcome.finite and math.isfinite(outcome.residual_norm)
+        f"the residual grew {outcome.grown:.3g}-fold (limit {GROWTH_LIMIT:g})"
+        if outcome.finite and math.isfinite(outcome.grown)
         else "the sum became NaN or Inf"
     )
     bounds = getattr(iteration, "bounds", None)

@@ -38,7 +38,8 @@ class Solution:
         residual_norm: ||v - A x'|| / ||v||, damping included, for the iterate x' that `residual_of` names.
         residual_of: "previous" (the iterate before the returned one: free), "returned", or "none" (no product was
             made, so the residual is that of x = 0).
-        status: a :class:`Status`; its value is the message.
+        status: a :class:`Status`; its value is the message. Whether a series with a preconditioner M diverged is judged
+            in the norm in which it contracts, sqrt(r . M r): its residual_norm may be above 1 on the way.
         alpha: the step that was used, None for solvers without one.
         lambda_max: the largest |eigenvalue| seen by the estimate, None if none was made.
         explanation: what an automatic choice chose and why; empty otherwise.

@@ -134,7 +134,7 @@ def _judged(
     """The result of a finished iteration, tried once more where the estimate was too low."""
     outcome = _read(iteration)
     hvps += iteration.steps
-    if estimate is not None and outcome.residual_norm > 1 and iteration.steps:
+    if estimate is not None and outcome.grown > 1 and iteration.steps:
         # A positive definite operator cannot grow the residual under a safe alpha: either the estimate was stale,
         # or there is negative curvature. The residual that grew points at what was missed.
         fresh = estimates.restart(_start_after(iteration, operator.layout))
@@ -142,7 +142,7 @@ def _judged(
         if fresh.finite:
             risen = fresh.bound() > 1.05 * estimate.bound()
             estimate = estimate.joined(fresh)
-            if risen or (estimate.indefinite(estimates.damping) and outcome.residual_norm > GROWTH):
+            if risen or (estimate.indefinite(estimates.damping) and outcome.grown > GROWTH):
                 iteration = engine.run(operator, v, solver, estimate)
                 outcome = _read(iteration)
                 hvps += iteration.steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,46 @@ def test_preconditioner_over_several_tensors_and_a_refresh() -> None:
     solver = hvp.ConjugateGradient(3 * REFRESH_EVERY, tol=1e-15, preconditioner=preconditioner)
     solution = hvp.solve(lambda v: unflat(SCALED @ flat(v), parts), unflat(B, parts), solver)
     assert relative_error(flat(solution.value), torch.linalg.solve(SCALED, B)) < 1e-12
+
+
+ROOT = torch.logspace(-3, 3, 40, dtype=DTYPE)
+ILL_SCALED = ROOT[:, None] * matrix_with(torch.linspace(0.5, 2.0, 40, dtype=DTYPE), seed=12) * ROOT
+SERIES: dict[str, Callable] = {
+    "neumann": lambda count, m: hvp.Neumann(count, preconditioner=m),
+    "neumann, accumulated": lambda count, m: hvp.Neumann(count, form="accumulate", preconditioner=m),
+    "chebyshev": lambda count, m: hvp.Chebyshev(count, preconditioner=m),
+    "heavy ball": lambda count, m: hvp.Chebyshev(count, form="heavy_ball", preconditioner=m),
+}
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_a_series_is_judged_in_the_norm_in_which_it_contracts(name: str) -> None:
+    """A right-hand side of small scale: its residual in the 2-norm grows by orders while the solution comes close."""
+    v = torch.zeros(40, dtype=DTYPE)
+    v[:5] = 1.0
+    truth = torch.linalg.solve(ILL_SCALED, v)
+    m = hvp.DiagonalPreconditioner(ROOT**2, shift=1e-12)
+
+    def energy(x: torch.Tensor) -> float:
+        return float(x @ ILL_SCALED @ x)
+
+    errors = []
+    for count in (2, 5):
+        solution = hvp.solve(lambda x: ILL_SCALED @ x, v, SERIES[name](count, m))
+        errors.append(energy(solution.value - truth) / energy(truth))
+        assert solution.residual_norm > 1
+        assert solution.status is hvp.Status.ITERATION_LIMIT
+        assert solution.hvps == count + 8  # no restart
+    assert errors[1] < errors[0] < 0.5
+
+
+@pytest.mark.parametrize("name", ["neumann", "neumann, accumulated"])
+def test_a_preconditioned_series_that_grows_still_says_so(name: str) -> None:
+    m = hvp.DiagonalPreconditioner(ROOT**2, shift=1e-12)
+    solver = replace(SERIES[name](6, m), alpha=1.5)
+    assert hvp.solve(lambda x: ILL_SCALED @ x, B * ROOT, solver).status is hvp.Status.DIVERGED
+    with pytest.raises(hvp.DivergenceError, match="the residual grew"):
+        hvp.solve(lambda x: ILL_SCALED @ x, B * ROOT, replace(solver, iterations=200))
 
 
 @pytest.mark.parametrize("sign", [-1.0, 0.0, float("nan")])

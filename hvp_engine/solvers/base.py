@@ -32,7 +32,11 @@ GROWTH_LIMIT = 1e4
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the norms of a finished iteration say, on the host."""
+    """What the norms of a finished iteration say, on the host.
+
+    `growth` is the last residual's norm by the first one's where the iteration contracts in another norm than the
+    2-norm of `residual_norm`, None where it is the same.
+    """
 
     residual_norm: float
     residual_of: str
@@ -40,11 +44,17 @@ class Outcome:
     finite: bool = True
     finite_v: bool = True
     growth_limit: float = GROWTH_LIMIT
+    growth: float | None = None
+
+    @property
+    def grown(self) -> float:
+        """How many times larger the residual has become, in the norm that says whether the iteration converges."""
+        return self.residual_norm if self.growth is None else self.growth
 
     @property
     def failed(self) -> bool:
         """Whether the value must not be used: not finite, or grown beyond the limit."""
-        return not self.finite or self.residual_norm > self.growth_limit
+        return not self.finite or self.grown > self.growth_limit
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from hvp_engine import ops
 from hvp_engine.preconditioning import Preconditioner, check_preconditioner, precondition
 from hvp_engine.solvers.base import Iteration, Outcome, RightHandSide, check_damping, check_iterations, scalar
+from hvp_engine.solvers.metric import MetricNorm
 from hvp_engine.solvers.neumann import outcome_of
 from hvp_engine.spectrum import GROWTH, HEADROOM, SpectralEstimate
 from hvp_engine.vectors import FlatVector, Layout
@@ -225,6 +226,7 @@ class _Preconditioned(_Chebyshev):
     def _bind(self, layout: Layout) -> None:
         assert self._solver.preconditioner is not None
         self._preconditioner, self._image = self._solver.preconditioner, FlatVector(layout)
+        self._metric = MetricNorm(self._residual, self._image)
         one, minus = scalar(1.0, layout.device), scalar(-1.0, layout.device)
         self._subtract = ops.bind("scale_accumulate", (self._residual.data,), layout, (minus, one), 0.0, self._partials)
         flat = Layout.of([self._image.data])
@@ -235,6 +237,7 @@ class _Preconditioned(_Chebyshev):
         self.steps = 0
         self._b.load(v)
         precondition(self._preconditioner, self._residual, self._image)
+        self._metric.start()
         torch.mul(self._image.data, self._table[0, 0], out=self.direction.data)
         self._begin()
 
@@ -250,7 +253,4 @@ class _Preconditioned(_Chebyshev):
         self.direction.refresh()
 
     def finish(self) -> Tensor:
-        _, squared_residual, bad = self._partials.sum(0).unbind()
-        squared = self.value.data.double().square().sum()
-        sums = self.value.layout.total(torch.stack([squared_residual, squared, bad]))
-        return torch.cat([self._b.sums(), sums])
+        return torch.cat([self._b.sums(), self._metric.sums(self._partials, self.value)])

@@ -24,6 +24,7 @@ from hvp_engine.solvers.base import (
     check_positive,
     scalar,
 )
+from hvp_engine.solvers.metric import MetricNorm
 from hvp_engine.spectrum import SpectralEstimate
 from hvp_engine.vectors import FlatVector, Layout
 
@@ -160,6 +161,7 @@ class _Preconditioned(_Accumulate):
         assert self._solver.preconditioner is not None
         self._preconditioner = self._solver.preconditioner
         self._residual, self._image = self._b.vector, FlatVector(layout)
+        self._metric = MetricNorm(self._residual, self._image)
         self.value, self.direction = FlatVector(layout), self._image
         self._minus, one = scalar(math.nan, layout.device), scalar(1.0, layout.device)
         states, scales = (self._residual.data,), (self._minus, one)
@@ -173,6 +175,7 @@ class _Preconditioned(_Accumulate):
         self.steps = 0
         self._b.load(v)
         precondition(self._preconditioner, self._residual, self._image)
+        self._metric.start()
         self.value.assign(self._image)
 
     def step(self, product: Sequence[Tensor]) -> None:
@@ -185,10 +188,7 @@ class _Preconditioned(_Accumulate):
 
     def finish(self) -> Tensor:
         self.value.data.mul_(self._alpha)
-        _, squared_residual, bad = self._partials.sum(0).unbind()
-        squared = self.value.data.double().square().sum()
-        sums = self.value.layout.total(torch.stack([squared_residual, squared, bad]))
-        return torch.cat([self._b.sums(), sums])
+        return torch.cat([self._b.sums(), self._metric.sums(self._partials, self.value)])
 
 
 class _PreconditionedHorner(_Preconditioned):
@@ -209,18 +209,22 @@ class _PreconditionedHorner(_Preconditioned):
 
 
 def outcome_of(figures: Sequence[float], steps: int, dtype: torch.dtype) -> Outcome:
-    """What the squared norms of v, of the last residual and of the sum say, each pair followed by its flag."""
-    squared_v, _, bad_v, squared_residual, squared_sum, bad = figures
+    """What the squared norms of v, of the last residual and of the sum say, each pair followed by its flag; after them
+    those of v and of the last residual in a preconditioner's norm, where there is one."""
+    squared_v, _, bad_v, squared_residual, squared_sum, bad, *in_metric = figures
     epsilon = torch.finfo(dtype).eps
     if steps == 0:
         return Outcome(float(squared_v > 0), "none", Status.ITERATION_LIMIT, bad_v == 0, bad_v == 0)
     finite = bad == 0 and math.isfinite(squared_residual) and math.isfinite(squared_sum)
     residual = math.sqrt(squared_residual / squared_v) if squared_v and finite else 0.0 if finite else math.inf
+    growth = residual
+    if in_metric and min(in_metric) > 0 and math.isfinite(sum(in_metric)):  # else M is no metric
+        growth = math.sqrt(in_metric[1] / in_metric[0])
     if residual <= math.sqrt(epsilon):
         status = Status.CONVERGED
     else:
-        status = Status.DIVERGED if residual > 1 else Status.ITERATION_LIMIT
-    return Outcome(residual, "previous", status, finite, bad_v == 0)
+        status = Status.DIVERGED if growth > 1 else Status.ITERATION_LIMIT
+    return Outcome(residual, "previous", status, finite, bad_v == 0, growth=growth)
 
 
 _FORMS = {

@@ -1,0 +1,35 @@
+"""The norm in which a preconditioned series contracts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hvp_engine.solvers.base import scalar
+from hvp_engine.vectors import FlatVector
+
+
+class MetricNorm:
+    """sqrt(r . M r) of a residual r with its image M r, at the start and at the end of a solve.
+
+    The residuals of a series with a preconditioner are p(A M) v. In the norm of M they are those of the symmetric
+    M^(1/2) A M^(1/2), so a polynomial that is at most 1 at its eigenvalues makes none larger. In the 2-norm they may
+    grow by the square root of M's condition and converge all the same.
+    """
+
+    def __init__(self, residual: FlatVector, image: FlatVector):
+        self._residual, self._image = residual, image
+        self._first = scalar(0.0, residual.data.device)
+
+    def start(self) -> None:
+        self._first.copy_(self._squared())
+
+    def sums(self, partials: Tensor, value: FlatVector) -> Tensor:
+        """What :func:`outcome_of` reads after the figures of v: those of the last residual, of which `partials` has
+        the 2-norm, and of the sum, and the squared norms of the first and the last residual here."""
+        _, squared, bad = partials.sum(0).unbind()
+        sums = [squared, value.data.double().square().sum(), bad, self._first, self._squared()]
+        return value.layout.total(torch.stack(sums))
+
+    def _squared(self) -> Tensor:
+        return (self._residual.data.double() * self._image.data.double()).sum()
