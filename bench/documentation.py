@@ -39,5 +39,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods": methods.markdown,
     "precision": precision.markdown,
     "products": products.markdown,
+    "product curves": lambda: named("product-curves"),
 }
 """Each by its name."""
