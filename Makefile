@@ -1,4 +1,4 @@
-# make demo | test | docs | lint | bench | soak | wheel | clean. Needs Python >= 3.10, a C++ compiler and make.
+# make demo | test | docs | lint | bench | soak | sanitize | wheel | clean. Needs Python >= 3.10, a C++ compiler and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # A waiting OpenMP thread must not hold a core that somebody else could use.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test docs lint format bench soak wheel build clean
+.PHONY: demo test docs lint format bench soak sanitize wheel build clean
 
 demo: build
 	$(BIN)/python -m hvp_engine demo $(ARGS)
@@ -26,6 +26,18 @@ docs: build $(DOCS)
 
 soak: build
 	$(BIN)/python -m pytest -q -m soak $(ARGS)
+
+# The extension built once more, with sanitizers, in a folder of its own. libasan must come before everything else, and
+# libstdc++ with it, whose exceptions it watches; Python's own leaks at its end are not ours.
+SANITIZED := build/sanitize
+sanitize: build
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DHVP_ENGINE_SANITIZE=ON \
+		-DHVP_ENGINE_CUDA=OFF -DCMAKE_CXX_COMPILER=g++ -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+		-Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > /dev/null
+	$(BIN)/cmake --build $(SANITIZED)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/python tests/sanitized.py $(SANITIZED) $(ARGS)
 
 # Correctness first: nothing is timed where a test of a timed path fails.
 bench: build $(PEERS)

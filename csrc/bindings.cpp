@@ -135,10 +135,10 @@ class Plan {
       const dlpack::Tensor view = torch.view(state.ptr());
       state_dtype_ = static_cast<DType>(dtype_of(view.dtype));
       device_ = view.device;
-      states_.push_back({address(view), address(view) + static_cast<uintptr_t>(numel(view)) * width()});
+      states_.push_back(span_of(view, width()));
     }
     for (const py::object& scalar : scalars) scalars_.push_back(address(torch.view(scalar.ptr())));
-    partials_ = address(torch.view(partials.ptr()));
+    partials_ = span_of(torch.view(partials.ptr()), sizeof(double));
     held_ = {py::cast(states), py::cast(scalars), partials};
     for (size_t i = 0; i < count; ++i) {
       int64_t size = 1;
@@ -178,6 +178,10 @@ class Plan {
     uintptr_t begin, end;
   };
 
+  static Span span_of(const dlpack::Tensor& view, uintptr_t width) {
+    return {address(view), address(view) + static_cast<uintptr_t>(numel(view)) * width};
+  }
+
   // Whether a product can be read where it is; if so, `product` says where.
   bool readable(size_t index, PyObject* item, Product* product) const {
     const Torch& torch = Torch::get();
@@ -209,11 +213,12 @@ class Plan {
     return apart(index, address(view), extent, in_order) && !torch.negated(item);
   }
 
-  // A product may be a state's own part (each element is read before it is written), but no other memory of
-  // one.
+  // A product may be a state's own part (each element is read before it is written), but no other memory
+  // that the op writes.
   bool apart(size_t index, uintptr_t begin, int64_t extent, bool in_order) const {
     const DType dtype = expected_[index].dtype;
     const uintptr_t end = begin + static_cast<uintptr_t>(extent) * kSizes[static_cast<int>(dtype)];
+    if (begin < partials_.end && partials_.begin < end) return false;
     const auto offset = static_cast<uintptr_t>(parts_[index].offset) * width();
     for (const Span& state : states_) {
       if (begin >= state.end || state.begin >= end) continue;
@@ -224,7 +229,8 @@ class Plan {
 
   void run(const std::vector<Product>& products) const {
     const bool wide = state_dtype_ == DType::kFloat64;
-    Step step{code_, wide, {}, {}, damping_, reinterpret_cast<double*>(partials_), parts_, products, rows_};
+    Step step{code_,  wide,     {},   {}, damping_, reinterpret_cast<double*>(partials_.begin),
+              parts_, products, rows_};
     for (size_t i = 0; i < states_.size(); ++i) step.states[i] = reinterpret_cast<void*>(states_[i].begin);
     for (size_t i = 0; i < scalars_.size(); ++i)
       step.scalars[i] = reinterpret_cast<const double*>(scalars_[i]);
@@ -265,7 +271,7 @@ class Plan {
   dlpack::Device device_{dlpack::kCpu, 0};
   std::vector<Span> states_;
   std::vector<uintptr_t> scalars_;
-  uintptr_t partials_;
+  Span partials_;
   std::vector<Part> parts_;
   std::vector<Expected> expected_;
   int64_t rows_ = 0, elements_ = 0;

@@ -45,8 +45,8 @@ def bind(
     damping: float,
     partials: Tensor,
 ) -> Bound:
-    # Aliases, so that the memory stays alive and in place whatever is done to the caller's tensors.
-    states = [state.detach() for state in states]
+    states = [_kept(state) for state in states]
+    partials = _kept(partials)
     return _C.Plan(
         op=name,
         states=states,
@@ -55,18 +55,26 @@ def bind(
         orders=layout.orders,
         examples=[torch.empty(0, dtype=dtype) for dtype in layout.dtypes],
         offsets=layout.offsets,
-        scalars=[scalar.detach() for scalar in scalars],
+        scalars=[_kept(scalar) for scalar in scalars],
         damping=damping,
-        partials=partials.detach(),
-        conform=_conform(name, layout, states),
+        partials=partials,
+        conform=_conform(name, layout, states, partials),
     )
 
 
-def _conform(name: str, layout: Layout, states: Sequence[Tensor]) -> Callable[[int, object], Tensor]:
+def _kept(tensor: Tensor) -> Tensor:
+    """An alias, so that the memory stays alive and in place whatever is done to the caller's tensor."""
+    alias = tensor.detach()
+    if alias.device.type == "cpu":
+        alias.numpy()  # torch refuses from now on to resize this storage, which would free the memory of every alias
+    return alias
+
+
+def _conform(name: str, layout: Layout, states: Sequence[Tensor], partials: Tensor) -> Callable[[int, object], Tensor]:
     """What a plan calls for a product it cannot read as it is: an error, or the product in the state's dtype and
-    the layout's storage order, apart from the states' memory."""
+    the layout's storage order, apart from the memory the plan writes."""
     state = states[0]
-    taken = {tensor.untyped_storage().data_ptr() for tensor in states}
+    taken = {tensor.untyped_storage().data_ptr() for tensor in (*states, partials)}
 
     def conform(index: int, product: object) -> Tensor:
         where = f"{name}: {OPS[name].product}[{index}]"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def check(op: Op, states: Sequence[Tensor], layout: Layout, scalars: Sequence[Te
         if state.device != layout.device and layout.numels:
             raise ValueError(f"{where}: expected device {layout.device} as {op.product}; got {state.device}")
     if not torch.compiler.is_compiling() and not isinstance(first, torch._subclasses.FakeTensor):
-        _check_overlap(op, states)
+        _check_overlap(op, states, scalars, partials)
     for index, dtype in enumerate(layout.dtypes):
         if dtype not in INPUT_DTYPES or (dtype == torch.float64 and first.dtype != torch.float64):
             raise TypeError(
@@ -115,17 +116,18 @@ def check_products(op: Op, layout: Layout, state: torch.dtype, products: Sequenc
             raise TypeError(f"{where}: expected a floating dtype no wider than {state}; got {product.dtype}")
 
 
-def _check_overlap(op: Op, states: Sequence[Tensor]) -> None:
-    spans = sorted(
-        (state.data_ptr(), state.data_ptr() + state.numel() * state.element_size(), name)
-        for name, state in zip(op.states, states, strict=True)
-        if state.numel()
-    )
-    for (_, end, left), (start, _, right) in zip(spans, spans[1:], strict=False):
-        if start < end:
+def _check_overlap(op: Op, states: Sequence[Tensor], scalars: Sequence[Tensor], partials: Tensor) -> None:
+    """What an op writes must share memory with nothing else that it was given."""
+    names = (*op.states, *op.scalars, "partials")
+    spans = [
+        (name, tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
+        for name, tensor in zip(names, (*states, *scalars, partials), strict=True)
+    ]
+    for (left, start, end), (right, other_start, other_end) in combinations(spans, 2):
+        written = {left, right} & {*op.mutated, "partials"}
+        if written and max(start, other_start) < min(end, other_end):
             raise ValueError(
-                f"{op.name}: {left} and {right}: expected state vectors that do not share memory; "
-                "they overlap: pass a clone"
+                f"{op.name}: {left} and {right}: expected tensors that do not share memory; they overlap: pass a clone"
             )
 
 
@@ -143,12 +145,14 @@ def bind(
         name: a key of :data:`OPS`.
         states: the op's flat state vectors, of `layout`'s size and state dtype.
         layout: shapes, strides and dtypes of the products to come. A product with other strides, or one that
-            shares memory with a state, is copied first; one may also come in another dtype no wider than the state's.
+            shares memory with a state or `partials`, is copied first; one may also come in another dtype no wider
+            than the state's.
         scalars: the op's 0-dim float64 tensors, read at every call, so they may change between calls.
         damping: added to the diagonal of the operator (0.0 for ops without damping).
         partials: from :meth:`Layout.empty_partials`, overwritten at every call.
 
-    Returns a callable that takes the list of products. It holds references to all tensors it needs.
+    Returns a callable that takes the list of products. It holds references to all tensors it needs; on a CPU their
+    storages cannot be resized from then on.
     """
     op = OPS[name]
     check(op, states, layout, scalars, partials)

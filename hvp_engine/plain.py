@@ -29,6 +29,6 @@ def bind(
 
     def run(products: Sequence[Tensor]) -> None:
         check_products(op, layout, states[0].dtype, products)
-        step(*states, layout.rows(products, apart_from=states), *trailing)
+        step(*states, layout.rows(products, apart_from=(*states, partials)), *trailing)
 
     return run

@@ -66,7 +66,7 @@ class MultiTensorLaunch:
         self._arguments = tuple(arguments)
         self._partials = partials
         self._device = partials.device
-        self._spans = [(s.data_ptr(), s.data_ptr() + s.nbytes) for s in states if s.numel()]
+        self._spans = [(s.data_ptr(), s.data_ptr() + s.nbytes) for s in (*states, partials) if s.numel()]
         self._dtypes = list(layout.dtypes)
         self._rows = row_tables(layout, layout.dtypes)
         self._uploaded: tuple[int, tuple[int, ...]] | None = None
@@ -95,7 +95,7 @@ class MultiTensorLaunch:
             )  # fmt: skip
 
     def _readable(self, products: Sequence[Tensor]) -> bool:
-        """Whether the kernel can read the products where they are: as laid out, and apart from the state."""
+        """Whether the kernel can read the products where they are: as laid out, and apart from what it writes."""
         layout = self._layout
         return len(products) == len(layout.shapes) and all(
             isinstance(product, Tensor)
@@ -116,7 +116,7 @@ class MultiTensorLaunch:
         dtypes = [product.dtype for product in products]
         if dtypes != self._dtypes:
             self._dtypes, self._rows = dtypes, row_tables(self._layout, dtypes)
-        return self._layout.rows(products, apart_from=self._states)
+        return self._layout.rows(products, apart_from=(*self._states, self._partials))
 
     def _table_of(self, addresses: tuple[int, ...]) -> Tensor:
         """The addresses on the device. Fresh memory for every upload: an earlier kernel may still read the last."""

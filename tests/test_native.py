@@ -5,10 +5,12 @@ That it computes the right numbers is tested for all backends alike in test_ops.
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -233,6 +235,36 @@ def test_a_plan_keeps_its_memory_whatever_happens_to_the_tensors():
     p.data.set_(torch.zeros(1))
     step([torch.ones(1000)])
     assert torch.equal(view, torch.ones(1000))
+
+
+@pytest.mark.parametrize("size", [0, 10**6])
+def test_bound_memory_cannot_be_resized(size: int):
+    """Which would free it, whoever else shares it."""
+    layout = Layout.of([torch.empty(1000)])
+    v, p, alpha, partials = FlatVector(layout).data, FlatVector(layout).data, scalar(-1.0), layout.empty_partials()
+    step = native.bind("neumann_step", [v, p], layout, [alpha], 0.0, partials)
+    for tensor in (v, p, alpha, partials):
+        with pytest.raises(RuntimeError, match="resize"):
+            tensor.untyped_storage().resize_(size)
+    step([torch.ones(1000)])
+    assert torch.equal(v[:1000], torch.ones(1000))
+
+
+def test_a_plan_after_everything_else_is_gone():
+    class Watched(FlatVector):
+        """One that a weak reference can be taken of."""
+
+    layout = Layout.of([torch.empty(5000)])
+    vectors = [Watched(layout), Watched(layout)]
+    watch = weakref.ref(vectors[0])
+    step = native.bind("neumann_step", [x.data for x in vectors], layout, [scalar(-1.0)], 0.0, layout.empty_partials())
+    del vectors, layout
+    gc.collect()
+    assert watch() is None
+    others = [torch.full((5000,), 7.0) for _ in range(20)]
+    for _ in range(3):
+        step([torch.ones(5000)])
+    assert all((other == 7).all() for other in others)
 
 
 def test_alpha_is_read_at_every_call():

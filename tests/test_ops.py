@@ -9,7 +9,7 @@ import torch
 from op_cases import DTYPES, F32, F64, SIZES, THREADED, Case, extended, products_like
 from torch import Tensor
 
-from hvp_engine.ops import OPS
+from hvp_engine.ops import OPS, bind
 from hvp_engine.vectors import CHUNK
 
 NAN, INF = float("nan"), float("inf")
@@ -119,6 +119,42 @@ def test_a_product_that_overlaps_the_state_partly(target: torch.device, name: st
         vector.data = memory[64 : 64 + vector.data.numel()]
         vector.views = case.layout.views(vector.data)
         case.run_and_check([memory[60 : 60 + size]])
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_product_in_the_memory_of_partials(target: torch.device, name: str) -> None:
+    case = Case.of(name, products_like([(3,), (9,)], [F64], target), F64)
+    case.partials.fill_(0.5)
+    case.run_and_check([case.partials[0], case.partials[1:, :1].expand(1, 9)[0]])
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_what_is_written_shares_memory_with_nothing_else(target: torch.device, name: str) -> None:
+    op = OPS[name]
+    memory = torch.zeros(100, dtype=F64, device=target)
+
+    def overlap(*places: str) -> bool:
+        """Whether binding fails, naming them, with one address for these arguments."""
+        case = Case.of(name, products_like([(5,)], [F64], target), F64)
+        names = [*op.states, *op.scalars, "partials"]
+        tensors = [*(vector.data for vector in case.states), *case.scalars, case.partials]
+        for place in places:
+            i = names.index(place)
+            tensors[i] = memory[: tensors[i].numel()].view(tensors[i].shape)
+        count = len(op.states)
+        try:
+            bind(name, tensors[:count], case.layout, tensors[count:-1], case.damping, tensors[-1])
+        except ValueError as error:
+            assert f"{places[0]} and {places[1]}: expected tensors that do not share memory" in str(error)
+            return True
+        return False
+
+    first, scalar = op.mutated[0], op.scalars[0]
+    assert overlap(scalar, "partials") and overlap(first, "partials") and overlap(first, scalar)
+    if len(op.states) > 1:
+        assert overlap(*op.states[:2])
+    if len(op.scalars) > 1:
+        assert not overlap(*op.scalars[:2]), "both are only read"
 
 
 # --- one bound op, called again --------------------------------------------------------------------------------------

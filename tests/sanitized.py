@@ -1,0 +1,64 @@
+"""The tests of the compiled ops with the extension that was built with sanitizers: `make sanitize`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+TESTS = Path(__file__).parent
+ARGUMENTS = [
+    *("-q", "-p", "no:cacheprovider", "-W", "ignore"),
+    *(str(TESTS / f"test_{name}.py") for name in ("native", "native_fuzz", "ops", "linear_model_series")),
+    *(str(TESTS / f"test_linear_{name}.py") for name in ("chebyshev", "lanczos")),
+    # Without what tests other backends, measures time, or starts a Python of its own; and without what demands of the
+    # float64 sums of cg_step the accuracy of vectorized ones, which sanitizers prevent.
+    *("-k", "not reference and not triton and not other_threads and not one_openmp and not (cg_step and f64)"),
+]
+
+
+def load_extension(folder: Path) -> None:
+    """Make the extension in `folder` the one that hvp_engine imports."""
+    (file,) = folder.glob("_C.*.so")
+    spec = importlib.util.spec_from_file_location("hvp_engine._C", file)
+    assert spec is not None and spec.loader is not None
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
+
+
+def overflow() -> None:
+    """Give an op that trusts its caller too little room for what it writes."""
+    from hvp_engine import native
+
+    numbers = torch.ones(1, 16)
+    native._C.linear_model_neumann(
+        v=numbers.clone(), p=numbers.clone(), figures=torch.zeros(1, 1, dtype=torch.float64), inputs=torch.ones(2, 16),
+        curvature=torch.ones(1, 16), probabilities=None, decay=numbers, gram=None, bias=-1, alpha=0.1, damping=0.0,
+        iterations=1, horner=False,
+    )  # fmt: skip
+
+
+def main(folder: str, *arguments: str) -> int:
+    load_extension(Path(folder))
+    if arguments == ("overflow",):
+        overflow()
+        return 0
+    seen = subprocess.run([sys.executable, __file__, folder, "overflow"], capture_output=True, text=True)
+    if "heap-buffer-overflow" not in seen.stderr or "linear_model_neumann" not in seen.stderr:
+        print(f"expected a report of an overflow that was made on purpose; got\n{seen.stdout}{seen.stderr}")
+        return 1
+    settings.register_profile("sanitized", max_examples=600)
+    settings.load_profile("sanitized")
+    return pytest.main(list(arguments) or ARGUMENTS)
+
+
+if __name__ == "__main__":
+    if "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        sys.exit("LD_PRELOAD: expected libasan, which must come before everything else: run make sanitize")
+    sys.exit(main(*sys.argv[1:]))
