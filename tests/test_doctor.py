@@ -20,6 +20,11 @@ MAPS = """\
 """
 
 
+def unspaced(text):
+    """Columns with one space between them."""
+    return " ".join(text.split())
+
+
 @pytest.fixture(scope="module")
 def diagnosis():
     return doctor.examine()
@@ -57,7 +62,7 @@ def test_a_backend_that_cannot_be_imported_shows_the_error(monkeypatch):
         backend._load.cache_clear()
     assert found.backends["cpu"]["cpp"] == "ModuleNotFoundError: No module named 'hvp_engine.no_such_module'"
     assert found.chosen["cpu"] == "reference"
-    assert "cpp         not available: ModuleNotFoundError" in str(found)
+    assert "cpp not available: ModuleNotFoundError" in unspaced(str(found))
 
 
 def test_an_engine_that_cannot_be_made_shows_the_error(monkeypatch):
@@ -68,7 +73,7 @@ def test_an_engine_that_cannot_be_made_shows_the_error(monkeypatch):
     found = doctor.examine()
     assert found.engines["eager"] is None
     assert found.engines["broken"] == "OSError: no such device"
-    assert "broken      not available: OSError: no such device" in str(found)
+    assert "broken not available: OSError: no such device" in unspaced(str(found))
 
 
 def test_versions_devices_and_threads(diagnosis):
@@ -90,6 +95,6 @@ def test_several_openmp_runtimes_are_pointed_out(diagnosis):
 def test_the_command_prints_the_diagnosis_of_a_fresh_process():
     done = subprocess.run([sys.executable, "-m", "hvp_engine", "doctor"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "backends on cpu" in done.stdout and "  eager       available" in done.stdout
+    assert "backends on cpu" in done.stdout and "eager available" in unspaced(done.stdout)
     if sys.platform == "linux":
         assert "OpenMP runtimes loaded: 1\n" in done.stdout

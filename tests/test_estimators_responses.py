@@ -103,7 +103,7 @@ def test_entropy_sets_the_scales(curvature: float, tau: float) -> None:
         lambda w, h, batch: curvature * (w - 1).square().sum() / 2,
         torch.zeros(1, dtype=DTYPE), torch.zeros(1, dtype=DTYPE), [None], [None],
     )  # fmt: skip
-    search = SelfTuningNetwork(sgd(0.3), adam(0.01), scale=0.3, entropy_weight=tau, warmup_steps=100)
+    search = SelfTuningNetwork(sgd(0.3), adam(0.01), scale=0.3, entropy_weight=tau, warmup_steps=100, perturbations=1)
     result = search(problem, 4000)
     assert float(result.scales) == pytest.approx((tau / curvature) ** 0.5, rel=0.2)
     assert float(result.hyper) == pytest.approx(1.0, abs=0.15)
