@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,35 +115,114 @@ def test_a_loss_that_fails_in_the_middle_of_a_step(
     assert_same(TuningRun().fit(STEPS, checkpoint=tmp_path / "run.pt"), straight)
 
 
+SIGNALS = pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["int", "term"]
+)
+
+
+@SIGNALS
 @pytest.mark.parametrize("evaluation", [5, 49])
-def test_an_interrupt_waits_for_the_end_of_the_step(
-    evaluation: int, straight: dict[str, Tensor], tmp_path: Path
+def test_a_signal_waits_for_the_end_of_the_step(
+    evaluation: int, number: int, error: type[BaseException], straight: dict[str, Tensor], tmp_path: Path
 ) -> None:
+    before = signal.getsignal(number)
     kinds: list[str] = []
 
     def event(kind: str) -> None:
         kinds.append(kind)
         if len(kinds) == evaluation:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     run = TuningRun(event)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error) as raised:
         run.fit(STEPS, checkpoint=tmp_path / "run.pt")
+    assert error is KeyboardInterrupt or raised.value.code == 143
     assert len(kinds) - evaluation < 2, "no further step was begun"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is before
     assert_same(TuningRun().fit(STEPS, checkpoint=tmp_path / "run.pt"), straight)
 
 
-def test_a_second_interrupt_acts_at_once(straight: dict[str, Tensor], tmp_path: Path) -> None:
+@SIGNALS
+def test_a_second_signal_acts_at_once(
+    number: int, error: type[BaseException], straight: dict[str, Tensor], tmp_path: Path
+) -> None:
     def event(kind: str) -> None:
         if kind == "val":
             signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
             raise AssertionError("must not be reached")
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         TuningRun(event).fit(STEPS, checkpoint=tmp_path / "run.pt")
     assert_same(TuningRun().fit(STEPS, checkpoint=tmp_path / "run.pt"), straight)
+
+
+@SIGNALS
+def test_a_signal_after_the_last_step_is_not_lost(
+    number: int, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint.write
+
+    def signalled(*arguments: Any) -> None:
+        signal.raise_signal(number)
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write", signalled)
+    with pytest.raises(error):
+        TuningRun().fit(2, checkpoint=tmp_path / "run.pt")
+    assert checkpoint.read(tmp_path / "run.pt")["counters"]["hyper_steps"] == 2
+
+
+def test_a_terminated_process_saves_and_exits_with_143(straight: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    script = [sys.executable, str(Path(__file__).parent / "tuning_run.py"), str(path), "27", "SIGTERM"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(hvp.__file__).parents[1])}
+    ended = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 143, ended.stderr
+    assert checkpoint.read(path)["counters"]["hyper_steps"] == 2
+    assert_same(TuningRun().fit(STEPS, checkpoint=path), straight)
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file may grow beyond `room` bytes, as far as the system can say so to one process."""
+    resource = pytest.importorskip("resource", reason="limits of a process are POSIX")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", [100, 5000])  # torch reports a failure at its end and in the middle in different ways
+def test_training_goes_on_when_the_disk_is_full(room: int, straight: dict[str, Tensor], tmp_path: Path) -> None:
+    path, run = tmp_path / "run.pt", TuningRun()
+    run.fit(4, checkpoint=path)
+    saved = path.read_bytes()
+    with full_disk(room), pytest.warns(UserWarning, match="could not be written .*training goes on") as warned:
+        run.fit(10, checkpoint=path, checkpoint_every=3)
+    assert len([warning for warning in warned if "training goes on" in str(warning.message)]) == 3
+    assert path.read_bytes() == saved and not path.with_name("run.pt.partial").exists()
+    with (
+        full_disk(room),
+        pytest.raises(hvp.CheckpointError, match="expected a disk that takes .*: make room"),
+    ):
+        run.tuner.save(path)
+    assert path.read_bytes() == saved
+    assert_same(run.fit(STEPS, checkpoint=path), straight)
+    assert checkpoint.read(path)["counters"]["hyper_steps"] == STEPS
+
+
+def test_training_goes_on_when_the_folder_is_gone(straight: dict[str, Tensor], tmp_path: Path) -> None:
+    folder, run = tmp_path / "folder", TuningRun()
+
+    def remove(tuner: hvp.Tuner, record: hvp.Record) -> None:
+        shutil.rmtree(folder)
+
+    with pytest.warns(UserWarning, match="could not be written .*training goes on"):
+        run.fit(1, checkpoint=folder / "run.pt", callbacks=[remove])
+    assert_same(run.fit(STEPS, checkpoint=folder / "run.pt"), straight)
 
 
 def test_a_handler_of_the_user_stays_and_other_threads_work(tmp_path: Path) -> None:

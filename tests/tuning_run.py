@@ -91,8 +91,8 @@ class TuningRun:
         return state | tuner.buffers() | {"losses": torch.tensor(losses), "random": torch.get_rng_state()}
 
 
-def main(path: str, kill_at: int) -> None:
-    """Run 20 hyper steps with a checkpoint every 5, and be killed at the `kill_at`-th evaluation of a loss."""
+def main(path: str, kill_at: int, name: str = "SIGKILL") -> None:
+    """Run 20 hyper steps with a checkpoint every 5, and get a signal at the `kill_at`-th evaluation of a loss."""
     torch.set_num_threads(1)
     evaluations = 0
 
@@ -100,10 +100,10 @@ def main(path: str, kill_at: int) -> None:
         nonlocal evaluations
         evaluations += 1
         if evaluations == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.Signals[name])
 
     TuningRun(event).fit(20, checkpoint=Path(path), checkpoint_every=5)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

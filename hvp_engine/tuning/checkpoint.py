@@ -53,7 +53,12 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
     partial = _partial(path)
     try:
         with partial.open("wb") as file, _checksums():
-            torch.save({"format": FORMAT, "version": VERSION, "state": dict(state)}, file)
+            try:
+                torch.save({"format": FORMAT, "version": VERSION, "state": dict(state)}, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # torch's own error for a write that failed
+                    raise error.__context__ from None
+                raise
             file.flush()
             os.fsync(file.fileno())
         try:

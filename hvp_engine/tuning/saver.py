@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,9 @@ class Saver:
     """Saves `tuner` to `path` around and during a run; does nothing if `path` is None.
 
     An exception in the middle of a step rewinds random numbers, loaders and buffers to the end of the step before,
-    so that the saved run continues exactly. Ctrl-C is held back until the step ends; pressed again it acts at once.
+    so that the saved run continues exactly. SIGINT (Ctrl-C) and SIGTERM are held back until the step ends, and then
+    raise `KeyboardInterrupt` and `SystemExit(143)`; what comes a second time raises at once. A handler that the program
+    has set stays, and so do both in other threads than the main one, where Python allows no handlers.
 
     Arguments:
         every: hyper steps between checkpoints.
@@ -30,52 +31,70 @@ class Saver:
     def __init__(self, tuner: Tuner, path: Path | None, every: int, saved: bool):
         self._tuner, self._path, self._every = tuner, path, every
         self._saved = saved
-        self._interrupted = False
-        self._outer_handler: Callable[[int, FrameType | None], Any] | None = None
+        self._received: int | None = None
+        self._outer_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Saver:
         if self._path is not None:
             self._settled = state.position(self._tuner)
-            is_main = threading.current_thread() is threading.main_thread()
-            if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-                self._outer_handler = signal.default_int_handler
-                signal.signal(signal.SIGINT, self._hold_back)
+            if threading.current_thread() is threading.main_thread():
+                for number, default in _DEFAULTS.items():
+                    if signal.getsignal(number) == default:
+                        self._outer_handlers[number] = signal.signal(number, self._hold_back)
         return self
 
     def settle(self) -> None:
-        """A step has ended: the state is whole, and here a held-back Ctrl-C acts."""
+        """A step has ended: the state is whole, and here a held-back signal acts."""
         if self._path is None:
             return
         self._settled = state.position(self._tuner)
         self._saved = False
-        if self._interrupted:
-            raise KeyboardInterrupt
+        if self._received is not None:
+            raise _error_of(self._received)
 
     def save_if_due(self) -> None:
         """Save if this is the hyper step for it."""
         if self._tuner.hyper_steps % self._every == 0:
-            self._save()
+            self._save_or_warn()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self._outer_handler is not None:
-            signal.signal(signal.SIGINT, self._outer_handler)
+        try:
+            self._save_at_end(error)
+        finally:
+            for number, handler in self._outer_handlers.items():
+                signal.signal(number, handler)
+        if error is None and self._received is not None:  # after the last step
+            raise _error_of(self._received)
+
+    def _save_at_end(self, error: BaseException | None) -> None:
         if self._path is None:
             return
         if error is None:
-            self._save()
+            self._save_or_warn()
         elif self._settled.moves != state.moves(self._tuner):
             warnings.warn(
                 f"{self._path}: not written, since {type(error).__name__} came in the middle of an optimizer's step; "
                 "it holds the last state saved before",
-                stacklevel=2,
+                stacklevel=3,
             )
         else:
             try:
                 self._save()
             except Exception as failure:  # the error that came first is the one to show
                 warnings.warn(
-                    f"{self._path}: could not be written after {type(error).__name__}: {failure}", stacklevel=2
+                    f"{self._path}: could not be written after {type(error).__name__}: {failure}", stacklevel=3
                 )
+
+    def _save_or_warn(self) -> None:
+        """A full disk does not end the training: later there may be room."""
+        try:
+            self._save()
+        except OSError as failure:
+            warnings.warn(
+                f"{self._path}: could not be written ({failure}); training goes on, and it holds the last state saved "
+                "before: make room, or call Tuner.save with another place",
+                stacklevel=3,
+            )
 
     def _save(self) -> None:
         if self._path is None or self._saved:
@@ -91,6 +110,15 @@ class Saver:
             self._saved = True
 
     def _hold_back(self, number: int, frame: FrameType | None) -> None:
-        if self._interrupted:
-            signal.default_int_handler(number, frame)
-        self._interrupted = True
+        if self._received is not None:
+            raise _error_of(number)
+        self._received = number
+
+
+_DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+"""The signals that are held back, where their handler is this one."""
+
+
+def _error_of(number: int) -> BaseException:
+    """What ends the run: what Python itself makes of Ctrl-C, or an exit with the code that shells use for a signal."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)

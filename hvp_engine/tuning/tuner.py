@@ -113,11 +113,16 @@ class Tuner(Steps):
             hyper_steps: rounds in all, those that were left out included.
             progress: show a progress bar.
             checkpoint: a file to continue from, if it exists and this tuner has not made a step yet, and to save to:
-                every `checkpoint_every` hyper steps, at the end, on Ctrl-C and on any exception, atomically, with
+                every `checkpoint_every` hyper steps, at the end, on a signal and on any exception, atomically, with
                 the one before kept as `<checkpoint>.previous`; but never weights that are NaN or infinite. It holds
                 weights, buffers, hyperparameters, optimizers, schedulers, random states, the estimator's state, the
                 loaders' positions and the history. On the CPU the continued run is the uninterrupted one, bit for bit
-                (with engine="auto", which measures, as long as both chose alike; a checkpoint keeps the choice).
+                (with engine="auto", which measures, as long as both chose alike; a checkpoint keeps the choice). A
+                disk that is full in the meantime gives a warning, and the training goes on.
+
+                With a checkpoint SIGINT (Ctrl-C) and SIGTERM stop the run at the end of the step; it is saved, and
+                `KeyboardInterrupt` or `SystemExit(143)` raised. A second signal raises at once. That is so in the main
+                thread, for the time of this call, and for a signal that the program itself does not handle.
             verbose: print one line for each hyper step.
             callbacks: functions of (tuner, record), called after each hyper step; one that returns True stops the run.
             evaluate: a function of the tuner that returns a dict of numbers, which join the record, called every
@@ -127,9 +132,9 @@ class Tuner(Steps):
             tensorboard: a folder for event files (TensorBoard must be installed), or a writer with `add_scalar`.
 
         Errors: `ValueError`/`TypeError` for loaders that are empty or not re-iterable; :class:`CheckpointError` for
-        a checkpoint that is damaged or of something else; :class:`DivergenceError` if ten hypergradients in a row
-        fail. A failed or non-finite hypergradient never reaches the optimizer: the hyper step is left out with a
-        warning.
+        a checkpoint that is damaged or of something else, or where none can be written; :class:`DivergenceError` if
+        ten hypergradients in a row fail. A failed or non-finite hypergradient never reaches the optimizer: the hyper
+        step is left out with a warning.
         """
         count(hyper_steps, "hyper_steps", least=0)
         count(checkpoint_every, "checkpoint_every")
@@ -216,10 +221,18 @@ class Tuner(Steps):
         return self.train(train_loader, steps, progress=progress)
 
     def save(self, path: str | Path) -> None:
-        """Write a checkpoint as :meth:`fit` does."""
+        """Write a checkpoint as :meth:`fit` does.
+
+        Errors: :class:`CheckpointError` where it cannot be written; the checkpoints that were there stay.
+        """
         path = self._own(path)
         checkpoints.check_place(path)
-        checkpoints.write(path, state.state_dict(self, state.position(self)))
+        try:
+            checkpoints.write(path, state.state_dict(self, state.position(self)))
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: expected a disk that takes the checkpoint; got {error}: make room, or save to another place"
+            ) from error
 
     def load(self, path: str | Path) -> None:
         """Become what the tuner was that wrote this checkpoint.
