@@ -23,13 +23,12 @@ class FunctionalModule:
         if not isinstance(module, torch.nn.Module):
             raise TypeError(f"module: expected a torch.nn.Module; got {type(module).__name__}")
         _refuse_fully_sharded(module)
-        self._prefix = "module." if isinstance(module, DistributedDataParallel) else ""
-        if isinstance(module, DistributedDataParallel):  # it reduces .grad alone, and its forward talks to others
-            module = module.module
-        if hasattr(module, "_orig_mod"):  # compiled code can be differentiated once only
-            self._prefix += "_orig_mod."
-            original: Any = module._orig_mod
-            module = original
+        self._prefix = ""
+        while isinstance(module, DistributedDataParallel) or hasattr(module, "_orig_mod"):
+            # The first reduces .grad alone, and its forward talks to others; compiled code has no second derivatives.
+            part = "module" if isinstance(module, DistributedDataParallel) else "_orig_mod"
+            self._prefix += f"{part}."
+            module = getattr(module, part)
         self.module = module
         self._names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
 

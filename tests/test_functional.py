@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases import DTYPE, NETWORKS, Tied, randn
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import hvp_engine as hvp
 from hvp_engine.isolation import isolated
@@ -128,3 +131,45 @@ def test_two_tensors_for_tied_parameters_are_refused() -> None:
 
 def test_repr() -> None:
     assert repr(hvp.functional(nn.Linear(2, 2))) == "functional(Linear)"
+
+
+def test_of_a_compiled_module_the_original_is_called_under_either_name() -> None:
+    module = nn.Linear(3, 2, dtype=DTYPE)
+    compiled: Any = torch.compile(module, backend="aot_eager")
+    net, x = hvp.functional(compiled), randn(4, 3, seed=8)
+    assert net.module is module
+    for names in (module, compiled):
+        torch.testing.assert_close(net(dict(names.named_parameters()), x), module(x))
+
+
+class Remembered(nn.Module):
+    """Computes its only layer again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3, dtype=DTYPE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: torch.tanh(self.layer(x)).square(), x, use_reentrant=False)
+
+
+def test_checkpoints_are_differentiated_at_the_modules_own_weights_alone() -> None:
+    """torch computes with the module's weights again, and the gradient at others would be wrong without a word."""
+    module, x = Remembered(), randn(4, 3, seed=9)
+    net = hvp.functional(module)
+    own = dict(module.named_parameters())
+    other = {name: weight.detach() + 0.1 for name, weight in own.items()}
+    loss, v = (lambda w: net(w, x).sum()), {name: torch.ones_like(w) for name, w in own.items()}
+    with pytest.raises(ValueError, match="weights: expected the module's own.*'layer.weight'"):
+        hvp.HessianOperator(loss, other, engine="eager")
+    outside = hvp.HessianOperator(
+        lambda w: checkpoint(
+            lambda x: torch.tanh(x @ w["layer.weight"].T + w["layer.bias"]).square(), x, use_reentrant=False
+        ).sum(),
+        other,
+        engine="eager",
+    )
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(other[name])
+    torch.testing.assert_close(hvp.HessianOperator(loss, own, engine="eager") @ v, outside @ v)

@@ -1,0 +1,58 @@
+"""Functions of torch whose second derivative is wrong or missing, and what is used in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import randn, relative_error
+from torch import Tensor
+from torch.nn.functional import embedding
+
+import hvp_engine as hvp
+from hvp_engine.engines.plain_kernels import plain_kernels
+
+X = randn(5, 3, seed=1)
+
+
+def weight_norm_by_hand(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    return v * (g / v.square().sum(1 - dim, keepdim=True).sqrt())
+
+
+def loss(weights: list[Tensor], dim: int, normalize: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
+    return torch.tanh(X @ normalize(*weights, dim).T).square().sum()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("engine", ["eager", "linearized"])
+@pytest.mark.filterwarnings("ignore:.*a kernel in it has no second derivative")
+def test_weight_normalization(engine: str, dim: int) -> None:
+    v = randn(4, 3, seed=2)
+    weights = [v, randn(*((4, 1) if dim == 0 else (1, 3)), seed=3)]
+    hessians = [
+        hvp.HessianOperator(loss, weights, dim, function, engine=engine).dense()
+        for function in (torch._weight_norm, weight_norm_by_hand)
+    ]
+    assert relative_error(*hessians) < 1e-12
+    torch.testing.assert_close(hessians[0], hessians[0].T)
+
+
+def test_weight_normalization_recorded_already_is_refused() -> None:
+    """It cannot be replaced any more, and autograd's answer is no derivative."""
+    v, g = randn(4, 3, seed=2).requires_grad_(), randn(4, 1, seed=3).requires_grad_()
+    value = loss([v, g], 0, torch._weight_norm)
+    with pytest.raises(hvp.SecondDerivativeError, match="_weight_norm.*remedy: compute the weight as v"):
+        hvp.approx_inverse_hvp([v.detach(), g.detach()], value, [v, g], iterations=2, alpha=0.1)
+
+
+def test_values_stay() -> None:
+    v, g = randn(4, 3, seed=2), randn(4, 1, seed=3)
+    indices = torch.tensor([0, 2, 2])
+    for arguments in ((indices, v), (indices, v, 2), (indices, v, None, None, 2.0, True, True)):
+        expected = embedding(*arguments)
+        with plain_kernels():
+            torch.testing.assert_close(embedding(*arguments), expected, rtol=0, atol=0)
+    expected = torch._weight_norm(v, g)
+    with plain_kernels():
+        torch.testing.assert_close(torch._weight_norm(v, g), expected)
