@@ -34,6 +34,7 @@ from hvp_engine.preconditioning import (
     NystromPreconditioner,
 )
 from hvp_engine.recorded import approx_inverse_hvp, best_response, hypergradient
+from hvp_engine.response import ResponseJacobian, response_jacobian
 from hvp_engine.solution import Solution, Status
 from hvp_engine.solvers import MINRES, Budget, Chebyshev, ConjugateGradient, Exact, Identity, Neumann, Nystrom
 from hvp_engine.solving import solve
@@ -77,6 +78,7 @@ __all__ = [
     "Nystrom",
     "NystromPreconditioner",
     "Record",
+    "ResponseJacobian",
     "SecondDerivativeError",
     "Solution",
     "SpectralDensity",
@@ -92,6 +94,7 @@ __all__ = [
     "functional",
     "hypergradient",
     "influence_matrix",
+    "response_jacobian",
     "solve",
     "spectral_density",
     "use_backend",

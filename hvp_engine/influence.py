@@ -16,7 +16,7 @@ from hvp_engine.errors import GraphError
 from hvp_engine.isolation import Draws, isolated
 from hvp_engine.solution import Solution
 from hvp_engine.solvers import ConjugateGradient, Solver
-from hvp_engine.solving import solve
+from hvp_engine.solving import solve, worst_of
 from hvp_engine.trees import Structure, check_scalar, flatten
 
 Loss = Callable[[Any, Any], Tensor]
@@ -105,9 +105,7 @@ def influence_matrix(
         solutions.append(replace(solution, value=None))
         directions = _rows(flatten(solution.value, "solution")[0])
         columns.append(torch.cat([-_rows(of_train) @ directions.T for of_train in train.chunks(chunk)]))
-    worst = max(solutions, key=lambda solution: solution.residual_norm)
-    total = replace(worst, hvps=sum(solution.hvps for solution in solutions))
-    return Influence(torch.cat(columns, 1), total)
+    return Influence(torch.cat(columns, 1), worst_of(solutions))
 
 
 class _Gradients:

@@ -244,11 +244,14 @@ def solve(operator: Any, v: Any, solver: Solver, *, batched: bool = False, x0: A
         [(value, solution)] = results
         return replace(solution, value=structure.rebuild(value))
     stacked = [torch.stack(parts) for parts in zip(*(value for value, _ in results), strict=True)]
-    solutions = [solution for _, solution in results]
-    worst = max(solutions, key=lambda solution: solution.residual_norm)
+    return replace(worst_of([solution for _, solution in results]), value=structure.rebuild(stacked))
+
+
+def worst_of(solutions: Sequence[Solution]) -> Solution:
+    """Several solves as one: products of all, and the worst residual norm with its status; no value."""
     return replace(
-        worst,
-        value=structure.rebuild(stacked),
+        max(solutions, key=lambda solution: solution.residual_norm),
+        value=None,
         iterations=max(solution.iterations for solution in solutions),
         hvps=sum(solution.hvps for solution in solutions),
     )
