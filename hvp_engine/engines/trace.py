@@ -10,6 +10,7 @@ of their arguments.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ from hvp_engine.errors import TraceError
 from hvp_engine.linearization import Problem
 
 aten = torch.ops.aten
+
+_TRACING = threading.RLock()
+"""One thread traces at a time: `make_fx` patches modules for all threads."""
 
 _HOOKS = (
     "saved-tensor hooks (gradient checkpointing, save_on_cpu), which compute again with the module's own weights "
@@ -83,6 +87,7 @@ def trace(problem: Problem) -> Trace:
     ]
     try:
         with (
+            _TRACING,
             _one_fake_mode(),
             plain_kernels(),
             _without_mkldnn(),

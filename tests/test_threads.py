@@ -1,0 +1,91 @@
+"""Several Python threads, and forked processes, at once: the numbers of one alone."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+import hvp_engine as hvp
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:the weights are far from a minimum")
+
+
+def problem(seed: int, engine: str) -> tuple[hvp.Hypergradient, Callable[[hvp.Hypergradient], list[Tensor]]]:
+    """A hypergradient of a small network of its own, and what calls one at this problem's point."""
+    generator = torch.Generator().manual_seed(seed)
+    module = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 2))
+    net = hvp.functional(module)
+    weights = {name: torch.randn(w.shape, generator=generator) / 5 for name, w in module.named_parameters()}
+    hyper = {name: torch.full_like(weight, -3.0) for name, weight in weights.items()}
+    train, val = ((torch.randn(9, 6, generator=generator), torch.randn(9, 2, generator=generator)) for _ in range(2))
+
+    def train_loss(w: dict[str, Tensor], h: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        decay = sum((h[name].exp() * weight.square()).sum() for name, weight in w.items())
+        return mse_loss(net(w, batch[0]), batch[1]) + decay
+
+    def val_loss(w: dict[str, Tensor], h: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        return mse_loss(net(w, batch[0]), batch[1])
+
+    hypergradient = hvp.Hypergradient(train_loss, val_loss, solver=hvp.Neumann(5, alpha=0.05), engine=engine)
+    return hypergradient, lambda hg: list(hg(weights, hyper, train, val).grads.values())
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("engine", ["eager", "linearized"])
+def test_threads_with_a_hypergradient_each(engine: str) -> None:
+    """Traced at the same time, and called at the same time."""
+    expected = []
+    for seed in range(4):
+        hypergradient, call = problem(seed, engine)
+        expected.append(call(hypergradient))
+    different: list[object] = []
+    start = threading.Barrier(4)
+
+    def work(seed: int) -> None:
+        try:
+            hypergradient, call = problem(seed, engine)
+            start.wait()
+            different.extend(seed for _ in range(10) if not same(call(hypergradient), expected[seed]))
+        except BaseException as error:
+            different.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not different
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("engine", ["eager", "linearized"])
+def test_a_fork_after_use(engine: str) -> None:
+    """The child goes on with what the parent had bound and traced, on one thread; so does the parent."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        hypergradient, call = problem(0, engine)
+        expected = call(hypergradient)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                code = 0 if same(call(hypergradient), expected) else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert same(call(hypergradient), expected)
+    finally:
+        torch.set_num_threads(before)
