@@ -103,6 +103,20 @@ def test_fewer_products_than_the_neumann_series() -> None:
     assert chebyshev < 2e-3 and heavy_ball < 2e-2 < neumann
 
 
+@pytest.mark.parametrize("condition", [300.0, 3e3])
+def test_more_terms_bring_it_closer_with_estimated_bounds(condition: float) -> None:
+    """Many eigenvalues at the lower end, which the estimate does not find."""
+    values = torch.cat([torch.logspace(0, -math.log10(condition), 100), torch.full((100,), 1 / condition)])
+    matrix, v = matrix_with(values, seed=3), randn(200, seed=4)
+    truth = torch.linalg.solve(matrix, v)
+    errors = [
+        relative_error(hvp.solve(lambda x: matrix @ x, v, hvp.Chebyshev(iterations)).value, truth)
+        for iterations in (25, 50, 100, 200, 400, 800, 1600)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] <= 1e-5
+
+
 @FORMS
 def test_estimates_are_counted(form: str) -> None:
     operator = hvp.HessianOperator(lambda w: (w @ SPD @ w) / 2, torch.zeros(6, dtype=DTYPE))

@@ -22,8 +22,9 @@ Form = Literal["chebyshev", "heavy_ball"]
 Coefficients = list[tuple[float, float]]
 """(alpha, beta) of each term: d <- beta d + alpha r; x <- x + d."""
 
-_RESOLVED, _BLURRED = math.acosh(1000.0), math.acosh(10.0)
-"""2 terms sqrt(a / b) that bring the residual of an eigenvalue a down to a thousandth and to a tenth."""
+_RESOLVED, _BLURRED, _MANY = 1000.0, 10.0, 100
+"""By what the residual of an eigenvalue is divided that so many terms resolve, and that they only blur. Beyond _MANY
+terms the first grows with their square, so that more terms always bring the solution closer."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def bounds_of(estimate: SpectralEstimate, damping: float, terms: int) -> tuple[f
     # A Ritz value is too large; too low a bound costs less than one that is too high; and what lies far below the
     # reach of so many terms had better be left alone.
     likely = max(estimate.smallest, 0.0) / 2 + damping
-    resolved, blurred = (upper * min(1.0, (reach / (2 * terms)) ** 2) for reach in (_RESOLVED, _BLURRED))
+    divisors = _RESOLVED * max(1.0, terms / _MANY) ** 2, _BLURRED
+    resolved, blurred = (upper * min(1.0, (math.acosh(divisor) / (2 * terms)) ** 2) for divisor in divisors)
     return min(upper, max(sure, min(max(likely, blurred), resolved))), upper
 
 
