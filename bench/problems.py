@@ -147,7 +147,7 @@ PROBLEMS = {
     "mlp-one-decay": Recipe(
         partial(models.one_layer, DIGIT), _digits, F.cross_entropy, alpha=0.05, per_weight=False, sweep=()
     ),
-    "lenet": Recipe(partial(models.lenet5, DIGIT), _digits, F.cross_entropy, alpha=0.1),
+    "lenet": Recipe(partial(models.lenet5, DIGIT), _digits, F.cross_entropy, alpha=0.03),
     "resnet20": Recipe(
         partial(networks.resnet, 20), _colors, F.cross_entropy, alpha=0.005, terms=5, sweep=(), brief=True
     ),
