@@ -20,7 +20,7 @@ from bench.results import ROOT
 from hvp_engine.memory import peak_memory
 
 UNSEEN = ("hvp_engine compiled", "hvp_engine auto")
-"""Methods whose memory the meter does not see on a CPU, or not always: what inductor allocates. A fresh process does."""
+"""Methods whose memory the meter does not (always) see on a CPU: what inductor allocates. A fresh process does."""
 
 IN_FRESH_PROCESSES = ("hvp_engine eager", "hvp_engine linearized", "hvp_engine compiled", "unrolling")
 
