@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import hvp_engine as hvp
 from examples import image_sets, models
+from examples.decay_per_weight import DecayPerWeight
 from examples.experiment import Experiment, Run
 from examples.image_sets import Batch, ImageSet
 
@@ -53,36 +54,17 @@ class Settings:
     """Of the curves; the summary has all."""
 
 
-class Overfitting:
-    """A network with one decay for each weight."""
-
-    def __init__(self, module: torch.nn.Module, log_decay: float):
-        self.module = module
-        self.network = hvp.functional(module)
-        self.decays = models.weight_decays(module, log_decay)
+class Overfitting(DecayPerWeight):
+    """Of images. A batch is of images and classes."""
 
     def val_loss(self, weights: dict[str, Tensor], decays: dict[str, Tensor], batch: Batch) -> Tensor:
         """Cross-entropy."""
         return F.cross_entropy(self.network(weights, batch[0]), batch[1])
 
-    def train_loss(self, weights: dict[str, Tensor], decays: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Cross-entropy + 1/2 sum_i exp(decay_i) w_i^2."""
-        penalties = [(decays[name].exp() * weight.square()).sum() for name, weight in weights.items()]
-        return self.val_loss(weights, decays, batch) + torch.stack(penalties).sum() / 2
-
-    def tuner(self, settings: Settings) -> hvp.Tuner:
+    def inner_steps(self, settings: Settings) -> int:
+        """Fewer for a network that takes long."""
         large = sum(weight.numel() for weight in self.module.parameters()) > LARGE
-        return hvp.Tuner(
-            self.module,
-            self.decays,
-            self.train_loss,
-            self.val_loss,
-            weight_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=settings.weight_learning_rate),
-            hyper_optimizer=lambda tensors: torch.optim.RMSprop(tensors, lr=settings.hyper_learning_rate),
-            solver=hvp.Identity(),
-            inner_steps=settings.large_inner_steps if large else settings.inner_steps,
-            bounds=settings.bounds,
-        )
+        return settings.large_inner_steps if large else settings.inner_steps
 
 
 def peak_gigabytes(device: torch.device) -> float:
@@ -127,7 +109,7 @@ def _overfit(
 
     history = run.tune(
         name,
-        problem.tuner(settings),
+        problem.tuner(settings, problem.inner_steps(settings)),
         [images.train],
         [images.validation],
         hyper_steps,

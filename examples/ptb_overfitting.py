@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import hvp_engine as hvp
 from examples import models, text_sets
+from examples.decay_per_weight import DecayPerWeight
 from examples.experiment import Experiment, Run
 
 
@@ -44,36 +45,13 @@ class Settings:
     evaluate_every: int = 5
 
 
-class Overfitting:
-    """An LSTM with one decay for each weight. A batch is of sequences, int64 (sequences, time + 1)."""
-
-    def __init__(self, module: models.TiedLSTM, log_decay: float):
-        self.module = module
-        self.network = hvp.functional(module)
-        self.decays = models.weight_decays(module, log_decay)
+class Overfitting(DecayPerWeight):
+    """Of an LSTM. A batch is of sequences, int64 (sequences, time + 1)."""
 
     def val_loss(self, weights: dict[str, Tensor], decays: dict[str, Tensor], batch: Tensor) -> Tensor:
         """Cross-entropy of every word but the first, given those before it."""
         logits, _, _, _ = self.network(weights, batch[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-
-    def train_loss(self, weights: dict[str, Tensor], decays: dict[str, Tensor], batch: Tensor) -> Tensor:
-        """Cross-entropy + 1/2 sum_i exp(decay_i) w_i^2."""
-        penalties = [(decays[name].exp() * weight.square()).sum() for name, weight in weights.items()]
-        return self.val_loss(weights, decays, batch) + torch.stack(penalties).sum() / 2
-
-    def tuner(self, settings: Settings) -> hvp.Tuner:
-        return hvp.Tuner(
-            self.module,
-            self.decays,
-            self.train_loss,
-            self.val_loss,
-            weight_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=settings.weight_learning_rate),
-            hyper_optimizer=lambda tensors: torch.optim.RMSprop(tensors, lr=settings.hyper_learning_rate),
-            solver=hvp.Identity(),
-            inner_steps=settings.inner_steps,
-            bounds=settings.bounds,
-        )
 
 
 def run(run: Run, settings: Settings) -> None:
@@ -106,7 +84,7 @@ def run(run: Run, settings: Settings) -> None:
 
     history = run.tune(
         "overfitting",
-        problem.tuner(settings),
+        problem.tuner(settings, settings.inner_steps),
         [train],
         [validation],
         settings.hyper_steps,
