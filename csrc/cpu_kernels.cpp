@@ -17,6 +17,11 @@ struct States {
         b(F::kStates > 1 ? static_cast<T*>(states[1]) + offset : nullptr),
         c(F::kStates > 2 ? static_cast<T*>(states[2]) + offset : nullptr) {}
 
+  template <int kIndex>
+  HVP_INLINE const T* at() const {
+    return kIndex == 0 ? a : kIndex == 1 ? b : c;
+  }
+
   // The op on element i, which is stored unless it is only measured.
   template <bool kMeasure>
   HVP_INLINE Record<T> apply(const F& op, T x, int64_t i) const {
@@ -69,13 +74,15 @@ double sum_of_squares(const float* values, int64_t count) {
 
 // `chunk` for an op that sums squares, with float32 states. To convert each element for its square costs more
 // than to update it, so the squares of a block are summed in float32, and again in float64 where that was too
-// narrow: near an overflow, or where squares that underflowed could count.
+// narrow: near an overflow, or where squares that underflowed could count. The values squared are read from
+// the state that holds them, and kept aside where none does.
 template <template <class> class Op, class Input>
 void chunk_of_squares(const void* data, void* const* states, int64_t offset, int64_t count,
                       const Scalars& scalars, double* row) {
   using F = Op<float>;
   const F op(scalars);
-  alignas(64) float values[2][kBlock];
+  constexpr bool kKept[2] = {F::kSquared[0] == kNoState, F::kSquared[1] == kNoState};
+  alignas(64) float kept[2][kBlock];
   double first = 0, second = 0;
   const auto exact = [](float sum, const float* squared, int64_t size) {
     return sum > 0x1p-100f && sum < 0x1p+126f ? static_cast<double>(sum) : sum_of_squares(squared, size);
@@ -88,13 +95,13 @@ void chunk_of_squares(const void* data, void* const* states, int64_t offset, int
 #pragma omp simd reduction(+ : left, right)
     for (int64_t i = 0; i < size; ++i) {
       const Record<float> r = state.template apply<false>(op, widen<float>(x[i]), i);
-      values[0][i] = r.left[0];
-      values[1][i] = r.left[1];
+      if constexpr (kKept[0]) kept[0][i] = r.left[0];
+      if constexpr (kKept[1]) kept[1][i] = r.left[1];
       left += r.left[0] * r.left[0];
       right += r.left[1] * r.left[1];
     }
-    first += exact(left, values[0], size);
-    second += exact(right, values[1], size);
+    first += exact(left, kKept[0] ? kept[0] : state.template at<F::kSquared[0]>(), size);
+    second += exact(right, kKept[1] ? kept[1] : state.template at<F::kSquared[1]>(), size);
   }
   row[0] = first;
   row[1] = second;

@@ -4,8 +4,9 @@
 // product's element and one element of each of its kStates state vectors (the rest are unused), changes those
 // whose bit is set in kMutated, and returns the two pairs whose products are summed into `partials`. Where
 // kMeasured is set, the whole state is first read once without a change, and the sum of the second products
-// over all elements is what the update is given as `measured`. Adding an op means adding its functor and its
-// line in HVP_OPS.
+// over all elements is what the update is given as `measured`. Where kSquares is set, the pairs are squares;
+// kSquared tells which states hold the squared values after the update. Adding an op means adding its functor
+// and its line in HVP_OPS.
 #pragma once
 
 #include "dtypes.h"
@@ -14,6 +15,7 @@ namespace hvp {
 
 constexpr int kMaxStates = 3;
 constexpr int kMaxScalars = 4;
+constexpr int kNoState = -1;      // a squared value that no state holds
 constexpr int64_t kChunk = 4096;  // elements of one tensor that make one row of partials
 
 // Values that are the same for all elements of a call: the op's scalars in order, and the damping.
@@ -38,6 +40,7 @@ struct NeumannStep {
   static constexpr int kStates = 2, kScalars = 1;
   static constexpr bool kMeasured = false;
   static constexpr bool kSquares = true;
+  static constexpr int kSquared[2] = {0, 1};
   static constexpr unsigned kMutated = 0b11;
   T alpha, damping;
 
@@ -54,6 +57,7 @@ struct NeumannStepHorner {
   static constexpr int kStates = 2, kScalars = 1;
   static constexpr bool kMeasured = false;
   static constexpr bool kSquares = true;
+  static constexpr int kSquared[2] = {kNoState, 0};
   static constexpr unsigned kMutated = 0b01;
   T alpha, damping;
 
@@ -70,6 +74,7 @@ struct ScaleAccumulate {
   static constexpr int kStates = 1, kScalars = 2;
   static constexpr bool kMeasured = false;
   static constexpr bool kSquares = true;
+  static constexpr int kSquared[2] = {kNoState, 0};
   static constexpr unsigned kMutated = 0b1;
   T alpha, beta;
 
@@ -103,6 +108,7 @@ struct ChebyshevStep {
   static constexpr int kStates = 3, kScalars = 2;
   static constexpr bool kMeasured = false;
   static constexpr bool kSquares = true;
+  static constexpr int kSquared[2] = {1, 0};
   static constexpr unsigned kMutated = 0b111;
   T alpha, beta, damping;
 
