@@ -3,17 +3,10 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu_kernels.h"
+#include "variants.h"
 
 namespace hvp {
 namespace {
-
-ChunkKernel select_kernel(OpCode op, bool measure, bool wide, DType dtype) {
-#ifdef HVP_HAS_AVX2
-  if (has_avx2()) return avx2_kernel(op, measure, wide, dtype);
-#endif
-  return baseline_kernel(op, measure, wide, dtype);
-}
 
 // The elements of a product from `start` on, copied to `scratch` unless they lie in order.
 const void* in_order(const Product& product, int64_t width, int64_t start, int64_t count, void* scratch) {
@@ -48,7 +41,7 @@ void run_rows(const Step& step, const ChunkKernel* kernels, const Scalars& scala
 void run_pass(const Step& step, bool measure, const Scalars& scalars, int threads) {
   ChunkKernel kernels[kDTypes];
   for (int dtype = 0; dtype < kDTypes; ++dtype) {
-    kernels[dtype] = select_kernel(step.op, measure, step.wide, static_cast<DType>(dtype));
+    kernels[dtype] = variant().chunk_kernel(step.op, measure, step.wide, static_cast<DType>(dtype));
   }
   const int64_t shares = std::min<int64_t>(threads, step.rows);
   if (shares <= 1) {
@@ -62,17 +55,6 @@ void run_pass(const Step& step, bool measure, const Scalars& scalars, int thread
 }
 
 }  // namespace
-
-bool has_avx2() {
-#ifdef HVP_HAS_AVX2
-  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return has;
-#else
-  return false;
-#endif
-}
-
-const char* cpu_variant() { return has_avx2() ? "avx2" : "baseline"; }
 
 void run_cpu(const Step& step, int threads) {
   if (step.rows == 0) {

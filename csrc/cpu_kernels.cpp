@@ -1,10 +1,10 @@
-// One loop for all ops and types. This file is compiled several times, each time with the flags of one
-// instruction set and HVP_KERNEL naming the function it defines; everything else in it is local.
-#include "cpu_kernels.h"
-
+// One loop for all ops and types.
 #include <type_traits>
 
+#include "variants.h"
+
 namespace hvp {
+namespace HVP_VARIANT {
 namespace {
 
 // Where the states of a chunk begin; those that the op lacks are null.
@@ -145,7 +145,7 @@ ChunkKernel kernel_of(bool measure, bool wide, DType dtype) {
 
 }  // namespace
 
-ChunkKernel HVP_KERNEL(OpCode op, bool measure, bool wide, DType dtype) {
+ChunkKernel chunk_kernel(OpCode op, bool measure, bool wide, DType dtype) {
   switch (op) {
 #define HVP_CASE(name, Functor) \
   case OpCode::name:            \
@@ -156,4 +156,5 @@ ChunkKernel HVP_KERNEL(OpCode op, bool measure, bool wide, DType dtype) {
   return nullptr;
 }
 
+}  // namespace HVP_VARIANT
 }  // namespace hvp

@@ -46,26 +46,4 @@ using ChebyshevKernel = void (*)(const LinearModel& model, const ChebyshevTerms&
 using LanczosKernel = void (*)(const LinearModel& model, void* basis, double* diagonal, double* off_diagonal,
                                int64_t steps, int threads);
 
-// One for each instruction set, from linear_*.cpp.
-namespace baseline {
-void linear_model_direct(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,
-                         int threads);
-void linear_model_dual(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,
-                       int threads);
-void linear_model_lanczos(const LinearModel&, void* basis, double* diagonal, double* off_diagonal,
-                          int64_t steps, int threads);
-void linear_model_chebyshev(const LinearModel&, const ChebyshevTerms&, void* residual, void* direction,
-                            void* x, double* figures, int threads);
-}  // namespace baseline
-namespace avx2 {
-void linear_model_direct(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,
-                         int threads);
-void linear_model_dual(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,
-                       int threads);
-void linear_model_lanczos(const LinearModel&, void* basis, double* diagonal, double* off_diagonal,
-                          int64_t steps, int threads);
-void linear_model_chebyshev(const LinearModel&, const ChebyshevTerms&, void* residual, void* direction,
-                            void* x, double* figures, int threads);
-}  // namespace avx2
-
 }  // namespace hvp

@@ -5,7 +5,8 @@ from torch import Tensor
 has_cuda: bool
 
 def cuda_problem() -> str: ...
-def cpu_variant() -> str: ...
+
+cpu_variant: str
 
 class Plan:
     def __init__(

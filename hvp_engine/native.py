@@ -22,8 +22,8 @@ except ImportError as error:
         "install again with a C++ compiler (pip install -v shows what the build found)"
     ) from error
 
-CPU_VARIANT: str = _C.cpu_variant()
-"""The instruction set of the CPU kernels in use: "avx2" or "baseline"."""
+CPU_VARIANT: str = _C.cpu_variant
+"""The instruction set of the CPU kernels in use: "avx2", or "baseline" where the CPU or ATEN_CPU_CAPABILITY says so."""
 
 
 def missing(device_type: str) -> str | None:

@@ -50,7 +50,7 @@ def test_truncated_sum_with_a_decay_for_each_weight(
 SIZES = [(1, 1), (2, 3), (7, 16), (13, 97), (25, 96), (97, 25), (200, 33), (5, 400)]
 
 
-@pytest.mark.parametrize(("outputs", "form"), zip(["vector", 2, 3, 4, 5, 11], FORMS * 3, strict=True))
+@pytest.mark.parametrize(("outputs", "form"), list(zip(["vector", 2, 3, 4, 5, 11], FORMS * 3, strict=True)))
 @pytest.mark.parametrize("samples, features", SIZES)
 def test_sizes(samples: int, features: int, outputs: int | str, form: str, backend: str, algorithm: str) -> None:
     loss = "logistic" if outputs == "vector" else "softmax"

@@ -6,12 +6,14 @@ That it computes the right numbers is tested for all backends alike in test_ops.
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 from hvp_engine import native, plain
 from hvp_engine.vectors import FlatVector, Layout
 
+TESTS = Path(__file__).parent
 F64 = torch.float64
 ALPHA, DAMPING = 0.3, 0.1
 
@@ -63,6 +66,20 @@ def test_extension_is_built_and_runs_on_a_cpu():
     assert native.missing("cpu") is None
     assert native.CPU_VARIANT in ("avx2", "baseline")
     assert "xpu" in native.missing("xpu")
+
+
+def test_kernels_for_a_cpu_without_avx2():
+    """Torch's own setting chooses them, so that they can be tried on any machine."""
+    script = """
+import sys, pytest
+from hvp_engine import native
+assert native.CPU_VARIANT == "baseline", native.CPU_VARIANT
+sys.exit(pytest.main([*sys.argv[1:], "-q", "-p", "no:cacheprovider", "-k", "cpu-cpp and mixed and all or float"]))
+"""
+    tests = [str(TESTS / name) for name in ("test_ops.py", "test_linear_chebyshev.py")]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    done = subprocess.run([sys.executable, "-c", script, *tests], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

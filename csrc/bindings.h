@@ -1,0 +1,11 @@
+// What each part adds to the module hvp_engine._C.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace hvp {
+
+void bind_plan(pybind11::module_& module);
+void bind_linear_model(pybind11::module_& module);
+
+}  // namespace hvp

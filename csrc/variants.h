@@ -1,0 +1,49 @@
+// The kernels for CPUs: everything that is compiled once for each instruction set, HVP_VARIANT naming its
+// namespace.
+#pragma once
+
+#include <string>
+
+#include "linear_model.h"
+#include "ops.h"
+
+namespace hvp {
+
+// Updates `count` elements: the product's from `data`, the states' from `offset` on; writes one row of
+// partials. A measuring kernel leaves the states as they are, and writes the second sum only.
+using ChunkKernel = void (*)(const void* data, void* const* states, int64_t offset, int64_t count,
+                             const Scalars& scalars, double* row);
+
+struct Variant {
+  const char* name;
+  ChunkKernel (*chunk_kernel)(OpCode op, bool measure, bool wide, DType dtype);  // null where a product is
+                                                                                 // wider than the state
+  LinearModelKernel linear_model_direct, linear_model_dual;
+  ChebyshevKernel linear_model_chebyshev;
+  LanczosKernel linear_model_lanczos;
+};
+
+// The kernels in use.
+const Variant& variant();
+
+// On import: use the widest kernels that were compiled, that this CPU can run, and that torch would use,
+// whose `capability` is what torch.backends.cpu.get_cpu_capability() returns.
+void choose_variant(const std::string& capability);
+
+#define HVP_DECLARE_VARIANT(name)                                                                         \
+  namespace name {                                                                                        \
+  ChunkKernel chunk_kernel(OpCode op, bool measure, bool wide, DType dtype);                              \
+  void linear_model_direct(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,    \
+                           int threads);                                                                  \
+  void linear_model_dual(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,      \
+                         int threads);                                                                    \
+  void linear_model_chebyshev(const LinearModel&, const ChebyshevTerms&, void* residual, void* direction, \
+                              void* x, double* figures, int threads);                                     \
+  void linear_model_lanczos(const LinearModel&, void* basis, double* diagonal, double* off_diagonal,      \
+                            int64_t steps, int threads);                                                  \
+  }
+HVP_DECLARE_VARIANT(baseline)
+HVP_DECLARE_VARIANT(avx2)
+#undef HVP_DECLARE_VARIANT
+
+}  // namespace hvp
