@@ -81,7 +81,8 @@ class Run:
         self._notes: list[str] = []
         self._costs: dict[str, dict[str, float]] = {}
         self._pictures: list[str] = []
-        self._started = time.perf_counter()
+        self._spent = {"seconds": 0.0, "processor_seconds": 0.0}
+        self._started = time.perf_counter(), time.process_time()
 
     @property
     def results(self) -> Path:
@@ -100,6 +101,8 @@ class Run:
             if not self.options.resume:
                 self.results.unlink(missing_ok=True)
                 shutil.rmtree(self.checkpoints)
+            elif self._times.exists():
+                self._spent = json.loads(self._times.read_text())
         except OSError as error:
             raise HvpError(f"--out: expected a folder that can be written; got {self.options.out}: {error}") from error
         torch.manual_seed(self.options.seed)
@@ -153,6 +156,7 @@ class Run:
         ends = [*history[:1], *history[-1:]]
         kept = [record for record in history if (record.hyper_step + 1) % every == 0 or record in ends]
         self.table(name, [record.row() for record in kept])
+        write(self._times, json.dumps(self.spent()).encode())
         training = sum(record.training_seconds for record in history)
         self.cost(name, len(history), training, sum(record.hypergradient_seconds for record in history))
         return history
@@ -164,7 +168,20 @@ class Run:
             return json.loads(path.read_text())
         found = compute()
         write(path, json.dumps(found).encode())
+        write(self._times, json.dumps(self.spent()).encode())
         return found
+
+    def spent(self) -> dict[str, float]:
+        """Seconds by the clock and of the processor, with those of what an interruption has left finished."""
+        started, processor_started = self._started
+        return {
+            "seconds": self._spent["seconds"] + time.perf_counter() - started,
+            "processor_seconds": self._spent["processor_seconds"] + time.process_time() - processor_started,
+        }
+
+    @property
+    def _times(self) -> Path:
+        return self.checkpoints / "times.json"
 
     def cost(self, name: str, hyper_steps: int, training_seconds: float, hypergradient_seconds: float) -> None:
         """Keep what hypergradients cost beside the training, evaluation left out."""
@@ -221,7 +238,7 @@ class Run:
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
-            "seconds": time.perf_counter() - self._started,
+            **self.spent(),
             "comparisons": self._comparisons,
             "notes": self._notes,
             "costs": self._costs,

@@ -49,7 +49,7 @@ class Settings:
     hyper_learning_rate: float = 3e-2
     log_decay: float = -4.0
     bounds: tuple[float, float] = (-14.0, 2.0)
-    evaluations: int = 20
+    evaluations: int = 10
     test_images: int = 500
     """Of the curves; the summary has all."""
 
@@ -93,7 +93,7 @@ def run(run: Run, settings: Settings) -> None:
         torch.manual_seed(options.seed)
         module = NETWORKS[name](images.shape, images.classes).to(options.device)
         curves[name] = _overfit(run, settings, name, module, images, hyper_steps)
-    run.picture("overfitting", draw(curves))
+    run.picture("overfitting", draw(curves, options.dataset))
 
 
 def _overfit(
@@ -134,7 +134,7 @@ def _overfit(
     return history
 
 
-def draw(curves: Mapping[str, hvp.History]) -> Figure:
+def draw(curves: Mapping[str, hvp.History], dataset: str) -> Figure:
     """Train, validation and test error over the hyper steps, one panel for each network."""
     columns = min(3 if len(curves) > 4 else 2, len(curves))
     rows = -(-len(curves) // columns)
@@ -150,7 +150,7 @@ def draw(curves: Mapping[str, hvp.History]) -> Figure:
         axis.set(title=name, xlabel="hyper steps", ylabel="error", ylim=(-0.03, 1.0))
         axis.grid(alpha=0.25)
         axis.legend(frameon=False, fontsize=8)
-    figure.suptitle("Fitting 50 validation examples by one decay for each weight")
+    figure.suptitle(f"Fitting the validation examples of {dataset} by one decay for each weight")
     return figure
 
 

@@ -41,11 +41,11 @@ def _section(results: Sequence[Result]) -> list[str]:
 
 
 def _circumstances(result: Result) -> str:
-    versions, recipe = result["versions"], result.get("recipe", "")
+    versions, recipe, processor = result["versions"], result.get("recipe", ""), result.get("processor_seconds")
     return (
         f"Size {result['size']}{f', recipe {recipe}' if recipe else ''}, seed {result['seed']}; {result['device']}, "
         f"{result['threads']} thread(s), torch {versions['torch']}, Python {versions['python']}; "
-        f"{result['seconds']:.0f} s.  "
+        f"{result['seconds']:.0f} s{f', {processor:.0f} s of the processor' if processor is not None else ''}.  "
     )
 
 

@@ -205,6 +205,15 @@ def test_tuning_moves_every_rate_and_has_a_row_for_every_search(folder, tmp_path
     assert result["costs"]["many, 48 steps, seed 0"]["ratio_to_plain_training"] > 1
 
 
+def test_tuned_perplexity_is_below_untuned_at_equal_steps(folder, tmp_path):
+    longer = TINY | {"steps": 144, "learning_rate": 10.0, "hyper_learning_rate": 0.12}
+    run, _ = finished("ptb_tuning", tmp_path / "out", {"data": folder}, **longer, seeds=1, searches=())
+    perplexities = {row["method"]: row for row in rows(run, "table") if row["steps"] == "144"}
+    for part in ("validation", "test"):
+        untuned, *tuned = (float(perplexities[method][part]) for method in ("no tuning", "7", "many"))
+        assert max(tuned) < 0.9 * untuned < 0.9 * 13
+
+
 def test_tuning_at_paper_size_resumes_to_the_same_numbers(folder, tmp_path, monkeypatch):
     small = TINY | {"steps": 6, "seeds": 1, "searches": ("random search",), "nonmonotone": 1}
     options = {"data": folder, "size": "paper"}

@@ -122,8 +122,12 @@ def test_the_paper_size_runs_and_goes_on_after_an_interruption(name, tmp_path, m
         execute_tiny(name, tmp_path / "parts")
     interrupted = tmp_path / "parts" / whole.folder.name
     assert name in SHORT or any((interrupted / "checkpoints").iterdir())
+    times = interrupted / "checkpoints" / "times.json"
+    before = json.loads(times.read_text()) if name not in SHORT else {}
 
     resumed = execute_tiny(name, tmp_path / "parts", resume=True)
+    after = json.loads(resumed.results.read_text())
+    assert all(after[clock] > seconds > 0 for clock, seconds in before.items())
     expected = tables(whole)
     assert expected and tables(resumed).keys() == expected.keys()
     for table, rows in tables(resumed).items():
