@@ -156,7 +156,6 @@ class Run:
         ends = [*history[:1], *history[-1:]]
         kept = [record for record in history if (record.hyper_step + 1) % every == 0 or record in ends]
         self.table(name, [record.row() for record in kept])
-        write(self._times, json.dumps(self.spent()).encode())
         training = sum(record.training_seconds for record in history)
         self.cost(name, len(history), training, sum(record.hypergradient_seconds for record in history))
         return history
@@ -168,16 +167,19 @@ class Run:
             return json.loads(path.read_text())
         found = compute()
         write(path, json.dumps(found).encode())
-        write(self._times, json.dumps(self.spent()).encode())
         return found
 
     def spent(self) -> dict[str, float]:
-        """Seconds by the clock and of the processor, with those of what an interruption has left finished."""
+        """Seconds by the clock and of the processor, with those before an interruption."""
         started, processor_started = self._started
         return {
             "seconds": self._spent["seconds"] + time.perf_counter() - started,
             "processor_seconds": self._spent["processor_seconds"] + time.process_time() - processor_started,
         }
+
+    def interrupted(self) -> None:
+        """Keep the time spent so far for the run that resumes this one."""
+        write(self._times, json.dumps(self.spent()).encode())
 
     @property
     def _times(self) -> Path:
@@ -257,7 +259,11 @@ def execute(experiment: Experiment, options: Options, settings: Any = None) -> R
         return run
     with torch.random.fork_rng():
         run.start()
-        experiment.run(run, run.settings)
+        try:
+            experiment.run(run, run.settings)
+        except BaseException:
+            run.interrupted()
+            raise
         run.finish()
     print(f"{run.folder}: written")
     return run
