@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -13,12 +14,17 @@ from bench.results import Row
 
 matplotlib.use("Agg")
 
+COLORS = colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2]  # type: ignore[attr-defined]
+MARKERS = "osd^v"
+SMALLEST_ERROR = 1e-7
+"""Smaller ones are rounding, and drawn as this one."""
+
 
 def draw(rows: Sequence[Row], problem: str, folder: Path) -> Path:
     """Write compare-<problem>.png from the rows of one problem."""
     panels = [
-        ("compare error", "at w*", "gradients", "relative l2 error at w*"),
-        ("compare error", "early", "gradients", "relative l2 error, early weights"),
+        ("compare error", "at w*", "gradients", f"relative l2 error at w* (at least {SMALLEST_ERROR:g})"),
+        ("compare error", "early", "gradients", f"relative l2 error, early weights (at least {SMALLEST_ERROR:g})"),
         ("compare memory", "at w*", "i", "peak bytes"),
         ("compare time", "at w*", "i", "seconds"),
         ("search", "one decay", "budget", "lowest validation loss, one decay"),
@@ -35,7 +41,7 @@ def draw(rows: Sequence[Row], problem: str, folder: Path) -> Path:
         axes.set_xscale("log")
         axes.set_yscale("log")
         if benchmark == "compare error":
-            axes.set_ylim(1e-17, 1e2)
+            axes.set_ylim(SMALLEST_ERROR / 2, 1e2)
         axes.set_xlabel({"gradients": "gradient evaluations (a product is two)", "i": "products or steps, i"}.get(
             unit, "gradient evaluations"))  # fmt: skip
         axes.set_ylabel(label)
@@ -58,5 +64,6 @@ def _curve(axes: Axes, rows: Sequence[Row], benchmark: str, problem: str, name: 
         points = [(work[size], value) for size, value in points]
     if points:
         x, y = zip(*sorted(points), strict=True)
-        style = ("-", "--", ":")[place // 10 % 3]
-        axes.plot(x, [max(v, 1e-17) for v in y], style, marker="o", markersize=3, color=f"C{place % 10}", label=name)
+        y = [max(value, SMALLEST_ERROR) for value in y] if benchmark == "compare error" else y
+        marker, color = MARKERS[place % len(MARKERS)], COLORS[place % len(COLORS)]
+        axes.plot(x, y, ("-", "--", ":")[place % 3], marker=marker, markersize=4, color=color, label=name)
