@@ -142,6 +142,17 @@ MODELS: dict[str, HardModel] = {
     "a residual network": HardModel(modules.ResidualNetwork, images),
     "`nn.LSTM`": HardModel(lambda: modules.Recurrent(nn.LSTM), steps, note="without cuDNN; traced without mkldnn"),
     "`nn.GRU`": HardModel(lambda: modules.Recurrent(nn.GRU), steps, note="as `nn.LSTM`"),
+    "`scan`": HardModel(
+        modules.Scanned,
+        steps,
+        lambda: modules.Scanned(loop=True),
+        outcomes=refused(
+            "SecondDerivativeError",
+            "scan, which has no second derivative; remedy: write it as a Python loop",
+            *(engine for engine in ENGINES if engine != "finite_difference"),
+        ),
+        note="torch 2.13 has a wrong second derivative of it, without a word; so of `map`, `while_loop` and `cond`",
+    ),
     "`nn.MaxPool2d`": HardModel(pooled, images),
     "`grid_sample`, weights in the image": HardModel(lambda: modules.SpatialTransformer(True), images),
     "`grid_sample`, weights in the grid": HardModel(lambda: modules.SpatialTransformer(False), images),

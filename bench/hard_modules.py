@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
 from torch.nn.functional import affine_grid, grid_sample, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +20,27 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.readout(self.rnn(x)[0][:, -1])
+
+
+class Scanned(nn.Module):
+    """A recurrent cell by torch's scan, or by a loop."""
+
+    def __init__(self, loop: bool = False):
+        super().__init__()
+        self.cell, self.readout = nn.Linear(5, 3), nn.Linear(3, 2)
+        self.loop = loop
+
+    def forward(self, x: Tensor) -> Tensor:
+        def step(state: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+            state = torch.tanh(self.cell(torch.cat([state, inputs], -1)))
+            return state, state.clone()
+
+        state = x.new_zeros(len(x), 3)
+        if not self.loop:
+            return self.readout(scan(step, state, x, dim=1)[0])
+        for inputs in x.unbind(1):
+            state, _ = step(state, inputs)
+        return self.readout(state)
 
 
 class Attention(nn.Module):

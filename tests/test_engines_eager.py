@@ -10,6 +10,9 @@ import pytest
 import torch
 from cases import DTYPE, randn, relative_error
 from torch import Tensor
+from torch._higher_order_ops.map import map as control_flow_map
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
@@ -157,6 +160,50 @@ def test_once_differentiable_functions_are_refused(style: str) -> None:
             hvp.best_response(loss(w, h, None), w, h)
         else:
             hvp.Hypergradient(loss, lambda w, h, b: w.sum())(w, h, None, None)
+
+
+def scanned(w: Tensor) -> Tensor:
+    def step(state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        state = torch.tanh(state * w + x)
+        return state, state.clone()
+
+    return scan(step, torch.zeros_like(w), torch.ones(4, 3, dtype=DTYPE))[0]
+
+
+def mapped(w: Tensor) -> Tensor:
+    return control_flow_map(lambda x, w: torch.tanh(x * w), torch.ones(4, 3, dtype=DTYPE), w).sum(0)
+
+
+def looped(w: Tensor) -> Tensor:
+    return while_loop(lambda x, w: x.sum() < 9, lambda x, w: (x + w.square(), w.clone()), (torch.ones_like(w), w))[0]
+
+
+def chosen(w: Tensor) -> Tensor:
+    return torch.cond(w.sum() > -9, lambda w: w.sin(), lambda w: w.cos(), (w,))
+
+
+CONTROL_FLOW = {"scan": scanned, "map": mapped, "while_loop": looped, "cond": chosen}
+
+
+@pytest.mark.parametrize("style", ["tape, of a loss", "tape, of a gradient", "eager", "linearized"])
+@pytest.mark.parametrize("operator", CONTROL_FLOW)
+def test_control_flow_is_refused(operator: str, style: str) -> None:
+    """Torch's own double backward through it is wrong without a word."""
+
+    def loss(w: Tensor) -> Tensor:
+        return CONTROL_FLOW[operator](w).square().sum()
+
+    if (operator, style) == ("cond", "tape, of a gradient"):
+        pytest.skip("its gradient has no graph: see test_gradients_without_a_graph")
+    w = (1 + randn(3, seed=41).abs()).requires_grad_()
+    v = torch.ones_like(w)
+    with pytest.raises(hvp.SecondDerivativeError, match=rf"_ops\.{operator}, which has no second.* a Python loop"):
+        if style == "tape, of a loss":
+            hvp.approx_inverse_hvp(v, loss(w), w, 2, 0.1)
+        elif style == "tape, of a gradient":
+            hvp.approx_inverse_hvp(v, torch.autograd.grad(loss(w), w, create_graph=True), w, 2, 0.1)
+        else:
+            hvp.HessianOperator(loss, w.detach(), engine=style) @ v
 
 
 def attention(w: Tensor, h: Tensor, batch: Any) -> Tensor:

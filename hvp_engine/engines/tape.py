@@ -28,6 +28,7 @@ _REMEDIES = {
     "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint",
     "sparse gradients": "make the embedding with sparse=False: products are dense anyway",
     "torch.compile": "hand the original module or function to the loss, as hvp.functional does with a compiled module",
+    "torch._higher_order_ops": "write it as a Python loop (cond: with torch.where), or use engine='finite_difference'",
     "_weight_norm": "compute the weight as v * (g / torch.norm_except_dim(v, 2, dim)), as calls with loss functions do",
     "once_differentiable": "write its backward with differentiable operations and drop once_differentiable",
 }
@@ -176,7 +177,9 @@ class Tape:
         self._mixed = Pullback(gradient, hyperparameters)
         nodes = _walk(self._product.outputs)
         self.size = len(nodes)
-        names = {node.name() for node in nodes}
+        names = {node.name(): node for node in nodes}
+        for node in names.values():
+            _refuse_control_flow(node)
         if "torch::autograd::Error" in names:  # autograd would return zeros without a word
             raise second_derivative_error("a function whose backward is marked once_differentiable")
         self.incomplete = "torch::autograd::NotImplemented" in names
@@ -204,12 +207,13 @@ def _walk(outputs: Sequence[Tensor]) -> set[Node]:
 
 
 def _refuse_without_second_derivative(loss: Tensor) -> None:
-    """Raise for a once-differentiable function in the loss, and for fused weight normalization.
+    """Raise for a once-differentiable function in the loss, for control flow, and for fused weight normalization.
 
     Behind a linear reduction such as a sum the backward of the first leaves no trace in the gradient's graph, and the
-    second derivative would be wrong without a word, as that of the other is.
+    second derivative would be wrong without a word, as those of the others are.
     """
     for node in _walk([loss]):
+        _refuse_control_flow(node)
         if node.name() == "WeightNormInterfaceBackward0":
             raise second_derivative_error("torch._weight_norm, in torch's fused kernel", FastKernelError)
         function: Any = getattr(node, "_forward_cls", None)
@@ -219,3 +223,14 @@ def _refuse_without_second_derivative(loss: Tensor) -> None:
             continue
         if hasattr(backward, "__wrapped__"):
             raise second_derivative_error(f"{function.__name__}, whose backward is once_differentiable")
+
+
+def _refuse_control_flow(node: Node) -> None:
+    """Raise for scan, map, while_loop, cond and their like.
+
+    In torch 2.13 their backward, a graph run without grad mode, drops terms of the second derivative, or all, without a
+    word. (associative_scan is of ordinary operators.)
+    """
+    module = getattr(getattr(node, "_forward_cls", None), "__module__", "")
+    if module.startswith("torch._higher_order_ops."):
+        raise second_derivative_error(module)

@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from hvp_engine.engines.eager import leaves
 from hvp_engine.engines.functionalize import functionalized, retraced
 from hvp_engine.engines.plain_kernels import plain_kernels
 from hvp_engine.engines.tape import Pullback, Tape, explained, gradients
@@ -66,14 +67,13 @@ def trace(problem: Problem) -> Trace:
     count_w, count_h, count_x = len(problem.weights), len(problem.hyperparameters), len(tensors)
 
     def function(*arguments: Tensor) -> list[Tensor | None]:
-        weights = [a.detach().requires_grad_() for a in arguments[:count_w]]
-        hyperparameters = [a.detach().requires_grad_() for a in arguments[count_w : count_w + count_h]]
-        leaves = list(others)
+        weights, hyperparameters = leaves(arguments[:count_w]), leaves(arguments[count_w : count_w + count_h])
+        batch = list(others)
         for place, tensor in zip(places, arguments[count_w + count_h :], strict=False):
-            leaves[place] = tensor
+            batch[place] = tensor
         tangents = arguments[count_w + count_h + count_x :]
         with torch.enable_grad():
-            here = problem.at(pytree.tree_unflatten(leaves, spec))
+            here = problem.at(pytree.tree_unflatten(batch, spec))
             loss = here.evaluate(weights, hyperparameters)
             gradient = gradients(loss, weights, problem.name)
             tape = Tape(gradient, weights, (), loss)
@@ -97,6 +97,16 @@ def trace(problem: Problem) -> Trace:
             graph = make_fx(function)(*arguments)
             if not functionalized(graph):
                 graph = _retraced(graph, arguments, problem.name)
+    except AssertionError as error:
+        if "FakeTensors" not in str(error):
+            raise
+        here = leaves(problem.weights)
+        with torch.enable_grad():  # it names an operator without a second derivative
+            gradients(problem.evaluate(here, leaves(problem.hyperparameters)), here, problem.name)
+        raise TraceError(
+            f"{problem.name}: expected a loss without control-flow operators (scan, map, while_loop, cond); got one, "
+            "which torch cannot trace here: write it as a Python loop, or use engine='eager'"
+        ) from error
     except RuntimeError as error:
         if str(error) == _HOOKS:
             raise TraceError(
