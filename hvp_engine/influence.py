@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from hvp_engine.engines.eager import leaves
 from hvp_engine.engines.tape import differentiate, filled
-from hvp_engine.errors import GraphError
+from hvp_engine.errors import GraphError, NonFiniteError
 from hvp_engine.isolation import Draws, isolated
 from hvp_engine.solution import Solution
 from hvp_engine.solvers import ConjugateGradient, Solver
@@ -79,7 +79,8 @@ def influence_matrix(
     test example, and one for each training example and chunk of test examples: by `vmap` where the loss allows, else
     in a loop. Memory: about 2 `chunk` vectors of weights, beside the solver's.
 
-    Errors: `TypeError`/`ValueError` naming the argument; as :func:`solve`.
+    Errors: `TypeError`/`ValueError` naming the argument; :class:`NonFiniteError` for a training example whose gradient
+    is not finite; as :func:`solve`.
 
     Source: Koh and Liang 2017, Eq. 2 (matrix), with Hampel 1974.
 
@@ -105,7 +106,14 @@ def influence_matrix(
         solutions.append(replace(solution, value=None))
         directions = _rows(flatten(solution.value, "solution")[0])
         columns.append(torch.cat([-_rows(of_train) @ directions.T for of_train in train.chunks(chunk)]))
-    return Influence(torch.cat(columns, 1), worst_of(solutions))
+    matrix = torch.cat(columns, 1)
+    bad = (~torch.isfinite(matrix)).any(1).nonzero()
+    if len(bad):
+        raise NonFiniteError(
+            "train_examples: expected finite gradients of every example; got NaN or Inf from "
+            f"{len(bad)} of them, the first at index {int(bad[0])}: look at its data and its loss"
+        )
+    return Influence(matrix, worst_of(solutions))
 
 
 class _Gradients:

@@ -119,8 +119,8 @@ class LinearModelProducts:
         matrix = weight if weight.dim() == 2 else weight[None]
         outputs = functional.linear(inputs.to(weight.dtype), matrix, *(b.view(-1) for b in bias))
         if targets is not None:
-            targets = targets.detach().clone()
             check_targets(targets, outputs if weight.dim() == 2 else outputs[:, 0], loss)
+            targets = targets.detach().clone()
         self._weights, self._decays, self._reduction = weights, decays, reduction
         self._outputs, self._loss, self._targets = outputs, loss, targets
         self.layout = Layout.of(weights)

@@ -26,6 +26,8 @@ def check_weights(inputs: Any, weights: Sequence[Tensor], loss: Loss) -> None:
     """Raise unless inputs and weights are those of a linear model."""
     if not isinstance(inputs, Tensor):
         raise TypeError(f"inputs: expected a tensor; got {type(inputs).__name__}")
+    if inputs.layout is not torch.strided:
+        raise TypeError(f"inputs: expected a dense tensor; got layout {inputs.layout}: use .to_dense()")
     if inputs.dim() != 2 or 0 in inputs.shape:
         raise ValueError(
             f"inputs: expected a non-empty tensor (samples, features); got shape {tuple(inputs.shape)}: "
@@ -81,6 +83,8 @@ def _check_device(tensor: Tensor, weight: Tensor, name: str) -> None:
 
 def check_targets(targets: Any, outputs: Tensor, loss: Loss) -> None:
     """Raise unless the loss takes these targets for these outputs."""
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets: expected a tensor or None; got {type(targets).__name__}")
     classes = loss == "softmax" and targets.dim() == 1
     if classes and targets.dtype != torch.int64:
         raise TypeError(f"targets: expected class indices in torch.int64; got {targets.dtype}: cast them with .long()")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine.blocks import stacked_tangents, stacked_views
+from hvp_engine.errors import NonFiniteError
 from hvp_engine.vectors import FlatVector, Layout
 
 Kind = Literal["gaussian", "columns"]
@@ -85,6 +86,8 @@ class Sketch:
         terms of size 1 / rho. T^T Y is inverted as far as its eigenvalues rise above rounding; negative ones, for
         which there is no safe inverse, are left out and reported.
         """
+        if not bool(torch.isfinite(self._images).all()):  # LAPACK would fail, and not say at what
+            raise NonFiniteError("operator: expected finite products; got NaN or Inf: look at the weights and the loss")
         epsilon = torch.finfo(self._images.dtype).eps
         core = (self._tests @ self._images.T).double()
         weights, vectors = torch.linalg.eigh((core + core.T) / 2)

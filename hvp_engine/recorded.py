@@ -121,11 +121,11 @@ def hypergradient(
             "from the weights with grad mode on"
         )
     _require_grad(hyper_list)
-    everything = [*weight_list, *hyper_list]
-    found = differentiate(val_loss, everything)
-    count = len(weight_list)
-    vector = filled(found[:count], weight_list)
-    tape = Tape(gradients(train_loss, weight_list, "train_loss"), weight_list, hyper_list, train_loss, "train_loss")
+    active = _active(weight_list)
+    found = differentiate(val_loss, [*active, *hyper_list])
+    count = len(active)
+    vector = filled(found[:count], active)
+    tape = Tape(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
     grads, _ = implicit_gradient(tape, vector, found[count:], hyper_list, solver, EagerEngine(), Spectrum())
     return tuple(grads)
 
@@ -162,25 +162,28 @@ def best_response(
     weight_list, hyper_list = as_list(weights, "weights"), as_list(hyperparameters, "hyperparameters")
     check_scalar(train_loss, "train_loss")
     _require_grad(hyper_list)
-    tape = Tape(gradients(train_loss, weight_list, "train_loss"), weight_list, hyper_list, train_loss, "train_loss")
-    return _BestResponse.apply(tape, solver, *hyper_list)
+    active = _active(weight_list)
+    tape = Tape(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
+    return _BestResponse.apply(tape, weight_list, solver, *hyper_list)
 
 
 class _BestResponse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tape: Tape, solver: Solver, *hyperparameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, tape: Tape, weights: Sequence[Tensor], solver: Solver, *hyperparameters: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.tape, ctx.solver, ctx.hyperparameters = tape, solver, hyperparameters
-        return tuple(w.detach() for w in tape.weights)
+        ctx.active = [weight.requires_grad for weight in weights]
+        return tuple(weight.detach() for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
             raise _no_second_derivative("best_response")
         none = [None] * len(ctx.hyperparameters)
-        grads, _ = implicit_gradient(
-            ctx.tape, grad_outputs, none, ctx.hyperparameters, ctx.solver, EagerEngine(), Spectrum()
-        )
-        return None, None, *grads
+        vector = [g for g, active in zip(grad_outputs, ctx.active, strict=True) if active]
+        grads, _ = implicit_gradient(ctx.tape, vector, none, ctx.hyperparameters, ctx.solver, EagerEngine(), Spectrum())
+        return None, None, None, *grads
 
 
 def _is_loss(f: Any) -> TypeGuard[Tensor]:
@@ -200,6 +203,11 @@ def _gradient_of(f: TensorOrTensors, weights: list[Tensor]) -> list[Tensor]:
             "torch.autograd.grad(loss, w, create_graph=True)"
         )
     return gradient
+
+
+def _active(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The weights that are not frozen: those do not respond, and would make the Hessian singular."""
+    return [weight for weight in weights if weight.requires_grad] or list(weights)
 
 
 def _require_grad(hyperparameters: Sequence[Tensor]) -> None:

@@ -86,7 +86,8 @@ def solve_all(
     if estimate is not None and not estimate.finite:
         bad = (name for name, v in zip(names, vs, strict=True) if any_bad(v))
         raise refusal(operator, next(bad, None))
-    if estimate is not None and estimate.bound(estimates.damping) == 0 and torch.float16 in operator.layout.dtypes:
+    narrow = torch.float16 in operator.layout.dtypes and operator.layout.numel > 0
+    if narrow and estimate is not None and estimate.bound(estimates.damping) == 0:
         raise underflow(operator, estimate.hvps)
     hvps = estimate.hvps if estimate else 0
     if hasattr(engine, "run_batch"):  # isinstance of a protocol takes 20 us

@@ -441,3 +441,77 @@ def test_tuner(name: str, world: World) -> None:
         **changed(world),
     }
     world.refuses(error, message, lambda: hvp.Tuner(**arguments))
+
+
+def square(w: Tensor, batch: Any = None) -> Tensor:
+    return w.square().sum()
+
+
+NAN = torch.full((3,), math.nan)
+OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "influence of nan": (
+        lambda: hvp.influence_matrix(
+            lambda v: v, lambda w, x: (w * x).sum(), lambda w, x: w.sum(), torch.ones(3), NAN, torch.ones(1)
+        ),
+        hvp.NonFiniteError,
+        r"^train_examples: expected finite gradients.*3 of them, the first at index 0",
+    ),
+    "nystrom of nan": (
+        lambda: hvp.HessianOperator(lambda w: w.pow(3).sum(), NAN).solve(torch.ones(3), hvp.Nystrom(2)),
+        hvp.NonFiniteError,
+        r"expected finite products",
+    ),
+    "nystrom preconditioner of nan": (
+        lambda: hvp.NystromPreconditioner(hvp.HessianOperator(lambda w: w.pow(3).sum(), NAN), 2, 0.1),
+        hvp.NonFiniteError,
+        r"^operator: expected finite products; got NaN or Inf",
+    ),
+    "nystrom preconditioner, shape": (
+        lambda: hvp.NystromPreconditioner(hvp.HessianOperator(square, torch.ones(3)), 2, 0.1)([torch.ones(1)]),
+        ValueError,
+        r"^v\[0\]: expected shape \(3,\) as weights\[0\]; got \(1,\)",
+    ),
+    "kfac of nan": (
+        lambda: hvp.KFACPreconditioner(
+            LINEAR, lambda o, y: o.square().sum(), dict(LINEAR.named_parameters()), NAN[None, :2], None, 0.1
+        ),
+        hvp.NonFiniteError,
+        r"^inputs: expected finite activations and curvature; got NaN or Inf",
+    ),
+    "kfac, shape": (
+        lambda: hvp.KFACPreconditioner(
+            LINEAR, lambda o, y: o.square().sum(), dict(LINEAR.named_parameters()), torch.ones(1, 2), None, 0.1
+        )([torch.ones(2, 2), torch.ones(2, 2)]),
+        ValueError,
+        r"^v: expected 2 tensors of the weights' shapes, \(2, 2\), \(2,\); got 2, \(2, 2\), \(2, 2\)",
+    ),
+    "linear model, sparse": (
+        lambda: hvp.LinearModelOperator(torch.eye(2).to_sparse(), torch.ones(2), loss="squared"),
+        TypeError,
+        r"^inputs: expected a dense tensor; got layout torch.sparse_coo: use .to_dense\(\)",
+    ),
+    "linear model, targets": (
+        lambda: hvp.LinearModelOperator(torch.eye(2), torch.ones(2), loss="squared", targets=[1.0, 2.0]),
+        TypeError,
+        r"^targets: expected a tensor or None; got list",
+    ),
+    "tuner, expanded": (
+        lambda: hvp.Tuner(
+            [torch.ones(2), torch.ones(1).expand(3)],
+            torch.ones(1),
+            square,
+            square,
+            weight_optimizer=torch.optim.SGD,
+            hyper_optimizer=torch.optim.SGD,
+        ),
+        ValueError,
+        r"^module\[1\]: expected memory for every element.*strides \(0,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_elsewhere(name: str) -> None:
+    call, error, message = OTHERS[name]
+    with pytest.raises(error, match=message):
+        call()

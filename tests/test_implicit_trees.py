@@ -122,6 +122,24 @@ def test_frozen_tensors_tape_style() -> None:
     assert frozen_hyper.grad is None and w.grad is None
 
 
+@pytest.mark.parametrize("solver", [hvp.ConjugateGradient(10), hvp.Chebyshev(60), hvp.Exact()], ids=str)
+def test_frozen_weights_are_no_part_of_the_system(solver: Any) -> None:
+    """Also where the validation loss depends on them: L_T = (w - h)^2 / 2 . curvature + f w, L_V = w^2 / 2 + f^2."""
+    w, frozen = randn(3, seed=9).requires_grad_(), randn(2, seed=10)
+    h, curvature = randn(3, seed=11).requires_grad_(), torch.tensor([1.0, 2.0, 3.0], dtype=DTYPE)
+
+    def val(w: Tensor, frozen: Tensor) -> Tensor:
+        return w.square().sum() / 2 + frozen.square().sum()
+
+    def train() -> Tensor:
+        return (curvature * (w - h) ** 2).sum() / 2 + (frozen.sum() * w).sum()
+
+    (grad,) = hvp.hypergradient(train(), val(w, frozen), [w, frozen], h, solver)
+    torch.testing.assert_close(grad, w.detach())
+    val(*hvp.best_response(train(), [w, frozen], h, solver)).backward()
+    torch.testing.assert_close(h.grad, w.detach())
+
+
 def test_zero_dim_weights_and_hyperparameters() -> None:
     """L_T = (w - h)^2, L_V = w^3: dL_V/dh = 3 h^2."""
     h = torch.tensor(1.5, dtype=DTYPE)

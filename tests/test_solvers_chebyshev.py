@@ -259,3 +259,8 @@ def test_hypergradient_is_the_closed_form(name: str, engine: str) -> None:
 def test_bad_arguments(error: type[Exception], argument: str, arguments: dict) -> None:
     with pytest.raises(error, match=f"{argument}: expected.*got"):
         hvp.Chebyshev(**{"iterations": 2, **arguments})
+
+
+def test_no_weights_in_float16_have_no_curvature_to_lose() -> None:
+    solution = hvp.solve(lambda v: v, [torch.zeros(2, 0, dtype=torch.float16)], hvp.Chebyshev(5))
+    assert solution.value[0].shape == (2, 0)

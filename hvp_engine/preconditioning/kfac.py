@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hvp_engine.errors import NonFiniteError
 from hvp_engine.trees import check_scalar, flatten
 
 
@@ -57,7 +58,8 @@ class KFACPreconditioner:
     Cost: one forward pass, as many backward passes as there are outputs; the factors' squares in memory, and their
     eigenvalue decompositions. It stays as it is when the weights change.
 
-    Errors: `TypeError` or `ValueError` naming the argument; `ValueError` if no layer is of a known kind.
+    Errors: `TypeError` or `ValueError` naming the argument; `ValueError` if no layer is of a known kind;
+    :class:`NonFiniteError` for activations or curvature with NaN or Inf.
 
     Source: Martens and Grosse 2015; Grosse and Martens 2016 for convolutions.
 
@@ -88,10 +90,9 @@ class KFACPreconditioner:
             raise ValueError(f"shift: expected a finite number > 0; got {shift!r}")
         if not isinstance(weights, Mapping):
             raise TypeError(f"weights: expected a dict of named parameters; got {type(weights).__name__}")
-        flatten(dict(weights), "weights")
+        self._shapes = [leaf.shape for leaf in flatten(dict(weights), "weights")[0]]
         names = pytree.tree_flatten({name: name for name in weights})[0]
         self.shift = shift
-        self._count = len(names)
         places = {name: index for index, name in enumerate(names)}
         self._blocks, self._means, self.gradients = _factors(module, loss, weights, inputs, targets, places)
         self.hvps = 0
@@ -99,8 +100,11 @@ class KFACPreconditioner:
             raise ValueError("module: expected torch.nn.Linear or Conv2d layers with weights in `weights`; got none")
 
     def __call__(self, v: list[Tensor]) -> list[Tensor]:
-        if len(v) != self._count:
-            raise ValueError(f"v: expected {self._count} tensors, one for each of the weights; got {len(v)}")
+        if [tensor.shape for tensor in v] != self._shapes:
+            raise ValueError(
+                f"v: expected {len(self._shapes)} tensors of the weights' shapes, {_written(self._shapes)}; got "
+                f"{len(v)}, {_written([tensor.shape for tensor in v])}"
+            )
         result = [tensor / (self.shift + self._means.get(index, 0.0)) for index, tensor in enumerate(v)]
         for block in self._blocks:
             rows = v[block.weight].flatten(1)
@@ -112,6 +116,10 @@ class KFACPreconditioner:
                 solved = solved[:, :-1]
             result[block.weight] = solved.reshape(v[block.weight].shape)
         return result
+
+
+def _written(shapes: Sequence[torch.Size]) -> str:
+    return ", ".join(str(tuple(shape)) for shape in shapes)
 
 
 def _factors(
@@ -228,10 +236,16 @@ def _hessian_roots(loss: Callable[[Tensor, Any], Tensor], outputs: Tensor, targe
             return outputs.new_zeros(*outputs.shape, outputs.shape[1])
         columns = [torch.autograd.grad(column.sum(), points, retain_graph=True)[0] for column in gradient.unbind(1)]
     hessians = torch.stack(columns, 2)
-    values, vectors = torch.linalg.eigh((hessians + hessians.mT) / 2)
-    return vectors * values.clamp_min(0).sqrt()[:, None, :]
+    values, vectors = _eigen((hessians + hessians.mT) / 2)
+    return vectors * values.sqrt()[:, None, :]
 
 
 def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, those below zero as zero, and eigenvectors of symmetric matrices."""
+    if not bool(torch.isfinite(matrix).all()):
+        raise NonFiniteError(
+            "inputs: expected finite activations and curvature; got NaN or Inf: look at the inputs, the targets and "
+            "the weights"
+        )
     values, vectors = torch.linalg.eigh(matrix)
     return values.clamp_min(0), vectors

@@ -9,6 +9,7 @@ from torch import Tensor
 from hvp_engine.blocks import fill
 from hvp_engine.low_rank import Sketch
 from hvp_engine.preconditioning.base import SymmetricMap, check_count, check_operator
+from hvp_engine.trees import check_like
 from hvp_engine.vectors import FlatVector
 
 
@@ -59,10 +60,11 @@ class NystromPreconditioner:
         self.hvps = columns.steps
         self._layout = operator.layout
         self._basis, values, _ = columns.low_rank()
-        self._least = values.min() + rho
+        self._least = values.amin(0) + rho if len(values) else values.new_tensor(rho)
         self._gains = self._least / (values + rho) - 1
 
     def __call__(self, v: list[Tensor]) -> list[Tensor]:
+        check_like(v, self._layout, "v", "weights")
         vector = FlatVector.of(self._layout, v)
         vector.data.addmv_(self._basis.T, self._gains * (self._basis @ vector.data))
         vector.data.div_(self._least)

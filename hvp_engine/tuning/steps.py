@@ -73,6 +73,8 @@ class Steps:
         self.processes = train_loss.processes if isinstance(train_loss, DataParallel) else None
         self.weights, self._weight_structure = flatten(weight_tree, "module", sharded=True)
         self.hyper, self._hyper_structure = flatten(hyper_tree, "hyper", sharded=True)
+        _check_memory(self.weights, "module")
+        _check_memory(self.hyper, "hyper")
         self.weight_names, self.hyper_names = _names(weight_tree), _names(hyper_tree)
         self.device = self.weights[0].device
         self.estimator = self._estimator(estimator, val_loss, solver, engine)
@@ -272,6 +274,16 @@ def _trainable(tree: Any) -> Any:
     if not isinstance(tree, torch.nn.Module):
         return tree
     return {name: parameter for name, parameter in tree.named_parameters() if parameter.requires_grad}
+
+
+def _check_memory(tensors: Sequence[Tensor], name: str) -> None:
+    """Raise for an expanded tensor, whose elements share memory: it cannot be updated in place."""
+    for index, tensor in enumerate(tensors):
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(
+                f"{name}[{index}]: expected memory for every element, to be updated in place; got an expanded tensor "
+                f"with strides {tensor.stride()}: use .clone(memory_format=torch.contiguous_format)"
+            )
 
 
 def _names(tree: Any) -> list[str]:
