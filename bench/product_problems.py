@@ -166,7 +166,7 @@ def solvers(problem: Problem) -> dict[str, Solve]:
             lambda k: hvp.ConjugateGradient(k, tol=0.0, damping=damping, preconditioner=low_rank), low_rank.hvps
         ),
         "MINRES": run(lambda k: hvp.MINRES(k, tol=0.0, damping=damping)),
-        "Nystrom, rho = decay": run(lambda k: hvp.Nystrom(k, rho=DECAY, damping=damping)),
+        "Nystrom": run(lambda k: hvp.Nystrom(k, damping=damping)),
         "Budget of products": run(lambda k: hvp.Budget(hvps=k, damping=damping)),
     }
 

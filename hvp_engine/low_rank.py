@@ -14,6 +14,9 @@ from hvp_engine.vectors import FlatVector, Layout
 
 Kind = Literal["gaussian", "columns"]
 
+LowRank = tuple[Tensor, Tensor, Tensor]
+"""(U as rows, values >= 0, whether A has negative curvature)."""
+
 
 def check_kind(kind: str) -> None:
     if kind not in ("gaussian", "columns"):
@@ -79,7 +82,7 @@ class Sketch:
         self.steps += count
         self._point()
 
-    def low_rank(self) -> tuple[Tensor, Tensor, Tensor]:
+    def low_rank(self) -> LowRank:
         """(U as rows, values >= 0, whether A has negative curvature, on the device): A ~ U^T diag(values) U.
 
         In this orthonormal form (A + rho I)^-1 is safe for any rho: Woodbury's formula as it is printed subtracts two

@@ -209,8 +209,8 @@ METHODS = (
         "a sum_{j<=i} (I - a M H)^j M", "here", _WITH_M,
     ),
     Method(
-        "Nystrom", "implicit", "(A_i + rho I)^-1, A_i of rank i, rho = 0.01", "w", "O(P i + H)", "i + 1 HVPs",
-        "Hataya and Yamada 2023", True, lambda i, p, h: 5 + 2 * i, _nystrom,
+        "Nystrom", "implicit", "(A_i + rho I)^-1, A_i of rank i, rho fitted to the rest", "w", "O(P i + H)",
+        "i + 2 HVPs", "Hataya and Yamada 2023", True, lambda i, p, h: 7 + 2 * i, _nystrom,
     ),
     # Without a hypergradient.
     Method(

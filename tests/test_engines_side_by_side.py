@@ -236,3 +236,8 @@ def test_several_right_hand_sides_share_a_sketch() -> None:
     truth = torch.linalg.solve(matrix + (0.5 + 1e-9) * torch.eye(12, dtype=DTYPE), v.T).T
     assert relative_error(solution.value, truth) < 1e-9
     assert solution.residual_norm < 1e-7 and solution.converged
+    calls = 0
+    fitted = hvp.solve(product, v, hvp.Nystrom(5), batched=True)
+    assert calls == fitted.hvps == 5 + 2 * 5, "a product for rho and one for the residual of each"
+    alone = torch.stack([hvp.solve(product, row, hvp.Nystrom(5)).value for row in v])
+    assert relative_error(fitted.value, alone) < 1e-12

@@ -95,7 +95,7 @@ SOLVERS: dict[str, Callable[[Problem], object]] = {
     "heavy ball": lambda p: hvp.Chebyshev(TERMS, form="heavy_ball"),
     "conjugate gradient": lambda p: hvp.ConjugateGradient(400),
     "minres": lambda p: hvp.MINRES(400),
-    "nystrom": lambda p: hvp.Nystrom(len(p.b), rho=1e-9 * p.largest),
+    "nystrom": lambda p: hvp.Nystrom(len(p.b)),
     "exact": lambda p: hvp.Exact(),
     "budget": lambda p: hvp.Budget(error=1e-6),
     "budget of products": lambda p: hvp.Budget(hvps=60),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases import BILEVEL, DTYPE, flat, matrix_with, randn, relative_error, unflat
@@ -35,11 +37,12 @@ def test_exact_for_a_matrix_of_its_rank(rho: float, damping: float, dtype: torch
 
 
 @SKETCHES
-def test_full_rank_is_the_inverse(sketch: str) -> None:
+@pytest.mark.parametrize("rho, hvps", [(1e-12, 41), ("auto", 42)])
+def test_full_rank_is_the_inverse(rho: Any, hvps: int, sketch: Any) -> None:
     matrix = matrix_with(torch.linspace(0.5, 4.0, 40, dtype=DTYPE), seed=3)
-    solution = solve(matrix, V, hvp.Nystrom(100, rho=1e-12, sketch=sketch))
+    solution = solve(matrix, V, hvp.Nystrom(100, rho=rho, sketch=sketch))
     assert relative_error(solution.value, torch.linalg.solve(matrix, V)) < 1e-9
-    assert solution.converged and solution.hvps == 41
+    assert solution.converged and solution.hvps == hvps
 
 
 def test_columns_give_the_printed_formula() -> None:
@@ -64,15 +67,72 @@ def test_small_rho_in_single_precision_keeps_what_the_printed_formula_loses() ->
     assert ours < 0.02
 
 
-def test_error_falls_with_the_rank_and_is_rough_for_a_flat_spectrum() -> None:
+@SKETCHES
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_automatic_rho_is_the_rayleigh_quotient_of_the_rest(damping: float, sketch: Any) -> None:
+    """By dense algebra from Y (T^T Y)^+ Y^T."""
+    matrix, rank = matrix_with(torch.logspace(-2, 1, 40, dtype=DTYPE), seed=4), 6
+    tests = Sketch(Layout.of([V]), rank, sketch, seed=0)._tests[:, :40].T
+    images = matrix @ tests
+    values, vectors = torch.linalg.eigh(images @ torch.linalg.pinv(tests.T @ images, hermitian=True) @ images.T)
+    values, vectors = values[-rank:], vectors[:, -rank:]
+    rest = V - vectors @ (vectors.T @ V)
+    rho = rest @ matrix @ rest / (rest @ rest)
+    truth = vectors @ ((vectors.T @ V) / (values + damping)) + rest / (rho + damping)
+    solution = solve(matrix, V, hvp.Nystrom(rank, damping=damping, sketch=sketch))
+    assert relative_error(solution.value, truth) < 1e-8
+    residual = V - matrix @ truth - damping * truth
+    assert solution.residual_norm == pytest.approx(float(residual.norm() / V.norm()), rel=1e-6)
+    assert solution.hvps == solution.iterations == rank + 2
+
+
+def test_automatic_rho_serves_where_a_small_one_is_worse_than_zero() -> None:
+    """A slowly falling spectrum over a decay of 1e-3, as of a regression: errors fall with the rank, from below 1."""
+    values = 1e-3 + 5 / torch.arange(1, 401, dtype=DTYPE) ** 1.5
+    matrix, v = matrix_with(values, seed=8), randn(400, seed=9)
+    v = matrix @ v + v / 100  # more of it where eigenvalues are large, as of a gradient
+    truth = torch.linalg.solve(matrix, v)
+    ranks = (2, 5, 10, 20, 50, 100)
+    errors, small = (
+        [relative_error(solve(matrix, v, hvp.Nystrom(rank, rho=rho)).value, truth) for rank in ranks]
+        for rho in ("auto", 1e-3)
+    )
+    assert sorted(errors, reverse=True) == errors and errors[0] < 1 and errors[-1] < 0.6
+    assert min(small[:4]) > 1
+
+
+def test_error_falls_with_the_rank() -> None:
     falling = matrix_with(torch.logspace(-4, 1, 40, dtype=DTYPE), seed=5)
     damped = falling + 0.01 * torch.eye(40, dtype=DTYPE)
     errors = [
-        relative_error(solve(falling, V, hvp.Nystrom(k)).value, torch.linalg.solve(damped, V)) for k in (5, 15, 30)
+        relative_error(solve(falling, V, hvp.Nystrom(k, rho=0.01)).value, torch.linalg.solve(damped, V))
+        for k in (5, 15, 30)
     ]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.2
-    solution = solve(torch.eye(40, dtype=DTYPE), V, hvp.Nystrom(5))
-    assert solution.residual_norm > 1 and solution.status is hvp.Status.DIVERGED
+
+
+def test_a_flat_spectrum_is_no_place_for_a_fixed_rho() -> None:
+    identity = torch.eye(40, dtype=DTYPE)
+    fixed = solve(identity, V, hvp.Nystrom(5, rho=0.01))
+    assert fixed.residual_norm > 1 and fixed.status is hvp.Status.DIVERGED
+    fitted = solve(identity, V, hvp.Nystrom(5))
+    assert fitted.converged and relative_error(fitted.value, V) < 1e-12
+
+
+@SKETCHES
+@DTYPES
+def test_automatic_rho_of_a_singular_operator(dtype: torch.dtype, sketch: Any) -> None:
+    """The least-squares solution of smallest norm; with damping, the inverse."""
+    truth = torch.linalg.pinv(LOW_RANK, hermitian=True, rtol=1e-9) @ V
+    accuracy = 2e-3 if dtype == torch.float32 else 1e-10
+    for v, status in ((V, hvp.Status.SINGULAR), (LOW_RANK @ truth, hvp.Status.CONVERGED)):
+        solution = solve(LOW_RANK, v.to(dtype), hvp.Nystrom(8, sketch=sketch))
+        assert solution.status is status and relative_error(solution.value.double(), truth) < accuracy
+    damped = solve(LOW_RANK, V.to(dtype), hvp.Nystrom(8, damping=0.1, sketch=sketch))
+    exact = torch.linalg.solve(LOW_RANK + 0.1 * torch.eye(40, dtype=DTYPE), V)
+    assert damped.converged and relative_error(damped.value.double(), exact) < accuracy
+    zero = solve(torch.zeros(40, 40, dtype=DTYPE), V.to(dtype), hvp.Nystrom(3, sketch=sketch))
+    assert zero.status is hvp.Status.SINGULAR and not zero.value.any()
 
 
 @SKETCHES
@@ -81,12 +141,16 @@ def test_negative_curvature_has_a_status(sketch: str) -> None:
     solution = solve(matrix, V, hvp.Nystrom(10, rho=0.5, sketch=sketch))
     assert solution.status is hvp.Status.NEGATIVE_CURVATURE and torch.isfinite(solution.value).all()
     assert float(solution.value.norm()) <= float(V.norm()) / 0.5 * (1 + 1e-9), "no eigenvalue below rho is inverted"
+    fitted = solve(matrix, V, hvp.Nystrom(10, sketch=sketch))
+    assert fitted.status is hvp.Status.NEGATIVE_CURVATURE and torch.isfinite(fitted.value).all()
 
 
 def test_several_tensors_the_same_twice_and_a_seed() -> None:
     like = [torch.zeros(5, 6, dtype=DTYPE), torch.zeros((), dtype=DTYPE), torch.zeros(9, dtype=DTYPE)]
     calls = [
-        hvp.solve(lambda v: unflat(LOW_RANK @ flat(v), like), unflat(V, like), hvp.Nystrom(6, seed=seed)).value
+        hvp.solve(
+            lambda v: unflat(LOW_RANK @ flat(v), like), unflat(V, like), hvp.Nystrom(6, rho=0.01, seed=seed)
+        ).value
         for seed in (0, 0, 1)
     ]
     assert all(torch.equal(a, b) for a, b in zip(calls[0], calls[1], strict=True))
@@ -98,7 +162,7 @@ def test_several_tensors_the_same_twice_and_a_seed() -> None:
 @pytest.mark.parametrize("name", BILEVEL)
 def test_hypergradient_is_the_closed_form(name: str) -> None:
     problem = BILEVEL[name]()
-    solver = hvp.Nystrom(len(problem.hessian), rho=1e-10)
+    solver = hvp.Nystrom(len(problem.hessian))
     result = hvp.Hypergradient(problem.train_loss, problem.val_loss, solver=solver)(
         problem.weights, problem.hyper, None, None
     )

@@ -54,7 +54,8 @@ def _with_one_sketch(
     fill(first.sketch, operator)
     first.invert()
     for iteration in (first, *(first.sharing(v) for v in vs[1:])):
-        iteration.step(operator.product(iteration.direction.tangents))
+        for _ in range(iteration.own_products):
+            iteration.step(operator.product(iteration.direction.tangents))
         yield iteration
 
 

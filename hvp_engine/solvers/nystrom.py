@@ -6,11 +6,12 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hvp_engine.low_rank import Kind, Sketch, check_kind
+from hvp_engine.low_rank import Kind, LowRank, Sketch, check_kind
 from hvp_engine.solution import Status
 from hvp_engine.solvers.base import Outcome, RightHandSide, check_damping, check_positive
 from hvp_engine.spectrum import SpectralEstimate
@@ -21,24 +22,29 @@ from hvp_engine.vectors import FlatVector, Layout
 class Nystrom:
     """x = (A_k + (rho + damping) I)^-1 v, with A_k = Y (T^T Y)^+ Y^T, Y = A T: A as seen by `rank` test vectors T.
 
-    With A_k = U L U^T in orthonormal U, x = (v - U U^T v) / s + U (L + s)^-1 U^T v, s = rho + damping: Woodbury's
-    identity without its differences of large terms. It solves well in the eigenvalues that stand out and
-    treats all others as rho: for a spectrum that falls off within `rank` eigenvalues x is as exact as rho is small
-    beside them; for another one it is a rough answer however small rho is, and the residual says so.
+    With A_k = U L U^T in orthonormal U, x = U (L + s)^-1 U^T v + r / s, where r = v - U U^T v is what of v was not seen
+    and s = rho + damping: Woodbury's identity without its differences of large terms. It solves well in the eigenvalues
+    that stand out and treats all others as rho. A fixed rho that is small beside those which matter for v makes r / s,
+    and so x, wrong by the factor between. With rho = "auto" they are treated as the one number that fits them best, the
+    Rayleigh quotient of A at r: s = r . A r / r . r + damping for r and s = damping for what was seen. Of all multiples
+    of r that is the one closest to A^-1 r in the norm of A. Where the eigenvalues are not few, x is still a rough
+    answer; the residual says so, and conjugate gradients with a :class:`NystromPreconditioner` go on from there.
 
     Arguments:
         rank: number of test vectors, >= 1, at most the number of weights.
-        rho: > 0: what the rest of the spectrum is taken to be; the paper's default 0.01 fits eigenvalues of size 1.
+        rho: > 0, what the rest of the spectrum is taken to be (the paper's default is 0.01), or "auto".
         damping: added to the diagonal of A, >= 0.
         sketch: "gaussian" test vectors; or "columns", as in the paper: T are unit vectors, Y columns of A. A
             single column sees little of a matrix whose rows are alike in size, so random vectors are the default.
         seed: of the test vectors; the same ones in every solve.
 
-    Negative curvature has no place in it: negative eigenvalues of T^T Y are left out, and the status says so.
+    Negative curvature has no place in it: negative eigenvalues of T^T Y are left out, and the status says so. With
+    "auto" so is r where A has no positive curvature along it; if A is zero there, x is the least-squares solution of
+    smallest norm.
 
-    Cost: `rank` products and one for the residual. They depend neither on each other nor on v: they are made once for
-    several right-hand sides, up to 32 at a time where they are traced and it pays (up to 16,384 weights on a CPU).
-    3 `rank` flat vectors of weights, which is `rank` times as many as other solvers need.
+    Cost: `rank` products, one for the residual, and one for rho = "auto". The first depend neither on each other nor on
+    v: they are made once for several right-hand sides, up to 32 at a time where they are traced and it pays (up to
+    16,384 weights on a CPU). 3 `rank` flat vectors of weights, which is `rank` times as many as other solvers need.
 
     Errors: `TypeError` or `ValueError` naming the argument, at construction.
 
@@ -46,12 +52,12 @@ class Nystrom:
 
     >>> import torch, hvp_engine as hvp
     >>> A = torch.diag(torch.tensor([4.0, 2.0, 0.0, 0.0]))
-    >>> hvp.solve(lambda v: A @ v, torch.tensor([1.0, 1.0, 0.0, 0.0]), hvp.Nystrom(3, rho=1e-4)).value
+    >>> hvp.solve(lambda v: A @ v, torch.tensor([1.0, 1.0, 0.0, 0.0]), hvp.Nystrom(3)).value
     tensor([0.2500, 0.5000, 0.0000, 0.0000])
     """
 
     rank: int
-    rho: float = 0.01
+    rho: float | Literal["auto"] = "auto"
     damping: float = 0.0
     sketch: Kind = "gaussian"
     seed: int = 0
@@ -61,7 +67,8 @@ class Nystrom:
             raise TypeError(f"rank: expected an int; got {type(self.rank).__name__}")
         if self.rank < 1:
             raise ValueError(f"rank: expected a number of test vectors >= 1; got {self.rank}")
-        check_positive(self.rho, "rho")
+        if self.rho != "auto":
+            check_positive(self.rho, "rho")
         check_damping(self.damping)
         check_kind(self.sketch)
 
@@ -74,24 +81,22 @@ class Nystrom:
 
 
 class NystromIteration:
-    """The sketch first; then x, and the product at x."""
+    """The sketch first; then, for an automatic rho, the product at the rest of v; then x, and the product at x."""
 
     accumulation = None
 
     def __init__(self, solver: Nystrom, layout: Layout):
         self.sketch = Sketch(layout, solver.rank, solver.sketch, solver.seed)
-        self.limit, self.steps = self.sketch.limit + 1, 0
-        self._shift, self._damping = solver.rho + solver.damping, solver.damping
+        self.own_products = 2 if solver.rho == "auto" else 1
+        """Products that each right-hand side needs beside those of the sketch."""
+        self.limit, self.steps = self.sketch.limit + self.own_products, 0
+        self._rho, self._damping, self._layout = solver.rho, solver.damping, layout
         self._b = RightHandSide(layout)
         self.value, self._residual = FlatVector(layout), FlatVector(layout)
         self._negative = torch.zeros((), dtype=torch.bool, device=layout.device)
-        self._layout = layout
-        self._low_rank: tuple[Tensor, Tensor, Tensor] | None = None
-        self._solved = False
-
-    @property
-    def direction(self) -> FlatVector:
-        return self.value if self._solved else self.sketch.direction
+        self._singular = self._negative
+        self._low_rank: LowRank | None = None
+        self.direction = self.sketch.direction
 
     def adapt(self, estimate: SpectralEstimate | None) -> None:
         pass
@@ -99,11 +104,11 @@ class NystromIteration:
     def start(self, v: Sequence[Tensor]) -> None:
         self.steps = 0
         self.sketch.restart()
-        self._low_rank, self._solved = None, False
+        self._low_rank, self.direction = None, self.sketch.direction
         self._b.load(v)
 
     def sharing(self, v: Sequence[Tensor]) -> NystromIteration:
-        """The same sketch, when it is complete, with another right-hand side: only the residual's product is left."""
+        """The same sketch, when it is complete, with another right-hand side, whose own products are left."""
         other = copy.copy(self)
         other._b, other.value = RightHandSide(self._layout), FlatVector(self._layout)
         other._residual = FlatVector(self._layout)
@@ -114,17 +119,19 @@ class NystromIteration:
 
     def step(self, product: Sequence[Tensor]) -> None:
         self.steps += 1
-        if self._solved:
+        if self.direction is self.sketch.direction:
+            self.sketch.step(product)
+            if self.sketch.steps == self.sketch.limit:
+                self.invert()
+        elif self.direction is self._residual:
+            self._add_rest(product)
+        else:
             self._residual.copy_(product)
             self._residual.data.add_(self.value.data, alpha=self._damping).sub_(self._b.vector.data)
-            return
-        self.sketch.step(product)
-        if self.sketch.steps == self.sketch.limit:
-            self.invert()
 
     def invert(self) -> None:
-        """Compute x from the complete sketch; the next product is that for the residual."""
-        self.steps, self._solved = self.sketch.limit, True
+        """Compute x, or what was seen of it, from the complete sketch."""
+        self.steps = self.sketch.limit
         if self._low_rank is None:
             self._low_rank = self.sketch.low_rank()
         basis, values, self._negative = self._low_rank
@@ -133,9 +140,28 @@ class NystromIteration:
         rest.copy_(b)
         rest.addmv_(basis.T, coordinates, alpha=-1)
         rest.addmv_(basis.T, basis @ rest, alpha=-1)  # once more: rounding along U would be divided by the shift
-        torch.div(rest, self._shift, out=self.value.data)
-        self.value.data.addmv_(basis.T, coordinates / (values + self._shift))
-        self.value.refresh()
+        if isinstance(self._rho, float | int):
+            shift = self._rho + self._damping
+            torch.div(rest, shift, out=self.value.data)
+            self.value.data.addmv_(basis.T, coordinates / (values + shift))
+            self.direction = self.value
+        else:
+            torch.mv(basis.T, coordinates * _inverse(values, self._damping, _negligible(values)), out=self.value.data)
+            self.direction = self._residual
+        self.direction.refresh()
+
+    def _add_rest(self, product: Sequence[Tensor]) -> None:
+        """Add the multiple of the rest of v that is best in the norm of A, from the product at it."""
+        assert self._low_rank is not None
+        rest, image = self._residual, FlatVector.of(self._layout, product)
+        squared = rest.dot(rest)
+        curvature = torch.where(squared > 0, rest.dot(image) / squared, 0.0)
+        least = _negligible(self._low_rank[1])
+        self._negative = self._negative | (curvature < -least)
+        self._singular = (curvature + self._damping <= least) & (squared > 0)
+        self.value.data.add_(rest.data * _inverse(curvature, self._damping, least))
+        self.direction = self.value
+        self.direction.refresh()
 
     def finished(self) -> bool:
         return False
@@ -143,16 +169,29 @@ class NystromIteration:
     def finish(self) -> Tensor:
         squared_b, _, bad_b = self._b.sums().unbind()
         squared = torch.linalg.vector_norm(self._residual.data).double().square()
-        return torch.stack([squared_b, bad_b, squared, self._negative.double()])
+        return torch.stack([squared_b, bad_b, squared, self._negative.double(), self._singular.double()])
 
     def read(self, figures: Sequence[float]) -> Outcome:
-        squared_b, bad_b, squared, negative = figures
+        squared_b, bad_b, squared, negative, singular = figures
         finite = math.isfinite(squared) and not bad_b
         residual = (math.sqrt(squared / squared_b) if squared_b else 0.0) if finite else math.inf
         if residual <= math.sqrt(torch.finfo(self.value.data.dtype).eps):
             status = Status.CONVERGED
         elif negative:
             status = Status.NEGATIVE_CURVATURE
+        elif singular:
+            status = Status.SINGULAR
         else:
             status = Status.DIVERGED if residual > 1 else Status.ITERATION_LIMIT
         return Outcome(residual, "returned", status, finite, bad_b == 0, growth_limit=math.inf)
+
+
+def _negligible(values: Tensor) -> Tensor:
+    """Below this an eigenvalue is rounding."""
+    return 10 * len(values) * torch.finfo(values.dtype).eps * values.max()
+
+
+def _inverse(values: Tensor, damping: float, negligible: Tensor) -> Tensor:
+    """1 / (values + damping), or 0 where that is not positive beyond rounding."""
+    shifted = values + damping
+    return torch.where(shifted > negligible, 1 / shifted, 0.0)
