@@ -11,7 +11,7 @@ from torch import Tensor
 from hvp_engine.errors import DivergenceError, NonFiniteError
 from hvp_engine.estimates import Estimates
 from hvp_engine.linearization import LinearMap
-from hvp_engine.solvers.base import GROWTH_LIMIT, FinishedIteration, Outcome, Solver
+from hvp_engine.solvers.base import FinishedIteration, Outcome, Solver
 from hvp_engine.spectrum import HEADROOM
 from hvp_engine.vectors import FlatVector
 
@@ -49,7 +49,7 @@ def divergence(
         return refusal(operator, None)
     alpha = getattr(iteration, "alpha", None)
     happened = (
-        f"the residual grew {outcome.grown:.3g}-fold (limit {GROWTH_LIMIT:g})"
+        f"the residual grew {outcome.grown:.3g}-fold (limit {outcome.growth_limit:.3g})"
         if outcome.finite and math.isfinite(outcome.grown)
         else "the sum became NaN or Inf"
     )
@@ -59,7 +59,12 @@ def divergence(
     if bounds is not None:
         used = f" with bounds=({bounds[0]:.6g}, {bounds[1]:.6g})"
     bound = estimate.bound(estimates.damping)
-    if alpha is None and bounds is None:
+    if alpha is None and bounds is None and outcome.grown < math.inf:
+        advice = (
+            "the operator is singular, and v has a part that no product reaches, as where the training loss does not "
+            "use a weight on which the validation loss depends: leave such weights out, or use hvp.MINRES or damping"
+        )
+    elif alpha is None and bounds is None:
         advice = "scale the loss, or use a wider dtype"
     elif estimate.indefinite(estimates.damping) and estimates.preconditioned:
         advice = f"M (A + damping I) has a negative eigenvalue, so no {step} converges: use more damping or fewer terms"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import tempfile
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -38,12 +37,12 @@ DOCUMENTED = (hvp.HvpError, ValueError, TypeError)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def process_group() -> Iterator[None]:
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Of this process alone, for the losses that are spread over one."""
-    with tempfile.NamedTemporaryFile() as file:
-        dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
-        yield
-        dist.destroy_process_group()
+    file = tmp_path_factory.mktemp("processes") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def test_every_public_name_is_tried_or_takes_no_tensors() -> None:

@@ -485,6 +485,16 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"^v: expected 2 tensors of the weights' shapes, \(2, 2\), \(2,\); got 2, \(2, 2\), \(2, 2\)",
     ),
+    "conjugate gradients, a weight that only the validation loss uses": (
+        lambda: hvp.Hypergradient(
+            lambda w, h, b: (torch.tensor([1.0, 2.0, 3.0], dtype=DTYPE) * (w[0] - h) ** 2).sum() / 2,
+            lambda w, h, b: w[0].square().sum() + w[1].square().sum(),
+            hvp.ConjugateGradient(10),
+            "eager",
+        )([torch.ones(3, dtype=DTYPE), torch.ones(2, dtype=DTYPE)], torch.full((3,), 0.5, dtype=DTYPE), None, None),
+        hvp.DivergenceError,
+        r"the residual grew .*\(limit 4.5e\+15\).* the training loss does not use a weight.*hvp.MINRES or damping",
+    ),
     "linear model, sparse": (
         lambda: hvp.LinearModelOperator(torch.eye(2).to_sparse(), torch.ones(2), loss="squared"),
         TypeError,

@@ -166,6 +166,8 @@ def functional(world: World) -> Found:
     return hvp.functional(module)(own, x), (x.double() @ used["weight"].T + used["bias"]).reshape(-1)
 
 
+STRUCTURE = [flaw for flaw in UNLIKE if flaw not in SILENT]
+"""Of what is read for its graph alone."""
 BOTH = {"weights": ANYWHERE, "hyper": ANYWHERE}
 
 LOSS_CALLS: dict[str, Subject] = {
@@ -173,7 +175,7 @@ LOSS_CALLS: dict[str, Subject] = {
     "Hypergradient": Subject(functional_hypergradient, BOTH),
     "Tuner": Subject(tuner, BOTH, called={"weights": "module"}),
     "approx_inverse_hvp": Subject(
-        approx_inverse_hvp, {"weights": ANYWHERE, "v": UNLIKE, "f": UNLIKE}, FLAT, called={"weights": "w"}
+        approx_inverse_hvp, {"weights": ANYWHERE, "v": UNLIKE, "f": STRUCTURE}, FLAT, called={"weights": "w"}
     ),
     "best_response": Subject(best_response, BOTH, FLAT),
     "check": Subject(check, BOTH, share=0.3),

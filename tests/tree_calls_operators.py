@@ -80,13 +80,13 @@ def linear_model(world: World) -> Found:
     world.shaped(Sample(parts, container))
     memory = world.draw(st.sampled_from([lambda x: x, lambda x: x.T.contiguous().T, lambda x: x.repeat(1, 2)[:, ::2]]))
     inputs = world.argument("inputs", Sample([memory(randn(samples_, features, seed=5).to(dtype))], "bare"))
-    made = hvp.LinearModelOperator(inputs.tree, world.weights.tree, loss="squared", decay=0.5)
+    made = hvp.LinearModelOperator(inputs.tree, world.weights.tree, loss="squared", decay=2.0)
     v = world.v
     found = made.solve(v.tree, world.solver).value
     x = inputs.numbers.view(samples_, features)
     extended = torch.cat([x, torch.ones(samples_, 1, dtype=DTYPE)], 1) if bias else x
     curvature = 2 * extended.T @ extended / (samples_ * outputs)
-    matrix = curvature + (0.5 + world.damping) * torch.eye(len(curvature), dtype=DTYPE)
+    matrix = curvature + (2.0 + world.damping) * torch.eye(len(curvature), dtype=DTYPE)
     columns = _columns(v.numbers, outputs, features)
     truth = torch.linalg.solve(matrix, columns) if bool(torch.isfinite(matrix).all()) else columns * torch.nan
     return found, torch.cat([truth[:features].T.reshape(-1), truth[features:].reshape(-1)])
@@ -246,7 +246,7 @@ OPERATOR_CALLS: dict[str, Subject] = {
     "HessianOperator": Subject(hessian_operator, AT),
     "Identity": plain(identity),
     "JacobiPreconditioner": Subject(preconditioned(lambda world, H: hvp.JacobiPreconditioner(H)), AT),
-    "KFACPreconditioner": Subject(kfac, {"v": UNLIKE, "inputs": list(SILENT)}, ["list"]),
+    "KFACPreconditioner": Subject(kfac, {"v": [*ANYWHERE, "another shape"], "inputs": list(SILENT)}, ["list"]),
     "LinearModelOperator": Subject(linear_model, {**AT, "inputs": FACTORS}),
     "MINRES": plain(by(lambda world: hvp.MINRES(60, damping=world.damping))),
     "Neumann": plain(by(lambda world: hvp.Neumann(TERMS, ALPHA, damping=world.damping), exact=False)),

@@ -69,11 +69,10 @@ class Losses:
     def hypergradient(self, w: Tensor, h: Tensor, damping: float = 0.0, active: Tensor | None = None) -> Tensor:
         """d + B^T H^-1 (w + c), of the weights in `active` alone."""
         active = torch.ones_like(w, dtype=torch.bool) if active is None else active
-        matrix = self.hessian(w) + damping * torch.eye(len(w), dtype=DTYPE)
-        right = (w + self.c)[active]
+        matrix = (self.hessian(w) + damping * torch.eye(len(w), dtype=DTYPE))[active][:, active]
         if not bool(torch.isfinite(matrix).all()):
             return torch.full_like(h, torch.nan)
-        return self.d + self.b[active].T @ torch.linalg.solve(matrix[active][:, active], right)
+        return self.d + self.b[active].T @ torch.linalg.solve(matrix, (w + self.c)[active])
 
 
 @dataclass

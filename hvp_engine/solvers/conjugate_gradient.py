@@ -58,7 +58,8 @@ class ConjugateGradient(KrylovSolver):
     without effect on x.
 
     Errors: `TypeError` or `ValueError` naming the argument, at construction; `ValueError` in a solve with a
-    preconditioner that is not positive definite.
+    preconditioner that is not positive definite, :class:`DivergenceError` in one whose residual grows beyond 1 / eps, as
+    with a singular operator.
 
     Source: Hestenes and Stiefel 1952; Shewchuk 1994, appendix B3 (with preconditioning and recomputed residual).
 
@@ -174,9 +175,11 @@ class _ConjugateGradient:
             status = Status.CONVERGED
         else:
             status = Status.NEGATIVE_CURVATURE if negative else Status.ITERATION_LIMIT
-        # The residual of a positive definite system may grow by the square root of its condition on the way.
+        # The residual of a positive definite system may grow by the square root of its condition on the way; one of a
+        # condition above 1 / eps^2 is none to the arithmetic.
+        limit = 1 / torch.finfo(self.value.data.dtype).eps
         residual_of = "returned" if self.steps else "none"
-        return Outcome(residual, residual_of, status, math.isfinite(residual), bad_b == 0, growth_limit=math.inf)
+        return Outcome(residual, residual_of, status, math.isfinite(residual), bad_b == 0, growth_limit=limit)
 
 
 def _fused_step(update: Bound, partials: Tensor, product: Sequence[Tensor]) -> Tensor:
