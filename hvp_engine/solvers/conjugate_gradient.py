@@ -58,8 +58,8 @@ class ConjugateGradient(KrylovSolver):
     without effect on x.
 
     Errors: `TypeError` or `ValueError` naming the argument, at construction; `ValueError` in a solve with a
-    preconditioner that is not positive definite, :class:`DivergenceError` in one whose residual grows beyond 1 / eps, as
-    with a singular operator.
+    preconditioner that is not positive definite, :class:`DivergenceError` in one whose residual grows beyond 1 / eps,
+    as with a singular operator.
 
     Source: Hestenes and Stiefel 1952; Shewchuk 1994, appendix B3 (with preconditioning and recomputed residual).
 
