@@ -90,9 +90,26 @@ def test_structured_response_by_hand() -> None:
             scaled.copy_(randn(*scaled.shape, seed=4))
     matrix, vector = response(change)
     for row in range(3):
-        factor = response.mixing[0][row] @ change
+        factor = response.mixing[0][row] @ change / 2**0.5
         torch.testing.assert_close(matrix[row], response.base[0][row] + factor * response.scaled[0][row])
-    torch.testing.assert_close(vector, response.base[1] + (response.mixing[1] @ change) * response.scaled[1])
+    torch.testing.assert_close(vector, response.base[1] + (response.mixing[1] @ change) / 2**0.5 * response.scaled[1])
+
+
+@pytest.mark.parametrize("size", [1, 20_000])
+def test_a_step_of_adam_moves_a_structured_response_alike_for_any_number_of_hyperparameters(size: int) -> None:
+    """At a new perturbation, factors of size 1 become others by about the step, not by many times their size."""
+    torch.manual_seed(0)
+    response = StructuredResponse([randn(200, 2, seed=1)], size)
+    for scaled in response.scaled:
+        scaled.detach().fill_(1.0)
+    seen, other = randn(size, seed=2), randn(size, seed=3)
+    before = response(other)[0].detach() - response.base[0].detach()
+    optimizer = torch.optim.Adam(response.mixing, lr=0.02)
+    response(seen)[0].square().sum().backward()
+    optimizer.step()
+    after = response(other)[0].detach() - response.base[0].detach()
+    assert float(before.std()) == pytest.approx(abs(float(other[0])) if size == 1 else 1.0, rel=0.15)
+    assert float((after - before).abs().max()) < 0.1
 
 
 @pytest.mark.parametrize("curvature, tau", [(1.0, 0.04), (4.0, 0.04), (1.0, 0.25)])

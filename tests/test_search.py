@@ -174,7 +174,7 @@ def ridge(seen: set[int] | None = None) -> TuningProblem:
 def test_examples_have_perturbations_of_their_own(perturbations: int | None, sizes: set[int]) -> None:
     """One for each example, each part, or the batch: all come close to the best decay's loss, 0.441 (1.25 at first)."""
     seen: set[int] = set()
-    network = SelfTuningNetwork(sgd(0.1), adam(0.03), scale=0.3, warmup_steps=50, perturbations=perturbations)
+    network = SelfTuningNetwork(sgd(0.05), adam(0.03), scale=0.3, warmup_steps=50, perturbations=perturbations)
     result = network(ridge(seen), 1500)
     assert 1498 <= result.gradients <= 1500 and result.validation_losses == len(result.curve)
     assert seen == sizes | {96}  # (looks at the validation loss see all of it)
@@ -199,6 +199,51 @@ def test_perturbations_of_examples_lower_the_variance_and_keep_the_mean() -> Non
     for parts, count in ((4, 4), (None, 24)):
         assert abs(float(losses[parts].mean()) - mean) < 4 * deviation / 400**0.5
         assert float(losses[parts].std()) < 1.6 * deviation / count**0.5
+
+
+@pytest.mark.parametrize("kind", [LinearHypernetwork, SelfTuningNetwork])
+def test_perturbed_hyperparameters_stay_within_bounds(kind: Any) -> None:
+    """So do scales that have no share in the loss and only grow: up to a quarter of the distance."""
+    seen: list[Tensor] = []
+
+    def train_loss(w: Any, h: Any, batch: Any) -> Tensor:
+        seen.append(torch.cat([h["a"].detach(), h["b"].detach().reshape(1)]))
+        return (w - h["a"].sum()).square().mean() + 0.0 * h["b"]
+
+    hyper = {"a": torch.zeros(3, dtype=DTYPE), "b": torch.zeros((), dtype=DTYPE)}
+    bounds = ({"a": torch.tensor([-1.0, -2.0, -3.0]), "b": -0.5}, {"a": 1.0, "b": torch.tensor(4.0)})
+    problem = TuningProblem(
+        train_loss, lambda w, h, batch: w.square().mean(), torch.zeros(2, dtype=DTYPE), hyper, [None], [None], bounds
+    )
+    more = {"entropy_weight": 1.0, "perturbations": 1} if kind is SelfTuningNetwork else {}
+    result = kind(sgd(0.02), adam(0.5), scale=2.0, **more)(problem, 200)
+    points = torch.stack(seen)
+    low, high = torch.tensor([-1.0, -2.0, -3.0, -0.5]), torch.tensor([1.0, 1.0, 1.0, 4.0])
+    assert (points >= low).all() and (points <= high).all()
+    assert (points == low).any() and (points == high).any(), "and some would have left them"
+    assert math.isfinite(result.val_loss)
+    if kind is SelfTuningNetwork:
+        assert float(result.scales["b"]) == pytest.approx(4.5 / 4)
+
+
+def test_self_tuning_network_of_many_hyperparameters() -> None:
+    """A decay for each of 300 weights: the response neither explodes during the warm-up nor later."""
+    x, x_val, w_true = randn(40, 300, seed=40), randn(200, 300, seed=41), randn(300, seed=42) / 17
+    y, y_val = x @ w_true + randn(40, seed=43) / 2, x_val @ w_true
+
+    def val_loss(w: Tensor, h: Tensor, batch: Any) -> Tensor:
+        return (batch[0] @ w - batch[1]).square().mean() / 2
+
+    problem = TuningProblem(
+        lambda w, h, batch: val_loss(w, h, batch) + (h.exp() * w.square()).sum() / 2,
+        val_loss, torch.zeros(300, dtype=DTYPE), torch.full((300,), -4.0, dtype=DTYPE), [(x, y)], [(x_val, y_val)],
+        bounds=(-9.0, 3.0),
+    )  # fmt: skip
+    search = SelfTuningNetwork(adam(0.02), adam(0.1), 0.3, 1e-4, warmup_steps=100, perturbations=8)
+    result = search(problem, 600)
+    at_zero = float(y_val.square().mean()) / 2
+    assert result.curve[0][1] < 2 * at_zero, "after the warm-up"
+    assert result.val_loss < 1.2 * at_zero
 
 
 # Bad input

@@ -46,10 +46,11 @@ class LinearResponse:
 
 
 class StructuredResponse:
-    """Each output unit scales a second set of weights: W + (V change) * U row by row, for every weight tensor.
+    """Each output unit scales a second set of weights: W + (V change / sqrt(H)) * U row by row, for each weight tensor.
 
     A row is what belongs to one index of the first dimension: the incoming weights of a unit, a filter, a bias. So W
-    and U have the shape of the weights, and V has one row of H numbers for each unit.
+    and U have the shape of the weights, and V has one row of H numbers for each unit. With the root, V's numbers are of
+    size 1 however many hyperparameters there are, so that steps of a fixed size, such as Adam's, suit them.
 
     Arguments:
         weights: W to start from, copied; U starts at zero, V at random, drawn from torch's generator.
@@ -64,8 +65,7 @@ class StructuredResponse:
         self.base = [w.detach().clone().requires_grad_() for w in weights]
         self.scaled = [torch.zeros_like(w).requires_grad_() for w in weights]
         self.mixing = [
-            (torch.randn(len(w) if w.dim() else 1, size, dtype=w.dtype).to(w.device) / math.sqrt(size)).requires_grad_()
-            for w in weights
+            torch.randn(len(w) if w.dim() else 1, size, dtype=w.dtype).to(w.device).requires_grad_() for w in weights
         ]
 
     @property
@@ -75,7 +75,7 @@ class StructuredResponse:
     def __call__(self, change: Tensor) -> list[Tensor]:
         weights = []
         for base, scaled, mixing in zip(self.base, self.scaled, self.mixing, strict=True):
-            factors = mixing @ change.to(base.dtype)
+            factors = mixing @ change.to(base.dtype) / math.sqrt(len(change))
             rows = factors.view(-1, *[1] * (base.dim() - 1)) if base.dim() else factors[0]
             weights.append(base + rows * scaled)
         return weights

@@ -22,6 +22,8 @@ from hvp_engine.tuning.steps import count
 class LinearHypernetwork:
     """Alternate: fit a linear w_phi(lambda + eps) to the training loss, and move lambda along dL_V(w_phi(lambda)).
 
+    Perturbed hyperparameters stay within the problem's bounds.
+
     Arguments:
         weight_optimizer: a function that makes an optimizer from phi, a list of tensors.
         hyper_optimizer: the same for lambda.
@@ -59,7 +61,10 @@ class SelfTuningNetwork:
     phi descends E_eps L_T(w_phi(lambda + eps), lambda + eps); lambda and the scales descend
     E_eps L_V(w_phi(lambda + eps), lambda + eps) - entropy_weight H[eps]. eps is normal with one standard deviation for
     each hyperparameter, and H = sum log(scale) up to a constant. Without the entropy term scales would shrink until the
-    response is fitted at a point; with a large one they grow until it is fitted nowhere.
+    response is fitted at a point; with a large one they grow until it is fitted nowhere. Perturbed hyperparameters stay
+    within the problem's bounds, and scales within a quarter of their distance: the entropy acts on each scale, while
+    its share in the loss falls with their number, so that with many hyperparameters it would drive them without limit.
+    Far from lambda the loss is steeper in phi: plain gradient descent needs a smaller rate there, or `weight_clip`.
 
     As published, every example of a batch has its own perturbation, and so its own weights: the gradients have less
     variance. The losses then have to be means over the examples of a batch (a decay beside the mean is fine), without
@@ -147,7 +152,7 @@ class _Descent:
                 for _ in range(steps):
                     _step(fit, self._perturbed("train", run, response, start, center.detach(), log_scale.detach()))
                 _step(move, self._objective(run, response, start, center, log_scale))
-                self._project(run, center)
+                self._project(run, center, log_scale)
                 steps = options.inner_steps
                 if run.look_is_due:
                     run.validate(*_at(run, response, start, center))
@@ -174,19 +179,21 @@ class _Descent:
         center: Tensor,
         log_scale: Tensor,
     ) -> Tensor:
-        """The loss of the next batch at w_phi(lambda + eps), lambda + eps."""
+        """The loss of the next batch at w_phi(lambda + eps), lambda + eps, moved into the bounds."""
+        low, high = run.bounds.flat(run.hyper)
 
         def at(noise: Tensor) -> Point:
-            point = center + log_scale.exp() * noise
+            point = torch.clamp(center + log_scale.exp() * noise, low, high)
             return response(point - start), unflatten(point, run.hyper)
 
         return run.perturbed_loss(kind, at, len(center), self.perturbations)
 
-    def _project(self, run: Run, center: Tensor) -> None:
-        hyper = unflatten(center.detach(), run.hyper)
-        run.bounds.project(hyper)
-        with torch.no_grad():
-            center.copy_(torch.cat([h.reshape(-1) for h in hyper]))
+    @torch.no_grad()
+    def _project(self, run: Run, center: Tensor, log_scale: Tensor) -> None:
+        """Into the bounds; a scale up to a quarter of their distance, since nothing in the loss holds a larger one."""
+        low, high = run.bounds.flat(run.hyper)
+        center.clamp_(low, high)
+        log_scale.clamp_(max=((high - low) / 4).log())
 
 
 def _at(run: Run, response: Response, start: Tensor, center: Tensor) -> tuple[list[Tensor], list[Tensor]]:
