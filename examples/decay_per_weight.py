@@ -48,7 +48,7 @@ class DecayPerWeight(ABC):
             self.decays,
             self.train_loss,
             self.val_loss,
-            weight_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=rates.weight_learning_rate, fused=True),
+            weight_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=rates.weight_learning_rate),
             hyper_optimizer=lambda tensors: torch.optim.RMSprop(tensors, lr=rates.hyper_learning_rate),
             solver=hvp.Identity(),
             inner_steps=inner_steps,

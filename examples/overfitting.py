@@ -49,7 +49,7 @@ class Settings:
     hyper_learning_rate: float = 3e-2
     log_decay: float = -4.0
     bounds: tuple[float, float] = (-14.0, 2.0)
-    evaluations: int = 10
+    evaluations: int = 20
     test_images: int = 500
     """Of the curves; the summary has all."""
 
