@@ -166,7 +166,7 @@ def draw_samples(samples: Mapping[str, Tensor]) -> Figure:
             deviation = drawn.std(0)
             strips[f"{row}:\na sample"] = ((drawn[0] - low) / (high - low)).clamp(0, 1)
             white = deviation.amax().clamp(min=1e-12)
-            strips[f"{row}: standard\ndeviation, white = {float(white):.2g}"] = deviation / white
+            strips[f"{row}:\nstandard deviation,\nwhite = {float(white):.2g}"] = deviation / white
     figure = Figure(figsize=(1.8 + 0.9 * len(images), 0.95 * len(strips)), layout="constrained")
     for axis, (name, strip) in zip(
         figure.subplots(len(strips), 1, squeeze=False).flatten(), strips.items(), strict=True

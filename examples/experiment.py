@@ -71,6 +71,7 @@ class Run:
     Attributes:
         options: the command line.
         folder: of its results.
+        costs: what :meth:`cost` was told, by name.
     """
 
     def __init__(self, experiment: Experiment, options: Options, settings: Any):
@@ -79,7 +80,7 @@ class Run:
         self.folder = options.out / "-".join(part for part in parts if part)
         self._comparisons: list[dict[str, str]] = []
         self._notes: list[str] = []
-        self._costs: dict[str, dict[str, float]] = {}
+        self.costs: dict[str, dict[str, float]] = {}
         self._pictures: list[str] = []
         self._spent = {"seconds": 0.0, "processor_seconds": 0.0}
         self._started = time.perf_counter(), time.process_time()
@@ -188,7 +189,7 @@ class Run:
     def cost(self, name: str, hyper_steps: int, training_seconds: float, hypergradient_seconds: float) -> None:
         """Keep what hypergradients cost beside the training, evaluation left out."""
         seconds = training_seconds + hypergradient_seconds
-        self._costs[name] = {
+        self.costs[name] = {
             "hyper_steps": hyper_steps,
             "seconds": seconds,
             "share_of_hypergradients": hypergradient_seconds / max(seconds, 1e-12),
@@ -243,7 +244,7 @@ class Run:
             **self.spent(),
             "comparisons": self._comparisons,
             "notes": self._notes,
-            "costs": self._costs,
+            "costs": self.costs,
             "pictures": self._pictures,
         }
         write(self.results, json.dumps(_finite(content), indent=1).encode())

@@ -165,7 +165,7 @@ def _tune(
         return {"validation_perplexity": problem.perplexity(problem.module.state_dict(), part)} | rates | strengths
 
     history = run.tune(
-        f"{method}, {steps} steps, seed {seed}",
+        _name(method, steps, seed),
         tuner,
         problem.train,
         problem.validation,
@@ -254,12 +254,11 @@ def _compare(run: Run, settings: Settings, rows: list[Row]) -> None:
     for method in ("no tuning", "7", "many"):
         mine = [row for row in rows if row.method == method and row.steps == settings.steps]
         perplexities = "; ".join(f"{row.validation:.1f} / {row.test:.1f}" for row in mine)
-        seconds = sum(row.seconds for row in mine) / sum(row.seconds for row in plain)
         count = f"{mine[0].hyperparameters:,} hyperparameters" if mine[0].hyperparameters else method
         run.compare(f"{count}, seeds {mine[0].seed} to {mine[-1].seed}", perplexities, PAPER[method])
-        run.compare(f"{count}: time / plain training", f"{seconds:.2f}")
-    tuned = [row for row in rows if row.method == "7"]
-    extra = sum(row.seconds for row in tuned) / sum(row.seconds for row in plain) - 1
+        if method != "no tuning":
+            run.compare(f"{count}: time / plain training", f"{_ratio(run, mine):.2f}")
+    extra = _ratio(run, [row for row in rows if row.method == "7"]) - 1
     run.note(
         f"A hyper step counts as {HYPER_STEP_COST} gradients; it takes as long as {extra * settings.inner_steps:.1f} "
         "training steps, among which fused kernels serve that have no second derivative. Equal budgets are equal "
@@ -272,6 +271,18 @@ def _compare(run: Run, settings: Settings, rows: list[Row]) -> None:
             f"{row.method}, {row.gradients:,} gradients, the best training of {row.steps:,} steps, {row.seconds:.0f} s"
         )
         run.compare(what, f"{row.validation:.1f} / {row.test:.1f}", PAPER[row.method])
+
+
+def _ratio(run: Run, rows: list[Row]) -> float:
+    """Time of all to that of the training steps among them, which the machine was as busy at."""
+    costs = [run.costs[_name(row.method, row.steps, row.seed)] for row in rows]
+    training = sum(cost["seconds"] / cost["ratio_to_plain_training"] for cost in costs)
+    return sum(cost["seconds"] for cost in costs) / training
+
+
+def _name(method: str, steps: int, seed: int) -> str:
+    """Of a training."""
+    return f"{method}, {steps} steps, seed {seed}"
 
 
 def draw(curves: Mapping[tuple[str, int], hvp.History], rows: list[Row]) -> Figure:
