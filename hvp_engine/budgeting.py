@@ -44,6 +44,7 @@ def within(
         if other is not None:
             [(value, solution)] = solve_all(operator, [v], other.solver, engine, spectrum, [name])
             hvps, explanation = hvps + solution.hvps, other.explanation
+        explanation = "; ".join(part for part in (explanation, solution.explanation) if part)
         lambda_max = None if usable is None else usable.largest
         yield value, replace(solution, hvps=hvps, lambda_max=lambda_max, explanation=explanation)
         first = 0

@@ -44,6 +44,37 @@ def test_an_error_is_reached_and_checked(values: Tensor, name: str, error: float
     assert solution.hvps == operator.calls
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_the_solution_is_as_close_as_was_asked_for(seed: int) -> None:
+    """Of spectra with outliers, with v random or more of it where eigenvalues are large; of both signs every fourth."""
+    condition, signed = 10.0 ** (1 + 2 * torch.rand((), generator=torch.Generator().manual_seed(seed))), seed % 4 == 3
+    values = torch.logspace(0, 1, 500, base=float(condition), dtype=DTYPE) / float(condition)
+    values[-2:] = torch.tensor([10.0, 30.0], dtype=DTYPE)
+    if signed:
+        values[::7] *= -1
+    v = randn(500, seed=seed) * (values.abs().sqrt() if seed % 2 else 1.0)
+    truth = v / values
+    for error in (1e-1, 1e-2, 1e-4, 1e-6):
+        solution = hvp.solve(lambda x: values * x, v, hvp.Budget(error=error))
+        assert solution.converged and solution.residual_norm <= error
+        assert relative_error(solution.value, truth) <= error, solution.explanation
+
+
+def test_a_small_residual_alone_is_no_small_error() -> None:
+    """Conjugate gradients stopped by their residual are off by more than 3 times as much here; the budget goes on."""
+    values = torch.logspace(-3, 0, 500, dtype=DTYPE)
+    v = randn(500, seed=1) * values.sqrt()
+    stopped = hvp.solve(lambda x: values * x, v, hvp.ConjugateGradient(400, tol=1e-2))
+    assert stopped.converged and relative_error(stopped.value, v / values) > 3e-2
+    solution = hvp.solve(lambda x: values * x, v, hvp.Budget(error=1e-2))
+    assert solution.converged and relative_error(solution.value, v / values) <= 1e-2
+    short = hvp.solve(lambda x: values * x, v, hvp.Budget(error=1e-2, hvps=stopped.hvps + 8))
+    assert short.status is hvp.Status.ITERATION_LIMIT and short.residual_norm <= 1e-2
+    assert re.search(
+        r"error 0.01 not reached: residual 0\.00\d+, x still moving by 0\.\d+ of its norm", short.explanation
+    )
+
+
 @pytest.mark.parametrize("hvps", [1, 5, 23, 24, 60, 150])
 @pytest.mark.parametrize("values", [POSITIVE, SIGNED])
 def test_products_are_counted_and_kept_to(values: Tensor, hvps: int) -> None:

@@ -11,6 +11,7 @@ from hvp_engine.solvers.base import Solver, check_damping, check_iterations, che
 from hvp_engine.solvers.conjugate_gradient import ConjugateGradient
 from hvp_engine.solvers.exact import Exact
 from hvp_engine.solvers.minres import MINRES
+from hvp_engine.solvers.settling import Settling
 from hvp_engine.spectrum import SpectralEstimate
 from hvp_engine.vectors import Layout
 
@@ -46,8 +47,10 @@ class Budget:
     it is solved.
 
     Arguments:
-        error: the relative residual ||v - A x|| / ||v|| to reach, > 0; the error in x is up to the condition times
-            that. It is checked: the status is CONVERGED only if the residual computed in the solve is below.
+        error: to reach, > 0: of the residual, ||v - A x|| <= error ||v||, and of the solution, x within error ||x|| of
+            A^-1 v, as far as x has settled. Both are checked: the status is CONVERGED only if the residual is below,
+            and x has moved by less over the last fifth of the products; else `explanation` has the figures. For an
+            operator that is singular in its precision only the residual counts.
         hvps: most products, > 0, those of the estimate (8 cold, 3 later) counted; an estimate that would take more
             than a third of them is not made.
         damping: added to the diagonal of A, >= 0.
@@ -97,7 +100,7 @@ class Budget:
             return Plan(Exact(damping=damping), f"Exact: the matrix of {size} weights takes {size} products")
         if estimate is None:
             why = f"MINRES: {self.hvps} products are too few to spend some on an estimate, and it takes any signs"
-            return Plan(MINRES(int(left), self.error, damping=damping), why)
+            return Plan(self._until_error(MINRES, int(left), damping), why)
         epsilon = torch.finfo(layout.state_dtype).eps
         lowest, highest = estimate.smallest + damping, estimate.bound(damping)
         seen = f"eigenvalues between about {lowest:.3g} and {highest:.3g}"
@@ -120,12 +123,18 @@ class Budget:
         limit = int(min(left, 10 * expected + 100))
         kind: type[MINRES | ConjugateGradient] = ConjugateGradient if definite else MINRES
         why = f"{kind.__name__}: {seen}; {expected} products expected to error {target:.3g}"
-        return Plan(kind(limit, self.error, damping=damping), why if limit >= expected else f"{why}, {limit} allowed")
+        return Plan(self._until_error(kind, limit, damping), why if limit >= expected else f"{why}, {limit} allowed")
 
     def after_negative_curvature(self, plan: Plan, spent: int) -> Plan | None:
         """What to do where conjugate gradients met a direction of negative curvature; None if nothing is left."""
         left = math.inf if self.hvps is None else self.hvps - spent
-        if not isinstance(plan.solver, ConjugateGradient) or left < 1:
+        method = plan.solver.method if isinstance(plan.solver, Settling) else plan.solver
+        if not isinstance(method, ConjugateGradient) or left < 1:
             return None
-        solver = MINRES(int(min(left, 4 * plan.solver.iterations)), self.error, damping=plan.solver.damping)
+        solver = self._until_error(MINRES, int(min(left, 4 * method.iterations)), method.damping)
         return Plan(solver, f"{plan.explanation}; then MINRES: negative curvature came up that the estimate missed")
+
+    def _until_error(self, kind: type[MINRES | ConjugateGradient], iterations: int, damping: float) -> Solver:
+        if self.error is None:
+            return kind(iterations, damping=damping)
+        return Settling(kind(iterations, tol=0.0, damping=damping), self.error)
