@@ -74,7 +74,7 @@ class Curvature:
         return self.linearization.product(tangents)
 
     def __matmul__(self, v: Any) -> Any:
-        """The operator times v, in the container of the weights; `v` is a tree like the weights, whose NaN propagate."""
+        """The operator times v, in the container of the weights; `v` is a tree like them, whose NaN propagate."""
         leaves, structure = flatten(v, "v", sharded=True)
         layout = self.layout
         check_like(leaves, layout, "v", "weights")
