@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, given, note, seed, settings
+from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 from tree_calls_losses import LOSS_CALLS
@@ -70,7 +70,8 @@ def examine(name: str, world: World) -> None:
         assert not bool(torch.isfinite(numbers).all())
         return
     assert bool(torch.isfinite(numbers).all())
-    assert float((numbers - truth).norm()) <= world.tolerance * (float(truth.norm()) + 1e-3)
+    # What a closed form adds up is of size 1, and may cancel.
+    assert float((numbers - truth).norm()) <= world.tolerance * max(float(truth.norm()), 1.0)
 
 
 def trial(name: str, examples: int, **options: Any) -> None:
@@ -79,6 +80,7 @@ def trial(name: str, examples: int, **options: Any) -> None:
         deadline=timedelta(seconds=60),
         database=None,
         print_blob=True,
+        phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
         **options,
     )
