@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hvp_engine.engines.recording import Body, CaptureError
-from hvp_engine.isolation import same_draws
+from hvp_engine.random_state import random_state_kept
 
 aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
@@ -78,7 +78,7 @@ class CallRecorder:
     def record(self, body: Body) -> CallRecording:
         calls = Calls()
         try:
-            with same_draws(self._device):
+            with random_state_kept(self._device):
                 body()
                 with calls:
                     outputs = tuple(body())

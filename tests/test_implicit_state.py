@@ -42,37 +42,6 @@ def busy_module() -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("failure", ["none", "in train_loss", "in val_loss", "divergence", "bad hyper"])
-def test_functional_style_leaves_the_callers_state(failure: str) -> None:
-    module = busy_module()
-    net, x, y = hvp.functional(module), randn(7, 3, seed=19), torch.arange(7) % 2
-    hyper = torch.zeros(3, dtype=DTYPE, requires_grad=True)
-    hyper.grad = torch.ones_like(hyper)
-
-    def loss(name: str) -> Callable[..., Tensor]:
-        def function(w: dict[str, Tensor], h: Tensor, batch: Tensor) -> Tensor:
-            value = cross_entropy(net(w, batch * h.exp()), y) + torch.rand((), dtype=DTYPE)
-            if failure == f"in {name}":
-                raise KeyError("from the loss")
-            return value
-
-        return function
-
-    alpha = 1e6 if failure == "divergence" else 0.1
-    hypergradient = hvp.Hypergradient(loss("train_loss"), loss("val_loss"), hvp.Neumann(4, alpha=alpha))
-    before = snapshot(module)
-    arguments: tuple[Any, ...] = (module, "nothing" if failure == "bad hyper" else hyper, x, x)
-    if failure == "none":
-        hypergradient(*arguments)
-    else:
-        with pytest.raises((KeyError, hvp.DivergenceError, TypeError)):
-            hypergradient(*arguments)
-    assert same(before, snapshot(module))
-    assert torch.equal(hyper.detach(), torch.zeros(3, dtype=DTYPE)) and hyper.requires_grad
-    assert torch.equal(hyper.grad, torch.ones_like(hyper))
-    assert torch.is_grad_enabled()
-
-
 @pytest.mark.parametrize("alpha", [0.1, "auto", 1e6])
 def test_tape_style_leaves_the_callers_state(alpha: float | str) -> None:
     module = busy_module()

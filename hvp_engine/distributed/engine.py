@@ -13,8 +13,8 @@ from hvp_engine.distributed.held import Held
 from hvp_engine.distributed.processes import Processes, Summands, note
 from hvp_engine.engines import AutoEngine, Engine
 from hvp_engine.engines.eager import advance, begin
-from hvp_engine.isolation import same_draws
 from hvp_engine.linearization import Linearization, LinearMap, Problem
+from hvp_engine.random_state import random_state_kept
 from hvp_engine.solvers.base import FinishedIteration, Solver
 from hvp_engine.spectrum import SpectralEstimate
 
@@ -61,7 +61,7 @@ class DataParallelEngine:
             share = 1.0 if union.examples is None else union.share(problem.inputs[-1])
             if share == 0:
                 return [None] * len(problem.weights), share
-            with same_draws(device):
+            with random_state_kept(device):
                 own = engine.linearize(part)
             assert own.loss is not None
             figures[0], figures[1] = share * own.loss.reshape(()), share
@@ -77,7 +77,7 @@ class DataParallelEngine:
             wanted = zip(AutoEngine.ORDER, figures[2:].tolist(), strict=True)
             agreed = next(name for name, votes in wanted if votes)
             if agreed != engine.engine_of(own):
-                with same_draws(device):
+                with random_state_kept(device):
                     reduced.replace(lambda: engine.linearize_by(agreed, part))
         return reduced
 

@@ -22,8 +22,8 @@ from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.linearized import LinearizedEngine, TracedLinearization, signature
 from hvp_engine.engines.tape import Tape
 from hvp_engine.engines.trace import split_inputs
-from hvp_engine.isolation import same_draws
 from hvp_engine.linearization import Linearization, LinearMap, Problem
+from hvp_engine.random_state import random_state_kept
 from hvp_engine.solvers.base import FinishedIteration, Solver
 from hvp_engine.solvers.neumann import Neumann
 from hvp_engine.spectrum import SpectralEstimate
@@ -173,7 +173,7 @@ class AutoEngine:
     def _first_choice(self, problem: Problem, remembered: str | None) -> Choice:
         if remembered is not None:
             return Choice(self._engine(remembered), "as before the checkpoint")
-        with same_draws(problem.weights[0].device):
+        with random_state_kept(problem.weights[0].device):
             return self._measured_choice(problem, self._eager.linearize(problem))
 
     def _measured_choice(self, problem: Problem, eager: Linearization) -> Choice:
@@ -212,7 +212,7 @@ class AutoEngine:
         choice.compile_seconds = None
         start = time.perf_counter()
         try:
-            with same_draws(problem.weights[0].device):
+            with random_state_kept(problem.weights[0].device):
                 linearization = self._compiled.linearize(problem)
                 contenders = [(choice.engine, choice.engine.linearize(problem)), (self._compiled, linearization)]
                 before, after = _seconds_per_term(contenders)  # again, since the machine may be busier by now

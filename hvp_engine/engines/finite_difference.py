@@ -10,8 +10,8 @@ from torch import Tensor
 from hvp_engine.engines.eager import EagerEngine, leaves
 from hvp_engine.engines.tape import differentiate, filled
 from hvp_engine.errors import GraphError
-from hvp_engine.isolation import same_draws
 from hvp_engine.linearization import Linearization, Problem
+from hvp_engine.random_state import random_state_kept
 from hvp_engine.vectors import Layout, norm_of
 
 
@@ -58,7 +58,7 @@ class DifferenceLinearization:
 
     def _gradients(self, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         here, hyperparameters = leaves(weights), leaves(self._problem.hyperparameters)
-        with same_draws(self.layout.device), torch.enable_grad():
+        with random_state_kept(self.layout.device), torch.enable_grad():
             loss = self._problem.evaluate(here, hyperparameters)
             if not loss.requires_grad:
                 raise GraphError(f"{self.name}: expected a loss that depends on the weights; got one without a graph")

@@ -17,8 +17,9 @@ from hvp_engine.engines.eager import EagerEngine, advance, begin
 from hvp_engine.engines.partition import Partition, partition
 from hvp_engine.engines.reuse import written_over
 from hvp_engine.engines.trace import split_inputs, trace
-from hvp_engine.isolation import recorded_modules, same_draws
+from hvp_engine.isolation import recorded_modules
 from hvp_engine.linearization import Linearization, LinearMap, Problem
+from hvp_engine.random_state import random_state_kept
 from hvp_engine.solvers.base import FinishedIteration, Iteration, Solver
 from hvp_engine.spectrum import SpectralEstimate
 from hvp_engine.vectors import Layout, detached
@@ -158,7 +159,7 @@ class LinearizedEngine:
             return self._eager.linearize(problem)
         if not functions.schedule.due():
             return self._linearization(functions, problem, tensors)
-        with same_draws(problem.weights[0].device):
+        with random_state_kept(problem.weights[0].device):
             eager = self._eager.linearize(problem)
         traced = self._linearization(functions, problem, tensors)
         if functions.distrust:
@@ -201,7 +202,7 @@ class LinearizedEngine:
 
     def _trace(self, problem: Problem) -> Functions | Refused:
         start = time.perf_counter()
-        with recorded_modules() as modules, same_draws(problem.weights[0].device):
+        with recorded_modules() as modules, random_state_kept(problem.weights[0].device):
             functions = self._functions(partition(trace(problem)), modules)
         self.traces += 1
         self.trace_seconds += time.perf_counter() - start

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hvp_engine.isolation import same_draws
+from hvp_engine.random_state import random_state_kept
 
 Body = Callable[[], Sequence[Tensor]]
 """Computes on tensors that stay where they are."""
@@ -70,7 +70,7 @@ class CudaRecorder:
 
     def record(self, body: Body) -> Recording:
         try:
-            with torch.cuda.device(self._device), same_draws(self._device):
+            with torch.cuda.device(self._device), random_state_kept(self._device):
                 self._warm_up(body)
                 return self._capture(body)
         except Exception as error:  # whatever a kernel library raises while it is recorded; the reason is reported

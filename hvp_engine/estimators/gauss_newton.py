@@ -10,8 +10,8 @@ from torch import Tensor
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.gauss_newton import GaussNewtonProducts
 from hvp_engine.implicit import Hypergradient
-from hvp_engine.isolation import same_draws
 from hvp_engine.linearization import Linearization, Problem
+from hvp_engine.random_state import random_state_kept
 from hvp_engine.solvers import Exact, Solver
 
 Model = Callable[[Any, Any, Any], Any]
@@ -69,7 +69,7 @@ class GaussNewtonEngine(EagerEngine):
         self.model, self.loss = model, loss
 
     def linearize(self, problem: Problem) -> Linearization:
-        with same_draws(problem.weights[0].device):
+        with random_state_kept(problem.weights[0].device):
             whole = super().linearize(problem)
         assert problem.hyperparameter_structure is not None
         hyper = problem.hyperparameter_structure.rebuild([h.detach() for h in problem.hyperparameters])

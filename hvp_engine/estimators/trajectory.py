@@ -15,8 +15,8 @@ from hvp_engine.engines.eager import leaves
 from hvp_engine.engines.tape import differentiate, explained, filled, gradients
 from hvp_engine.errors import GraphError, SecondDerivativeError
 from hvp_engine.estimators.update_rules import Moved, UpdateRule
-from hvp_engine.isolation import same_draws
 from hvp_engine.linearization import Problem
+from hvp_engine.random_state import random_state_kept
 from hvp_engine.vectors import detached, norm_of
 
 Tensors = list[Tensor]
@@ -111,7 +111,7 @@ def forward(trajectory: Trajectory) -> tuple[Tensors, End]:
             unit = torch.zeros_like(grad)
             unit.view(-1)[element] = 1.0
             direction = [unit if place == position else None for place in range(len(hyper))]
-            with same_draws(grad.device), _forward_explained():
+            with random_state_kept(grad.device), _forward_explained():
                 slope, end = _along(trajectory, direction)
             if slope is not None:
                 reached = True

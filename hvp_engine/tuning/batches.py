@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hvp_engine.errors import CheckpointError
+from hvp_engine.random_state import RandomState, random_state_kept, seed_everything
 from hvp_engine.trees import map_leaves
-from hvp_engine.tuning.random_state import RandomState, random_state_kept, seed_everything
 
 _END = object()
 

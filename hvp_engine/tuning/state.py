@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from hvp_engine.errors import CheckpointError
+from hvp_engine.random_state import RandomState
 from hvp_engine.tuning import batches
 from hvp_engine.tuning.checkpoint import compact, compare_tensors
 from hvp_engine.tuning.descent import Descent
 from hvp_engine.tuning.history import History
-from hvp_engine.tuning.random_state import RandomState
 
 if TYPE_CHECKING:
     from hvp_engine.tuning.tuner import Tuner

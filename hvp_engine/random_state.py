@@ -67,7 +67,7 @@ def seed_everything(seed: int, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn or seeded inside, the state afterwards is the one before."""
+    """Whatever is drawn or seeded inside, the state afterwards is the one before: what follows draws the same."""
     before = RandomState.now(device)
     try:
         yield
