@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,6 +96,32 @@ def test_killed_in_the_middle_of_a_step(straight: dict[str, Tensor], tmp_path: P
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     assert checkpoint.read(path)["counters"]["hyper_steps"] == 10
     assert_same(TuningRun().fit(STEPS, checkpoint=path), straight)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.soak)])
+def test_killed_at_any_moment(kills: int, straight: dict[str, Tensor], tmp_path: Path) -> None:
+    """SIGKILL anywhere in runs that save at each hyper step; of 100, several are killed while they write."""
+    start = time.perf_counter()
+    TuningRun().fit(STEPS, checkpoint=tmp_path / "timed.pt", checkpoint_every=1)
+    whole = time.perf_counter() - start
+    draw, in_a_write = random.Random(kills), 0
+    for number in range(kills):
+        path = tmp_path / str(number) / "run.pt"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of threads, which a child does without
+            child = os.fork()
+        if child == 0:
+            try:
+                TuningRun().fit(STEPS, checkpoint=path, checkpoint_every=1)
+            finally:
+                os._exit(0)
+        time.sleep(draw.uniform(0, whole))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        in_a_write += path.with_name("run.pt.partial").exists()
+        assert_same(TuningRun().fit(STEPS, checkpoint=path), straight)
+    assert in_a_write or kills < 100
 
 
 @pytest.mark.parametrize("evaluation", [1, 8, 14, 45, 47, 48, 61])
