@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
 
 import hvp_engine as hvp
 
@@ -90,3 +91,36 @@ def test_a_fork_after_use(engine: str) -> None:
         assert same(call(hypergradient), expected)
     finally:
         torch.set_num_threads(before)
+
+
+def test_loader_workers_after_use() -> None:
+    """Processes that a loader forks after hypergradients were computed; one that hangs is an error after 60 s."""
+    hypergradient, call = problem(0, "linearized")
+    call(hypergradient)
+
+    def tuned(workers: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        examples = TensorDataset(torch.randn(12, 6, generator=generator), torch.randn(12, 2, generator=generator))
+        loader = DataLoader(examples, batch_size=4, num_workers=workers, timeout=60 if workers else 0)
+        torch.manual_seed(0)
+        module, decay = nn.Linear(6, 2), torch.tensor(-3.0)
+        net = hvp.functional(module)
+
+        def train_loss(w: dict[str, Tensor], h: Tensor, batch: list[Tensor]) -> Tensor:
+            return mse_loss(net(w, batch[0]), batch[1]) + sum(h.exp() * weight.square().sum() for weight in w.values())
+
+        tuner = hvp.Tuner(
+            module,
+            decay,
+            train_loss,
+            lambda w, h, batch: mse_loss(net(w, batch[0]), batch[1]),
+            weight_optimizer=lambda tensors: torch.optim.SGD(tensors, lr=0.1),
+            hyper_optimizer=lambda tensors: torch.optim.SGD(tensors, lr=0.1),
+            solver=hvp.Neumann(4, alpha=0.1),
+            inner_steps=2,
+            engine="eager",
+        )
+        tuner.fit(loader, loader, 4, progress=False)
+        return [decay, *(parameter.detach() for parameter in module.parameters())]
+
+    assert same(tuned(2), tuned(0))
