@@ -33,7 +33,7 @@ class Settling:
         error: > 0.
 
     Cost: that of `method`, one flat vector, and about a third more products than the error would have needed (measured
-    on 190 random systems; none of them missed the error).
+    on 190 random cases; none of them missed the error).
     """
 
     method: ConjugateGradient | MINRES
