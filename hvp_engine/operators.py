@@ -18,7 +18,7 @@ from hvp_engine.solvers.exact import Columns
 from hvp_engine.solving import solve
 from hvp_engine.spectrum import Spectrum
 from hvp_engine.trees import Structure, check_like, flatten
-from hvp_engine.vectors import Layout
+from hvp_engine.vectors import FlatVector, Layout
 
 
 class CurvatureMap(LinearMap, Protocol):
@@ -78,7 +78,7 @@ class Curvature:
         leaves, structure = flatten(v, "v", sharded=True)
         layout = self.layout
         check_like(leaves, layout, "v", "weights")
-        tangents = [leaf.detach().to(dtype) for leaf, dtype in zip(leaves, layout.dtypes, strict=True)]
+        tangents = FlatVector.of(layout, leaves).tangents  # a trace relies on the strides of the weights
         return structure.rebuild([p.detach().clone() for p in self.product(tangents)])
 
     def solve(self, v: Any, solver: Solver, *, batched: bool = False, x0: Any = None) -> Solution:

@@ -19,7 +19,7 @@ from hvp_engine.solving import solve
 from hvp_engine.spectrum import Spectrum
 from hvp_engine.trees import check_like, flatten
 from hvp_engine.tuning.batches import Batches
-from hvp_engine.vectors import Layout
+from hvp_engine.vectors import FlatVector, Layout
 
 
 class StochasticHessianOperator:
@@ -93,7 +93,7 @@ class StochasticHessianOperator:
         """The Hessian on the next batches times v, in the container of the weights."""
         leaves, structure = flatten(v, "v")
         check_like(leaves, self.layout, "v", "weights")
-        tangents = [leaf.detach().to(dtype) for leaf, dtype in zip(leaves, self.layout.dtypes, strict=True)]
+        tangents = FlatVector.of(self.layout, leaves).tangents  # a trace relies on the strides of the weights
         return structure.rebuild([p.detach().clone() for p in self.product(tangents)])
 
     def solve(self, v: Any, solver: Solver, *, batched: bool = False, x0: Any = None) -> Solution:

@@ -296,3 +296,10 @@ def test_applying_twice_gives_the_same(case: Case) -> None:
     assert torch.equal(flat(operator @ v), flat(operator @ v))
     solver = hvp.Neumann(9, alpha=0.1)
     assert torch.equal(flat(operator.solve(v, solver).value), flat(operator.solve(v, solver).value))
+
+
+@pytest.mark.parametrize("engine", ["eager", "linearized"])
+def test_product_with_a_vector_in_other_memory(engine: str) -> None:
+    weights, v = torch.ones(2, 3, dtype=torch.float64), torch.arange(6.0, dtype=torch.float64).view(3, 2).T
+    operator = hvp.HessianOperator(lambda w: w.reshape(-1).pow(3).sum(), weights, engine=engine)
+    assert torch.equal(operator @ v, 6 * v)

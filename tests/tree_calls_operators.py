@@ -240,7 +240,7 @@ OPERATOR_CALLS: dict[str, Subject] = {
     "Chebyshev": plain(by(lambda world: hvp.Chebyshev(60, damping=world.damping))),
     "ConjugateGradient": plain(by(lambda world: hvp.ConjugateGradient(60, damping=world.damping))),
     "DataParallel": Subject(data_parallel, AT),
-    "DiagonalPreconditioner": Subject(preconditioned(diagonal), {**AT, "diagonal": UNLIKE}),
+    "DiagonalPreconditioner": Subject(preconditioned(diagonal), {**AT, "diagonal": ANYWHERE}),
     "Exact": plain(by(lambda world: hvp.Exact(damping=world.damping))),
     "GaussNewtonOperator": Subject(gauss_newton, AT),
     "HessianOperator": Subject(hessian_operator, AT),
