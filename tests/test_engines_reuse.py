@@ -38,6 +38,9 @@ CASES: dict[str, tuple[Function, Sequence[str]]] = {
     "the other operand of a broadcast": (lambda x, y: (x @ y)[0] * (x + y), ["mul_"]),
     "another type": (lambda x, y: (x @ y).float() * 2 + (x @ y), ["add_"]),
     "a product added": (lambda x, y: torch.addmm(x @ x, x, y), ["addmm_"]),
+    "a derivative of an activation": (lambda x, y: aten.threshold_backward(x @ y, y, 0.0), ["grad_input"]),
+    "its activation is left alone": (lambda x, y: aten.tanh_backward(x, x @ y), []),
+    "with a keyword": (lambda x, y: aten.gelu_backward(x @ y, y, approximate="tanh"), ["grad_input"]),
     "several results of one operation": (lambda x, y: (s := (x @ y).sort(0)).values * 2 + s.indices, ["add_"]),
 }
 
@@ -52,8 +55,9 @@ def test_values_stay_and_these_are_in_place(name: str) -> None:
     torch.testing.assert_close(module(*inputs), function(*inputs), rtol=0, atol=0)
     assert all(map(torch.equal, inputs, before))
     targets = [node.target for node in module.graph.nodes if node.op == "call_function"]
-    names = [str(target).split(".")[1] for target in targets if str(target).startswith("aten")]
-    assert [name for name in names if name.endswith("_")] == expected
+    parts = [str(target).split(".") for target in targets if str(target).startswith("aten")]
+    names = [overload if overload == "grad_input" else name for _, name, overload in parts]
+    assert [name for name in names if name.endswith("_") or name == "grad_input"] == expected
 
 
 def test_an_unknown_function_may_return_its_argument() -> None:

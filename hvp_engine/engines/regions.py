@@ -26,6 +26,9 @@ Function = Callable[..., Sequence[Tensor]]
 _SMALLEST = 3
 """Operations of a region worth a call: about what the call of a compiled function costs on a CPU."""
 
+_LARGE = 1 << 18
+"""Bytes of a result from which two operations are worth a call: one pass over them costs more."""
+
 _VIEWS = (
     aten.slice.Tensor,
     aten.select.int,
@@ -115,28 +118,30 @@ def distinct(modules: Iterable[fx.GraphModule]) -> int:
 
 def _worthwhile(graph: fx.Graph) -> Iterator[list[fx.Node]]:
     """The regions for which a call is cheaper."""
-    return (nodes for nodes in _components(graph) if sum(map(_computes, nodes)) >= _SMALLEST)
+    for nodes in _components(graph):
+        computing = [node for node in nodes if _computes(node)]
+        if len(computing) >= _SMALLEST or (len(computing) > 1 and max(map(_bytes, computing)) >= _LARGE):
+            yield nodes
 
 
 def _computes(node: fx.Node) -> bool:
     return node.target not in _VIEWS and node.target is not operator.getitem
 
 
+def _bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
 def _components(graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    """Connected elementwise nodes with equally many other nodes on the longest path from the inputs, in order.
+    """Connected elementwise nodes of equal depth, in order.
 
     A path that leaves such a component and comes back would pass another node on the way, and end deeper: so no call
     waits for its own result.
     """
-    depths: dict[fx.Node, int] = {}
+    depths = _depths(graph)
     component: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        fused = _is_elementwise(node)
-        depths[node] = max(
-            (depths[i] + (i not in component and i.op != "placeholder") for i in node.all_input_nodes), default=0
-        )
-        if not fused:
-            continue
+    for node in filter(_is_elementwise, graph.nodes):
         mine = component[node] = [node]
         for other in node.all_input_nodes:
             theirs = component.get(other)
@@ -148,6 +153,33 @@ def _components(graph: fx.Graph) -> Iterator[list[fx.Node]]:
     order = {node: index for index, node in enumerate(graph.nodes)}
     for nodes in {id(nodes): nodes for nodes in component.values()}.values():
         yield sorted(nodes, key=order.__getitem__)
+
+
+def _depths(graph: fx.Graph) -> dict[fx.Node, int]:
+    """How many nodes that are neither elementwise nor inputs are on the longest path to each node.
+
+    What is made of inputs by elementwise nodes alone has the depth at which it is first used: it is made there.
+    """
+    depths: dict[fx.Node, int] = {}
+    elementwise = set(filter(_is_elementwise, graph.nodes))
+    given: dict[fx.Node, None] = {}
+    early: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if node not in elementwise and all(i in given for i in node.all_input_nodes) and _is_given(node):
+            given[node] = None
+        elif node in elementwise and all(i in given or i in early for i in node.all_input_nodes):
+            early[node] = None
+        depths[node] = max(
+            (depths[i] + (i not in elementwise and i not in given) for i in node.all_input_nodes), default=0
+        )
+    for node in reversed(early):
+        depths[node] = min((depths[user] for user in node.users), default=0)
+    return depths
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Whether the node is an input, or, if its operands are, a view of one."""
+    return node.op in ("placeholder", "get_attr") or node.target in _VIEWS
 
 
 def _is_elementwise(node: fx.Node) -> bool:

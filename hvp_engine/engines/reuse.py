@@ -29,18 +29,17 @@ _IN_PLACE = {
 }
 """Operations that may write over their first operand."""
 
+_INTO = {
+    aten.threshold_backward.default: aten.threshold_backward.grad_input,
+    aten.tanh_backward.default: aten.tanh_backward.grad_input,
+    aten.sigmoid_backward.default: aten.sigmoid_backward.grad_input,
+    aten.gelu_backward.default: aten.gelu_backward.grad_input,
+}
+"""The same, by a keyword that says where the result goes."""
+
 _COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
 
-_FRESH = (
-    *_IN_PLACE,
-    aten.mm.default,
-    aten.bmm.default,
-    aten.clone.default,
-    aten.cat.default,
-    aten.threshold_backward.default,
-    aten.tanh_backward.default,
-    aten.sigmoid_backward.default,
-)
+_FRESH = (*_IN_PLACE, *_INTO, aten.mm.default, aten.bmm.default, aten.clone.default, aten.cat.default)
 """Operations whose result is a tensor of its own, dense and without overlap."""
 
 
@@ -64,7 +63,11 @@ def written_over(module: fx.GraphModule) -> fx.GraphModule:
         position, base = operand
         arguments = list(copy.args)
         arguments[0], arguments[position] = arguments[position], arguments[0]
-        copy.args, copy.target = tuple(arguments), _IN_PLACE[node.target]
+        copy.args = tuple(arguments)
+        if node.target in _INTO:
+            copy.target, copy.kwargs = _INTO[node.target], copy.kwargs | {"grad_input": arguments[0]}
+        else:
+            copy.target = _IN_PLACE[node.target]
         bases[node] = {base}
         last[base] = last[node]
     return fx.GraphModule(module, new)
@@ -84,7 +87,7 @@ def _operand(
     node: fx.Node, bases: dict[fx.Node, set[fx.Node]], last: dict[fx.Node, int], now: int
 ) -> tuple[int, fx.Node] | None:
     """Which operand `node` may write over, and whose memory that is."""
-    if node.target not in _IN_PLACE:
+    if node.target not in _IN_PLACE and node.target not in _INTO:
         return None
     for position in (0, 1) if node.target in _COMMUTATIVE and not node.kwargs else (0,):
         operand: Any = node.args[position]
