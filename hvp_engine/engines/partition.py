@@ -11,6 +11,7 @@ from torch import fx
 
 from hvp_engine.engines.accumulation import Terms, decompose
 from hvp_engine.engines.combining import combine_sums, share_factors
+from hvp_engine.engines.layouts import compact_factors
 from hvp_engine.engines.passes import accumulate, dependents, fold_linear, simplify
 from hvp_engine.engines.recomputation import recomputable
 from hvp_engine.engines.trace import Trace
@@ -62,6 +63,7 @@ def partition(trace: Trace) -> Partition:
     share_factors(graph, dependents(graph, set(tangents)))
     combine_sums(graph, dependents(graph, set(tangents)))
     accumulate(graph, dependents(graph, set(tangents)))
+    compact_factors(graph, dependents(graph, set(tangents)))
     linear = dependents(graph, set(tangents))
     outputs: list[Any] = list(_output(graph).args[0])  # type: ignore[arg-type]  # our traces return a list
     first = 1 + trace.weights

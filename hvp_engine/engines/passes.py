@@ -159,8 +159,8 @@ def _accumulate_batched(graph: fx.Graph, node: fx.Node, term: fx.Node, other: fx
         if {dimension % 3 for dimension in dimensions} != {1, 2}:  # type: ignore[operator]
             return None
         with graph.inserting_before(node):
-            factors = tuple(_transposed(graph, factor) for factor in reversed(factors))
-            sum_ = _transposed(graph, called(graph, aten.baddbmm.default, (x, *factors), value.transpose(1, 2)))
+            factors = tuple(transposed(graph, factor) for factor in reversed(factors))
+            sum_ = transposed(graph, called(graph, aten.baddbmm.default, (x, *factors), value.transpose(1, 2)))
     else:
         return None
     _replace(graph, node, sum_)
@@ -168,7 +168,8 @@ def _accumulate_batched(graph: fx.Graph, node: fx.Node, term: fx.Node, other: fx
     return sum_
 
 
-def _transposed(graph: fx.Graph, node: Any) -> fx.Node:
+def transposed(graph: fx.Graph, node: Any) -> fx.Node:
+    """The matrices of a batch transposed."""
     return called(graph, aten.transpose.int, (node, 1, 2), node.meta["val"].transpose(1, 2))
 
 
