@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,9 +68,65 @@ def seed_everything(seed: int, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn or seeded inside, the state afterwards is the one before: what follows draws the same."""
-    before = RandomState.now(device)
+    """Whatever is drawn or seeded inside, the state afterwards is the one before: what follows draws the same.
+
+    Cost: 30 us on a CPU, and 0.1 ms more where numpy's generator has been used since the last time.
+    """
+    cpu, python = torch.get_rng_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    with _numpy_state_kept():
+        try:
+            yield
+        finally:
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda, device)
+            random.setstate(python)
+
+
+_MT19937_BYTES = 625 * 4
+"""Of the C struct behind a `numpy.random.MT19937`: 624 words, and the position among them."""
+
+_spares: list[numpy.random.MT19937] = []
+_without_normal: dict[int, bytes] = {}
+"""By address, the memory of a bit generator when it was last seen without a second normal number beside it."""
+
+
+@contextlib.contextmanager
+def _numpy_state_kept() -> Iterator[None]:
+    """A copy of numpy's bit generator stands in for it during the block.
+
+    To read and to set a state takes 80 us, as long as a product of a small model; a copy takes 2. But of two normal
+    numbers numpy keeps the second where only reading the state shows it. None has come to a bit generator that has not
+    moved since it was seen without one.
+    """
+    generator = numpy.random.get_bit_generator()
+    if not isinstance(generator, numpy.random.MT19937):
+        with _numpy_state_read():
+            yield
+        return
+    address = generator.ctypes.state_address
+    memory = ctypes.string_at(address, _MT19937_BYTES)
+    if _without_normal.get(address) != memory:
+        with _numpy_state_read() as state:
+            yield
+        if not state["has_gauss"]:
+            _without_normal[address] = memory
+        return
+    spare = _spares.pop() if _spares else numpy.random.MT19937(0)
+    ctypes.memmove(spare.ctypes.state_address, address, _MT19937_BYTES)
+    numpy.random.set_bit_generator(spare)
     try:
         yield
     finally:
-        before.restore(device)
+        numpy.random.set_bit_generator(generator)
+        _spares.append(spare)
+
+
+@contextlib.contextmanager
+def _numpy_state_read() -> Iterator[dict[str, Any]]:
+    state = dict(numpy.random.get_state(legacy=False))
+    try:
+        yield state
+    finally:
+        numpy.random.set_state(state)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 
 from hvp_engine.isolation import Draws, is_isolated, isolated
+from hvp_engine.random_state import random_state_kept
 
 CPU = torch.device("cpu")
 
@@ -25,6 +27,49 @@ def test_random_state_comes_back_after_an_exception() -> None:
         raise KeyError
     assert torch.equal(torch.get_rng_state(), before)
     assert not is_isolated()
+
+
+@pytest.mark.parametrize("drawn", range(4))
+def test_numbers_of_numpy_go_on(drawn: int) -> None:
+    """Also the second of two normal numbers, which numpy keeps beside the generator; however often one asks."""
+    numpy.random.seed(3)
+    for _ in range(drawn):
+        numpy.random.randn()
+    expected = numpy.random.get_state(legacy=False)
+    for _ in range(3):  # the first time finds out whether a number waits, later ones may know it
+        with isolated(7, CPU):
+            first = numpy.random.randn(3)
+            with isolated(8, CPU):
+                other = numpy.random.randn(3)
+        with isolated(7, CPU):
+            assert (numpy.random.randn(3) == first).all() and (other != first).all()
+        found = numpy.random.get_state(legacy=False)
+        assert (found["state"]["key"] == expected["state"]["key"]).all()
+        assert [found["state"]["pos"], found["has_gauss"], found["gauss"]] == [
+            expected["state"]["pos"], expected["has_gauss"], expected["gauss"]
+        ]  # fmt: skip
+    assert numpy.random.randn() == numpy.random.RandomState(3).randn(drawn + 1)[-1]
+
+
+def test_a_copy_of_the_generator_draws_what_it_would() -> None:
+    numpy.random.seed(5)
+    with random_state_kept(CPU):
+        numpy.random.rand(700)  # past a refill of the 624 words
+    for _ in range(2):
+        with random_state_kept(CPU):
+            inside = numpy.random.rand(700)
+    assert (inside == numpy.random.rand(700)).all()
+
+
+def test_another_bit_generator_of_numpy_comes_back() -> None:
+    before = numpy.random.get_bit_generator()
+    numpy.random.set_bit_generator(numpy.random.PCG64(1))
+    try:
+        with random_state_kept(CPU):
+            inside = numpy.random.rand(3)
+        assert (numpy.random.rand(3) == inside).all()
+    finally:
+        numpy.random.set_bit_generator(before)
 
 
 def test_seed_decides_the_draw() -> None:
