@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy
 import torch
+from numpy.random import mtrand
 from torch import Tensor
 
 
@@ -100,7 +101,7 @@ def _numpy_state_kept() -> Iterator[None]:
     numbers numpy keeps the second where only reading the state shows it. None has come to a bit generator that has not
     moved since it was seen without one.
     """
-    generator = numpy.random.get_bit_generator()
+    generator = mtrand.get_bit_generator()
     if not isinstance(generator, numpy.random.MT19937):
         with _numpy_state_read():
             yield
@@ -115,11 +116,11 @@ def _numpy_state_kept() -> Iterator[None]:
         return
     spare = _spares.pop() if _spares else numpy.random.MT19937(0)
     ctypes.memmove(spare.ctypes.state_address, address, _MT19937_BYTES)
-    numpy.random.set_bit_generator(spare)
+    mtrand.set_bit_generator(spare)
     try:
         yield
     finally:
-        numpy.random.set_bit_generator(generator)
+        mtrand.set_bit_generator(generator)
         _spares.append(spare)
 
 
