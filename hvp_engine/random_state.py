@@ -26,15 +26,11 @@ class RandomState:
 
     @classmethod
     def now(cls, device: torch.device) -> RandomState:
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(torch.get_rng_state(), cuda, random.getstate(), dict(numpy.random.get_state(legacy=False)))
+        return cls(*_torch_and_python(device), dict(numpy.random.get_state(legacy=False)))
 
     def restore(self, device: torch.device) -> None:
         """Put everything back; a CUDA state only where `device` is a GPU."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(self.cuda, device)
-        random.setstate(self.python)
+        _set_torch_and_python(self.cpu, self.cuda, self.python, device)
         numpy.random.set_state(self.numpy)
 
     def state_dict(self) -> dict[str, Any]:
@@ -73,16 +69,24 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
 
     Cost: 30 us on a CPU, and 0.1 ms more where numpy's generator has been used since the last time.
     """
-    cpu, python = torch.get_rng_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    before = _torch_and_python(device)
     with _numpy_state_kept():
         try:
             yield
         finally:
-            torch.set_rng_state(cpu)
-            if cuda is not None:
-                torch.cuda.set_rng_state(cuda, device)
-            random.setstate(python)
+            _set_torch_and_python(*before, device)
+
+
+def _torch_and_python(device: torch.device) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), cuda, random.getstate()
+
+
+def _set_torch_and_python(cpu: Tensor, cuda: Tensor | None, python: tuple[Any, ...], device: torch.device) -> None:
+    torch.set_rng_state(cpu)
+    if cuda is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(cuda, device)
+    random.setstate(python)
 
 
 _MT19937_BYTES = 625 * 4

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from hvp_engine.engines.functionalize import is_random, mutates
 from hvp_engine.errors import TraceError
@@ -166,6 +166,12 @@ def _accumulate_batched(graph: fx.Graph, node: fx.Node, term: fx.Node, other: fx
     _replace(graph, node, sum_)
     graph.erase_node(term)
     return sum_
+
+
+def result_bytes(node: fx.Node) -> int:
+    """Of the tensor that a node makes."""
+    value = node.meta.get("val")
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
 def transposed(graph: fx.Graph, node: Any) -> fx.Node:

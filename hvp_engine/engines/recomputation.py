@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from hvp_engine.engines.passes import result_bytes
+
 aten = torch.ops.aten
 
 _CHEAP = (
@@ -41,8 +43,8 @@ def recomputable(residuals: Iterable[fx.Node]) -> set[fx.Node]:
     held = set(residuals)
     found: set[fx.Node] = set()
     for node in held:
-        chain = _chain(node, held, _SMALL_SHARE * _bytes(node), _MOST_PASSES)
-        if _bytes(node) >= _LARGE and chain is not None:
+        chain = _chain(node, held, _SMALL_SHARE * result_bytes(node), _MOST_PASSES)
+        if result_bytes(node) >= _LARGE and chain is not None:
             found |= chain
     return found
 
@@ -50,20 +52,15 @@ def recomputable(residuals: Iterable[fx.Node]) -> set[fx.Node]:
 def _chain(node: fx.Node, held: set[fx.Node], small: float, passes: int) -> set[fx.Node] | None:
     """The operations that make `node` again, itself included; None if they are too many or one is not cheap."""
     if node.target is aten.expand.default:
-        return {node} if _bytes(node.all_input_nodes[0]) <= small else None
+        return {node} if result_bytes(node.all_input_nodes[0]) <= small else None
     if node.target not in _CHEAP or passes == 0:
         return None
     found = {node}
     for operand in node.all_input_nodes:
-        if operand in held or operand.op == "placeholder" or _bytes(operand) <= small:
+        if operand in held or operand.op == "placeholder" or result_bytes(operand) <= small:
             continue
         chain = _chain(operand, held, small, passes - len(found))
         if chain is None:
             return None
         found |= chain
     return found
-
-
-def _bytes(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from hvp_engine.engines.functionalize import is_random
+from hvp_engine.engines.passes import result_bytes
 
 aten = torch.ops.aten
 
@@ -120,17 +121,12 @@ def _worthwhile(graph: fx.Graph) -> Iterator[list[fx.Node]]:
     """The regions for which a call is cheaper."""
     for nodes in _components(graph):
         computing = [node for node in nodes if _computes(node)]
-        if len(computing) >= _SMALLEST or (len(computing) > 1 and max(map(_bytes, computing)) >= _LARGE):
+        if len(computing) >= _SMALLEST or (len(computing) > 1 and max(map(result_bytes, computing)) >= _LARGE):
             yield nodes
 
 
 def _computes(node: fx.Node) -> bool:
     return node.target not in _VIEWS and node.target is not operator.getitem
-
-
-def _bytes(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
 def _components(graph: fx.Graph) -> Iterator[list[fx.Node]]:

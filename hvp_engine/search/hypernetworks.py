@@ -180,7 +180,7 @@ class _Descent:
         log_scale: Tensor,
     ) -> Tensor:
         """The loss of the next batch at w_phi(lambda + eps), lambda + eps, moved into the bounds."""
-        low, high = run.bounds.flat(run.hyper)
+        low, high = run.flat_bounds
 
         def at(noise: Tensor) -> Point:
             point = torch.clamp(center + log_scale.exp() * noise, low, high)
@@ -191,7 +191,7 @@ class _Descent:
     @torch.no_grad()
     def _project(self, run: Run, center: Tensor, log_scale: Tensor) -> None:
         """Into the bounds; a scale up to a quarter of their distance, since nothing in the loss holds a larger one."""
-        low, high = run.bounds.flat(run.hyper)
+        low, high = run.flat_bounds
         center.clamp_(low, high)
         log_scale.clamp_(max=((high - low) / 4).log())
 

@@ -89,6 +89,7 @@ class Run:
         hyper, self.hyper_structure = flatten(problem.hyper, "hyper")
         self.weights, self.hyper = ([t.detach().clone() for t in tensors] for tensors in (weights, hyper))
         self.bounds = Bounds(problem.bounds, self.hyper, self.hyper_structure)
+        self.flat_bounds = self.bounds.flat(self.hyper)
         self.device = self.weights[0].device
         self.budget = gradients
         self.training_gradients = self.validation_gradients = self.validation_losses = 0
