@@ -154,9 +154,8 @@ PROBLEMS = {
 }  # fmt: skip
 
 
-@cache
-def build(name: str) -> Comparison:
-    """The problem `name`, trained to its minimum in float64; the same numbers at every call."""
+def untrained(name: str) -> Comparison:
+    """The problem `name` before training: all weights are those of the start, and there is no reference."""
     recipe = PROBLEMS[name]
     train, val = recipe.data()
     with torch.random.fork_rng(devices=[]):
@@ -164,16 +163,22 @@ def build(name: str) -> Comparison:
         module = recipe.module().to(DTYPE)
     start = {n: w.detach() for n, w in module.named_parameters()}
     hyper = {n: torch.full_like(w, recipe.log_decay) for n, w in start.items()}
-    blank = Comparison(
+    return Comparison(
         name, hvp.functional(module), recipe.loss, start, start, start, hyper, train, val, 1.0, None, None,
         torch.zeros(0), 0.0,
     )  # fmt: skip
+
+
+@cache
+def build(name: str) -> Comparison:
+    """The problem `name`, trained to its minimum in float64; the same numbers at every call."""
+    recipe, blank = PROBLEMS[name], untrained(name)
     early = _trained(blank, lambda w: torch.optim.Adam(w, lr=recipe.early_rate), recipe.early_steps)
     near = _trained(replace(blank, start=early), lambda w: torch.optim.LBFGS(w, max_iter=500, history_size=50), 1)
     pair = _pair(blank, near)
     pair = pair.at(minimize(pair))
-    minimum = dict(zip(start, pair.weights, strict=True))
-    operator = hvp.HessianOperator(blank.train_loss, minimum, hyper, train, engine="eager")
+    minimum = dict(zip(blank.start, pair.weights, strict=True))
+    operator = hvp.HessianOperator(blank.train_loss, minimum, blank.hyper, blank.train, engine="eager")
     preconditioner = hvp.JacobiPreconditioner(operator)
     largest, condition = _extremes(operator, blank.weight_count)
     if condition is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,11 @@ def test_raw_inputs_are_ill_conditioned() -> None:
     """As the documentation says: 1.4e8, against 81 for standardized ones."""
     raw, plain = compare_problems.build("boston-raw"), compare_problems.build("boston")
     assert raw.condition == pytest.approx(1.4e8, rel=0.1) and plain.condition == pytest.approx(81, rel=0.1)
+
+
+def test_linear_hypernetwork_settles_in_the_comparison() -> None:
+    """It ends near the lowest loss that it has seen; at the others' learning rate at twice as much."""
+    whole = compare_problems.untrained("mnist-logistic")
+    few = replace(whole, train=tuple(t[:400] for t in whole.train), val=tuple(t[:400] for t in whole.val))
+    found = compare_methods.searches(few, 600)["linear hypernetwork"](few.search_problem(one_decay=True), 600)
+    assert found.val_loss < 1.1 * found.curve[-1][1] < 0.65

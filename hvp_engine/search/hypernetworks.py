@@ -22,7 +22,10 @@ from hvp_engine.tuning.steps import count
 class LinearHypernetwork:
     """Alternate: fit a linear w_phi(lambda + eps) to the training loss, and move lambda along dL_V(w_phi(lambda)).
 
-    Perturbed hyperparameters stay within the problem's bounds.
+    Perturbed hyperparameters stay within the problem's bounds. As published, one perturbation serves a whole batch, so
+    the gradient of phi is noisy even on all examples, and steps of a fixed size, such as Adam's, do not settle: take a
+    smaller rate than for the weights alone, or a `weight_scheduler`. (Softmax regression on 1,000 digits, one decay:
+    with Adam at 0.02 the validation loss falls to 0.44 and is 1.30 at the end; at 0.005 to 0.40, and is 0.41.)
 
     Arguments:
         weight_optimizer: a function that makes an optimizer from phi, a list of tensors.
