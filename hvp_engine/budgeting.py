@@ -11,12 +11,13 @@ from hvp_engine.engines import Engine
 from hvp_engine.linearization import LinearMap
 from hvp_engine.solution import Solution, Status
 from hvp_engine.solvers.base import Solver
-from hvp_engine.solvers.budget import Budget
+from hvp_engine.solvers.budget import Budget, Plan
 from hvp_engine.spectrum import Spectrum
 
 Vector = Sequence[Tensor]
 Result = tuple[list[Tensor], Solution]
-SolveAll = Callable[[LinearMap, Sequence[Vector], Solver, Engine, Spectrum, Sequence[str]], Iterator[Result]]
+Guesses = Sequence[Vector] | None
+SolveAll = Callable[[LinearMap, Sequence[Vector], Solver, Engine, Spectrum, Sequence[str], Guesses], Iterator[Result]]
 
 
 def within(
@@ -27,6 +28,7 @@ def within(
     engine: Engine,
     spectrum: Spectrum,
     names: Sequence[str],
+    x0s: Guesses,
 ) -> Iterator[Result]:
     """The results for each right-hand side, which has the budget to itself; they share the estimate and the choice."""
     layout, estimate = operator.layout, None
@@ -34,17 +36,19 @@ def within(
         estimate = spectrum.refresh(operator)
     usable = estimate if estimate is not None and estimate.finite else None
     spent = 0 if estimate is None else estimate.hvps
-    plan, first = budget.plan(usable, layout, spent), spent
-    results = solve_all(operator, vs, plan.solver, engine, spectrum, names)
-    for (value, solution), v, name in zip(results, vs, names, strict=True):
-        hvps, explanation = first + solution.hvps, plan.explanation
-        other = None
-        if solution.status is Status.NEGATIVE_CURVATURE:
-            other = budget.after_negative_curvature(plan, spent + solution.hvps)
-        if other is not None:
-            [(value, solution)] = solve_all(operator, [v], other.solver, engine, spectrum, [name])
-            hvps, explanation = hvps + solution.hvps, other.explanation
+    first = spent
+    plan = budget.plan(usable, layout, spent + (x0s is not None))
+    results = solve_all(operator, vs, plan.solver, engine, spectrum, names, x0s)
+    for index, (value, solution) in enumerate(results):
+        hvps, explanation = solution.hvps, plan.explanation
+        next_plan: Plan | None = plan
+        while solution.status is Status.NEGATIVE_CURVATURE and next_plan is not None:
+            next_plan = budget.after_negative_curvature(next_plan, usable, spent + hvps)
+            if next_plan is not None:
+                v, name = vs[index], names[index]
+                [(value, solution)] = solve_all(operator, [v], next_plan.solver, engine, spectrum, [name], None)
+                hvps, explanation = hvps + solution.hvps, next_plan.explanation
         explanation = "; ".join(part for part in (explanation, solution.explanation) if part)
         lambda_max = None if usable is None else usable.largest
-        yield value, replace(solution, hvps=hvps, lambda_max=lambda_max, explanation=explanation)
+        yield value, replace(solution, hvps=first + hvps, lambda_max=lambda_max, explanation=explanation)
         first = 0

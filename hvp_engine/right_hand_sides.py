@@ -25,7 +25,7 @@ class WarmStart:
     """
 
     def __init__(self, operator: LinearMap, v: Sequence[Tensor], x0: Sequence[Tensor], damping: float):
-        layout = operator.layout
+        layout, self._damping = operator.layout, damping
         self._start = FlatVector.of(layout, x0)
         product = FlatVector.of(layout, operator.product(self._start.tangents))
         residual, right = FlatVector(layout), FlatVector.of(layout, v)
@@ -51,7 +51,7 @@ class WarmStart:
         nothing = [
             torch.zeros_like(view, dtype=dtype) for view, dtype in zip(self._start.views, layout.dtypes, strict=True)
         ]
-        return self.complete(nothing, Solution(None, 0, 0, 1.0, "returned", Status.CONVERGED))
+        return self.complete(nothing, Solution(None, 0, 0, 1.0, "returned", Status.CONVERGED, damping=self._damping))
 
 
 def relaxed(solver: Solver, layout: Layout, share: float) -> Solver | None:

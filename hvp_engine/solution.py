@@ -42,6 +42,7 @@ class Solution:
             in the norm in which it contracts, sqrt(r . M r): its residual_norm may be above 1 on the way.
         alpha: the step that was used, None for solvers without one.
         lambda_max: the largest |eigenvalue| seen by the estimate, None if none was made.
+        damping: what was added to the diagonal of A.
         explanation: what an automatic choice chose and why; empty otherwise.
     """
 
@@ -53,6 +54,7 @@ class Solution:
     status: Status
     alpha: float | None = None
     lambda_max: float | None = None
+    damping: float = 0.0
     explanation: str = ""
 
     @property

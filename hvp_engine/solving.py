@@ -75,11 +75,11 @@ def solve_all(
 ) -> Iterator[tuple[list[Tensor], Solution]]:
     """What :func:`solve_flat` returns, for each right-hand side in turn; they share one estimate, whose products
     count for the first."""
+    if isinstance(solver, Budget):
+        yield from within(solver, solve_all, operator, vs, engine, spectrum, names, x0s)
+        return
     if x0s is not None:
         yield from _from_guesses(operator, vs, solver, engine, spectrum, names, x0s)
-        return
-    if isinstance(solver, Budget):
-        yield from within(solver, solve_all, operator, vs, engine, spectrum, names)
         return
     estimates = Estimates(operator, solver, spectrum)
     estimate = estimates.refresh() if solver.estimates_spectrum else None
@@ -163,6 +163,7 @@ def _judged(
         status=status,
         alpha=getattr(iteration, "alpha", None),
         lambda_max=estimate.largest if estimate else None,
+        damping=solver.damping,
         explanation=getattr(iteration, "explanation", ""),
     )
     value = _in_dtypes(iteration.value)

@@ -157,6 +157,63 @@ def test_damping_is_named_and_left_to_the_caller() -> None:
     assert relative_error(damped.value, truth) < 1e-4
 
 
+@pytest.mark.parametrize("hvps", [None, 300])
+def test_automatic_damping_makes_the_operator_positive(hvps: int | None) -> None:
+    operator = Diagonal(SIGNED)
+    solution = hvp.solve(operator, V, hvp.Budget(error=1e-6, hvps=hvps, damping="auto"))
+    assert solution.converged and solution.hvps == operator.calls
+    assert 1.0 < solution.damping < 4.0, "the smallest eigenvalue is -1"
+    assert f"with damping={solution.damping:.3g} against negative curvature, all positive" in solution.explanation
+    truth = torch.linalg.solve(operator.matrix + solution.damping * torch.eye(200, dtype=DTYPE), V)
+    assert relative_error(solution.value, truth) < 1e-6
+
+
+@pytest.mark.parametrize("values", [POSITIVE, torch.linspace(1.0, 3.0, 20, dtype=DTYPE)], ids=["many", "few"])
+def test_automatic_damping_adds_nothing_to_a_positive_operator(values: Tensor) -> None:
+    v = V[: len(values)]
+    solution, plain = (hvp.solve(Diagonal(values), v, hvp.Budget(error=1e-6, damping=d)) for d in ("auto", 0.0))
+    assert solution.damping == 0.0 and solution.converged
+    torch.testing.assert_close(solution.value, plain.value, rtol=1e-9, atol=1e-12)
+
+
+def test_automatic_damping_of_few_weights() -> None:
+    operator = Diagonal(torch.linspace(-1.0, 3.0, 20, dtype=DTYPE))
+    solution = hvp.solve(operator, V[:20], hvp.Budget(error=1e-6, damping="auto"))
+    assert solution.explanation.startswith("Exact") and solution.hvps == COLD_STEPS + 20 == operator.calls
+    assert 1.0 < solution.damping < 2.1
+    short = hvp.solve(operator, V[:20], hvp.Budget(hvps=10, damping="auto"))
+    assert short.damping == 0.0 and "too few to spend some on an estimate" in short.explanation
+
+
+@pytest.mark.parametrize("lowest, seen", [(-0.3, True), (-0.03, False)])
+def test_automatic_damping_grows_where_the_estimate_missed_negative_curvature(lowest: float, seen: bool) -> None:
+    values = torch.linspace(0.05, 1.0, 400, dtype=DTYPE)
+    values[0] = lowest
+    v, calls = randn(400, seed=4), []
+
+    def operator(x: Tensor) -> Tensor:
+        calls.append(1)
+        return values * x
+
+    solution = hvp.solve(operator, v, hvp.Budget(error=1e-6, damping="auto"))
+    assert ("against negative curvature" in solution.explanation) == seen
+    assert ("; then damping=" in solution.explanation) != seen
+    assert solution.converged and -lowest < solution.damping < -10 * lowest and solution.hvps == len(calls)
+    assert relative_error(solution.value, v / (values + solution.damping)) < 1e-6
+    limited = hvp.solve(operator, v, hvp.Budget(hvps=30, damping="auto"))
+    assert limited.hvps <= 30
+
+
+def test_a_first_guess_counts_and_is_for_the_damped_system() -> None:
+    matrix = matrix_with(SIGNED, seed=2)
+    operator = hvp.HessianOperator(lambda w: w @ (matrix @ w) / 2, torch.zeros(200, dtype=DTYPE))
+    cold = operator.solve(V, hvp.Budget(error=1e-6, damping="auto"))
+    warm = operator.solve(V, hvp.Budget(error=1e-6, damping="auto"), x0=cold.value)
+    truth = torch.linalg.solve(matrix + warm.damping * torch.eye(200, dtype=DTYPE), V)
+    assert warm.hvps < cold.hvps and relative_error(warm.value, truth) < 1e-5
+    assert operator.solve(V, hvp.Budget(hvps=60), x0=cold.value).hvps <= 60
+
+
 def test_several_right_hand_sides_share_the_estimate() -> None:
     operator, vs = Diagonal(POSITIVE), randn(3, 200, seed=5)
     solution = hvp.solve(operator, vs, hvp.Budget(error=1e-6), batched=True)
@@ -184,6 +241,7 @@ def test_hypergradient(name: str, engine: str) -> None:
         (TypeError, "hvps", {"hvps": 2.0}),
         (ValueError, "hvps", {"hvps": 0}),
         (ValueError, "damping", {"hvps": 2, "damping": -1.0}),
+        (TypeError, "damping", {"hvps": 2, "damping": "much"}),
     ],
 )
 def test_bad_arguments(error: type[Exception], argument: str, arguments: dict) -> None:

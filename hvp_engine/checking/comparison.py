@@ -147,7 +147,7 @@ def _compare(experiment: Experiment, pair: Pair, precise: Pair, directions: int,
     stationarity, series = worst(given.grads, refitted.grads), worst(reference, refitted.grads)
     # Re-solved weights that are farther from a minimum than the given ones are the fit's fault.
     moved = Verdict.FIT_NOT_STATIONARY if points[1].gradient_norm > points[0].gradient_norm else Verdict.NOT_STATIONARY
-    causes = {moved: stationarity, _of_solve(experiment.solver, refitted, tolerance): series}
+    causes = {moved: stationarity, _of_solve(refitted, tolerance): series}
     if precise is not pair:
         causes[Verdict.LOW_PRECISION] = worst(own.grads, given.grads)
     errors = error(along @ own.grads - truth)
@@ -172,7 +172,7 @@ def _compare(experiment: Experiment, pair: Pair, precise: Pair, directions: int,
         tolerance=tolerance,
         hvps=refitted.solution.iterations if refitted.solution else 0,
         alpha=refitted.solution.alpha if refitted.solution else None,
-        damping=experiment.solver.damping,
+        damping=refitted.solution.damping if refitted.solution else 0.0,
         reference_residuals=solve.residuals,
         details=tuple(details),
     )
@@ -208,10 +208,10 @@ def _of_divergence(failure: str, given: Point, refitted: Point) -> CheckResult:
     return CheckResult(verdict, (*Evidence(given, refitted).advice(verdict), failure), given=given, refitted=refitted)
 
 
-def _of_solve(solver: Solver, solved: Solved, tolerance: float) -> Verdict:
+def _of_solve(solved: Solved, tolerance: float) -> Verdict:
     """What a wrong solve at a minimum is to be called."""
     if solved.solution is None:
         return Verdict.DIVERGED
-    if solver.damping > 0 and solved.solution.residual_norm <= tolerance:
+    if solved.solution.damping > 0 and solved.solution.residual_norm <= tolerance:
         return Verdict.DAMPED
     return Verdict.TOO_FEW_ITERATIONS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -42,9 +43,9 @@ class Budget:
     * An indefinite or a singular one, or one of which nothing is known: :class:`MINRES`; also where conjugate gradients
       come upon negative curvature that the estimate missed.
 
-    Damping changes what is solved, so none is added to what is given: the explanation names the damping that would make
-    the operator positive definite. At a saddle the inverse Hessian is no response of a minimum, however precisely
-    it is solved.
+    Damping changes what is solved, so none is chosen unless asked for: the explanation names the damping that would
+    make the operator positive definite, and `damping="auto"` adds such a one. At a saddle the inverse Hessian is no
+    response of a minimum, however precisely it is solved.
 
     Arguments:
         error: to reach, > 0: of the residual, ||v - A x|| <= error ||v||, and of the solution, x within error ||x|| of
@@ -53,9 +54,11 @@ class Budget:
             operator that is singular in its precision only the residual counts.
         hvps: most products, > 0, those of the estimate (8 cold, 3 later) counted; an estimate that would take more
             than a third of them is not made.
-        damping: added to the diagonal of A, >= 0.
+        damping: added to the diagonal of A, >= 0; or "auto": none where the estimate sees no negative curvature, else
+            twice its size, and as much again whenever conjugate gradients still come upon some. Then the error is that
+            of the damped system, and without an estimate none is added.
 
-    `Solution.explanation` says what was chosen and why.
+    `Solution.explanation` says what was chosen and why, `Solution.damping` what was added.
 
     Cost: of the chosen solver, and the estimate.
 
@@ -72,7 +75,7 @@ class Budget:
 
     error: float | None = None
     hvps: int | None = None
-    damping: float = 0.0
+    damping: float | Literal["auto"] = 0.0
 
     def __post_init__(self) -> None:
         if self.error is None and self.hvps is None:
@@ -83,19 +86,20 @@ class Budget:
             check_iterations(self.hvps, "hvps")
             if self.hvps < 1:
                 raise ValueError(f"hvps: expected a number of products >= 1; got {self.hvps}")
-        check_damping(self.damping)
+        if self.damping != "auto":
+            check_damping(self.damping)
 
     def wants_estimate(self, layout: Layout, cost: int) -> bool:
         """Whether to spend `cost` products on an estimate."""
         size = layout.numel
-        small = size <= SMALL and (self.hvps is None or size <= self.hvps)
+        small = size <= SMALL and (self.hvps is None or size <= self.hvps) and self.damping != "auto"
         return not small and (self.hvps is None or _SHARE * cost <= self.hvps)
 
     def plan(self, estimate: SpectralEstimate | None, layout: Layout, spent: int) -> Plan:
         """The choice, from an estimate of A and the products it took."""
         size = layout.numel
         left = math.inf if self.hvps is None else self.hvps - spent
-        damping = self.damping
+        damping = self._damping_for(estimate)
         if estimate is None and size <= min(SMALL, left):
             return Plan(Exact(damping=damping), f"Exact: the matrix of {size} weights takes {size} products")
         if estimate is None:
@@ -104,6 +108,8 @@ class Budget:
         epsilon = torch.finfo(layout.state_dtype).eps
         lowest, highest = estimate.smallest + damping, estimate.bound(damping)
         seen = f"eigenvalues between about {lowest:.3g} and {highest:.3g}"
+        if damping > 0 and self.damping == "auto":
+            seen += f" with damping={damping:.3g} against negative curvature"
         if abs(lowest) <= 10 * epsilon * highest:
             why = f"MINRES: {seen}, singular in this precision; it gives the least-squares solution of smallest norm"
             return Plan(MINRES(int(min(left, 2 * size + 100)), self.error, damping=damping), why)
@@ -116,8 +122,8 @@ class Budget:
         else:
             hint = damping + abs(lowest) + estimate.smallest_margin
             seen += f", of both signs (damping={hint:.3g} would make them positive)"
-        if size <= min(_DENSE, left) and size < expected:
-            why = f"Exact: {seen}; the matrix of {size} weights takes fewer products than the {expected} expected else"
+        if size <= min(_DENSE, left) and (size <= SMALL or size < expected):
+            why = f"Exact: {seen}; the matrix of {size} weights takes {size} products, {expected} are expected else"
             return Plan(Exact(damping=damping), why)
         # An estimate of the smallest eigenvalue is too large, so more may be needed; a solver stops by itself.
         limit = int(min(left, 10 * expected + 100))
@@ -125,14 +131,24 @@ class Budget:
         why = f"{kind.__name__}: {seen}; {expected} products expected to error {target:.3g}"
         return Plan(self._until_error(kind, limit, damping), why if limit >= expected else f"{why}, {limit} allowed")
 
-    def after_negative_curvature(self, plan: Plan, spent: int) -> Plan | None:
+    def after_negative_curvature(self, plan: Plan, estimate: SpectralEstimate | None, spent: int) -> Plan | None:
         """What to do where conjugate gradients met a direction of negative curvature; None if nothing is left."""
         left = math.inf if self.hvps is None else self.hvps - spent
         method = plan.solver.method if isinstance(plan.solver, Settling) else plan.solver
         if not isinstance(method, ConjugateGradient) or left < 1:
             return None
+        missed = "negative curvature came up that the estimate missed"
+        if self.damping == "auto" and estimate is not None:
+            damping = max(2 * method.damping, estimate.smallest_margin)
+            solver = self._until_error(ConjugateGradient, int(min(left, method.iterations)), damping)
+            return Plan(solver, f"{plan.explanation}; then damping={damping:.3g}: {missed}")
         solver = self._until_error(MINRES, int(min(left, 4 * method.iterations)), method.damping)
-        return Plan(solver, f"{plan.explanation}; then MINRES: negative curvature came up that the estimate missed")
+        return Plan(solver, f"{plan.explanation}; then MINRES: {missed}")
+
+    def _damping_for(self, estimate: SpectralEstimate | None) -> float:
+        if self.damping != "auto":
+            return float(self.damping)
+        return -2 * estimate.smallest if estimate is not None and estimate.indefinite() else 0.0
 
     def _until_error(self, kind: type[MINRES | ConjugateGradient], iterations: int, damping: float) -> Solver:
         if self.error is None:
