@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import hvp_engine as hvp
 
@@ -69,26 +71,72 @@ def test_threads_with_a_hypergradient_each(engine: str) -> None:
     assert not different
 
 
+def exit_code(child: int, seconds: float = 60.0) -> int | None:
+    """How a child ended; None for one that had to be killed after so long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def large_solve() -> list[Tensor]:
+    """A solve whose steps use all threads, those of torch and of the extension."""
+    w = torch.linspace(-1, 1, 1 << 19)
+    operator = hvp.HessianOperator(lambda w: (w.square() * w).sum() / 9 + w.square().sum(), w, engine="eager")
+    return [operator.solve(torch.ones_like(w), hvp.Neumann(3, alpha=0.05)).value]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("engine", ["eager", "linearized"])
-def test_a_fork_after_use(engine: str) -> None:
-    """The child goes on with what the parent had bound and traced, on one thread; so does the parent."""
+def test_a_fork_after_use(engine: str, threads: int) -> None:
+    """The child goes on with what the parent had bound and traced, on one thread; so does the parent, on all."""
+    hypergradient, call = problem(0, engine)
+
+    def results(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        return [*call(hypergradient), *large_solve()]
+
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        hypergradient, call = problem(0, engine)
-        expected = call(hypergradient)
+        on_one, expected = results(1), results(threads)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             child = os.fork()
         if child == 0:
             code = 1
-            try:
-                code = 0 if same(call(hypergradient), expected) else 2
+            try:  # on more threads torch itself would wait for those of the parent
+                code = 0 if same(results(1), on_one) else 2
             finally:
                 os._exit(code)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert same(call(hypergradient), expected)
+        assert exit_code(child) == 0
+        assert same(results(threads), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+class Curvatures(Dataset[Tensor]):
+    """Examples that are solves: what a loader's worker computes with this package."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Tensor:
+        return large_solve()[0] * (index + 1)
+
+
+def test_solves_in_loader_workers_after_use() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        (expected,) = large_solve()
+        loader = DataLoader(Curvatures(), batch_size=None, num_workers=2, timeout=60)
+        assert same(list(loader), [expected, 2 * expected])
     finally:
         torch.set_num_threads(before)
 
