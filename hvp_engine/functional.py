@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hvp_engine.isolation import is_isolated, record_module
+from hvp_engine.random_state import one_thread
 
 _HOOKS = "saved-tensor hooks in a functional call"
 
@@ -71,6 +72,10 @@ class FunctionalModule:
                 )
 
     def _call(self, weights: Mapping[str, Tensor], inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        with one_thread():  # the module's own weights are replaced for a while
+            return self._replaced(weights, inputs, keywords)
+
+    def _replaced(self, weights: Mapping[str, Tensor], inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         places = self._places()
         state: dict[str, Tensor] = {}
         for name, weight in weights.items():
@@ -128,7 +133,8 @@ def functional(module: torch.nn.Module) -> FunctionalModule:
 
     The returned callable takes `weights`, a dict of some or all of the module's named parameters (tied parameters
     under either name); the rest are the module's own. Buffers (BatchNorm statistics) are updated as by the module
-    itself, except inside calls of this package, where copies are used and the module's stay as they were.
+    itself, except inside calls of this package, where copies are used and the module's stay as they were. Threads
+    that call it, or others made of the same module, take turns.
 
     Errors: `TypeError` if `module` is no module, one under `fully_shard`, or `weights` no dict; `ValueError` for an
     unknown name.

@@ -44,7 +44,8 @@ def recorded_modules() -> Iterator[list[torch.nn.Module]]:
 
 @contextlib.contextmanager
 def isolated(seed: int, device: torch.device) -> Iterator[None]:
-    """Fork the random states (torch's on the CPU and `device`, Python's, numpy's), seed them, keep buffers untouched.
+    """Fork the random states (torch's on the CPU and `device`, Python's, numpy's), seed them, keep buffers untouched;
+    one thread at a time.
 
     Cost: as :func:`hvp_engine.random_state.random_state_kept`.
     """

@@ -9,8 +9,10 @@ import time
 import warnings
 from collections.abc import Callable
 
+import numpy
 import pytest
 import torch
+from numpy.random import mtrand
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -69,6 +71,31 @@ def test_threads_with_a_hypergradient_each(engine: str) -> None:
     for thread in threads:
         thread.join()
     assert not different
+
+
+@pytest.mark.parametrize("engine", ["eager", "linearized"])
+def test_threads_that_share_a_hypergradient(engine: str) -> None:
+    """And the module in its losses, and the process's generators."""
+    hypergradient, call = problem(0, engine)
+    expected, different = call(hypergradient), []
+    before = torch.get_rng_state(), mtrand.get_bit_generator(), str(numpy.random.get_state())
+    count = torch.get_num_threads()
+
+    def work() -> None:
+        try:
+            torch.set_num_threads(count)
+            different.extend("values" for _ in range(10) if not same(call(hypergradient), expected))
+        except BaseException as error:
+            different.append(repr(error))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not different
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert (mtrand.get_bit_generator(), str(numpy.random.get_state())) == before[1:]
 
 
 def exit_code(child: int, seconds: float = 60.0) -> int | None:
