@@ -16,7 +16,6 @@ import torch
 from numpy.random import mtrand
 from torch import Tensor
 
-
 _alone = threading.RLock()
 
 
