@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hvp_engine.errors import GraphError
 from hvp_engine.shards import Shard, is_sharded, local_part
 from hvp_engine.vectors import INPUT_DTYPES, Layout
 
@@ -43,8 +44,9 @@ def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor],
 
     Errors: `TypeError` for a leaf that is no tensor or of an unsupported dtype, `ValueError` for an empty tree or
     several devices; `name` is the argument that the message names. DTensors are refused unless `sharded`; the list
-    then has this process's parts.
+    then has this process's parts. :class:`GraphError` in inference mode.
     """
+    refuse_inference_mode(name)
     if isinstance(tree, torch.nn.Module):
         tree = dict(tree.named_parameters())
     leaves, spec = pytree.tree_flatten(tree)
@@ -68,6 +70,15 @@ def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor],
             "move them together"
         )
     return leaves, Structure(spec, shards)
+
+
+def refuse_inference_mode(name: str) -> None:
+    """Raise where autograd would record nothing, whatever the grad mode."""
+    if torch.is_inference_mode_enabled():
+        raise GraphError(
+            f"{name}: expected a call outside torch.inference_mode, where nothing can be differentiated; got one "
+            "inside: make it under torch.inference_mode(False)"
+        )
 
 
 def _is_usable(leaf: Any) -> bool:

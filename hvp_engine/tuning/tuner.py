@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from hvp_engine.distributed import Processes
 from hvp_engine.errors import CheckpointError
+from hvp_engine.trees import refuse_inference_mode
 from hvp_engine.tuning import checkpoint as checkpoints
 from hvp_engine.tuning import state
 from hvp_engine.tuning.batches import Batches
@@ -136,6 +137,7 @@ class Tuner(Steps):
         ten hypergradients in a row fail. A failed or non-finite hypergradient never reaches the optimizer: the hyper
         step is left out with a warning.
         """
+        refuse_inference_mode("fit")
         count(hyper_steps, "hyper_steps", least=0)
         count(checkpoint_every, "checkpoint_every")
         count(evaluate_every, "evaluate_every")
