@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,8 @@ class Settings:
     methods: tuple[str, ...] = tuple(method.name for method in METHODS if method.make)
     shown: int = 20
     """Products or steps of the summary's rows (the nearest that were measured)."""
+    examples: Mapping[str, int] = field(default_factory=dict)
+    """To train and to validate on, by problem; all of those that are not here."""
 
 
 def estimates(problem: Comparison, environment: Environment, settings: Settings, name: str, seed: int) -> Records:
@@ -66,7 +68,7 @@ def run(run: Run, settings: Settings) -> None:
     counts = ("one decay", "a decay for each weight") if settings.search_gradients else ()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the weights are far from a minimum")  # the early ones are
-        problem = build(run.options.dataset)
+        problem = build(run.options.dataset, settings.examples.get(run.options.dataset))
         cases = {
             name: partial(estimates, problem, environment, settings, name, run.options.seed)
             for name in settings.methods
@@ -125,7 +127,7 @@ EXPERIMENT = Experiment(
     title="every way to a hypergradient against the exact one",
     run=run,
     sizes={
-        "small": Settings(lengths=(1, 2, 5, 10, 20, 50), search_gradients=1500),
+        "small": Settings(lengths=(1, 2, 5, 10, 20, 50), search_gradients=1500, examples={"mnist-conv": 500}),
         "paper": Settings(lengths=(1, 2, 5, 10, 20, 50, 100, 200), search_gradients=20_000),
     },
     datasets=tuple(PROBLEMS),

@@ -3,7 +3,8 @@
     L_T(w, lambda) = cross-entropy on 50 examples + 1/2 sum_i exp(lambda_i) w_i^2,   L_V = cross-entropy on 50 others.
 
 Algorithm 1 with the identity for the inverse Hessian (T1-T2). A run ends when every training and validation example is
-classified correctly; the error on the test set stays far higher.
+classified correctly; the error on the test set stays far higher. At the small size ResNet-44 makes a fixed number of
+hyper steps instead.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class Settings:
     """`hyper_steps` at most, by network."""
 
     hyper_steps: Mapping[str, int]
+    fixed: tuple[str, ...] = ()
+    """Networks that make all of them, even when nothing is wrong any more."""
     examples: int = 50
     inner_steps: int = 5
     large_inner_steps: int = 2
@@ -115,7 +118,7 @@ def _overfit(
         hyper_steps,
         evaluate=evaluate,
         evaluate_every=max(1, min(5, hyper_steps // settings.evaluations)),
-        stop=everything_right,
+        stop=(lambda record: False) if name in settings.fixed else everything_right,
         checkpoint_every=500,
     )
     scores = [f"{image_sets.accuracy(module, part):.1%}" for part in (images.train, images.validation, images.test)]
@@ -169,6 +172,6 @@ EXPERIMENT = Experiment(
     source="Fig. 5, 10",
     title="fitting 50 validation examples by one decay per weight",
     run=run,
-    sizes={"small": Settings(_SMALL), "paper": Settings(_PAPER, hyper_learning_rate=1e-2)},
+    sizes={"small": Settings(_SMALL, fixed=("ResNet-44",)), "paper": Settings(_PAPER, hyper_learning_rate=1e-2)},
     datasets=image_sets.NAMES[:2],
 )
