@@ -99,6 +99,34 @@ def test_killed_in_the_middle_of_a_step(straight: dict[str, Tensor], tmp_path: P
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize(("minutes", "steps"), [(0, 4), (10, None), (None, None)])
+def test_killed_before_the_first_hyper_step(
+    minutes: float | None, steps: int | None, straight: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """SIGKILL in the fifth training step of the first round, which has seven: saved is what the clock has asked for."""
+    path, evaluations = tmp_path / "run.pt", []
+
+    def event(kind: str) -> None:
+        evaluations.append(kind)
+        if len(evaluations) == 4 * 2 + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads, which a child does without
+        child = os.fork()
+    if child == 0:
+        try:
+            TuningRun(event).fit(STEPS, checkpoint=path, checkpoint_minutes=minutes)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert path.exists() == (steps is not None)
+    if steps is not None:
+        assert checkpoint.read(path)["counters"] == {"hyper_steps": 0, "steps_to_go": 7 - steps, "failures": 0}
+    assert_same(TuningRun().fit(STEPS, checkpoint=path), straight)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.soak)])
 def test_killed_at_any_moment(kills: int, straight: dict[str, Tensor], tmp_path: Path) -> None:
     """SIGKILL anywhere in runs that save at each hyper step; of 100, several are killed while they write."""

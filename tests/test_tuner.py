@@ -297,6 +297,7 @@ def test_solver_beside_an_estimator() -> None:
     [
         ({"hyper_steps": -1}, "^hyper_steps: expected an int >= 0; got -1"),
         ({"checkpoint_every": 0}, "^checkpoint_every: expected an int >= 1; got 0"),
+        ({"checkpoint_minutes": -1}, "^checkpoint_minutes: expected a number >= 0 or None; got -1"),
         ({"evaluate_every": 0}, "^evaluate_every: expected an int >= 1; got 0"),
         ({"patience": 0}, "^patience: expected an int >= 1 or None; got 0"),
     ],

@@ -1,9 +1,11 @@
-"""When a tuning run is saved: every few hyper steps, at its end, and when it is interrupted or fails."""
+"""When a tuning run is saved: every few hyper steps or minutes, at its end, and when it is interrupted or fails."""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 import warnings
 from pathlib import Path
 from types import FrameType
@@ -25,12 +27,14 @@ class Saver:
 
     Arguments:
         every: hyper steps between checkpoints.
+        minutes: between checkpoints, at most, whatever steps they take; None: no limit.
         saved: whether the state is in the file already.
     """
 
-    def __init__(self, tuner: Tuner, path: Path | None, every: int, saved: bool):
+    def __init__(self, tuner: Tuner, path: Path | None, every: int, minutes: float | None, saved: bool):
         self._tuner, self._path, self._every = tuner, path, every
-        self._saved = saved
+        self._seconds = math.inf if minutes is None else 60 * minutes
+        self._saved, self._saved_at = saved, time.monotonic()
         self._received: int | None = None
         self._outer_handlers: dict[int, Any] = {}
 
@@ -51,6 +55,11 @@ class Saver:
         self._saved = False
         if self._received is not None:
             raise _error_of(self._received)
+
+    def save_if_late(self) -> None:
+        """Save if the last time is too long ago."""
+        if time.monotonic() - self._saved_at >= self._seconds:
+            self._save_or_warn()
 
     def save_if_due(self) -> None:
         """Save if this is the hyper step for it."""
@@ -87,6 +96,7 @@ class Saver:
 
     def _save_or_warn(self) -> None:
         """A full disk does not end the training: later there may be room."""
+        self._saved_at = time.monotonic()
         try:
             self._save()
         except OSError as failure:

@@ -95,6 +95,7 @@ class Tuner(Steps):
         *,
         checkpoint: str | Path | None = None,
         checkpoint_every: int = 50,
+        checkpoint_minutes: float | None = 10.0,
         verbose: bool = False,
         callbacks: Sequence[Callback] = (),
         evaluate: Evaluation | None = None,
@@ -114,9 +115,10 @@ class Tuner(Steps):
             hyper_steps: rounds in all, those that were left out included.
             progress: show a progress bar.
             checkpoint: a file to continue from, if it exists and this tuner has not made a step yet, and to save to:
-                every `checkpoint_every` hyper steps, at the end, on a signal and on any exception, atomically, with
-                the one before kept as `<checkpoint>.previous`; but never weights that are NaN or infinite. It holds
-                weights, buffers, hyperparameters, optimizers, schedulers, random states, the estimator's state, the
+                every `checkpoint_every` hyper steps, after the step at which the last time is `checkpoint_minutes`
+                ago (a round may take hours), at the end, on a signal and on any exception, atomically, with the one
+                before kept as `<checkpoint>.previous`; but never weights that are NaN or infinite. It holds weights,
+                buffers, hyperparameters, optimizers, schedulers, random states, the estimator's state, the
                 loaders' positions and the history. On the CPU the continued run is the uninterrupted one, bit for bit
                 (with engine="auto", which measures, as long as both chose alike; a checkpoint keeps the choice). A
                 disk that is full in the meantime gives a warning, and the training goes on.
@@ -124,6 +126,7 @@ class Tuner(Steps):
                 With a checkpoint SIGINT (Ctrl-C) and SIGTERM stop the run at the end of the step; it is saved, and
                 `KeyboardInterrupt` or `SystemExit(143)` raised. A second signal raises at once. That is so in the main
                 thread, for the time of this call, and for a signal that the program itself does not handle.
+            checkpoint_minutes: None for no checkpoints by time; many processes, whose clocks differ, make none.
             verbose: print one line for each hyper step.
             callbacks: functions of (tuner, record), called after each hyper step; one that returns True stops the run.
             evaluate: a function of the tuner that returns a dict of numbers, which join the record, called every
@@ -141,6 +144,8 @@ class Tuner(Steps):
         count(hyper_steps, "hyper_steps", least=0)
         count(checkpoint_every, "checkpoint_every")
         count(evaluate_every, "evaluate_every")
+        if checkpoint_minutes is not None and not checkpoint_minutes >= 0:
+            raise ValueError(f"checkpoint_minutes: expected a number >= 0 or None; got {checkpoint_minutes!r}")
         path = None if checkpoint is None else self._own(checkpoint)
         with self._together():
             loaded = self._continue_from(path)
@@ -151,13 +156,15 @@ class Tuner(Steps):
         stopping = EarlyStopping(metric, patience, self.history)
         monitor = Monitor(hyper_steps, self.hyper_steps, progress, verbose, tensorboard)
         stopped = self._any(stopping.over)
-        with monitor, Saver(self, path, checkpoint_every, saved=loaded) as saver:
+        minutes = checkpoint_minutes if self.processes is None else None
+        with monitor, Saver(self, path, checkpoint_every, minutes, saved=loaded) as saver:
             while self.hyper_steps < hyper_steps and not stopped:
                 start = Moment(self.device)
                 while self.steps_to_go > 0:
                     self.inner_step(self._take(train, self.accumulate))
                     with self._together():
                         saver.settle()
+                        saver.save_if_late()
                 record = self.round(train, val, start)
                 with self._together():
                     saver.settle()
