@@ -31,6 +31,18 @@ class HypergradientDescent:
     Errors: `ValueError` for a budget below one round; the :class:`Tuner`'s.
 
     Source: Algorithm 1 of Lorraine, Vicol, Duvenaud 2019.
+
+    >>> import torch, hvp_engine as hvp
+    >>> from hvp_engine.search import HypergradientDescent, TuningProblem
+    >>> train = lambda w, h, batch: ((w - batch) ** 2 + h.exp() * w**2).sum() / 2       # w* = batch / (1 + e^h)
+    >>> val = lambda w, h, batch: ((w - batch) ** 2).sum() / 2                          # best at e^h = 2
+    >>> batches = [torch.tensor([1.0])], [torch.tensor([1 / 3])]
+    >>> problem = TuningProblem(train, val, torch.zeros(1), torch.zeros(1), *batches, bounds=(-3.0, 3.0))
+    >>> sgd, adam = (lambda t: torch.optim.SGD(t, lr=0.2)), (lambda t: torch.optim.Adam(t, lr=0.1))
+    >>> estimator = lambda train, val: hvp.Hypergradient(train, val, hvp.Neumann(5))
+    >>> search = HypergradientDescent(estimator, 3 + 2 * 5, sgd, adam, inner_steps=10, warmup_steps=50)
+    >>> search(problem, 1500).hyper.exp().round(decimals=1)
+    tensor([2.])
     """
 
     estimator: Callable[[Loss, Loss], Estimator]

@@ -42,6 +42,16 @@ class LinearHypernetwork:
     Errors: `TypeError`/`ValueError` naming the argument.
 
     Source: Lorraine and Duvenaud 2018, the local form (its Algorithm 3).
+
+    >>> import torch
+    >>> from hvp_engine.search import LinearHypernetwork, TuningProblem
+    >>> train = lambda w, h, batch: ((w - batch) ** 2 + h.exp() * w**2).sum() / 2       # w* = batch / (1 + e^h)
+    >>> val = lambda w, h, batch: ((w - batch) ** 2).sum() / 2                          # best at e^h = 2
+    >>> batches = [torch.tensor([1.0])], [torch.tensor([1 / 3])]
+    >>> problem = TuningProblem(train, val, torch.zeros(1), torch.zeros(1), *batches, bounds=(-3.0, 3.0))
+    >>> sgd, adam = (lambda t: torch.optim.SGD(t, lr=0.2)), (lambda t: torch.optim.Adam(t, lr=0.1))
+    >>> LinearHypernetwork(sgd, adam)(problem, 1000).hyper.exp().round(decimals=1)
+    tensor([2.])
     """
 
     weight_optimizer: OptimizerOf
