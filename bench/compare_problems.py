@@ -154,10 +154,13 @@ PROBLEMS = {
 }  # fmt: skip
 
 
-def untrained(name: str) -> Comparison:
-    """The problem `name` before training: all weights are those of the start, and there is no reference."""
+def untrained(name: str, examples: int | None = None) -> Comparison:
+    """The problem `name` before training: all weights are those of the start, and there is no reference.
+
+    With `examples` it has the first so many to train and to validate on.
+    """
     recipe = PROBLEMS[name]
-    train, val = recipe.data()
+    train, val = ((inputs[:examples], targets[:examples]) for inputs, targets in recipe.data())
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         module = recipe.module().to(DTYPE)
@@ -170,9 +173,9 @@ def untrained(name: str) -> Comparison:
 
 
 @cache
-def build(name: str) -> Comparison:
+def build(name: str, examples: int | None = None) -> Comparison:
     """The problem `name`, trained to its minimum in float64; the same numbers at every call."""
-    recipe, blank = PROBLEMS[name], untrained(name)
+    recipe, blank = PROBLEMS[name], untrained(name, examples)
     early = _trained(blank, lambda w: torch.optim.Adam(w, lr=recipe.early_rate), recipe.early_steps)
     near = _trained(replace(blank, start=early), lambda w: torch.optim.LBFGS(w, max_iter=500, history_size=50), 1)
     pair = _pair(blank, near)
