@@ -87,9 +87,8 @@ class Comparison:
     def setting(self) -> Setting:
         """What the registry makes methods from."""
         return Setting(
-            self.train_loss, self.val_loss, self.rate, self.model, self.loss_of_outputs, self.preconditioner,
-            scale=self.weight_count**-0.5,
-        )  # fmt: skip
+            self.train_loss, self.val_loss, self.rate, self.model, self.loss_of_outputs, self.preconditioner, scale=1.0
+        )
 
     def search_problem(self, one_decay: bool) -> TuningProblem:
         """The same problem from untrained weights, with one log decay for all weights, or one for each."""

@@ -96,6 +96,17 @@ def test_structured_response_by_hand() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 20_000])
+def test_a_step_of_adam_moves_a_linear_response_alike_for_any_number_of_hyperparameters(size: int) -> None:
+    response = LinearResponse([randn(20, seed=1)], size)
+    seen, other = randn(size, seed=2), randn(size, seed=3)
+    optimizer = torch.optim.Adam(response.slopes, lr=0.02)
+    response(seen)[0].sum().backward()
+    optimizer.step()
+    moved = response(other)[0].detach() - response.base[0].detach()
+    assert float(moved.abs().max()) < 0.02 * 3
+
+
+@pytest.mark.parametrize("size", [1, 20_000])
 def test_a_step_of_adam_moves_a_structured_response_alike_for_any_number_of_hyperparameters(size: int) -> None:
     """At a new perturbation, factors of size 1 become others by about the step, not by many times their size."""
     torch.manual_seed(0)

@@ -22,7 +22,10 @@ class Response(Protocol):
 
 
 class LinearResponse:
-    """w_phi(change) = base + slope change, with a slope for each weight and each hyperparameter.
+    """w_phi(change) = base + slope change / sqrt(H), with a slope for each weight and each hyperparameter.
+
+    With the root, random changes of size 1 move the weights by about the size of the slopes, however many
+    hyperparameters there are, so that steps of a fixed size, such as Adam's, suit them.
 
     Arguments:
         weights: the base to start from, copied; slopes start at zero.
@@ -42,15 +45,16 @@ class LinearResponse:
         return [*self.base, *self.slopes]
 
     def __call__(self, change: Tensor) -> list[Tensor]:
-        return [b + slope @ change.to(b.dtype) for b, slope in zip(self.base, self.slopes, strict=True)]
+        scaled = change / math.sqrt(len(change))
+        return [b + slope @ scaled.to(b.dtype) for b, slope in zip(self.base, self.slopes, strict=True)]
 
 
 class StructuredResponse:
     """Each output unit scales a second set of weights: W + (V change / sqrt(H)) * U row by row, for each weight tensor.
 
     A row is what belongs to one index of the first dimension: the incoming weights of a unit, a filter, a bias. So W
-    and U have the shape of the weights, and V has one row of H numbers for each unit. With the root, V's numbers are of
-    size 1 however many hyperparameters there are, so that steps of a fixed size, such as Adam's, suit them.
+    and U have the shape of the weights, and V has one row of H numbers for each unit. The root is there as in
+    :class:`LinearResponse`.
 
     Arguments:
         weights: W to start from, copied; U starts at zero, V at random, drawn from torch's generator.
