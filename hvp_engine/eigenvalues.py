@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine.arguments import check_count, check_positive
 from hvp_engine.errors import HvpError, NonFiniteError
 from hvp_engine.krylov import LanczosBasis, RitzPairs, random_unit_vector, tridiagonalize
 from hvp_engine.linearization import LinearMap
-from hvp_engine.solvers.base import check_positive
 from hvp_engine.solving import CallableOperator
 from hvp_engine.trees import flatten
 
@@ -76,8 +76,8 @@ def extreme_eigenvalues(
     ([6.0, -2.0], True)
     """
     linear = _linear_map(operator, like)
-    _check_count(count, "count")
-    _check_count(max_hvps, "max_hvps")
+    check_count(count, "count")
+    check_count(max_hvps, "max_hvps")
     check_positive(tol, "tol")
     count = min(count, max(1, linear.layout.numel))
     basis = LanczosBasis(linear.product, random_unit_vector(linear.layout, seed), max_hvps)
@@ -201,8 +201,8 @@ def spectral_density(
     tensor([0.0000, 3.9890], dtype=torch.float64)
     """
     linear = _linear_map(operator, like)
-    _check_count(probes, "probes")
-    _check_count(steps, "steps")
+    check_count(probes, "probes")
+    check_count(steps, "steps")
     steps = min(steps, max(1, linear.layout.numel))
     nodes, weights = torch.zeros(2, probes, steps, dtype=torch.float64)
     hvps = 0
@@ -234,8 +234,3 @@ def _finite(pairs: RitzPairs | None) -> RitzPairs:
     if pairs is None:
         raise NonFiniteError("operator: expected finite products; got NaN or Inf: look at the weights and the loss")
     return pairs
-
-
-def _check_count(value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an int >= 1; got {value!r}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hvp_engine.arguments import check_count
 from hvp_engine.engines.eager import leaves
 from hvp_engine.engines.tape import differentiate, filled
 from hvp_engine.errors import GraphError, NonFiniteError
@@ -95,8 +96,7 @@ def influence_matrix(
             [ 2.0000]])
     """
     solver = ConjugateGradient(100) if solver is None else solver
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk: expected an int >= 1; got {chunk!r}")
+    check_count(chunk, "chunk")
     weight_list, structure = flatten(weights, "weights")
     train = _Gradients(train_loss, weight_list, structure, train_examples, "train")
     test = _Gradients(test_loss, weight_list, structure, test_examples, "test")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hvp_engine import engines
+from hvp_engine.arguments import check_count
 from hvp_engine.distributed import averaged, together
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.isolation import Draws, isolated
@@ -67,8 +68,7 @@ class StochasticHessianOperator:
         batches_per_product: int = 1,
         engine: str | engines.Engine = "auto",
     ):
-        if isinstance(batches_per_product, bool) or not isinstance(batches_per_product, int) or batches_per_product < 1:
-            raise ValueError(f"batches_per_product: expected an int >= 1; got {batches_per_product!r}")
+        check_count(batches_per_product, "batches_per_product")
         if not callable(loss):
             raise TypeError(f"loss: expected a function of (weights, batch); got {type(loss).__name__}")
         leaves, self._structure = flatten(weights, "weights")

@@ -133,11 +133,11 @@ def test_tuner_with_unrolling_reaches_the_optimum() -> None:
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"steps": 0}, ValueError, "steps: expected at least 1.*got 0"),
+        ({"steps": 0}, ValueError, "steps: expected an int >= 1.*got 0"),
         ({"steps": 1.5}, TypeError, "steps: expected an int.*got float"),
         ({"steps": True}, TypeError, "steps: expected an int.*got bool"),
         ({"truncation": 4}, ValueError, "truncation: expected at most steps=3; got 4"),
-        ({"truncation": 0}, ValueError, "truncation: expected at least 1"),
+        ({"truncation": 0}, ValueError, "truncation: expected an int >= 1"),
         ({"rule": 0.1}, TypeError, "rule: expected an update rule such as SGD"),
         ({"rule": SGD}, TypeError, "rule: expected an update rule such as SGD"),
         ({"mode": "sideways"}, ValueError, "mode: expected 'reverse' or 'forward'; got 'sideways'"),

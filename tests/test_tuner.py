@@ -246,7 +246,7 @@ def test_empty_loader_is_named() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "warmup": ({"warmup_steps": -1}, ValueError, "^warmup_steps: expected an int >= 0; got -1"),
     "accumulate": ({"accumulate": 0}, ValueError, "^accumulate: expected an int >= 1; got 0"),
-    "val_batches": ({"val_batches": True}, ValueError, "^val_batches: expected an int >= 1; got True"),
+    "val_batches": ({"val_batches": True}, TypeError, "^val_batches: expected an int >= 1; got bool"),
     "tolerance": ({"inner_tolerance": -1.0}, ValueError, "^inner_tolerance: expected a number >= 0"),
     "clip": ({"weight_clip": 0.0}, ValueError, "^weight_clip: expected a number > 0 or None; got 0.0"),
     "hyper clip": ({"hyper_clip": math.nan}, ValueError, "^hyper_clip: expected a number > 0 or None; got nan"),
@@ -299,7 +299,7 @@ def test_solver_beside_an_estimator() -> None:
         ({"checkpoint_every": 0}, "^checkpoint_every: expected an int >= 1; got 0"),
         ({"checkpoint_minutes": -1}, "^checkpoint_minutes: expected a number >= 0 or None; got -1"),
         ({"evaluate_every": 0}, "^evaluate_every: expected an int >= 1; got 0"),
-        ({"patience": 0}, "^patience: expected an int >= 1 or None; got 0"),
+        ({"patience": 0}, "^patience: expected an int >= 1, or None; got 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine.arguments import check_count, check_positive
 from hvp_engine.checking.experiment import Experiment, Fit, Solved
 from hvp_engine.checking.local_derivatives import step_of, wrong_derivatives
 from hvp_engine.checking.refitting import Pair, reference_hypergradient
@@ -16,7 +17,7 @@ from hvp_engine.checking.verdict import CheckResult, Evidence, Point, Verdict
 from hvp_engine.isolation import isolated
 from hvp_engine.linearization import Problem
 from hvp_engine.solvers import Neumann, Solver
-from hvp_engine.solvers.base import check_positive, check_solver
+from hvp_engine.solvers.base import check_solver
 from hvp_engine.trees import flatten
 
 Loss = Callable[[Any, Any, Any], Tensor]
@@ -82,8 +83,7 @@ def check(
     solver = Neumann(20) if solver is None else solver
     check_solver(solver)
     check_positive(tolerance, "tolerance")
-    if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
-        raise ValueError(f"directions: expected an int >= 1; got {directions!r}")
+    check_count(directions, "directions")
     if fit is not None and not callable(fit):
         raise TypeError(f"fit: expected a function of (weights, hyper) or None; got {type(fit).__name__}")
     if not (isinstance(batches, Sequence) and len(batches) == 2):

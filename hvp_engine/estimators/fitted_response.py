@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine.arguments import check_count, check_positive
 from hvp_engine.estimation import Estimate
 from hvp_engine.estimators.responses import LinearResponse, Response
 from hvp_engine.isolation import Draws, isolated
 from hvp_engine.linearization import Problem
-from hvp_engine.solvers.base import check_positive
 from hvp_engine.trees import flatten
 from hvp_engine.vectors import detached, norm_of
 
@@ -64,8 +64,7 @@ class FittedResponse:
         for name, function in (("train_loss", train_loss), ("val_loss", val_loss), ("optimizer", optimizer)):
             if not callable(function):
                 raise TypeError(f"{name}: expected a function; got {type(function).__name__}: define one")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps: expected an int >= 1, the training steps of the response; got {steps!r}")
+        check_count(steps, "steps", what="the training steps of the response")
         check_positive(scale, "scale")
         self.train_loss, self.val_loss, self.steps = train_loss, val_loss, steps
         self.optimizer, self.scale, self.response = optimizer, scale, response

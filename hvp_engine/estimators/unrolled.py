@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from hvp_engine.arguments import check_count
 from hvp_engine.estimation import Estimate
 from hvp_engine.estimators.trajectory import Trajectory, forward, reverse
 from hvp_engine.estimators.update_rules import UpdateRule
@@ -95,9 +96,9 @@ class Unrolled:
                 raise TypeError(
                     f"{name}: expected a function of (weights, hyper, batch); got {type(loss).__name__}: define one"
                 )
-        _check_count(steps, "steps", "the training steps that are unrolled")
+        check_count(steps, "steps", what="the training steps that are unrolled")
         truncation = steps if truncation is None else truncation
-        _check_count(truncation, "truncation", "the last steps that are differentiated")
+        check_count(truncation, "truncation", what="the last steps that are differentiated")
         if truncation > steps:
             raise ValueError(f"truncation: expected at most steps={steps}; got {truncation}: unroll more steps")
         if isinstance(rule, type) or not (hasattr(rule, "step") and hasattr(rule, "initial_state")):
@@ -149,10 +150,3 @@ class Unrolled:
                 "Tuner(train_batches=steps), or batch_per_step=False for one batch"
             )
         return train_batch
-
-
-def _check_count(value: Any, name: str, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, {what}; got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, {what}; got {value}")

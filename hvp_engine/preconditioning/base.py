@@ -48,10 +48,3 @@ class SymmetricMap(Protocol):
 def check_operator(operator: Any) -> None:
     if not (hasattr(operator, "product") and hasattr(operator, "layout")):
         raise TypeError(f"operator: expected an operator such as hvp.HessianOperator; got {type(operator).__name__}")
-
-
-def check_count(value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected a number >= 1; got {value}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from hvp_engine.preconditioning.base import SymmetricMap, check_count, check_operator
+from hvp_engine.arguments import check_count, check_not_negative
+from hvp_engine.preconditioning.base import SymmetricMap, check_operator
 from hvp_engine.trees import Tree, flatten
 from hvp_engine.vectors import FlatVector, Layout
 
@@ -41,10 +41,7 @@ class DiagonalPreconditioner:
     """
 
     def __init__(self, diagonal: Tree | Callable[[], Tree], shift: float = 0.0):
-        if isinstance(shift, bool) or not isinstance(shift, (int, float)):
-            raise TypeError(f"shift: expected a number; got {type(shift).__name__}")
-        if not (math.isfinite(shift) and shift >= 0):
-            raise ValueError(f"shift: expected a finite number >= 0; got {shift}")
+        check_not_negative(shift, "shift")
         self.diagonal, self.shift = diagonal, shift
         for index, leaf in enumerate(self._leaves()):
             total = leaf.detach() + shift

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hvp_engine.arguments import check_positive
 from hvp_engine.errors import NonFiniteError
 from hvp_engine.trees import check_scalar, flatten
 
@@ -86,8 +87,7 @@ class KFACPreconditioner:
     ):
         if not isinstance(module, nn.Module):
             raise TypeError(f"module: expected a torch.nn.Module; got {type(module).__name__}")
-        if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < float("inf"):
-            raise ValueError(f"shift: expected a finite number > 0; got {shift!r}")
+        check_positive(shift, "shift")
         if not isinstance(weights, Mapping):
             raise TypeError(f"weights: expected a dict of named parameters; got {type(weights).__name__}")
         self._shapes = [leaf.shape for leaf in flatten(dict(weights), "weights")[0]]

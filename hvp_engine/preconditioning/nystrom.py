@@ -6,9 +6,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from hvp_engine.arguments import check_count, check_positive
 from hvp_engine.blocks import fill
 from hvp_engine.low_rank import Sketch
-from hvp_engine.preconditioning.base import SymmetricMap, check_count, check_operator
+from hvp_engine.preconditioning.base import SymmetricMap, check_operator
 from hvp_engine.trees import check_like
 from hvp_engine.vectors import FlatVector
 
@@ -53,8 +54,7 @@ class NystromPreconditioner:
     ):
         check_operator(operator)
         check_count(rank, "rank")
-        if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 < rho < float("inf"):
-            raise ValueError(f"rho: expected a finite number > 0; got {rho!r}")
+        check_positive(rho, "rho")
         columns = Sketch(operator.layout, rank, sketch, seed)
         fill(columns, operator)
         self.hvps = columns.steps

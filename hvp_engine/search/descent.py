@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hvp_engine.arguments import check_count
 from hvp_engine.estimation import Estimator
 from hvp_engine.isolation import isolated
 from hvp_engine.search.problem import Loss, Run, SearchResult, TuningProblem
@@ -57,8 +58,7 @@ class HypergradientDescent:
 
     def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
         run = Run(problem, gradients)
-        if isinstance(self.cost, bool) or not isinstance(self.cost, int) or self.cost < 1:
-            raise ValueError(f"cost: expected an int >= 1, the gradients that a call counts as; got {self.cost!r}")
+        check_count(self.cost, "cost", what="the gradients that a call counts as")
         tuner = Tuner(
             run.weight_structure.rebuild(run.weights),
             run.hyper_structure.rebuild(run.hyper),

@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hvp_engine.arguments import check_count, check_not_negative, check_positive
 from hvp_engine.estimators.responses import LinearResponse, Response, StructuredResponse
 from hvp_engine.isolation import isolated
 from hvp_engine.search.problem import Kind, Point, Run, SearchResult, TuningProblem
 from hvp_engine.search.trials import OptimizerOf, SchedulerOf, unflatten
-from hvp_engine.solvers.base import check_positive
 from hvp_engine.tuning.descent import Descent, global_norm
-from hvp_engine.tuning.steps import count
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,10 @@ class SelfTuningNetwork:
     weight_clip: float | None = None
 
     def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
-        if isinstance(self.entropy_weight, bool) or not isinstance(self.entropy_weight, int | float):
-            raise TypeError(f"entropy_weight: expected a number; got {type(self.entropy_weight).__name__}")
-        if not (math.isfinite(self.entropy_weight) and self.entropy_weight >= 0):
-            raise ValueError(f"entropy_weight: expected a finite number >= 0; got {self.entropy_weight}")
+        check_not_negative(self.entropy_weight, "entropy_weight")
         parts = self.perturbations
-        if parts is not None and (isinstance(parts, bool) or not isinstance(parts, int) or parts < 1):
-            raise ValueError(f"perturbations: expected an int >= 1 for a batch, or None; got {parts!r}")
+        if parts is not None:
+            check_count(parts, "perturbations", what="those of a batch, or None for one of each example")
         return _Descent(self, StructuredResponse, self.entropy_weight, parts).run(problem, gradients)
 
 
@@ -132,8 +128,8 @@ class _Descent:
         perturbations: int | None = 1,
     ):
         check_positive(options.scale, "scale")
-        count(options.inner_steps, "inner_steps")
-        count(options.warmup_steps, "warmup_steps", least=0)
+        check_count(options.inner_steps, "inner_steps")
+        check_count(options.warmup_steps, "warmup_steps", least=0)
         self.options, self.make_response, self.entropy_weight = options, response, entropy_weight
         self.perturbations = perturbations
 

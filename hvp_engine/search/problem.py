@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hvp_engine.arguments import check_count
 from hvp_engine.linearization import Problem
 from hvp_engine.trees import flatten
 from hvp_engine.tuning.bounds import Bounds
@@ -83,8 +84,7 @@ class Run:
     """One search in progress: the problem taken apart, endless batches, and the account of gradients."""
 
     def __init__(self, problem: TuningProblem, gradients: int):
-        if isinstance(gradients, bool) or not isinstance(gradients, int) or gradients < 1:
-            raise ValueError(f"gradients: expected an int >= 1, the budget; got {gradients!r}")
+        check_count(gradients, "gradients", what="the budget")
         weights, self.weight_structure = flatten(problem.weights, "weights")
         hyper, self.hyper_structure = flatten(problem.hyper, "hyper")
         self.weights, self.hyper = ([t.detach().clone() for t in tensors] for tensors in (weights, hyper))

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hvp_engine.arguments import check_count
 from hvp_engine.errors import DivergenceError, HvpError
 from hvp_engine.isolation import isolated
 from hvp_engine.search.problem import Run, SearchResult, TuningProblem
 from hvp_engine.tuning.descent import Descent, global_norm
-from hvp_engine.tuning.steps import count
 
 OptimizerOf = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 SchedulerOf = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -84,8 +84,7 @@ class GridSearch:
 
     def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
         optuna = require_optuna()
-        if isinstance(self.points, bool) or not isinstance(self.points, int) or self.points < 2:
-            raise ValueError(f"points: expected an int >= 2; got {self.points!r}")
+        check_count(self.points, "points", least=2)
         trials = _Trials(self, problem, gradients)
         size = self.points ** len(trials.box)
         if size > trials.count:
@@ -125,7 +124,7 @@ class BayesianOptimization:
     startup_trials: int = 10
 
     def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult:
-        count(self.startup_trials, "startup_trials")
+        check_count(self.startup_trials, "startup_trials")
         sampler = require_optuna().samplers.GPSampler(seed=self.seed, n_startup_trials=self.startup_trials)
         return _Trials(self, problem, gradients).run(sampler)
 
@@ -137,7 +136,7 @@ class _Trials:
         self, options: RandomSearch | GridSearch | BayesianOptimization, problem: TuningProblem, gradients: int
     ):
         self.options, self.search = options, Run(problem, gradients)
-        steps = count(options.training_steps, "training_steps")
+        steps = check_count(options.training_steps, "training_steps")
         if gradients < steps:
             raise ValueError(
                 f"gradients: expected a budget of at least one trial, training_steps={steps}; got {gradients}"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine import ops
+from hvp_engine.arguments import check_count, check_not_negative
 from hvp_engine.preconditioning import Preconditioner, check_preconditioner
 from hvp_engine.solution import Status
 from hvp_engine.spectrum import SpectralEstimate
@@ -139,35 +140,6 @@ def _plans(solver: Any) -> bool:
     return hasattr(solver, "plan")
 
 
-def check_iterations(iterations: Any, name: str = "iterations") -> None:
-    if isinstance(iterations, bool) or not isinstance(iterations, int):
-        raise TypeError(f"{name}: expected an int; got {type(iterations).__name__}")
-    if iterations < 0:
-        raise ValueError(f"{name}: expected a number of products >= 0; got {iterations}")
-
-
-def check_positive(value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number; got {type(value).__name__}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a finite number > 0; got {value}")
-
-
-def check_damping(damping: Any) -> None:
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
-        raise TypeError(f"damping: expected a number; got {type(damping).__name__}")
-    if not (math.isfinite(damping) and damping >= 0):
-        raise ValueError(f"damping: expected a finite number >= 0; got {damping}")
-
-
-def check_tolerance(tol: Any) -> None:
-    if tol is not None:
-        if isinstance(tol, bool) or not isinstance(tol, (int, float)):
-            raise TypeError(f"tol: expected a number or None; got {type(tol).__name__}")
-        if not (math.isfinite(tol) and tol >= 0):
-            raise ValueError(f"tol: expected a finite number >= 0, or None; got {tol}")
-
-
 def tolerance_of(tol: float | None, layout: Layout) -> float:
     """The relative residual to stop at: `tol`, by default eps^(2/3), and in no case below rounding."""
     epsilon = torch.finfo(layout.state_dtype).eps
@@ -184,9 +156,10 @@ class KrylovSolver:
     preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
-        check_iterations(self.iterations)
-        check_tolerance(self.tol)
-        check_damping(self.damping)
+        check_count(self.iterations, "iterations", least=0)
+        if self.tol is not None:
+            check_not_negative(self.tol, "tol")
+        check_not_negative(self.damping, "damping")
         check_preconditioner(self.preconditioner)
 
     @property

@@ -8,7 +8,8 @@ from typing import Literal
 
 import torch
 
-from hvp_engine.solvers.base import Solver, check_damping, check_iterations, check_positive
+from hvp_engine.arguments import check_count, check_not_negative, check_positive
+from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.conjugate_gradient import ConjugateGradient
 from hvp_engine.solvers.exact import Exact
 from hvp_engine.solvers.minres import MINRES
@@ -83,11 +84,9 @@ class Budget:
         if self.error is not None:
             check_positive(self.error, "error")
         if self.hvps is not None:
-            check_iterations(self.hvps, "hvps")
-            if self.hvps < 1:
-                raise ValueError(f"hvps: expected a number of products >= 1; got {self.hvps}")
+            check_count(self.hvps, "hvps", what="the number of products")
         if self.damping != "auto":
-            check_damping(self.damping)
+            check_not_negative(self.damping, "damping")
 
     def wants_estimate(self, layout: Layout, cost: int) -> bool:
         """Whether to spend `cost` products on an estimate."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hvp_engine import ops
+from hvp_engine.arguments import check_count, check_not_negative
 from hvp_engine.preconditioning import Preconditioner, check_preconditioner, precondition
-from hvp_engine.solvers.base import Iteration, Outcome, RightHandSide, check_damping, check_iterations, scalar
+from hvp_engine.solvers.base import Iteration, Outcome, RightHandSide, scalar
 from hvp_engine.solvers.metric import MetricNorm
 from hvp_engine.solvers.neumann import outcome_of
 from hvp_engine.spectrum import GROWTH, HEADROOM, SpectralEstimate
@@ -75,12 +76,12 @@ class Chebyshev:
     preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
-        check_iterations(self.iterations)
+        check_count(self.iterations, "iterations", least=0)
         if self.form not in ("chebyshev", "heavy_ball"):
             raise ValueError(f"form: expected 'chebyshev' or 'heavy_ball'; got {self.form!r}")
         if self.bounds != "auto":
             _check_bounds(self.bounds, self.form)
-        check_damping(self.damping)
+        check_not_negative(self.damping, "damping")
         check_preconditioner(self.preconditioner)
 
     @property

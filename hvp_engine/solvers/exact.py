@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hvp_engine.arguments import check_count, check_not_negative
 from hvp_engine.blocks import stacked_tangents
 from hvp_engine.solution import Status
-from hvp_engine.solvers.base import Outcome, RightHandSide, check_damping
+from hvp_engine.solvers.base import Outcome, RightHandSide
 from hvp_engine.spectrum import SpectralEstimate
 from hvp_engine.vectors import STATE_DTYPES, FlatVector, Layout
 
@@ -50,11 +51,8 @@ class Exact:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in STATE_DTYPES:
             raise ValueError(f"dtype: expected torch.float32, torch.float64 or None; got {self.dtype}")
-        if isinstance(self.max_size, bool) or not isinstance(self.max_size, int):
-            raise TypeError(f"max_size: expected an int; got {type(self.max_size).__name__}")
-        if self.max_size < 1:
-            raise ValueError(f"max_size: expected a number of weights >= 1; got {self.max_size}")
-        check_damping(self.damping)
+        check_count(self.max_size, "max_size", what="the number of weights")
+        check_not_negative(self.damping, "damping")
 
     @property
     def estimates_spectrum(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine import ops
+from hvp_engine.arguments import check_count, check_not_negative, check_positive
 from hvp_engine.preconditioning import Preconditioner, check_preconditioner, precondition
 from hvp_engine.solution import Status
 from hvp_engine.solvers.base import (
@@ -19,9 +20,6 @@ from hvp_engine.solvers.base import (
     Iteration,
     Outcome,
     RightHandSide,
-    check_damping,
-    check_iterations,
-    check_positive,
     scalar,
 )
 from hvp_engine.solvers.metric import MetricNorm
@@ -73,11 +71,11 @@ class Neumann:
     needs_fixed_operator: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_iterations(self.iterations)
+        check_count(self.iterations, "iterations", least=0)
         check_preconditioner(self.preconditioner)
         if self.alpha != "auto":
             check_positive(self.alpha, "alpha")
-        check_damping(self.damping)
+        check_not_negative(self.damping, "damping")
         if self.form not in ("accumulate", "horner"):
             raise ValueError(f"form: expected 'accumulate' or 'horner'; got {self.form!r}")
 
@@ -253,7 +251,7 @@ class Identity:
     needs_fixed_operator: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_damping(self.damping)
+        check_not_negative(self.damping, "damping")
 
     @property
     def estimates_spectrum(self) -> bool:

@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hvp_engine.arguments import check_count, check_not_negative, check_positive
 from hvp_engine.low_rank import Kind, LowRank, Sketch, check_kind
 from hvp_engine.solution import Status
-from hvp_engine.solvers.base import Outcome, RightHandSide, check_damping, check_positive
+from hvp_engine.solvers.base import Outcome, RightHandSide
 from hvp_engine.spectrum import SpectralEstimate
 from hvp_engine.vectors import FlatVector, Layout
 
@@ -63,13 +64,10 @@ class Nystrom:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int):
-            raise TypeError(f"rank: expected an int; got {type(self.rank).__name__}")
-        if self.rank < 1:
-            raise ValueError(f"rank: expected a number of test vectors >= 1; got {self.rank}")
+        check_count(self.rank, "rank", what="the number of test vectors")
         if self.rho != "auto":
             check_positive(self.rho, "rho")
-        check_damping(self.damping)
+        check_not_negative(self.damping, "damping")
         check_kind(self.sketch)
 
     @property

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
+from hvp_engine.arguments import check_count
 from hvp_engine.errors import HvpError
 from hvp_engine.tuning.history import Record
 
@@ -80,8 +81,8 @@ class EarlyStopping:
     """
 
     def __init__(self, metric: str | Callable[[Record], float], patience: int | None, past: Iterable[Record]):
-        if patience is not None and (isinstance(patience, bool) or not isinstance(patience, int) or patience < 1):
-            raise ValueError(f"patience: expected an int >= 1 or None; got {patience!r}")
+        if patience is not None:
+            check_count(patience, "patience", what="or None")
         self._metric, self._patience = metric, patience
         self._best, self._best_step, self._last = math.inf, 0, 0
         self._known = False

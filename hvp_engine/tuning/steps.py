@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hvp_engine.arguments import check_count
 from hvp_engine.distributed import DataParallel, Held, averaged, together
 from hvp_engine.errors import DivergenceError
 from hvp_engine.estimation import Estimate, Estimator
@@ -60,11 +61,11 @@ class Steps:
         bounds: Any = None,
         estimator: Estimator | None = None,
     ):
-        self.inner_steps = count(inner_steps, "inner_steps")
-        self.warmup_steps = count(warmup_steps, "warmup_steps", least=0)
-        self.accumulate = count(accumulate, "accumulate")
-        self.train_batches = count(train_batches, "train_batches")
-        self.val_batches = count(val_batches, "val_batches")
+        self.inner_steps = check_count(inner_steps, "inner_steps")
+        self.warmup_steps = check_count(warmup_steps, "warmup_steps", least=0)
+        self.accumulate = check_count(accumulate, "accumulate")
+        self.train_batches = check_count(train_batches, "train_batches")
+        self.val_batches = check_count(val_batches, "val_batches")
         if inner_tolerance is not None and not inner_tolerance >= 0:
             raise ValueError(f"inner_tolerance: expected a number >= 0 or None; got {inner_tolerance!r}")
         self.inner_tolerance = inner_tolerance
@@ -289,9 +290,3 @@ def _check_memory(tensors: Sequence[Tensor], name: str) -> None:
 def _names(tree: Any) -> list[str]:
     """What the leaves are called in checkpoints."""
     return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
-
-
-def count(value: Any, name: str, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected an int >= {least}; got {value!r}")
-    return value

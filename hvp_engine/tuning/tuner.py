@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from hvp_engine.arguments import check_count
 from hvp_engine.distributed import Processes
 from hvp_engine.errors import CheckpointError
 from hvp_engine.trees import refuse_inference_mode
@@ -20,7 +21,7 @@ from hvp_engine.tuning.clock import Moment
 from hvp_engine.tuning.history import History, Record
 from hvp_engine.tuning.monitor import EarlyStopping, Monitor
 from hvp_engine.tuning.saver import Saver
-from hvp_engine.tuning.steps import Steps, count
+from hvp_engine.tuning.steps import Steps
 
 Callback = Callable[["Tuner", Record], "bool | None"]
 Evaluation = Callable[["Tuner"], Mapping[str, float]]
@@ -141,9 +142,9 @@ class Tuner(Steps):
         step is left out with a warning.
         """
         refuse_inference_mode("fit")
-        count(hyper_steps, "hyper_steps", least=0)
-        count(checkpoint_every, "checkpoint_every")
-        count(evaluate_every, "evaluate_every")
+        check_count(hyper_steps, "hyper_steps", least=0)
+        check_count(checkpoint_every, "checkpoint_every")
+        check_count(evaluate_every, "evaluate_every")
         if checkpoint_minutes is not None and not checkpoint_minutes >= 0:
             raise ValueError(f"checkpoint_minutes: expected a number >= 0 or None; got {checkpoint_minutes!r}")
         path = None if checkpoint is None else self._own(checkpoint)
@@ -187,7 +188,7 @@ class Tuner(Steps):
 
         Called again with the same loader object, the epoch goes on where it stopped.
         """
-        count(steps, "steps", least=0)
+        check_count(steps, "steps", least=0)
         stream = self._stream("train", train_loader)
         losses = [
             self.train_step(*self._take(stream, self.accumulate))
