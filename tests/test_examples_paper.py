@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import image_sets, models, overfitting
+from examples import distillation, image_sets, models, overfitting
 from examples.__main__ import NAMES, find, main
 from examples.experiment import Options, Run, execute
 from examples.files import write
@@ -98,7 +98,7 @@ def test_distillation_is_far_better_than_real_images(tmp_path):
     assert accuracy["of all of these points"] > accuracy["of the class means"]
     assert ours["images by Neumann most like the mean of their own class"] == "10 of 10"
     assert ours["hyperparameters"] == "7,840"
-    assert 0 < result["costs"]["Neumann-4000"]["share_of_hypergradients"] < 1
+    assert 0 < result["costs"]["Neumann, 4,000 validation points"]["share_of_hypergradients"] < 1
 
 
 def test_distillation_reads_cifar100(tmp_path):
@@ -108,7 +108,18 @@ def test_distillation_reads_cifar100(tmp_path):
     _, result = finished("distillation", tmp_path / "out", options, **settings)
     ours = {line["what"]: line["ours"] for line in result["comparisons"]}
     assert ours["hyperparameters"] == "307,200"
-    assert {f"{points} validation points: of the class means" for points in (400, 300)} <= ours.keys()
+    points = ("400 validation points", "300 validation points", "300 validation points, moved and mirrored")
+    assert {f"{name}: of the class means" for name in points} <= ours.keys()
+
+
+def test_versions_of_an_image_are_moved_and_mirrored():
+    image = torch.arange(49.0).view(1, 1, 7, 7)
+    images, labels = distillation.moved_and_mirrored((image, torch.tensor([3])), 2)
+    assert len(images) == len(labels) == len({tuple(version.flatten().tolist()) for version in images}) == 18
+    assert torch.equal(images[4], image[0]) and torch.equal(images[13], image[0].flip(2))
+    down_and_right = images[0, 0]
+    assert torch.equal(down_and_right[2:, 2:], image[0, 0, :5, :5]) and down_and_right[0, 0] == image[0, 0, 2, 2]
+    assert set(labels.tolist()) == {3}
 
 
 def test_overfitting_fits_the_validation_set(tmp_path):
