@@ -12,29 +12,26 @@ training loss is a smooth function of the rates. Everything begins at 0.5: "no t
 Training text is read in order. A batch brings the words before it, from which the network sets its state as a constant:
 then a loss is a function of weights, hyperparameters and batch alone, as every search needs it.
 
-Hypergradients take the identity for the inverse Hessian (T1-T2). Searches have the budget of a tuned run in gradients,
-one for a training step and three for a hyper step; random, grid and Bayesian search divide it into `trials` trainings.
-The grid is of one rate for all five, since 2^7 trainings are more than the budget.
+Hypergradients take the identity for the inverse Hessian (T1-T2). Searches (ptb_searches.py) have the budget of a tuned
+run in gradients, one for a training step and three for a hyper step.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
-from torch import Tensor
 
 import hvp_engine as hvp
-from examples import text_sets
+from examples import ptb_searches, text_sets
 from examples.experiment import Experiment, Run
-from examples.regularized_lstm import RATES, RegularizedLSTM
+from examples.regularized_lstm import RATES, RegularizedLSTM, Settings
 from examples.training import NoTuning, last_quarter, nonmonotone
-from hvp_engine import search
 from hvp_engine.datasets import Text
 
 PAPER = {
@@ -49,41 +46,6 @@ PAPER = {
 """Validation and test perplexity."""
 HYPER_STEP_COST = 3
 """Gradients that a hyper step counts as: of the validation loss, of the training loss, and through that one."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """`steps` are training steps; a hyper step is made after `inner_steps` of them."""
-
-    words: int
-    units: int
-    rows: int
-    time: int
-    steps: int
-    inner_steps: int
-    evaluations: int
-    curve_words: int
-    """Of the validation text, for the curves; the table has all."""
-    seeds: int
-    learning_rate: float
-    hyper_learning_rate: float
-    hyper_clip: float | None
-    """Largest norm of a hypergradient: the first ones are a thousand times longer than the rest, and would long be all
-    that Adam scales its steps by."""
-    nonmonotone: int | None
-    """Evaluations without a new minimum after which the learning rate is divided by 4; None: it falls linearly in the
-    last quarter, as it does in the trials of every search."""
-    layers: int = 2
-    clip: float = 0.25
-    start: float = 0.5
-    temperature: float = 0.1
-    rate_bounds: tuple[float, float] = (0.02, 0.9)
-    strength_bounds: tuple[float, float] = (0.01, 5.0)
-    trials: int = 4
-    search_batches: int = 20
-    """Of validation, by which searches compare their trials."""
-    stn_learning_rate: float = 5e-2
-    searches: tuple[str, ...] = ("self-tuning network", "random search", "grid search", "Bayesian optimization")
 
 
 @dataclass(frozen=True)
@@ -109,11 +71,11 @@ def run(run: Run, settings: Settings) -> None:
     for seed in range(options.seed, options.seed + settings.seeds):
         for method in ("no tuning", "7", "many"):
             torch.manual_seed(seed)
-            problem = _problem(run, settings, text)
+            problem = settings.problem(text, options.device)
             row, curves[method, seed] = _tune(run, settings, problem, method, seed, settings.steps)
             rows.append(row)
     torch.manual_seed(options.seed)
-    problem = _problem(run, settings, text)
+    problem = settings.problem(text, options.device)
     rows.append(_tune(run, settings, problem, "no tuning", options.seed, budget)[0])
     for name in settings.searches:
         rows.append(Row(**run.remember(name, lambda name=name: _search(run, settings, text, name, budget))))
@@ -125,12 +87,6 @@ def run(run: Run, settings: Settings) -> None:
     )
     _compare(run, settings, rows)
     run.picture("tuning", draw(curves, rows))
-
-
-def _problem(run: Run, settings: Settings, text: Text) -> RegularizedLSTM:
-    batch = settings.rows, settings.time
-    device = run.options.device
-    return RegularizedLSTM(text, settings.units, settings.layers, batch, settings.start, settings.temperature, device)
 
 
 def _tune(
@@ -189,63 +145,17 @@ def _tune(
 
 
 def _search(run: Run, settings: Settings, text: Text, name: str, budget: int) -> dict[str, Any]:
-    """One search from the same weights, on `budget` gradients."""
-    torch.manual_seed(run.options.seed)
-    problem = _problem(run, settings, text)
-    hyper, train_loss = dict(problem.seven), problem.train_loss
-    if name == "grid search":
-        hyper = {"rate": problem.seven["input"]}
-
-        def train_loss(weights: dict[str, Tensor], hyper: Mapping[str, Tensor], batch: Tensor) -> Tensor:
-            return problem.train_loss(weights, dict.fromkeys(RATES, hyper["rate"]), batch)
-
-    every = max(1, len(problem.validation) // settings.search_batches)
-    weights = dict(problem.module.named_parameters())
-    task = search.TuningProblem(
-        train_loss,
-        problem.val_loss,
-        weights,
-        hyper,
-        problem.train,
-        problem.validation[::every],
-        problem.bounds(hyper, settings.rate_bounds, settings.strength_bounds),
-    )
-    trial_steps = budget // settings.trials
-    options = {
-        "weight_optimizer": lambda tensors: torch.optim.SGD(tensors, lr=settings.learning_rate),
-        "weight_clip": settings.clip,
-        "seed": run.options.seed,
-    }
-    trial = options | {"training_steps": trial_steps, "weight_scheduler": last_quarter(trial_steps)}
-    make: dict[str, Callable[[], search.Search]] = {
-        "random search": lambda: search.RandomSearch(**trial),
-        "grid search": lambda: search.GridSearch(points=settings.trials, **trial),
-        "Bayesian optimization": lambda: search.BayesianOptimization(
-            startup_trials=max(1, settings.trials // 2), **trial
-        ),
-        "self-tuning network": lambda: search.SelfTuningNetwork(
-            perturbations=1,  # one for each row would need as many networks as rows
-            hyper_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=settings.stn_learning_rate),
-            weight_scheduler=last_quarter(2 * budget // 3),
-            **options,
-        ),
-    }
+    """The row of one search from the same weights, on `budget` gradients."""
+    seed = run.options.seed
+    torch.manual_seed(seed)
+    problem = settings.problem(text, run.options.device)
     print(f"{name}: {budget:,} gradients", flush=True)
     start = time.perf_counter()
-    found = make[name]()(task, budget)
-    steps = found.training_gradients if name == "self-tuning network" else trial_steps
-    return vars(
-        Row(
-            name,
-            run.options.seed,
-            len(hyper),
-            steps,
-            found.gradients,
-            time.perf_counter() - start,
-            problem.perplexity(found.weights, text.validation),
-            problem.perplexity(found.weights, text.test),
-        )
-    )
+    hyperparameters, found = ptb_searches.search(problem, settings, name, budget, seed)
+    seconds = time.perf_counter() - start
+    steps = found.training_gradients if name == "self-tuning network" else budget // settings.trials
+    perplexities = (problem.perplexity(found.weights, part) for part in (text.validation, text.test))
+    return vars(Row(name, seed, hyperparameters, steps, found.gradients, seconds, *perplexities))
 
 
 def _compare(run: Run, settings: Settings, rows: list[Row]) -> None:

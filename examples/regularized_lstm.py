@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -107,3 +108,43 @@ class RegularizedLSTM:
             for rate, strength in zip(rates, strengths, strict=True)
         )
         return low, high
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`steps` are training steps; a hyper step is made after `inner_steps` of them."""
+
+    words: int
+    units: int
+    rows: int
+    time: int
+    steps: int
+    inner_steps: int
+    evaluations: int
+    curve_words: int
+    """Of the validation text, for the curves; the table has all."""
+    seeds: int
+    learning_rate: float
+    hyper_learning_rate: float
+    hyper_clip: float | None
+    """Largest norm of a hypergradient: the first ones are a thousand times longer than the rest, and would long be all
+    that Adam scales its steps by."""
+    nonmonotone: int | None
+    """Evaluations without a new minimum after which the learning rate is divided by 4; None: it falls linearly in the
+    last quarter, as it does in the trials of every search."""
+    layers: int = 2
+    clip: float = 0.25
+    start: float = 0.5
+    temperature: float = 0.1
+    rate_bounds: tuple[float, float] = (0.02, 0.9)
+    strength_bounds: tuple[float, float] = (0.01, 5.0)
+    trials: int = 4
+    search_batches: int = 20
+    """Of validation, by which searches compare their trials."""
+    stn_learning_rate: float = 5e-2
+    searches: tuple[str, ...] = ("self-tuning network", "random search", "grid search", "Bayesian optimization")
+
+    def problem(self, text: Text, device: torch.device) -> RegularizedLSTM:
+        """A new network, with random weights."""
+        batch = self.rows, self.time
+        return RegularizedLSTM(text, self.units, self.layers, batch, self.start, self.temperature, device)
