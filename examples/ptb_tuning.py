@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 import hvp_engine as hvp
 from examples import ptb_searches, text_sets
@@ -213,8 +213,9 @@ def draw(curves: Mapping[tuple[str, int], hvp.History], rows: list[Row]) -> Figu
                 rates = [record.metrics[f"rate_{name}"] for record in seen]
                 middle.plot(steps, rates, color=f"C{number}", lw=1.5, **style)
     left.set(xlabel="training steps", ylabel="validation perplexity", yscale="log", title="equal steps, every seed")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
     left.yaxis.set_major_formatter(ScalarFormatter())
-    left.yaxis.set_minor_formatter(ScalarFormatter())
+    left.yaxis.set_minor_formatter(NullFormatter())
     middle.set(xlabel="training steps", ylabel="rate", ylim=(0, 1), title="7 (solid), means of many (dashed)")
     shown = [row for row in rows if row.seed == first]
     for part, (offset, height) in {"validation": (-0.2, 0.4), "test": (0.2, 0.4)}.items():
