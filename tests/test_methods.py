@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +173,13 @@ def test_raw_inputs_are_ill_conditioned() -> None:
 
 def test_linear_hypernetwork_settles_in_the_comparison() -> None:
     """It ends near the lowest loss that it has seen; at the others' learning rate at twice as much."""
-    whole = compare_problems.untrained("mnist-logistic")
-    few = replace(whole, train=tuple(t[:400] for t in whole.train), val=tuple(t[:400] for t in whole.val))
+    few = compare_problems.untrained("mnist-logistic", examples=400)
     found = compare_methods.searches(few, 600)["linear hypernetwork"](few.search_problem(one_decay=True), 600)
     assert found.val_loss < 1.1 * found.curve[-1][1] < 0.65
+
+
+def test_linear_hypernetwork_of_a_decay_for_each_weight_does_not_run_away() -> None:
+    """In the comparison: with slopes that are not divided by the root of H it ends above 10."""
+    few = compare_problems.untrained("mnist-conv", examples=50)
+    found = compare_methods.searches(few, 130)["linear hypernetwork"](few.search_problem(one_decay=False), 130)
+    assert found.val_loss < 2
