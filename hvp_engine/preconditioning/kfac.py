@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from hvp_engine.arguments import check_positive
 from hvp_engine.errors import NonFiniteError
-from hvp_engine.trees import check_scalar, flatten
+from hvp_engine.trees import check_like, check_scalar, flatten
+from hvp_engine.vectors import Layout
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class KFACPreconditioner:
         check_positive(shift, "shift")
         if not isinstance(weights, Mapping):
             raise TypeError(f"weights: expected a dict of named parameters; got {type(weights).__name__}")
-        self._shapes = [leaf.shape for leaf in flatten(dict(weights), "weights")[0]]
+        self._layout = Layout.of(flatten(dict(weights), "weights")[0])
         names = pytree.tree_flatten({name: name for name in weights})[0]
         self.shift = shift
         places = {name: index for index, name in enumerate(names)}
@@ -100,11 +101,7 @@ class KFACPreconditioner:
             raise ValueError("module: expected torch.nn.Linear or Conv2d layers with weights in `weights`; got none")
 
     def __call__(self, v: list[Tensor]) -> list[Tensor]:
-        if [tensor.shape for tensor in v] != self._shapes:
-            raise ValueError(
-                f"v: expected {len(self._shapes)} tensors of the weights' shapes, {_written(self._shapes)}; got "
-                f"{len(v)}, {_written([tensor.shape for tensor in v])}"
-            )
+        check_like(v, self._layout, "v", "weights")
         result = [tensor / (self.shift + self._means.get(index, 0.0)) for index, tensor in enumerate(v)]
         for block in self._blocks:
             rows = v[block.weight].flatten(1)
@@ -116,10 +113,6 @@ class KFACPreconditioner:
                 solved = solved[:, :-1]
             result[block.weight] = solved.reshape(v[block.weight].shape)
         return result
-
-
-def _written(shapes: Sequence[torch.Size]) -> str:
-    return ", ".join(str(tuple(shape)) for shape in shapes)
 
 
 def _factors(
