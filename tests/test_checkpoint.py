@@ -122,6 +122,14 @@ def test_a_newer_version(path: Path) -> None:
         checkpoint.read(path)
 
 
+def test_older_versions_are_brought_up_to_date(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.write(path, {"count": 1})
+    monkeypatch.setattr(checkpoint, "VERSION", 3)
+    renamed = {1: lambda state: {"steps": state["count"]}, 2: lambda state: {**state, "epoch": 0}}
+    monkeypatch.setattr(checkpoint, "MIGRATIONS", renamed)
+    assert checkpoint.read(path) == {"steps": 1, "epoch": 0}
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return os.mkdir, ("evil",)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,10 @@ from hvp_engine.errors import CheckpointError
 
 FORMAT = "hvp_engine.Tuner"
 VERSION = 1
+"""Of the state. What changes it raises this by one, and adds to `MIGRATIONS`."""
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""By version, what makes of a state of it one of the version after it; every older file is read by way of these."""
 
 
 def previous(path: Path) -> Path:
@@ -114,12 +118,14 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: expected a checkpoint of a Tuner; got a file of something else: pass the path that was given "
             "to Tuner.fit"
         )
-    if content.get("version") != VERSION:
+    version, state = content.get("version"), content["state"]
+    if version not in (*MIGRATIONS, VERSION):
         raise CheckpointError(
-            f"{path}: expected format version {VERSION}; got {content.get('version')}, written by a newer version: "
-            "update hvp_engine"
+            f"{path}: expected format version {VERSION}; got {version}, written by a newer version: update hvp_engine"
         )
-    return content["state"]
+    for older in range(version, VERSION):
+        state = MIGRATIONS[older](state)
+    return state
 
 
 def compare_tensors(source: str, what: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
