@@ -64,8 +64,9 @@ class Hypergradient:
             them; a tolerance is reached in fewer products.
 
     Calling it takes `(weights, hyper, train_batch, val_batch)`: weights and hyper any tree of real floating
-    tensors (a module stands for its named parameters), batches anything. It returns a :class:`HypergradientResult`
-    and leaves everything of the caller's as it was: tensors, `.grad`, buffers, random state.
+    tensors (a module stands for its named parameters that require grad), batches anything; only tensors, numbers and
+    texts in tuples, lists and dicts can be traced. It returns a :class:`HypergradientResult` and leaves everything of
+    the caller's as it was: tensors, `.grad`, buffers, random state.
 
     Cost of a call: one gradient of each loss, the solver's products, one mixed product. Memory: the graph of the
     training gradient and the solver's vectors, whatever the number of products.

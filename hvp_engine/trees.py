@@ -47,8 +47,7 @@ def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor],
     then has this process's parts. :class:`GraphError` in inference mode.
     """
     refuse_inference_mode(name)
-    if isinstance(tree, torch.nn.Module):
-        tree = dict(tree.named_parameters())
+    tree = trainable(tree)
     leaves, spec = pytree.tree_flatten(tree)
     shards = None
     if any(is_sharded(leaf) for leaf in leaves):
@@ -70,6 +69,13 @@ def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor],
             "move them together"
         )
     return leaves, Structure(spec, shards)
+
+
+def trainable(tree: Tree) -> Tree:
+    """What a module stands for: its parameters that require grad, by name; any other tree as it is."""
+    if not isinstance(tree, torch.nn.Module):
+        return tree
+    return {name: parameter for name, parameter in tree.named_parameters() if parameter.requires_grad}
 
 
 def refuse_inference_mode(name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,66 @@ def test_unused_weights_and_hyperparameters_get_zeros() -> None:
     result = hvp.Hypergradient(train, only_val, hvp.Neumann(20, alpha=0.2))(weights, hyper, None, None)
     assert float(result.grads["used"]) == 1.0
     assert torch.equal(result.solution.value["used"], torch.zeros(3, dtype=DTYPE))
+
+
+def test_frozen_parameters_of_a_module_are_no_weights() -> None:
+    module = torch.nn.Linear(3, 2, dtype=DTYPE)
+    module.bias.requires_grad_(False)
+    net, x = hvp.functional(module), randn(5, 3, seed=1)
+    hypergradient = hvp.Hypergradient(
+        lambda w, h, batch: net(w, batch).square().mean() + h.exp() * sum(t.square().sum() for t in w.values()),
+        lambda w, h, batch: (net(w, batch) - 1).square().mean(),
+        hvp.Exact(),
+        "eager",
+    )
+    hyper = torch.zeros((), dtype=DTYPE)
+    found = hypergradient(module, hyper, x, x)
+    expected = hypergradient({"weight": module.weight}, hyper, x, x)
+    assert found.solution.value.keys() == {"weight"}
+    assert torch.equal(found.grads, expected.grads)
+
+
+class Holder(UserDict):
+    """A container that torch does not know, as a tokenizer's batch is; not hashable, so that only its address tells."""
+
+
+@pytest.mark.parametrize("kind", ["changed in place", "a new one each time", "an array"])
+@pytest.mark.parametrize("engine", ["auto", "linearized"])
+def test_batches_whose_content_a_trace_cannot_see(engine: str, kind: str) -> None:
+    def pair(name: str) -> hvp.Hypergradient:
+        def values(batch: Any) -> Tensor:
+            return torch.from_numpy(batch) if kind == "an array" else batch["x"]
+
+        return hvp.Hypergradient(
+            lambda w, h, batch: (w - values(batch)).square().sum() + h * w.square().square().sum(),
+            lambda w, h, batch: (w + values(batch)).square().sum(),
+            hvp.Neumann(3, 0.1),
+            name,
+        )
+
+    traced, eager, kept = pair(engine), pair("eager"), Holder()
+    w, h = randn(3, seed=2), torch.ones((), dtype=DTYPE)
+    for seed in range(6):
+        kept["x"] = randn(3, seed=seed)
+        batch = kept["x"].numpy() if kind == "an array" else kept if kind == "changed in place" else Holder(kept)
+        if engine == "linearized":
+            with pytest.raises(
+                hvp.TraceError, match="got one with a (Holder|ndarray), whose content a trace would keep"
+            ):
+                traced(w, h, batch, batch)
+        else:
+            assert torch.equal(traced(w, h, batch, batch).grads, eager(w, h, batch, batch).grads)
+
+
+def test_an_iterator_as_a_batch_is_read_once() -> None:
+    hypergradient = hvp.Hypergradient(
+        lambda w, h, batch: h * w.square().sum() + sum((w - x).square().sum() for x in batch),
+        lambda w, h, batch: w.sum(),
+        hvp.Neumann(60, 0.1),
+    )
+    w, h, x = randn(3, seed=2), torch.ones((), dtype=DTYPE), randn(3, seed=3)
+    found = hypergradient(w, h, iter([x, x]), None).grads
+    torch.testing.assert_close(found, -(2 * w).sum() / 6)
 
 
 def test_frozen_tensors_tape_style() -> None:

@@ -21,7 +21,7 @@ from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.linearized import LinearizedEngine, TracedLinearization, signature
 from hvp_engine.engines.tape import Tape
-from hvp_engine.engines.trace import split_inputs
+from hvp_engine.engines.trace import is_constant, split_inputs
 from hvp_engine.linearization import Linearization, LinearMap, Problem
 from hvp_engine.random_state import random_state_kept
 from hvp_engine.solvers.base import FinishedIteration, Solver
@@ -117,7 +117,11 @@ class AutoEngine:
         choice = self.choices.get(key)
         if choice is None:
             self._descriptions[key] = description = describe(problem, tensors, others)
-            choice = self.choices[key] = self._first_choice(problem, self._remembered.get(description))
+            if all(is_constant(leaf) for leaf in others):
+                choice = self._first_choice(problem, self._remembered.get(description))
+            else:  # untried, since a batch that is an iterator could be read once only
+                choice = Choice(self._eager, "a trace cannot follow what is in the batch beside tensors")
+            self.choices[key] = choice
         elif choice.compiling_would_have_paid:
             self._try_compiled(problem, choice)
         linearization = choice.engine.linearize(problem)

@@ -16,7 +16,7 @@ from hvp_engine.engines.agreement import Schedule, disagreement
 from hvp_engine.engines.eager import EagerEngine, advance, begin
 from hvp_engine.engines.partition import Partition, partition
 from hvp_engine.engines.reuse import written_over
-from hvp_engine.engines.trace import split_inputs, trace
+from hvp_engine.engines.trace import is_constant, split_inputs, trace
 from hvp_engine.isolation import recorded_modules
 from hvp_engine.linearization import Linearization, LinearMap, Problem
 from hvp_engine.random_state import random_state_kept
@@ -225,6 +225,6 @@ def signature(problem: Problem, tensors: Sequence[Tensor], others: Sequence[Any]
         problem.weight_structure,
         problem.hyperparameter_structure,
         tuple((t.shape, t.stride(), t.dtype, t.device) for t in leaves),
-        tuple(leaf if isinstance(leaf, Hashable) else id(leaf) for leaf in others),
+        tuple(leaf if is_constant(leaf) else type(leaf) for leaf in others),
         spec,
     )

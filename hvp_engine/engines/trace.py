@@ -10,8 +10,10 @@ of their arguments.
 from __future__ import annotations
 
 import contextlib
+import enum
+import numbers
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,8 @@ from hvp_engine.errors import TraceError
 from hvp_engine.linearization import Problem
 
 aten = torch.ops.aten
+
+_CONSTANTS = (type(None), numbers.Number, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)
 
 _TRACING = threading.RLock()
 """One thread traces at a time: `make_fx` patches modules for all threads."""
@@ -60,9 +64,21 @@ def split_inputs(problem: Problem) -> tuple[list[Tensor], list[Any], pytree.Tree
     return tensors, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
 
 
+def is_constant(leaf: Any) -> bool:
+    """Whether a leaf of a batch that is no tensor is what it is for good, so that a trace may hold it."""
+    return isinstance(leaf, _CONSTANTS) or (callable(leaf) and isinstance(leaf, Hashable))
+
+
 def trace(problem: Problem) -> Trace:
     """Trace `problem`; :class:`TraceError` naming the remedy where the loss depends on data in Python."""
     tensors, others, spec = split_inputs(problem)
+    for leaf in others:
+        if not is_constant(leaf):
+            raise TraceError(
+                f"{problem.name}: expected a batch of tensors, numbers and texts in tuples, lists and dicts; got one "
+                f"with a {type(leaf).__name__}, whose content a trace would keep: hand over the tensors in it, "
+                "register it with torch.utils._pytree.register_pytree_node, or use engine='eager'"
+            )
     places = [index for index, leaf in enumerate(pytree.tree_leaves(problem.inputs)) if isinstance(leaf, Tensor)]
     count_w, count_h, count_x = len(problem.weights), len(problem.hyperparameters), len(tensors)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hvp_engine.trees import Structure
+from hvp_engine.trees import Structure, trainable
 
 
 class Bounds:
@@ -55,8 +55,7 @@ def _side(given: Any, name: str, tensors: Sequence[Tensor], structure: Structure
     """One bound for each hyperparameter."""
     if given is None:
         return [None] * len(tensors)
-    if isinstance(given, torch.nn.Module):
-        given = dict(given.named_parameters())
+    given = trainable(given)
     if isinstance(given, int | float) or (isinstance(given, Tensor) and given.dim() == 0):
         leaves = [given] * len(tensors)
     else:

@@ -18,7 +18,7 @@ from hvp_engine.errors import DivergenceError
 from hvp_engine.estimation import Estimate, Estimator
 from hvp_engine.implicit import Hypergradient
 from hvp_engine.solvers import Solver
-from hvp_engine.trees import Structure, flatten
+from hvp_engine.trees import Structure, flatten, trainable
 from hvp_engine.tuning.batches import Batches
 from hvp_engine.tuning.bounds import Bounds
 from hvp_engine.tuning.clock import Moment
@@ -70,7 +70,7 @@ class Steps:
             raise ValueError(f"inner_tolerance: expected a number >= 0 or None; got {inner_tolerance!r}")
         self.inner_tolerance = inner_tolerance
         self.module, self.hyper_module, self.train_loss = module, hyper, train_loss
-        weight_tree, hyper_tree = _trainable(module), _trainable(hyper)
+        weight_tree, hyper_tree = trainable(module), trainable(hyper)
         self.processes = train_loss.processes if isinstance(train_loss, DataParallel) else None
         self.weights, self._weight_structure = flatten(weight_tree, "module", sharded=True)
         self.hyper, self._hyper_structure = flatten(hyper_tree, "hyper", sharded=True)
@@ -268,13 +268,6 @@ def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
     if old is None or new is None:
         return new if old is None else old
     return old + new
-
-
-def _trainable(tree: Any) -> Any:
-    """A module's parameters that require grad by name; any other tree as it is."""
-    if not isinstance(tree, torch.nn.Module):
-        return tree
-    return {name: parameter for name, parameter in tree.named_parameters() if parameter.requires_grad}
 
 
 def _check_memory(tensors: Sequence[Tensor], name: str) -> None:
