@@ -187,7 +187,7 @@ SIGNALS = pytest.mark.parametrize(
 
 
 @SIGNALS
-@pytest.mark.parametrize("evaluation", [5, 49])
+@pytest.mark.parametrize("evaluation", [5, 40, 49])  # 40: in a hyper step with an evaluation after it
 def test_a_signal_waits_for_the_end_of_the_step(
     evaluation: int, number: int, error: type[BaseException], straight: dict[str, Tensor], tmp_path: Path
 ) -> None:

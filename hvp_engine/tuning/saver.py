@@ -21,9 +21,10 @@ class Saver:
     """Saves `tuner` to `path` around and during a run; does nothing if `path` is None.
 
     An exception in the middle of a step rewinds random numbers, loaders and buffers to the end of the step before,
-    so that the saved run continues exactly. SIGINT (Ctrl-C) and SIGTERM are held back until the step ends, and then
-    raise `KeyboardInterrupt` and `SystemExit(143)`; what comes a second time raises at once. A handler that the program
-    has set stays, and so do both in other threads than the main one, where Python allows no handlers.
+    so that the saved run continues exactly. SIGINT (Ctrl-C) and SIGTERM are held back until the step ends, a hyper step
+    with its evaluation and callbacks, which would be missed otherwise; then they raise `KeyboardInterrupt` and
+    `SystemExit(143)`. What comes a second time raises at once. A handler that the program has set stays, and so do both
+    in other threads than the main one, where Python allows no handlers.
 
     Arguments:
         every: hyper steps between checkpoints.
@@ -48,11 +49,13 @@ class Saver:
         return self
 
     def settle(self) -> None:
-        """A step has ended: the state is whole, and here a held-back signal acts."""
-        if self._path is None:
-            return
-        self._settled = state.position(self._tuner)
-        self._saved = False
+        """A step, or what follows it, has ended: the state is whole."""
+        if self._path is not None:
+            self._settled = state.position(self._tuner)
+            self._saved = False
+
+    def stop_if_asked(self) -> None:
+        """Here a held-back signal acts."""
         if self._received is not None:
             raise _error_of(self._received)
 

@@ -124,7 +124,8 @@ class Tuner(Steps):
                 (with engine="auto", which measures, as long as both chose alike; a checkpoint keeps the choice). A
                 disk that is full in the meantime gives a warning, and the training goes on.
 
-                With a checkpoint SIGINT (Ctrl-C) and SIGTERM stop the run at the end of the step; it is saved, and
+                With a checkpoint SIGINT (Ctrl-C) and SIGTERM stop the run at the end of the step, a hyper step with its
+                evaluation and callbacks; it is saved, and
                 `KeyboardInterrupt` or `SystemExit(143)` raised. A second signal raises at once. That is so in the main
                 thread, for the time of this call, and for a signal that the program itself does not handle.
             checkpoint_minutes: None for no checkpoints by time; many processes, whose clocks differ, make none.
@@ -166,6 +167,7 @@ class Tuner(Steps):
                     with self._together():
                         saver.settle()
                         saver.save_if_late()
+                        saver.stop_if_asked()
                 record = self.round(train, val, start)
                 with self._together():
                     saver.settle()
@@ -180,6 +182,7 @@ class Tuner(Steps):
                             stopped |= callback(self, record) is True
                         saver.settle()
                     saver.save_if_due()
+                    saver.stop_if_asked()
                 stopped = self._any(stopped or stopping.over)
         return self.history
 
