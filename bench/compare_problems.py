@@ -87,7 +87,7 @@ class Comparison:
     def setting(self) -> Setting:
         """What the registry makes methods from."""
         return Setting(
-            self.train_loss, self.val_loss, self.rate, self.model, self.loss_of_outputs, self.preconditioner, scale=1.0
+            self.train_loss, self.val_loss, self.rate, self.model, self.loss_of_outputs, self.preconditioner, scale=0.5
         )
 
     def search_problem(self, one_decay: bool) -> TuningProblem:

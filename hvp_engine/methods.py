@@ -45,8 +45,8 @@ class Setting:
         rate: alpha of a Neumann series, learning rate of unrolled steps.
         model, loss_of_outputs: the training loss in two parts, as :func:`larsen` takes it.
         preconditioner: v -> M v for the preconditioned solvers.
-        scale: standard deviation of the perturbations that responses are fitted to; at most 1, so that steps of
-            rate / 2 converge there too.
+        scale: standard deviation of the perturbations that responses are fitted to; with steps of rate / 2 at most 1,
+            and about half of that for a structured response, which is a product of parameters.
     """
 
     train_loss: Loss
