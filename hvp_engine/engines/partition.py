@@ -11,6 +11,7 @@ from torch import fx
 
 from hvp_engine.engines.accumulation import Terms, decompose
 from hvp_engine.engines.combining import combine_sums, share_factors
+from hvp_engine.engines.convolutions import add_biases, kernel_derivatives
 from hvp_engine.engines.layouts import compact_factors
 from hvp_engine.engines.passes import accumulate, dependents, fold_linear, simplify
 from hvp_engine.engines.recomputation import recomputable
@@ -56,6 +57,9 @@ def partition(trace: Trace) -> Partition:
     """Simplify the trace and split it by what depends on the tangents."""
     root = trace.graph
     graph = root.graph
+    simplify(graph)
+    kernel_derivatives(graph)
+    add_biases(graph)
     simplify(graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     tangents = placeholders[-trace.weights :]

@@ -20,12 +20,13 @@ aten = torch.ops.aten
 _CONSTANTS = {
     aten.zeros_like.default: lambda node: 0,
     aten.new_zeros.default: lambda node: 0,
+    aten.zeros.default: lambda node: 0,
     aten.ones_like.default: lambda node: 1,
     aten.new_ones.default: lambda node: 1,
     aten.full_like.default: lambda node: node.args[1],
     aten.new_full.default: lambda node: node.args[2],
 }
-"""Operations that read only the shape of their argument, and the value they fill with."""
+"""Operations that fill with a value, and read no more of their argument than its shape."""
 
 _NEUTRAL = {aten.add.Tensor: 0, aten.mul.Tensor: 1, aten.mul.Scalar: 1, aten.pow.Tensor_Scalar: 1}
 """Operations that return their operand where the other one is this number."""
@@ -179,7 +180,7 @@ def transposed(graph: fx.Graph, node: Any) -> fx.Node:
     return called(graph, aten.transpose.int, (node, 1, 2), node.meta["val"].transpose(1, 2))
 
 
-def called(graph: fx.Graph, target: Any, arguments: tuple[Any, ...], value: torch.Tensor) -> fx.Node:
+def called(graph: fx.Graph, target: Any, arguments: tuple[Any, ...], value: Any) -> fx.Node:
     """A call whose result is like `value`."""
     node = graph.call_function(target, arguments)
     node.meta["val"] = value

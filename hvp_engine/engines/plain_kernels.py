@@ -38,4 +38,18 @@ def _embedding(input: Tensor, weight: Tensor, *arguments: Any, **options: Any) -
     return embedding(input, weight, *arguments[:4], **(options | {"sparse": False}))
 
 
-_PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {torch._weight_norm: _weight_norm, embedding: _embedding}
+def _lstm(*arguments: Any) -> Any:
+    """By operations of its own: oneDNN's kernel has no second derivative."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` would warn about TF32
+    try:
+        return torch.lstm(*arguments)
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
+_PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch._weight_norm: _weight_norm,
+    embedding: _embedding,
+    torch.lstm: _lstm,
+}

@@ -39,7 +39,15 @@ _INTO = {
 
 _COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
 
-_FRESH = (*_IN_PLACE, *_INTO, aten.mm.default, aten.bmm.default, aten.clone.default, aten.cat.default)
+_FRESH = (
+    *_IN_PLACE,
+    *_INTO,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.clone.default,
+    aten.cat.default,
+    aten.convolution.default,
+)
 """Operations whose result is a tensor of its own, dense and without overlap."""
 
 

@@ -13,7 +13,7 @@ import contextlib
 import enum
 import numbers
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from hvp_engine.engines.channels_last import NoStatistics, channels_last, layout_matters, prefer_channels_last
 from hvp_engine.engines.eager import leaves
 from hvp_engine.engines.functionalize import functionalized, retraced
 from hvp_engine.engines.plain_kernels import plain_kernels
@@ -70,7 +71,20 @@ def is_constant(leaf: Any) -> bool:
 
 
 def trace(problem: Problem) -> Trace:
-    """Trace `problem`; :class:`TraceError` naming the remedy where the loss depends on data in Python."""
+    """Trace `problem`; :class:`TraceError` naming the remedy where the loss depends on data in Python.
+
+    Convolution kernels are laid out as they are fastest, unless the loss takes its images for contiguous.
+    """
+    if prefer_channels_last(problem.weights):
+        with contextlib.suppress(RuntimeError), NoStatistics():
+            found = _traced(problem, channels_last)
+            if not layout_matters(found.graph.graph):
+                return found
+    return _traced(problem, list)
+
+
+def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor]]) -> Trace:
+    """The trace of the loss on `laid_out(weights)`, and of its products on tangents that are laid out alike."""
     tensors, others, spec = split_inputs(problem)
     for leaf in others:
         if not is_constant(leaf):
@@ -90,10 +104,10 @@ def trace(problem: Problem) -> Trace:
         tangents = arguments[count_w + count_h + count_x :]
         with torch.enable_grad():
             here = problem.at(pytree.tree_unflatten(batch, spec))
-            loss = here.evaluate(weights, hyperparameters)
+            loss = here.evaluate(laid_out(weights), hyperparameters)
             gradient = gradients(loss, weights, problem.name)
             tape = Tape(gradient, weights, (), loss)
-        products = Pullback(gradient, weights + hyperparameters)(tangents)
+        products = Pullback(gradient, weights + hyperparameters)(laid_out(tangents))
         return [tape.loss, *tape.gradient, *products]
 
     arguments = [
@@ -106,7 +120,6 @@ def trace(problem: Problem) -> Trace:
             _TRACING,
             _one_fake_mode(),
             plain_kernels(),
-            _without_mkldnn(),
             torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS),
             explained(),
         ):
@@ -152,14 +165,3 @@ def _one_fake_mode() -> contextlib.AbstractContextManager[Any]:
     """Let `make_fx` record shapes in one fake mode: otherwise it makes one for each operation, which is slow."""
     mode = FakeTensorMode(allow_fallback_kernels=True)
     return torch._guards.tracing(torch._guards.TracingContext(mode))
-
-
-@contextlib.contextmanager
-def _without_mkldnn() -> Iterator[None]:
-    """Recurrent layers by operations that can be traced; `torch.backends.mkldnn.flags` would warn about TF32."""
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
