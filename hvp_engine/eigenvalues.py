@@ -152,7 +152,7 @@ class SpectralDensity:
             axes = Figure(layout="constrained").subplots()
         width = self._width() if width is None else width
         low, high = float(self.nodes.min()) - 4 * width, float(self.nodes.max()) + 4 * width
-        points = torch.linspace(low, high, 1000, dtype=torch.float64)
+        points = torch.linspace(low, high, 1000, dtype=torch.float64, device="cpu")
         density = self(points, width)
         axes.semilogy(points.numpy(), density.numpy())
         # Less than one eigenvalue in the width of a node is the tail of the smearing, or noise.
@@ -204,7 +204,7 @@ def spectral_density(
     check_count(probes, "probes")
     check_count(steps, "steps")
     steps = min(steps, max(1, linear.layout.numel))
-    nodes, weights = torch.zeros(2, probes, steps, dtype=torch.float64)
+    nodes, weights = torch.zeros(2, probes, steps, dtype=torch.float64, device="cpu")
     hvps = 0
     for probe in range(probes):
         start = random_unit_vector(linear.layout, seed * probes + probe)

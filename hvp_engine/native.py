@@ -53,7 +53,7 @@ def bind(
         shapes=layout.shapes,
         strides=layout.strides,
         orders=layout.orders,
-        examples=[torch.empty(0, dtype=dtype) for dtype in layout.dtypes],
+        examples=[torch.empty(0, dtype=dtype, device=layout.device) for dtype in layout.dtypes],
         offsets=layout.offsets,
         scalars=[_kept(scalar) for scalar in scalars],
         damping=damping,
@@ -114,7 +114,7 @@ def _linear_model(
     horner: bool,
     gram: Tensor | None,
 ) -> Tensor:
-    figures = torch.empty(len(v), 6, dtype=torch.float64)
+    figures = torch.empty(len(v), 6, dtype=torch.float64, device="cpu")
     _C.linear_model_neumann(
         v=v,
         p=p,
@@ -132,7 +132,7 @@ def _linear_model(
 def linear_model_chebyshev(
     residual: Tensor, direction: Tensor, x: Tensor, factors: Factors, coefficients: Tensor, damping: float
 ) -> Tensor:
-    figures = torch.zeros(len(x), 6, dtype=torch.float64)
+    figures = torch.zeros(len(x), 6, dtype=torch.float64, device="cpu")
     _C.linear_model_chebyshev(
         residual=residual,
         direction=direction,
@@ -148,7 +148,7 @@ def linear_model_chebyshev(
 def linear_model_lanczos(start: Tensor, factors: Factors, steps: int) -> Tridiagonalization:
     basis = start.new_empty(steps, len(start))
     basis[0] = start
-    figures = torch.empty(2, steps, dtype=torch.float64)
+    figures = torch.empty(2, steps, dtype=torch.float64, device="cpu")
     _C.linear_model_lanczos(basis=basis, figures=figures, **_parts(factors))
     return Tridiagonalization(basis, *figures)
 

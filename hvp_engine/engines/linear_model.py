@@ -104,7 +104,7 @@ class LinearModelEngine:
         bounds, coefficients = solver.coefficients_for(estimate)
         residual = _rows(layout, vs)
         direction, x = torch.empty_like(residual), torch.empty_like(residual)
-        table = torch.tensor(coefficients, dtype=torch.float64)
+        table = torch.tensor(coefficients, dtype=torch.float64, device="cpu")
         figures = kernel(residual, direction, x, factors, table, solver.damping)
         self._last = "direct form in C++"
         return [

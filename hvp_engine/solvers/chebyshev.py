@@ -195,7 +195,7 @@ class _Chebyshev:
 
     def adapt(self, estimate: SpectralEstimate | None) -> None:
         self.bounds, coefficients = self._solver.coefficients_for(estimate)
-        self._table.copy_(torch.tensor(coefficients, dtype=torch.float64))
+        self._table.copy_(torch.tensor(coefficients, dtype=torch.float64, device="cpu"))
 
     def start(self, v: Sequence[Tensor]) -> None:
         self.steps = 0

@@ -81,7 +81,7 @@ class Columns:
         layout.refuse_parts("a dense matrix")
         self.limit, self.steps = layout.numel, 0
         self.direction = FlatVector(layout)
-        index = torch.arange(layout.size)
+        index = torch.arange(layout.size, device="cpu")
         places = torch.cat([index[:0], *(view.reshape(-1) for view in layout.views(index))])
         self.places = places.to(layout.device)
         self._places = places.tolist()
@@ -111,7 +111,7 @@ class Columns:
         """The next `count` unit vectors, stacked along a first dimension of each weight's tensor."""
         layout = self.direction.layout
         units = torch.zeros(count, layout.size, device=self.places.device)
-        units[torch.arange(count), self.places[self.steps : self.steps + count]] = 1.0
+        units[torch.arange(count, device=units.device), self.places[self.steps : self.steps + count]] = 1.0
         return stacked_tangents(layout, units)
 
     def step_block(self, products: Sequence[Tensor]) -> None:
@@ -203,7 +203,7 @@ def _factorize(matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
 def _smallest(solve: Callable[[Tensor], Tensor], matrix: Tensor) -> float:
     """The smallest eigenvalue, nearly, by inverse iteration: pivots can hide that a matrix is singular."""
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(len(matrix), generator=generator, dtype=matrix.dtype).to(matrix.device)
+    vector = torch.randn(len(matrix), generator=generator, dtype=matrix.dtype, device="cpu").to(matrix.device)
     growth = 1.0
     for _ in range(3):
         vector = vector / torch.linalg.vector_norm(vector)
