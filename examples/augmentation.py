@@ -172,7 +172,7 @@ def draw_samples(samples: Mapping[str, Tensor]) -> Figure:
         figure.subplots(len(strips), 1, squeeze=False).flatten(), strips.items(), strict=True
     ):
         axis.imshow(torch.cat(list(strip), 2).permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
+        axis.set(xticks=[], yticks=[], anchor="E")  # away from the labels
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
     return figure
 

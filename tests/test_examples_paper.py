@@ -131,6 +131,13 @@ def test_overfitting_fits_the_validation_set(tmp_path):
     assert not (run.folder / "AlexNet.csv").exists()  # has no network for gray images
 
 
+def test_overfitting_ends_at_its_goal_unless_its_length_is_fixed(tmp_path, monkeypatch):
+    monkeypatch.setattr(overfitting, "everything_right", lambda record: True)
+    settings = {"hyper_steps": {"Linear": 3, "LeNet-5": 3}, "fixed": ("LeNet-5",), "examples": 10}
+    run, _ = finished("overfitting", tmp_path, {"dataset": "mnist"}, **settings)
+    assert len(rows(run, "Linear")) == 1 and len(rows(run, "LeNet-5")) == 3
+
+
 def test_overfitting_runs_batch_norm_in_colour(tmp_path, monkeypatch):
     data = cifar(tmp_path, "cifar10", 200)
     options = {"size": "paper", "dataset": "cifar10", "data": data}
