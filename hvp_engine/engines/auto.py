@@ -40,9 +40,9 @@ _TIE = 1.03
 _TERMS = 3
 """Terms of the trial solve that engines are compared on."""
 
-_TRIAL_SECONDS = 0.1
-_MOST_TRIALS = 50
-"""Trials go on for at least three rounds, and until one of these is reached."""
+_TRIAL_SECONDS = 0.3
+_FEWEST_TRIALS, _MOST_TRIALS = 4, 50
+"""Trials go on for the fewest rounds, the first one to warm up, and until one of the others is reached."""
 
 
 @dataclass
@@ -261,6 +261,6 @@ def _seconds_per_term(contenders: Sequence[tuple[Engine, Linearization]]) -> lis
                 torch.cuda.synchronize(device)
             if trial > 0:  # the first one warms up
                 best[index] = min(best[index], (time.perf_counter() - start) / _TERMS)
-        if trial >= 2 and time.perf_counter() - started > _TRIAL_SECONDS:
+        if trial + 1 >= _FEWEST_TRIALS and time.perf_counter() - started > _TRIAL_SECONDS:
             break
     return best
