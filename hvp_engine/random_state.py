@@ -19,10 +19,14 @@ from torch import Tensor
 _alone = threading.RLock()
 
 
-def one_thread() -> threading.RLock:
+def one_thread() -> contextlib.AbstractContextManager[Any]:
     """The lock under which whatever is the whole process's is changed for a while: the global generators, and the
-    weights of a module that a functional call replaces. Threads that do so take turns."""
-    return _alone
+    weights of a module that a functional call replaces. Threads that do so take turns.
+
+    Inside a backward pass there is none: on a GPU that runs in a thread of its own, and what it computes again
+    (checkpointing) would wait for the thread that waits for it.
+    """
+    return _alone if torch._C._current_graph_task_id() == -1 else contextlib.nullcontext()
 
 
 def _another_lock() -> None:

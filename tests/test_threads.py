@@ -18,6 +18,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import hvp_engine as hvp
+from hvp_engine.random_state import one_thread
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:the weights are far from a minimum")
 
@@ -71,6 +72,20 @@ def test_threads_with_a_hypergradient_each(engine: str) -> None:
     for thread in threads:
         thread.join()
     assert not different
+
+
+def test_a_backward_pass_in_another_thread_waits_for_nobody() -> None:
+    """On a GPU that is where backward passes run, and where checkpointing calls the module again."""
+    module = nn.Linear(3, 2)
+    net, weights = hvp.functional(module), dict(module.named_parameters())
+    x = torch.randn(4, 3, requires_grad=True)
+    found: list[Tensor] = []
+    x.register_hook(lambda gradient: found.append(net(weights, gradient)))
+    with one_thread():
+        backward = threading.Thread(target=x.square().sum().backward, daemon=True)
+        backward.start()
+        backward.join(timeout=20)
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("engine", ["eager", "linearized"])
