@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hvp_engine.distributed import for_loss
 from hvp_engine.engines.eager import EagerEngine, leaves
@@ -65,7 +66,8 @@ class GaussNewtonOperator(Curvature):
         problem = Problem(loss, tensors, structure, [], None, (inputs, targets))
         with isolated(Draws().next_seed(), tensors[0].device):
             linearization = for_loss(loss, _Maker(model)).linearize(problem)
-        super().__init__(linearization, structure, EagerEngine())
+        made_of = [leaf for leaf in (*tensors, *pytree.tree_leaves((inputs, targets))) if isinstance(leaf, Tensor)]
+        super().__init__(linearization, structure, EagerEngine(), made_of)
 
 
 class _Maker(EagerEngine):

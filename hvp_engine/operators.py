@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hvp_engine import engines
 from hvp_engine.blocks import fill
@@ -41,22 +42,43 @@ def engine_for_operator(engine: str | engines.Engine, loss: Callable[..., Tensor
 
 
 class Curvature:
-    """What the operators share: a symmetric linear map on trees like the weights, at fixed weights."""
+    """What the operators share: a symmetric linear map on trees like the weights, at fixed weights.
 
-    def __init__(self, linearization: CurvatureMap, structure: Structure, engine: engines.Engine):
-        self.linearization, self.engine = linearization, engine
+    `made_of` are the caller's tensors that products read: one that has changed in place since makes them wrong.
+    """
+
+    def __init__(
+        self,
+        linearization: CurvatureMap,
+        structure: Structure,
+        engine: engines.Engine,
+        made_of: Sequence[Tensor] = (),
+    ):
+        self._linearization, self.engine = linearization, engine
         self.spectrum = Spectrum()
         self._structure = structure
+        self._versions = [(tensor, tensor._version) for tensor in made_of if not tensor.is_inference()]
+
+    @property
+    def linearization(self) -> CurvatureMap:
+        """What makes the products; `ValueError` where what it was made of is no more what it was."""
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                raise ValueError(
+                    "operator: expected weights and arguments as they were when it was made; got one of shape "
+                    f"{tuple(tensor.shape)} that was changed in place since: make a new operator, or clone it before"
+                )
+        return self._linearization
 
     @property
     def layout(self) -> Layout:
         """Shapes, strides, dtypes and device of the weights' leaves."""
-        return self.linearization.layout
+        return self._linearization.layout
 
     @property
     def loss(self) -> Tensor | None:
         """The loss at the weights, detached."""
-        return self.linearization.loss
+        return self._linearization.loss
 
     @property
     def gradient(self) -> Any:
@@ -98,14 +120,15 @@ class HessianOperator(Curvature):
     Arguments:
         loss: `loss(weights, *args)` -> scalar tensor.
         weights: any tree of real floating tensors on one device; they are not modified and need not require grad.
-        *args: passed on to the loss.
+        *args: passed on to the loss; like the weights, not to be changed in place while the operator is used.
         engine: how products are executed, by name; see `hvp_engine.engines`.
 
     The gradient graph is built once, here; random layers draw one mask for the lifetime of the operator. Every
     product costs about two gradients. Memory: the graph, and per product one vector of weights.
 
-    Errors: `ValueError` for an unknown engine, a loss that is no scalar or has no graph to the weights;
-    :class:`SecondDerivativeError` for a loss without a second derivative.
+    Errors: `ValueError` for an unknown engine, a loss that is no scalar or has no graph to the weights, and in a
+    product for weights or arguments that were changed in place since; :class:`SecondDerivativeError` for a loss
+    without a second derivative.
 
     >>> import torch, hvp_engine as hvp
     >>> H = hvp.HessianOperator(lambda w: (w ** 3).sum(), torch.tensor([1.0, 2.0]))
@@ -120,4 +143,5 @@ class HessianOperator(Curvature):
         leaves, structure = flatten(weights, "weights", sharded=True)
         problem = Problem(loss, leaves, structure, [], None, args)
         with isolated(Draws().next_seed(), leaves[0].device):
-            super().__init__(chosen.linearize(problem), structure, chosen)
+            made_of = [leaf for leaf in (*leaves, *pytree.tree_leaves(args)) if isinstance(leaf, Tensor)]
+            super().__init__(chosen.linearize(problem), structure, chosen, made_of)

@@ -303,3 +303,27 @@ def test_product_with_a_vector_in_other_memory(engine: str) -> None:
     weights, v = torch.ones(2, 3, dtype=torch.float64), torch.arange(6.0, dtype=torch.float64).view(3, 2).T
     operator = hvp.HessianOperator(lambda w: w.reshape(-1).pow(3).sum(), weights, engine=engine)
     assert torch.equal(operator @ v, 6 * v)
+
+
+@pytest.mark.parametrize("changed", ["weights", "arguments"])
+@pytest.mark.parametrize("engine", ["eager", "linearized", "finite_difference", "auto", "gauss-newton"])
+def test_what_it_was_made_of_must_stay(engine: str, changed: str) -> None:
+    """A trace would go on with some numbers from before and some from after."""
+    w, x, v = randn(4, seed=80), randn(6, 4, seed=81), randn(4, seed=82)
+
+    def made() -> hvp.HessianOperator | hvp.GaussNewtonOperator:
+        if engine == "gauss-newton":
+            return hvp.GaussNewtonOperator(lambda w, x: x @ w, lambda o, y: (o - y).pow(4).sum(), w, x, x[:, 0] + 1)
+        return hvp.HessianOperator(lambda w, x: (x @ w).pow(4).sum(), w, x, engine=engine)
+
+    operator = made()
+    operator @ v
+    (w if changed == "weights" else x).mul_(2)
+    for call in (
+        lambda: operator @ v,
+        lambda: operator.solve(v, hvp.Identity()),
+        lambda: hvp.extreme_eigenvalues(operator),
+    ):
+        with pytest.raises(ValueError, match="changed in place since: make a new operator"):
+            call()
+    assert bool(torch.isfinite(made() @ v).all())
