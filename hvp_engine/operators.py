@@ -59,6 +59,9 @@ class Curvature:
         self._structure = structure
         self._versions = [(tensor, tensor._version) for tensor in made_of if not tensor.is_inference()]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_versions": []}  # a copy has tensors of its own
+
     @property
     def linearization(self) -> CurvatureMap:
         """What makes the products; `ValueError` where what it was made of is no more what it was."""

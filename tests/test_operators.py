@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cases import CLOSED_FORMS, DTYPE, NETWORKS, Case, dense_hessian, flat, randn, relative_error, truncated_sum, unflat
@@ -303,6 +305,15 @@ def test_product_with_a_vector_in_other_memory(engine: str) -> None:
     weights, v = torch.ones(2, 3, dtype=torch.float64), torch.arange(6.0, dtype=torch.float64).view(3, 2).T
     operator = hvp.HessianOperator(lambda w: w.reshape(-1).pow(3).sum(), weights, engine=engine)
     assert torch.equal(operator @ v, 6 * v)
+
+
+@pytest.mark.parametrize("engine", ["eager", "linearized"])
+def test_a_copy_multiplies_alike(engine: str) -> None:
+    w, v = randn(4, seed=80), randn(4, seed=82)
+    w.mul_(2)
+    operator = hvp.HessianOperator(lambda w: w.pow(4).sum(), w, engine=engine)
+    expected = operator @ v
+    assert torch.equal(copy.deepcopy(operator) @ v, expected)
 
 
 @pytest.mark.parametrize("changed", ["weights", "arguments"])
