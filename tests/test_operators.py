@@ -307,11 +307,11 @@ def test_product_with_a_vector_in_other_memory(engine: str) -> None:
     assert torch.equal(operator @ v, 6 * v)
 
 
-@pytest.mark.parametrize("engine", ["eager", "linearized"])
-def test_a_copy_multiplies_alike(engine: str) -> None:
+def test_a_copy_multiplies_alike() -> None:
+    """Of a trace; torch copies no graph of autograd's."""
     w, v = randn(4, seed=80), randn(4, seed=82)
     w.mul_(2)
-    operator = hvp.HessianOperator(lambda w: w.pow(4).sum(), w, engine=engine)
+    operator = hvp.HessianOperator(lambda w: w.pow(4).sum(), w, engine="linearized")
     expected = operator @ v
     assert torch.equal(copy.deepcopy(operator) @ v, expected)
 
