@@ -66,19 +66,19 @@ INVERSE_HVP: dict[str, tuple[Callable[[World], dict[str, Any]], type[Exception],
     ),
     # iterations
     "iterations negative": (lambda a: {"iterations": -1}, ValueError, r"^iterations: expected .*>= 0; got -1"),
-    "iterations float": (lambda a: {"iterations": 2.0}, TypeError, r"^iterations: expected an int; got float"),
-    "iterations bool": (lambda a: {"iterations": True}, TypeError, r"^iterations: expected an int; got bool"),
+    "iterations float": (lambda a: {"iterations": 2.0}, TypeError, r"^iterations: expected an int >= 0; got float"),
+    "iterations bool": (lambda a: {"iterations": True}, TypeError, r"^iterations: expected an int >= 0; got bool"),
     # alpha
     "alpha nan": (lambda a: {"alpha": math.nan}, ValueError, r"^alpha: expected a finite number > 0; got nan"),
     "alpha inf": (lambda a: {"alpha": math.inf}, ValueError, r"^alpha: expected a finite number > 0; got inf"),
     "alpha zero": (lambda a: {"alpha": 0.0}, ValueError, r"^alpha: expected a finite number > 0; got 0"),
     "alpha negative": (lambda a: {"alpha": -0.1}, ValueError, r"^alpha: expected a finite number > 0; got -0.1"),
-    "alpha word": (lambda a: {"alpha": "automatic"}, TypeError, r"^alpha: expected a number.*; got"),
-    "alpha none": (lambda a: {"alpha": None}, TypeError, r"^alpha: expected a number.*; got NoneType"),
+    "alpha word": (lambda a: {"alpha": "automatic"}, TypeError, r"^alpha: expected a finite number > 0; got"),
+    "alpha none": (lambda a: {"alpha": None}, TypeError, r"^alpha: expected a finite number > 0; got NoneType"),
     # damping
     "damping negative": (lambda a: {"damping": -1.0}, ValueError, r"^damping: expected a finite number >= 0; got -1"),
     "damping nan": (lambda a: {"damping": math.nan}, ValueError, r"^damping: expected a finite number >= 0; got nan"),
-    "damping word": (lambda a: {"damping": "x"}, TypeError, r"^damping: expected a number; got str"),
+    "damping word": (lambda a: {"damping": "x"}, TypeError, r"^damping: expected a finite number >= 0; got str"),
 }
 
 

@@ -12,7 +12,9 @@ from cases import DTYPE, NETWORKS, dense_hessian, flat, matrix_with, randn, rela
 from torch import Tensor
 
 import hvp_engine as hvp
+from hvp_engine.engines import EagerEngine
 from hvp_engine.engines.linearized import TracedLinearization
+from hvp_engine.operators import Curvature
 
 COUNT = 11
 
@@ -196,8 +198,8 @@ def test_exact_on_a_network_and_on_a_linear_model(batched_calls: list[int]) -> N
 def test_a_sketch_is_made_in_blocks(name: str, sketch: Any, batched_calls: list[int]) -> None:
     """At most 32 vectors at a time, and what is left over one by one; the values are those of single products."""
     operator, weights = operator_of(name)
-    plain = hvp.HessianOperator(lambda w: 0.0 * w["x"].sum(), {"x": torch.zeros(1, dtype=DTYPE)}, engine="eager")
-    plain.linearization, plain._structure, plain.spectrum = Single(operator), operator._structure, operator.spectrum  # type: ignore[assignment]
+    plain = Curvature(Single(operator), operator._structure, EagerEngine())  # type: ignore[arg-type]
+    plain.spectrum = operator.spectrum
     v = {key: t[0] for key, t in right_hand_sides(weights, 1).items()}
     rank = min(70, operator.shape[0])
     solver = hvp.Nystrom(rank, rho=0.5, damping=0.1, sketch=sketch)
