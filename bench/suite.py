@@ -21,7 +21,7 @@ HYPERGRADIENT_ENGINES = ("eager", "auto")
 UNROLLED_PROBLEM = "lenet"
 UNROLLED_LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)
 HYPERGRADIENT_PROBLEMS = ("logistic", "mlp", "lenet", "resnet44", "lstm", "large-lstm")
-MEMORY_PROBLEMS = ("logistic", "mlp", "lenet", "resnet44", "unet", "lstm", "large-lstm", "transformer")
+MEMORY_PROBLEMS = ("logistic", "mlp", "lenet", "resnet20", "resnet44", "unet", "lstm", "large-lstm", "transformer")
 UPDATE_PROBLEMS = ("logistic", "mlp", "lenet")
 NEIGHBOUR_SIZES = (1_000_000, 10_000_000)
 
