@@ -78,7 +78,7 @@ def measure(method: Method, problem: Comparison, length: int, weights: Any, time
     cosine, error_norm = agreement(found, problem.reference)
     with peak_memory(CPU) as meter:
         estimator(*arguments)
-    seconds = first if timed and first > SLOW else float("nan")
+    seconds = first if timed else float("nan")
     if timed and first <= SLOW:
         samples = interleave({"call": Work(lambda: estimator(*arguments))}, CPU, seconds=0.2, rounds=5)["call"]
         seconds = sorted(samples)[len(samples) // 2]

@@ -11,7 +11,7 @@ from hvp_engine.engines import Engine
 from hvp_engine.linearization import LinearMap
 from hvp_engine.solution import Solution, Status
 from hvp_engine.solvers.base import Solver
-from hvp_engine.solvers.budget import Budget, Plan
+from hvp_engine.solvers.budget import Budget
 from hvp_engine.spectrum import Spectrum
 
 Vector = Sequence[Tensor]
@@ -40,15 +40,15 @@ def within(
     plan = budget.plan(usable, layout, spent + (x0s is not None))
     results = solve_all(operator, vs, plan.solver, engine, spectrum, names, x0s)
     for index, (value, solution) in enumerate(results):
-        hvps, explanation = solution.hvps, plan.explanation
-        next_plan: Plan | None = plan
-        while solution.status is Status.NEGATIVE_CURVATURE and next_plan is not None:
-            next_plan = budget.after_negative_curvature(next_plan, usable, spent + hvps)
-            if next_plan is not None:
-                v, name = vs[index], names[index]
-                [(value, solution)] = solve_all(operator, [v], next_plan.solver, engine, spectrum, [name], None)
-                hvps, explanation = hvps + solution.hvps, next_plan.explanation
-        explanation = "; ".join(part for part in (explanation, solution.explanation) if part)
+        hvps, current = solution.hvps, plan
+        while solution.status is Status.NEGATIVE_CURVATURE:
+            other = budget.after_negative_curvature(current, usable, spent + hvps)
+            if other is None:
+                break
+            v, name = vs[index], names[index]
+            [(value, solution)] = solve_all(operator, [v], other.solver, engine, spectrum, [name], None)
+            hvps, current = hvps + solution.hvps, other
+        explanation = "; ".join(part for part in (current.explanation, solution.explanation) if part)
         lambda_max = None if usable is None else usable.largest
         yield value, replace(solution, hvps=first + hvps, lambda_max=lambda_max, explanation=explanation)
         first = 0

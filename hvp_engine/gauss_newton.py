@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hvp_engine.distributed import for_loss
 from hvp_engine.engines.eager import EagerEngine, leaves
@@ -66,8 +65,7 @@ class GaussNewtonOperator(Curvature):
         problem = Problem(loss, tensors, structure, [], None, (inputs, targets))
         with isolated(Draws().next_seed(), tensors[0].device):
             linearization = for_loss(loss, _Maker(model)).linearize(problem)
-        made_of = [leaf for leaf in (*tensors, *pytree.tree_leaves((inputs, targets))) if isinstance(leaf, Tensor)]
-        super().__init__(linearization, structure, EagerEngine(), made_of)
+        super().__init__(linearization, structure, EagerEngine(), (tensors, inputs, targets))
 
 
 class _Maker(EagerEngine):

@@ -44,7 +44,8 @@ def engine_for_operator(engine: str | engines.Engine, loss: Callable[..., Tensor
 class Curvature:
     """What the operators share: a symmetric linear map on trees like the weights, at fixed weights.
 
-    `made_of` are the caller's tensors that products read: one that has changed in place since makes them wrong.
+    `made_of`, any tree, has the caller's tensors that products read: one that has changed in place since makes them
+    wrong.
     """
 
     def __init__(
@@ -52,12 +53,13 @@ class Curvature:
         linearization: CurvatureMap,
         structure: Structure,
         engine: engines.Engine,
-        made_of: Sequence[Tensor] = (),
+        made_of: Any = (),
     ):
         self._linearization, self.engine = linearization, engine
         self.spectrum = Spectrum()
         self._structure = structure
-        self._versions = [(tensor, tensor._version) for tensor in made_of if not tensor.is_inference()]
+        read = [leaf for leaf in pytree.tree_leaves(made_of) if isinstance(leaf, Tensor)]
+        self._versions = [(tensor, tensor._version) for tensor in read if not tensor.is_inference()]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_versions": []}  # a copy has tensors of its own
@@ -146,5 +148,4 @@ class HessianOperator(Curvature):
         leaves, structure = flatten(weights, "weights", sharded=True)
         problem = Problem(loss, leaves, structure, [], None, args)
         with isolated(Draws().next_seed(), leaves[0].device):
-            made_of = [leaf for leaf in (*leaves, *pytree.tree_leaves(args)) if isinstance(leaf, Tensor)]
-            super().__init__(chosen.linearize(problem), structure, chosen, made_of)
+            super().__init__(chosen.linearize(problem), structure, chosen, (leaves, args))

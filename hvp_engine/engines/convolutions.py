@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._prims_common import suggest_memory_format
 
-from hvp_engine.engines.passes import called
+from hvp_engine.engines.passes import alike, called, filled
 
 aten = torch.ops.aten
 
@@ -40,9 +40,8 @@ def kernel_derivatives(graph: fx.Graph) -> None:
             continue
         with graph.inserting_before(node):
             value = torch.empty_like(value, memory_format=suggest_memory_format(x.meta["val"]))
-            like = called(graph, aten.full.default, (tuple(value.shape), 0), value)
-            like.kwargs = {"dtype": value.dtype, "device": value.device}
-            arguments = (g, x, like, None, dilation, padding, stride, False, [0] * len(size), 1, [False, True, False])
+            kernel = filled(graph, value, 0)  # of which only the size is read
+            arguments = (g, x, kernel, None, dilation, padding, stride, False, [0] * len(size), 1, [False, True, False])
             backward = called(graph, aten.convolution_backward.default, arguments, (None, value, None))
             derivative = called(graph, operator.getitem, (backward, 1), value)
         for user in list(part.users):
@@ -86,7 +85,7 @@ def add_biases(graph: fx.Graph) -> None:
             continue
         for summand, broadcast in (node.args, reversed(node.args)):
             bias, found = _bias(broadcast), _convolution(summand)
-            if bias is None or found is None or not _alike(summand, broadcast):
+            if bias is None or found is None or not alike(broadcast, summand):
                 continue
             convolution, other = found
             with graph.inserting_before(node):
@@ -120,14 +119,6 @@ def _convolution(node: Any) -> tuple[fx.Node, fx.Node | None] | None:
     arguments: Any = node.args
     for summand, other in (reversed(arguments), arguments):
         found = _convolution(summand)
-        if found is not None and found[1] is None and _alike(summand, other):
+        if found is not None and found[1] is None and alike(other, summand):
             return found[0], other
     return None
-
-
-def _alike(a: fx.Node, b: Any) -> bool:
-    """Whether two nodes have the same shape and dtype."""
-    if not isinstance(b, fx.Node):
-        return False
-    x, y = a.meta["val"], b.meta["val"]
-    return bool(x.shape == y.shape and x.dtype == y.dtype)

@@ -64,7 +64,7 @@ def _operand(node: fx.Node) -> fx.Node | None:
     pairs = ((first, second),) if node.target is aten.pow.Tensor_Scalar else ((first, second), (second, first))
     for operand, other in pairs:
         value = other.args[1] if _calls(other, aten.full.default) else other
-        if isinstance(value, (int, float)) and value == neutral and _same(operand, node):
+        if isinstance(value, (int, float)) and value == neutral and alike(operand, node):
             return operand
     return None
 
@@ -122,19 +122,19 @@ def accumulate(graph: fx.Graph, linear: set[fx.Node]) -> None:
                 continue
             if not _same_dtype(term, other):
                 continue
-            if term.target is aten.bmm.default and _same(term, node) and _same(other, node):
+            if term.target is aten.bmm.default and alike(term, node) and alike(other, node):
                 sum_ = _accumulate_batched(graph, node, term, other)
                 if sum_ is None:
                     continue
                 linear.add(sum_)
                 break
             fused: Callable[..., Any] | None = None
-            if term.target is aten.mm.default and _same(term, node):
+            if term.target is aten.mm.default and alike(term, node):
                 fused = aten.addmm.default
             elif (
                 term.target is aten.mul.Tensor
                 and same_layout(other, node)
-                and _same(term, node)
+                and alike(term, node)
                 and all(isinstance(a, fx.Node) and _same_dtype(a, node) for a in term.args)
             ):
                 fused = aten.addcmul.default
@@ -195,7 +195,7 @@ def _factor(node: fx.Node, linear: set[fx.Node]) -> tuple[fx.Node, Any] | None:
     if node.target in (aten.mul.Scalar, aten.mul.Tensor) and len(node.args) == 2:
         for t, a in (arguments, reversed(arguments)):
             known = not isinstance(a, fx.Node) or a not in linear
-            if isinstance(t, fx.Node) and t in linear and known and _same(t, node):
+            if isinstance(t, fx.Node) and t in linear and known and alike(t, node):
                 return t, a
     return None
 
@@ -240,17 +240,19 @@ def _push_transpose(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _is_plain_sum(node: fx.Node) -> bool:
-    return not node.kwargs and all(isinstance(a, fx.Node) and _same(a, node) for a in node.args)
+    return not node.kwargs and all(isinstance(a, fx.Node) and alike(a, node) for a in node.args)
 
 
 def _constant(graph: fx.Graph, node: fx.Node, value: Any) -> fx.Node:
     """A filled tensor of `node`'s shape that depends on no other node."""
-    like = node.meta["val"]
     with graph.inserting_before(node):
-        constant = graph.call_function(
-            aten.full.default, (tuple(like.shape), value), {"dtype": like.dtype, "device": like.device}
-        )
-    constant.meta = dict(node.meta)
+        return filled(graph, node.meta["val"], value)
+
+
+def filled(graph: fx.Graph, like: Tensor, value: Any) -> fx.Node:
+    """A tensor of the shape, dtype and device of `like`, filled with a number."""
+    constant = called(graph, aten.full.default, (tuple(like.shape), value), like)
+    constant.kwargs = {"dtype": like.dtype, "device": like.device}
     return constant
 
 
@@ -258,8 +260,8 @@ def _calls(node: Any, target: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
 
 
-def _same(a: Any, b: fx.Node) -> bool:
-    """Whether two nodes have the same shape and dtype."""
+def alike(a: Any, b: fx.Node) -> bool:
+    """Whether `a` is a node of the same shape and dtype as `b`."""
     if not isinstance(a, fx.Node):
         return False
     x, y = a.meta.get("val"), b.meta.get("val")
@@ -268,7 +270,7 @@ def _same(a: Any, b: fx.Node) -> bool:
 
 def same_layout(a: fx.Node, b: fx.Node) -> bool:
     """Whether two nodes have the same shape, dtype and strides."""
-    return _same(a, b) and a.meta["val"].stride() == b.meta["val"].stride()
+    return alike(a, b) and a.meta["val"].stride() == b.meta["val"].stride()
 
 
 def _same_dtype(a: fx.Node, b: fx.Node) -> bool:

@@ -75,6 +75,14 @@ def trace(problem: Problem) -> Trace:
 
     Convolution kernels are laid out as they are fastest, unless the loss takes its images for contiguous.
     """
+    _, others, _ = split_inputs(problem)
+    for leaf in others:
+        if not is_constant(leaf):
+            raise TraceError(
+                f"{problem.name}: expected a batch of tensors, numbers and texts in tuples, lists and dicts; got one "
+                f"with a {type(leaf).__name__}, whose content a trace would keep: hand over the tensors in it, "
+                "register it with torch.utils._pytree.register_pytree_node, or use engine='eager'"
+            )
     if prefer_channels_last(problem.weights):
         with contextlib.suppress(RuntimeError), NoStatistics():
             found = _traced(problem, channels_last)
@@ -86,13 +94,6 @@ def trace(problem: Problem) -> Trace:
 def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor]]) -> Trace:
     """The trace of the loss on `laid_out(weights)`, and of its products on tangents that are laid out alike."""
     tensors, others, spec = split_inputs(problem)
-    for leaf in others:
-        if not is_constant(leaf):
-            raise TraceError(
-                f"{problem.name}: expected a batch of tensors, numbers and texts in tuples, lists and dicts; got one "
-                f"with a {type(leaf).__name__}, whose content a trace would keep: hand over the tensors in it, "
-                "register it with torch.utils._pytree.register_pytree_node, or use engine='eager'"
-            )
     places = [index for index, leaf in enumerate(pytree.tree_leaves(problem.inputs)) if isinstance(leaf, Tensor)]
     count_w, count_h, count_x = len(problem.weights), len(problem.hyperparameters), len(tensors)
 

@@ -125,9 +125,9 @@ class Tuner(Steps):
                 disk that is full in the meantime gives a warning, and the training goes on.
 
                 With a checkpoint SIGINT (Ctrl-C) and SIGTERM stop the run at the end of the step, a hyper step with its
-                evaluation and callbacks; it is saved, and
-                `KeyboardInterrupt` or `SystemExit(143)` raised. A second signal raises at once. That is so in the main
-                thread, for the time of this call, and for a signal that the program itself does not handle.
+                evaluation and callbacks; it is saved, and `KeyboardInterrupt` or `SystemExit(143)` raised. A second
+                signal raises at once. That is so in the main thread, for the time of this call, and for a signal that
+                the program itself does not handle.
             checkpoint_minutes: None for no checkpoints by time; many processes, whose clocks differ, make none.
             verbose: print one line for each hyper step.
             callbacks: functions of (tuner, record), called after each hyper step; one that returns True stops the run.
