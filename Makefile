@@ -67,7 +67,7 @@ build: $(INSTALLED)
 # Python files are used where they are; only a change of the extension or of the packaging installs again.
 $(INSTALLED): $(TOOLS) pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	$(PIP) --no-build-isolation --editable '.[dev,triton]'
-	$(BIN)/python -c "import hvp_engine.native"
+	$(BIN)/python -c "import hvp_engine.ops.cpp"
 	@touch $@
 
 # What the build itself needs comes first, since the package is built without isolation.

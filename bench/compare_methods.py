@@ -1,6 +1,6 @@
 """Compare all ways to a hypergradient on a real problem: `python -m bench.compare_methods PROBLEM --out FOLDER`.
 
-For every method of `hvp_engine.methods`: cosine and relative l2 error against the exact hypergradient at w* (float64),
+For every method of `baselines.methods`: cosine and relative l2 error against the exact hypergradient at w* (float64),
 gradient evaluations (a Hessian-vector product is two), time, and peak memory, by the number of products or steps; at
 the minimum w*, and at weights trained for a short while only. With --searches also the validation loss that searches
 reach by the gradients they spend. Prints tables; writes compare-<device>.csv, where a later run of some methods or
@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from baselines import search
+from baselines.methods import METHODS, Method, find
 from bench import compare_plots, results
 from bench.compare_problems import EXACT_LIMIT, FORWARD_LIMIT, LINEAR_LIMIT, PROBLEMS, Comparison, build
 from bench.interleave import Work, interleave, threads
 from bench.report import duration, grid, size_of
 from bench.results import Environment, Row
-from hvp_engine import search
-from hvp_engine.estimation import Estimate, Estimator
-from hvp_engine.memory import peak_memory
-from hvp_engine.methods import METHODS, Method, find
+from hvp_engine.diagnostics.memory import peak_memory
+from hvp_engine.hypergradients.estimator import Estimate, Estimator
 
 LENGTHS = (1, 2, 5, 10, 20, 50, 100)
 CPU = torch.device("cpu")

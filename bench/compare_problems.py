@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hvp_engine as hvp
+from baselines.methods import Setting
+from baselines.search import TuningProblem
 from bench.problems import Batch, Tensors
-from hvp_engine import datasets
-from hvp_engine.checking.refitting import Pair, minimize, reference_hypergradient
-from hvp_engine.linearization import Problem
-from hvp_engine.methods import Setting
-from hvp_engine.preconditioning import Preconditioner
-from hvp_engine.preparation import standardize
-from hvp_engine.search import TuningProblem
-from hvp_engine.trees import flatten
+from hvp_engine._support.pytree import flatten
+from hvp_engine.demo import datasets
+from hvp_engine.demo.preparation import standardize
+from hvp_engine.diagnostics.check.refitting import Pair, minimize, reference_hypergradient
+from hvp_engine.differentiation.problem import Problem
+from hvp_engine.solvers.preconditioners import Preconditioner
 
 DTYPE = torch.float64
 EXACT_LIMIT = 4000

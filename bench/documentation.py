@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from baselines import methods
 from bench import demo, hard_models, precision, products, report, results
-from hvp_engine import methods
 
 
 def plots(files: list[Path]) -> str:

@@ -176,7 +176,7 @@ class LinearModelRun:
 def unrolled(problem: Problem) -> Run:
     """The hypergradient through iterations + 1 steps of SGD, by plain autograd as a script without this package has it.
 
-    So it is to `hvp_engine.estimators.Unrolled`, whose numbers it has, what the list loop is to our engines. At a
+    So it is to `baselines.estimators.Unrolled`, whose numbers it has, what the list loop is to our engines. At a
     minimum of the training loss it equals the implicit one of that many products.
     """
     names, hyper = list(problem.weights), list(problem.hyper.values())

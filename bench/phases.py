@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from hvp_engine import engines
-from hvp_engine.linearization import Linearization, LinearMap, Problem
+from hvp_engine._support.flat_vector import Layout
+from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
 from hvp_engine.solvers.base import Iteration, Solver
-from hvp_engine.spectrum import SpectralEstimate
-from hvp_engine.vectors import Layout
+from hvp_engine.solvers.spectrum import SpectralEstimate
 
 WHOLE, GRADIENT, LINEARIZE, TERM, STEP, MIXED = (
     "hypergradient", "gradient", "linearize", "term", "step", "mixed product",

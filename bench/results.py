@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.peers import PACKAGES
-from hvp_engine.doctor import cpu_name
+from hvp_engine.diagnostics.doctor import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "bench" / "results"

@@ -13,7 +13,7 @@ from bench.interleave import Work
 from bench.methods import LIST_LOOPS, OURS, Preparation, Run
 from bench.problems import Problem, build
 from bench.verification import Verified, verify
-from hvp_engine.linearization import LinearMap
+from hvp_engine.differentiation.problem import LinearMap
 
 HYPERGRADIENT_ENGINES = ("eager", "auto")
 """Engines whose whole hypergradient is timed: a trace for it is another one, and takes its time."""

@@ -1,4 +1,4 @@
-// The module hvp_engine._C; hvp_engine.native is the way in.
+// The module hvp_engine._C; hvp_engine.ops.cpp is the way in.
 #include "bindings.h"
 
 #include "torch_tensors.h"
@@ -12,7 +12,7 @@ PYBIND11_MODULE(_C, module) {
   hvp::Torch::get();  // fails here, on import, where torch does not fit
   const py::object capability =
       py::module_::import("torch").attr("backends").attr("cpu").attr("get_cpu_capability")();
-  module.doc() = "Fused vector ops in C++ and CUDA; hvp_engine.native is the way in.";
+  module.doc() = "Fused vector ops in C++ and CUDA; hvp_engine.ops.cpp is the way in.";
 #ifdef HVP_HAS_CUDA
   module.attr("has_cuda") = true;
   module.def("cuda_problem", &hvp::cuda_problem, "Why CUDA cannot be used on this machine; empty if it can.");

@@ -1,5 +1,5 @@
 // All terms of a Chebyshev iteration for the Hessian of a linear model, in one call; its specification is
-// linear_model_chebyshev in hvp_engine/linear_model_reference.py. Compiled once for each instruction set.
+// linear_model_chebyshev in hvp_engine/linear_model/reference.py. Compiled once for each instruction set.
 #include "linear_model_parts.h"
 
 namespace hvp {

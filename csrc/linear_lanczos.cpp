@@ -1,4 +1,4 @@
-// A short Lanczos run for the Hessian of a linear model, in one call: hvp_engine/krylov.py says what it
+// A short Lanczos run for the Hessian of a linear model, in one call: hvp_engine/solvers/lanczos.py says what it
 // computes. Compiled once for each instruction set, with HVP_VARIANT naming the namespace.
 #include <cmath>
 #include <limits>

@@ -1,5 +1,5 @@
 // All terms of a series for the Hessian of a linear model, in one call, and a Lanczos run; the
-// meaning of the two forms of the series is in hvp_engine/linear_model_reference.py.
+// meaning of the two forms of the series is in hvp_engine/linear_model/reference.py.
 #pragma once
 
 #include <cstdint>

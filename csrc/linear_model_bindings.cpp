@@ -1,4 +1,4 @@
-// The computations on a linear model's Hessian, for hvp_engine.native.
+// The computations on a linear model's Hessian, for hvp_engine.ops.cpp.
 #include "bindings.h"
 #include "torch_tensors.h"
 #include "variants.h"

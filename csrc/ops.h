@@ -1,6 +1,6 @@
 // The arithmetic of every op on one element, shared by the CPU and the CUDA kernels.
 //
-// An op is a functor with the names and the meaning of its function in hvp_engine/reference.py. It takes the
+// An op is a functor with the names and the meaning of its function in hvp_engine/ops/reference.py. It takes the
 // product's element and one element of each of its kStates state vectors (the rest are unused), changes those
 // whose bit is set in kMutated, and returns the two pairs whose products are summed into `partials`. Where
 // kMeasured is set, the whole state is first read once without a change, and the sum of the second products

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 import hvp_engine as hvp
 from examples import models
 from examples.image_sets import Batch, ImageSet
-from hvp_engine.estimation import Estimate
-from hvp_engine.estimators import SGD, Unrolled
+from hvp_engine.hypergradients import SGD, Unrolled
+from hvp_engine.hypergradients.estimator import Estimate
 
 Trees = dict[str, Tensor]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hvp_engine import datasets
+from hvp_engine.demo import datasets
+from hvp_engine.demo.preparation import standardize, stratified_split
 from hvp_engine.errors import DataError
-from hvp_engine.preparation import standardize, stratified_split
 
 NAMES = ("mnist", "cifar10", "cifar100")
 CLASSES = {

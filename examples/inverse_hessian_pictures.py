@@ -17,8 +17,8 @@ from torch import Tensor
 
 import hvp_engine as hvp
 from examples.experiment import Experiment, Run
-from hvp_engine import datasets
-from hvp_engine.preparation import standardize
+from hvp_engine.demo import datasets
+from hvp_engine.demo.preparation import standardize
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import hvp_engine as hvp
 from examples.experiment import Experiment, Run
-from hvp_engine import datasets
-from hvp_engine.preparation import standardize
+from hvp_engine.demo import datasets
+from hvp_engine.demo.preparation import standardize
 
 FIXED_ALPHA = 1e-3
 """The step that is also tried on raw inputs."""

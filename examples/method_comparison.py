@@ -1,6 +1,6 @@
 """Table 1: every way to a hypergradient side by side, on a real problem whose exact hypergradient is known.
 
-For each method of `hvp_engine.methods`: cosine and relative l2 error against the exact hypergradient at the minimum w*
+For each method of `baselines.methods`: cosine and relative l2 error against the exact hypergradient at the minimum w*
 (float64), gradient evaluations (a Hessian-vector product is two), time and peak memory, by the number i of products
 or steps; at w*, and at weights trained for a short while only. For the searches, some of which have no hypergradient:
 the validation loss that they reach by the gradients they spend. The problems, the measuring and the plot are those of
@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
+from baselines.methods import METHODS, find
 from bench import compare_methods, compare_plots
 from bench.compare_methods import CPU, EARLY, MINIMUM
 from bench.compare_problems import PROBLEMS, Comparison, build
 from bench.report import duration, size_of
 from bench.results import Environment, Row
 from examples.experiment import Experiment, Run
-from hvp_engine.methods import METHODS, find
 
 COLUMNS = ("benchmark", "problem", "method", "size", "p50", "unit", "note")
 """Of a row, what is kept: the others are the same everywhere."""

@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hvp_engine as hvp
+from baselines.methods import Setting, find
 from examples import image_sets, models
 from examples.experiment import Experiment, Run
 from examples.image_sets import Batch
-from hvp_engine.memory import peak_memory
-from hvp_engine.methods import Setting, find
+from hvp_engine.diagnostics.memory import peak_memory
 
 Tensors = dict[str, Tensor]
 Row = dict[str, Any]

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from baselines import search as searches
 from examples.regularized_lstm import RATES, RegularizedLSTM, Settings
 from examples.training import last_quarter
-from hvp_engine import search as searches
 
 
 def search(

@@ -32,7 +32,7 @@ from examples import ptb_searches, text_sets
 from examples.experiment import Experiment, Run
 from examples.regularized_lstm import RATES, RegularizedLSTM, Settings
 from examples.training import NoTuning, last_quarter, nonmonotone
-from hvp_engine.datasets import Text
+from hvp_engine.demo.datasets import Text
 
 PAPER = {
     "no tuning": "75.72 / 71.91",

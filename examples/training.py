@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hvp_engine as hvp
-from hvp_engine.estimation import Estimate
+from hvp_engine.hypergradients.estimator import Estimate
 
 
 class NoTuning:

@@ -27,8 +27,8 @@ import hvp_engine as hvp
 from examples import image_sets, models
 from examples.experiment import Experiment, Run
 from examples.image_sets import Batch, ImageSet
-from hvp_engine.estimation import Estimate
-from hvp_engine.preparation import stratified_split
+from hvp_engine.demo.preparation import stratified_split
+from hvp_engine.hypergradients.estimator import Estimate
 
 TUNED, RETRAINED = "as tuned", "re-trained on all data"
 UNTUNED = "untuned"

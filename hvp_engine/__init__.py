@@ -3,10 +3,10 @@
 The names below are the public API; see the README for where to look for what.
 """
 
-from hvp_engine.backend import use_backend
-from hvp_engine.checking import CheckResult, Verdict, check
+from hvp_engine.diagnostics.check import CheckResult, Verdict, check
+from hvp_engine.differentiation.modules import functional
+from hvp_engine.differentiation.problem import Averaged
 from hvp_engine.distributed import DataParallel
-from hvp_engine.eigenvalues import ExtremeEigenvalues, SpectralDensity, extreme_eigenvalues, spectral_density
 from hvp_engine.errors import (
     BackendError,
     CheckpointError,
@@ -19,26 +19,27 @@ from hvp_engine.errors import (
     SecondDerivativeError,
     TraceError,
 )
-from hvp_engine.estimation import Averaged, Estimate
-from hvp_engine.fixed_point import FixedPointHypergradient
-from hvp_engine.functional import functional
-from hvp_engine.gauss_newton import GaussNewtonOperator
-from hvp_engine.implicit import Hypergradient, HypergradientResult
-from hvp_engine.influence import Influence, influence_matrix
-from hvp_engine.linear_model import LinearModelOperator
-from hvp_engine.operators import HessianOperator
-from hvp_engine.preconditioning import (
+from hvp_engine.hypergradients.autograd_api import approx_inverse_hvp, best_response, hypergradient
+from hvp_engine.hypergradients.estimator import Estimate
+from hvp_engine.hypergradients.fixed_point import FixedPointHypergradient
+from hvp_engine.hypergradients.implicit import Hypergradient, HypergradientResult
+from hvp_engine.hypergradients.influence import Influence, influence_matrix
+from hvp_engine.hypergradients.response import ResponseJacobian, response_jacobian
+from hvp_engine.linear_model.operator import LinearModelOperator
+from hvp_engine.operators.gauss_newton import GaussNewtonOperator
+from hvp_engine.operators.hessian import HessianOperator
+from hvp_engine.operators.stochastic import StochasticHessianOperator
+from hvp_engine.ops.backend import use_backend
+from hvp_engine.solvers import MINRES, Budget, Chebyshev, ConjugateGradient, Exact, Identity, Neumann, Nystrom
+from hvp_engine.solvers.driver import solve
+from hvp_engine.solvers.eigenvalues import ExtremeEigenvalues, SpectralDensity, extreme_eigenvalues, spectral_density
+from hvp_engine.solvers.preconditioners import (
     DiagonalPreconditioner,
     JacobiPreconditioner,
     KFACPreconditioner,
     NystromPreconditioner,
 )
-from hvp_engine.recorded import approx_inverse_hvp, best_response, hypergradient
-from hvp_engine.response import ResponseJacobian, response_jacobian
-from hvp_engine.solution import Solution, Status
-from hvp_engine.solvers import MINRES, Budget, Chebyshev, ConjugateGradient, Exact, Identity, Neumann, Nystrom
-from hvp_engine.solving import solve
-from hvp_engine.stochastic import StochasticHessianOperator
+from hvp_engine.solvers.solution import Solution, Status
 from hvp_engine.tuning import History, Record, Tuner
 
 __version__ = "0.1.0"

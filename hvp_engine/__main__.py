@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status."""
-    from hvp_engine import demo, doctor
+    from hvp_engine import demo
+    from hvp_engine.diagnostics import doctor
     from hvp_engine.errors import HvpError
 
     parser = argparse.ArgumentParser(prog="python -m hvp_engine", description="Implicit differentiation for PyTorch")

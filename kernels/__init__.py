@@ -1,4 +1,4 @@
-"""The Triton backend: one multi-tensor kernel for each op of :mod:`hvp_engine.ops`.
+"""The Triton backend: one multi-tensor kernel for each op of :mod:`hvp_engine.ops.schemas`.
 
 Adding an op takes its kernel, with the signature (states..., rows, addresses, scalars..., [damping], partials,
 PRODUCT, CHUNK), and its entry in :data:`KERNELS`. An op that needs a sum over everything before it can move has a
@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hvp_engine.backend import Bound
+from hvp_engine._support.flat_vector import Layout
 from hvp_engine.kernels.accumulate import scale_accumulate
 from hvp_engine.kernels.chebyshev import chebyshev_step
 from hvp_engine.kernels.conjugate_gradient import cg_curvature, cg_step
@@ -25,7 +25,7 @@ from hvp_engine.kernels.linear_dual import linear_model_dual
 from hvp_engine.kernels.linear_model import linear_model_limit
 from hvp_engine.kernels.neumann import neumann_step, neumann_step_horner
 from hvp_engine.ops import OPS
-from hvp_engine.vectors import Layout
+from hvp_engine.ops.backend import Bound
 
 __all__ = [
     "INTERPRETED",
@@ -68,7 +68,7 @@ def bind(
     damping: float,
     partials: Tensor,
 ) -> Bound:
-    """The op `name` bound to its arguments, all checked already; see :func:`hvp_engine.ops.bind`."""
+    """The op `name` bound to its arguments, all checked already; see :func:`hvp_engine.ops.schemas.bind`."""
     op, arguments = OPS[name], list(scalars)
     if op.damped:
         # In device memory, since Triton passes a Python float in 32 bits.

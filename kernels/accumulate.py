@@ -1,4 +1,4 @@
-"""A scaled sum into the flat state; see `scale_accumulate` in hvp_engine.reference."""
+"""A scaled sum into the flat state; see `scale_accumulate` in hvp_engine.ops.reference."""
 
 import triton
 import triton.language as tl

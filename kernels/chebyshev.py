@@ -1,4 +1,4 @@
-"""A step of the Chebyshev iteration; see `chebyshev_step` in hvp_engine.reference."""
+"""A step of the Chebyshev iteration; see `chebyshev_step` in hvp_engine.ops.reference."""
 
 import triton
 import triton.language as tl

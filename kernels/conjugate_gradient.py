@@ -1,4 +1,4 @@
-"""A step of conjugate gradients; see `cg_step` in hvp_engine.reference.
+"""A step of conjugate gradients; see `cg_step` in hvp_engine.ops.reference.
 
 The step's length depends on a sum over everything, so it takes three launches: `cg_curvature` writes each row's
 share of d . (Ad + damping d), `spread_total` of hvp_engine.kernels.rows adds them up, and `cg_step` moves.

@@ -10,9 +10,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from hvp_engine._support.flat_vector import ALIGNMENT, CHUNK, Layout
 from hvp_engine.kernels.rows import spread_total
 from hvp_engine.ops import Op, check_products
-from hvp_engine.vectors import ALIGNMENT, CHUNK, Layout
 
 WARPS = 8
 """One row is 4096 elements: 16 for each thread, enough loads in flight and few enough registers."""

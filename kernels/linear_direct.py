@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hvp_engine import linear_model_reference
 from hvp_engine.kernels.linear_model import (
     Tiling,
     add_each,
@@ -21,7 +20,8 @@ from hvp_engine.kernels.linear_model import (
     record,
     step_bias,
 )
-from hvp_engine.linear_model_reference import Factors
+from hvp_engine.linear_model import reference as linear_model_reference
+from hvp_engine.linear_model.reference import Factors
 
 
 @triton.jit(do_not_specialize=["iterations"])
@@ -116,7 +116,7 @@ def linear_model_direct_terms(
 def linear_model_direct(
     v: Tensor, p: Tensor, factors: Factors, alpha: float, damping: float, iterations: int, horner: bool
 ) -> Tensor:
-    """As the function of this name in hvp_engine.linear_model_reference."""
+    """As the function of this name in hvp_engine.linear_model.reference."""
     if iterations == 0:
         return linear_model_reference.linear_model_direct(v, p, factors, alpha, damping, iterations, horner)
     tiling, layout = Tiling.of(factors), factors.layout

@@ -21,7 +21,7 @@ from hvp_engine.kernels.linear_model import (
     record,
     step_bias,
 )
-from hvp_engine.linear_model_reference import Factors
+from hvp_engine.linear_model.reference import Factors
 
 EXPANDED = 64
 """Features of one program of `linear_model_expand`."""
@@ -155,7 +155,7 @@ def linear_model_expand(
 def linear_model_dual(
     v: Tensor, p: Tensor, factors: Factors, alpha: float, damping: float, iterations: int, horner: bool
 ) -> Tensor:
-    """As the function of this name in hvp_engine.linear_model_reference."""
+    """As the function of this name in hvp_engine.linear_model.reference."""
     tiling, layout = Tiling.of(factors), factors.layout
     samples, features = factors.inputs.shape
     rows = len(v) * factors.outputs

@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hvp_engine.linear_model_reference import Factors
+from hvp_engine.linear_model.reference import Factors
 
 LEAST = 16
 """The smallest side of a tile that Triton multiplies."""

@@ -1,4 +1,4 @@
-"""The two forms of the Neumann recurrence; see `neumann_step` and `neumann_step_horner` in hvp_engine.reference."""
+"""The two forms of the Neumann recurrence; see `neumann_step` and `neumann_step_horner` in hvp_engine.ops.reference."""
 
 import triton
 import triton.language as tl

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hvp_engine._support.random_state import random_state_kept
 from hvp_engine.engines.recording import Body, CaptureError
-from hvp_engine.random_state import random_state_kept
 
 aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}

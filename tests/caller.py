@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hvp_engine as hvp
-from hvp_engine import backend
+from hvp_engine.ops import backend
 
 DTYPE = torch.float64
 

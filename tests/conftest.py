@@ -11,8 +11,8 @@ import torch
 from cases import BILEVEL, Bilevel
 from op_cases import TARGETS
 
-from hvp_engine.backend import use_backend, why_not
-from hvp_engine.engines import linear_model
+from hvp_engine.linear_model import engine as linear_model
+from hvp_engine.ops.backend import use_backend, why_not
 
 # Test processes side by side share the cores.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))

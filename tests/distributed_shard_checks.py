@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import hvp_engine as hvp
-from hvp_engine.memory import peak_memory
+from hvp_engine.diagnostics.memory import peak_memory
 
 
 def _cut(tree: dict[str, Tensor], dims: tuple[int, ...] = (0, 0, 1, 0)) -> dict[str, Tensor]:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvp_engine.backend import BACKENDS, why_not
+from hvp_engine._support.flat_vector import CHUNK, FlatVector, Layout
 from hvp_engine.ops import OPS, bind
-from hvp_engine.vectors import CHUNK, FlatVector, Layout
+from hvp_engine.ops.backend import BACKENDS, why_not
 
 TARGETS = [pytest.param(("cpu", name), id=f"cpu-{name}") for name in BACKENDS if why_not(name, "cpu") is None]
 if torch.cuda.is_available():

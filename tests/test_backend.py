@@ -8,11 +8,10 @@ import threading
 import pytest
 import torch
 
-from hvp_engine import backend
-from hvp_engine.backend import BACKENDS, select, use_backend, why_not
+from hvp_engine._support.flat_vector import Layout
 from hvp_engine.errors import BackendError, HvpError
-from hvp_engine.ops import bind
-from hvp_engine.vectors import Layout
+from hvp_engine.ops import backend, bind
+from hvp_engine.ops.backend import BACKENDS, select, use_backend, why_not
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from hvp_engine.errors import CheckpointError
-from hvp_engine.tuning.batches import Batches
+from hvp_engine.tuning.data_stream import Batches
 
 CPU = torch.device("cpu")
 NUMBERS = torch.arange(10.0)

@@ -16,7 +16,7 @@ from bench.bench_distributed import GPUS, MODES, WEIGHTS, Machine, draw, estimat
 from bench.interleave import Work, interleave, threads
 from bench.problems import PROBLEMS, Problem
 from bench.results import Environment, Row
-from hvp_engine.estimators import SGD, Unrolled
+from hvp_engine.hypergradients import SGD, Unrolled
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hvp_engine import _C, native
+from hvp_engine import _C
+from hvp_engine.ops import cpp as native
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md", "constraints.txt")
@@ -70,7 +71,8 @@ def test_without_a_compiler_the_package_warns_and_runs_on_the_reference_backend(
 import sys
 sys.path[:0] = {[str(site), *sys.path]!r}
 import torch, hvp_engine
-from hvp_engine import backend, doctor
+from hvp_engine.ops import backend
+from hvp_engine.diagnostics import doctor
 print(hvp_engine.__file__)
 print(backend.select(torch.device("cpu"))[0], "|", backend.why_not("cpp", "cpu"))
 print(doctor.examine())
@@ -123,7 +125,7 @@ def test_sdist_holds_all_that_a_build_needs(sources, tmp_path):
 
 
 def test_extension_names_its_reason_without_a_gpu():
-    code = "from hvp_engine import native; print(native.missing('cuda'))"
+    code = "from hvp_engine.ops import cpp; print(cpp.missing('cuda'))"
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from hvp_engine import datasets
+from hvp_engine.demo import datasets
 from hvp_engine.errors import DataError
 
 

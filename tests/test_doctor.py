@@ -5,7 +5,9 @@ import sys
 import pytest
 import torch
 
-from hvp_engine import backend, doctor, engines
+from hvp_engine import engines
+from hvp_engine.diagnostics import doctor
+from hvp_engine.ops import backend
 
 MAPS = """\
 7f00-7f01 r--p 00000000 08:01 11   {folder}/libgomp-98b21ff3.so.1

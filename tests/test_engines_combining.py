@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import hvp_engine as hvp
 from hvp_engine import engines
-from hvp_engine.engines.partition import Partition
+from hvp_engine.differentiation.trace.partial_evaluation import Partition
 
 DTYPE = torch.float64
 aten = torch.ops.aten

@@ -18,8 +18,8 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 
 import hvp_engine as hvp
 from hvp_engine import engines
-from hvp_engine.engines.eager import EagerEngine, leaves
-from hvp_engine.engines.tape import Tape, differentiate, filled, gradients
+from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, gradients, leaves
+from hvp_engine.engines.eager import EagerEngine
 
 
 def tape_of(

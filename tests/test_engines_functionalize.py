@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hvp_engine as hvp
-from hvp_engine.engines.linearized import LinearizedEngine
+from hvp_engine.engines.traced import LinearizedEngine
 
 DTYPE = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")

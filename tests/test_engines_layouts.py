@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 import hvp_engine as hvp
 from hvp_engine import engines
-from hvp_engine.engines.partition import Partition
+from hvp_engine.differentiation.trace.partial_evaluation import Partition
 
 aten = torch.ops.aten
 DTYPE = torch.float64

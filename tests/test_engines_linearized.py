@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import hvp_engine as hvp
 from hvp_engine import engines
-from hvp_engine.engines.linearized import LinearizedEngine, TracedLinearization
-from hvp_engine.linearization import Problem
-from hvp_engine.trees import flatten
+from hvp_engine._support.pytree import flatten
+from hvp_engine.differentiation.problem import Problem
+from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
 
 DTYPE = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")

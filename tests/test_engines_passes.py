@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hvp_engine as hvp
-from hvp_engine.engines.linearized import LinearizedEngine, TracedLinearization
-from hvp_engine.engines.passes import dependents
+from hvp_engine.differentiation.trace.passes import dependents
+from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 import hvp_engine as hvp
-from hvp_engine.engines.plain_kernels import plain_kernels
+from hvp_engine.differentiation.differentiable_kernels import plain_kernels
 
 X = randn(5, 3, seed=1)
 

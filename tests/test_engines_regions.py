@@ -12,8 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import hvp_engine as hvp
 from hvp_engine import engines
+from hvp_engine.differentiation.trace.regions import Regions, distinct
 from hvp_engine.engines import compiled
-from hvp_engine.engines.regions import Regions, distinct
 
 DTYPE = torch.float64
 

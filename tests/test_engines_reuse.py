@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hvp_engine as hvp
-from hvp_engine.engines.linearized import LinearizedEngine, TracedLinearization
-from hvp_engine.engines.reuse import written_over
+from hvp_engine.differentiation.trace.inplace import written_over
+from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
 
 aten = torch.ops.aten
 DTYPE = torch.float64

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import hvp_engine as hvp
 from hvp_engine.engines import EagerEngine
-from hvp_engine.engines.linearized import TracedLinearization
-from hvp_engine.operators import Curvature
+from hvp_engine.engines.traced import TracedLinearization
+from hvp_engine.operators.hessian import Curvature
 
 COUNT = 11
 

@@ -12,7 +12,7 @@ from torch.autograd.functional import hessian, jacobian
 from torch.nn.functional import cross_entropy, dropout
 
 import hvp_engine as hvp
-from hvp_engine.estimators import AtMinimum, larsen
+from baselines.estimators import AtMinimum, larsen
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
 

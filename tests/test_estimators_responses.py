@@ -10,8 +10,8 @@ from cases import DTYPE, matrix_with, quadratic_bilevel, randn, relative_error
 from torch import Tensor
 
 import hvp_engine as hvp
-from hvp_engine.estimators import FittedResponse, LinearResponse, StructuredResponse
-from hvp_engine.search import LinearHypernetwork, SelfTuningNetwork, TuningProblem
+from baselines.estimators import FittedResponse, LinearResponse, StructuredResponse
+from baselines.search import LinearHypernetwork, SelfTuningNetwork, TuningProblem
 
 
 def sgd(rate: float) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hvp_engine as hvp
-from hvp_engine.estimators import SGD, Adam, Unrolled
+from hvp_engine.hypergradients import SGD, Adam, Unrolled
 
 WAYS: dict[str, dict[str, Any]] = {
     "reverse": {},

@@ -12,8 +12,8 @@ from torch.autograd.functional import hessian, jacobian
 from torch.nn.functional import cross_entropy
 
 import hvp_engine as hvp
-from hvp_engine.estimators import SGD, Adam, Unrolled, UpdateRule
-from hvp_engine.memory import peak_memory
+from hvp_engine.diagnostics.memory import peak_memory
+from hvp_engine.hypergradients import SGD, Adam, Unrolled, UpdateRule
 
 RULES: dict[str, UpdateRule] = {
     "sgd": SGD(0.2),

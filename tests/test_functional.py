@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import hvp_engine as hvp
-from hvp_engine.isolation import isolated
+from hvp_engine._support.isolation import isolated
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import hvp_engine as hvp
 from bench.hard_models import ENGINES, MODELS, HardModel
-from hvp_engine.isolation import Draws
+from hvp_engine._support.isolation import Draws
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the weights are far from a minimum"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout
 
 import hvp_engine as hvp
-from hvp_engine.memory import peak_memory
+from hvp_engine.diagnostics.memory import peak_memory
 
 
 def snapshot(module: nn.Module) -> list[Any]:

@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 
-from hvp_engine.isolation import Draws, is_isolated, isolated
-from hvp_engine.random_state import random_state_kept
+from hvp_engine._support.isolation import Draws, is_isolated, isolated
+from hvp_engine._support.random_state import random_state_kept
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvp_engine.backend import why_not
+from hvp_engine._support.flat_vector import CHUNK, INPUT_DTYPES, STATE_DTYPES, Layout
 from hvp_engine.ops import OPS
-from hvp_engine.vectors import CHUNK, INPUT_DTYPES, STATE_DTYPES, Layout
+from hvp_engine.ops.backend import why_not
 
 triton = pytest.importorskip("triton", reason="Triton is optional, and not installed here")
 
@@ -83,7 +83,7 @@ def test_a_backend_that_cannot_run_says_why() -> None:
 
 
 def test_the_interpreter_runs_on_a_cpu_only() -> None:
-    code = "from hvp_engine.backend import why_not; print(why_not('triton', 'cpu'), '|', why_not('triton', 'cuda'))"
+    code = "from hvp_engine.ops.backend import why_not; print(why_not('triton', 'cpu'), '|', why_not('triton', 'cuda'))"
     done = run_interpreted("-c", code)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"None \| .*TRITON_INTERPRET=1.*unset.*\n", done.stdout)

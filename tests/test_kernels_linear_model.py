@@ -20,10 +20,10 @@ from linear_model_cases import Model, joined, likewise, model_of
 from torch import Tensor
 
 import hvp_engine as hvp
-from hvp_engine import linear_model_reference
-from hvp_engine.engines import linear_model as engine
-from hvp_engine.linear_model import LinearModelProducts
-from hvp_engine.linear_model_reference import Factors
+from hvp_engine.linear_model import engine
+from hvp_engine.linear_model import reference as linear_model_reference
+from hvp_engine.linear_model.operator import LinearModelProducts
+from hvp_engine.linear_model.reference import Factors
 
 triton = pytest.importorskip("triton", reason="Triton is optional, and not installed here")
 

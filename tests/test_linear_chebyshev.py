@@ -11,7 +11,7 @@ from cases import DTYPE, flat, randn, relative_error, unflat
 from linear_model_cases import DECAYS, LOSSES, Model, joined, likewise, model_of
 
 import hvp_engine as hvp
-from hvp_engine.backend import why_not
+from hvp_engine.ops.backend import why_not
 
 FORMS = pytest.mark.parametrize("form", ["chebyshev", "heavy_ball"])
 

@@ -12,9 +12,9 @@ from cases import DTYPE, randn
 from linear_model_cases import DECAYS, LOSSES, Model, joined, likewise, model_of
 
 import hvp_engine as hvp
-from hvp_engine.krylov import LanczosBasis, Tridiagonalization, tridiagonalize
-from hvp_engine.spectrum import COLD_STEPS, REFRESH_STEPS
-from hvp_engine.vectors import FlatVector
+from hvp_engine._support.flat_vector import FlatVector
+from hvp_engine.solvers.lanczos import LanczosBasis, Tridiagonalization, tridiagonalize
+from hvp_engine.solvers.spectrum import COLD_STEPS, REFRESH_STEPS
 
 
 def started(model: Model, seed: int = 20) -> FlatVector:

@@ -12,10 +12,10 @@ from linear_model_cases import BACKENDS, DECAYS, FORMS, LOSSES, Model, joined, l
 from torch import Tensor
 
 import hvp_engine as hvp
-from hvp_engine import linear_model_reference
-from hvp_engine.backend import why_not
-from hvp_engine.engines import linear_model as engine
-from hvp_engine.linear_model import LinearModelProducts
+from hvp_engine.linear_model import engine
+from hvp_engine.linear_model import reference as linear_model_reference
+from hvp_engine.linear_model.operator import LinearModelProducts
+from hvp_engine.ops.backend import why_not
 
 # The series
 
@@ -246,7 +246,7 @@ def test_batch_errors() -> None:
 
 
 def test_memory_does_not_grow_with_iterations() -> None:
-    from hvp_engine.memory import peak_memory
+    from hvp_engine.diagnostics.memory import peak_memory
 
     model = model_of("softmax", 10, samples=30, features=400)
     v = likewise(model, randn(4010, seed=45))
@@ -267,7 +267,7 @@ def test_reference_and_kernels_have_one_meaning() -> None:
     """v, p and figures after a call, not only what a solve makes of them."""
     if reason := why_not("cpp", "cpu"):
         pytest.skip(reason)
-    from hvp_engine import native
+    from hvp_engine.ops import cpp as native
 
     model = model_of("softmax", 5, "leaves", samples=20, features=33)
     products = model.operator.linearization

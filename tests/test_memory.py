@@ -6,7 +6,7 @@ import textwrap
 import pytest
 import torch
 
-from hvp_engine.memory import peak_memory
+from hvp_engine.diagnostics.memory import peak_memory
 
 MEGA = 1 << 20
 
@@ -158,7 +158,7 @@ def test_agrees_with_the_resident_memory_of_a_fresh_process():
     """
     program = textwrap.dedent("""
         import sys, torch
-        from hvp_engine.memory import peak_memory
+        from hvp_engine.diagnostics.memory import peak_memory
 
         def resident(field):
             return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))

@@ -11,13 +11,13 @@ import torch
 from cases import DTYPE, randn, relative_error
 from torch import Tensor
 
+from baselines.methods import METHODS, Method, Setting, find, markdown
 from bench import compare_methods, compare_problems, documentation, results
 from examples import __main__ as examples
 from examples import method_memory
 from examples.experiment import Options, execute
-from hvp_engine.estimation import Estimate
-from hvp_engine.memory import peak_memory
-from hvp_engine.methods import METHODS, Method, Setting, find, markdown
+from hvp_engine.diagnostics.memory import peak_memory
+from hvp_engine.hypergradients.estimator import Estimate
 
 MEASURED = ("Neumann", "CG", "unrolled", "linear hypernetwork", "self-tuning network")
 ESTIMATORS = [method for method in METHODS if method.make]

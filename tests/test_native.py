@@ -19,8 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hvp_engine import native, plain
-from hvp_engine.vectors import FlatVector, Layout
+from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine.ops import cpp as native
+from hvp_engine.ops import plain
 
 TESTS = Path(__file__).parent
 F64 = torch.float64
@@ -72,7 +73,7 @@ def test_kernels_for_a_cpu_without_avx2():
     """Torch's own setting chooses them, so that they can be tried on any machine."""
     script = """
 import sys, pytest
-from hvp_engine import native
+from hvp_engine.ops import cpp as native
 assert native.CPU_VARIANT == "baseline", native.CPU_VARIANT
 sys.exit(pytest.main([*sys.argv[1:], "-q", "-p", "no:cacheprovider", "-k", "cpu-cpp and mixed and all or float"]))
 """
@@ -326,7 +327,7 @@ def test_other_threads_run_during_a_step():
 
 def test_one_openmp_runtime_is_loaded():
     code = """
-import re, torch, hvp_engine.native
+import re, torch, hvp_engine.ops.cpp
 names = re.findall(r"\\S+/(lib(?:gomp|omp|iomp5)[^/\\s]*)$", open("/proc/self/maps").read(), re.M)
 print(len(set(names)), set(names))
 """

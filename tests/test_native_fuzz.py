@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from op_cases import BF16, F16, F32, F64, Case
 from torch import Tensor
 
-from hvp_engine.backend import use_backend
+from hvp_engine._support.flat_vector import CHUNK
 from hvp_engine.ops import OPS
-from hvp_engine.vectors import CHUNK
+from hvp_engine.ops.backend import use_backend
 
 EXTENTS = st.sampled_from([0, 1, 2, 3, 7, 8, 17, 33])
 SHAPES = st.one_of(

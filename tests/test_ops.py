@@ -9,8 +9,8 @@ import torch
 from op_cases import DTYPES, F32, F64, SIZES, THREADED, Case, extended, products_like
 from torch import Tensor
 
+from hvp_engine._support.flat_vector import CHUNK
 from hvp_engine.ops import OPS, bind
-from hvp_engine.vectors import CHUNK
 
 NAN, INF = float("nan"), float("inf")
 

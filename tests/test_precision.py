@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 
 import hvp_engine as hvp
 from bench import precision as bench
-from hvp_engine import doctor
-from hvp_engine.precision import float32_arithmetic
+from hvp_engine._support.precision import float32_arithmetic
+from hvp_engine.diagnostics import doctor
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
 

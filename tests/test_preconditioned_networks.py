@@ -13,7 +13,7 @@ from cases import DTYPE, flat, randn, relative_error, unflat
 from torch import Tensor, nn
 
 import hvp_engine as hvp
-from hvp_engine.spectrum import Spectrum
+from hvp_engine.solvers.spectrum import Spectrum
 
 SCALED, MILD = (2.0, 1e-3), (1.0, 0.1)
 """Decades that the inputs' scales are spread over, and the damping."""

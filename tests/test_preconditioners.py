@@ -11,7 +11,7 @@ from cases import DTYPE, flat, matrix_with, randn, relative_error, unflat
 from torch import Tensor, nn
 
 import hvp_engine as hvp
-from hvp_engine.preconditioning.diagonal import hutchinson_diagonal
+from hvp_engine.solvers.preconditioners.diagonal import hutchinson_diagonal
 
 DECAY = torch.logspace(-1, 4, 40, dtype=DTYPE)
 SCALED = matrix_with(torch.linspace(0.5, 2.0, 40, dtype=DTYPE), seed=1) + torch.diag(DECAY)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hvp_engine.preparation import standardize, stratified_split
+from hvp_engine.demo.preparation import standardize, stratified_split
 
 LABELS = torch.tensor([0] * 7 + [1] * 50 + [2] * 143)[torch.randperm(200, generator=torch.Generator().manual_seed(3))]
 

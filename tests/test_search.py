@@ -13,8 +13,8 @@ from cases import DTYPE, randn
 from torch import Tensor, nn
 
 import hvp_engine as hvp
-import hvp_engine.isolation
-from hvp_engine.search import (
+import hvp_engine._support.isolation
+from baselines.search import (
     BayesianOptimization,
     GridSearch,
     HypergradientDescent,
@@ -24,7 +24,7 @@ from hvp_engine.search import (
     SelfTuningNetwork,
     TuningProblem,
 )
-from hvp_engine.search.problem import Run
+from baselines.search.problem import Run
 
 
 def sgd(rate: float) -> Any:

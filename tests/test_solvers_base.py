@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import hvp_engine as hvp
+from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.solvers import Iteration
-from hvp_engine.spectrum import SpectralEstimate
-from hvp_engine.vectors import FlatVector, Layout
+from hvp_engine.solvers.spectrum import SpectralEstimate
 
 WEIGHTS = [torch.zeros(3, 4), torch.zeros(5)]
 SIZE = 17

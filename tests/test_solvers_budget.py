@@ -10,7 +10,7 @@ from cases import BILEVEL, DTYPE, matrix_with, randn, relative_error
 from torch import Tensor
 
 import hvp_engine as hvp
-from hvp_engine.spectrum import COLD_STEPS, REFRESH_STEPS
+from hvp_engine.solvers.spectrum import COLD_STEPS, REFRESH_STEPS
 
 V = randn(200, seed=1)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hvp_engine as hvp
 from hvp_engine.solvers.chebyshev import amplification, chebyshev_coefficients, heavy_ball_coefficients
-from hvp_engine.spectrum import COLD_STEPS, REFRESH_STEPS
+from hvp_engine.solvers.spectrum import COLD_STEPS, REFRESH_STEPS
 
 SPD = matrix_with([0.1, 0.4, 1.0, 1.7, 3.0, 9.0], seed=1)
 V = randn(6, seed=2)

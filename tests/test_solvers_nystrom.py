@@ -10,8 +10,8 @@ from cases import BILEVEL, DTYPE, flat, matrix_with, randn, relative_error, unfl
 from torch import Tensor
 
 import hvp_engine as hvp
-from hvp_engine.low_rank import Sketch
-from hvp_engine.vectors import Layout
+from hvp_engine._support.flat_vector import Layout
+from hvp_engine.solvers.low_rank import Sketch
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 SKETCHES = pytest.mark.parametrize("sketch", ["gaussian", "columns"])

@@ -12,7 +12,7 @@ from cases import DTYPE, flat, matrix_with, randn, relative_error, spd_problems,
 from torch import Tensor
 
 import hvp_engine as hvp
-from hvp_engine.memory import peak_memory
+from hvp_engine.diagnostics.memory import peak_memory
 
 # Containers
 

@@ -11,8 +11,8 @@ import torch
 from cases import DTYPE, matrix_with, randn, spd_problems
 from torch import Tensor
 
-from hvp_engine.spectrum import COLD_STEPS, REFRESH_STEPS, SpectralEstimate, Spectrum, lanczos
-from hvp_engine.vectors import FlatVector, Layout
+from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine.solvers.spectrum import COLD_STEPS, REFRESH_STEPS, SpectralEstimate, Spectrum, lanczos
 
 
 class Operator:

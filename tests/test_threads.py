@@ -18,7 +18,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import hvp_engine as hvp
-from hvp_engine.random_state import one_thread
+from hvp_engine._support.random_state import one_thread
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:the weights are far from a minimum")
 

@@ -9,8 +9,8 @@ import torch
 from cases import DTYPE, randn
 from torch import Tensor, nn
 
-from hvp_engine.trees import as_list, check_like, check_scalar, flatten, map_leaves
-from hvp_engine.vectors import Layout
+from hvp_engine._support.flat_vector import Layout
+from hvp_engine._support.pytree import as_list, check_like, check_scalar, flatten, map_leaves
 
 
 class Pair(NamedTuple):

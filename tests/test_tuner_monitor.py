@@ -17,7 +17,7 @@ from cases import DTYPE
 from tuning_cases import DATA, TARGET, distance, tuner_of, zeros
 
 import hvp_engine as hvp
-from hvp_engine.estimation import Estimate
+from hvp_engine.hypergradients.estimator import Estimate
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
 

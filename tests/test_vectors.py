@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvp_engine.vectors import ALIGNMENT, CHUNK, FlatVector, Layout, offsets_of, padded, partial_rows, state_dtype_of
+from hvp_engine._support.flat_vector import (
+    ALIGNMENT,
+    CHUNK,
+    FlatVector,
+    Layout,
+    offsets_of,
+    padded,
+    partial_rows,
+    state_dtype_of,
+)
 
 
 def numbered(shape: tuple[int, ...], order: tuple[int, ...] | None = None, dtype=torch.float32) -> Tensor:

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import hvp_engine as hvp
-from hvp_engine import datasets
-from hvp_engine.datasets import Images
+from hvp_engine.demo import datasets
+from hvp_engine.demo.datasets import Images
+from hvp_engine.demo.preparation import standardize, stratified_split
 from hvp_engine.demo.report import Comparison, Run, Scores
-from hvp_engine.estimation import Estimator
-from hvp_engine.estimators import SGD, Unrolled
-from hvp_engine.memory import peak_memory
-from hvp_engine.preparation import standardize, stratified_split
+from hvp_engine.diagnostics.memory import peak_memory
+from hvp_engine.hypergradients import SGD, Unrolled
+from hvp_engine.hypergradients.estimator import Estimator
 
 TERMS = 20
 """Products of the Neumann series, and unrolled steps of SGD."""

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from hvp_engine.distributed.held import Held
-from hvp_engine.distributed.processes import Processes, Summands, note
-from hvp_engine.engines.tape import differentiate
+from hvp_engine._support.flat_vector import state_dtype_of
+from hvp_engine._support.pytree import check_scalar
+from hvp_engine._support.shards import Shard, is_sharded, local_part
+from hvp_engine.differentiation.double_backward import differentiate
+from hvp_engine.differentiation.problem import Averaged
+from hvp_engine.distributed.collectives import Processes, Summands, note
+from hvp_engine.distributed.sharding import Held
 from hvp_engine.errors import DistributedError
-from hvp_engine.estimation import Averaged
-from hvp_engine.shards import Shard, is_sharded, local_part
-from hvp_engine.trees import check_scalar
-from hvp_engine.vectors import state_dtype_of
 
 
 class DataParallel:

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
+from hvp_engine._support.random_state import random_state_kept
+from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
+from hvp_engine.distributed.collectives import Processes, Summands, note
 from hvp_engine.distributed.data_parallel import DataParallel, of_all
-from hvp_engine.distributed.held import Held
-from hvp_engine.distributed.processes import Processes, Summands, note
+from hvp_engine.distributed.sharding import Held
 from hvp_engine.engines import AutoEngine, Engine
 from hvp_engine.engines.eager import advance, begin
-from hvp_engine.linearization import Linearization, LinearMap, Problem
-from hvp_engine.random_state import random_state_kept
 from hvp_engine.solvers.base import FinishedIteration, Solver
-from hvp_engine.spectrum import SpectralEstimate
+from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
 class DataParallelEngine:

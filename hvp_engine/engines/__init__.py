@@ -10,7 +10,7 @@ from hvp_engine.engines.compiled import CompiledEngine
 from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.finite_difference import FiniteDifferenceEngine
-from hvp_engine.engines.linearized import LinearizedEngine
+from hvp_engine.engines.traced import LinearizedEngine
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "eager": EagerEngine,

@@ -14,19 +14,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hvp_engine.engines.agreement import probe
+from hvp_engine._support.random_state import random_state_kept
+from hvp_engine.differentiation.double_backward import Tape
+from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
+from hvp_engine.differentiation.trace.tracing import is_constant, split_inputs
 from hvp_engine.engines.base import Engine
 from hvp_engine.engines.compiled import CompiledEngine, estimated_seconds
 from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.eager import EagerEngine
-from hvp_engine.engines.linearized import LinearizedEngine, TracedLinearization, signature
-from hvp_engine.engines.tape import Tape
-from hvp_engine.engines.trace import is_constant, split_inputs
-from hvp_engine.linearization import Linearization, LinearMap, Problem
-from hvp_engine.random_state import random_state_kept
+from hvp_engine.engines.self_check import probe
+from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization, signature
 from hvp_engine.solvers.base import FinishedIteration, Solver
 from hvp_engine.solvers.neumann import Neumann
-from hvp_engine.spectrum import SpectralEstimate
+from hvp_engine.solvers.spectrum import SpectralEstimate
 
 _TRACE_SECONDS_PER_NODE = 2e-3
 """What tracing costs for each node of the gradient's autograd graph, roughly (measured on a 2.4 GHz core)."""

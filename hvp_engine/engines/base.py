@@ -7,9 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from hvp_engine.linearization import Linearization, LinearMap, Problem
+from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
 from hvp_engine.solvers.base import FinishedIteration, Solver
-from hvp_engine.spectrum import SpectralEstimate
+from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
 class Engine(Protocol):

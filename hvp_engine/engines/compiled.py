@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hvp_engine._support.flat_vector import Layout
+from hvp_engine.differentiation.problem import Linearization, Problem
+from hvp_engine.differentiation.trace.functionalize import is_random
+from hvp_engine.differentiation.trace.inplace import written_over
+from hvp_engine.differentiation.trace.partial_evaluation import Partition
+from hvp_engine.differentiation.trace.regions import Regions, distinct, lazily
 from hvp_engine.engines.eager import EagerEngine
-from hvp_engine.engines.functionalize import is_random
-from hvp_engine.engines.linearized import Functions, LinearizedEngine, TracedLinearization
-from hvp_engine.engines.partition import Partition
-from hvp_engine.engines.regions import Regions, distinct, lazily
-from hvp_engine.engines.reuse import written_over
+from hvp_engine.engines.traced import Functions, LinearizedEngine, TracedLinearization
 from hvp_engine.errors import BackendError
-from hvp_engine.linearization import Linearization, Problem
 from hvp_engine.solvers.base import Iteration
-from hvp_engine.vectors import Layout
 
 _FIXED_SECONDS = 2.0
 _SECONDS_PER_NODE = 0.04

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvp_engine.engines.agreement import difference
+from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
+from hvp_engine.differentiation.trace.tracing import split_inputs
 from hvp_engine.engines.graphs import CapturedLinearization, Graphs, Solved, Tally
-from hvp_engine.engines.linearized import Functions, LinearizedEngine, Refused
 from hvp_engine.engines.recording import CaptureError, CudaRecorder, Recorder
-from hvp_engine.engines.trace import split_inputs
+from hvp_engine.engines.self_check import difference
+from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused
 from hvp_engine.errors import TraceError
-from hvp_engine.linearization import Linearization, LinearMap, Problem
 from hvp_engine.solvers.base import FinishedIteration, Solver
-from hvp_engine.spectrum import SpectralEstimate
+from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
 class CudaGraphEngine(LinearizedEngine):

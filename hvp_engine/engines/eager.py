@@ -8,22 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hvp_engine.engines.plain_kernels import plain_kernels
-from hvp_engine.engines.tape import FastKernelError, Tape, gradients
-from hvp_engine.errors import GraphError
-from hvp_engine.linearization import Linearization, LinearMap, Problem
+from hvp_engine.differentiation.differentiable_kernels import plain_kernels
+from hvp_engine.differentiation.double_backward import FastKernelError, Tape, gradients, leaves
+from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
 from hvp_engine.solvers.base import Iteration, Solver
-from hvp_engine.spectrum import SpectralEstimate
-
-
-def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Fresh leaves that share memory with `tensors`, so that the caller's own are not touched."""
-    if any(tensor.is_inference() for tensor in tensors):
-        raise GraphError(
-            "weights, hyperparameters: expected tensors that can require grad; got one made under "
-            "torch.inference_mode: clone it outside"
-        )
-    return [tensor.detach().requires_grad_() for tensor in tensors]
+from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
 def begin(operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None) -> Iteration:

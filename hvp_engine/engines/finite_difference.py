@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvp_engine.engines.eager import EagerEngine, leaves
-from hvp_engine.engines.tape import differentiate, filled
+from hvp_engine._support.flat_vector import Layout, norm_of
+from hvp_engine._support.random_state import random_state_kept
+from hvp_engine.differentiation.double_backward import differentiate, filled, leaves
+from hvp_engine.differentiation.problem import Linearization, Problem
+from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import GraphError
-from hvp_engine.linearization import Linearization, Problem
-from hvp_engine.random_state import random_state_kept
-from hvp_engine.vectors import Layout, norm_of
 
 
 class DifferenceLinearization:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvp_engine import backend
-from hvp_engine.engines.agreement import Schedule
-from hvp_engine.engines.linearized import Functions, TracedLinearization
+from hvp_engine._support.flat_vector import FlatVector, Layout, detached
+from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
 from hvp_engine.engines.recording import Body, CaptureError, Recorder, Recording
-from hvp_engine.linearization import Linearization, LinearMap, Problem
+from hvp_engine.engines.self_check import Schedule
+from hvp_engine.engines.traced import Functions, TracedLinearization
+from hvp_engine.ops import backend
 from hvp_engine.solvers.base import FinishedIteration, Outcome, Solver
-from hvp_engine.spectrum import SpectralEstimate
-from hvp_engine.vectors import FlatVector, Layout, detached
+from hvp_engine.solvers.spectrum import SpectralEstimate
 
 _MOST_SOLVES = 4
 """Solvers of one problem that are kept recorded, the latest used."""

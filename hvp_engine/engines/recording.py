@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hvp_engine.random_state import random_state_kept
+from hvp_engine._support.random_state import random_state_kept
 
 Body = Callable[[], Sequence[Tensor]]
 """Computes on tensors that stay where they are."""

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hvp_engine.blocks import MOST, fill, pays, products
+from hvp_engine.differentiation.problem import LinearMap
 from hvp_engine.engines.base import Engine
 from hvp_engine.engines.eager import begin
-from hvp_engine.linearization import LinearMap
+from hvp_engine.operators.batched import MOST, fill, pays, products
 from hvp_engine.solvers.base import FinishedIteration, Iteration, Solver
-from hvp_engine.solvers.exact import Exact
+from hvp_engine.solvers.dense import Exact
 from hvp_engine.solvers.nystrom import Nystrom
-from hvp_engine.spectrum import SpectralEstimate
+from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
 def run_side_by_side(

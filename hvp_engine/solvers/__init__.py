@@ -4,7 +4,7 @@ from hvp_engine.solvers.base import Iteration, Outcome, Solver
 from hvp_engine.solvers.budget import Budget
 from hvp_engine.solvers.chebyshev import Chebyshev
 from hvp_engine.solvers.conjugate_gradient import ConjugateGradient
-from hvp_engine.solvers.exact import Exact
+from hvp_engine.solvers.dense import Exact
 from hvp_engine.solvers.minres import MINRES
 from hvp_engine.solvers.neumann import Identity, Neumann
 from hvp_engine.solvers.nystrom import Nystrom

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from hvp_engine import ops
-from hvp_engine.arguments import check_count, check_not_negative
-from hvp_engine.preconditioning import Preconditioner, check_preconditioner
-from hvp_engine.solution import Status
-from hvp_engine.spectrum import SpectralEstimate
-from hvp_engine.vectors import FlatVector, Layout
+from hvp_engine._support.arguments import check_count, check_not_negative
+from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine.solvers.preconditioners import Preconditioner, check_preconditioner
+from hvp_engine.solvers.solution import Status
+from hvp_engine.solvers.spectrum import SpectralEstimate
 
 GROWTH_LIMIT = 1e4
 """A residual this many times the right-hand side is an error rather than a status."""

@@ -8,14 +8,14 @@ from typing import Literal
 
 import torch
 
-from hvp_engine.arguments import check_count, check_not_negative, check_positive
+from hvp_engine._support.arguments import check_count, check_not_negative, check_positive
+from hvp_engine._support.flat_vector import Layout
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.conjugate_gradient import ConjugateGradient
-from hvp_engine.solvers.exact import Exact
+from hvp_engine.solvers.dense import Exact
 from hvp_engine.solvers.minres import MINRES
 from hvp_engine.solvers.settling import Settling
-from hvp_engine.spectrum import SpectralEstimate
-from hvp_engine.vectors import Layout
+from hvp_engine.solvers.spectrum import SpectralEstimate
 
 SMALL = 32
 """Weights up to which the dense matrix costs less than an estimate and a solve."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from hvp_engine import ops
-from hvp_engine.arguments import check_count, check_not_negative
-from hvp_engine.preconditioning import Preconditioner, check_preconditioner, precondition
+from hvp_engine._support.arguments import check_count, check_not_negative
+from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.solvers.base import Iteration, Outcome, RightHandSide, scalar
 from hvp_engine.solvers.metric import MetricNorm
 from hvp_engine.solvers.neumann import outcome_of
-from hvp_engine.spectrum import GROWTH, HEADROOM, SpectralEstimate
-from hvp_engine.vectors import FlatVector, Layout
+from hvp_engine.solvers.preconditioners import Preconditioner, check_preconditioner, precondition
+from hvp_engine.solvers.spectrum import GROWTH, HEADROOM, SpectralEstimate
 
 Form = Literal["chebyshev", "heavy_ball"]
 Coefficients = list[tuple[float, float]]

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from hvp_engine import ops
-from hvp_engine.backend import Bound
-from hvp_engine.preconditioning import precondition
-from hvp_engine.solution import Status
+from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine.ops.backend import Bound
 from hvp_engine.solvers.base import (
     Iteration,
     KrylovSolver,
@@ -23,8 +22,9 @@ from hvp_engine.solvers.base import (
     scalar,
     tolerance_of,
 )
-from hvp_engine.spectrum import SpectralEstimate
-from hvp_engine.vectors import FlatVector, Layout
+from hvp_engine.solvers.preconditioners import precondition
+from hvp_engine.solvers.solution import Status
+from hvp_engine.solvers.spectrum import SpectralEstimate
 
 CHECK_EVERY = 5
 """Products between two questions to the device whether the tolerance is reached."""

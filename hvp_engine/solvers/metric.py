@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hvp_engine._support.flat_vector import FlatVector
 from hvp_engine.solvers.base import scalar
-from hvp_engine.vectors import FlatVector
 
 
 class MetricNorm:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from hvp_engine import ops
-from hvp_engine.arguments import check_count, check_not_negative, check_positive
-from hvp_engine.preconditioning import Preconditioner, check_preconditioner, precondition
-from hvp_engine.solution import Status
+from hvp_engine._support.arguments import check_count, check_not_negative, check_positive
+from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.solvers.base import (
     Accumulation,
     Iteration,
@@ -23,8 +22,9 @@ from hvp_engine.solvers.base import (
     scalar,
 )
 from hvp_engine.solvers.metric import MetricNorm
-from hvp_engine.spectrum import SpectralEstimate
-from hvp_engine.vectors import FlatVector, Layout
+from hvp_engine.solvers.preconditioners import Preconditioner, check_preconditioner, precondition
+from hvp_engine.solvers.solution import Status
+from hvp_engine.solvers.spectrum import SpectralEstimate
 
 Form = Literal["accumulate", "horner"]
 

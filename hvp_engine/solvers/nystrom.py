@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hvp_engine.arguments import check_count, check_not_negative, check_positive
-from hvp_engine.low_rank import Kind, LowRank, Sketch, check_kind
-from hvp_engine.solution import Status
+from hvp_engine._support.arguments import check_count, check_not_negative, check_positive
+from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.solvers.base import Outcome, RightHandSide
-from hvp_engine.spectrum import SpectralEstimate
-from hvp_engine.vectors import FlatVector, Layout
+from hvp_engine.solvers.low_rank import Kind, LowRank, Sketch, check_kind
+from hvp_engine.solvers.solution import Status
+from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvp_engine.solution import Status
+from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.solvers.base import Iteration, Outcome
 from hvp_engine.solvers.conjugate_gradient import ConjugateGradient
 from hvp_engine.solvers.minres import MINRES
-from hvp_engine.spectrum import SpectralEstimate
-from hvp_engine.vectors import FlatVector, Layout
+from hvp_engine.solvers.solution import Status
+from hvp_engine.solvers.spectrum import SpectralEstimate
 
 LEAST, SHARE = 5, 4
 """x is compared with what it was at least so many products ago, and one part in so many of them all."""

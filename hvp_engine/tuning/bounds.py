@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hvp_engine.trees import Structure, trainable
+from hvp_engine._support.pytree import Structure, trainable
 
 
 class Bounds:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from hvp_engine._support.flat_vector import norm_of
 from hvp_engine.tuning.bounds import Bounds
-from hvp_engine.vectors import norm_of
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 SchedulerLike = LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hvp_engine.solution import Status
+from hvp_engine.solvers.solution import Status
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
-from hvp_engine.arguments import check_count
+from hvp_engine._support.arguments import check_count
 from hvp_engine.errors import HvpError
 from hvp_engine.tuning.history import Record
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hvp_engine._support.random_state import RandomState
 from hvp_engine.errors import CheckpointError
-from hvp_engine.random_state import RandomState
-from hvp_engine.tuning import batches
+from hvp_engine.tuning import data_stream as batches
 from hvp_engine.tuning.checkpoint import compact, compare_tensors
 from hvp_engine.tuning.descent import Descent
 from hvp_engine.tuning.history import History

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from hvp_engine.arguments import check_count
+from hvp_engine._support.arguments import check_count
+from hvp_engine._support.pytree import refuse_inference_mode
+from hvp_engine._support.timing import Moment
 from hvp_engine.distributed import Processes
 from hvp_engine.errors import CheckpointError
-from hvp_engine.trees import refuse_inference_mode
 from hvp_engine.tuning import checkpoint as checkpoints
 from hvp_engine.tuning import state
-from hvp_engine.tuning.batches import Batches
-from hvp_engine.tuning.clock import Moment
+from hvp_engine.tuning.autosave import Saver
+from hvp_engine.tuning.data_stream import Batches
 from hvp_engine.tuning.history import History, Record
 from hvp_engine.tuning.monitor import EarlyStopping, Monitor
-from hvp_engine.tuning.saver import Saver
-from hvp_engine.tuning.steps import Steps
+from hvp_engine.tuning.optimizer_step import Steps
 
 Callback = Callable[["Tuner", Record], "bool | None"]
 Evaluation = Callable[["Tuner"], Mapping[str, float]]
@@ -56,7 +56,7 @@ class Tuner(Steps):
             None, or a tree like `hyper` of numbers or tensors.
         estimator: another way to a hypergradient, called as `estimator(weights, hyper, train_batch, val_batch)` (lists
             of batches where `train_batches`, `val_batches` are above 1), returning an
-            :class:`~hvp_engine.estimation.Estimate`; instead of `solver` and `engine`.
+            :class:`~hvp_engine.hypergradients.estimator.Estimate`; instead of `solver` and `engine`.
 
     Attributes:
         history: a :class:`~hvp_engine.tuning.history.History` of :class:`Record`.

@@ -1,0 +1,22 @@
+"""Ways to hyperparameters on one problem and one budget: `search(problem, gradients) -> SearchResult`.
+
+Random, grid and Bayesian search train anew for every trial, and need Optuna (`pip install hvp_engine[search]`);
+hypernetworks train a model of the best response; Algorithm 1 is there to compare with.
+"""
+
+from baselines.search.descent import HypergradientDescent
+from baselines.search.hypernetworks import LinearHypernetwork, SelfTuningNetwork
+from baselines.search.problem import Search, SearchResult, TuningProblem
+from baselines.search.trials import BayesianOptimization, GridSearch, RandomSearch
+
+__all__ = [
+    "BayesianOptimization",
+    "GridSearch",
+    "HypergradientDescent",
+    "LinearHypernetwork",
+    "RandomSearch",
+    "Search",
+    "SearchResult",
+    "SelfTuningNetwork",
+    "TuningProblem",
+]

@@ -1,0 +1,1 @@
+"""What every room needs: arguments, trees, flat vectors, random state, private torch."""

@@ -1,0 +1,159 @@
+"""Trees of tensors: taking the caller's containers apart, checking them, and putting results back together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hvp_engine._support.flat_vector import INPUT_DTYPES, Layout
+from hvp_engine._support.shards import Shard, is_sharded, local_part
+from hvp_engine.errors import GraphError
+
+Tree = Any
+"""A tensor, or any nesting of tuples, lists, dicts and dataclasses that torch's pytree knows."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How to rebuild a tree from the list of its leaves; of DTensors the list has this process's part."""
+
+    spec: pytree.TreeSpec
+    shards: tuple[Shard | None, ...] | None = None
+
+    def rebuild(self, leaves: Sequence[Any]) -> Tree:
+        """The tree of these leaves, parts of shards as DTensors."""
+        if self.shards is not None:
+            leaves = [
+                leaf if shard is None else shard.wrap(leaf) for leaf, shard in zip(leaves, self.shards, strict=True)
+            ]
+        return pytree.tree_unflatten(list(leaves), self.spec)
+
+    @property
+    def whole(self) -> Structure:
+        """The same tree of whole tensors."""
+        return self if self.shards is None else Structure(self.spec)
+
+
+def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor], Structure]:
+    """The leaves of `tree`, each checked to be a real floating tensor, all on one device.
+
+    Errors: `TypeError` for a leaf that is no tensor or of an unsupported dtype, `ValueError` for an empty tree or
+    several devices; `name` is the argument that the message names. DTensors are refused unless `sharded`; the list
+    then has this process's parts. :class:`GraphError` in inference mode.
+    """
+    refuse_inference_mode(name)
+    tree = trainable(tree)
+    leaves, spec = pytree.tree_flatten(tree)
+    shards = None
+    if any(is_sharded(leaf) for leaf in leaves):
+        if not sharded:
+            raise TypeError(
+                f"{name}: expected tensors that this process has whole; got DTensors, which are supported as weights "
+                "and hyperparameters of hvp.Hypergradient and hvp.HessianOperator with hvp.DataParallel losses"
+            )
+        shards = tuple(Shard.of(leaf, name) if is_sharded(leaf) else None for leaf in leaves)
+        leaves = [local_part(leaf.detach()) if is_sharded(leaf) else leaf for leaf in leaves]
+    if not all(_is_usable(leaf) for leaf in leaves):
+        raise _unusable_leaf(tree, name)
+    if not leaves:
+        raise ValueError(f"{name}: expected at least one tensor; got an empty {type(tree).__name__}")
+    devices = {leaf.device for leaf in leaves}
+    if len(devices) > 1:
+        raise ValueError(
+            f"{name}: expected all tensors on one device; got {', '.join(sorted(map(str, devices)))}: "
+            "move them together"
+        )
+    return leaves, Structure(spec, shards)
+
+
+def trainable(tree: Tree) -> Tree:
+    """What a module stands for: its parameters that require grad, by name; any other tree as it is."""
+    if not isinstance(tree, torch.nn.Module):
+        return tree
+    return {name: parameter for name, parameter in tree.named_parameters() if parameter.requires_grad}
+
+
+def refuse_inference_mode(name: str) -> None:
+    """Raise where autograd would record nothing, whatever the grad mode."""
+    if torch.is_inference_mode_enabled():
+        raise GraphError(
+            f"{name}: expected a call outside torch.inference_mode, where nothing can be differentiated; got one "
+            "inside: make it under torch.inference_mode(False)"
+        )
+
+
+def _is_usable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dtype in INPUT_DTYPES and leaf.layout is torch.strided
+
+
+def _unusable_leaf(tree: Tree, name: str) -> TypeError:
+    """The error for the first leaf that is not usable, which says where it is."""
+    path, leaf = next(item for item in pytree.tree_leaves_with_path(tree) if not _is_usable(item[1]))
+    where = f"{name}{pytree.keystr(path)}"
+    if not isinstance(leaf, Tensor):
+        return TypeError(f"{where}: expected a tensor; got {type(leaf).__name__}")
+    if leaf.dtype not in INPUT_DTYPES:
+        return TypeError(
+            f"{where}: expected a real floating dtype (float32, float64, bfloat16 or float16); got {leaf.dtype}"
+            + (": view it as real with torch.view_as_real" if leaf.is_complex() else "")
+        )
+    return TypeError(f"{where}: expected a dense tensor; got layout {leaf.layout}: use .to_dense()")
+
+
+def as_list(tensors: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
+    """A tensor or a sequence of tensors, as a checked list (the tape style's argument form)."""
+    if not isinstance(tensors, Tensor):
+        try:
+            tensors = list(tensors)
+        except TypeError:
+            raise TypeError(
+                f"{name}: expected a tensor or a sequence of tensors; got {type(tensors).__name__}"
+            ) from None
+    leaves, _ = flatten(tensors, name)
+    if not isinstance(tensors, Tensor) and not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise TypeError(f"{name}: expected a flat sequence of tensors; got nested containers")
+    return leaves
+
+
+def check_like(tensors: Sequence[Tensor], layout: Layout, name: str, like: str) -> None:
+    """Raise unless `tensors` has the number, the shapes and the device of what `like` names, and fits its state."""
+    shapes, device = layout.shapes, layout.device
+    if len(tensors) != len(shapes):
+        raise ValueError(f"{name}: expected {len(shapes)} tensors, one for each of {like}; got {len(tensors)}")
+    for index, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        if tensor.dtype.itemsize > layout.state_dtype.itemsize:
+            raise TypeError(
+                f"{name}[{index}]: expected a dtype no wider than {layout.state_dtype}, in which {like} is solved; "
+                f"got {tensor.dtype}: cast it with .to({layout.state_dtype})"
+            )
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name}[{index}]: expected shape {tuple(shape)} as {like}[{index}]; got {tuple(tensor.shape)}"
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"{name}[{index}]: expected device {device} as {like}[{index}]; got {tensor.device}: "
+                f"move it with .to({str(device)!r})"
+            )
+
+
+def check_scalar(loss: Any, name: str) -> None:
+    """Raise unless `loss` is a tensor with one element and a graph or constant value."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{name}: expected a scalar tensor; got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"{name}: expected a scalar tensor; got shape {tuple(loss.shape)}: reduce it with .mean() or .sum()"
+        )
+    if not loss.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype; got {loss.dtype}")
+
+
+def map_leaves(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+    """`tree` with `function` applied to every tensor in it; other leaves are kept."""
+    return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)

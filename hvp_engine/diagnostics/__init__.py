@@ -1,0 +1,1 @@
+"""Checks of a problem, of an installation, and of memory."""

@@ -1,0 +1,246 @@
+"""The gradient graph of a loss that autograd has recorded, retained and differentiated again and again."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+from hvp_engine._support.flat_vector import Layout
+from hvp_engine.errors import GraphError, SecondDerivativeError
+
+_NOT_DIFFERENTIABLE = re.compile(
+    r"derivative for '?(?:aten::)?([\w.]+)'? is not implemented"
+    r"|trying to differentiate twice a function that was marked with @(\w+)"
+)
+_REENTRANT = "use_reentrant=True"
+_COMPILED = re.compile("does not currently support double backward|compiled with non-empty donated|dynamo-optimized")
+_REMEDIES = {
+    "_Union": "hand the hvp.DataParallel itself to hvp.Hypergradient, hvp.HessianOperator, ...; hvp.Averaged inside it",
+    "_scaled_dot_product": "run the forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
+    "_cudnn_rnn": "run the forward under torch.backends.cudnn.flags(enabled=False)",
+    "mkldnn_rnn": "run the forward under torch.backends.mkldnn.flags(enabled=False)",
+    "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint",
+    "sparse gradients": "make the embedding with sparse=False: products are dense anyway",
+    "torch.compile": "hand the original module or function to the loss, as hvp.functional does with a compiled module",
+    "torch._higher_order_ops": "write it as a Python loop (cond: with torch.where), or use engine='finite_difference'",
+    "_weight_norm": "compute the weight as v * (g / torch.norm_except_dim(v, 2, dim)), as calls with loss functions do",
+    "once_differentiable": "write its backward with differentiable operations and drop once_differentiable",
+}
+
+
+class FastKernelError(SecondDerivativeError):
+    """The second derivative of a fast kernel is wrong; `plain_kernels` has the right one."""
+
+
+def second_derivative_error(operator: str, kind: type[SecondDerivativeError] = SecondDerivativeError) -> Exception:
+    """The error for an operator without a second derivative, with the remedy where one is known."""
+    remedy = next(
+        (text for part, text in _REMEDIES.items() if part in operator),
+        "replace it by an operator whose backward is differentiable, or use engine='finite_difference'",
+    )
+    return kind(f"the loss uses {operator}, which has no second derivative; remedy: {remedy}")
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Autograd's complaint about an operator without a second derivative becomes ours, with the remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if match := _NOT_DIFFERENTIABLE.search(str(error)):
+            raise second_derivative_error(match[1] or match[2]) from error
+        if _REENTRANT in str(error):
+            raise second_derivative_error(f"gradient checkpointing with {_REENTRANT}") from error
+        if "add(sparse, dense)" in str(error):
+            raise second_derivative_error("sparse gradients beside dense ones", FastKernelError) from error
+        if _COMPILED.search(str(error)):
+            raise second_derivative_error("a part compiled by torch.compile") from error
+        raise
+
+
+def differentiate(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    tangents: Sequence[Tensor] | None = None,
+    *,
+    retain_graph: bool = True,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """The vector-Jacobian product, dense; None for an input that is frozen or that `outputs` do not depend on."""
+    active = [tensor for tensor in inputs if tensor.requires_grad]
+    if not active:
+        return [None] * len(inputs)
+    with explained():
+        products = torch.autograd.grad(
+            outputs, active, tangents, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+        )
+    found = iter(products)
+    return [_dense(next(found)) if tensor.requires_grad else None for tensor in inputs]
+
+
+def filled(products: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """`products` with zeros like the inputs for None."""
+    return [torch.zeros_like(x) if p is None else p for p, x in zip(products, inputs, strict=True)]
+
+
+_backward = torch.autograd.Variable._execution_engine.run_backward
+
+
+class Pullback:
+    """t -> (d outputs / d inputs)^T t, with everything that does not depend on t settled once.
+
+    `torch.autograd.grad` spends 60 us on each call checking what was checked at the first: a fifth of a product of a
+    small model. So the products go to the engine behind it.
+
+    Attributes:
+        outputs: those that depend on anything.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]):
+        self._inputs = tuple(inputs)
+        self._varying = tuple(index for index, output in enumerate(outputs) if output.requires_grad)
+        self.outputs = tuple(outputs[index] for index in self._varying)
+        self._active = tuple(x for x in inputs if x.requires_grad)
+
+    def __call__(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """The product, dense; None for an input that is frozen or that the outputs do not depend on."""
+        if not self.outputs or not self._active:
+            return [None] * len(self._inputs)
+        cotangents = tuple([tangents[index] for index in self._varying])
+        with explained():
+            found: Sequence[Tensor | None] = _backward(
+                self.outputs, cotangents, True, False, self._active, allow_unreachable=True, accumulate_grad=False
+            )
+        if len(self._active) < len(self._inputs):
+            products = iter(found)
+            found = [next(products) if x.requires_grad else None for x in self._inputs]
+        return [_dense(product) for product in found]
+
+
+def _dense(product: Tensor | None) -> Tensor | None:
+    return product if product is None or product.layout is torch.strided else product.to_dense()
+
+
+def gradients(loss: Tensor, weights: Sequence[Tensor], name: str) -> list[Tensor]:
+    """dL/dw with its graph, zeros for weights that the loss does not use; `GraphError` if it uses none."""
+    if not loss.requires_grad:
+        raise GraphError(
+            f"{name}: expected a loss with an autograd graph; got a tensor that does not require grad: compute it "
+            "from the weights with grad mode on, and without .detach() or .item()"
+        )
+    _refuse_without_second_derivative(loss)
+    found = differentiate(loss, weights, create_graph=True)
+    if all(gradient is None for gradient in found):
+        raise GraphError(
+            f"{name}: expected a loss that depends on the weights; got one whose graph reaches none of the "
+            f"{len(weights)} weights: pass the tensors that the forward used"
+        )
+    return filled(found, weights)
+
+
+class Tape:
+    """The linearization that autograd's own graph is: products by `torch.autograd.grad`, graph retained.
+
+    Arguments:
+        gradient: f = dL/dw with its graph, one for each weight.
+        weights: the leaves (or non-leaves) that f depends on; a frozen one gets zeros.
+        hyperparameters: what the mixed product is taken with respect to.
+        loss: the loss, for reports.
+        name: what messages call the loss or the gradient.
+
+    Attributes:
+        reaches_weights: whether f depends on some weight; if not, the Hessian is zero.
+        size: nodes of the gradient's graph.
+        incomplete: whether some kernel of the forward has no second derivative; a product through it raises.
+    """
+
+    def __init__(
+        self,
+        gradient: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        hyperparameters: Sequence[Tensor] = (),
+        loss: Tensor | None = None,
+        name: str = "loss",
+    ):
+        self.layout = Layout.of(weights)
+        self.loss = None if loss is None else loss.detach()
+        self.gradient = [g.detach() for g in gradient]
+        self.weights = tuple(weights)
+        self.name = name
+        self._product = Pullback(gradient, weights)
+        self._mixed = Pullback(gradient, hyperparameters)
+        nodes = _walk(self._product.outputs)
+        self.size = len(nodes)
+        names = {node.name(): node for node in nodes}
+        for node in names.values():
+            _refuse_control_flow(node)
+        if "torch::autograd::Error" in names:  # autograd would return zeros without a word
+            raise second_derivative_error("a function whose backward is marked once_differentiable")
+        self.incomplete = "torch::autograd::NotImplemented" in names
+        self.reaches_weights = any(get_gradient_edge(w).node in nodes for w in weights if w.requires_grad)
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """H t; a weight that f does not depend on gets zeros."""
+        return filled(self._product(tangents), self.weights)
+
+    def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """(df/dlambda)^T t."""
+        return self._mixed(tangents)
+
+
+def _walk(outputs: Sequence[Tensor]) -> set[Node]:
+    """The nodes of the graph of `outputs`."""
+    seen: set[Node] = set()
+    stack = [get_gradient_edge(output).node for output in outputs]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(following for following, _ in node.next_functions if following is not None)
+    return seen
+
+
+def _refuse_without_second_derivative(loss: Tensor) -> None:
+    """Raise for a once-differentiable function in the loss, for control flow, and for fused weight normalization.
+
+    Behind a linear reduction such as a sum the backward of the first leaves no trace in the gradient's graph, and the
+    second derivative would be wrong without a word, as those of the others are.
+    """
+    for node in _walk([loss]):
+        _refuse_control_flow(node)
+        if node.name() == "WeightNormInterfaceBackward0":
+            raise second_derivative_error("torch._weight_norm, in torch's fused kernel", FastKernelError)
+        function: Any = getattr(node, "_forward_cls", None)
+        backward = getattr(function, "backward", None)
+        code = getattr(backward, "__code__", None)
+        if code is None or code.co_filename != torch.autograd.function.__file__:
+            continue
+        if hasattr(backward, "__wrapped__"):
+            raise second_derivative_error(f"{function.__name__}, whose backward is once_differentiable")
+
+
+def _refuse_control_flow(node: Node) -> None:
+    """Raise for scan, map, while_loop, cond and their like.
+
+    In torch 2.13 their backward, a graph run without grad mode, drops terms of the second derivative, or all, without a
+    word. (associative_scan is of ordinary operators.)
+    """
+    module = getattr(getattr(node, "_forward_cls", None), "__module__", "")
+    if module.startswith("torch._higher_order_ops."):
+        raise second_derivative_error(module)
+
+
+def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Fresh leaves that share memory with `tensors`, so that the caller's own are not touched."""
+    if any(tensor.is_inference() for tensor in tensors):
+        raise GraphError(
+            "weights, hyperparameters: expected tensors that can require grad; got one made under "
+            "torch.inference_mode: clone it outside"
+        )
+    return [tensor.detach().requires_grad_() for tensor in tensors]

@@ -1,0 +1,102 @@
+"""What lies between a loss and a solve: the problem, and its gradient made linear at one point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import Layout
+from hvp_engine._support.pytree import Structure, check_scalar
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A loss at a point: `loss(weights, [hyperparameters,] *inputs)`, with the trees taken apart.
+
+    `hyperparameter_structure` is None for a loss of weights alone. `name` is what messages call the loss.
+    """
+
+    loss: Callable[..., Tensor]
+    weights: list[Tensor]
+    weight_structure: Structure
+    hyperparameters: list[Tensor]
+    hyperparameter_structure: Structure | None
+    inputs: tuple[Any, ...]
+    name: str = "loss"
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.loss, "processes"):
+            structures = {"weights": self.weight_structure, "hyper": self.hyperparameter_structure}
+            for name, structure in structures.items():
+                if structure is not None and structure.shards is not None:
+                    raise TypeError(
+                        f"{name}: expected tensors that this process has whole; got DTensors: wrap the loss in "
+                        "hvp.DataParallel, which gathers them"
+                    )
+
+    def at(self, inputs: tuple[Any, ...]) -> Problem:
+        """The same problem on other inputs."""
+        return replace(self, inputs=inputs)
+
+    def evaluate(self, weights: Sequence[Tensor], hyperparameters: Sequence[Tensor]) -> Tensor:
+        """The loss at these leaves; checked to be a scalar."""
+        arguments = [self.weight_structure.rebuild(weights)]
+        if self.hyperparameter_structure is not None:
+            arguments.append(self.hyperparameter_structure.rebuild(hyperparameters))
+        value = self.loss(*arguments, *self.inputs)
+        check_scalar(value, self.name)
+        return value
+
+
+class LinearMap(Protocol):
+    """A symmetric linear map on lists of tensors of one layout: what a solver solves with."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """A times the vector whose parts are `tangents`; a part may alias a tangent."""
+
+
+class Linearization(LinearMap, Protocol):
+    """The gradient f = dL/dw of a loss, and its derivatives, at one point."""
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The loss, detached; None if only the gradient was given."""
+
+    @property
+    def gradient(self) -> Sequence[Tensor]:
+        """dL/dw, detached."""
+
+    def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """(d2L/dlambda dw^T) tangents: one for each hyperparameter, None where there is no path."""
+
+
+class Averaged:
+    """A loss of a list of batches: the mean of `loss` over them, as one problem with one Hessian.
+
+    Arguments:
+        loss: `loss(..., batch)` -> scalar tensor, the batch last: of (weights, batch), or (weights, hyper, batch).
+
+    Where a loss is taken: `HessianOperator(hvp.Averaged(loss), weights, batches)`. Cost and memory: those of all
+    batches together. (`Tuner` does this by itself, with `train_batches` and `val_batches`.)
+
+    >>> import torch, hvp_engine as hvp
+    >>> loss = lambda w, batch: batch * w**2 / 2
+    >>> batches = [torch.tensor(1.0), torch.tensor(3.0)]
+    >>> hvp.HessianOperator(hvp.Averaged(loss), torch.tensor(5.0), batches) @ torch.tensor(1.0)
+    tensor(2.)
+    """
+
+    def __init__(self, loss: Callable[..., Tensor]):
+        self.loss = loss
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        *point, batches = arguments
+        losses = [self.loss(*point, batch) for batch in batches]
+        return torch.stack([loss.reshape(()) for loss in losses]).mean()

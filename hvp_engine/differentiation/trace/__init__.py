@@ -1,0 +1,1 @@
+"""A loss as a graph: traced, functionalized, split by partial evaluation, rewritten."""

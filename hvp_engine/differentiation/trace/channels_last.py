@@ -1,0 +1,86 @@
+"""Convolution kernels, and with them images, in the layout in which convolutions are fast on a CPU.
+
+Where the channels of a point lie together, convolutions of few channels take half the time (measured: 50 images of 32 x
+32, 8 to 8 channels, 3 x 3, one core: forward 2.1 ms against 1.15, backward to the images 2.7 against 1.2). A network
+whose kernels lie so keeps its images so: convolutions return what they are given, and elementwise operations follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from hvp_engine.differentiation.trace.functionalize import is_random
+
+aten = torch.ops.aten
+
+_LIBRARY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What oneDNN has convolutions for; others take torch's own, which only know images channel by channel."""
+
+_BATCH_NORMALIZATIONS = (functional.batch_norm, torch.batch_norm)
+_TRAINING = 5
+"""The place of `training` among their arguments."""
+
+_NORMALIZATIONS = (
+    *_BATCH_NORMALIZATIONS,
+    functional.instance_norm,
+    torch.instance_norm,
+    functional.group_norm,
+    torch.group_norm,
+)
+
+_CHANNELS = 8
+"""Channels that fill a vector; kernels from and to whole vectors of them gain from the layout, others lose a little."""
+
+
+def prefer_channels_last(weights: Sequence[Tensor]) -> bool:
+    """Whether most of the convolution kernels among `weights` are faster in channels-last layout."""
+    kernels = [weight for weight in weights if _is_kernel(weight)]
+    whole = [w for w in kernels if w.shape[0] % _CHANNELS == 0 and w.shape[1] % _CHANNELS == 0]
+    return torch._C._get_mkldnn_enabled() and 2 * _elements(whole) > _elements(kernels)
+
+
+def channels_last(weights: Sequence[Tensor]) -> list[Tensor]:
+    """`weights` with the kernels among them in channels-last layout."""
+    return [w.contiguous(memory_format=torch.channels_last) if _is_kernel(w) else w for w in weights]
+
+
+class NoStatistics(TorchFunctionMode):
+    """Refuses to normalize images over their places, by a `RuntimeError`.
+
+    In channels-last layout torch's kernels for that are slower, and sum less exactly (a ResNet-20 in float32: the
+    gradient is off by 0.4%, and by 0.04% otherwise).
+    """
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        keywords = kwargs or {}
+        if func in _NORMALIZATIONS and (args[0] if args else keywords["input"]).dim() == 4:
+            training = args[_TRAINING] if len(args) > _TRAINING else keywords.get("training", False)
+            if func not in _BATCH_NORMALIZATIONS or training:
+                raise RuntimeError(f"{func.__name__} is left in the layout it has")
+        return func(*args, **keywords)
+
+
+def layout_matters(graph: fx.Graph) -> bool:
+    """Whether values depend on strides: where random numbers are drawn in memory's order, or views name strides."""
+    return any(_scattered(node) for node in graph.nodes if is_random(node)) or any(
+        _scattered(node.args[0]) for node in graph.nodes if node.target is aten.as_strided.default
+    )
+
+
+def _elements(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _is_kernel(weight: Tensor) -> bool:
+    return weight.dim() == 4 and weight.device.type == "cpu" and weight.dtype in _LIBRARY_DTYPES
+
+
+def _scattered(node: Any) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and not value.is_contiguous()

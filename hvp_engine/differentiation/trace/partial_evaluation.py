@@ -1,0 +1,167 @@
+"""A trace, split by partial evaluation: a primal part that runs once, a tangent part that runs once per term."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from hvp_engine.differentiation.trace.combining import combine_sums, share_factors
+from hvp_engine.differentiation.trace.convolutions import add_biases, kernel_derivatives
+from hvp_engine.differentiation.trace.fused_update import Terms, decompose
+from hvp_engine.differentiation.trace.layouts import compact_factors
+from hvp_engine.differentiation.trace.passes import accumulate, dependents, fold_linear, simplify
+from hvp_engine.differentiation.trace.rematerialize import recomputable
+from hvp_engine.differentiation.trace.tracing import Trace
+
+_WORTHWHILE = 1 << 14
+"""Weights with matrix products from which accumulating is faster than one fused step over everything."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A graph on (residuals..., tangents...), and which of the primal part's residuals it takes."""
+
+    module: fx.GraphModule
+    residuals: tuple[int, ...]
+    outputs: tuple[bool, ...]
+    """For each product, whether there is a path; the graph returns those that have one."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Graphs of a linearization.
+
+    `primal`: (weights, hyperparameters, batch tensors) -> (loss, gradient..., residuals...).
+    `tangent`: the product with H. `mixed`: the mixed product. `accumulating`: the summands of the product with H,
+    `terms` of them for each weight, with the residuals that are its `diagonals`.
+    """
+
+    primal: fx.GraphModule
+    gradients: int
+    tangent: Part
+    mixed: Part
+    accumulating: Part
+    terms: tuple[tuple[int, int], ...]
+    diagonals: tuple[tuple[int, ...], ...]
+    accumulates: bool
+    """Whether matrix products make up most of the weights, so that accumulating pays."""
+    dtypes: frozenset[torch.dtype]
+    """Floating dtypes of the arithmetic: the weights', and what autocast or the loss casts to."""
+
+
+def partition(trace: Trace) -> Partition:
+    """Simplify the trace and split it by what depends on the tangents."""
+    root = trace.graph
+    graph = root.graph
+    simplify(graph)
+    kernel_derivatives(graph)
+    add_biases(graph)
+    simplify(graph)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    tangents = placeholders[-trace.weights :]
+    fold_linear(graph, set(tangents))
+    share_factors(graph, dependents(graph, set(tangents)))
+    combine_sums(graph, dependents(graph, set(tangents)))
+    accumulate(graph, dependents(graph, set(tangents)))
+    compact_factors(graph, dependents(graph, set(tangents)))
+    linear = dependents(graph, set(tangents))
+    outputs: list[Any] = list(_output(graph).args[0])  # type: ignore[arg-type]  # our traces return a list
+    first = 1 + trace.weights
+    values, products, mixed = outputs[:first], outputs[first : first + trace.weights], outputs[first + trace.weights :]
+
+    known = _live(products, lambda node: node not in linear) - linear
+    every_term = linear | recomputable(known)
+    residuals: list[fx.Node] = []
+    tangent_part = _part(root, graph, products, every_term, tangents, residuals)
+    mixed_part = _part(root, graph, mixed, every_term, tangents, residuals)
+    terms = [
+        decompose(output, tangent, tangents, linear) if isinstance(output, fx.Node) else Terms((), (), ())
+        for output, tangent in zip(products, tangents, strict=True)
+    ]
+    summands = [node for term in terms for node in term.nodes]
+    accumulating_part = _part(root, graph, summands, every_term, tangents, residuals)
+    diagonals = tuple(tuple(_index(residuals, node) for node in term.diagonals) for term in terms)
+    sizes = [tangent.meta["val"].numel() for tangent in tangents]
+    by_product = sum(size for size, term in zip(sizes, terms, strict=True) if term.products)
+    primal = _subgraph(root, graph, [*values, *residuals], placeholders[: -trace.weights])
+    return Partition(
+        primal,
+        trace.weights,
+        tangent_part,
+        mixed_part,
+        accumulating_part,
+        tuple((len(term.products), len(term.rest)) for term in terms),
+        diagonals,
+        accumulates=by_product > sum(sizes) / 2 and by_product >= _WORTHWHILE,
+        dtypes=_floating_dtypes(graph),
+    )
+
+
+def _floating_dtypes(graph: fx.Graph) -> frozenset[torch.dtype]:
+    values = [node.meta.get("val") for node in graph.nodes]
+    return frozenset(v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
+
+
+def _index(residuals: list[fx.Node], node: fx.Node) -> int:
+    """Where `node` is in `residuals`; added if it is not."""
+    if node not in residuals:
+        residuals.append(node)
+    return residuals.index(node)
+
+
+def _output(graph: fx.Graph) -> fx.Node:
+    return next(node for node in reversed(graph.nodes) if node.op == "output")
+
+
+def _live(outputs: Sequence[Any], stop: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """Nodes that `outputs` need, not looking behind nodes where `stop` holds."""
+    live: set[fx.Node] = set()
+    stack = [node for node in outputs if isinstance(node, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node in live:
+            continue
+        live.add(node)
+        if not stop(node):
+            stack.extend(node.all_input_nodes)
+    return live
+
+
+def _part(
+    root: fx.GraphModule,
+    graph: fx.Graph,
+    outputs: Sequence[Any],
+    every_term: set[fx.Node],
+    tangents: Sequence[fx.Node],
+    residuals: list[fx.Node],
+) -> Part:
+    """The part of `graph` that maps residuals and tangents to `outputs` by what runs in `every_term`; what else it
+    needs is added to `residuals`."""
+    live = _live(outputs, lambda node: node not in every_term)
+    needed = [node for node in graph.nodes if node in live and node not in every_term]
+    places = tuple(_index(residuals, node) for node in needed)
+    present = tuple(isinstance(node, fx.Node) for node in outputs)
+    module = _subgraph(root, graph, [node for node in outputs if isinstance(node, fx.Node)], [*needed, *tangents])
+    return Part(module, places, present)
+
+
+def _subgraph(
+    root: fx.GraphModule, graph: fx.Graph, outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]
+) -> fx.GraphModule:
+    """The graph that computes `outputs` from `inputs`."""
+    new = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = new.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    wanted = set(inputs)
+    live = _live(outputs, lambda node: node in wanted)
+    for node in graph.nodes:
+        if node in live and node not in copies:
+            copies[node] = new.node_copy(node, lambda argument: copies[argument])
+    new.output(tuple(copies[node] for node in outputs))
+    return fx.GraphModule(root, new)

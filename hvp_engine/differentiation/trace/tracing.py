@@ -1,0 +1,172 @@
+"""A problem's gradient and its vector-Jacobian product, traced once into one graph of aten operations.
+
+Reverse over reverse: the trace runs the loss, its gradient f = dL/dw, and `autograd.grad(f, (w, lambda), tangents)`
+under `make_fx`. Everything that varies between calls is an input of the graph: weights, hyperparameters, the
+tensors of the batch, the tangents. Tensors that the loss takes from elsewhere (module buffers, closures) are read
+by reference; what is baked in are Python values and the tensors a closure is bound to, so losses must be functions
+of their arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import numbers
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from hvp_engine.differentiation.differentiable_kernels import plain_kernels
+from hvp_engine.differentiation.double_backward import Pullback, Tape, explained, gradients, leaves
+from hvp_engine.differentiation.problem import Problem
+from hvp_engine.differentiation.trace.channels_last import (
+    NoStatistics,
+    channels_last,
+    layout_matters,
+    prefer_channels_last,
+)
+from hvp_engine.differentiation.trace.functionalize import functionalized, retraced
+from hvp_engine.errors import TraceError
+
+aten = torch.ops.aten
+
+_CONSTANTS = (type(None), numbers.Number, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)
+
+_TRACING = threading.RLock()
+"""One thread traces at a time: `make_fx` patches modules for all threads."""
+
+_HOOKS = (
+    "saved-tensor hooks (gradient checkpointing, save_on_cpu), which compute again with the module's own weights "
+    "while the trace runs backwards"
+)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The traced graph.
+
+    Inputs, in order: weights, hyperparameters, batch tensors, tangents. Outputs, in order: loss, gradient, products
+    with H, mixed products; None for a product that is zero because there is no path.
+    """
+
+    graph: fx.GraphModule
+    weights: int
+    hyperparameters: int
+    inputs: int
+
+
+def split_inputs(problem: Problem) -> tuple[list[Tensor], list[Any], pytree.TreeSpec]:
+    """Tensors of the batch, its other leaves (with None where a tensor was), and how to put it together again."""
+    leaves, spec = pytree.tree_flatten(problem.inputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+
+
+def is_constant(leaf: Any) -> bool:
+    """Whether a leaf of a batch that is no tensor is what it is for good, so that a trace may hold it."""
+    return isinstance(leaf, _CONSTANTS) or (callable(leaf) and isinstance(leaf, Hashable))
+
+
+def trace(problem: Problem) -> Trace:
+    """Trace `problem`; :class:`TraceError` naming the remedy where the loss depends on data in Python.
+
+    Convolution kernels are laid out as they are fastest, unless the loss takes its images for contiguous.
+    """
+    _, others, _ = split_inputs(problem)
+    for leaf in others:
+        if not is_constant(leaf):
+            raise TraceError(
+                f"{problem.name}: expected a batch of tensors, numbers and texts in tuples, lists and dicts; got one "
+                f"with a {type(leaf).__name__}, whose content a trace would keep: hand over the tensors in it, "
+                "register it with torch.utils._pytree.register_pytree_node, or use engine='eager'"
+            )
+    if prefer_channels_last(problem.weights):
+        with contextlib.suppress(RuntimeError), NoStatistics():
+            found = _traced(problem, channels_last)
+            if not layout_matters(found.graph.graph):
+                return found
+    return _traced(problem, list)
+
+
+def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor]]) -> Trace:
+    """The trace of the loss on `laid_out(weights)`, and of its products on tangents that are laid out alike."""
+    tensors, others, spec = split_inputs(problem)
+    places = [index for index, leaf in enumerate(pytree.tree_leaves(problem.inputs)) if isinstance(leaf, Tensor)]
+    count_w, count_h, count_x = len(problem.weights), len(problem.hyperparameters), len(tensors)
+
+    def function(*arguments: Tensor) -> list[Tensor | None]:
+        weights, hyperparameters = leaves(arguments[:count_w]), leaves(arguments[count_w : count_w + count_h])
+        batch = list(others)
+        for place, tensor in zip(places, arguments[count_w + count_h :], strict=False):
+            batch[place] = tensor
+        tangents = arguments[count_w + count_h + count_x :]
+        with torch.enable_grad():
+            here = problem.at(pytree.tree_unflatten(batch, spec))
+            loss = here.evaluate(laid_out(weights), hyperparameters)
+            gradient = gradients(loss, weights, problem.name)
+            tape = Tape(gradient, weights, (), loss)
+        products = Pullback(gradient, weights + hyperparameters)(laid_out(tangents))
+        return [tape.loss, *tape.gradient, *products]
+
+    arguments = [
+        *(t.detach() for t in (*problem.weights, *problem.hyperparameters)),
+        *tensors,
+        *(torch.ones_like(w) for w in problem.weights),
+    ]
+    try:
+        with (
+            _TRACING,
+            _one_fake_mode(),
+            plain_kernels(),
+            torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS),
+            explained(),
+        ):
+            graph = make_fx(function)(*arguments)
+            if not functionalized(graph):
+                graph = _retraced(graph, arguments, problem.name)
+    except AssertionError as error:
+        if "FakeTensors" not in str(error):
+            raise
+        here = leaves(problem.weights)
+        with torch.enable_grad():  # it names an operator without a second derivative
+            gradients(problem.evaluate(here, leaves(problem.hyperparameters)), here, problem.name)
+        raise TraceError(
+            f"{problem.name}: expected a loss without control-flow operators (scan, map, while_loop, cond); got one, "
+            "which torch cannot trace here: write it as a Python loop, or use engine='eager'"
+        ) from error
+    except RuntimeError as error:
+        if str(error) == _HOOKS:
+            raise TraceError(
+                f"{problem.name}: expected a loss without saved-tensor hooks; got some: {_HOOKS}: "
+                "switch checkpointing off, since a trace keeps what it needs anyway, or use engine='eager'"
+            ) from error
+        if "data-dependent" in str(error) or "proxy" in str(error).lower() or ".item()" in str(error):
+            raise TraceError(
+                f"{problem.name}: expected a loss without control flow that depends on tensor values; tracing said: "
+                f"{error}; use engine='eager'"
+            ) from error
+        raise
+    return Trace(graph, count_w, count_h, count_x)
+
+
+def _retraced(graph: fx.GraphModule, arguments: list[Tensor], name: str) -> fx.GraphModule:
+    try:
+        return retraced(graph, arguments)
+    except RuntimeError as error:
+        raise TraceError(
+            f"{name}: expected a loss that changes no tensors in place, or only such as it makes itself; torch could "
+            f"not replace what it changes: {error}; compute new tensors instead, or use engine='eager'"
+        ) from error
+
+
+def _one_fake_mode() -> contextlib.AbstractContextManager[Any]:
+    """Let `make_fx` record shapes in one fake mode: otherwise it makes one for each operation, which is slow."""
+    mode = FakeTensorMode(allow_fallback_kernels=True)
+    return torch._guards.tracing(torch._guards.TracingContext(mode))

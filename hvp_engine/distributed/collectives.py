@@ -1,0 +1,142 @@
+"""What processes tell each other: sums, by one message each, that carry failures along."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import hvp_engine.errors
+from hvp_engine._support.flat_vector import Layout
+from hvp_engine.errors import DistributedError, HvpError
+
+Summands = tuple[Sequence["Tensor | None"], float]
+"""What a process adds to a sum, None for nothing, and a factor by which it counts."""
+
+NOTHING = Layout((), (), (), torch.device("cpu"))
+
+
+class Processes:
+    """The processes of a torch.distributed group; each must make the same calls in the same order.
+
+    What one of them raises while it computes its summands is raised in all, after the message that they wait for: so
+    none is left waiting. The last figure of each message says whether somebody failed, which waits for the device.
+
+    Arguments:
+        group: a process group; None is the default one.
+
+    Attributes:
+        rank, count: of this process in the group, and how many there are.
+        ranks: of all of them in the default group.
+        messages: messages of vectors so far.
+        sent: bytes that this process has sent in them if they went around a ring, which is the least there is.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        if not (dist.is_available() and dist.is_initialized()):
+            raise DistributedError(
+                "group: expected an initialized process group; got none: call torch.distributed.init_process_group "
+                "first, in a script started by torchrun"
+            )
+        self.group = group
+        self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise DistributedError("group: expected one that this process belongs to; got one without it")
+        self.ranks = dist.get_process_group_ranks(group)
+        self.messages, self.sent = 0, 0.0
+
+    def sum(self, layout: Layout, figures: int, compute: Callable[[Tensor], Summands]) -> tuple[list[Tensor], Tensor]:
+        """The sums over all processes of tensors of a layout, and of `figures` numbers; by one all-reduce.
+
+        Arguments:
+            compute: returns the tensors, and writes the numbers into the 1-d tensor of zeros that it is given.
+
+        Both come back in the layout's state dtype; numbers alone in float64.
+        """
+        dtype = layout.state_dtype if layout.shapes else torch.float64
+        buffer = torch.empty(layout.size + figures + 1, dtype=dtype, device=layout.device)
+        views, tail = layout.views(buffer), buffer[layout.size :]
+        with self.carrying(tail) as numbers:
+            write(views, *compute(numbers))
+        dist.all_reduce(buffer, group=self.group)
+        self.count_message(2 * buffer.nbytes / self.count)
+        self.check(tail)
+        return views, tail[:-1]
+
+    @contextlib.contextmanager
+    def carrying(self, tail: Tensor) -> Iterator[Tensor]:
+        """Compute in the block what is sent with `tail`, whose last number will say whether that failed."""
+        self._error: BaseException | None = None
+        tail.zero_()
+        try:
+            yield tail[:-1]
+        except BaseException as raised:  # Ctrl-C too: the others would wait for ever
+            self._error = raised
+            tail[-1] = 1.0
+
+    def count_message(self, part: float) -> None:
+        """One in which every process sends `part` bytes to each other."""
+        self.messages += 1
+        self.sent += (self.count - 1) * part
+
+    def check(self, tail: Tensor) -> None:
+        """Raise if a process failed: its own error there, elsewhere one of the same class that names it."""
+        if not float(tail[-1]):
+            return
+        error, self._error = self._error, None
+        described = None if error is None else (type(error).__name__, str(error))
+        found: list[tuple[str, str] | None] = [None] * self.count
+        dist.all_gather_object(found, described, group=self.group)
+        if error is not None:
+            raise error
+        rank, (name, text) = next((rank, failure) for rank, failure in enumerate(found) if failure is not None)
+        kind = getattr(hvp_engine.errors, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, HvpError)):  # a class that all of them can make
+            kind, text = DistributedError, f"{name}: {text}"
+        raise kind(f"process {rank} of {self.count} failed: {text}")
+
+    @contextlib.contextmanager
+    def together(self, device: torch.device) -> Iterator[None]:
+        """What one process raises in the block is raised in all at its end, by one small message."""
+        tail = torch.empty(1, dtype=torch.float64, device=device)
+        with self.carrying(tail):
+            yield
+        dist.all_reduce(tail, group=self.group)
+        self.check(tail)
+
+    def same(self, tensors: Sequence[Tensor]) -> int | None:
+        """The first process that holds other values than process 0, by checksums; None if all are alike."""
+        sums = [tensor.detach().double().sum() for tensor in tensors]
+        found = self._gather(torch.stack(sums)) if sums else []
+        different = [not torch.equal(theirs.nan_to_num(), found[0].nan_to_num()) for theirs in found]
+        return different.index(True) if any(different) else None
+
+    def gather(self, number: float, device: torch.device) -> list[float]:
+        """The numbers of all processes."""
+        return torch.stack(self._gather(torch.tensor(number, dtype=torch.float64, device=device))).tolist()
+
+    def _gather(self, mine: Tensor) -> list[Tensor]:
+        found = [torch.empty_like(mine) for _ in range(self.count)]
+        dist.all_gather(found, mine, group=self.group)
+        return found
+
+
+def write(views: Sequence[Tensor], summands: Sequence[Tensor | None], factor: float) -> None:
+    """factor * summands into the views, zeros for None."""
+    absent = [view for view, part in zip(views, summands, strict=True) if part is None]
+    if absent:
+        torch._foreach_zero_(absent)
+    present = [(view, part.detach()) for view, part in zip(views, summands, strict=True) if part is not None]
+    if present:
+        targets, parts = zip(*present, strict=True)
+        torch._foreach_copy_(targets, parts)
+        if factor != 1:
+            torch._foreach_mul_(targets, factor)
+
+
+def note(figures: Tensor, summands: Sequence[Tensor | None]) -> None:
+    """Say in `figures` which are not None."""
+    figures.copy_(torch.tensor([float(part is not None) for part in summands], dtype=figures.dtype))

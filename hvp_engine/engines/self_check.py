@@ -1,0 +1,83 @@
+"""Whether two linearizations of one problem agree: the check of every engine against eager."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import Layout, norm_of
+from hvp_engine.differentiation.problem import Linearization
+
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+"""Relative difference of a product, by the coarsest dtype that it is computed in."""
+
+_COARSEST = max(_TOLERANCES.values())
+
+
+class Schedule:
+    """Call numbers at which an engine is checked: the first, the tenth, the hundredth, and so on."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def due(self) -> bool:
+        self.calls += 1
+        power = 1
+        while power < self.calls:
+            power *= 10
+        return power == self.calls
+
+
+def probe(layout: Layout) -> list[Tensor]:
+    """The same random tangents every time, from a generator of their own."""
+    generator = torch.Generator(device=layout.device).manual_seed(0)
+    tangents = []
+    for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True):
+        tangents.append(torch.randn(shape, generator=generator, device=layout.device, dtype=torch.float32).to(dtype))
+    return tangents
+
+
+def disagreement(candidate: Linearization, eager: Linearization, dtypes: Iterable[torch.dtype]) -> str | None:
+    """What differs by more than the tolerance, in words; None if nothing does.
+
+    `dtypes` are those of the arithmetic: under autocast coarser ones than the weights'.
+
+    Products are compared by their global norm: a convolution's bias before BatchNorm has a product near zero, of
+    which single tensors would show nothing but rounding.
+    """
+    tangents = probe(eager.layout)
+    compared = {
+        "gradient": (candidate.gradient, eager.gradient),
+        "product": (candidate.product(tangents), eager.product(tangents)),
+        "mixed product": (list(_present(candidate.mixed(tangents))), list(_present(eager.mixed(tangents)))),
+    }
+    for name, (ours, theirs) in compared.items():
+        if len(ours) != len(theirs):
+            return f"the {name} has paths to {len(ours)} tensors, eager's to {len(theirs)}"
+        found = difference(ours, theirs, dtypes)
+        if found is not None:
+            return f"the {name} differs from eager's by {found:.2g} (relative)"
+    return None
+
+
+def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtypes: Iterable[torch.dtype]) -> float | None:
+    """The relative difference of two lists, by the global norm, if it is beyond the tolerance of the coarsest of
+    `dtypes`; None if it is not, or if `theirs` is not finite."""
+    tolerance = max(_TOLERANCES.get(dtype, _COARSEST) for dtype in dtypes)
+    distance, norm = _norm([a - b for a, b in zip(ours, theirs, strict=True)]), _norm(theirs)
+    if not math.isfinite(norm) or distance <= tolerance * norm + torch.finfo(torch.float32).tiny:
+        return None
+    return distance / norm if norm else distance
+
+
+def _present(tensors: Sequence[Tensor | None]) -> Iterator[Tensor]:
+    return (tensor for tensor in tensors if tensor is not None)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    if not tensors:
+        return 0.0
+    return float(norm_of(tensors))

@@ -1,0 +1,230 @@
+"""The linearized engine: trace once, run the primal part once per hypergradient, the tangent part once per term."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import Layout, detached
+from hvp_engine._support.isolation import recorded_modules
+from hvp_engine._support.random_state import random_state_kept
+from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
+from hvp_engine.differentiation.trace.fused_update import AccumulatingTerm
+from hvp_engine.differentiation.trace.inplace import written_over
+from hvp_engine.differentiation.trace.partial_evaluation import Partition, partition
+from hvp_engine.differentiation.trace.tracing import is_constant, split_inputs, trace
+from hvp_engine.engines.eager import EagerEngine, advance, begin
+from hvp_engine.engines.self_check import Schedule, disagreement
+from hvp_engine.solvers.base import FinishedIteration, Iteration, Solver
+from hvp_engine.solvers.spectrum import SpectralEstimate
+
+Function = Callable[..., Sequence[Tensor]]
+
+
+class Functions:
+    """The callables of a partition, and the module modes that the trace saw. Subclasses compile them."""
+
+    def __init__(self, parts: Partition, modules: Sequence[torch.nn.Module]):
+        self.partition = parts
+        self.primal: Function = parts.primal.forward
+        self.tangent: Function = written_over(parts.tangent.module).forward
+        self.mixed: Function = written_over(parts.mixed.module).forward
+        self.accumulating: Function = written_over(parts.accumulating.module).forward
+        self.unbatched = ""
+        self.schedule = Schedule()
+        self.distrust: str | None = None
+        self.modules = list(modules)
+        self._modes = self._read_modes()
+
+    def at(self, problem: Problem, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the primal part gives at the problem's point: loss, gradient, residuals."""
+        with torch.no_grad():
+            return self.primal(*detached(problem.weights), *detached(problem.hyperparameters), *tensors)
+
+    def _read_modes(self) -> list[bool]:
+        return [part.training for module in self.modules for part in module.modules()]
+
+    def modes_unchanged(self) -> bool:
+        """Whether the modules that the loss called are in train or eval mode as they were."""
+        return self._modes == self._read_modes()
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Instead of functions: why there are none."""
+
+    distrust: str
+
+    def modes_unchanged(self) -> bool:
+        return True
+
+
+class TracedLinearization:
+    """A partition, evaluated at one point: residuals held, products by the tangent graph alone.
+
+    `values` are what the primal part gave there.
+    """
+
+    def __init__(self, functions: Functions, layout: Layout, name: str, values: Sequence[Tensor]):
+        self.layout = layout
+        self.name = name
+        self.functions = functions
+        count = 1 + len(layout.shapes)
+        self.loss: Tensor | None = values[0]
+        self.gradient = list(values[1:count])
+        self._residuals = values[count:]
+        self._tangent_residuals = [self._residuals[index] for index in functions.partition.tangent.residuals]
+        self._mixed_residuals = [self._residuals[index] for index in functions.partition.mixed.residuals]
+        self._complete = all(functions.partition.tangent.outputs)
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """H t."""
+        with torch._C._AutoDispatchBelowAutograd():
+            products = self.functions.tangent(*self._tangent_residuals, *tangents)
+        if self._complete:
+            return products
+        found = iter(products)
+        present = self.functions.partition.tangent.outputs
+        return [next(found) if there else torch.zeros_like(t) for there, t in zip(present, tangents, strict=True)]
+
+    @property
+    def unbatched(self) -> str:
+        """Why :meth:`products` failed for this trace, if it did."""
+        return self.functions.unbatched
+
+    @unbatched.setter
+    def unbatched(self, reason: str) -> None:
+        self.functions.unbatched = reason
+
+    def products(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """H t for several t, stacked along a new first dimension of each tensor, in and out."""
+        known, present = self._tangent_residuals, self.functions.partition.tangent.outputs
+        function = self.functions.partition.tangent.module.forward
+        with torch.no_grad():
+            batched = torch.func.vmap(function, (None,) * len(known) + (0,) * len(tangents))
+            found = iter(batched(*known, *tangents))
+        return [next(found) if there else torch.zeros_like(t) for there, t in zip(present, tangents, strict=True)]
+
+    def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """(df/dlambda)^T t."""
+        with torch._C._AutoDispatchBelowAutograd():
+            found = iter(self.functions.mixed(*self._mixed_residuals, *tangents))
+        return [next(found) if there else None for there in self.functions.partition.mixed.outputs]
+
+    def accumulating_term(self, iteration: Iteration, damping: float) -> Callable[[], None] | None:
+        """A term of `iteration` that never forms the product; None where that does not apply or pay."""
+        parts = self.functions.partition
+        if iteration.accumulation is None or not parts.accumulates or self.layout.low_precision:
+            return None
+        residuals = [self._residuals[index] for index in parts.accumulating.residuals]
+        return AccumulatingTerm(
+            lambda tangents: self.functions.accumulating(*residuals, *tangents),
+            parts.terms,
+            [[self._residuals[index] for index in diagonals] for diagonals in parts.diagonals],
+            iteration.direction,
+            iteration.accumulation,
+            damping,
+        )
+
+
+class LinearizedEngine:
+    """Traces each (shapes, batch constants, module modes) once; new values of the same shapes reuse the trace.
+
+    The first linearization of a trace, and later ones more and more rarely, are compared with eager's. Where they
+    disagree, as when a closure was bound to another tensor after the trace, eager takes over for good, with a
+    warning.
+    """
+
+    name = "linearized"
+
+    def __init__(self, eager: EagerEngine | None = None) -> None:
+        self._eager = EagerEngine() if eager is None else eager
+        self._cache: dict[Hashable, Functions | Refused] = {}
+        self.traces = 0
+        self.trace_seconds = 0.0
+
+    def linearize(self, problem: Problem) -> Linearization:
+        tensors, others, spec = split_inputs(problem)
+        key = signature(problem, tensors, others, spec)
+        functions = self._cache.get(key)
+        if functions is None or not functions.modes_unchanged():
+            functions = self._cache[key] = self._trace(problem)
+        if isinstance(functions, Refused) or functions.distrust:
+            return self._eager.linearize(problem)
+        if not functions.schedule.due():
+            return self._linearization(functions, problem, tensors)
+        with random_state_kept(problem.weights[0].device):
+            eager = self._eager.linearize(problem)
+        traced = self._linearization(functions, problem, tensors)
+        if functions.distrust:
+            return traced
+        functions.distrust = disagreement(traced, eager, functions.partition.dtypes)
+        if functions.distrust is None:
+            return traced
+        warnings.warn(
+            f"engine {self.name!r} is replaced by 'eager' for {problem.name}: {functions.distrust}; a loss must be a "
+            "function of its arguments: pass what changes between calls in the batch or the hyperparameters",
+            stacklevel=4,
+        )
+        return eager
+
+    def run(
+        self,
+        operator: LinearMap,
+        v: Sequence[Tensor],
+        solver: Solver,
+        estimate: SpectralEstimate | None,
+    ) -> FinishedIteration:
+        """As the eager engine; terms but the last accumulate the product where that pays."""
+        iteration = begin(operator, v, solver, estimate)
+        term = None
+        if isinstance(operator, TracedLinearization):
+            term = operator.accumulating_term(iteration, solver.damping)
+        advance(iteration, operator, term)
+        return iteration
+
+    def report(self) -> str:
+        """What was traced, in a line."""
+        text = f"{self.traces} traces in {self.trace_seconds:.2f} s"
+        reasons = {f.unbatched for f in self._cache.values() if isinstance(f, Functions) and f.unbatched}
+        return text + "".join(f"; right-hand sides one by one, since vmap failed: {reason}" for reason in reasons)
+
+    def known(self, problem: Problem) -> Functions | None:
+        """The functions of a problem that has been traced here."""
+        functions = self._cache.get(signature(problem, *split_inputs(problem)))
+        return functions if isinstance(functions, Functions) and functions.modes_unchanged() else None
+
+    def _trace(self, problem: Problem) -> Functions | Refused:
+        start = time.perf_counter()
+        with recorded_modules() as modules, random_state_kept(problem.weights[0].device):
+            functions = self._functions(partition(trace(problem)), modules)
+        self.traces += 1
+        self.trace_seconds += time.perf_counter() - start
+        return functions
+
+    def _linearization(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> Linearization:
+        """Of functions that are trusted; without trust in them afterwards, it is eager's."""
+        layout = Layout.of(problem.weights)
+        return TracedLinearization(functions, layout, problem.name, functions.at(problem, tensors))
+
+    def _functions(self, parts: Partition, modules: Sequence[torch.nn.Module]) -> Functions:
+        return Functions(parts, modules)
+
+
+def signature(problem: Problem, tensors: Sequence[Tensor], others: Sequence[Any], spec: Any) -> Hashable:
+    """What a trace depends on besides tensor values."""
+    leaves = [*problem.weights, *problem.hyperparameters, *tensors]
+    return (
+        problem.loss,
+        problem.weight_structure,
+        problem.hyperparameter_structure,
+        tuple((t.shape, t.stride(), t.dtype, t.device) for t in leaves),
+        tuple(leaf if is_constant(leaf) else type(leaf) for leaf in others),
+        spec,
+    )

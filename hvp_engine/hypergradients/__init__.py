@@ -1,0 +1,6 @@
+"""Ways to a hypergradient: by the implicit function theorem, by fixed points, by unrolling."""
+
+from hvp_engine.hypergradients.unrolled import Unrolled, UnrolledEstimate
+from hvp_engine.hypergradients.update_rules import SGD, Adam, UpdateRule
+
+__all__ = ["SGD", "Adam", "Unrolled", "UnrolledEstimate", "UpdateRule"]

@@ -1,0 +1,222 @@
+"""Implicit differentiation of losses that autograd has recorded already: drop-ins for an existing training script.
+
+* :func:`approx_inverse_hvp`, :func:`hypergradient`: plain functions of recorded losses;
+* :func:`best_response`: an `autograd.Function` that hands out w*(lambda) and puts the formula into `backward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeGuard
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import Layout, detached
+from hvp_engine._support.pytree import as_list, check_like, check_scalar
+from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, gradients
+from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.errors import GraphError, SecondDerivativeError
+from hvp_engine.hypergradients.implicit import implicit_gradient
+from hvp_engine.solvers import Neumann, Solver
+from hvp_engine.solvers.base import check_solver
+from hvp_engine.solvers.driver import solve_flat
+from hvp_engine.solvers.spectrum import Spectrum
+
+TensorOrTensors = Tensor | Sequence[Tensor]
+
+
+def approx_inverse_hvp(
+    v: TensorOrTensors,
+    f: TensorOrTensors,
+    w: TensorOrTensors,
+    iterations: int,
+    alpha: float | Literal["auto"],
+    *,
+    damping: float = 0.0,
+) -> tuple[Tensor, ...]:
+    """[df/dw + damping I]^-1 v, approximately: alpha * sum_{j=0..iterations} (I - alpha (df/dw + damping I))^j v.
+
+    Arguments:
+        v: the vector, a tensor or a sequence like `w`.
+        f: dL_T/dw with its graph (`create_graph=True`), a sequence like `w`; or the 0-dim loss L_T itself.
+        w: the weights, a tensor or a sequence of tensors on one device, the ones `f` was computed from.
+        iterations: Hessian-vector products, i; the sum has i + 1 terms. 0 gives alpha * v.
+        alpha: the step, 0 < alpha < 2 / lambda_max for convergence; "auto" estimates it by 8 more products.
+        damping: added to the diagonal of the Hessian, >= 0.
+
+    Returns a tuple like `w`, detached. The graph of `f` is kept.
+
+    Cost: `iterations` Hessian-vector products (8 more for "auto"); two flat copies of the weights.
+
+    Errors: `TypeError`/`ValueError` naming the argument; :class:`GraphError` for an `f` without a graph;
+    :class:`SecondDerivativeError`; :class:`DivergenceError` naming an alpha that would work.
+
+    Source: Algorithm 3 of Lorraine, Vicol, Duvenaud 2019, with the final factor alpha that its box omits.
+
+    >>> import torch, hvp_engine as hvp
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> loss = (w ** 2 * torch.tensor([1.0, 0.5])).sum()              # H = diag(2, 1)
+    >>> hvp.approx_inverse_hvp(torch.ones(2), loss, w, iterations=50, alpha=0.5)
+    (tensor([0.5000, 1.0000]),)
+    """
+    solver = Neumann(iterations, alpha, damping=damping)
+    weights = as_list(w, "w")
+    vector = as_list(v, "v")
+    check_like(vector, Layout.of(weights), "v", "w")
+    tape = Tape(_gradient_of(f, weights), weights, loss=f if _is_loss(f) else None, name="f")
+    if not tape.reaches_weights:
+        raise GraphError(
+            "f: expected gradients that depend on w; got a graph that reaches none of w: pass the tensors that "
+            "the forward used (of a loss linear in w the Hessian is zero and has no inverse)"
+        )
+    value, _ = solve_flat(tape, detached(vector), solver, EagerEngine(), Spectrum())
+    return tuple(value)
+
+
+def hypergradient(
+    train_loss: Tensor,
+    val_loss: Tensor,
+    weights: TensorOrTensors,
+    hyperparameters: TensorOrTensors,
+    solver: Solver | None = None,
+    *,
+    create_graph: bool = False,
+) -> tuple[Tensor, ...]:
+    """dL_V/dlambda - (d2L_T/dlambda dw^T) [d2L_T/dw dw^T]^-1 dL_V/dw at the weights the losses were computed at.
+
+    Arguments:
+        train_loss, val_loss: scalar tensors with their graphs; both graphs are kept.
+        weights: a tensor or sequence, at (approximately) a minimum of the training loss.
+        hyperparameters: a tensor or sequence of tensors that require grad.
+        solver: how to invert the Hessian; default `Neumann(20)`, alpha estimated.
+        create_graph: not supported; True raises.
+
+    Returns a tuple like `hyperparameters`, detached; zeros for one that neither loss uses.
+
+    Cost: two gradients, the solver's products, one mixed product.
+
+    Errors: :class:`GraphError` for a loss without a graph, or if no hyperparameter is reachable; else as
+    :func:`approx_inverse_hvp`.
+
+    Source: Algorithm 2 and Theorem 1 (implicit function theorem) of Lorraine, Vicol, Duvenaud 2019.
+
+    >>> import torch, hvp_engine as hvp
+    >>> decay = torch.tensor(1.0, requires_grad=True)
+    >>> w = torch.tensor([0.5, 1.0], requires_grad=True)         # w* = target / (1 + decay), target = (1, 2)
+    >>> train = ((w - torch.tensor([1.0, 2.0])) ** 2).sum() / 2 + decay * (w ** 2).sum() / 2
+    >>> hvp.hypergradient(train, (w ** 2).sum() / 2, w, decay, hvp.Neumann(60))
+    (tensor(-0.6250),)
+    """
+    if create_graph:
+        raise _no_second_derivative("hypergradient")
+    solver = Neumann(20) if solver is None else solver
+    check_solver(solver)
+    weight_list, hyper_list = as_list(weights, "weights"), as_list(hyperparameters, "hyperparameters")
+    check_scalar(train_loss, "train_loss")
+    check_scalar(val_loss, "val_loss")
+    if not val_loss.requires_grad:
+        raise GraphError(
+            "val_loss: expected a loss with an autograd graph; got a tensor that does not require grad: compute it "
+            "from the weights with grad mode on"
+        )
+    _require_grad(hyper_list)
+    active = _active(weight_list)
+    found = differentiate(val_loss, [*active, *hyper_list])
+    count = len(active)
+    vector = filled(found[:count], active)
+    tape = Tape(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
+    grads, _ = implicit_gradient(tape, vector, found[count:], hyper_list, solver, EagerEngine(), Spectrum())
+    return tuple(grads)
+
+
+def best_response(
+    train_loss: Tensor,
+    weights: TensorOrTensors,
+    hyperparameters: TensorOrTensors,
+    solver: Solver | None = None,
+) -> tuple[Tensor, ...]:
+    """The weights as the function w*(lambda) that the training loss makes them: identity forward, IFT backward.
+
+    backward of a gradient g is -(d2L_T/dlambda dw^T) [d2L_T/dw dw^T]^-1 g; so a validation loss of the result
+    gives the hyperparameters both the direct and the indirect term.
+
+    Arguments: as :func:`hypergradient`.
+
+    Returns a tuple like `weights`, sharing memory with them, connected to the hyperparameters only.
+
+    Errors: as :func:`hypergradient`; a backward with `create_graph=True` raises :class:`SecondDerivativeError`,
+    since the result promises first derivatives only.
+
+    >>> import torch, hvp_engine as hvp
+    >>> decay = torch.tensor(1.0, requires_grad=True)
+    >>> w = torch.tensor([0.5, 1.0], requires_grad=True)
+    >>> train = ((w - torch.tensor([1.0, 2.0])) ** 2).sum() / 2 + decay * (w ** 2).sum() / 2
+    >>> (ws,) = hvp.best_response(train, w, decay, hvp.Neumann(60))
+    >>> ((ws ** 2).sum() / 2).backward()
+    >>> decay.grad, w.grad
+    (tensor(-0.6250), None)
+    """
+    solver = Neumann(20) if solver is None else solver
+    check_solver(solver)
+    weight_list, hyper_list = as_list(weights, "weights"), as_list(hyperparameters, "hyperparameters")
+    check_scalar(train_loss, "train_loss")
+    _require_grad(hyper_list)
+    active = _active(weight_list)
+    tape = Tape(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
+    return _BestResponse.apply(tape, weight_list, solver, *hyper_list)
+
+
+class _BestResponse(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tape: Tape, weights: Sequence[Tensor], solver: Solver, *hyperparameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.tape, ctx.solver, ctx.hyperparameters = tape, solver, hyperparameters
+        ctx.active = [weight.requires_grad for weight in weights]
+        return tuple(weight.detach() for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise _no_second_derivative("best_response")
+        none = [None] * len(ctx.hyperparameters)
+        vector = [g for g, active in zip(grad_outputs, ctx.active, strict=True) if active]
+        grads, _ = implicit_gradient(ctx.tape, vector, none, ctx.hyperparameters, ctx.solver, EagerEngine(), Spectrum())
+        return None, None, None, *grads
+
+
+def _is_loss(f: Any) -> TypeGuard[Tensor]:
+    return isinstance(f, Tensor) and f.dim() == 0
+
+
+def _gradient_of(f: TensorOrTensors, weights: list[Tensor]) -> list[Tensor]:
+    """The gradient with its graph, from the gradient or the loss that the caller passed."""
+    if _is_loss(f):
+        check_scalar(f, "f")
+        return gradients(f, weights, "f")
+    gradient = as_list(f, "f")
+    check_like(gradient, Layout.of(weights), "f", "w")
+    if not any(g.requires_grad for g in gradient):
+        raise GraphError(
+            "f: expected gradients with an autograd graph; got tensors that do not require grad: compute them by "
+            "torch.autograd.grad(loss, w, create_graph=True)"
+        )
+    return gradient
+
+
+def _active(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The weights that are not frozen: those do not respond, and would make the Hessian singular."""
+    return [weight for weight in weights if weight.requires_grad] or list(weights)
+
+
+def _require_grad(hyperparameters: Sequence[Tensor]) -> None:
+    if not any(hyperparameter.requires_grad for hyperparameter in hyperparameters):
+        raise GraphError("hyperparameters: expected tensors that require grad; got none that does")
+
+
+def _no_second_derivative(name: str) -> SecondDerivativeError:
+    return SecondDerivativeError(
+        f"{name} gives first derivatives only; create_graph=True asked for a derivative of its result: "
+        "leave create_graph out, or differentiate an unrolled training loop instead"
+    )

@@ -1,0 +1,161 @@
+"""Hypergradients through a fixed point w = Phi(w, lambda), whose Jacobian need not be symmetric.
+
+Differentiating w* = Phi(w*, lambda) gives, with both derivatives of Phi taken at w*,
+
+dL_V*/dlambda = dL_V/dlambda + (dPhi/dlambda)^T [I - (dPhi/dw)^T]^-1 dL_V/dw
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import norm_of
+from hvp_engine._support.isolation import Draws, isolated
+from hvp_engine._support.pytree import Structure, flatten
+from hvp_engine.differentiation.double_backward import Tape, leaves
+from hvp_engine.differentiation.problem import Problem
+from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.errors import DivergenceError, NonFiniteError
+from hvp_engine.hypergradients.implicit import HypergradientResult, direct_gradient, implicit_gradient
+from hvp_engine.hypergradients.stationarity import Stationarity, unfinished_change
+from hvp_engine.solvers import Neumann, Solver
+from hvp_engine.solvers.base import check_solver
+from hvp_engine.solvers.spectrum import Spectrum
+
+
+class FixedPointHypergradient:
+    """dL_V*/dlambda where the weights solve w = Phi(w, lambda): implicit layers, momentum maps, any fixed iteration.
+
+    dL_V/dlambda + (dPhi/dlambda)^T x, where x solves (I - (dPhi/dw)^T) x = dL_V/dw. With `Neumann(i)` that is the sum
+    of ((dPhi/dw)^T)^j dL_V/dw over j = 0..i: what i + 1 applications of Phi, started at w*, and reverse mode give.
+
+    Arguments:
+        phi: `phi(weights, hyper, batch)` -> a tree like weights; a function of its arguments.
+        val_loss: `val_loss(weights, hyper, batch)` -> scalar tensor.
+        solver: default `Neumann(20)`. Only solvers that do not need a symmetric operator: :class:`Neumann` and
+            :class:`Identity`. alpha="auto" stands for 1 / (1 + damping).
+
+    Calling it takes `(weights, hyper, train_batch, val_batch)`, as :class:`Hypergradient` does, with `train_batch` for
+    phi, and returns a :class:`HypergradientResult`: its `gradient_norm` is ||w - Phi(w)|| and its `train_loss` half
+    of the square, since a map has no loss. So it is an estimator for a :class:`Tuner`, whose own training loss may be
+    any that training takes to the fixed point. Where Phi is a step w - eta dL_T/dw, it is `Hypergradient` with alpha =
+    eta; it leaves everything of the caller's as it was, too.
+
+    Validity: the series converges if the spectral radius of dPhi/dw at w* is below 1, that is if the iteration of Phi
+    converges there; with Re(eigenvalue) < 1 for all eigenvalues, a small enough alpha does.
+
+    Cost of a call: one Phi with its graph, `iterations` + 1 vector-Jacobian products of it (first derivatives are
+    enough), one gradient of `val_loss`. Memory: the graph of one Phi and the solver's vectors.
+
+    Errors: `TypeError`/`ValueError` naming the argument for a solver that needs symmetry, or a phi that returns
+    something else than a tree like the weights; :class:`DivergenceError` if the series grows.
+
+    Source: Liao et al. 2018; for layers: Bai, Kolter, Koltun 2019.
+
+    >>> import torch, hvp_engine as hvp
+    >>> A = torch.tensor([[0.0, 0.5], [-0.5, 0.0]])                       # w* = (I - A)^-1 lambda
+    >>> hg = hvp.FixedPointHypergradient(lambda w, h, batch: A @ w + h, lambda w, h, batch: w.sum(), hvp.Neumann(60))
+    >>> hyper = torch.tensor([1.0, 2.0])
+    >>> hg(torch.linalg.solve(torch.eye(2) - A, hyper), hyper, None, None).grads
+    tensor([0.4000, 1.2000])
+    """
+
+    def __init__(
+        self,
+        phi: Callable[[Any, Any, Any], Any],
+        val_loss: Callable[[Any, Any, Any], Tensor],
+        solver: Solver | None = None,
+    ):
+        for name, function in (("phi", phi), ("val_loss", val_loss)):
+            if not callable(function):
+                raise TypeError(
+                    f"{name}: expected a function of (weights, hyper, batch); got {type(function).__name__}"
+                )
+        self.phi, self.val_loss = phi, val_loss
+        self.solver = _unsymmetric(Neumann(20) if solver is None else solver)
+        self.draws = Draws()
+        self._stationarity = Stationarity("a fixed point of phi", "||w - phi(w)||")
+
+    def __call__(self, weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> HypergradientResult:
+        weight_list, weight_structure = flatten(weights, "weights")
+        hyper_list, hyper_structure = flatten(hyper, "hyper")
+        point = (weight_list, weight_structure, hyper_list, hyper_structure)
+        with isolated(self.draws.next_seed(), weight_list[0].device):
+            val_loss, vector, direct = direct_gradient(Problem(self.val_loss, *point, (val_batch,), "val_loss"))
+            # f = w - Phi(w) in place of dL_T/dw: f = 0 defines w*, and a tape multiplies by (df/dw)^T.
+            tape = self._record(*point, train_batch)
+            try:
+                grads, solution = implicit_gradient(
+                    tape, vector, direct, hyper_list, self.solver, EagerEngine(), Spectrum()
+                )
+            except NonFiniteError:
+                raise
+            except DivergenceError as error:
+                raise DivergenceError(
+                    f"phi: expected a map that contracts near the weights; got a series that grew beyond bounds with "
+                    f"{self.solver}: iterate phi further if the weights are no fixed point, and otherwise use a "
+                    "smaller alpha, more damping, or fewer iterations"
+                ) from error
+        distance = norm_of(tape.gradient)
+        result = HypergradientResult(
+            grads=hyper_structure.rebuild(grads),
+            train_loss=distance.square() / 2,
+            val_loss=val_loss,
+            gradient_norm=distance,
+            unfinished=unfinished_change(solution.value, tape.gradient),
+            solution=replace(solution, value=weight_structure.rebuild(solution.value)),
+        )
+        if solution.iterations:
+            self._stationarity.look(result.unfinished, val_loss, distance)
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to continue with the same numbers."""
+        return {"draws": self.draws.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.draws.load_state_dict(state["draws"])
+
+    def _record(
+        self,
+        weight_list: list[Tensor],
+        weight_structure: Structure,
+        hyper_list: list[Tensor],
+        hyper_structure: Structure,
+        batch: Any,
+    ) -> Tape:
+        weights, hyperparameters = leaves(weight_list), leaves(hyper_list)
+        with torch.enable_grad():
+            image = self.phi(weight_structure.rebuild(weights), hyper_structure.rebuild(hyperparameters), batch)
+            images, structure = flatten(image, "phi(weights)")
+            if structure != weight_structure:
+                raise ValueError(
+                    f"phi(weights): expected the container of weights, {weight_structure.spec}; got {structure.spec}"
+                )
+            for index, (tensor, weight) in enumerate(zip(images, weights, strict=True)):
+                if tensor.shape != weight.shape or tensor.dtype != weight.dtype:
+                    raise ValueError(
+                        f"phi(weights)[{index}]: expected shape {tuple(weight.shape)} and {weight.dtype} as weights; "
+                        f"got {tuple(tensor.shape)} and {tensor.dtype}"
+                    )
+            differences = [weight - tensor for weight, tensor in zip(weights, images, strict=True)]
+        return Tape(differences, weights, hyperparameters, name="phi")
+
+
+def _unsymmetric(solver: Solver) -> Solver:
+    """The solver, checked to serve an operator that is not symmetric, with a number for alpha."""
+    check_solver(solver)
+    if getattr(solver, "needs_symmetry", True):
+        raise ValueError(
+            "solver: expected one that does not need a symmetric operator, such as hvp.Neumann(20); got "
+            f"{type(solver).__name__}, while the Jacobian of a map is not symmetric in general"
+        )
+    if isinstance(solver, Neumann) and solver.alpha == "auto":
+        return replace(solver, alpha=1 / (1 + solver.damping))
+    return solver

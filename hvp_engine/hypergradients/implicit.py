@@ -1,0 +1,217 @@
+"""Hypergradients by the implicit function theorem: the formula, and loss functions to which it is applied.
+
+dL_V*/dlambda = dL_V/dlambda - (d2L_T/dlambda dw^T) [d2L_T/dw dw^T]^-1 dL_V/dw      (Algorithm 2)
+
+:mod:`hvp_engine.hypergradients.autograd_api` applies it to losses that autograd has recorded already.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine import engines
+from hvp_engine._support.flat_vector import detached, norm_of
+from hvp_engine._support.isolation import Draws, isolated
+from hvp_engine._support.precision import float32_arithmetic
+from hvp_engine._support.pytree import flatten
+from hvp_engine.differentiation.double_backward import differentiate, filled, leaves
+from hvp_engine.differentiation.problem import Linearization, Problem
+from hvp_engine.distributed import DataParallel, for_loss
+from hvp_engine.errors import GraphError
+from hvp_engine.hypergradients.estimator import Estimate
+from hvp_engine.hypergradients.stationarity import Stationarity, unfinished_change
+from hvp_engine.solvers import Neumann, Solver
+from hvp_engine.solvers.base import check_solver
+from hvp_engine.solvers.driver import solve_flat
+from hvp_engine.solvers.solution import Solution
+from hvp_engine.solvers.spectrum import Spectrum
+
+
+@dataclass(frozen=True)
+class HypergradientResult(Estimate):
+    """What a :class:`Hypergradient` call returns.
+
+    Attributes:
+        grads: dL_V*/dlambda, in the container of the hyperparameters, detached.
+        train_loss, val_loss: 0-dim tensors, detached.
+        gradient_norm: ||dL_T/dw|| as a 0-dim float64 tensor: zero where the theorem applies exactly.
+        unfinished: -(H^-1 dL_V/dw) . dL_T/dw as a 0-dim float64 tensor: by how much the validation loss would
+            change if training went on to its end, to first order.
+        solution: the solve of H x = dL_V/dw; its value is in the container of the weights.
+    """
+
+    unfinished: Tensor
+    solution: Solution
+
+
+class Hypergradient:
+    """dL_V*/dlambda as a function of (weights, hyperparameters, training batch, validation batch).
+
+    Arguments:
+        train_loss, val_loss: `loss(weights, hyper, batch)` -> scalar tensor. They must be functions of their
+            arguments: an engine may trace them once and reuse the trace.
+        solver: how to invert the training loss's Hessian.
+        engine: how products are executed: "auto", or a name from `hvp_engine.engines`.
+        warm_start: begin each solve at the solution of the call before, by one more product and one more vector of
+            memory. A truncated series then continues over the calls, as far as the problem changes slowly between
+            them; a tolerance is reached in fewer products.
+
+    Calling it takes `(weights, hyper, train_batch, val_batch)`: weights and hyper any tree of real floating
+    tensors (a module stands for its named parameters that require grad), batches anything; only tensors, numbers and
+    texts in tuples, lists and dicts can be traced. It returns a :class:`HypergradientResult` and leaves everything of
+    the caller's as it was: tensors, `.grad`, buffers, random state.
+
+    Cost of a call: one gradient of each loss, the solver's products, one mixed product. Memory: the graph of the
+    training gradient and the solver's vectors, whatever the number of products.
+
+    Errors: as :func:`hypergradient`. A warning, once, if the weights are far from stationary, so that the implicit
+    function theorem does not apply: the result's `unfinished` is more than half of the validation loss. Calls
+    1, 2, 4, 8, ... look, since a look waits for the device.
+
+    >>> import torch, hvp_engine as hvp
+    >>> target = torch.tensor([1.0, 2.0])
+    >>> train = lambda w, decay, batch: ((w - batch) ** 2).sum() / 2 + decay * (w ** 2).sum() / 2
+    >>> val = lambda w, decay, batch: (w ** 2).sum() / 2
+    >>> hg = hvp.Hypergradient(train, val, solver=hvp.Neumann(60))
+    >>> hg(target / 2, torch.tensor(1.0), target, None).grads
+    tensor(-0.6250)
+    """
+
+    def __init__(
+        self,
+        train_loss: Callable[[Any, Any, Any], Tensor],
+        val_loss: Callable[[Any, Any, Any], Tensor],
+        solver: Solver | None = None,
+        engine: str | engines.Engine = "auto",
+        warm_start: bool = False,
+    ):
+        for name, loss in (("train_loss", train_loss), ("val_loss", val_loss)):
+            if not callable(loss):
+                raise TypeError(
+                    f"{name}: expected a function of (weights, hyper, batch); got {type(loss).__name__}; "
+                    "for losses computed already use hvp.hypergradient"
+                )
+        if isinstance(train_loss, DataParallel) != isinstance(val_loss, DataParallel):
+            raise ValueError(
+                "train_loss, val_loss: expected both or none as hvp.DataParallel, so that an error in either reaches "
+                "all processes; got one: wrap the other too (of the same batch in each process it is the same loss)"
+            )
+        self.train_loss, self.val_loss = train_loss, val_loss
+        self.solver: Solver = Neumann(20) if solver is None else solver
+        check_solver(self.solver)
+        # With no products to make, the mixed product alone repays no trace.
+        idle = engine == "auto" and getattr(self.solver, "iterations", None) == 0
+        self.engine = for_loss(train_loss, engines.create("eager" if idle else engine))
+        self.spectrum = Spectrum()
+        self.draws = Draws()
+        self.warm_start = warm_start
+        self._previous: list[Tensor] | None = None
+        self._stationarity = Stationarity()
+
+    def __call__(self, weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> HypergradientResult:
+        weight_list, weight_structure = flatten(weights, "weights", sharded=True)
+        hyper_list, hyper_structure = flatten(hyper, "hyper", sharded=True)
+
+        def problem(loss: Callable[..., Tensor], batch: Any, name: str) -> Problem:
+            return Problem(loss, weight_list, weight_structure, hyper_list, hyper_structure, (batch,), name)
+
+        with isolated(self.draws.next_seed(), weight_list[0].device):
+            val_loss, vector, direct = direct_gradient(problem(self.val_loss, val_batch, "val_loss"))
+            linearization = self.engine.linearize(problem(self.train_loss, train_batch, "train_loss"))
+            x0 = self._previous if _alike(self._previous, weight_list) else None
+            grads, solution = implicit_gradient(
+                linearization, vector, direct, hyper_list, self.solver, self.engine, self.spectrum, x0
+            )
+        if self.warm_start:
+            self._previous = [part.clone() for part in solution.value]
+        assert linearization.loss is not None
+        result = HypergradientResult(
+            grads=hyper_structure.rebuild(grads),
+            train_loss=linearization.loss,
+            val_loss=val_loss,
+            gradient_norm=norm_of(linearization.gradient, linearization.layout),
+            unfinished=linearization.layout.total(unfinished_change(solution.value, linearization.gradient)),
+            solution=replace(solution, value=weight_structure.rebuild(solution.value)),
+        )
+        if solution.iterations:  # else it is no step of training
+            self._stationarity.look(result.unfinished, val_loss, result.gradient_norm)
+        return result
+
+    def report(self) -> str:
+        """What the engine did and why, and how precise float32 is."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        lines = [f"engine {self.engine.name}", self.engine.report()]
+        return "\n".join([*lines, f"float32 products on {device}: {float32_arithmetic(device)}"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to continue with the same numbers."""
+        return {
+            "draws": self.draws.state_dict(),
+            "spectrum": self.spectrum.state_dict(),
+            "previous": self._previous,
+            "engine": self.engine.state_dict() if hasattr(self.engine, "state_dict") else {},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.draws.load_state_dict(state["draws"])
+        self.spectrum.load_state_dict(state["spectrum"])
+        self._previous = state["previous"]
+        if hasattr(self.engine, "load_state_dict"):
+            self.engine.load_state_dict(state["engine"])
+
+
+def _alike(previous: Sequence[Tensor] | None, weights: Sequence[Tensor]) -> bool:
+    """Whether a solution is one for weights like these."""
+    return previous is not None and [(t.shape, t.device) for t in previous] == [(w.shape, w.device) for w in weights]
+
+
+def direct_gradient(problem: Problem) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """The validation loss, dL_V/dw, and dL_V/dlambda (None where there is no path)."""
+    weights, hyperparameters = leaves(problem.weights), leaves(problem.hyperparameters)
+    loss = problem.evaluate(weights, hyperparameters)
+    if not loss.requires_grad:
+        raise GraphError(
+            f"{problem.name}: expected a loss that depends on weights or hyperparameters; got one without a graph"
+        )
+    found = differentiate(loss, [*weights, *hyperparameters], retain_graph=False)
+    count = len(weights)
+    return loss.detach(), filled(found[:count], weights), found[count:]
+
+
+def implicit_gradient(
+    linearization: Linearization,
+    vector: Sequence[Tensor],
+    direct: Sequence[Tensor | None],
+    hyperparameters: Sequence[Tensor],
+    solver: Solver,
+    engine: engines.Engine,
+    spectrum: Spectrum,
+    x0: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], Solution]:
+    """direct - mixed(H^-1 vector) for each hyperparameter; the core that all ways to a hypergradient share."""
+    name = "dL_V/dw, the gradient of val_loss"
+    value, solution = solve_flat(linearization, detached(vector), solver, engine, spectrum, name, x0)
+    indirect = linearization.mixed(value)
+    if all(term is None for term in [*direct, *indirect]):
+        raise GraphError(
+            "hyperparameters: expected at least one that the training gradient or the validation loss depends on; "
+            "got none: pass the tensors the losses use (a setting of the optimizer, such as its learning rate, does "
+            "not change the loss surface and has no implicit gradient)"
+        )
+    if all(term is None for term in indirect):
+        warnings.warn(
+            "no hyperparameter reaches the training gradient: the hypergradient is the direct term alone",
+            stacklevel=3,
+        )
+    grads = []
+    for hyperparameter, first, second in zip(hyperparameters, direct, indirect, strict=True):
+        total = torch.zeros_like(hyperparameter) if first is None else first.detach().clone()
+        grads.append(total if second is None else total.sub_(second.detach()))
+    return grads, replace(solution, value=value)

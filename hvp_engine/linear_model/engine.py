@@ -1,0 +1,151 @@
+"""The engine of a linear model: a whole Neumann series or Chebyshev iteration in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
+from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.engines.side_by_side import run_side_by_side
+from hvp_engine.linear_model import reference as linear_model_reference
+from hvp_engine.linear_model.reference import Factors
+from hvp_engine.ops import backend
+from hvp_engine.solvers.base import FinishedIteration, Outcome, Solver
+from hvp_engine.solvers.chebyshev import Chebyshev
+from hvp_engine.solvers.neumann import Neumann, outcome_of
+from hvp_engine.solvers.spectrum import SpectralEstimate
+
+
+@dataclass(frozen=True)
+class AllTerms:
+    """The finished terms of one right-hand side; `alpha` of a Neumann series, `bounds` of a Chebyshev iteration."""
+
+    value: FlatVector
+    direction: FlatVector
+    steps: int
+    figures: Tensor
+    alpha: float | None = None
+    bounds: tuple[float, float] | None = None
+
+    def finish(self) -> Tensor:
+        return self.figures
+
+    def read(self, figures: Sequence[float]) -> Outcome:
+        return outcome_of(figures, self.steps, self.value.data.dtype)
+
+
+class LinearModelEngine:
+    """Runs `Neumann`, and on a CPU `Chebyshev`, on a linear model's factors at once, for several right-hand sides
+    together; other solvers, and those with a preconditioner, go product by product."""
+
+    name = "linear_model"
+
+    def __init__(self) -> None:
+        self._eager = EagerEngine()
+        self._last = "not used yet"
+
+    def linearize(self, problem: Problem) -> Linearization:
+        """As the eager engine does: a loss in general is no linear model."""
+        return self._eager.linearize(problem)
+
+    def run(
+        self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
+    ) -> FinishedIteration:
+        [iteration] = self.run_batch(operator, [v], solver, estimate)
+        return iteration
+
+    def run_batch(
+        self, operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
+    ) -> Iterable[FinishedIteration]:
+        factors = getattr(operator, "factors", None)
+        if isinstance(factors, Factors) and getattr(solver, "preconditioner", None) is None:
+            if isinstance(solver, Neumann):
+                return self._all_terms(factors, vs, solver, solver.alpha_for(estimate))
+            if isinstance(solver, Chebyshev) and (kernel := chebyshev_kernel(factors)) is not None:
+                return self._chebyshev(kernel, factors, vs, solver, estimate)
+        return run_side_by_side(self._eager, operator, vs, solver, estimate)
+
+    def report(self) -> str:
+        """How the last solve ran that was made in one call."""
+        return self._last
+
+    def _all_terms(
+        self, factors: Factors, vs: Sequence[Sequence[Tensor]], solver: Neumann, alpha: float
+    ) -> Sequence[AllTerms]:
+        layout, iterations, horner = factors.layout, solver.iterations, solver.form == "horner"
+        v = _rows(layout, vs)
+        p = torch.empty_like(v)
+        dual = prefers_dual(factors, len(vs), iterations)
+        forms, where = kernels_for(factors, dual)
+        run = forms.linear_model_dual if dual else forms.linear_model_direct
+        figures = run(v, p, factors, alpha, solver.damping, iterations, horner)
+        self._last = f"{'dual' if dual else 'direct'} form in {where}"
+        values = [FlatVector(layout, row) for row in p]
+        directions = values if horner else [FlatVector(layout, row) for row in v]
+        return [
+            AllTerms(value, direction, iterations, row, alpha=alpha)
+            for value, direction, row in zip(values, directions, figures, strict=True)
+        ]
+
+    def _chebyshev(
+        self,
+        kernel: Callable[..., Tensor],
+        factors: Factors,
+        vs: Sequence[Sequence[Tensor]],
+        solver: Chebyshev,
+        estimate: SpectralEstimate | None,
+    ) -> Sequence[AllTerms]:
+        layout = factors.layout
+        bounds, coefficients = solver.coefficients_for(estimate)
+        residual = _rows(layout, vs)
+        direction, x = torch.empty_like(residual), torch.empty_like(residual)
+        table = torch.tensor(coefficients, dtype=torch.float64, device="cpu")
+        figures = kernel(residual, direction, x, factors, table, solver.damping)
+        self._last = "direct form in C++"
+        return [
+            AllTerms(FlatVector(layout, value), FlatVector(layout, last), solver.iterations, row, bounds=bounds)
+            for value, last, row in zip(x, direction, figures, strict=True)
+        ]
+
+
+def _rows(layout: Layout, vs: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The right-hand sides as flat vectors, one in each row."""
+    rows = torch.zeros(len(vs), layout.size, dtype=layout.state_dtype, device=layout.device)
+    for row, leaves in zip(rows, vs, strict=True):
+        FlatVector(layout, row).copy_(leaves)
+    return rows
+
+
+def chebyshev_kernel(factors: Factors) -> Callable[..., Tensor] | None:
+    """The function that runs all terms, where it is worth it: in C++."""
+    name, module = backend.select(factors.layout.device, among=("cpp", "triton", "reference"))
+    kernels: Any = module
+    return kernels.linear_model_chebyshev if name == "cpp" else None
+
+
+def kernels_for(factors: Factors, dual: bool) -> tuple[Any, str]:
+    """The module whose functions run all terms of a form, and what to call it."""
+    name, module = backend.select(factors.layout.device, among=("cpp", "triton", "reference"))
+    kernels: Any = module
+    if name == "cpp":
+        return kernels, "C++"
+    limit = kernels.linear_model_limit(factors, dual) if name == "triton" else None
+    if name == "triton" and limit is None:
+        return kernels, "Triton"
+    return linear_model_reference, f"plain torch: {limit}" if limit else "plain torch"
+
+
+def prefers_dual(factors: Factors, batch: int, iterations: int) -> bool:
+    """Whether the dual form is possible and takes fewer multiplications, that of the Gram matrix included."""
+    samples, features = factors.inputs.shape
+    rows = batch * factors.outputs
+    direct = 2 * iterations * rows * samples * features
+    gram = 0 if "gram" in vars(factors) else samples * samples * features
+    dual = gram + rows * samples * (3 * features + iterations * samples)
+    return factors.uniform and dual < direct

@@ -1,0 +1,151 @@
+"""The generalized Gauss-Newton matrix of a loss of a model's outputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import Layout
+from hvp_engine._support.isolation import Draws, isolated
+from hvp_engine._support.pytree import Structure, check_scalar, flatten
+from hvp_engine.differentiation.differentiable_kernels import plain_kernels
+from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, leaves
+from hvp_engine.differentiation.problem import Problem
+from hvp_engine.distributed import for_loss
+from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.errors import GraphError
+from hvp_engine.operators.hessian import Curvature
+
+
+class GaussNewtonOperator(Curvature):
+    """G = J^T (d2 loss / d outputs2) J, with J = d outputs / dw, as a symmetric linear operator.
+
+    It is the Hessian of `loss(model(weights, inputs), targets)` without the curvature of the model, and the Hessian
+    itself where the model is linear in the weights or the loss is at its minimum for each output. It is positive
+    semi-definite for a loss that is convex in the outputs, whatever the model: conjugate gradients, with some damping,
+    are then safe.
+
+    Arguments:
+        model: `model(weights, inputs)` -> outputs, a tensor or any tree of floating tensors.
+        loss: `loss(outputs, targets)` -> scalar tensor, or a :class:`DataParallel` of that.
+        weights: any tree of real floating tensors on one device; they are not modified and need not require grad.
+        inputs, targets: passed on; anything.
+
+    The graphs are built once, here; random layers draw one mask for the lifetime of the operator. A product costs
+    about three backward passes. Memory: the graphs of the model's forward and of its vector-Jacobian product.
+
+    Errors: `TypeError`/`ValueError` for outputs that are no tensors or a loss that is no scalar; :class:`GraphError`
+    for outputs that do not depend on the weights, or a loss that does not depend on the outputs;
+    :class:`SecondDerivativeError` for a model or a loss without a second derivative.
+
+    Source: Schraudolph 2002; J v by two backward passes: Townsend 2017.
+
+    >>> import torch, hvp_engine as hvp
+    >>> x, y = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 9.0])
+    >>> G = hvp.GaussNewtonOperator(lambda w, x: w**2 * x, lambda o, y: (o - y).square().sum() / 2, torch.ones(2), x, y)
+    >>> G @ torch.ones(2)                                      # J = diag(2 w x)
+    tensor([ 4., 16.])
+    >>> G.solve(torch.ones(2), hvp.ConjugateGradient(2)).value
+    tensor([0.2500, 0.0625])
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Any, Any], Any],
+        loss: Callable[[Any, Any], Tensor],
+        weights: Any,
+        inputs: Any,
+        targets: Any,
+    ):
+        tensors, structure = flatten(weights, "weights", sharded=True)
+        problem = Problem(loss, tensors, structure, [], None, (inputs, targets))
+        with isolated(Draws().next_seed(), tensors[0].device):
+            linearization = for_loss(loss, _Maker(model)).linearize(problem)
+        super().__init__(linearization, structure, EagerEngine(), (tensors, inputs, targets))
+
+
+class _Maker(EagerEngine):
+    """Linearizes to products of the Gauss-Newton matrix."""
+
+    def __init__(self, model: Callable[[Any, Any], Any]):
+        super().__init__()
+        self._model = model
+
+    def linearize(self, problem: Problem) -> GaussNewtonProducts:
+        def products() -> GaussNewtonProducts:
+            return GaussNewtonProducts(
+                self._model, problem.loss, problem.weights, problem.weight_structure, *problem.inputs
+            )
+
+        found = products()
+        if found.incomplete:
+            warnings.warn(
+                "model: a kernel in it has no second derivative; it is evaluated on plain kernels (math "
+                "attention, no cuDNN)",
+                stacklevel=4,
+            )
+            with plain_kernels():
+                found = products()
+        return found
+
+
+class GaussNewtonProducts:
+    """Three tapes: v -> J v, the loss's Hessian in the outputs, and u -> J^T u.
+
+    Reverse mode alone gives J v as well: u -> J^T u is linear in u, and its transpose is v -> J v.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Any, Any], Any],
+        loss: Callable[[Any, Any], Tensor],
+        weights: Sequence[Tensor],
+        structure: Structure,
+        inputs: Any,
+        targets: Any,
+    ):
+        self.layout = Layout.of(weights)
+        self._weights = leaves(weights)
+        outputs, output_structure = flatten(model(structure.rebuild(self._weights), inputs), "model(weights, inputs)")
+        reached = [output for output in outputs if output.requires_grad]
+        if not reached:
+            raise GraphError(
+                "model: expected outputs that depend on the weights; got outputs without an autograd graph: compute "
+                "them from the weights that the model is given, with grad mode on"
+            )
+        self._outputs = leaves(reached)
+        points = iter(self._outputs)
+        value = loss(
+            output_structure.rebuild([next(points) if output.requires_grad else output for output in outputs]), targets
+        )
+        check_scalar(value, "loss")
+        found = differentiate(value, self._outputs, create_graph=True) if value.requires_grad else [None]
+        if all(gradient is None for gradient in found):
+            raise GraphError("loss: expected a loss that depends on the outputs; got one that uses none of them")
+        gradient = filled(found, self._outputs)
+        # The value of u plays no part, but its graph does.
+        cotangents = leaves([torch.zeros_like(output) for output in reached])
+        pulled = filled(differentiate(reached, self._weights, cotangents, create_graph=True), self._weights)
+
+        self._pull = Tape(reached, self._weights, name="model")
+        self._push = Tape(pulled, cotangents, name="model")
+        self._curvature = Tape(gradient, self._outputs, name="loss")
+        self.loss: Tensor | None = value.detach()
+        self.gradient = [g.detach() for g in self._pull.product([g.detach() for g in gradient])]
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether some kernel has no second derivative."""
+        return self._push.incomplete or self._curvature.incomplete
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """G times `tangents`."""
+        return self._pull.product(self._curvature.product(self._push.product(tangents)))
+
+    def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """Nothing, for there are no hyperparameters."""
+        return []

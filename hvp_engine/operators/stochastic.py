@@ -1,0 +1,122 @@
+"""Curvature of an objective over many batches: a fresh mini-batch for every product (LiSSA)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hvp_engine import engines
+from hvp_engine._support.arguments import check_count
+from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine._support.isolation import Draws, isolated
+from hvp_engine._support.pytree import check_like, flatten
+from hvp_engine.differentiation.problem import LinearMap, Problem
+from hvp_engine.distributed import averaged, together
+from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.operators.hessian import engine_for_operator
+from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.driver import solve
+from hvp_engine.solvers.solution import Solution
+from hvp_engine.solvers.spectrum import Spectrum
+from hvp_engine.tuning.data_stream import Batches
+
+
+class StochasticHessianOperator:
+    """The Hessian of the mean of a loss over batches, of which every product takes the next ones.
+
+    A solve with `Neumann(i)` multiplies by another Hessian H_s in each term, x <- v + (I - alpha (H_s + damping I)) x.
+    With batches drawn independently, the mean over solves is the series of the mean Hessian, term by term; a single
+    solve scatters around it, the less the larger the batches and the smaller alpha. For the mean Hessian itself, of
+    batches that fit into memory together, use `HessianOperator(hvp.Averaged(loss), weights, batches)`.
+
+    Arguments:
+        loss: `loss(weights, batch)` -> scalar tensor, a mean over the batch.
+        weights: any tree of real floating tensors on one device; not modified.
+        batches: a loader that can be iterated again, shuffled for independent batches; taken from epoch after epoch.
+        batches_per_product: so many batches are averaged in each product.
+        engine: how products are executed, by name; a trace is reused for all batches of a shape.
+
+    Solvers: :class:`Neumann` and :class:`Identity`; others suppose that the operator stays what it is, and are
+    refused. alpha="auto" is estimated on one draw, held for the estimate: give a smaller alpha where batches differ
+    much. A solve's residual norm is measured on the batches of its last product.
+
+    Cost of a product: one gradient and one Hessian-vector product for each batch. Memory: the graph of
+    `batches_per_product` batches.
+
+    Errors: `TypeError`/`ValueError` naming the argument; as :class:`HessianOperator` at the first product.
+
+    Source: Agarwal, Bullins, Hazan 2017 (LiSSA).
+
+    >>> import torch, hvp_engine as hvp
+    >>> loss = lambda w, batch: (batch * w**2).mean(0).sum() / 2            # the Hessian is the mean of the batch
+    >>> batches = [torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 6.0]])]
+    >>> H = hvp.StochasticHessianOperator(loss, torch.ones(2), batches)
+    >>> H @ torch.ones(2), H @ torch.ones(2)
+    (tensor([1., 2.]), tensor([1., 6.]))
+    >>> H.solve(torch.ones(2), hvp.Neumann(2, alpha=0.1)).value            # 0.1 (1 + 0.4 (1 + 0.8)) for w[1]
+    tensor([0.2710, 0.1720])
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Any, Any], Tensor],
+        weights: Any,
+        batches: Iterable[Any],
+        *,
+        batches_per_product: int = 1,
+        engine: str | engines.Engine = "auto",
+    ):
+        check_count(batches_per_product, "batches_per_product")
+        if not callable(loss):
+            raise TypeError(f"loss: expected a function of (weights, batch); got {type(loss).__name__}")
+        leaves, self._structure = flatten(weights, "weights")
+        stream = Batches(batches, leaves[0].device, "batches")
+        maker = engine_for_operator(engine, loss)
+        of_batches = loss if batches_per_product == 1 else averaged(loss)
+        problem = Problem(of_batches, leaves, self._structure, [], None, ())
+        self.linearization = _Draws(problem, stream, batches_per_product, maker)
+        self.engine = EagerEngine()  # it runs any solver on any map; `maker` makes the products
+        self.spectrum = Spectrum()
+
+    @property
+    def layout(self) -> Layout:
+        """Shapes, strides, dtypes and device of the weights' leaves."""
+        return self.linearization.layout
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The Hessian on the next batches times the list of leaves `tangents`, unchecked."""
+        return self.linearization.product(tangents)
+
+    def __matmul__(self, v: Any) -> Any:
+        """The Hessian on the next batches times v, in the container of the weights."""
+        leaves, structure = flatten(v, "v")
+        check_like(leaves, self.layout, "v", "weights")
+        tangents = FlatVector.of(self.layout, leaves).tangents  # a trace relies on the strides of the weights
+        return structure.rebuild([p.detach().clone() for p in self.product(tangents)])
+
+    def solve(self, v: Any, solver: Solver, *, batched: bool = False, x0: Any = None) -> Solution:
+        """(A + damping I)^-1 v by `solver`; see :func:`solve`."""
+        return solve(self, v, solver, batched=batched, x0=x0)
+
+
+class _Draws:
+    """A map that is another at every product."""
+
+    changes = True
+
+    def __init__(self, problem: Problem, stream: Batches, count: int, maker: engines.Engine):
+        self.layout = Layout.of(problem.weights)
+        self._problem, self._stream, self._count, self._maker = problem, stream, count, maker
+        self._seeds = Draws()
+
+    def hold(self) -> LinearMap:
+        """The Hessian on the next batches, as a map that stays."""
+        with isolated(self._seeds.next_seed(), self.layout.device):
+            with together(self._problem.loss, self.layout.device):
+                batch = self._stream.next() if self._count == 1 else self._stream.take(self._count)
+            return self._maker.linearize(self._problem.at((batch,)))
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self.hold().product(tangents)

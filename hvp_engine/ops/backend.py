@@ -1,0 +1,126 @@
+"""Which implementations of the fused ops there are, why one is missing, and which one runs.
+
+Four backends implement every op of :mod:`hvp_engine.ops.schemas`:
+
+| name      | devices | what it is                                                     |
+|-----------|---------|----------------------------------------------------------------|
+| reference | any     | plain torch, the executable specification                      |
+| cpp       | cpu     | the C++ extension (OpenMP, vectorized)                         |
+| cuda      | cuda    | the CUDA part of the extension: lowest launch cost, changing addresses |
+| triton    | cuda    | Triton kernels (on a CPU only through Triton's interpreter)    |
+
+A backend is imported on first use; if that fails its original error is kept and shown by :func:`why_not`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import Layout
+from hvp_engine.errors import BackendError
+
+Bound = Callable[[Sequence[Tensor]], None]
+"""A bound op: takes the list of products autograd returned and updates the state it was bound to."""
+
+
+class Backend(Protocol):
+    """What a backend's module provides."""
+
+    def missing(self, device_type: str) -> str | None:
+        """Why this backend cannot run on a device of this type, or None if it can."""
+
+    def bind(
+        self,
+        name: str,
+        states: Sequence[Tensor],
+        layout: Layout,
+        scalars: Sequence[Tensor],
+        damping: float,
+        partials: Tensor,
+    ) -> Bound:
+        """The op `name` bound to its arguments, all checked already; see :func:`hvp_engine.ops.schemas.bind`."""
+
+
+_MODULES = {
+    "reference": "hvp_engine.ops.plain",
+    "cpp": "hvp_engine.ops.cpp",
+    "cuda": "hvp_engine.ops.cpp",
+    "triton": "hvp_engine.kernels",
+}
+BACKENDS = tuple(_MODULES)
+_PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+_choice: ContextVar[str] = ContextVar("hvp_engine_backend", default="auto")
+
+
+@cache
+def _load(name: str) -> tuple[Backend | None, str | None]:
+    try:
+        return importlib.import_module(_MODULES[name]), None
+    except Exception as error:  # an extension can fail to load in many ways; the reason is kept for the user
+        return None, f"{type(error).__name__}: {error}"
+
+
+def why_not(name: str, device_type: str) -> str | None:
+    """Why backend `name` cannot run on `device_type` ("cpu" or "cuda"), or None if it can.
+
+    >>> why_not("reference", "cpu") is None
+    True
+    >>> why_not("cuda", "cpu")
+    "backend 'cuda' does not run on device type 'cpu'"
+    """
+    devices = {"cpp": ("cpu",), "cuda": ("cuda",)}.get(name)
+    if devices and device_type not in devices:
+        return f"backend {name!r} does not run on device type {device_type!r}"
+    module, reason = _load(name)
+    return reason if module is None else module.missing(device_type)
+
+
+def select(device: torch.device, name: str | None = None, among: Sequence[str] = BACKENDS) -> tuple[str, Backend]:
+    """The backend to use on `device`: `name`, or the one chosen by :func:`use_backend`, or the fastest of `among`."""
+    name = _choice.get() if name is None else name
+    if name == "auto":
+        preferred = _PREFERENCE.get(device.type, ("reference",))
+        name = next(n for n in preferred if n in among and why_not(n, device.type) is None)
+    elif reason := why_not(name, device.type):
+        raise BackendError(
+            f"backend {name!r} is not available on device {device}: {reason}. "
+            "`python -m hvp_engine doctor` shows what is; backend 'auto' takes the fastest that works."
+        )
+    module, _ = _load(name)
+    assert module is not None
+    return name, module
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the fused ops on backend `name` inside the `with` block (per thread and per task).
+
+    Arguments:
+        name: "auto" (the default: the fastest available on the tensors' device), "reference", "cpp", "cuda" or
+            "triton".
+
+    Errors: `ValueError` for an unknown name, here; :class:`BackendError` with the original reason where the
+    backend cannot run on the tensors' device, at the first op.
+
+    >>> import torch, hvp_engine as hvp
+    >>> w = torch.ones(3, requires_grad=True)
+    >>> with hvp.use_backend("reference"):
+    ...     hvp.approx_inverse_hvp(torch.ones(3), (w ** 2).sum(), w, 50, 0.25)
+    (tensor([0.5000, 0.5000, 0.5000]),)
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}; got {name!r}")
+    token = _choice.set(name)
+    try:
+        yield
+    finally:
+        _choice.reset(token)

@@ -1,0 +1,172 @@
+"""The cpp and cuda backends: ops of the compiled extension, bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypedDict
+
+import torch  # before the extension, which then shares torch's OpenMP runtime
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import Layout
+from hvp_engine.linear_model.reference import Factors
+from hvp_engine.ops.backend import Bound
+from hvp_engine.ops.schemas import OPS
+from hvp_engine.solvers.lanczos import Tridiagonalization
+
+try:
+    from hvp_engine import _C
+except ImportError as error:
+    raise ImportError(
+        f"{error}: the C++ extension was not built for this installation; "
+        "install again with a C++ compiler (pip install -v shows what the build found)"
+    ) from error
+
+CPU_VARIANT: str = _C.cpu_variant
+"""The instruction set of the CPU kernels in use: "avx2", or "baseline" where the CPU or ATEN_CPU_CAPABILITY says so."""
+
+
+def missing(device_type: str) -> str | None:
+    """Why the extension cannot run on a device of this type, or None if it can."""
+    if device_type == "cpu":
+        return None
+    if device_type == "cuda":
+        if not _C.has_cuda:
+            return "the extension was built without CUDA; install again where nvcc is, with HVP_ENGINE_CUDA=ON"
+        return _C.cuda_problem() or None
+    return f"the extension does not run on device type {device_type!r}"
+
+
+def bind(
+    name: str,
+    states: Sequence[Tensor],
+    layout: Layout,
+    scalars: Sequence[Tensor],
+    damping: float,
+    partials: Tensor,
+) -> Bound:
+    states = [_kept(state) for state in states]
+    partials = _kept(partials)
+    return _C.Plan(
+        op=name,
+        states=states,
+        shapes=layout.shapes,
+        strides=layout.strides,
+        orders=layout.orders,
+        examples=[torch.empty(0, dtype=dtype, device=layout.device) for dtype in layout.dtypes],
+        offsets=layout.offsets,
+        scalars=[_kept(scalar) for scalar in scalars],
+        damping=damping,
+        partials=partials,
+        conform=_conform(name, layout, states, partials),
+    )
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """An alias, so that the memory stays alive and in place whatever is done to the caller's tensor."""
+    alias = tensor.detach()
+    if alias.device.type == "cpu":
+        alias.numpy()  # torch refuses from now on to resize this storage, which would free the memory of every alias
+    return alias
+
+
+def _conform(name: str, layout: Layout, states: Sequence[Tensor], partials: Tensor) -> Callable[[int, object], Tensor]:
+    """What a plan calls for a product it cannot read as it is: an error, or the product in the state's dtype and
+    the layout's storage order, apart from the memory the plan writes."""
+    state = states[0]
+    taken = {tensor.untyped_storage().data_ptr() for tensor in (*states, partials)}
+
+    def conform(index: int, product: object) -> Tensor:
+        where = f"{name}: {OPS[name].product}[{index}]"
+        if not isinstance(product, Tensor):
+            raise TypeError(f"{where}: expected a tensor; got {type(product).__name__}")
+        if product.shape != layout.shapes[index]:
+            raise ValueError(f"{where}: expected shape {tuple(layout.shapes[index])}; got {tuple(product.shape)}")
+        if product.device != state.device:
+            raise ValueError(f"{where}: expected device {state.device}; got {product.device}")
+        if not product.is_floating_point() or product.element_size() > state.element_size():
+            raise TypeError(f"{where}: expected a floating dtype no wider than {state.dtype}; got {product.dtype}")
+        row = product.detach().resolve_neg().permute(layout.orders[index]).contiguous().to(state.dtype)
+        return row.clone() if row.untyped_storage().data_ptr() in taken else row
+
+    return conform
+
+
+def linear_model_direct(
+    v: Tensor, p: Tensor, factors: Factors, alpha: float, damping: float, iterations: int, horner: bool
+) -> Tensor:
+    return _linear_model(v, p, factors, alpha, damping, iterations, horner, gram=None)
+
+
+def linear_model_dual(
+    v: Tensor, p: Tensor, factors: Factors, alpha: float, damping: float, iterations: int, horner: bool
+) -> Tensor:
+    return _linear_model(v, p, factors, alpha, damping, iterations, horner, gram=factors.gram)
+
+
+def _linear_model(
+    v: Tensor,
+    p: Tensor,
+    factors: Factors,
+    alpha: float,
+    damping: float,
+    iterations: int,
+    horner: bool,
+    gram: Tensor | None,
+) -> Tensor:
+    figures = torch.empty(len(v), 6, dtype=torch.float64, device="cpu")
+    _C.linear_model_neumann(
+        v=v,
+        p=p,
+        figures=figures,
+        gram=gram,
+        alpha=alpha,
+        damping=damping,
+        iterations=iterations,
+        horner=horner,
+        **_parts(factors),
+    )
+    return figures
+
+
+def linear_model_chebyshev(
+    residual: Tensor, direction: Tensor, x: Tensor, factors: Factors, coefficients: Tensor, damping: float
+) -> Tensor:
+    figures = torch.zeros(len(x), 6, dtype=torch.float64, device="cpu")
+    _C.linear_model_chebyshev(
+        residual=residual,
+        direction=direction,
+        x=x,
+        figures=figures,
+        coefficients=coefficients,
+        damping=damping,
+        **_parts(factors),
+    )
+    return figures
+
+
+def linear_model_lanczos(start: Tensor, factors: Factors, steps: int) -> Tridiagonalization:
+    basis = start.new_empty(steps, len(start))
+    basis[0] = start
+    figures = torch.empty(2, steps, dtype=torch.float64, device="cpu")
+    _C.linear_model_lanczos(basis=basis, figures=figures, **_parts(factors))
+    return Tridiagonalization(basis, *figures)
+
+
+class _Parts(TypedDict):
+    inputs: Tensor
+    curvature: Tensor
+    probabilities: Tensor | None
+    decay: Tensor
+    bias: int
+
+
+def _parts(factors: Factors) -> _Parts:
+    """What the extension takes of a linear model."""
+    return {
+        "inputs": factors.wide_inputs,
+        "curvature": factors.curvature,
+        "probabilities": factors.probabilities,
+        "decay": factors.decay,
+        "bias": factors.layout.offsets[1] if factors.biased else -1,
+    }

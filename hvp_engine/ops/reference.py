@@ -1,0 +1,117 @@
+"""Plain torch for every op: the executable specification.
+
+Each function here has the name, the arguments and the meaning of the op in :mod:`hvp_engine.ops.schemas`; the C++,
+CUDA and Triton versions are tested against it. State vectors are flat (see :mod:`hvp_engine._support.flat_vector`); the
+product is the list of tensors that autograd returned, each read in row-major order.
+
+`partials` receives one row for each chunk of each tensor: two squared norms (or inner products) and a flag that
+is 1 where the chunk holds a NaN or an infinity. `partials.sum(0)` gives the totals: because the rows do not depend
+on the number of threads or the launch, neither do the totals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import CHUNK, offsets_of
+
+
+def _parts(tensors: Sequence[Tensor], *states: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """For each tensor: itself, flattened in the state's dtype, and its part of every state vector."""
+    offsets = offsets_of([t.numel() for t in tensors])
+    for tensor, start in zip(tensors, offsets, strict=False):
+        part = slice(start, start + tensor.numel())
+        yield tensor.reshape(-1).to(states[0].dtype), *(state[part] for state in states)
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _record(partials: Tensor, row: int, first: Pair, second: Pair) -> int:
+    """Write the inner products of two pairs of one tensor's parts, chunk by chunk, beginning at `row`; return the
+    next free row."""
+    for chunks in zip(*(part.split(CHUNK) for part in (*first, *second)), strict=True):
+        if chunks[0].numel() == 0:
+            continue
+        a, b, c, d = (chunk.double() for chunk in chunks)
+        partials[row, 0] = (a * b).sum()
+        partials[row, 1] = (c * d).sum()
+        partials[row, 2] = (~torch.isfinite(torch.stack([a, b, c, d])).all()).double()
+        row += 1
+    return row
+
+
+def _squares(first: Tensor, second: Tensor) -> tuple[Pair, Pair]:
+    return (first, first), (second, second)
+
+
+def neumann_step(v: Tensor, p: Tensor, hv: Sequence[Tensor], alpha: Tensor, damping: float, partials: Tensor) -> None:
+    """v <- v - alpha (Hv + damping v); p <- p + v. Partials: ||v||^2, ||p||^2 of the new v and p, non-finite."""
+    step = alpha.to(v.dtype)
+    partials.zero_()
+    row = 0
+    for product, residual, total in _parts(hv, v, p):
+        residual.sub_(step * (product + damping * residual))
+        total.add_(residual)
+        row = _record(partials, row, *_squares(residual, total))
+
+
+def neumann_step_horner(
+    p: Tensor, v: Tensor, hp: Sequence[Tensor], alpha: Tensor, damping: float, partials: Tensor
+) -> None:
+    """p <- p + v - alpha (Hp + damping p), v constant. Partials: ||increment||^2, ||p||^2, non-finite."""
+    step = alpha.to(p.dtype)
+    partials.zero_()
+    row = 0
+    for product, total, start in _parts(hp, p, v):
+        increment = start - step * (product + damping * total)
+        total.add_(increment)
+        row = _record(partials, row, *_squares(increment, total))
+
+
+def scale_accumulate(p: Tensor, x: Sequence[Tensor], alpha: Tensor, beta: Tensor, partials: Tensor) -> None:
+    """p <- alpha x + beta p; p is not read where beta is 0. Partials: ||x||^2, ||p||^2 of the new p, non-finite."""
+    scale, keep = alpha.to(p.dtype), beta.to(p.dtype)
+    partials.zero_()
+    row = 0
+    for source, target in _parts(x, p):
+        target.copy_(torch.where(keep == 0, scale * source, scale * source + keep * target))
+        row = _record(partials, row, *_squares(source, target))
+
+
+def cg_step(
+    x: Tensor, r: Tensor, d: Tensor, ad: Sequence[Tensor], rho: Tensor, damping: float, partials: Tensor
+) -> None:
+    """x <- x + a d; r <- r - a (Ad + damping d) with a = rho / c if c > 0 else 0, c = d . (Ad + damping d).
+
+    d constant. Partials: ||r||^2 of the new r, the chunk's share of c, non-finite r, d or product.
+    """
+    partials.zero_()
+    row = 0
+    for product, residual, direction in _parts(ad, r, d):
+        row = _record(partials, row, (residual, residual), (direction, product + damping * direction))
+    curvature = partials[:, 1].sum()
+    step = torch.where(curvature > 0, rho / curvature, 0.0).to(x.dtype)
+    row = 0
+    for product, solution, residual, direction in _parts(ad, x, r, d):
+        curved = product + damping * direction
+        solution.add_(step * direction)
+        residual.sub_(step * curved)
+        row = _record(partials, row, (residual, residual), (direction, curved))
+
+
+def chebyshev_step(
+    x: Tensor, r: Tensor, d: Tensor, ad: Sequence[Tensor], alpha: Tensor, beta: Tensor, damping: float, partials: Tensor
+) -> None:
+    """r <- r - (Ad + damping d); d <- beta d + alpha r; x <- x + d. Partials: ||r||^2, ||x||^2, non-finite."""
+    scale, keep = alpha.to(x.dtype), beta.to(x.dtype)
+    partials.zero_()
+    row = 0
+    for product, solution, residual, direction in _parts(ad, x, r, d):
+        residual.sub_(product + damping * direction)
+        direction.copy_(keep * direction + scale * residual)
+        solution.add_(direction)
+        row = _record(partials, row, *_squares(residual, solution))

@@ -1,0 +1,104 @@
+"""What a failed solve says: whose fault it was, and what would have worked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import FlatVector
+from hvp_engine.differentiation.problem import LinearMap
+from hvp_engine.errors import DivergenceError, NonFiniteError
+from hvp_engine.solvers.base import FinishedIteration, Outcome, Solver
+from hvp_engine.solvers.estimates import Estimates
+from hvp_engine.solvers.spectrum import HEADROOM
+
+_SCALE_OR_WIDEN = "multiply the training loss by a constant such as 1024 (loss scaling), use bfloat16 or float32"
+
+
+def _name_of(operator: LinearMap) -> str:
+    return getattr(operator, "name", "operator")
+
+
+def any_bad(tensors: Sequence[Tensor]) -> bool:
+    return not all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def refusal(operator: LinearMap, bad: str | None) -> NonFiniteError:
+    """The error for NaN or Inf that the solve did not make: in the argument named `bad`, or in the operator."""
+    if bad is not None:
+        return NonFiniteError(f"{bad}: expected finite values; got NaN or Inf: look at the loss it is the gradient of")
+    loss = getattr(operator, "loss", None)
+    what = "the product A v of a finite v is NaN or Inf"
+    if loss is not None and not bool(torch.isfinite(loss)):
+        what = f"the loss is {float(loss)} at these weights"
+    return NonFiniteError(
+        f"{_name_of(operator)}: expected finite products; {what}: check the inputs and weights "
+        "for NaN and Inf, or lower the learning rates that led here"
+    )
+
+
+def divergence(
+    operator: LinearMap, outcome: Outcome, iteration: FinishedIteration, solver: Solver, estimates: Estimates
+) -> DivergenceError:
+    """The error for a failed solve, with what would have worked."""
+    estimate = estimates.restart()
+    if not estimate.finite:
+        return refusal(operator, None)
+    alpha = getattr(iteration, "alpha", None)
+    happened = (
+        f"the residual grew {outcome.grown:.3g}-fold (limit {outcome.growth_limit:.3g})"
+        if outcome.finite and math.isfinite(outcome.grown)
+        else "the sum became NaN or Inf"
+    )
+    bounds = getattr(iteration, "bounds", None)
+    step = "alpha" if bounds is None else "bounds"
+    used = "" if alpha is None else f" with alpha={alpha:.6g}"
+    if bounds is not None:
+        used = f" with bounds=({bounds[0]:.6g}, {bounds[1]:.6g})"
+    bound = estimate.bound(estimates.damping)
+    if alpha is None and bounds is None and outcome.grown < math.inf:
+        advice = (
+            "the operator is singular, and v has a part that no product reaches, as where the training loss does not "
+            "use a weight on which the validation loss depends: leave such weights out, or use hvp.MINRES or damping"
+        )
+    elif alpha is None and bounds is None:
+        advice = "scale the loss, or use a wider dtype"
+    elif estimate.indefinite(estimates.damping) and estimates.preconditioned:
+        advice = f"M (A + damping I) has a negative eigenvalue, so no {step} converges: use more damping or fewer terms"
+    elif estimate.indefinite(estimates.damping):
+        needed = -1.5 * estimate.smallest
+        works = f"alpha={1 / estimate.bound(needed):.3g}" if bounds is None else "bounds='auto'"
+        advice = (
+            f"its smallest eigenvalue is about {estimate.smallest:.3g}, so no {step} converges: use "
+            f"damping={needed:.3g} with {works}, fewer iterations, or a Gauss-Newton operator"
+        )
+    elif bounds is not None:
+        advice = f"an upper bound of {HEADROOM * bound:.3g} or bounds='auto' would converge"
+    else:
+        advice = f"alpha={1 / bound:.3g} or alpha='auto' would converge" if bound > 0 else "use a smaller alpha"
+    return DivergenceError(
+        f"{type(solver).__name__} diverged after {iteration.steps} products{used}: {happened}; "
+        f"lambda_max is estimated as {estimate.largest + estimates.damping:.3g}; {advice}"
+    )
+
+
+def overflow(operator: LinearMap, value: FlatVector) -> DivergenceError:
+    """The error for a solution that float16 cannot hold."""
+    largest = float(value.data.abs().max())
+    return DivergenceError(
+        f"{_name_of(operator)}: expected a solution that float16 can hold, of entries up to 65,504; got entries "
+        f"up to {largest:.3g}, since the curvature is small or v large; {_SCALE_OR_WIDEN}, or give a smaller "
+        "fixed alpha"
+    )
+
+
+def underflow(operator: LinearMap, products: int) -> DivergenceError:
+    """The error for curvature that float16 cannot hold."""
+    return DivergenceError(
+        f"{_name_of(operator)}: expected curvature that float16 can hold; got only zeros in {products} "
+        "products, so that alpha='auto' has nothing to go by: second derivatives below 6e-8 become zero in "
+        f"float16; {_SCALE_OR_WIDEN}, or give a fixed alpha"
+    )

@@ -1,0 +1,163 @@
+"""The Lanczos process: a growing orthonormal basis in which a symmetric operator is tridiagonal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine.differentiation.problem import LinearMap
+from hvp_engine.solvers.preconditioners import Preconditioner, precondition
+
+Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""A symmetric linear map on lists of tensors."""
+
+
+def random_unit_vector(layout: Layout, seed: int) -> FlatVector:
+    """A random direction, from a generator of its own."""
+    generator = layout.generator(seed)
+    vector = FlatVector(layout)
+    for view in vector.views:
+        view.normal_(generator=generator)
+    vector.data /= vector.norm().clamp_min(1e-30)
+    return vector
+
+
+@dataclass(frozen=True)
+class RitzPairs:
+    """What a basis says about eigenvalues, on the host in float64.
+
+    Attributes:
+        values: Ritz values, ascending.
+        coordinates: their vectors, as columns, in the basis.
+        bounds: norms of the residuals A y - theta y: within `bounds[k]` of `values[k]` there is an eigenvalue.
+    """
+
+    values: Tensor
+    coordinates: Tensor
+    bounds: Tensor
+
+
+@dataclass(frozen=True)
+class Tridiagonalization:
+    """What some steps of Lanczos give: Q^T A Q is tridiagonal, with orthonormal (with M: M-orthonormal) columns Q.
+
+    Attributes:
+        basis: Q^T, one flat vector in each row; zero after an invariant subspace.
+        diagonal: (steps,).
+        off_diagonal: (steps,): the last is the norm of what is left over.
+    """
+
+    basis: Tensor
+    diagonal: Tensor
+    off_diagonal: Tensor
+
+    def ritz_pairs(self) -> RitzPairs | None:
+        """By one wait for the device; None where something is not finite."""
+        figures = torch.stack([self.diagonal, self.off_diagonal]).double().cpu()
+        if not torch.isfinite(figures).all():
+            return None
+        alphas, betas = figures
+        found = int((betas > 0).cumprod(0).sum()) + 1  # the rows after an invariant subspace are zero, no Ritz values
+        alphas, betas = alphas[:found], betas[:found]
+        tridiagonal = torch.diag(alphas) + torch.diag(betas[:-1], 1) + torch.diag(betas[:-1], -1)
+        values, coordinates = torch.linalg.eigh(tridiagonal)
+        return RitzPairs(values, coordinates, (betas[-1] * coordinates[-1]).abs())
+
+    def combine(self, coordinates: Tensor) -> Tensor:
+        """The flat vector with these coordinates in the basis."""
+        return coordinates.to(self.basis) @ self.basis[: len(coordinates)]
+
+
+def tridiagonalize(
+    operator: LinearMap, start: FlatVector, steps: int, preconditioner: Preconditioner | None = None
+) -> Tridiagonalization:
+    """`steps` of Lanczos from `start`, at most as many as there are weights.
+
+    An operator that has a faster way to them than product by product has a method `lanczos(start, steps)`.
+    """
+    steps = min(steps, max(1, start.layout.numel))
+    if preconditioner is None and hasattr(operator, "lanczos"):
+        found: Tridiagonalization = operator.lanczos(start, steps)
+        return found
+    basis = LanczosBasis(operator.product, start, steps, preconditioner)
+    basis.extend(steps)
+    return basis.tridiagonalization
+
+
+class LanczosBasis:
+    """Lanczos with full reorthogonalization, step by step.
+
+    With a preconditioner M, the values are those of M A, that is of the symmetric M^(1/2) A M^(1/2).
+
+    Arguments:
+        product: the operator A.
+        start: the first direction, of any length but zero.
+        capacity: how many steps there may be; capped by the number of weights.
+
+    Memory: `capacity` + 2 flat vectors (2 `capacity` + 3 with a preconditioner).
+
+    Source: Golub and Van Loan, Matrix Computations, sections 10.1 and 11.5.
+    """
+
+    def __init__(
+        self, product: Product, start: FlatVector, capacity: int, preconditioner: Preconditioner | None = None
+    ):
+        layout = start.layout
+        self.capacity = min(capacity, max(1, layout.numel))
+        self.steps = 0
+        self._product, self._preconditioner = product, preconditioner
+        # Vectors u and their images M u, with u_i . M u_j = 1 if i = j else 0; without M they are the same.
+        self._basis = torch.zeros(self.capacity, layout.size, dtype=layout.state_dtype, device=layout.device)
+        self._images = self._basis if preconditioner is None else torch.zeros_like(self._basis)
+        self._direction, self._work = FlatVector(layout), FlatVector(layout)  # two: a product may alias its tangent
+        self._image = self._work if preconditioner is None else FlatVector(layout)
+        self._diagonal: list[Tensor] = []
+        self._off_diagonal: list[Tensor] = []
+        self._work.data.copy_(start.data)
+        self._divide(self._norm_of_work())
+
+    def extend(self, steps: int) -> None:
+        """So many more steps, of one product each, as far as the capacity goes; nothing waits for the device."""
+        work = self._work
+        total = work.layout.total
+        negligible = 100 * torch.finfo(work.data.dtype).eps
+        for k in range(self.steps, min(self.steps + steps, self.capacity)):
+            self._basis[k] = work.data
+            if self._preconditioner is not None:
+                self._images[k] = self._image.data
+            self._direction.data.copy_(self._image.data)
+            self._direction.refresh()
+            work.copy_(self._product(self._direction.tangents))
+            basis, images = self._basis[: k + 1], self._images[: k + 1]
+            # Twice: one pass leaves rounding in float32.
+            coefficients = total(images @ work.data)
+            work.data.addmv_(basis.T, coefficients, alpha=-1)
+            work.data.addmv_(basis.T, total(images @ work.data), alpha=-1)
+            norm = self._norm_of_work()
+            # What is left of an invariant subspace is rounding, no direction: made one, it doubles an eigenvalue.
+            norm = norm * (norm > negligible * torch.hypot(norm, torch.linalg.vector_norm(coefficients)))
+            self._diagonal.append(coefficients[k])
+            self._off_diagonal.append(norm)
+            self._divide(norm)
+            self.steps += 1
+
+    @property
+    def tridiagonalization(self) -> Tridiagonalization:
+        """Of all steps so far."""
+        diagonal, off_diagonal = torch.stack(self._diagonal), torch.stack(self._off_diagonal)
+        return Tridiagonalization(self._basis[: self.steps], diagonal, off_diagonal)
+
+    def _norm_of_work(self) -> Tensor:
+        if self._preconditioner is None:
+            return self._work.norm()
+        precondition(self._preconditioner, self._work, self._image)
+        return self._work.dot(self._image).clamp_min(0).sqrt()
+
+    def _divide(self, norm: Tensor) -> None:
+        factor = torch.where(norm > 0, norm.reciprocal(), 0.0)
+        for vector in [self._work] if self._image is self._work else [self._work, self._image]:
+            vector.data.mul_(factor)

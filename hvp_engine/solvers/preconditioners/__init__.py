@@ -1,0 +1,16 @@
+"""Preconditioners: cheap symmetric positive definite approximations M of an inverse, as a solver applies them."""
+
+from hvp_engine.solvers.preconditioners.base import Preconditioner, check_preconditioner, precondition
+from hvp_engine.solvers.preconditioners.diagonal import DiagonalPreconditioner, JacobiPreconditioner
+from hvp_engine.solvers.preconditioners.kfac import KFACPreconditioner
+from hvp_engine.solvers.preconditioners.nystrom import NystromPreconditioner
+
+__all__ = [
+    "DiagonalPreconditioner",
+    "JacobiPreconditioner",
+    "KFACPreconditioner",
+    "NystromPreconditioner",
+    "Preconditioner",
+    "check_preconditioner",
+    "precondition",
+]

@@ -1,0 +1,50 @@
+"""What a preconditioner is, and how a solver applies one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import FlatVector, Layout
+
+Preconditioner = Callable[[list[Tensor]], Sequence[Tensor]]
+"""v -> M v on the list of the weights' leaves, symmetric and positive definite; it must not change its argument."""
+
+
+def check_preconditioner(preconditioner: Any) -> None:
+    if preconditioner is not None and not callable(preconditioner):
+        raise TypeError(
+            "preconditioner: expected a callable v -> M v on lists of tensors such as hvp.DiagonalPreconditioner, or "
+            f"None; got {type(preconditioner).__name__}"
+        )
+
+
+def precondition(preconditioner: Preconditioner, source: FlatVector, target: FlatVector) -> None:
+    """target <- M source; `TypeError` or `ValueError` for a result that does not fit."""
+    with torch.no_grad():
+        result = preconditioner(list(source.views))
+    if not isinstance(result, (list, tuple)) or len(result) != len(source.views):
+        got = f"{len(result)} of them" if isinstance(result, (list, tuple)) else type(result).__name__
+        raise TypeError(f"preconditioner(v): expected a list of {len(source.views)} tensors, as v is; got {got}")
+    for index, (tensor, view) in enumerate(zip(result, source.views, strict=True)):
+        if not isinstance(tensor, Tensor) or tensor.shape != view.shape:
+            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"preconditioner(v)[{index}]: expected shape {tuple(view.shape)} as v; got {shape}")
+    target.copy_(result)
+
+
+class SymmetricMap(Protocol):
+    """An operator of this package, at fixed weights."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]: ...
+
+
+def check_operator(operator: Any) -> None:
+    if not (hasattr(operator, "product") and hasattr(operator, "layout")):
+        raise TypeError(f"operator: expected an operator such as hvp.HessianOperator; got {type(operator).__name__}")

@@ -1,0 +1,244 @@
+"""Kronecker-factored curvature of linear and convolutional layers as a preconditioner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hvp_engine._support.arguments import check_positive
+from hvp_engine._support.flat_vector import Layout
+from hvp_engine._support.pytree import check_like, check_scalar, flatten
+from hvp_engine.errors import NonFiniteError
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A layer's block A (x) G, by the eigenvalues and eigenvectors of its factors; where its leaves are."""
+
+    weight: int
+    bias: int | None
+    inputs: tuple[Tensor, Tensor]
+    outputs: tuple[Tensor, Tensor]
+
+    def solve(self, v: Tensor, shift: float) -> Tensor:
+        """(A (x) G + shift I)^-1 v for v of shape (outputs, inputs)."""
+        (a, p), (g, q) = self.inputs, self.outputs
+        return q @ ((q.T @ v @ p) / (torch.outer(g, a) + shift)) @ p.T
+
+
+class KFACPreconditioner:
+    """M = (A (x) G + shift I)^-1, layer by layer: the Gauss-Newton block of a layer is taken to be a Kronecker product.
+
+    For a layer with inputs a (with a 1 for the bias) and outputs z, A is the mean of a a^T over the samples, and G the
+    sum of g g^T over samples and outputs, with g = (dz / d outputs)^T s and s s^T the loss's Hessian in the outputs, in
+    full: no label is drawn. The block is exact for a single sample, and where g is the same for all samples, as in
+    a deep linear network with squared error. In a convolution every position is a sample of its own: A sums over
+    positions, G is their mean. Other parameters (of normalizations, grouped convolutions, layers that are used
+    more than once) get one number for each tensor, an estimate of the mean of its diagonal.
+
+    A Neumann series or Chebyshev iteration of a few terms gains most: directions of every scale move at once. The
+    condition number need not fall, least in convolutions, whose positions are not independent; conjugate gradients,
+    which deal with a few large eigenvalues by themselves, gain less or nothing.
+
+    Arguments:
+        module: the network, with `torch.nn.Linear` and `torch.nn.Conv2d` layers.
+        loss: `loss(outputs, targets)` -> scalar tensor, a sum or mean over samples; outputs are (samples, outputs).
+        weights: dict of (some of) the module's named parameters, at whose values it is made, in the order of the
+            problem's weights.
+        inputs, targets: a batch.
+        shift: > 0, the typical curvature of what the blocks lack: weight decay and the solver's damping.
+
+    Attributes:
+        hvps: products spent with the Hessian: 0.
+        gradients: backward passes spent, one for each output. The solution of a solve does not count them.
+
+    Cost: one forward pass, as many backward passes as there are outputs; the factors' squares in memory, and their
+    eigenvalue decompositions. It stays as it is when the weights change.
+
+    Errors: `TypeError` or `ValueError` naming the argument; `ValueError` if no layer is of a known kind;
+    :class:`NonFiniteError` for activations or curvature with NaN or Inf.
+
+    Source: Martens and Grosse 2015; Grosse and Martens 2016 for convolutions.
+
+    >>> import torch, hvp_engine as hvp
+    >>> net, x, y = torch.nn.Linear(3, 2), torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.0, 1.0]])
+    >>> half_square = lambda outputs, targets: (outputs - targets).square().sum() / 2
+    >>> weights = dict(net.named_parameters())
+    >>> M = hvp.KFACPreconditioner(net, half_square, weights, x, y, shift=0.5)
+    >>> G = hvp.GaussNewtonOperator(hvp.functional(net), half_square, weights, x, y)
+    >>> v = {name: torch.ones_like(weight) for name, weight in weights.items()}
+    >>> solution = G.solve(v, hvp.ConjugateGradient(1, damping=0.5, preconditioner=M))      # one sample: M is exact
+    >>> solution.status.name
+    'CONVERGED'
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: Callable[[Tensor, Any], Tensor],
+        weights: Mapping[str, Tensor],
+        inputs: Any,
+        targets: Any,
+        shift: float,
+    ):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module: expected a torch.nn.Module; got {type(module).__name__}")
+        check_positive(shift, "shift")
+        if not isinstance(weights, Mapping):
+            raise TypeError(f"weights: expected a dict of named parameters; got {type(weights).__name__}")
+        self._layout = Layout.of(flatten(dict(weights), "weights")[0])
+        names = pytree.tree_flatten({name: name for name in weights})[0]
+        self.shift = shift
+        places = {name: index for index, name in enumerate(names)}
+        self._blocks, self._means, self.gradients = _factors(module, loss, weights, inputs, targets, places)
+        self.hvps = 0
+        if not self._blocks:
+            raise ValueError("module: expected torch.nn.Linear or Conv2d layers with weights in `weights`; got none")
+
+    def __call__(self, v: list[Tensor]) -> list[Tensor]:
+        check_like(v, self._layout, "v", "weights")
+        result = [tensor / (self.shift + self._means.get(index, 0.0)) for index, tensor in enumerate(v)]
+        for block in self._blocks:
+            rows = v[block.weight].flatten(1)
+            if block.bias is not None:
+                rows = torch.cat([rows, v[block.bias][:, None]], 1)
+            solved = block.solve(rows.to(block.inputs[0].dtype), self.shift).to(rows.dtype)
+            if block.bias is not None:
+                result[block.bias] = solved[:, -1]
+                solved = solved[:, :-1]
+            result[block.weight] = solved.reshape(v[block.weight].shape)
+        return result
+
+
+def _factors(
+    module: nn.Module,
+    loss: Callable[[Tensor, Any], Tensor],
+    weights: Mapping[str, Tensor],
+    inputs: Any,
+    targets: Any,
+    places: dict[str, int],
+) -> tuple[list[_Block], dict[int, float], int]:
+    """The blocks; the mean curvature of the weights that belong to none, by their places; the backward passes."""
+    layers = {name: layer for name, layer in module.named_modules() if _path(name, "weight") in places}
+    layers = {name: layer for name, layer in layers.items() if _is_known(layer)}
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+
+    def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda layer, arguments, output: calls[name].append((arguments[0].detach(), output))
+
+    hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
+    try:
+        with torch.enable_grad():
+            state = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+            buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+            outputs = torch.func.functional_call(module, state | buffers, (inputs,))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    once = {name: found[0] for name, found in calls.items() if len(found) == 1}
+    covered = {_path(name, kind) for name in once for kind in ("weight", "bias")}
+    rest = [name for name in state if name not in covered]
+    roots = _hessian_roots(loss, outputs, targets)
+    sums, means = _covariances(outputs, roots, layers, once, [state[n] for n in rest])
+    blocks = []
+    for (name, (x, _)), covariance in zip(once.items(), sums, strict=True):
+        bias = places.get(_path(name, "bias"))
+        rows = _input_rows(layers[name], x)
+        if bias is not None:
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+        a, g = rows.T @ rows / len(outputs), covariance * (len(outputs) / len(rows))
+        blocks.append(_Block(places[_path(name, "weight")], bias, _eigen(a), _eigen(g)))
+    return blocks, {places[name]: mean for name, mean in zip(rest, means, strict=True)}, roots.shape[2]
+
+
+def _covariances(
+    outputs: Tensor,
+    roots: Tensor,
+    layers: Mapping[str, nn.Module],
+    calls: Mapping[str, tuple[Tensor, Tensor]],
+    rest: list[Tensor],
+) -> tuple[list[Tensor], list[float]]:
+    """Sums of g g^T over samples, positions and outputs for each layer; means of the diagonal for each of `rest`.
+
+    Every sample has a random sign, which does not matter to g g^T, and makes the square of a sum over samples an
+    unbiased estimate of the sum of squares.
+    """
+    generator = torch.Generator(device=outputs.device).manual_seed(0)
+    received = [output for _, output in calls.values()]
+    sums = [output.new_zeros(_width(layers[name]), _width(layers[name])) for name, (_, output) in calls.items()]
+    means = [0.0] * len(rest)
+    for root in roots.unbind(2):
+        signs = 2 * torch.randint(2, (len(root), 1), generator=generator, device=root.device) - 1
+        found = torch.autograd.grad(outputs, [*received, *rest], root * signs, retain_graph=True, allow_unused=True)
+        for index, (gradient, name) in enumerate(zip(found, calls, strict=False)):
+            if gradient is not None:
+                rows = _output_rows(layers[name], gradient)
+                sums[index].addmm_(rows.T, rows)
+        for index, gradient in enumerate(found[len(received) :]):
+            if gradient is not None:
+                means[index] += float(gradient.square().mean())
+    return sums, means
+
+
+def _path(layer: str, kind: str) -> str:
+    return f"{layer}.{kind}" if layer else kind
+
+
+def _width(layer: nn.Module) -> int:
+    return layer.out_channels if isinstance(layer, nn.Conv2d) else cast(nn.Linear, layer).out_features
+
+
+def _is_known(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return isinstance(layer, nn.Linear)
+
+
+def _input_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """What multiplies the weights, one row for each sample and position."""
+    if isinstance(layer, nn.Conv2d):
+        patches = nn.functional.unfold(
+            x, layer.kernel_size, layer.dilation, cast(tuple[int, ...], layer.padding), layer.stride
+        )
+        return patches.transpose(1, 2).flatten(0, 1)
+    return x.reshape(-1, x.shape[-1])
+
+
+def _output_rows(layer: nn.Module, gradient: Tensor) -> Tensor:
+    if isinstance(layer, nn.Conv2d):
+        return gradient.flatten(2).transpose(1, 2).flatten(0, 1)
+    return gradient.reshape(-1, gradient.shape[-1])
+
+
+def _hessian_roots(loss: Callable[[Tensor, Any], Tensor], outputs: Tensor, targets: Any) -> Tensor:
+    """For each sample s with s s^T the loss's Hessian in its outputs: (samples, outputs, outputs), columns last."""
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(f"module: expected outputs of shape (samples, outputs); got {got}")
+    with torch.enable_grad():
+        points = outputs.detach().requires_grad_()
+        value = loss(points, targets)
+        check_scalar(value, "loss")
+        (gradient,) = torch.autograd.grad(value, points, create_graph=True)
+        if not gradient.requires_grad:
+            return outputs.new_zeros(*outputs.shape, outputs.shape[1])
+        columns = [torch.autograd.grad(column.sum(), points, retain_graph=True)[0] for column in gradient.unbind(1)]
+    hessians = torch.stack(columns, 2)
+    values, vectors = _eigen((hessians + hessians.mT) / 2)
+    return vectors * values.sqrt()[:, None, :]
+
+
+def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, those below zero as zero, and eigenvectors of symmetric matrices."""
+    if not bool(torch.isfinite(matrix).all()):
+        raise NonFiniteError(
+            "inputs: expected finite activations and curvature; got NaN or Inf: look at the inputs, the targets and "
+            "the weights"
+        )
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.clamp_min(0), vectors

@@ -1,0 +1,94 @@
+"""The right-hand sides of a call, and first guesses: from x0, what is solved for is A^-1 (v - A x0)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine._support.pytree import Structure, check_like, flatten
+from hvp_engine.differentiation.problem import LinearMap
+from hvp_engine.errors import NonFiniteError
+from hvp_engine.solvers.base import Solver, tolerance_of
+from hvp_engine.solvers.solution import Solution, Status
+
+
+class WarmStart:
+    """One right-hand side with a first guess, at the cost of one product.
+
+    `residual` is v - (A + damping I) x0, what is left to be solved for; `share` its norm, relative to v's.
+    """
+
+    def __init__(self, operator: LinearMap, v: Sequence[Tensor], x0: Sequence[Tensor], damping: float):
+        layout, self._damping = operator.layout, damping
+        self._start = FlatVector.of(layout, x0)
+        product = FlatVector.of(layout, operator.product(self._start.tangents))
+        residual, right = FlatVector(layout), FlatVector.of(layout, v)
+        torch.sub(right.data, product.data, out=residual.data)
+        residual.data.sub_(self._start.data, alpha=damping)
+        norms = torch.stack([vector.norm() for vector in (right, residual)])
+        of_v, of_residual = norms.double().tolist()
+        self.residual = [view.to(dtype) for view, dtype in zip(residual.views, layout.dtypes, strict=True)]
+        share = of_residual / of_v if of_v > 0 else 1.0
+        self.share = share if math.isfinite(share) else 1.0  # the solve will find what is not finite
+
+    def complete(self, value: Sequence[Tensor], solution: Solution) -> tuple[list[Tensor], Solution]:
+        """x0 + value, and the solution with its figures relative to v."""
+        total = [
+            (start + part.to(start.dtype)).to(dtype)
+            for start, part, dtype in zip(self._start.views, value, self._start.layout.dtypes, strict=True)
+        ]
+        return total, replace(solution, hvps=solution.hvps + 1, residual_norm=solution.residual_norm * self.share)
+
+    def unchanged(self) -> tuple[list[Tensor], Solution]:
+        """x0 itself, where it is good enough."""
+        layout = self._start.layout
+        nothing = [
+            torch.zeros_like(view, dtype=dtype) for view, dtype in zip(self._start.views, layout.dtypes, strict=True)
+        ]
+        return self.complete(nothing, Solution(None, 0, 0, 1.0, "returned", Status.CONVERGED, damping=self._damping))
+
+
+def relaxed(solver: Solver, layout: Layout, share: float) -> Solver | None:
+    """`solver` with a tolerance that `share` of the right-hand side makes larger; None if nothing is left to do."""
+    changed: Any = solver
+    if hasattr(solver, "tol"):
+        tol = tolerance_of(changed.tol, layout)
+        return None if share <= tol else replace(changed, tol=tol / share)
+    error = getattr(solver, "error", None)
+    if error is not None:
+        return None if share <= error else replace(changed, error=error / share)
+    return solver
+
+
+def guesses(
+    x0: Any, structure: Structure, vs: Sequence[Sequence[Tensor]], layout: Layout, batched: bool
+) -> list[list[Tensor]]:
+    """The first guesses, one for each right-hand side."""
+    leaves, found = flatten(x0, "x0", sharded=not batched)
+    if found != structure:
+        raise ValueError(f"x0: expected the container of v, {structure.spec}; got {found.spec}")
+    x0s = unstacked(leaves, "x0") if batched else [[leaf.detach() for leaf in leaves]]
+    if len(x0s) != len(vs):
+        raise ValueError(f"x0: expected one for each of the {len(vs)} right-hand sides; got {len(x0s)}")
+    check_like(x0s[0], layout, "x0", "v")
+    bad = torch.stack([(~torch.isfinite(leaf)).sum().double() for leaf in leaves]).sum()
+    if layout.total(bad) > 0:
+        raise NonFiniteError("x0: expected finite values; got NaN or Inf: start without it")
+    return x0s
+
+
+def unstacked(leaves: Sequence[Tensor], name: str) -> list[list[Tensor]]:
+    """The right-hand sides of a batch."""
+    lengths = [len(leaf) if leaf.dim() else None for leaf in leaves]
+    if lengths[0] is None or any(length != lengths[0] for length in lengths) or lengths[0] == 0:
+        raise ValueError(
+            f"{name}: expected leaves with a first dimension of one length >= 1, for batched=True; got shapes "
+            f"{', '.join(str(tuple(leaf.shape)) for leaf in leaves)}"
+        )
+    return [[leaf[index].detach() for leaf in leaves] for index in range(lengths[0])]
