@@ -15,8 +15,10 @@ from torch.profiler import record_function
 
 from hvp_engine import engines
 from hvp_engine._support.flat_vector import Layout
-from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
-from hvp_engine.solvers.base import Iteration, Solver
+from hvp_engine.differentiation.linear_map import Linearization, LinearMap
+from hvp_engine.differentiation.problem import Problem
+from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.iteration import Iteration
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 WHOLE, GRADIENT, LINEARIZE, TERM, STEP, MIXED = (

@@ -14,7 +14,7 @@ from torch import Tensor
 import hvp_engine as hvp
 from hvp_engine.engines import EagerEngine
 from hvp_engine.engines.traced import TracedLinearization
-from hvp_engine.operators.hessian import Curvature
+from hvp_engine.operators.base import LinearOperator
 
 COUNT = 11
 
@@ -198,7 +198,7 @@ def test_exact_on_a_network_and_on_a_linear_model(batched_calls: list[int]) -> N
 def test_a_sketch_is_made_in_blocks(name: str, sketch: Any, batched_calls: list[int]) -> None:
     """At most 32 vectors at a time, and what is left over one by one; the values are those of single products."""
     operator, weights = operator_of(name)
-    plain = Curvature(Single(operator), operator._structure, EagerEngine())
+    plain = LinearOperator(Single(operator), operator._structure, EagerEngine())
     plain.spectrum = operator.spectrum
     v = {key: t[0] for key, t in right_hand_sides(weights, 1).items()}
     rank = min(70, operator.shape[0])
@@ -222,7 +222,7 @@ class Single:
 
     def __init__(self, operator: hvp.HessianOperator):
         self.layout, self.product = operator.layout, operator.product
-        self.loss, self.gradient = operator.loss, operator.linearization.gradient
+        self.loss, self.gradient = operator.loss, operator.linear_map.gradient
 
 
 def test_several_right_hand_sides_share_a_sketch() -> None:
