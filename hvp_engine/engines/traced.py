@@ -100,17 +100,20 @@ class TracedLinearization(Linearization):
 
     def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t for several t, by vmap; one by one where it has no rule for some operation, which the report names."""
-        known, present = self._tangent_residuals, self.functions.partition.tangent.outputs
         if not pays(self, len(stacked[0])):
             return super().products(stacked)
-        function = self.functions.partition.tangent.module.forward
         try:
-            with torch.no_grad():
-                batched = torch.func.vmap(function, (None,) * len(known) + (0,) * len(stacked))
-                found = iter(batched(*known, *stacked))
+            return self._at_once(stacked)
         except Exception as error:  # of whatever library an operation comes from
             self.functions.unbatched = f"{type(error).__name__}: {error}".splitlines()[0]
             return super().products(stacked)
+
+    def _at_once(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
+        known, present = self._tangent_residuals, self.functions.partition.tangent.outputs
+        function = self.functions.partition.tangent.module.forward
+        with torch.no_grad():
+            batched = torch.func.vmap(function, (None,) * len(known) + (0,) * len(stacked))
+            found = iter(batched(*known, *stacked))
         return [next(found) if there else torch.zeros_like(t) for there, t in zip(present, stacked, strict=True)]
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:

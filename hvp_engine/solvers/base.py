@@ -241,11 +241,7 @@ def worst_of(solutions: Sequence[Solution]) -> Solution:
 
 def check_solver(solver: Any) -> None:
     if not isinstance(solver, Solver):
-        raise TypeError(f"solver: expected a solver such as hvp.Neumann(20); got {_described(solver)}")
-
-
-def _described(solver: Any) -> str:
-    return f"the class {solver.__name__}" if isinstance(solver, type) else type(solver).__name__
+        raise TypeError(f"solver: expected a solver such as hvp.Neumann(20); got {type(solver).__name__}")
 
 
 @dataclass(frozen=True)
