@@ -120,26 +120,42 @@ def as_list(tensors: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
     return leaves
 
 
-def check_like(tensors: Sequence[Tensor], layout: Layout, name: str, like: str) -> None:
-    """Raise unless `tensors` has the number, the shapes and the device of what `like` names, and fits its state."""
-    shapes, device = layout.shapes, layout.device
-    if len(tensors) != len(shapes):
-        raise ValueError(f"{name}: expected {len(shapes)} tensors, one for each of {like}; got {len(tensors)}")
-    for index, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
-        if tensor.dtype.itemsize > layout.state_dtype.itemsize:
-            raise TypeError(
-                f"{name}[{index}]: expected a dtype no wider than {layout.state_dtype}, in which {like} is solved; "
-                f"got {tensor.dtype}: cast it with .to({layout.state_dtype})"
-            )
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name}[{index}]: expected shape {tuple(shape)} as {like}[{index}]; got {tuple(tensor.shape)}"
-            )
-        if tensor.device != device:
-            raise ValueError(
-                f"{name}[{index}]: expected device {device} as {like}[{index}]; got {tensor.device}: "
-                f"move it with .to({str(device)!r})"
-            )
+def check_like(tensors: Any, layout: Layout, name: str, like: str, widest: torch.dtype | None = None) -> None:
+    """Raise unless `tensors` is a list of tensors with the number, shapes and device of `layout`, none of them wider
+    than `widest`.
+
+    Arguments:
+        name, like: the argument that the message names, and the one that it must resemble.
+        widest: the layout's state dtype if None.
+
+    Errors: `TypeError` for a container or leaf of another type, or a dtype; `ValueError` for anything else.
+    """
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(f"{name}: expected a list or tuple of tensors as {like}; got {type(tensors).__name__}")
+    if len(tensors) != len(layout.shapes):
+        raise ValueError(f"{name}: expected {len(layout.shapes)} tensors, one for each of {like}; got {len(tensors)}")
+    for index, tensor in enumerate(tensors):
+        check_leaf_like(tensor, index, layout, name, like, widest)
+
+
+def check_leaf_like(
+    tensor: Any, index: int, layout: Layout, name: str, like: str, widest: torch.dtype | None = None
+) -> None:
+    """:func:`check_like` for one tensor of the list."""
+    where, shape, widest = f"{name}[{index}]", layout.shapes[index], widest or layout.state_dtype
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{where}: expected a tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in INPUT_DTYPES or tensor.dtype.itemsize > widest.itemsize:
+        raise TypeError(
+            f"{where}: expected a floating dtype no wider than {widest}; got {tensor.dtype}: cast it with .to({widest})"
+        )
+    if tensor.shape != shape:
+        raise ValueError(f"{where}: expected shape {tuple(shape)} as {like}[{index}]; got {tuple(tensor.shape)}")
+    if tensor.device != layout.device:
+        raise ValueError(
+            f"{where}: expected device {layout.device} as {like}[{index}]; got {tensor.device}: "
+            f"move it with .to({str(layout.device)!r})"
+        )
 
 
 def check_scalar(loss: Any, name: str) -> None:
