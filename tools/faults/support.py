@@ -112,8 +112,8 @@ FAULTS = [
     ),
     Fault(
         "hvp_engine/distributed/engine.py",
-        "reduced = _Reduced(problem.name, weights, hyperparameters, share / total,",
-        "reduced = _Reduced(problem.name, weights, hyperparameters, share,",
+        "reduced = _MeanLinearization(problem.name, weights, hyperparameters, share / total, loss,",
+        "reduced = _MeanLinearization(problem.name, weights, hyperparameters, share, loss,",
         PROCESSES,
         "products are summed over processes, not averaged",
     ),
@@ -146,7 +146,7 @@ FAULTS = [
         "the norm of a sharded vector is that of this process's part",
     ),
     Fault(
-        "hvp_engine/_support/shards.py",
+        "hvp_engine/_support/dtensor.py",
         "        rest = length - full * chunk\n",
         "        rest = 0\n",
         PROCESSES,
