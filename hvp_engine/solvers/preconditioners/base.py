@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector
+from hvp_engine._support.pytree import check_like
 from hvp_engine.differentiation.linear_map import LinearMap
 
 Preconditioner = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -27,13 +28,7 @@ def precondition(preconditioner: Preconditioner, source: FlatVector, target: Fla
     """target <- M source; `TypeError` or `ValueError` for a result that does not fit."""
     with torch.no_grad():
         result = preconditioner(list(source.views))
-    if not isinstance(result, (list, tuple)) or len(result) != len(source.views):
-        got = f"{len(result)} of them" if isinstance(result, (list, tuple)) else type(result).__name__
-        raise TypeError(f"preconditioner(v): expected a list of {len(source.views)} tensors, as v is; got {got}")
-    for index, (tensor, view) in enumerate(zip(result, source.views, strict=True)):
-        if not isinstance(tensor, Tensor) or tensor.shape != view.shape:
-            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"preconditioner(v)[{index}]: expected shape {tuple(view.shape)} as v; got {shape}")
+    check_like(result, source.layout, "preconditioner(v)", "v", widest=torch.float64)
     target.copy_(result)
 
 
