@@ -21,7 +21,7 @@ from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.solvers.failures import any_bad, divergence, overflow, refusal, underflow
 from hvp_engine.solvers.iteration import FinishedIteration, Iteration, Outcome, tolerance_of
-from hvp_engine.solvers.preconditioners import Preconditioner, check_preconditioner
+from hvp_engine.solvers.preconditioning import Preconditioner, check_preconditioner
 from hvp_engine.solvers.right_hand_sides import WarmStart
 from hvp_engine.solvers.solution import Solution, Status
 from hvp_engine.solvers.spectrum import GROWTH, Estimates, SpectralEstimate, Spectrum
