@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hvp_engine.demo import datasets
+from examples import datasets
 from hvp_engine.demo.preparation import standardize, stratified_split
 from hvp_engine.errors import DataError
 

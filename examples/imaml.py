@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import hvp_engine as hvp
-from hvp_engine.demo import datasets
+from examples import datasets
 
 STRENGTH = 0.3
 WAYS = 3

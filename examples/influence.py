@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import hvp_engine as hvp
-from hvp_engine.demo import datasets
+from examples import datasets
 
 DECAY = 0.01
 

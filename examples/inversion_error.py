@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import hvp_engine as hvp
+from examples import datasets
 from examples.experiment import Experiment, Run
-from hvp_engine.demo import datasets
 from hvp_engine.demo.preparation import standardize
 
 FIXED_ALPHA = 1e-3

@@ -29,10 +29,10 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 import hvp_engine as hvp
 from examples import ptb_searches, text_sets
+from examples.datasets import Text
 from examples.experiment import Experiment, Run
 from examples.regularized_lstm import RATES, RegularizedLSTM, Settings
 from examples.training import NoTuning, last_quarter, nonmonotone
-from hvp_engine.demo.datasets import Text
 
 PAPER = {
     "no tuning": "75.72 / 71.91",

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import hvp_engine as hvp
 from examples import models, text_sets
-from hvp_engine.demo.datasets import Text
+from examples.datasets import Text
 
 RATES = ("drop_connect", "input", "hidden", "output", "embedding")
 

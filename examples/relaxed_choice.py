@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
 
 import hvp_engine as hvp
-from hvp_engine.demo import datasets
+from examples import datasets
 
 BLOCKS = (1, 2, 4, 7, 14)
 """Side of the square of pixels that are averaged."""

