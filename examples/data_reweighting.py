@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import hvp_engine as hvp
-from examples import datasets
+from hvp_engine.demo.images import digits
 
 DECAY = 0.02
 
@@ -19,9 +19,9 @@ DECAY = 0.02
 def load(examples, wrong, seed):
     """Training, validation and test set as (x, labels), and which training labels were replaced by another class."""
     generator = torch.Generator().manual_seed(seed)
-    digits = datasets.digits()
-    order = torch.randperm(len(digits), generator=generator)
-    x, labels = avg_pool2d(digits.images[order], 2).flatten(1), digits.labels[order].clone()
+    mnist = digits()
+    order = torch.randperm(len(mnist), generator=generator)
+    x, labels = avg_pool2d(mnist.images[order], 2).flatten(1), mnist.labels[order].clone()
     x = torch.cat([x - x.mean(0), torch.ones(len(x), 1)], 1)
     corrupted = torch.rand(examples, generator=generator) < wrong
     shift = torch.randint(1, 10, (examples,), generator=generator)

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import hvp_engine as hvp
-from examples import datasets
+from hvp_engine.demo.images import digits
 
 STRENGTH = 0.3
 WAYS = 3
@@ -85,11 +85,11 @@ def run(meta_steps=100, shots=1, seed=0, test_tasks=60):
     """For each initialization: accuracy on tasks of digits of meta-training, and of new ones."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    digits = datasets.digits()
-    small = avg_pool2d(digits.images, 2)
+    mnist = digits()
+    small = avg_pool2d(mnist.images, 2)
     images = torch.cat([small.rot90(turn, (2, 3)).flatten(1) for turn in range(4)])
     images = (images - images.mean()) / images.std()
-    labels = torch.cat([digits.labels + 10 * turn for turn in range(4)])  # a character: digit + 10 * turn
+    labels = torch.cat([mnist.labels + 10 * turn for turn in range(4)])  # a character: digit + 10 * turn
     characters = torch.arange(40)
     seen, new = characters[characters % 10 < 7], characters[characters % 10 >= 7]
     for layer in network:

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import hvp_engine as hvp
-from examples import datasets
+from hvp_engine.demo.images import digits
 
 DECAY = 0.01
 
@@ -20,9 +20,9 @@ DECAY = 0.01
 def load(examples, wrong, seed):
     """Training, validation and test set as (x, labels), the images, and which training labels were replaced."""
     generator = torch.Generator().manual_seed(seed)
-    digits = datasets.digits()
-    order = torch.randperm(len(digits), generator=generator)
-    images, labels = digits.images[order], digits.labels[order].clone()
+    mnist = digits()
+    order = torch.randperm(len(mnist), generator=generator)
+    images, labels = mnist.images[order], mnist.labels[order].clone()
     x = avg_pool2d(images, 4).flatten(1).double()
     x = torch.cat([x - x.mean(0), torch.ones(len(x), 1, dtype=x.dtype)], 1)
     corrupted = torch.rand(examples, generator=generator) < wrong

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import hvp_engine as hvp
-from examples import datasets
+from hvp_engine.demo.images import digits
 
 SIDE = 14
 
@@ -20,9 +20,9 @@ SIDE = 14
 def load(examples, seed):
     """Training, validation and test set as (x, labels)."""
     generator = torch.Generator().manual_seed(seed)
-    digits = datasets.digits()
-    order = torch.randperm(len(digits), generator=generator)
-    x, labels = avg_pool2d(digits.images[order], 28 // SIDE).flatten(1), digits.labels[order]
+    mnist = digits()
+    order = torch.randperm(len(mnist), generator=generator)
+    x, labels = avg_pool2d(mnist.images[order], 28 // SIDE).flatten(1), mnist.labels[order]
     x = (x - x.mean()) / x.std()
     parts = (slice(0, examples), slice(examples, examples + 500), slice(examples + 500, examples + 2500))
     return [(x[part], labels[part]) for part in parts]

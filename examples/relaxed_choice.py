@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
 
 import hvp_engine as hvp
-from examples import datasets
+from hvp_engine.demo.images import digits
 
 BLOCKS = (1, 2, 4, 7, 14)
 """Side of the square of pixels that are averaged."""
@@ -29,13 +29,13 @@ ENTROPY = 0.2
 def load(examples, seed):
     """Noisy images of the training, validation and test set, at each resolution, and labels: [(k, n, 784), (n,)]."""
     generator = torch.Generator().manual_seed(seed)
-    digits = datasets.digits()
-    order = torch.randperm(len(digits), generator=generator)
-    x = (digits.images[order] - digits.images.mean()) / digits.images.std()
+    mnist = digits()
+    order = torch.randperm(len(mnist), generator=generator)
+    x = (mnist.images[order] - mnist.images.mean()) / mnist.images.std()
     x = x + NOISE * torch.randn(x.shape, generator=generator)
     views = torch.stack([interpolate(avg_pool2d(x, block), 28).flatten(1) for block in BLOCKS])
     views = views / views.std((1, 2), keepdim=True)  # else the finest resolution, with the most noise, is the largest
-    labels = digits.labels[order]
+    labels = mnist.labels[order]
     parts = (slice(0, examples), slice(examples, examples + 1000), slice(examples + 1000, examples + 3000))
     return [(views[:, part], labels[part]) for part in parts]
 
