@@ -28,7 +28,7 @@ from baselines.methods import Setting, find
 from examples import image_sets, models
 from examples.experiment import Experiment, Run
 from examples.image_sets import Batch
-from hvp_engine.diagnostics.memory import peak_memory
+from hvp_engine.diagnostics import peak_memory
 
 Tensors = dict[str, Tensor]
 Row = dict[str, Any]
