@@ -88,7 +88,7 @@ print(doctor.examine())
     assert output[1].startswith("reference | ImportError")
     assert "C++ compiler" in output[1]
     assert [line for line in output[2:] if re.search("cpp +not available: ImportError.*C\\+\\+ compiler", line)]
-    assert "backends on cpu ('auto' takes 'reference')" in output
+    assert "backends on cpu ('auto' uses 'reference')" in output
 
 
 def test_cuda_on_fails_where_it_cannot_be_built(sources, tmp_path):
