@@ -108,8 +108,8 @@ def use_backend(name: str) -> Iterator[None]:
         name: "auto" (the default: the fastest available on the tensors' device), "reference", "cpp", "cuda" or
             "triton".
 
-    Cost: none by itself. A backend is imported at its first use, and engines that keep a prepared solve keep one for each
-    backend.
+    Cost: none by itself. A backend is imported at its first use, and engines that keep prepared solves keep one for
+    each backend.
 
     Errors: `ValueError` for an unknown name, here; :class:`BackendError`, with the original reason, at the first op if
     the backend cannot run on the tensors' device.
