@@ -1,4 +1,4 @@
-"""Learning a weight for each training example, where many labels are wrong and a small validation set is clean.
+"""Learning a weight for each training example when many labels are wrong and a small validation set is clean.
 
     python examples/data_reweighting.py [--examples 1000] [--wrong 0.4] [--hyper-steps 150] [--seed 0]
 
@@ -42,7 +42,7 @@ def val_loss(weights, hyper, batch):
 
 
 def fit(weights, hyper, batch, steps=200):
-    """Weights trained further at these hyperparameters."""
+    """The weights, trained further with these hyperparameters."""
     weights = weights.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=steps, line_search_fn="strong_wolfe")
 
@@ -57,7 +57,7 @@ def fit(weights, hyper, batch, steps=200):
 
 
 def run(examples=1000, wrong=0.4, hyper_steps=150, seed=0):
-    """For each method its test accuracy, and the mean weights it gives to right and to wrong training labels."""
+    """For each method: its test accuracy, and the mean weight that it gives to right and to wrong training labels."""
     (train, validation, test), corrupted = load(examples, wrong, seed)
 
     def accuracy(weights):

@@ -5,7 +5,7 @@
 A task is to tell three characters apart from a few examples of each; a character is a digit turned by 0, 90, 180 or
 270 degrees. The network of a task minimizes cross-entropy + STRENGTH / 2 ||w - theta||^2, and the outer gradient of
 theta goes through that minimum by `hvp.best_response`, whatever the number of inner steps. Meta-training sees the 28
-characters of the digits 0 to 6; the test is also on the 12 of the digits 7, 8 and 9.
+characters of the digits 0 to 6; testing also uses the 12 of the digits 7, 8 and 9.
 
 Source: Rajeswaran, Finn, Kakade, Levine, "Meta-Learning with Implicit Gradients", 2019.
 """
@@ -82,7 +82,7 @@ def evaluate(theta, images, labels, classes, shots, tasks):
 
 
 def run(meta_steps=100, shots=1, seed=0, test_tasks=60):
-    """For each initialization: accuracy on tasks of digits of meta-training, and of new ones."""
+    """For each initialization: accuracy on tasks with digits of meta-training, and with new ones."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     mnist = digits()

@@ -1,4 +1,4 @@
-"""Replacing a hand-written inverse-Hessian loop: the ten lines before, the ten lines after, and the same numbers.
+"""Replacing a hand-written inverse-Hessian loop: the ten lines before, the ten lines after, with the same numbers.
 
     python examples/migrating.py [--examples 2000] [--iterations 20] [--seed 0]
 
@@ -53,7 +53,7 @@ def hypergradient_after(train_loss, val_loss, w, hyper, iterations):
 
 
 def problem(examples, seed):
-    """Training and validation loss of the network as functions of nothing, its weights and its log-decays."""
+    """Training and validation loss of the network as functions without arguments, its weights and its log-decays."""
     torch.manual_seed(seed)
     mnist = digits()
     order = torch.randperm(len(mnist))[: 2 * examples]
@@ -78,7 +78,7 @@ def problem(examples, seed):
 
 
 def run(examples=2000, iterations=20, seed=0, repeats=3):
-    """For each way: its name, the largest relative difference to the hand-written loop, and seconds."""
+    """For each way: its name, its relative difference from the hand-written loop, and seconds."""
     train_loss, val_loss, weights, decays = problem(examples, seed)
     ways = {
         "hand-written loop": hypergradient_before,
