@@ -32,7 +32,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Run:
-    """One way to train. `curve` holds (hyper step, validation loss, test loss); time and peak are for one hyper step."""
+    """One way to train. `curve` holds (hyper step, validation loss, test loss); time and peak are per hyper step."""
 
     name: str
     hyperparameters: int
