@@ -1,4 +1,4 @@
-"""An estimator at the weights where the implicit function theorem holds exactly."""
+"""An estimator evaluated at a minimum of the training loss, where the implicit function theorem holds exactly."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from hvp_engine.hypergradients.estimator import Estimate, Estimator
 class AtMinimum:
     """`estimator` at w*(lambda), the minimum of the training loss that Newton's method finds from the given weights.
 
-    With `Hypergradient(train_loss, val_loss, hvp.Exact())` it is the exact implicit function theorem of the paper's
-    Table 1; without it, the same at approximate weights, it is the method of Bengio 2000.
+    With `Hypergradient(train_loss, val_loss, hvp.Exact())` this is the exact implicit function theorem of the paper's
+    Table 1. That estimator by itself, at weights near a minimum, is the method of Bengio 2000.
 
     Arguments:
         train_loss: `loss(weights, hyper, batch)` -> scalar tensor, the one that `estimator` differentiates.
         estimator: called at the minimum of `train_loss` on the training batch of the call.
 
-    Cost: up to 60 steps of Newton's method with up to 500 products each, then the estimator's. Memory: that of a
-    gradient graph and some vectors of weights. Meant for problems small enough to be solved to rounding.
+    Cost: up to 60 steps of Newton's method with up to 500 products each, then the estimator's own. Memory: the graph
+    of a gradient and a few vectors of weights. Meant for problems small enough to be solved to rounding.
 
-    The weights given stay as they were.
+    The given weights are not changed.
+
+    Source: Lorraine, Vicol, Duvenaud, Optimizing Millions of Hyperparameters by Implicit Differentiation, 2019; Bengio,
+    Gradient-Based Optimization of Hyperparameters, Neural Computation 2000.
 
     >>> import torch, hvp_engine as hvp
     >>> from baselines.estimators import AtMinimum
@@ -52,7 +55,7 @@ class AtMinimum:
         return self.estimator(weight_structure.rebuild(minimum), hyper, train_batch, val_batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The estimator's."""
+        """The state of the estimator, if it has one."""
         return self.estimator.state_dict() if hasattr(self.estimator, "state_dict") else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
