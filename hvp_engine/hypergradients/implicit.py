@@ -24,7 +24,7 @@ from hvp_engine.differentiation.double_backward import differentiate, filled, le
 from hvp_engine.differentiation.problem import Linearization, Problem
 from hvp_engine.distributed import DataParallel, for_loss
 from hvp_engine.errors import GraphError
-from hvp_engine.hypergradients.estimator import Estimate
+from hvp_engine.hypergradients.estimator import Estimate, Estimator
 from hvp_engine.hypergradients.stationarity import Stationarity, unfinished_change
 from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import check_solver
@@ -50,7 +50,7 @@ class HypergradientResult(Estimate):
     solution: Solution
 
 
-class Hypergradient:
+class Hypergradient(Estimator):
     """dL_V*/dlambda as a function of (weights, hyperparameters, training batch, validation batch).
 
     Arguments:

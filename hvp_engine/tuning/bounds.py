@@ -1,4 +1,4 @@
-"""Bounds of hyperparameters: an interval for all of them, or one for each."""
+"""Bounds of hyperparameters: one interval for all of them, or one for each."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Bounds:
     """low <= lambda <= high, elementwise.
 
     Arguments:
-        given: a pair (low, high); each a number, None for no bound, or a tree like the hyperparameters whose leaves
-            are numbers or tensors that broadcast to them.
-        tensors, structure: the hyperparameters.
+        given: a pair (low, high). Each is a number, None for no bound, or a tree like the hyperparameters whose leaves
+            are numbers or tensors that broadcast to theirs.
+        tensors, structure: the hyperparameters and their tree.
     """
 
     def __init__(self, given: Any, tensors: Sequence[Tensor], structure: Structure):
@@ -34,13 +34,13 @@ class Bounds:
 
     @torch.no_grad()
     def project(self, tensors: Sequence[Tensor]) -> None:
-        """The nearest point within the bounds, in place."""
+        """Project onto the bounds, in place."""
         for tensor, low, high in zip(tensors, self.low, self.high, strict=True):
             if low is not None or high is not None:
                 tensor.clamp_(low, high)
 
     def flat(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(low, high) of all elements of the hyperparameters, one after another; infinite where there is none."""
+        """(low, high) as flat vectors over all elements of the hyperparameters; infinite without a bound."""
         low, high = (
             torch.cat([
                 (t.new_tensor(unbounded) if side is None else side).expand_as(t).reshape(-1)
@@ -52,7 +52,7 @@ class Bounds:
 
 
 def _side(given: Any, name: str, tensors: Sequence[Tensor], structure: Structure) -> list[Tensor | None]:
-    """One bound for each hyperparameter."""
+    """One bound, or None, for each tensor."""
     if given is None:
         return [None] * len(tensors)
     given = trainable(given)

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from hvp_engine._support.arguments import check_count
 from hvp_engine._support.pytree import refuse_inference_mode
+from hvp_engine._support.random_state import RandomState
 from hvp_engine._support.timing import Moment
-from hvp_engine.distributed import Processes
-from hvp_engine.errors import CheckpointError
+from hvp_engine.hypergradients.estimator import Estimate, EstimatorLike
+from hvp_engine.solvers import Solver
 from hvp_engine.tuning import checkpoint as checkpoints
-from hvp_engine.tuning import state
-from hvp_engine.tuning.autosave import Saver
-from hvp_engine.tuning.data_stream import Batches
+from hvp_engine.tuning.autosave import Autosave, resume
+from hvp_engine.tuning.bilevel import BilevelProblem, Loss
+from hvp_engine.tuning.callbacks import Callback, Callbacks, Evaluation, Function
+from hvp_engine.tuning.data_stream import Batches, Streams
 from hvp_engine.tuning.history import History, Record
-from hvp_engine.tuning.monitor import EarlyStopping, Monitor
-from hvp_engine.tuning.optimizer_step import Steps
-
-Callback = Callable[["Tuner", Record], "bool | None"]
-Evaluation = Callable[["Tuner"], Mapping[str, float]]
+from hvp_engine.tuning.monitor import EarlyStopping, ProgressBar, TensorBoard
+from hvp_engine.tuning.optimizer_step import OptimizerLike, SchedulerLike
 
 
-class Tuner(Steps):
+class Tuner:
     """Tunes hyperparameters while the weights train (Algorithm 1).
 
     A round is `inner_steps` training steps and one hyper step; :meth:`fit` runs them.
@@ -87,6 +86,62 @@ class Tuner(Steps):
     tensor([0.8000, 1.5000])
     """
 
+    def __init__(
+        self,
+        module: Any,
+        hyper: Any,
+        train_loss: Loss,
+        val_loss: Loss,
+        *,
+        weight_optimizer: OptimizerLike,
+        hyper_optimizer: OptimizerLike,
+        solver: Solver | None = None,
+        inner_steps: int = 5,
+        engine: str = "auto",
+        inner_tolerance: float | None = None,
+        warmup_steps: int = 0,
+        accumulate: int = 1,
+        train_batches: int = 1,
+        val_batches: int = 1,
+        weight_scheduler: SchedulerLike | None = None,
+        hyper_scheduler: SchedulerLike | None = None,
+        weight_clip: float | None = None,
+        hyper_clip: float | None = None,
+        bounds: Any = None,
+        estimator: EstimatorLike | None = None,
+    ):
+        self.inner_steps = check_count(inner_steps, "inner_steps")
+        self.warmup_steps = check_count(warmup_steps, "warmup_steps", least=0)
+        self.accumulate = check_count(accumulate, "accumulate")
+        self.train_batches = check_count(train_batches, "train_batches")
+        self.val_batches = check_count(val_batches, "val_batches")
+        if inner_tolerance is not None and not inner_tolerance >= 0:
+            raise ValueError(f"inner_tolerance: expected a number >= 0 or None; got {inner_tolerance!r}")
+        self.inner_tolerance, self.module = inner_tolerance, module
+        self.problem = problem = BilevelProblem(
+            module, hyper, train_loss, val_loss,
+            weight_optimizer=weight_optimizer, weight_scheduler=weight_scheduler, weight_clip=weight_clip,
+            hyper_optimizer=hyper_optimizer, hyper_scheduler=hyper_scheduler, hyper_clip=hyper_clip, bounds=bounds,
+            estimator=estimator, solver=solver, engine=engine, train_batches=train_batches, val_batches=val_batches,
+        )  # fmt: skip
+        self.weights, self.weight_names = problem.weights.tensors, problem.weights.names
+        self.hyper, self.hyper_names = problem.hyper.tensors, problem.hyper.names
+        self.weight_side, self.hyper_side = problem.weight_side, problem.hyper_side
+        self.estimator, self.processes, self.device = problem.given_estimator, problem.processes, self.weights[0].device
+        self.buffers, self.initial_weights = problem.buffers, problem.initial_weights
+        self.history = History()
+        self.hyper_steps = 0
+        self.steps_to_go = self.warmup_steps + self.inner_steps
+        self.streams = Streams(self.device)
+
+    @property
+    def weight_optimizer(self) -> torch.optim.Optimizer:
+        return self.weight_side.optimizer
+
+    @property
+    def hyper_optimizer(self) -> torch.optim.Optimizer:
+        return self.hyper_side.optimizer
+
     def fit(
         self,
         train_loader: Iterable[Any],
@@ -98,8 +153,8 @@ class Tuner(Steps):
         checkpoint_every: int = 50,
         checkpoint_minutes: float | None = 10.0,
         verbose: bool = False,
-        callbacks: Sequence[Callback] = (),
-        evaluate: Evaluation | None = None,
+        callbacks: Sequence[Callback | Callable[[Tuner, Record], bool | None]] = (),
+        evaluate: Callable[[Tuner], Mapping[str, float]] | None = None,
         evaluate_every: int = 1,
         metric: str | Callable[[Record], float] = "val_loss",
         patience: int | None = None,
@@ -148,43 +203,78 @@ class Tuner(Steps):
         check_count(evaluate_every, "evaluate_every")
         if checkpoint_minutes is not None and not checkpoint_minutes >= 0:
             raise ValueError(f"checkpoint_minutes: expected a number >= 0 or None; got {checkpoint_minutes!r}")
-        path = None if checkpoint is None else self._own(checkpoint)
-        with self._together():
-            loaded = self._continue_from(path)
-        if path is not None and self.processes is not None:
-            self._agree_on_start(path, self.processes)
-        with self._together():
-            train, val = self._stream("train_loader", train_loader), self._stream("val_loader", val_loader)
-        stopping = EarlyStopping(metric, patience, self.history)
-        monitor = Monitor(hyper_steps, self.hyper_steps, progress, verbose, tensorboard)
-        stopped = self._any(stopping.over)
-        minutes = checkpoint_minutes if self.processes is None else None
-        with monitor, Saver(self, path, checkpoint_every, minutes, saved=loaded) as saver:
-            while self.hyper_steps < hyper_steps and not stopped:
+        attached: list[Callback] = []
+        if checkpoint is not None:
+            path = self.processes.own(checkpoint)
+            saved = resume(self, path, self.processes)
+            minutes = checkpoint_minutes if self.processes.one_clock else None
+            attached.append(Autosave(path, checkpoint_every, minutes, saved))
+        if evaluate is not None:
+            attached.append(Evaluation(evaluate, evaluate_every))
+        if patience is not None:
+            attached.append(EarlyStopping(metric, patience))
+        attached.append(ProgressBar(hyper_steps, progress, verbose))
+        with self.processes.together():
+            train = self.streams.open("train_loader", train_loader)
+            val = self.streams.open("val_loader", val_loader)
+            if tensorboard is not None:
+                attached.append(TensorBoard(tensorboard))
+        attached += [given if isinstance(given, Callback) else Function(given) for given in callbacks]
+        events = Callbacks(self, attached, self.processes)
+        with events.running():
+            while self.hyper_steps < hyper_steps and not events.stop:
                 start = Moment(self.device)
                 while self.steps_to_go > 0:
-                    self.inner_step(self._take(train, self.accumulate))
-                    with self._together():
-                        saver.settle()
-                        saver.save_if_late()
-                        saver.stop_if_asked()
-                record = self.round(train, val, start)
-                with self._together():
-                    saver.settle()
-                    monitor.advance()
-                    if record is not None:
-                        if evaluate is not None and self.hyper_steps % evaluate_every == 0:
-                            record = self._evaluated(record, evaluate)
-                            saver.settle()
-                        stopping.see(record)
-                        monitor.report(record)
-                        for callback in callbacks:
-                            stopped |= callback(self, record) is True
-                        saver.settle()
-                    saver.save_if_due()
-                    saver.stop_if_asked()
-                stopped = self._any(stopped or stopping.over)
+                    loss = self._inner_step(train)
+                    events.train_step(loss)
+                record = self._outer_step(train, val, start)
+                events.hyper_step(record)
         return self.history
+
+    def train_step(self, *batches: Any) -> Tensor:
+        """One step of the weight optimizer on the average over `batches`; returns the loss, detached."""
+        return self.problem.train_step(batches)[0]
+
+    def hyper_step(self, train_batch: Any, val_batch: Any) -> Estimate | None:
+        """One step of the hyper optimizer; None, and a warning, if the hypergradient failed.
+
+        The batches are lists where `train_batches`, `val_batches` are above 1.
+        """
+        return self.problem.hyper_step(train_batch, val_batch)[0]
+
+    def _inner_step(self, train: Batches) -> Tensor:
+        """A training step of a round, which it ends if the gradient is small enough; returns the loss."""
+        batches = self._batches(train)
+        warm = self.steps_to_go <= self.inner_steps
+        loss, moved = self.problem.train_step(batches, self.inner_tolerance if warm else None)
+        self.steps_to_go = self.steps_to_go - 1 if moved else 0
+        return loss
+
+    def _batches(self, train: Batches) -> list[Any]:
+        """The batches of a training step, in all processes or none."""
+        with self.processes.together():
+            return train.take(self.accumulate)
+
+    def _outer_step(self, train: Batches, val: Batches, start: Moment) -> Record | None:
+        """The hyper step of a round that began at `start`; returns its record, or None if it was left out."""
+        trained = Moment(self.device)
+        with self.processes.together():
+            train_batch = train.next() if self.train_batches == 1 else train.take(self.train_batches)
+            val_batch = val.next() if self.val_batches == 1 else val.take(self.val_batches)
+        estimate, figures = self.problem.hyper_step(train_batch, val_batch)
+        record = None
+        if estimate is not None:
+            record = Record(
+                hyper_step=self.hyper_steps,
+                weight_steps=self.weight_side.steps,
+                **figures,
+                training_seconds=trained.seconds_since(start),
+                hypergradient_seconds=Moment(self.device).seconds_since(trained),
+            )
+            self.history.append(record)
+        self.hyper_steps += 1
+        self.steps_to_go = self.inner_steps
+        return record
 
     def train(self, train_loader: Iterable[Any], steps: int, *, progress: bool = True) -> list[float]:
         """`steps` training steps with the hyperparameters as they are; returns the loss of each.
@@ -192,9 +282,9 @@ class Tuner(Steps):
         Called again with the same loader object, the epoch goes on where it stopped.
         """
         check_count(steps, "steps", least=0)
-        stream = self._stream("train", train_loader)
+        stream = self.streams.open("train", train_loader, "train_loader")
         losses = [
-            self.train_step(*self._take(stream, self.accumulate))
+            self.train_step(*self._batches(stream))
             for _ in tqdm(range(steps), disable=not progress, desc="training", unit="step")
         ]
         return torch.stack(losses).tolist() if losses else []
@@ -221,94 +311,79 @@ class Tuner(Steps):
 
         Source: section 5.6 of Lorraine, Vicol, Duvenaud 2019.
         """
-        with torch.no_grad():
-            for weight, initial in zip(self.weights, self.initial_weights, strict=True):
-                weight.copy_(initial)
-            for name, buffer in self.buffers().items():
-                if name.startswith("module."):
-                    buffer.copy_(self.initial_buffers[name])
-            if init is not None:
+        self.problem.restart()
+        if init is not None:
+            with torch.no_grad():
                 init(self.module)
-        self.weight_side.reset()
-        self.streams.pop("train", None)
+        self.streams.close("train")
         return self.train(train_loader, steps, progress=progress)
 
     def save(self, path: str | Path) -> None:
-        """Write a checkpoint as :meth:`fit` does.
+        """Write a checkpoint, as :meth:`fit` does.
 
-        Errors: :class:`CheckpointError` where it cannot be written; the checkpoints that were there stay.
+        Errors: :class:`CheckpointError` if it cannot be written; existing checkpoints stay.
         """
-        path = self._own(path)
-        checkpoints.check_place(path)
-        try:
-            checkpoints.write(path, state.state_dict(self, state.position(self)))
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: expected a disk that takes the checkpoint; got {error}: make room, or save to another place"
-            ) from error
+        checkpoints.save(self.processes.own(path), self.state_dict())
 
     def load(self, path: str | Path) -> None:
-        """Become what the tuner was that wrote this checkpoint.
+        """:meth:`load_state_dict` from a file.
 
-        Learning rates and the like are the checkpoint's; `inner_steps`, bounds, clipping and batch counts this
-        tuner's. The loaders' positions are taken up by the next :meth:`fit`.
-
-        Errors: :class:`CheckpointError` for a file that is damaged (if the one before it is, too), of something
-        else, of a newer version, or of a tuner with other tensors, optimizers or schedulers; nothing has changed then.
+        Errors: :class:`CheckpointError` also for a file that is damaged (if the one before it is, too), of something
+        else, or of a newer version.
         """
-        self._read(self._own(path))
+        path = self.processes.own(path)
+        self.load_state_dict(checkpoints.read(path), source=str(path))
 
-    def _continue_from(self, path: Path | None) -> bool:
-        """Whether a checkpoint was loaded."""
-        if path is None:
-            return False
-        checkpoints.check_place(path)
-        fresh = state.moves(self) == (0, 0) and self.hyper_steps == 0
-        if fresh and checkpoints.exists(path):
-            self._read(path)
-            return True
-        return False
+    def state_dict(self, at: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Everything that a run needs to continue exactly, as tensors and plain values; tensors are not copied.
 
-    def _read(self, path: Path) -> None:
-        state.load_state_dict(self, checkpoints.read(path), str(path))
+        With `at`, an earlier :meth:`position`, what a position holds is as it was then.
+        """
+        at = self.position() if at is None else at
+        return {
+            **self.problem.state_dict(),
+            "history": self.history.state_dict(),
+            **at,
+            "random": at["random"].state_dict(),
+            "streams": at["streams"].state_dict(),
+        }
 
-    def _own(self, path: str | Path) -> Path:
-        """The file of this process."""
-        path = Path(path)
-        if self.processes is None:
-            return path
-        return path.with_name(f"{path.stem}-{self.processes.rank}-of-{self.processes.count}{path.suffix}")
+    def load_state_dict(self, state: Mapping[str, Any], source: str = "state") -> None:
+        """Continue from a saved state; `source` is what messages call it.
 
-    def _agree_on_start(self, path: Path, processes: Processes) -> None:
-        """Where a kill came between the writes of two processes, go on from the older of the two moments."""
-        steps = processes.gather(self.weight_side.steps, self.device)
-        if len(set(steps)) > 1:
-            with self._together():
-                if self.weight_side.steps > min(steps):
-                    self._read(checkpoints.previous(path))
-            steps = processes.gather(self.weight_side.steps, self.device)
-        if len(set(steps)) > 1:
-            raise CheckpointError(
-                f"{path}: expected checkpoints of one moment in all processes; got training steps "
-                f"{', '.join(f'{step:.0f}' for step in steps)}: delete them to begin again"
-            )
+        Learning rates and the like are those of the state; `inner_steps`, bounds, clipping and batch counts are this
+        tuner's. The loaders take up their positions in the next :meth:`fit`.
 
-    def _stream(self, name: str, loader: Iterable[Any]) -> Batches:
-        stream = self.streams.get(name)
-        if stream is None or stream.loader is not loader:
-            stream = Batches(loader, self.device, name if name.endswith("loader") else f"{name}_loader")
-            if name in self.stream_states:
-                stream.load_state_dict(self.stream_states[name])
-                del self.stream_states[name]  # only now: a loader that was refused can be corrected
-            self.streams[name] = stream
-        return stream
+        Errors: :class:`CheckpointError` for the state of a tuner with other tensors, optimizers, schedulers or another
+        estimator; nothing has changed then.
+        """
+        checkpoints.check_fits(source, self.state_dict(), state)
+        self.problem.load_state_dict(state)
+        for name, buffer in self.buffers().items():
+            buffer.copy_(state["buffers"][name])
+        self.history = History.from_state_dict(state["history"])
+        self.hyper_steps = state["counters"]["hyper_steps"]
+        self.steps_to_go = state["counters"]["steps_to_go"]
+        self.problem.failures = state["counters"]["failures"]
+        self.problem.estimator.load_state_dict(state["estimator"])
+        self.streams.load_state_dict(state["streams"])
+        RandomState.from_state_dict(state["random"]).restore(self.device)
 
-    def _evaluated(self, record: Record, evaluate: Evaluation) -> Record:
-        """The record with the metrics of `evaluate`, also in the history."""
-        metrics = {name: float(value) for name, value in evaluate(self).items()}
-        if taken := metrics.keys() & record.row().keys():
-            raise ValueError(
-                f"evaluate: expected names that are no fields of the record; got {sorted(taken)[0]!r}: rename it"
-            )
-        self.history[-1] = replace(record, metrics=metrics)
-        return self.history[-1]
+    def position(self) -> dict[str, Any]:
+        """The part of the state that changes in the middle of a step before an optimizer moves anything.
+
+        Cheap enough to be taken after every step: random states and buffers are copied, the rest is referenced.
+        """
+        counters = {"hyper_steps": self.hyper_steps, "steps_to_go": self.steps_to_go, "failures": self.problem.failures}
+        return {
+            "counters": counters,
+            "random": RandomState.now(self.device),
+            "streams": self.streams.position(),
+            "estimator": self.problem.estimator.state_dict(),
+            "buffers": {name: buffer.clone() for name, buffer in self.buffers().items()},
+        }
+
+    @property
+    def moves(self) -> tuple[int, int]:
+        """Steps begun by the two optimizers. While they stay the same, a step can be taken back to a position."""
+        return self.weight_side.steps, self.hyper_side.steps
