@@ -18,35 +18,9 @@ from hvp_engine.errors import CheckpointError
 from hvp_engine.tuning import checkpoint
 from hvp_engine.tuning.callbacks import Callback
 from hvp_engine.tuning.history import Record
-from hvp_engine.tuning.processes import OneProcess
 
 _DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 """The signals that are held back while they have these, Python's own, handlers."""
-
-
-def resume(tuner: Any, path: Path, processes: OneProcess) -> bool:
-    """Load the checkpoint at `path` if there is one and `tuner` has not made a step yet; whether it was loaded.
-
-    If a kill came between the writes of two processes, all go on from the older of the two moments.
-    """
-    with processes.together():
-        checkpoint.check_place(path)
-        loaded = tuner.moves == (0, 0) and tuner.hyper_steps == 0 and checkpoint.exists(path)
-        if loaded:
-            tuner.load_state_dict(checkpoint.read(path), source=str(path))
-    steps = processes.gather(tuner.moves[0])
-    if len(set(steps)) > 1:
-        with processes.together():
-            if tuner.moves[0] > min(steps):
-                older = checkpoint.previous(path)
-                tuner.load_state_dict(checkpoint.read(older), source=str(older))
-        steps = processes.gather(tuner.moves[0])
-    if len(set(steps)) > 1:
-        raise CheckpointError(
-            f"{path}: expected checkpoints of one moment in all processes; got training steps "
-            f"{', '.join(map(str, steps))}: delete them to begin again"
-        )
-    return loaded
 
 
 class Autosave(Callback):
@@ -63,7 +37,7 @@ class Autosave(Callback):
     Arguments:
         path: the checkpoint file.
         every: hyper steps between checkpoints.
-        minutes: save after the step at which the last checkpoint is this old; None: never.
+        minutes: save after a step if the last checkpoint is this old; None: never.
         saved: whether the file already holds the state at the start of the run.
     """
 
@@ -73,6 +47,33 @@ class Autosave(Callback):
         self._saved, self._saved_at = saved, time.monotonic()
         self._received: int | None = None
         self._outer_handlers: dict[int, Any] = {}
+
+    @classmethod
+    def resuming(cls, tuner: Any, file: str | Path, every: int, minutes: float | None) -> Autosave:
+        """Load the checkpoint `file`, if it exists and `tuner` has not made a step yet; then save there.
+
+        In many processes each has a file of its own. If a kill came between the writes of two processes, all continue
+        from the older of the two states.
+        """
+        processes = tuner.processes
+        path: Path = processes.own(file)
+        with processes.together():
+            checkpoint.check_place(path)
+            found = tuner.moves == (0, 0) and tuner.hyper_steps == 0 and checkpoint.exists(path)
+            if found:
+                tuner.load_state_dict(checkpoint.read(path), source=str(path))
+        steps = processes.gather(tuner.moves[0])
+        if len(set(steps)) > 1:
+            with processes.together():
+                if tuner.moves[0] > min(steps):
+                    tuner.load_state_dict(checkpoint.read(checkpoint.previous(path)), source=str(path))
+            steps = processes.gather(tuner.moves[0])
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"{path}: expected checkpoints of one moment in all processes; got training steps "
+                f"{', '.join(f'{step:.0f}' for step in steps)}: delete them to begin again"
+            )
+        return cls(path, every, minutes if processes.clock_is_shared else None, saved=found)
 
     def on_fit_start(self, tuner: Any) -> None:
         self._settled, self._moves = tuner.position(), tuner.moves
@@ -101,10 +102,7 @@ class Autosave(Callback):
 
     def on_fit_end(self, tuner: Any, error: BaseException | None) -> None:
         try:
-            if error is None:
-                self._save_or_warn(tuner)
-            else:
-                self._save_after(tuner, error)
+            self._save_or_warn(tuner) if error is None else self._save_after(tuner, error)
         finally:
             for number, handler in self._outer_handlers.items():
                 signal.signal(number, handler)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hvp_engine._support.pytree import flatten, trainable
+from hvp_engine._support.random_state import RandomState
 from hvp_engine.distributed import averaged
 from hvp_engine.errors import DivergenceError
 from hvp_engine.hypergradients.estimator import Estimate, EstimatorLike, as_estimator
@@ -126,6 +127,7 @@ class BilevelProblem:
                 "trained"
             )
         self._train_loss = train_loss
+        self._device = weights[0].device
         self.failures = 0
         self.initial_weights = [weight.detach().to("cpu", copy=True) for weight in weights]
         self.initial_buffers = {name: buffer.to("cpu", copy=True) for name, buffer in self.buffers().items()}
@@ -214,6 +216,19 @@ class BilevelProblem:
         self.initial_buffers = dict(state["initial_buffers"])
         self.weight_side.load_state_dict(state["weight_side"])
         self.hyper_side.load_state_dict(state["hyper_side"])
+        for name, buffer in self.buffers().items():
+            buffer.copy_(state["buffers"][name])
+        self.failures = state["counters"]["failures"]
+        self.estimator.load_state_dict(state["estimator"])
+        RandomState.from_state_dict(state["random"]).restore(self._device)
+
+    def position(self) -> dict[str, Any]:
+        """What changes in a step before an optimizer moves anything."""
+        return {
+            "random": RandomState.now(self._device).state_dict,
+            "estimator": self.estimator.state_dict(),
+            "buffers": {name: buffer.clone() for name, buffer in self.buffers().items()},
+        }
 
 
 def _averaged(loss: Loss, batches: int) -> Loss:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,17 +37,6 @@ class Bounds:
         for tensor, low, high in zip(tensors, self.low, self.high, strict=True):
             if low is not None or high is not None:
                 tensor.clamp_(low, high)
-
-    def flat(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(low, high) as flat vectors over all elements of the hyperparameters; infinite without a bound."""
-        low, high = (
-            torch.cat([
-                (t.new_tensor(unbounded) if side is None else side).expand_as(t).reshape(-1)
-                for t, side in zip(tensors, sides, strict=True)
-            ])
-            for sides, unbounded in ((self.low, -math.inf), (self.high, math.inf))
-        )  # fmt: skip
-        return low, high
 
 
 def _side(given: Any, name: str, tensors: Sequence[Tensor], structure: Structure) -> list[Tensor | None]:

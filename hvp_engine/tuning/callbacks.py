@@ -100,7 +100,7 @@ class Callbacks:
                 for callback in self._callbacks:
                     self.stop |= callback.on_fit_start(self._tuner) is True
                     ends.push(lambda kind, error, trace, callback=callback: callback.on_fit_end(self._tuner, error))
-            self.stop = self._processes.any(self.stop)
+            self.stop = any(self._processes.gather(self.stop))
             yield
 
     def train_step(self, loss: Tensor) -> None:
@@ -109,11 +109,11 @@ class Callbacks:
             for callback in self._callbacks:
                 callback.on_train_step(self._tuner, loss)
 
-    def hyper_step(self, record: Record | None) -> None:
-        """A hyper step was made, or left out: None."""
+    def hyper_step(self, made: bool) -> None:
+        """A hyper step was made, or left out."""
         history = self._tuner.history
         with self._processes.together():
-            if record is not None:
+            if made:
                 for callback in self._callbacks:
                     if metrics := callback.on_evaluate(self._tuner, history[-1]):
                         history[-1] = history[-1].joined(metrics)
@@ -121,4 +121,4 @@ class Callbacks:
                     self.stop |= callback.on_hyper_step(self._tuner, history[-1]) is True
             for callback in self._callbacks:
                 callback.on_round_end(self._tuner)
-        self.stop = self._processes.any(self.stop)
+        self.stop = any(self._processes.gather(self.stop))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,31 +16,6 @@ from hvp_engine._support.random_state import RandomState, random_state_kept, see
 from hvp_engine.errors import CheckpointError
 
 _END = object()
-
-
-@dataclass(frozen=True)
-class StreamPosition:
-    """`taken` batches into an epoch that began with `seed` and with these states of the loader's own generators."""
-
-    epoch: int
-    taken: int
-    seed: int
-    generators: tuple[Tensor, ...]
-    random: RandomState | None
-    loader: Any
-    last: Any
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values; the last batch becomes a checksum."""
-        return {
-            "epoch": self.epoch,
-            "taken": self.taken,
-            "seed": self.seed,
-            "generators": list(self.generators),
-            "random": None if self.random is None else self.random.state_dict(),
-            "loader": self.loader,
-            "checksum": _checksum(self.last),
-        }
 
 
 class Batches:
@@ -127,11 +101,21 @@ class Batches:
             self._last = batch
         return batch
 
-    def position(self) -> StreamPosition:
-        """The current position."""
+    def state_dict(self) -> dict[str, Any]:
+        """The position as tensors and plain values; the last batch is represented by a checksum."""
+        return self.position()()
+
+    def position(self) -> Callable[[], dict[str, Any]]:
+        """A function that returns :meth:`state_dict` as of now, whenever it is called; until then it costs nothing."""
+        state = {"epoch": self.epoch, "taken": self.taken, "seed": self._seed, "generators": list(self._at_start)}
         loader = self.loader.state_dict() if self._stateful else None  # type: ignore[attr-defined]
-        random = self._random if self._stateful else None
-        return StreamPosition(self.epoch, self.taken, self._seed, self._at_start, random, loader, self._last)
+        random, last = self._random if self._stateful else None, self._last
+        return lambda: {
+            **state,
+            "random": None if random is None else random.state_dict(),
+            "loader": loader,
+            "checksum": _checksum(last),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved position.
@@ -153,12 +137,9 @@ class Batches:
                 f"{self.name}: expected a loader with {len(state['generators'])} generators, as when the checkpoint "
                 f"was written; got one with {len(self._generators)}: pass the same kind of loader"
             )
-        if self._stateful:
-            self._resume(state)
-        else:
+        if not self._stateful:
             self._replay(state)
-
-    def _resume(self, state: dict[str, Any]) -> None:
+            return
         self.epoch, self.taken, self._seed = state["epoch"], state["taken"], state["seed"]
         self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
         with random_state_kept(self.device):
@@ -184,36 +165,22 @@ class Batches:
             )
 
 
-@dataclass(frozen=True)
-class StreamPositions:
-    """The positions of several streams; `pending` are saved ones whose loaders are not known yet."""
-
-    open: dict[str, StreamPosition]
-    pending: dict[str, Any]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: position.state_dict() for name, position in self.open.items()} | self.pending
-
-
 class Streams:
-    """The streams of a tuner by name: each goes on where it stopped, as long as it is opened with the same loader."""
+    """The streams of a tuner, by name. Each goes on where it stopped if it is opened again with the same loader."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._open: dict[str, Batches] = {}
-        self._pending: dict[str, Any] = {}
+        self._saved: dict[str, Any] = {}  # positions that wait for their loaders
 
-    def open(self, name: str, loader: Iterable[Any], label: str | None = None) -> Batches:
-        """The stream `name` over `loader`; after :meth:`load_state_dict` at the saved position.
-
-        `label` is what messages call the loader.
-        """
+    def open(self, name: str, loader: Iterable[Any], label: str) -> Batches:
+        """The stream `name` over `loader`, at its saved position if there is one; `label` is for messages."""
         stream = self._open.get(name)
         if stream is None or stream.loader is not loader:
-            stream = Batches(loader, self._device, label or name)
-            if name in self._pending:
-                stream.load_state_dict(self._pending[name])
-                del self._pending[name]  # not before: the caller may correct a loader that was refused
+            stream = Batches(loader, self._device, label)
+            if name in self._saved:
+                stream.load_state_dict(self._saved[name])
+                del self._saved[name]  # only now: the caller may pass another loader if this one was refused
             self._open[name] = stream
         return stream
 
@@ -221,13 +188,14 @@ class Streams:
         """Forget a stream: the next one of this name begins anew."""
         self._open.pop(name, None)
 
-    def position(self) -> StreamPositions:
-        """The current positions."""
-        return StreamPositions({name: stream.position() for name, stream in self._open.items()}, dict(self._pending))
+    def position(self) -> Callable[[], dict[str, Any]]:
+        """A function that returns the positions as of now, whenever it is called."""
+        positions, saved = {name: stream.position() for name, stream in self._open.items()}, dict(self._saved)
+        return lambda: {name: position() for name, position in positions.items()} | saved
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from saved positions, each when its loader is opened."""
-        self._open, self._pending = {}, dict(state)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from saved positions."""
+        self._open, self._saved = {}, dict(state)
 
 
 def _generators_of(loader: Any) -> list[torch.Generator]:

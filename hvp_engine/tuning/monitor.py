@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -13,12 +13,6 @@ from hvp_engine._support.arguments import check_count
 from hvp_engine.errors import HvpError
 from hvp_engine.tuning.callbacks import Callback
 from hvp_engine.tuning.history import Record
-
-
-class ScalarWriter(Protocol):
-    """The part of TensorBoard's SummaryWriter that is used."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
 
 
 class ProgressBar(Callback):
@@ -47,9 +41,17 @@ class ProgressBar(Callback):
 class TensorBoard(Callback):
     """Writes every number of a record to `target`: a folder for event files, or a writer with `add_scalar`."""
 
-    def __init__(self, target: str | Path | ScalarWriter):
-        self._owned: Any = summary_writer(target) if isinstance(target, str | Path) else None
-        self._writer: ScalarWriter = self._owned or target
+    def __init__(self, target: Any):
+        self._writer, self._owned = target, isinstance(target, str | Path)
+        if self._owned:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise HvpError(
+                    f"tensorboard: expected the package tensorboard to be installed ({error}): `pip install "
+                    "tensorboard`, or pass a writer of your own with add_scalar(name, value, step)"
+                ) from error
+            self._writer = SummaryWriter(str(target))
 
     def on_hyper_step(self, tuner: Any, record: Record) -> None:
         for name, value in record.row().items():
@@ -57,20 +59,8 @@ class TensorBoard(Callback):
                 self._writer.add_scalar(f"hvp_engine/{name}", value, record.hyper_step)
 
     def on_fit_end(self, tuner: Any, error: BaseException | None) -> None:
-        if self._owned is not None:
-            self._owned.close()
-
-
-def summary_writer(folder: str | Path) -> ScalarWriter:
-    """TensorBoard's writer into `folder`; :class:`HvpError` if TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise HvpError(
-            f"tensorboard: expected the package tensorboard to be installed ({error}): `pip install tensorboard`, or "
-            "pass a writer of your own with add_scalar(name, value, step)"
-        ) from error
-    return SummaryWriter(str(folder))
+        if self._owned:
+            self._writer.close()
 
 
 class EarlyStopping(Callback):
@@ -84,7 +74,7 @@ class EarlyStopping(Callback):
 
     def __init__(self, metric: str | Callable[[Record], float], patience: int):
         self._metric, self._patience = metric, check_count(patience, "patience", what="or None")
-        self._best, self._best_step = math.inf, None
+        self._best, self._best_step = math.inf, -1
 
     def on_fit_start(self, tuner: Any) -> bool:
         """Early stopping is decided by the whole history, so a run that was stopped early stays stopped."""

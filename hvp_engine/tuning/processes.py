@@ -18,18 +18,13 @@ from hvp_engine.tuning.optimizer_step import Grads, global_norm
 class OneProcess:
     """A run in a single process: no communication."""
 
-    one_clock = True
-    """Whether a decision that depends on the time comes out the same everywhere."""
+    clock_is_shared = True
 
     def together(self) -> AbstractContextManager[None]:
         """A block whose exceptions are raised in every process."""
         return nullcontext()
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is true in at least one process."""
-        return flag
-
-    def gather(self, number: int) -> list[int]:
+    def gather(self, number: float) -> list[float]:
         """The number of every process."""
         return [number]
 
@@ -43,9 +38,12 @@ class OneProcess:
 
 
 class ManyProcesses(OneProcess):
-    """The processes of a torch.distributed group; all must make the same calls in the same order."""
+    """The processes of a torch.distributed group; all must make the same calls in the same order.
 
-    one_clock = False
+    Beside the sums of the losses a training step takes two small messages and a hyper step three.
+    """
+
+    clock_is_shared = False
 
     def __init__(self, processes: Processes, device: torch.device):
         self._processes, self._device = processes, device
@@ -53,11 +51,8 @@ class ManyProcesses(OneProcess):
     def together(self) -> AbstractContextManager[None]:
         return self._processes.together(self._device)
 
-    def any(self, flag: bool) -> bool:
-        return any(self._processes.gather(flag, self._device))
-
-    def gather(self, number: int) -> list[int]:
-        return [round(found) for found in self._processes.gather(number, self._device)]
+    def gather(self, number: float) -> list[float]:
+        return self._processes.gather(number, self._device)
 
     def own(self, path: str | Path) -> Path:
         path = Path(path)

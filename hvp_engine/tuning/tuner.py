@@ -12,12 +12,11 @@ from tqdm.auto import tqdm
 
 from hvp_engine._support.arguments import check_count
 from hvp_engine._support.pytree import refuse_inference_mode
-from hvp_engine._support.random_state import RandomState
 from hvp_engine._support.timing import Moment
 from hvp_engine.hypergradients.estimator import Estimate, EstimatorLike
 from hvp_engine.solvers import Solver
 from hvp_engine.tuning import checkpoint as checkpoints
-from hvp_engine.tuning.autosave import Autosave, resume
+from hvp_engine.tuning.autosave import Autosave
 from hvp_engine.tuning.bilevel import BilevelProblem, Loss
 from hvp_engine.tuning.callbacks import Callback, Callbacks, Evaluation, Function
 from hvp_engine.tuning.data_stream import Batches, Streams
@@ -32,46 +31,42 @@ class Tuner:
     A round is `inner_steps` training steps and one hyper step; :meth:`fit` runs them.
 
     Arguments:
-        module: the module to train (its parameters that require grad), or a tree of weight tensors. With a module
-            its buffers become part of checkpoints.
-        hyper: hyperparameters: any tree of tensors, or a module whose parameters they are; updated in place.
+        module: the module to train (its parameters that require grad), or a tree of weight tensors.
+        hyper: any tree of tensors, or a module whose parameters they are; updated in place.
         train_loss, val_loss: `loss(weights, hyper, batch)` -> scalar tensor; weights are the named parameters of
             `module` (or its tree), usually passed to `hvp.functional(module)`.
         weight_optimizer, hyper_optimizer: torch optimizers over these tensors, or functions that make one from the
             list of tensors, as in `lambda tensors: torch.optim.Adam(tensors, lr=1e-3)`.
-        solver: how to invert the Hessian; default `Neumann(20)`.
-        inner_steps: training steps before each hyper step, >= 1; with `inner_tolerance` at most so many.
-        engine: see :class:`Hypergradient`.
-        inner_tolerance: a round's training ends as soon as ||dL_T/dw|| of a step's batches is not above it.
+        solver, engine: how to compute the hypergradient, see :class:`Hypergradient`; default `Neumann(20)`, "auto".
+        inner_steps: training steps before each hyper step, >= 1; the maximum if there is an `inner_tolerance`.
+        inner_tolerance: end a round's training once ||dL_T/dw|| on the batches of a step is at most this.
         warmup_steps: training steps before the first round.
         accumulate: batches over which a training step averages its gradient, one after the other.
-        train_batches, val_batches: batches over which the losses of a hypergradient are averaged, as one problem:
-            its products are averages over these batches, at their cost in time and memory.
-        weight_scheduler, hyper_scheduler: learning-rate schedulers of the optimizers, or functions that make one
-            from the optimizer; stepped after each training step and hyper step. `ReduceLROnPlateau` gets the
-            training loss of the step (which waits for the device), or the validation loss.
+        train_batches, val_batches: batches over which each loss of a hypergradient, and so every product, is averaged.
+        weight_scheduler, hyper_scheduler: learning-rate schedulers, or functions that make one from the optimizer;
+            stepped after each of its steps. `ReduceLROnPlateau` gets the step's training loss (which waits for the
+            device) or validation loss.
         weight_clip, hyper_clip: largest norm of the gradient and the hypergradient.
-        bounds: a pair (low, high) to which the hyperparameters are projected after each hyper step; each a number,
-            None, or a tree like `hyper` of numbers or tensors.
-        estimator: another way to a hypergradient, called as `estimator(weights, hyper, train_batch, val_batch)` (lists
-            of batches where `train_batches`, `val_batches` are above 1), returning an
-            :class:`~hvp_engine.hypergradients.estimator.Estimate`; instead of `solver` and `engine`.
+        bounds: a pair (low, high), each a number, None, or a tree like `hyper` of numbers or tensors; hyperparameters
+            are projected to it after each hyper step.
+        estimator: another way to compute the hypergradient, instead of `solver` and `engine`: an
+            :class:`~hvp_engine.hypergradients.estimator.Estimator`, or a function of (weights, hyper, train_batch,
+            val_batch), lists of batches where there are several, that returns an :class:`Estimate`.
 
     Attributes:
         history: a :class:`~hvp_engine.tuning.history.History` of :class:`Record`.
-        hyper_steps: rounds made so far, those left out included.
+        hyper_steps: rounds made so far, including those whose hyper step was left out.
+        weights, hyper, weight_optimizer, hyper_optimizer: lists of the tensors, and their optimizers.
 
-    In many processes, as started by torchrun, the losses are :class:`DataParallel` and each process has its own
-    loaders, for example with a `DistributedSampler`; the steps are then those of one process on all their batches. What
-    one process raises, its loaders, callbacks and files included, ends the run in all of them; a callback that returns
-    True in one stops all. Each writes a checkpoint of its own, `run-0-of-4.pt` for `run.pt`. Beside the sums of the
-    losses this takes two small messages for each training step and three for each hyper step.
+    In many processes (torchrun) the losses are :class:`DataParallel`, and each process has its own loaders, for example
+    with a `DistributedSampler`, and its own checkpoint, for `run.pt` `run-0-of-4.pt`. The steps are those of one
+    process on all batches together; an exception in one process, or a callback that returns True, ends all.
 
-    Memory: beside what the hypergradient needs, a copy of the initial weights on the CPU, for :meth:`retrain`.
+    Memory: the hypergradient's, and a copy of the initial weights on the CPU.
 
     Errors: `TypeError`/`ValueError` naming the argument.
 
-    Source: Algorithm 1 of Lorraine, Vicol, Duvenaud 2019.
+    Source: Algorithm 1 of Lorraine, Vicol, Duvenaud, AISTATS 2020 ("the paper").
 
     >>> import torch, hvp_engine as hvp
     >>> data, target = torch.tensor([1.0, 3.0]), torch.tensor([0.8, 1.5])
@@ -126,21 +121,14 @@ class Tuner:
         )  # fmt: skip
         self.weights, self.weight_names = problem.weights.tensors, problem.weights.names
         self.hyper, self.hyper_names = problem.hyper.tensors, problem.hyper.names
-        self.weight_side, self.hyper_side = problem.weight_side, problem.hyper_side
+        self.weight_side, self.weight_optimizer = problem.weight_side, problem.weight_side.optimizer
+        self.hyper_side, self.hyper_optimizer = problem.hyper_side, problem.hyper_side.optimizer
         self.estimator, self.processes, self.device = problem.given_estimator, problem.processes, self.weights[0].device
         self.buffers, self.initial_weights = problem.buffers, problem.initial_weights
         self.history = History()
         self.hyper_steps = 0
         self.steps_to_go = self.warmup_steps + self.inner_steps
         self.streams = Streams(self.device)
-
-    @property
-    def weight_optimizer(self) -> torch.optim.Optimizer:
-        return self.weight_side.optimizer
-
-    @property
-    def hyper_optimizer(self) -> torch.optim.Optimizer:
-        return self.hyper_side.optimizer
 
     def fit(
         self,
@@ -160,42 +148,36 @@ class Tuner:
         patience: int | None = None,
         tensorboard: Any = None,
     ) -> History:
-        """Run rounds until `hyper_steps` have been made in this tuner's life; return the history so far.
+        """Run rounds until this tuner has made `hyper_steps` in total; return the history so far.
 
-        So `hyper_steps` is the total of a run: called again, or with a checkpoint in another process, it continues
-        where the run stopped and ends where it would have ended.
+        Called again, or with a checkpoint in another process, it continues the run and ends where that would have.
 
         Arguments:
             train_loader, val_loader: re-iterable loaders of batches; `[batch]` for a full batch. Called again with
                 the same objects, the epochs go on where they stopped.
-            hyper_steps: rounds in all, those that were left out included.
-            progress: show a progress bar.
+            hyper_steps: rounds, including those whose hyper step was left out.
+            progress, verbose: show a progress bar; print one line for each hyper step.
             checkpoint: a file to continue from, if it exists and this tuner has not made a step yet, and to save to:
-                every `checkpoint_every` hyper steps, after the step at which the last time is `checkpoint_minutes`
-                ago (a round may take hours), at the end, on a signal and on any exception, atomically, with the one
-                before kept as `<checkpoint>.previous`; but never weights that are NaN or infinite. It holds weights,
-                buffers, hyperparameters, optimizers, schedulers, random states, the estimator's state, the
-                loaders' positions and the history. On the CPU the continued run is the uninterrupted one, bit for bit
-                (with engine="auto", which measures, as long as both chose alike; a checkpoint keeps the choice). A
-                disk that is full in the meantime gives a warning, and the training goes on.
-
-                With a checkpoint SIGINT (Ctrl-C) and SIGTERM stop the run at the end of the step, a hyper step with its
-                evaluation and callbacks; it is saved, and `KeyboardInterrupt` or `SystemExit(143)` raised. A second
-                signal raises at once. That is so in the main thread, for the time of this call, and for a signal that
-                the program itself does not handle.
-            checkpoint_minutes: None for no checkpoints by time; many processes, whose clocks differ, make none.
-            verbose: print one line for each hyper step.
-            callbacks: functions of (tuner, record), called after each hyper step; one that returns True stops the run.
-            evaluate: a function of the tuner that returns a dict of numbers, which join the record, called every
-                `evaluate_every` hyper steps.
+                every `checkpoint_every` hyper steps, after a step if the last time was `checkpoint_minutes` ago, at the
+                end, and on a signal or exception. It is replaced atomically, and the one before kept as
+                `<checkpoint>.previous`; NaN or infinite weights are never saved; a full disk only warns. On the CPU the
+                continued run equals the uninterrupted one bit for bit (with engine="auto" as long as both chose alike;
+                a checkpoint keeps the choice).
+                SIGINT (Ctrl-C) and SIGTERM then stop the run after the current step, a hyper step with its callbacks,
+                and raise `KeyboardInterrupt` or `SystemExit(143)`; a second signal raises at once. (In the main thread,
+                unless the program handles the signal itself.)
+            checkpoint_minutes: None for never; ignored in many processes, whose clocks differ.
+            callbacks: each a :class:`~hvp_engine.tuning.callbacks.Callback`, or a function of (tuner, record) that is
+                called after each hyper step and ends the run by returning True.
+            evaluate, evaluate_every: a function of the tuner that returns a dict of numbers, which join the record, and
+                after how many hyper steps each to call it.
             metric, patience: stop early after `patience` hyper steps without a new minimum of `metric`: a field of
                 the record, a name from `evaluate`, or a function of the record.
             tensorboard: a folder for event files (TensorBoard must be installed), or a writer with `add_scalar`.
 
         Errors: `ValueError`/`TypeError` for loaders that are empty or not re-iterable; :class:`CheckpointError` for
-        a checkpoint that is damaged or of something else, or where none can be written; :class:`DivergenceError` if
-        ten hypergradients in a row fail. A failed or non-finite hypergradient never reaches the optimizer: the hyper
-        step is left out with a warning.
+        a file that is damaged or no checkpoint of this tuner, or that cannot be written; :class:`DivergenceError` if
+        ten hypergradients in a row fail. Fewer only leave out their hyper steps, with a warning.
         """
         refuse_inference_mode("fit")
         check_count(hyper_steps, "hyper_steps", least=0)
@@ -205,18 +187,15 @@ class Tuner:
             raise ValueError(f"checkpoint_minutes: expected a number >= 0 or None; got {checkpoint_minutes!r}")
         attached: list[Callback] = []
         if checkpoint is not None:
-            path = self.processes.own(checkpoint)
-            saved = resume(self, path, self.processes)
-            minutes = checkpoint_minutes if self.processes.one_clock else None
-            attached.append(Autosave(path, checkpoint_every, minutes, saved))
+            attached.append(Autosave.resuming(self, checkpoint, checkpoint_every, checkpoint_minutes))
         if evaluate is not None:
             attached.append(Evaluation(evaluate, evaluate_every))
         if patience is not None:
             attached.append(EarlyStopping(metric, patience))
         attached.append(ProgressBar(hyper_steps, progress, verbose))
         with self.processes.together():
-            train = self.streams.open("train_loader", train_loader)
-            val = self.streams.open("val_loader", val_loader)
+            train = self.streams.open("train_loader", train_loader, "train_loader")
+            val = self.streams.open("val_loader", val_loader, "val_loader")
             if tensorboard is not None:
                 attached.append(TensorBoard(tensorboard))
         attached += [given if isinstance(given, Callback) else Function(given) for given in callbacks]
@@ -225,10 +204,8 @@ class Tuner:
             while self.hyper_steps < hyper_steps and not events.stop:
                 start = Moment(self.device)
                 while self.steps_to_go > 0:
-                    loss = self._inner_step(train)
-                    events.train_step(loss)
-                record = self._outer_step(train, val, start)
-                events.hyper_step(record)
+                    events.train_step(self._inner_step(train))
+                events.hyper_step(self._outer_step(train, val, start))
         return self.history
 
     def train_step(self, *batches: Any) -> Tensor:
@@ -236,57 +213,47 @@ class Tuner:
         return self.problem.train_step(batches)[0]
 
     def hyper_step(self, train_batch: Any, val_batch: Any) -> Estimate | None:
-        """One step of the hyper optimizer; None, and a warning, if the hypergradient failed.
-
-        The batches are lists where `train_batches`, `val_batches` are above 1.
-        """
+        """One step of the hyper optimizer, on lists of batches where there are several; None if it was left out."""
         return self.problem.hyper_step(train_batch, val_batch)[0]
 
     def _inner_step(self, train: Batches) -> Tensor:
         """A training step of a round, which it ends if the gradient is small enough; returns the loss."""
-        batches = self._batches(train)
+        with self.processes.together():
+            batches = train.take(self.accumulate)
         warm = self.steps_to_go <= self.inner_steps
         loss, moved = self.problem.train_step(batches, self.inner_tolerance if warm else None)
         self.steps_to_go = self.steps_to_go - 1 if moved else 0
         return loss
 
-    def _batches(self, train: Batches) -> list[Any]:
-        """The batches of a training step, in all processes or none."""
-        with self.processes.together():
-            return train.take(self.accumulate)
-
-    def _outer_step(self, train: Batches, val: Batches, start: Moment) -> Record | None:
-        """The hyper step of a round that began at `start`; returns its record, or None if it was left out."""
+    def _outer_step(self, train: Batches, val: Batches, start: Moment) -> bool:
+        """The hyper step of a round that began at `start`; returns False if it had to be left out."""
         trained = Moment(self.device)
         with self.processes.together():
             train_batch = train.next() if self.train_batches == 1 else train.take(self.train_batches)
             val_batch = val.next() if self.val_batches == 1 else val.take(self.val_batches)
         estimate, figures = self.problem.hyper_step(train_batch, val_batch)
-        record = None
         if estimate is not None:
             record = Record(
                 hyper_step=self.hyper_steps,
                 weight_steps=self.weight_side.steps,
-                **figures,
                 training_seconds=trained.seconds_since(start),
                 hypergradient_seconds=Moment(self.device).seconds_since(trained),
+                **figures,
             )
             self.history.append(record)
         self.hyper_steps += 1
         self.steps_to_go = self.inner_steps
-        return record
+        return estimate is not None
 
     def train(self, train_loader: Iterable[Any], steps: int, *, progress: bool = True) -> list[float]:
-        """`steps` training steps with the hyperparameters as they are; returns the loss of each.
-
-        Called again with the same loader object, the epoch goes on where it stopped.
-        """
+        """Make `steps` training steps at these hyperparameters, in the loader's current epoch; returns the losses."""
         check_count(steps, "steps", least=0)
         stream = self.streams.open("train", train_loader, "train_loader")
-        losses = [
-            self.train_step(*self._batches(stream))
-            for _ in tqdm(range(steps), disable=not progress, desc="training", unit="step")
-        ]
+        losses = []
+        for _ in tqdm(range(steps), disable=not progress, desc="training", unit="step"):
+            with self.processes.together():
+                batches = stream.take(self.accumulate)
+            losses.append(self.train_step(*batches))
         return torch.stack(losses).tolist() if losses else []
 
     def retrain(
@@ -299,17 +266,9 @@ class Tuner:
     ) -> list[float]:
         """Train from scratch, `steps` steps with the tuned hyperparameters; returns the loss of each step.
 
-        Weights and buffers go back to what they were when the tuner was made, or to what `init` makes of them; weight
-        optimizer and scheduler begin anew. The loader may hold more than the one of :meth:`fit`: training and
-        validation data together, as in the paper.
-
-        Arguments:
-            train_loader: a re-iterable loader of batches.
-            steps: training steps.
-            init: a function that is given `module` and sets its weights in place, as in
-                `lambda module: module.reset_parameters()`.
-
-        Source: section 5.6 of Lorraine, Vicol, Duvenaud 2019.
+        Weights and buffers return to their values at construction, or to what `init` sets in place, as in
+        `init=lambda module: module.reset_parameters()`; optimizer and scheduler of the weights start anew. As in
+        section 5.6 of the paper, the loader may hold training and validation data together.
         """
         self.problem.restart()
         if init is not None:
@@ -319,69 +278,42 @@ class Tuner:
         return self.train(train_loader, steps, progress=progress)
 
     def save(self, path: str | Path) -> None:
-        """Write a checkpoint, as :meth:`fit` does.
-
-        Errors: :class:`CheckpointError` if it cannot be written; existing checkpoints stay.
-        """
+        """Write a checkpoint, as :meth:`fit` does; :class:`CheckpointError` if it cannot be written."""
         checkpoints.save(self.processes.own(path), self.state_dict())
 
     def load(self, path: str | Path) -> None:
-        """:meth:`load_state_dict` from a file.
-
-        Errors: :class:`CheckpointError` also for a file that is damaged (if the one before it is, too), of something
-        else, or of a newer version.
-        """
+        """:meth:`load_state_dict` from a file; :class:`CheckpointError` also if it and its previous one are damaged."""
         path = self.processes.own(path)
         self.load_state_dict(checkpoints.read(path), source=str(path))
 
     def state_dict(self, at: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Everything that a run needs to continue exactly, as tensors and plain values; tensors are not copied.
 
-        With `at`, an earlier :meth:`position`, what a position holds is as it was then.
+        With `at`, an earlier :meth:`position`, the state as if everything since had been taken back.
         """
         at = self.position() if at is None else at
-        return {
-            **self.problem.state_dict(),
-            "history": self.history.state_dict(),
-            **at,
-            "random": at["random"].state_dict(),
-            "streams": at["streams"].state_dict(),
-        }
+        late = {name: at[name]() for name in ("random", "streams")}
+        return {**self.problem.state_dict(), "history": self.history.state_dict(), **at, **late}
 
     def load_state_dict(self, state: Mapping[str, Any], source: str = "state") -> None:
-        """Continue from a saved state; `source` is what messages call it.
+        """Continue from a saved state; `source` is its name in messages.
 
-        Learning rates and the like are those of the state; `inner_steps`, bounds, clipping and batch counts are this
-        tuner's. The loaders take up their positions in the next :meth:`fit`.
+        Learning rates and the like are those of the state; `inner_steps`, bounds, clipping and batch counts stay. The
+        next :meth:`fit` continues in the loaders' epochs.
 
-        Errors: :class:`CheckpointError` for the state of a tuner with other tensors, optimizers, schedulers or another
-        estimator; nothing has changed then.
+        Errors: :class:`CheckpointError`, before anything has changed, if the state is of a tuner with other tensors,
+        optimizers, schedulers or another estimator.
         """
         checkpoints.check_fits(source, self.state_dict(), state)
         self.problem.load_state_dict(state)
-        for name, buffer in self.buffers().items():
-            buffer.copy_(state["buffers"][name])
         self.history = History.from_state_dict(state["history"])
-        self.hyper_steps = state["counters"]["hyper_steps"]
-        self.steps_to_go = state["counters"]["steps_to_go"]
-        self.problem.failures = state["counters"]["failures"]
-        self.problem.estimator.load_state_dict(state["estimator"])
+        self.hyper_steps, self.steps_to_go = (state["counters"][name] for name in ("hyper_steps", "steps_to_go"))
         self.streams.load_state_dict(state["streams"])
-        RandomState.from_state_dict(state["random"]).restore(self.device)
 
     def position(self) -> dict[str, Any]:
-        """The part of the state that changes in the middle of a step before an optimizer moves anything.
-
-        Cheap enough to be taken after every step: random states and buffers are copied, the rest is referenced.
-        """
+        """The part of the state that changes in a step before an optimizer moves anything; cheap to take."""
         counters = {"hyper_steps": self.hyper_steps, "steps_to_go": self.steps_to_go, "failures": self.problem.failures}
-        return {
-            "counters": counters,
-            "random": RandomState.now(self.device),
-            "streams": self.streams.position(),
-            "estimator": self.problem.estimator.state_dict(),
-            "buffers": {name: buffer.clone() for name, buffer in self.buffers().items()},
-        }
+        return {"counters": counters, "streams": self.streams.position(), **self.problem.position()}
 
     @property
     def moves(self) -> tuple[int, int]:
