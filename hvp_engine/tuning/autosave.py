@@ -59,15 +59,15 @@ class Autosave(Callback):
         path: Path = processes.own(file)
         with processes.together():
             checkpoint.check_place(path)
-            found = tuner.moves == (0, 0) and tuner.hyper_steps == 0 and checkpoint.exists(path)
+            found = tuner.problem.moves == (0, 0) and tuner.hyper_steps == 0 and checkpoint.exists(path)
             if found:
                 tuner.load_state_dict(checkpoint.read(path), source=str(path))
-        steps = processes.gather(tuner.moves[0])
+        steps = processes.gather(tuner.problem.moves[0])
         if len(set(steps)) > 1:
             with processes.together():
-                if tuner.moves[0] > min(steps):
+                if tuner.problem.moves[0] > min(steps):
                     tuner.load_state_dict(checkpoint.read(checkpoint.previous(path)), source=str(path))
-            steps = processes.gather(tuner.moves[0])
+            steps = processes.gather(tuner.problem.moves[0])
         if len(set(steps)) > 1:
             raise CheckpointError(
                 f"{path}: expected checkpoints of one moment in all processes; got training steps "
@@ -76,7 +76,7 @@ class Autosave(Callback):
         return cls(path, every, minutes if processes.clock_is_shared else None, saved=found)
 
     def on_fit_start(self, tuner: Any) -> None:
-        self._settled, self._moves = tuner.position(), tuner.moves
+        self._settled, self._moves = tuner.position(), tuner.problem.moves
         if threading.current_thread() is threading.main_thread():
             for number, default in _DEFAULTS.items():
                 if signal.getsignal(number) == default:
@@ -111,7 +111,7 @@ class Autosave(Callback):
 
     def _settle(self, tuner: Any) -> None:
         """The tuner is between two steps."""
-        self._settled, self._moves = tuner.position(), tuner.moves
+        self._settled, self._moves = tuner.position(), tuner.problem.moves
         self._saved = False
 
     def _stop_if_asked(self) -> None:
@@ -121,7 +121,7 @@ class Autosave(Callback):
 
     def _save_after(self, tuner: Any, error: BaseException) -> None:
         name = type(error).__name__
-        if self._moves != tuner.moves:
+        if self._moves != tuner.problem.moves:
             self._warn(f"not written, since {name} came in the middle of an optimizer's step; {_HOLDS_LAST}")
             return
         try:

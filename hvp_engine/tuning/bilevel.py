@@ -183,6 +183,11 @@ class BilevelProblem:
             sums = [_sum(old, new) for old, new in zip(sums, grads, strict=True)]
         return total, sums
 
+    @property
+    def moves(self) -> tuple[int, int]:
+        """Steps begun by the two optimizers. While they stay the same, a step can be taken back to a position."""
+        return self.weight_side.steps, self.hyper_side.steps
+
     def buffers(self) -> dict[str, Tensor]:
         """The buffers of the module, and of the hyperparameters if they are a module's."""
         return self.weights.buffers("module") | self.hyper.buffers("hyper")
@@ -213,7 +218,8 @@ class BilevelProblem:
         self.weights.load_state_dict(self.weights.tensors, state["weights"])
         self.hyper.load_state_dict(self.hyper.tensors, state["hyper"])
         self.weights.load_state_dict(self.initial_weights, state["initial_weights"])
-        self.initial_buffers = dict(state["initial_buffers"])
+        for name, initial in self.initial_buffers.items():
+            initial.copy_(state["initial_buffers"][name])
         self.weight_side.load_state_dict(state["weight_side"])
         self.hyper_side.load_state_dict(state["hyper_side"])
         for name, buffer in self.buffers().items():

@@ -56,7 +56,6 @@ class Tuner:
     Attributes:
         history: a :class:`~hvp_engine.tuning.history.History` of :class:`Record`.
         hyper_steps: rounds made so far, including those whose hyper step was left out.
-        weights, hyper, weight_optimizer, hyper_optimizer: lists of the tensors, and their optimizers.
 
     In many processes (torchrun) the losses are :class:`DataParallel`, and each process has its own loaders, for example
     with a `DistributedSampler`, and its own checkpoint, for `run.pt` `run-0-of-4.pt`. The steps are those of one
@@ -110,9 +109,10 @@ class Tuner:
         self.accumulate = check_count(accumulate, "accumulate")
         self.train_batches = check_count(train_batches, "train_batches")
         self.val_batches = check_count(val_batches, "val_batches")
-        if inner_tolerance is not None and not inner_tolerance >= 0:
+        if not (inner_tolerance is None or inner_tolerance >= 0):
             raise ValueError(f"inner_tolerance: expected a number >= 0 or None; got {inner_tolerance!r}")
-        self.inner_tolerance, self.module = inner_tolerance, module
+        self.inner_tolerance = inner_tolerance
+        self.module, self.hyper_module, self.train_loss = module, hyper, train_loss
         self.problem = problem = BilevelProblem(
             module, hyper, train_loss, val_loss,
             weight_optimizer=weight_optimizer, weight_scheduler=weight_scheduler, weight_clip=weight_clip,
@@ -124,11 +124,16 @@ class Tuner:
         self.weight_side, self.weight_optimizer = problem.weight_side, problem.weight_side.optimizer
         self.hyper_side, self.hyper_optimizer = problem.hyper_side, problem.hyper_side.optimizer
         self.estimator, self.processes, self.device = problem.given_estimator, problem.processes, self.weights[0].device
-        self.buffers, self.initial_weights = problem.buffers, problem.initial_weights
-        self.history = History()
-        self.hyper_steps = 0
+        self.initial_weights, self.initial_buffers = problem.initial_weights, problem.initial_buffers
+        self.buffers = problem.buffers
+        self.history, self.hyper_steps = History(), 0
         self.steps_to_go = self.warmup_steps + self.inner_steps
         self.streams = Streams(self.device)
+
+    @property
+    def failures(self) -> int:
+        """Hypergradients in a row that have failed."""
+        return self.problem.failures
 
     def fit(
         self,
@@ -287,10 +292,8 @@ class Tuner:
         self.load_state_dict(checkpoints.read(path), source=str(path))
 
     def state_dict(self, at: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Everything that a run needs to continue exactly, as tensors and plain values; tensors are not copied.
-
-        With `at`, an earlier :meth:`position`, the state as if everything since had been taken back.
-        """
+        """Everything that a run needs to continue exactly, as tensors (not copied) and plain values. With `at`, an
+        earlier :meth:`position`, the state as if everything since had been taken back."""
         at = self.position() if at is None else at
         late = {name: at[name]() for name in ("random", "streams")}
         return {**self.problem.state_dict(), "history": self.history.state_dict(), **at, **late}
@@ -312,10 +315,5 @@ class Tuner:
 
     def position(self) -> dict[str, Any]:
         """The part of the state that changes in a step before an optimizer moves anything; cheap to take."""
-        counters = {"hyper_steps": self.hyper_steps, "steps_to_go": self.steps_to_go, "failures": self.problem.failures}
+        counters = {"hyper_steps": self.hyper_steps, "steps_to_go": self.steps_to_go, "failures": self.failures}
         return {"counters": counters, "streams": self.streams.position(), **self.problem.position()}
-
-    @property
-    def moves(self) -> tuple[int, int]:
-        """Steps begun by the two optimizers. While they stay the same, a step can be taken back to a position."""
-        return self.weight_side.steps, self.hyper_side.steps
