@@ -9,17 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from hvp_engine._support.random_state import random_state_kept
-from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
+from hvp_engine.differentiation.linear_map import Linearization, LinearMap
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.distributed.collectives import Processes, Summands, note
 from hvp_engine.distributed.data_parallel import DataParallel, of_all
 from hvp_engine.distributed.sharding import Held
 from hvp_engine.engines import AutoEngine, Engine
-from hvp_engine.engines.eager import advance, begin
-from hvp_engine.solvers.base import FinishedIteration, Solver
+from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.iteration import FinishedIteration
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
-class DataParallelEngine:
+class DataParallelEngine(Engine):
     """Linearizes this process's part of a :class:`DataParallel` loss by another engine, and sums over processes.
 
     Where the other engine chooses ("auto"), all processes take the simplest engine that one of them wants.
@@ -31,10 +32,7 @@ class DataParallelEngine:
     def __init__(self, part: Engine):
         self._part = part
         self._processes: Processes | None = None
-
-    @property
-    def name(self) -> str:
-        return self._part.name
+        self.name = part.name
 
     def linearize(self, problem: Problem) -> Linearization:
         union = problem.loss
@@ -84,9 +82,8 @@ class DataParallelEngine:
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
-        """Alternate products and steps."""
-        iteration = begin(operator, v, solver, estimate)
-        advance(iteration, operator)
+        """As any engine does; the terms count for the engine of this process."""
+        iteration = super().run(operator, v, solver, estimate)
         if isinstance(operator, _Reduced) and operator.own is not None and isinstance(self._part, AutoEngine):
             self._part.credit(operator.own, iteration.steps)
         return iteration
@@ -102,15 +99,14 @@ class DataParallelEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the engine of this process."""
-        return self._part.state_dict() if hasattr(self._part, "state_dict") else {}
+        return self._part.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
-        if hasattr(self._part, "load_state_dict"):
-            self._part.load_state_dict(state)
+        self._part.load_state_dict(state)
 
 
-class _Reduced:
+class _Reduced(Linearization):
     """The linearization of the mean over all processes.
 
     `own` is that of this process's part, which counts by `share`; None without a batch.
@@ -128,7 +124,7 @@ class _Reduced:
     ):
         self.layout = weights.vector_layout
         self.name = name
-        self.loss: Tensor | None = loss
+        self.loss = loss
         self.gradient = gradient
         self.own = own
         self._weights, self._hyperparameters, self._share = weights, hyperparameters, share
