@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from hvp_engine._support.data_stream import Batches
 from hvp_engine.errors import CheckpointError
-from hvp_engine.tuning.data_stream import Batches
 
 CPU = torch.device("cpu")
 NUMBERS = torch.arange(10.0)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hvp_engine._support.arguments import check_count
+from hvp_engine._support.data_stream import Batches, Streams
 from hvp_engine._support.pytree import refuse_inference_mode
 from hvp_engine._support.timing import Moment
 from hvp_engine.hypergradients.estimator import Estimate, EstimatorLike
@@ -19,7 +20,6 @@ from hvp_engine.tuning import checkpoint as checkpoints
 from hvp_engine.tuning.autosave import Autosave
 from hvp_engine.tuning.bilevel import BilevelProblem, Loss
 from hvp_engine.tuning.callbacks import Callback, Callbacks, Evaluation, Function
-from hvp_engine.tuning.data_stream import Batches, Streams
 from hvp_engine.tuning.history import History, Record
 from hvp_engine.tuning.monitor import EarlyStopping, ProgressBar, TensorBoard
 from hvp_engine.tuning.optimizer_step import OptimizerLike, SchedulerLike
