@@ -112,8 +112,8 @@ FAULTS = [
     ),
     Fault(
         "hvp_engine/distributed/engine.py",
-        "reduced = _MeanLinearization(problem.name, weights, hyperparameters, share / total, loss,",
-        "reduced = _MeanLinearization(problem.name, weights, hyperparameters, share, loss,",
+        "weights, hyperparameters, share / total, figures[0] / total, gradient, own",
+        "weights, hyperparameters, share, figures[0] / total, gradient, own",
         PROCESSES,
         "products are summed over processes, not averaged",
     ),
