@@ -140,8 +140,8 @@ FAULTS = [
     ),
     Fault(
         "hvp_engine/distributed/sharding.py",
-        "            dist.all_reduce(parts, group=self._processes.group)\n",
-        "",
+        "dist.all_reduce(parts, group=self._processes.group)",
+        "pass",
         PROCESSES,
         "the norm of a sharded vector is that of this process's part",
     ),
