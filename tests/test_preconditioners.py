@@ -11,6 +11,7 @@ from cases import DTYPE, flat, matrix_with, randn, relative_error, unflat
 from torch import Tensor, nn
 
 import hvp_engine as hvp
+from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.solvers.preconditioners.diagonal import hutchinson_diagonal
 
 DECAY = torch.logspace(-1, 4, 40, dtype=DTYPE)
@@ -45,7 +46,7 @@ def test_jacobi_counts_its_products_and_stays_positive() -> None:
     calls = 0
     operator = operator_of(matrix)
 
-    class Counting:
+    class Counting(LinearMap):
         layout = operator.layout
 
         def product(self, tangents: list[Tensor]) -> Any:

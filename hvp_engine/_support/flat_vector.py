@@ -246,6 +246,11 @@ class FlatVector:
         self.data.copy_(other.data)
         self.refresh()
 
+    def in_dtypes(self) -> list[Tensor]:
+        """The parts in the weights' dtypes: the views themselves, or copies where the state is wider."""
+        dtypes = self.layout.dtypes
+        return [view if view.dtype == dtype else view.to(dtype) for view, dtype in zip(self.views, dtypes, strict=True)]
+
     def refresh(self) -> None:
         """Copy `data` into the low-precision tangents."""
         if self.layout.low_precision:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from hvp_engine._support.flat_vector import Layout
+from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.errors import GraphError, SecondDerivativeError
 
 _NOT_DIFFERENTIABLE = re.compile(
@@ -144,7 +145,7 @@ def gradients(loss: Tensor, weights: Sequence[Tensor], name: str) -> list[Tensor
     return filled(found, weights)
 
 
-class Tape:
+class Tape(Linearization):
     """The linearization that autograd's own graph is: products by `torch.autograd.grad`, graph retained.
 
     Arguments:
@@ -153,10 +154,10 @@ class Tape:
         hyperparameters: what the mixed product is taken with respect to.
         loss: the loss, for reports.
         name: what messages call the loss or the gradient.
+        symmetric: whether df/dw is, as where f is a gradient.
 
     Attributes:
         reaches_weights: whether f depends on some weight; if not, the Hessian is zero.
-        size: nodes of the gradient's graph.
         incomplete: whether some kernel of the forward has no second derivative; a product through it raises.
     """
 
@@ -167,8 +168,9 @@ class Tape:
         hyperparameters: Sequence[Tensor] = (),
         loss: Tensor | None = None,
         name: str = "loss",
+        symmetric: bool = True,
     ):
-        self.layout = Layout.of(weights)
+        self.layout, self.symmetric = Layout.of(weights), symmetric
         self.loss = None if loss is None else loss.detach()
         self.gradient = [g.detach() for g in gradient]
         self.weights = tuple(weights)
@@ -176,7 +178,7 @@ class Tape:
         self._product = Pullback(gradient, weights)
         self._mixed = Pullback(gradient, hyperparameters)
         nodes = _walk(self._product.outputs)
-        self.size = len(nodes)
+        self.nodes = len(nodes)
         names = {node.name(): node for node in nodes}
         for node in names.values():
             _refuse_control_flow(node)

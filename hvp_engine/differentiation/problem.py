@@ -1,15 +1,14 @@
-"""What lies between a loss and a solve: the problem, and its gradient made linear at one point."""
+"""A loss at a point, and a loss over several batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.pytree import Structure, check_scalar
 
 
@@ -50,31 +49,6 @@ class Problem:
         value = self.loss(*arguments, *self.inputs)
         check_scalar(value, self.name)
         return value
-
-
-class LinearMap(Protocol):
-    """A symmetric linear map on lists of tensors of one layout: what a solver solves with."""
-
-    @property
-    def layout(self) -> Layout: ...
-
-    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """A times the vector whose parts are `tangents`; a part may alias a tangent."""
-
-
-class Linearization(LinearMap, Protocol):
-    """The gradient f = dL/dw of a loss, and its derivatives, at one point."""
-
-    @property
-    def loss(self) -> Tensor | None:
-        """The loss, detached; None if only the gradient was given."""
-
-    @property
-    def gradient(self) -> Sequence[Tensor]:
-        """dL/dw, detached."""
-
-    def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """(d2L/dlambda dw^T) tangents: one for each hyperparameter, None where there is no path."""
 
 
 class Averaged:

@@ -9,17 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from hvp_engine._support.random_state import random_state_kept
-from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
+from hvp_engine.differentiation.linear_map import Linearization, LinearMap
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.distributed.collectives import Processes, Summands, note
 from hvp_engine.distributed.data_parallel import DataParallel, total_examples
 from hvp_engine.distributed.sharding import ShardedList
 from hvp_engine.engines import AutoEngine, Engine
-from hvp_engine.engines.eager import advance, begin
-from hvp_engine.solvers.base import FinishedIteration, Solver
+from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.iteration import FinishedIteration
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
-class DataParallelEngine:
+class DataParallelEngine(Engine):
     """Linearizes a :class:`DataParallel` loss: by another engine for this process's batch, then by sums over processes.
 
     If the other engine is "auto", all processes agree on the simplest engine that any of them has chosen.
@@ -31,10 +32,7 @@ class DataParallelEngine:
     def __init__(self, part: Engine):
         self._part = part
         self._processes: Processes | None = None
-
-    @property
-    def name(self) -> str:
-        return self._part.name
+        self.name = part.name
 
     def linearize(self, problem: Problem) -> Linearization:
         union = problem.loss
@@ -86,9 +84,8 @@ class DataParallelEngine:
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
-        """Products and steps in turn."""
-        iteration = begin(operator, v, solver, estimate)
-        advance(iteration, operator)
+        """As every engine does; the terms are credited to the engine of this process."""
+        iteration = super().run(operator, v, solver, estimate)
         if isinstance(operator, _MeanLinearization) and operator.own is not None and isinstance(self._part, AutoEngine):
             self._part.credit(operator.own, iteration.steps)
         return iteration
@@ -104,15 +101,14 @@ class DataParallelEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the engine of this process."""
-        return self._part.state_dict() if hasattr(self._part, "state_dict") else {}
+        return self._part.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
-        if hasattr(self._part, "load_state_dict"):
-            self._part.load_state_dict(state)
+        self._part.load_state_dict(state)
 
 
-class _MeanLinearization:
+class _MeanLinearization(Linearization):
     """The linearization of the mean loss over all processes.
 
     `own` is the linearization of this process's loss, None if its batch is empty; `share` is its weight in the mean.
@@ -130,7 +126,7 @@ class _MeanLinearization:
     ):
         self.layout = weights.vector_layout
         self.name = name
-        self.loss: Tensor | None = loss
+        self.loss = loss
         self.gradient = gradient
         self.own = own
         self._weights, self._hyperparameters, self._share = weights, hyperparameters, share

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector
-from hvp_engine.solvers.base import scalar
+from hvp_engine.solvers.iteration import scalar
 
 
 class MetricNorm:

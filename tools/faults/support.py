@@ -104,7 +104,7 @@ FAULTS = [
         "a noisy estimate makes Jacobi's preconditioner indefinite",
     ),
     Fault(
-        "hvp_engine/solvers/eigenvalues.py",
+        "hvp_engine/operators/eigenvalues.py",
         "pairs.values, pairs.coordinates[0].square()",
         "pairs.values, pairs.coordinates[0].abs()",
         "tests/test_eigenvalues.py",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine._support.flat_vector import FlatVector
 from hvp_engine._support.pytree import check_like
+from hvp_engine.differentiation.linear_map import LinearMap
 
 Preconditioner = Callable[[list[Tensor]], Sequence[Tensor]]
 """v -> M v on the list of the weights' leaves, symmetric and positive definite; it must not change its argument."""
@@ -31,15 +32,6 @@ def precondition(preconditioner: Preconditioner, source: FlatVector, target: Fla
     target.copy_(result)
 
 
-class SymmetricMap(Protocol):
-    """An operator of this package, at fixed weights."""
-
-    @property
-    def layout(self) -> Layout: ...
-
-    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]: ...
-
-
 def check_operator(operator: Any) -> None:
-    if not (hasattr(operator, "product") and hasattr(operator, "layout")):
+    if not isinstance(operator, LinearMap):
         raise TypeError(f"operator: expected an operator such as hvp.HessianOperator; got {type(operator).__name__}")

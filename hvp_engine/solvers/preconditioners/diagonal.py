@@ -10,7 +10,8 @@ from torch import Tensor
 from hvp_engine._support.arguments import check_count, check_not_negative
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine._support.pytree import Tree, flatten
-from hvp_engine.solvers.preconditioners.base import SymmetricMap, check_operator
+from hvp_engine.differentiation.linear_map import LinearMap
+from hvp_engine.solvers.preconditioners.base import check_operator
 
 _FLOOR = 0.1
 """Of the norm of a row: a smaller estimate of its diagonal entry, or one below zero, is mostly noise."""
@@ -63,7 +64,7 @@ class DiagonalPreconditioner:
         return flatten(tree, "diagonal")[0]
 
 
-def hutchinson_diagonal(operator: SymmetricMap, probes: int, seed: int = 0) -> tuple[FlatVector, FlatVector]:
+def hutchinson_diagonal(operator: LinearMap, probes: int, seed: int = 0) -> tuple[FlatVector, FlatVector]:
     """Unbiased estimates of an operator's diagonal, the mean of z * A z over random signs z, and of the squared norms
     of its rows, the mean of (A z)^2.
 
@@ -113,7 +114,7 @@ class JacobiPreconditioner(DiagonalPreconditioner):
     'CONVERGED'
     """
 
-    def __init__(self, operator: SymmetricMap, probes: int = 10, shift: float = 0.0, seed: int = 0):
+    def __init__(self, operator: LinearMap, probes: int = 10, shift: float = 0.0, seed: int = 0):
         check_operator(operator)
         check_count(probes, "probes")
         diagonal, squares = hutchinson_diagonal(operator, probes, seed)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hvp_engine._support.arguments import check_count, check_positive
 from hvp_engine._support.pytree import flatten
-from hvp_engine.differentiation.problem import LinearMap
+from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.errors import NonFiniteError
-from hvp_engine.solvers.driver import CallableOperator
+from hvp_engine.operators.base import CallableMap
 from hvp_engine.solvers.lanczos import LanczosBasis, RitzPairs, random_unit_vector, tridiagonalize
 
 _LOOK_EVERY = 5
@@ -199,9 +199,8 @@ def spectral_density(
 
 
 def _linear_map(operator: Any, like: Any) -> LinearMap:
-    if hasattr(operator, "product") and hasattr(operator, "layout"):
-        linear: LinearMap = getattr(operator, "linearization", operator)
-        return linear
+    if isinstance(operator, LinearMap):
+        return operator.linear_map
     if not callable(operator):
         raise TypeError(f"operator: expected an operator or a callable v -> A v; got {type(operator).__name__}")
     if like is None:
@@ -209,7 +208,7 @@ def _linear_map(operator: Any, like: Any) -> LinearMap:
             "like: expected a tensor or tree of tensors of the shapes that a callable operator takes; got None"
         )
     leaves, structure = flatten(like, "like")
-    return CallableOperator(operator, leaves, structure)
+    return CallableMap(operator, leaves, structure)
 
 
 def _finite(pairs: RitzPairs | None) -> RitzPairs:
