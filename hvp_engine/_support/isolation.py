@@ -44,7 +44,7 @@ def recorded_modules() -> Iterator[list[torch.nn.Module]]:
 
 @contextlib.contextmanager
 def isolated(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside the block the global generators (torch's on the CPU and `device`, Python's, numpy's) are forked and
+    """Inside the block the global generators (torch's for the CPU and `device`, Python's, numpy's) are forked and
     seeded, and module buffers stay as they are; one thread at a time.
 
     Cost: 30 us on a CPU, and 70 us more if numpy's generator has been used since the last time.

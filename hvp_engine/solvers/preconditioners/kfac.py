@@ -124,7 +124,7 @@ def _factors(
     targets: Any,
     places: dict[str, int],
 ) -> tuple[list[_Block], dict[int, float], int]:
-    """The blocks, the mean curvature of each weight outside of them by its place, and the number of backward passes."""
+    """The blocks, the mean curvature of each weight outside of them by its place, the number of backward passes."""
     layers = {name: layer for name, layer in module.named_modules() if _path(name, "weight") in places}
     layers = {name: layer for name, layer in layers.items() if _is_known(layer)}
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
