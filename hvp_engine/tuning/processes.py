@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine._support.shards import Shard
-from hvp_engine.distributed import DataParallel, Held, Processes
+from hvp_engine._support.dtensor import Shard
+from hvp_engine.distributed import DataParallel, Processes, ShardedList
 from hvp_engine.tuning.optimizer_step import Grads, global_norm
 
 
@@ -59,7 +59,7 @@ class ManyProcesses(OneProcess):
         return path.with_name(f"{path.stem}-{self._processes.rank}-of-{self._processes.count}{path.suffix}")
 
     def norm_of(self, tensors: Sequence[Tensor], shards: Sequence[Shard | None] | None) -> Callable[[Grads], Tensor]:
-        return Held(self._processes, tensors, shards).norm
+        return ShardedList(self._processes, tensors, shards).norm
 
 
 def processes_of(loss: Any, device: torch.device) -> OneProcess:
