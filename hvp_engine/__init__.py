@@ -3,7 +3,7 @@
 The names below are the public API; see the README for where to look for what.
 """
 
-from hvp_engine.diagnostics.check import CheckResult, Verdict, check
+from hvp_engine.diagnostics.hypergradient_check import CheckResult, Verdict, check
 from hvp_engine.differentiation.modules import functional
 from hvp_engine.differentiation.problem import Averaged
 from hvp_engine.distributed import DataParallel

@@ -92,3 +92,9 @@ class Linearization(LinearMap):
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(d2L/dlambda dw^T) tangents: one for each hyperparameter, None where there is no path."""
         return []
+
+
+def check_operator(operator: Any, name: str) -> None:
+    """`TypeError` unless `operator` is one of this package."""
+    if not isinstance(operator, LinearMap):
+        raise TypeError(f"{name}: expected an operator such as hvp.HessianOperator; got {type(operator).__name__}")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import enum
+import numbers
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hvp_engine._support.pytree import Structure, check_scalar
+
+_CONSTANTS = (type(None), numbers.Number, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)
+"""Types of what is in a batch beside tensors and is what it is for good."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +80,15 @@ class Averaged:
         *point, batches = arguments
         losses = [self.loss(*point, batch) for batch in batches]
         return torch.stack([loss.reshape(()) for loss in losses]).mean()
+
+
+def split_inputs(problem: Problem) -> tuple[list[Tensor], list[Any], pytree.TreeSpec]:
+    """Tensors of the batch, its other leaves (with None where a tensor was), and how to put it together again."""
+    leaves, spec = pytree.tree_flatten(problem.inputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+
+
+def is_constant(leaf: Any) -> bool:
+    """Whether a leaf of a batch that is no tensor is what it is for good, so that a trace may hold it."""
+    return isinstance(leaf, _CONSTANTS) or (callable(leaf) and isinstance(leaf, Hashable))

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from hvp_engine._support.random_state import random_state_kept
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
-from hvp_engine.differentiation.problem import Problem
-from hvp_engine.differentiation.trace.tracing import is_constant, split_inputs
+from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
 from hvp_engine.engines.base import Engine
 from hvp_engine.engines.compiled import CompiledEngine, estimated_seconds
 from hvp_engine.engines.cudagraph import CudaGraphEngine

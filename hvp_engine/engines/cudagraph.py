@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
-from hvp_engine.differentiation.problem import Problem
-from hvp_engine.differentiation.trace.tracing import split_inputs
+from hvp_engine.differentiation.problem import Problem, split_inputs
 from hvp_engine.engines.graphs import CapturedLinearization, Graphs, Solved, Tally
 from hvp_engine.engines.recording import CaptureError, CudaRecorder, Recorder
 from hvp_engine.engines.self_check import difference

@@ -21,8 +21,13 @@ from hvp_engine.differentiation.double_backward import Tape, leaves
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import DivergenceError, NonFiniteError
-from hvp_engine.hypergradients.implicit import HypergradientResult, direct_gradient, implicit_gradient
-from hvp_engine.hypergradients.stationarity import Stationarity, unfinished_change
+from hvp_engine.hypergradients.implicit import (
+    HypergradientResult,
+    Stationarity,
+    direct_gradient,
+    implicit_gradient,
+    unfinished_change,
+)
 from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import LinearSystem, check_solver
 from hvp_engine.solvers.spectrum import Spectrum

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.solvers.failures import any_bad, divergence, overflow, refusal, underflow
 from hvp_engine.solvers.iteration import FinishedIteration, Iteration, Outcome, tolerance_of
-from hvp_engine.solvers.preconditioners import Preconditioner, check_preconditioner
+from hvp_engine.solvers.preconditioning import Preconditioner, check_preconditioner
 from hvp_engine.solvers.right_hand_sides import WarmStart
 from hvp_engine.solvers.solution import Solution, Status
 from hvp_engine.solvers.spectrum import GROWTH, Estimates, SpectralEstimate, Spectrum
@@ -108,6 +109,11 @@ class Prepared:
     def __init__(self, solver: Solver, system: LinearSystem):
         self.solver, self.system, self.operator = solver, system, system.operator
 
+    @cached_property
+    def estimates(self) -> Estimates:
+        """Of the operator as the solver sees it: made where one is wanted."""
+        return Estimates(self.operator, self.system.spectrum, self.solver.damping, self.solver.preconditioner)
+
     def run(self, vs: Sequence[Vector], names: Sequence[str]) -> Iterator[Result]:
         """The solution for each of `vs` in turn."""
         raise NotImplementedError
@@ -137,18 +143,17 @@ class Prepared:
         finished: FinishedIteration,
         outcome: Outcome,
         hvps: int,
-        estimates: Estimates,
         estimate: SpectralEstimate | None = None,
     ) -> Result:
         """The value and the solution, after `hvps` products; or the error that says what went wrong."""
         operator = self.operator
         if outcome.failed:
             raise (
-                divergence(operator, outcome, finished, self.solver, estimates)
+                divergence(operator, outcome, finished, self.solver, self.estimates)
                 if outcome.finite_v
                 else refusal(operator, name)
             )
-        seen_negative = estimate is not None and estimate.indefinite(estimates.damping)
+        seen_negative = estimate is not None and estimate.indefinite(self.estimates.damping)
         solution = Solution(
             value=None,
             iterations=finished.steps,
@@ -172,8 +177,7 @@ class IterativeSolve(Prepared):
 
     def run(self, vs: Sequence[Vector], names: Sequence[str]) -> Iterator[Result]:
         operator, solver = self.operator, self.solver
-        estimates = Estimates(operator, self.system.spectrum, solver.damping, solver.preconditioner)
-        estimate = self._estimate(estimates, vs, names)
+        estimate = self._estimate(vs, names)
         hvps = estimate.hvps if estimate else 0
         engine = self.system.engine
         if len(vs) == 1:
@@ -181,16 +185,16 @@ class IterativeSolve(Prepared):
         else:
             iterations = engine.run_all(operator, vs, solver, estimate)
         for iteration, v, name in zip(iterations, vs, names, strict=True):
-            yield self._checked(v, name, iteration, hvps, estimates, estimate)
+            yield self._checked(v, name, iteration, hvps, estimate)
             hvps = 0
 
-    def _estimate(self, estimates: Estimates, vs: Sequence[Vector], names: Sequence[str]) -> SpectralEstimate | None:
+    def _estimate(self, vs: Sequence[Vector], names: Sequence[str]) -> SpectralEstimate | None:
         if not self.solver.estimates_spectrum:
             return None
-        estimate, layout = estimates.refresh(), self.operator.layout
+        estimate, layout = self.estimates.refresh(), self.operator.layout
         if not estimate.finite:
             raise refusal(self.operator, next((name for name, v in zip(names, vs, strict=True) if any_bad(v)), None))
-        if torch.float16 in layout.dtypes and layout.numel > 0 and estimate.bound(estimates.damping) == 0:
+        if torch.float16 in layout.dtypes and layout.numel > 0 and estimate.bound(self.estimates.damping) == 0:
             raise underflow(self.operator, estimate.hvps)
         return estimate
 
@@ -200,7 +204,6 @@ class IterativeSolve(Prepared):
         name: str,
         iteration: FinishedIteration,
         hvps: int,
-        estimates: Estimates,
         estimate: SpectralEstimate | None,
     ) -> Result:
         """The result of a finished iteration, which is tried once more where the estimate was too low."""
@@ -209,16 +212,16 @@ class IterativeSolve(Prepared):
         if estimate is not None and outcome.grown > 1 and iteration.steps:
             # A positive definite operator cannot grow the residual under a safe alpha: either the estimate was stale,
             # or there is negative curvature. The residual that grew points at what was missed.
-            fresh = estimates.restart(_start_after(iteration, self.operator.layout))
+            fresh = self.estimates.restart(_start_after(iteration, self.operator.layout))
             hvps += fresh.hvps
             if fresh.finite:
                 risen = fresh.bound() > 1.05 * estimate.bound()
                 estimate = estimate.joined(fresh)
-                if risen or (estimate.indefinite(estimates.damping) and outcome.grown > GROWTH):
+                if risen or (estimate.indefinite(self.estimates.damping) and outcome.grown > GROWTH):
                     iteration = self.system.engine.run(self.operator, v, self.solver, estimate)
                     outcome = iteration.outcome()
                     hvps += iteration.steps
-        return self.conclude(name, iteration, outcome, hvps, estimates, estimate)
+        return self.conclude(name, iteration, outcome, hvps, estimate)
 
 
 def _start_after(iteration: FinishedIteration, layout: Layout) -> FlatVector:

@@ -15,9 +15,8 @@ from hvp_engine._support.arguments import check_count, check_not_negative
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import Iteration, Outcome, RightHandSide, scalar
-from hvp_engine.solvers.metric import MetricNorm
 from hvp_engine.solvers.neumann import outcome_of
-from hvp_engine.solvers.preconditioners import Preconditioner, check_preconditioner, precondition
+from hvp_engine.solvers.preconditioning import MetricNorm, Preconditioner, check_preconditioner, precondition
 from hvp_engine.solvers.spectrum import GROWTH, HEADROOM, SpectralEstimate
 
 Form = Literal["chebyshev", "heavy_ball"]

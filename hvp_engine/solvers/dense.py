@@ -15,7 +15,6 @@ from hvp_engine.solvers.base import LinearSystem, Prepared, Result, Solver
 from hvp_engine.solvers.batched import fill, stacked_tangents
 from hvp_engine.solvers.iteration import FinishedIteration, Outcome
 from hvp_engine.solvers.solution import Status
-from hvp_engine.solvers.spectrum import Estimates
 
 
 @dataclass(frozen=True)
@@ -147,11 +146,9 @@ class DenseSolve(Prepared):
             self._inverse, self._deficient = _factorize(self._matrix)
 
     def run(self, vs: Sequence[Sequence[Tensor]], names: Sequence[str]) -> Iterator[Result]:
-        system, damping = self.system, self.solver.damping
         for v, name in zip(vs, names, strict=True):
             solution, outcome = self._solution(v)
-            estimates = Estimates(self.operator, system.spectrum, damping, None)
-            yield self.conclude(name, solution, outcome, solution.steps, estimates)
+            yield self.conclude(name, solution, outcome, solution.steps)
             self._steps = 0
 
     def _solution(self, v: Sequence[Tensor]) -> tuple[DenseSolution, Outcome]:

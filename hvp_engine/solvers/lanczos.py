@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.linear_map import LinearMap
-from hvp_engine.solvers.preconditioners import Preconditioner, precondition
+from hvp_engine.solvers.preconditioning import Preconditioner, precondition
 
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """A symmetric linear map on lists of tensors."""

@@ -13,7 +13,7 @@ from hvp_engine import ops
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.solvers.base import KrylovSolver
 from hvp_engine.solvers.iteration import Iteration, Outcome, RightHandSide, krylov_residual, scalar, tolerance_of
-from hvp_engine.solvers.preconditioners import precondition
+from hvp_engine.solvers.preconditioning import precondition
 from hvp_engine.solvers.solution import Status
 
 CHECK_EVERY = 5

@@ -17,8 +17,7 @@ from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.linear_map import Accumulation
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import Iteration, Outcome, RightHandSide, scalar
-from hvp_engine.solvers.metric import MetricNorm
-from hvp_engine.solvers.preconditioners import Preconditioner, check_preconditioner, precondition
+from hvp_engine.solvers.preconditioning import MetricNorm, Preconditioner, check_preconditioner, precondition
 from hvp_engine.solvers.solution import Status
 from hvp_engine.solvers.spectrum import SpectralEstimate
 

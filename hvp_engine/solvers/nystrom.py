@@ -18,7 +18,6 @@ from hvp_engine.solvers.batched import fill
 from hvp_engine.solvers.iteration import FinishedIteration, Outcome, RightHandSide
 from hvp_engine.solvers.low_rank import Kind, Sketch, check_kind
 from hvp_engine.solvers.solution import Status
-from hvp_engine.solvers.spectrum import Estimates
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,7 @@ class NystromSolve(Prepared):
         for v, name in zip(vs, names, strict=True):
             iteration = _NystromIteration(self._rho, self._damping, self._layout, self._steps)
             iteration.solve(v, self.operator, self._basis, self._values, self._negative)
-            estimates = Estimates(self.operator, self.system.spectrum, self._damping, None)
-            yield self.conclude(name, iteration, iteration.outcome(), iteration.steps, estimates)
+            yield self.conclude(name, iteration, iteration.outcome(), iteration.steps)
             self._steps = 0
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.solvers.lanczos import random_unit_vector, tridiagonalize
-from hvp_engine.solvers.preconditioners import Preconditioner
+from hvp_engine.solvers.preconditioning import Preconditioner
 
 COLD_STEPS = 8
 """Products of a first estimate: two miss an outlier eigenvalue by more than half, five suffice."""

@@ -9,10 +9,9 @@ from torch import Tensor
 from hvp_engine._support.arguments import check_count, check_positive
 from hvp_engine._support.flat_vector import FlatVector
 from hvp_engine._support.pytree import check_like
-from hvp_engine.differentiation.linear_map import LinearMap
+from hvp_engine.differentiation.linear_map import LinearMap, check_operator
 from hvp_engine.solvers.batched import fill
 from hvp_engine.solvers.low_rank import Sketch
-from hvp_engine.solvers.preconditioners.base import check_operator
 
 
 class NystromPreconditioner:
@@ -53,7 +52,7 @@ class NystromPreconditioner:
         sketch: Literal["gaussian", "columns"] = "gaussian",
         seed: int = 0,
     ):
-        check_operator(operator)
+        check_operator(operator, "operator")
         check_count(rank, "rank")
         check_positive(rho, "rho")
         columns = Sketch(operator.layout, rank, sketch, seed)
