@@ -16,7 +16,6 @@ from hvp_engine._support.isolation import recorded_modules
 from hvp_engine._support.random_state import random_state_kept
 from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
 from hvp_engine.differentiation.trace.fused_update import AccumulatingTerm
-from hvp_engine.differentiation.trace.inplace import written_over
 from hvp_engine.differentiation.trace.partial_evaluation import Partition, partition
 from hvp_engine.differentiation.trace.tracing import is_constant, split_inputs, trace
 from hvp_engine.engines.eager import EagerEngine, advance, begin
@@ -33,9 +32,9 @@ class Functions:
     def __init__(self, parts: Partition, modules: Sequence[torch.nn.Module]):
         self.partition = parts
         self.primal: Function = parts.primal.forward
-        self.tangent: Function = written_over(parts.tangent.module).forward
-        self.mixed: Function = written_over(parts.mixed.module).forward
-        self.accumulating: Function = written_over(parts.accumulating.module).forward
+        self.tangent: Function = parts.tangent.in_place.forward
+        self.mixed: Function = parts.mixed.in_place.forward
+        self.accumulating: Function = parts.accumulating.in_place.forward
         self.unbatched = ""
         self.schedule = Schedule()
         self.distrust: str | None = None
@@ -192,6 +191,8 @@ class LinearizedEngine:
     def report(self) -> str:
         """What was traced, in a line."""
         text = f"{self.traces} traces in {self.trace_seconds:.2f} s"
+        undone = {u for f in self._cache.values() if isinstance(f, Functions) for u in f.partition.undone}
+        text += "".join(f"; rewrite undone: {reason}" for reason in sorted(undone))
         reasons = {f.unbatched for f in self._cache.values() if isinstance(f, Functions) and f.unbatched}
         return text + "".join(f"; right-hand sides one by one, since vmap failed: {reason}" for reason in reasons)
 

@@ -181,7 +181,6 @@ def _register(library: torch.library.Library, op: Op) -> None:
 
     library.impl(op.name, run, "CPU")
     library.impl(op.name, run, "CUDA")
-    library.impl(op.name, fake, "Meta")
     torch.library.register_fake(f"hvp_engine::{op.name}", fake, lib=library)
 
 

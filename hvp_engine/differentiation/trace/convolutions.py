@@ -20,7 +20,7 @@ from hvp_engine.differentiation.trace.passes import alike, called, filled
 aten = torch.ops.aten
 
 
-def kernel_derivatives(graph: fx.Graph) -> None:
+def kernel_derivatives(graph: fx.Graph, linear: set[fx.Node]) -> None:
     """Convolutions whose kernels are images, as derivatives with respect to a kernel.
 
     With ^T for the exchange of images and channels, (x^T * g^T)^T of stride d, padding p and dilation s is the
@@ -78,7 +78,7 @@ def _exchanges(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is aten.transpose.int and set(node.args[1:]) == {0, 1}
 
 
-def add_biases(graph: fx.Graph) -> None:
+def add_biases(graph: fx.Graph, linear: set[fx.Node]) -> None:
     """x * kernel + bias in one operation, in place of a sum with a broadcast bias; with further summands too."""
     for node in list(graph.nodes):
         if node.target is not aten.add.Tensor or node.kwargs:

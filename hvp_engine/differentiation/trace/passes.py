@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from hvp_engine.differentiation.trace.functionalize import is_random, mutates
-from hvp_engine.errors import TraceError
+from hvp_engine.differentiation.trace.rewriting import dependents
 
 aten = torch.ops.aten
 
@@ -34,7 +34,7 @@ _NEUTRAL = {aten.add.Tensor: 0, aten.mul.Tensor: 1, aten.mul.Scalar: 1, aten.pow
 _NO_OPS = (aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)
 
 
-def simplify(graph: fx.Graph) -> None:
+def simplify(graph: fx.Graph, linear: set[fx.Node]) -> None:
     """Drop what does nothing, merge what is computed twice, remove dead code."""
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -50,7 +50,7 @@ def simplify(graph: fx.Graph) -> None:
         elif (operand := _operand(node)) is not None:
             _replace(graph, node, operand)
     _merge_equal(graph)
-    _drop_dead(graph)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
 
 
 def _operand(node: fx.Node) -> fx.Node | None:
@@ -69,25 +69,12 @@ def _operand(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def dependents(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
-    """Every node whose value depends on `sources`, themselves included."""
-    found = set(sources)
-    for node in graph.nodes:
-        if node.op == "call_function" and any(argument in found for argument in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def fold_linear(graph: fx.Graph, tangents: set[fx.Node]) -> None:
-    """Collapse (t * a) * b into t * (a * b), and sums of products into accumulating ones, where t is a tangent.
-
-    `tangents` are the tangent placeholders; whatever does not depend on them is a known factor.
-    """
-    linear = dependents(graph, tangents)
+def fold_linear(graph: fx.Graph, linear: set[fx.Node]) -> None:
+    """Collapse (t * a) * b into t * (a * b), where t depends on the tangents and a and b do not."""
     for node in [node for node in graph.nodes if node in linear]:  # in the graph's order, which sets do not keep
         if node.target is aten.t.default:  # not in the primal part: strides there decide how dropout draws its mask
             _push_transpose(graph, node)
-    linear = dependents(graph, tangents)
+    linear = dependents(graph, {node for node in linear if node.op == "placeholder"})
     for node in list(graph.nodes):
         if node.op != "call_function" or node not in linear:
             continue
@@ -120,6 +107,8 @@ def accumulate(graph: fx.Graph, linear: set[fx.Node]) -> None:
         for term, other in ((first, second), (second, first)):
             if not (isinstance(term, fx.Node) and isinstance(other, fx.Node)) or len(term.users) != 1:
                 continue
+            if term is other:
+                continue  # x + x has one user, and is no sum of two
             if not _same_dtype(term, other):
                 continue
             if term.target is aten.bmm.default and alike(term, node) and alike(other, node):
@@ -302,19 +291,3 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((key, _frozen(item)) for key, item in value.items())
     return value if isinstance(value, fx.Node) else (type(value), repr(value))
-
-
-def _drop_dead(graph: fx.Graph) -> None:
-    """Remove unused nodes; changes of tensors made inside the graph count as unused if nothing reads them."""
-    for node in reversed(list(graph.nodes)):
-        if node.op in ("placeholder", "output") or node.users:
-            continue
-        if mutates(node):
-            target = node.args[0]
-            fresh = isinstance(target, fx.Node) and target.op == "call_function" and len(target.users) == 1
-            if not fresh:
-                raise TraceError(
-                    f"loss: expected a function without side effects; tracing saw {node.target} change a tensor "
-                    "from outside: compute a new tensor instead, or use engine='eager'"
-                )
-        graph.erase_node(node)

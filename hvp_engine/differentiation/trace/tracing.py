@@ -32,7 +32,8 @@ from hvp_engine.differentiation.trace.channels_last import (
     layout_matters,
     prefer_channels_last,
 )
-from hvp_engine.differentiation.trace.functionalize import functionalized, retraced
+from hvp_engine.differentiation.trace.functionalize import functionalized, refuse_side_effects, retraced
+from hvp_engine.differentiation.trace.rewriting import copied
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
@@ -54,12 +55,17 @@ class Trace:
 
     Inputs, in order: weights, hyperparameters, batch tensors, tangents. Outputs, in order: loss, gradient, products
     with H, mixed products; None for a product that is zero because there is no path.
+
+    Attributes:
+        root: holds the tensors that the graph takes as attributes.
+        weights: how many inputs are weights, and how many tangents.
+        arguments: the inputs that were recorded.
     """
 
-    graph: fx.GraphModule
+    graph: fx.Graph
+    root: torch.nn.Module
     weights: int
-    hyperparameters: int
-    inputs: int
+    arguments: tuple[Tensor, ...]
 
 
 def split_inputs(problem: Problem) -> tuple[list[Tensor], list[Any], pytree.TreeSpec]:
@@ -90,7 +96,7 @@ def trace(problem: Problem) -> Trace:
     if prefer_channels_last(problem.weights):
         with contextlib.suppress(RuntimeError), NoStatistics():
             found = _traced(problem, channels_last)
-            if not layout_matters(found.graph.graph):
+            if not layout_matters(found.graph):
                 return found
     return _traced(problem, list)
 
@@ -128,9 +134,12 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
             torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS),
             explained(),
         ):
-            graph = make_fx(function)(*arguments)
+            root = make_fx(function)(*arguments)
+            graph = copied(root.graph)
             if not functionalized(graph):
-                graph = _retraced(graph, arguments, problem.name)
+                root = _retraced(root, arguments, problem.name)
+                graph = root.graph
+            refuse_side_effects(graph)
     except AssertionError as error:
         if "FakeTensors" not in str(error):
             raise
@@ -153,12 +162,12 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
                 f"{error}; use engine='eager'"
             ) from error
         raise
-    return Trace(graph, count_w, count_h, count_x)
+    return Trace(graph, root, count_w, tuple(arguments))
 
 
-def _retraced(graph: fx.GraphModule, arguments: list[Tensor], name: str) -> fx.GraphModule:
+def _retraced(recorded: fx.GraphModule, arguments: list[Tensor], name: str) -> fx.GraphModule:
     try:
-        return retraced(graph, arguments)
+        return retraced(recorded, recorded.graph, arguments)
     except RuntimeError as error:
         raise TraceError(
             f"{name}: expected a loss that changes no tensors in place, or only such as it makes itself; torch could "
