@@ -62,7 +62,7 @@ def functionalized(graph: fx.Graph) -> bool:
             graph.erase_node(node)  # nobody reads the change
             continue
         with graph.inserting_before(node):
-            result = _stored(graph, node, graph.call_function(pure, node.args, node.kwargs))
+            result = _stored(graph, node, graph.call_function(pure, _reordered(node, pure), node.kwargs))
         order[result] = order[node]
         for user in later:
             user.replace_input_with(target, result)
@@ -158,8 +158,10 @@ def mutates(node: fx.Node) -> bool:
 def out_of_place(operation: Any) -> Any:
     """The operation that returns what `operation` stores in its first argument, which alone it may change; else None.
 
-    It has the same name without the underscore and takes the same types; overloads of the two may differ in name:
-    pow_.Scalar(Tensor(a!) self, Scalar exponent) is pow.Tensor_Scalar(Tensor self, Scalar exponent).
+    It has the same name without the underscore, and arguments of the same names and types; the overload's name and
+    the order of arguments may differ:
+    pow_.Scalar(Tensor(a!) self, Scalar exponent) becomes pow.Tensor_Scalar(Tensor self, Scalar exponent), and
+    polygamma_(Tensor(a!) self, int n) becomes polygamma(int n, Tensor self).
     """
     schema = operation._schema
     namespace, name = schema.name.split("::")
@@ -175,8 +177,16 @@ def out_of_place(operation: Any) -> Any:
     return None
 
 
-def _signature(schema: Any) -> list[Any]:
-    return [(str(argument.type), argument.kwarg_only, argument.default_value) for argument in schema.arguments]
+def _signature(schema: Any) -> dict[str, Any]:
+    return {a.name: (str(a.type), a.kwarg_only, a.default_value) for a in schema.arguments}
+
+
+def _reordered(node: fx.Node, pure: Any) -> tuple[Any, ...]:
+    """The positional arguments of `node` in the order in which `pure` takes them."""
+    target: Any = node.target
+    names = [argument.name for argument in target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False))
+    return tuple(given[argument.name] for argument in pure._schema.arguments if argument.name in given)
 
 
 def _fresh(node: Any) -> bool:
