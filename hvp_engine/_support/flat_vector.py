@@ -20,6 +20,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hvp_engine._support.torch_compat import foreach_copy_, foreach_norm
+
 ALIGNMENT = 16
 """Elements to which the start of every tensor in a flat buffer is rounded up."""
 
@@ -55,7 +57,7 @@ def norm_of(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
 
     With a layout, it is that of the whole vector of which they may be a part.
     """
-    norms = torch._foreach_norm(list(tensors))
+    norms = foreach_norm(list(tensors))
     norm = torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms]))
     return norm if layout is None or layout.whole is None else layout.total(norm.square()).sqrt()
 
@@ -217,7 +219,7 @@ class FlatVector:
     def copy_(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite with `tensors` (any strides, any floating dtype)."""
         if self.views:
-            torch._foreach_copy_(self.views, [t.detach() for t in tensors])
+            foreach_copy_(self.views, [t.detach() for t in tensors])
         self.refresh()
 
     def dot(self, other: FlatVector) -> Tensor:
@@ -242,4 +244,4 @@ class FlatVector:
     def refresh(self) -> None:
         """Bring low-precision tangents up to date with `data`."""
         if self.layout.low_precision:
-            torch._foreach_copy_(self.tangents, self.views)
+            foreach_copy_(self.tangents, self.views)

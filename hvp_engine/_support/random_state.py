@@ -16,6 +16,8 @@ import torch
 from numpy.random import mtrand
 from torch import Tensor
 
+from hvp_engine._support.torch_compat import in_backward_pass
+
 _alone = threading.RLock()
 
 
@@ -26,7 +28,7 @@ def one_thread() -> contextlib.AbstractContextManager[Any]:
     Inside a backward pass there is none: on a GPU that runs in a thread of its own, and what it computes again
     (checkpointing) would wait for the thread that waits for it.
     """
-    return _alone if torch._C._current_graph_task_id() == -1 else contextlib.nullcontext()
+    return contextlib.nullcontext() if in_backward_pass() else _alone
 
 
 def _another_lock() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import Layout, detached
 from hvp_engine._support.isolation import recorded_modules
 from hvp_engine._support.random_state import random_state_kept
+from hvp_engine._support.torch_compat import below_autograd
 from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
 from hvp_engine.differentiation.trace.fused_update import AccumulatingTerm
 from hvp_engine.differentiation.trace.partial_evaluation import Partition, partition
@@ -84,7 +85,7 @@ class TracedLinearization:
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t."""
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             products = self.functions.tangent(*self._tangent_residuals, *tangents)
         if self._complete:
             return products
@@ -112,7 +113,7 @@ class TracedLinearization:
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t."""
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             found = iter(self.functions.mixed(*self._mixed_residuals, *tangents))
         return [next(found) if there else None for there in self.functions.partition.mixed.outputs]
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hvp_engine import engines
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import Structure, check_like, flatten
+from hvp_engine._support.torch_compat import pytree, version_of
 from hvp_engine.differentiation.problem import LinearMap, Problem
 from hvp_engine.distributed import for_loss
 from hvp_engine.operators.batched import fill
@@ -59,7 +59,7 @@ class Curvature:
         self.spectrum = Spectrum()
         self._structure = structure
         read = [leaf for leaf in pytree.tree_leaves(made_of) if isinstance(leaf, Tensor)]
-        self._versions = [(tensor, tensor._version) for tensor in read if not tensor.is_inference()]
+        self._versions = [(tensor, version_of(tensor)) for tensor in read if not tensor.is_inference()]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_versions": []}  # a copy has tensors of its own
@@ -68,7 +68,7 @@ class Curvature:
     def linearization(self) -> CurvatureMap:
         """What makes the products; `ValueError` where what it was made of is no more what it was."""
         for tensor, version in self._versions:
-            if tensor._version != version:
+            if version_of(tensor) != version:
                 raise ValueError(
                     "operator: expected weights and arguments as they were when it was made; got one of shape "
                     f"{tuple(tensor.shape)} that was changed in place since: make a new operator, or clone it before"

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hvp_engine._support.arguments import check_count
 from hvp_engine._support.pytree import Structure, flatten, trainable
 from hvp_engine._support.timing import Moment
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.distributed import DataParallel, Held, averaged, together
 from hvp_engine.errors import DivergenceError
 from hvp_engine.hypergradients.estimator import Estimate, Estimator

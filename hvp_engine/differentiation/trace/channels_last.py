@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from hvp_engine._support.torch_compat import onednn_enabled
 from hvp_engine.differentiation.trace.functionalize import is_random
 
 aten = torch.ops.aten
@@ -42,7 +43,7 @@ def prefer_channels_last(weights: Sequence[Tensor]) -> bool:
     """Whether most of the convolution kernels among `weights` are faster in channels-last layout."""
     kernels = [weight for weight in weights if _is_kernel(weight)]
     whole = [w for w in kernels if w.shape[0] % _CHANNELS == 0 and w.shape[1] % _CHANNELS == 0]
-    return torch._C._get_mkldnn_enabled() and 2 * _elements(whole) > _elements(kernels)
+    return onednn_enabled() and 2 * _elements(whole) > _elements(kernels)
 
 
 def channels_last(weights: Sequence[Tensor]) -> list[Tensor]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._prims_common import suggest_memory_format
 
+from hvp_engine._support.torch_compat import suggest_memory_format
 from hvp_engine.differentiation.trace.passes import alike, called, filled
 
 aten = torch.ops.aten

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hvp_engine._support.torch_compat import schema_of
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
@@ -90,7 +91,7 @@ def _value(node: fx.Node) -> Any:
     return node.meta["val"]
 
 
-def retraced(root: torch.nn.Module, graph: fx.Graph, arguments: Sequence[Tensor]) -> fx.GraphModule:
+def retraced(root: fx.GraphModule, graph: fx.Graph, arguments: Sequence[Tensor]) -> fx.GraphModule:
     """`graph` without in-place operations, by torch's functionalization.
 
     It follows what is written to its inputs and to what is made of them, and nothing else. So the tensors that the
@@ -150,7 +151,7 @@ def is_random(node: fx.Node) -> bool:
 
 def mutates(node: fx.Node) -> bool:
     """Whether the operation changes one of its arguments."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema is not None and schema.is_mutable
 
 
@@ -163,7 +164,7 @@ def out_of_place(operation: Any) -> Any:
     pow_.Scalar(Tensor(a!) self, Scalar exponent) becomes pow.Tensor_Scalar(Tensor self, Scalar exponent), and
     polygamma_(Tensor(a!) self, int n) becomes polygamma(int n, Tensor self).
     """
-    schema = operation._schema
+    schema = schema_of(operation)
     namespace, name = schema.name.split("::")
     written = [argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments]
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
@@ -172,7 +173,7 @@ def out_of_place(operation: Any) -> Any:
     same_name = schema.overload_name or "default"
     for overload in sorted(packet.overloads(), key=lambda overload: overload != same_name):
         pure = getattr(packet, overload)
-        if not pure._schema.is_mutable and _signature(pure._schema) == _signature(schema):
+        if not schema_of(pure).is_mutable and _signature(schema_of(pure)) == _signature(schema):
             return pure
     return None
 
@@ -184,9 +185,9 @@ def _signature(schema: Any) -> dict[str, Any]:
 def _reordered(node: fx.Node, pure: Any) -> tuple[Any, ...]:
     """The positional arguments of `node` in the order in which `pure` takes them."""
     target: Any = node.target
-    names = [argument.name for argument in target._schema.arguments]
+    names = [argument.name for argument in schema_of(target).arguments]
     given = dict(zip(names, node.args, strict=False))
-    return tuple(given[argument.name] for argument in pure._schema.arguments if argument.name in given)
+    return tuple(given[argument.name] for argument in schema_of(pure).arguments if argument.name in given)
 
 
 def _fresh(node: Any) -> bool:
@@ -200,7 +201,7 @@ def is_view(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         return is_view(node.args[0]) if isinstance(node.args[0], fx.Node) else True
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None:
         return node.op == "call_function"  # unknown: be careful
     return any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)

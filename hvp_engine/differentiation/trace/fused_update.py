@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from hvp_engine._support.flat_vector import FlatVector
+from hvp_engine._support.torch_compat import below_autograd
 from hvp_engine.solvers.base import Accumulation
 
 aten = torch.ops.aten
@@ -120,7 +121,7 @@ class AccumulatingTerm:
 
     def __call__(self) -> None:
         scale = -self._accumulation.scale
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             values = iter(self._compute(self._direction.tangents))
             computed = [
                 ([next(values) for _ in range(2 * pairs + others)], pairs) for _, (pairs, others) in self._terms

@@ -100,7 +100,8 @@ def _partition(trace: Trace) -> Partition:
     values, products, mixed = outputs[:first], outputs[first : first + trace.weights], outputs[first + trace.weights :]
 
     known = _live(products, lambda node: node not in linear) - linear
-    every_term = linear | attempts.call(recomputable, known, otherwise=set())
+    nothing: set[fx.Node] = set()
+    every_term = linear | attempts.call(recomputable, known, otherwise=nothing)
     residuals: list[fx.Node] = []
     tangent_part = _part(root, graph, products, every_term, tangents, residuals, attempts)
     mixed_part = _part(root, graph, mixed, every_term, tangents, residuals, attempts)

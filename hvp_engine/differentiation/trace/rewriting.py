@@ -63,7 +63,12 @@ class Attempts:
             return otherwise
 
     def rewrite(
-        self, graph: fx.Graph, tangents: int, rewrites: Sequence[Rewrite], root: torch.nn.Module, values: Sequence[Tensor]
+        self,
+        graph: fx.Graph,
+        tangents: int,
+        rewrites: Sequence[Rewrite],
+        root: fx.GraphModule,
+        values: Sequence[Tensor],
     ) -> fx.Graph:
         """A copy of `graph` after those of `rewrites` that succeed.
 
@@ -123,7 +128,7 @@ def dependents(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
 class _Verifier:
     """Compares a graph's outputs on recorded inputs with those before the last rewrite."""
 
-    root: torch.nn.Module
+    root: fx.GraphModule
     inputs: Sequence[Tensor]
     tangents: int
     graph: fx.Graph

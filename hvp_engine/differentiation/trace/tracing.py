@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
+from hvp_engine._support.torch_compat import FAKE_AND_REAL, REGISTER_PYTREE, one_fake_mode, pytree, says_data_dependent
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
 from hvp_engine.differentiation.double_backward import Pullback, Tape, explained, gradients, leaves
 from hvp_engine.differentiation.problem import Problem
@@ -63,7 +62,7 @@ class Trace:
     """
 
     graph: fx.Graph
-    root: torch.nn.Module
+    root: fx.GraphModule
     weights: int
     arguments: tuple[Tensor, ...]
 
@@ -91,7 +90,7 @@ def trace(problem: Problem) -> Trace:
             raise TraceError(
                 f"{problem.name}: expected a batch of tensors, numbers and texts in tuples, lists and dicts; got one "
                 f"with a {type(leaf).__name__}, whose content a trace would keep: hand over the tensors in it, "
-                "register it with torch.utils._pytree.register_pytree_node, or use engine='eager'"
+                f"register it with {REGISTER_PYTREE}, or use engine='eager'"
             )
     if prefer_channels_last(problem.weights):
         with contextlib.suppress(RuntimeError), NoStatistics():
@@ -129,7 +128,7 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
     try:
         with (
             _TRACING,
-            _one_fake_mode(),
+            one_fake_mode(),
             plain_kernels(),
             torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS),
             explained(),
@@ -141,7 +140,7 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
                 graph = root.graph
             refuse_side_effects(graph)
     except AssertionError as error:
-        if "FakeTensors" not in str(error):
+        if FAKE_AND_REAL not in str(error):
             raise
         here = leaves(problem.weights)
         with torch.enable_grad():  # it names an operator without a second derivative
@@ -156,7 +155,7 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
                 f"{problem.name}: expected a loss without saved-tensor hooks; got some: {_HOOKS}: "
                 "switch checkpointing off, since a trace keeps what it needs anyway, or use engine='eager'"
             ) from error
-        if "data-dependent" in str(error) or "proxy" in str(error).lower() or ".item()" in str(error):
+        if says_data_dependent(error):
             raise TraceError(
                 f"{problem.name}: expected a loss without control flow that depends on tensor values; tracing said: "
                 f"{error}; use engine='eager'"
@@ -173,9 +172,3 @@ def _retraced(recorded: fx.GraphModule, arguments: list[Tensor], name: str) -> f
             f"{name}: expected a loss that changes no tensors in place, or only such as it makes itself; torch could "
             f"not replace what it changes: {error}; compute new tensors instead, or use engine='eager'"
         ) from error
-
-
-def _one_fake_mode() -> contextlib.AbstractContextManager[Any]:
-    """Let `make_fx` record shapes in one fake mode: otherwise it makes one for each operation, which is slow."""
-    mode = FakeTensorMode(allow_fallback_kernels=True)
-    return torch._guards.tracing(torch._guards.TracingContext(mode))
