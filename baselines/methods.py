@@ -23,7 +23,7 @@ from hvp_engine.hypergradients import SGD, Unrolled
 from hvp_engine.hypergradients.estimator import Estimator
 from hvp_engine.hypergradients.implicit import Hypergradient
 from hvp_engine.solvers import MINRES, Chebyshev, ConjugateGradient, Exact, Identity, Neumann, Nystrom, Solver
-from hvp_engine.solvers.preconditioners import Preconditioner
+from hvp_engine.solvers.preconditioning import Preconditioner
 
 Loss = Callable[[Any, Any, Any], Tensor]
 Kind = Literal["implicit", "unrolled", "response", "search"]

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import ALIGNMENT, CHUNK, Layout
+from hvp_engine._support.pytree import check_like
 from hvp_engine.kernels.rows import spread_total
-from hvp_engine.ops import Op, check_products
+from hvp_engine.ops import Op
 
 WARPS = 8
 """One row is 4096 elements: 16 for each thread, enough loads in flight and few enough registers."""
@@ -112,7 +113,7 @@ class MultiTensorLaunch:
 
     def _conformed(self, products: Sequence[Tensor]) -> list[Tensor]:
         """The products as the kernel can read them, with row tables for their dtypes; an error if none can be."""
-        check_products(self._op, self._layout, self._states[0].dtype, products)
+        check_like(products, self._layout, f"{self._op.name}: {self._op.product}", "weights", self._states[0].dtype)
         dtypes = [product.dtype for product in products]
         if dtypes != self._dtypes:
             self._dtypes, self._rows = dtypes, row_tables(self._layout, dtypes)

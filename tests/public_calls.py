@@ -187,6 +187,8 @@ CALLS: dict[str, list[Call]] = {
 }
 
 PARTS_OF = {
+    "I": "HessianOperator",
+    "LinearOperator": "HessianOperator",
     "CheckResult": "check",
     "DivergenceError": "Hypergradient",
     "Estimate": "Hypergradient",

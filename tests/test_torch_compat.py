@@ -295,7 +295,11 @@ def attention(w: Tensor) -> Tensor:
 def test_texts_of_missing_derivatives() -> None:
     match = torch_compat.NOT_DIFFERENTIABLE.search(error_of(hardsigmoid))
     assert match is not None and match[1] == "hardsigmoid_backward"
-    match = torch_compat.NOT_DIFFERENTIABLE.search(error_of(once))
+    w = W.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(once(w), w, create_graph=True)
+    with pytest.raises(RuntimeError) as raised:
+        gradient.sum().backward()
+    match = torch_compat.NOT_DIFFERENTIABLE.search(str(raised.value))
     assert match is not None and match[2] == "once_differentiable"
     assert torch_compat.REENTRANT in error_of(checkpointed)
     assert torch_compat.SPARSE_AND_DENSE in error_of(sparse_embedding)

@@ -23,11 +23,11 @@ def tangent_and_error(loss: Loss, weights: list[Tensor], x: Tensor) -> tuple[tor
     torch.manual_seed(1)
     v = [torch.randn_like(w) for w in weights]
     operator = hvp.HessianOperator(loss, weights, x, engine=LinearizedEngine())
-    assert isinstance(operator.linearization, TracedLinearization)
+    assert isinstance(operator.linear_map, TracedLinearization)
     product, expected = operator @ v, hvp.HessianOperator(loss, weights, x, engine="eager") @ v
     scale = torch.stack([e.norm() for e in expected]).norm()
     error = torch.stack([(p - e).norm() for p, e in zip(product, expected, strict=True)]).norm() / scale
-    return operator.linearization.functions.partition.tangent.module.graph, float(error)
+    return operator.linear_map.functions.partition.tangent.module.graph, float(error)
 
 
 def kernels_that_are_images(graph: torch.fx.Graph) -> int:

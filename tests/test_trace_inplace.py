@@ -90,7 +90,7 @@ def test_batched_products_are_added_in_place(layout: str) -> None:
     here, t = w.clone().requires_grad_(), torch.randn_like(w)
     (gradient,) = torch.autograd.grad(loss(here), here, create_graph=True)
     (expected,) = torch.autograd.grad(gradient, here, t)
-    linearization = hvp.HessianOperator(loss, w, engine=LinearizedEngine()).linearization
+    linearization = hvp.HessianOperator(loss, w, engine=LinearizedEngine()).linear_map
     assert isinstance(linearization, TracedLinearization)
     for _ in range(2):
         torch.testing.assert_close(linearization.product([t])[0], expected, rtol=1e-11, atol=1e-11)

@@ -55,7 +55,7 @@ def partition_and_error(loss: Callable[[Tensor, Tensor], Tensor], engine: engine
     solver = hvp.Neumann(3, alpha=1e-4)
     pairs = [(operator @ v, eager @ v), (operator.solve(v, solver).value, eager.solve(v, solver).value)]
     error = max(float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs)
-    return operator.linearization.functions.partition, error
+    return operator.linear_map.functions.partition, error
 
 
 def sources(module: fx.GraphModule) -> list[fx.Node]:

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def linearization_of(loss: Callable[[Tensor], Tensor], w: Tensor) -> TracedLinearization:
-    linearization = hvp.HessianOperator(loss, w, engine=LinearizedEngine()).linearization
+    linearization = hvp.HessianOperator(loss, w, engine=LinearizedEngine()).linear_map
     assert isinstance(linearization, TracedLinearization)
     return linearization
 

@@ -109,7 +109,9 @@ def test_check_like_refuses(tensors: list[Tensor], error: type[Exception], messa
 def test_check_like_on_dtypes() -> None:
     single = Layout.of([A.float(), B.to(torch.bfloat16)])
     check_like([A.to(torch.bfloat16), B.float()], single, "v", "w")
-    with pytest.raises(TypeError, match=r"^v\[0\]: expected a dtype no wider than torch.float32.*got torch.float64"):
+    with pytest.raises(
+        TypeError, match=r"^v\[0\]: expected a floating dtype no wider than torch.float32.*got torch.float64"
+    ):
         check_like([A, B.float()], single, "v", "w")
     check_like([A, B], Layout.of([A, B.float()]), "v", "w")
 

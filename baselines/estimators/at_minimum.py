@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hvp_engine._support.pytree import flatten
-from hvp_engine.diagnostics.check.refitting import Pair, minimize
+from hvp_engine.diagnostics.hypergradient_check.refitting import Pair, minimize
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.hypergradients.estimator import Estimate, Estimator
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from hvp_engine._support.random_state import random_state_kept
-from hvp_engine.differentiation.problem import Linearization, Problem
+from hvp_engine.differentiation.linear_map import Linearization
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.hypergradients.implicit import Hypergradient
 from hvp_engine.operators.gauss_newton import GaussNewtonProducts
@@ -87,12 +88,15 @@ class GaussNewtonEngine(EagerEngine):
         return _Linearization(whole, curvature)
 
 
-class _Linearization:
+class _Linearization(Linearization):
     """Loss, gradient and mixed product of one linearization with the products of another map."""
 
     def __init__(self, whole: Linearization, curvature: GaussNewtonProducts):
         self.layout, self.loss, self.gradient = whole.layout, whole.loss, whole.gradient
-        self.mixed, self._curvature = whole.mixed, curvature
+        self._whole, self._curvature = whole, curvature
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         return self._curvature.product(tangents)
+
+    def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        return self._whole.mixed(tangents)

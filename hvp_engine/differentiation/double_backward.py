@@ -11,10 +11,11 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from hvp_engine._support import torch_compat
 from hvp_engine._support.flat_vector import Layout
+from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.errors import GraphError, SecondDerivativeError
 
 _REMEDIES = {
-    "_Union": "hand the hvp.DataParallel itself to hvp.Hypergradient, hvp.HessianOperator, ...; hvp.Averaged inside it",
+    "_MeanLoss": "hand the hvp.DataParallel itself to hvp.Hypergradient or an operator, with hvp.Averaged inside it",
     "_scaled_dot_product": "run the forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
     "_cudnn_rnn": "run the forward under torch.backends.cudnn.flags(enabled=False)",
     "mkldnn_rnn": "run the forward under torch.backends.mkldnn.flags(enabled=False)",
@@ -132,7 +133,7 @@ def gradients(loss: Tensor, weights: Sequence[Tensor], name: str) -> list[Tensor
     return filled(found, weights)
 
 
-class Tape:
+class Tape(Linearization):
     """The linearization that autograd's own graph is: products by `torch.autograd.grad`, graph retained.
 
     Arguments:
@@ -141,10 +142,10 @@ class Tape:
         hyperparameters: what the mixed product is taken with respect to.
         loss: the loss, for reports.
         name: what messages call the loss or the gradient.
+        symmetric: whether df/dw is, as where f is a gradient.
 
     Attributes:
         reaches_weights: whether f depends on some weight; if not, the Hessian is zero.
-        size: nodes of the gradient's graph.
         incomplete: whether some kernel of the forward has no second derivative; a product through it raises.
     """
 
@@ -155,8 +156,9 @@ class Tape:
         hyperparameters: Sequence[Tensor] = (),
         loss: Tensor | None = None,
         name: str = "loss",
+        symmetric: bool = True,
     ):
-        self.layout = Layout.of(weights)
+        self.layout, self.symmetric = Layout.of(weights), symmetric
         self.loss = None if loss is None else loss.detach()
         self.gradient = [g.detach() for g in gradient]
         self.weights = tuple(weights)
@@ -164,7 +166,7 @@ class Tape:
         self._product = Pullback(gradient, weights)
         self._mixed = Pullback(gradient, hyperparameters)
         nodes = _walk(self._product.outputs)
-        self.size = len(nodes)
+        self.nodes = len(nodes)
         names = {node.name(): node for node in nodes}
         for node in names.values():
             _refuse_control_flow(node)

@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
 from hvp_engine.differentiation.double_backward import FastKernelError, Tape, gradients, leaves
-from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
-from hvp_engine.solvers.base import Iteration, Solver
-from hvp_engine.solvers.spectrum import SpectralEstimate
+from hvp_engine.differentiation.linear_map import Linearization
+from hvp_engine.differentiation.problem import Problem
+from hvp_engine.engines.base import Engine
 
 
-def begin(operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None) -> Iteration:
-    """A new iteration of `solver` on `operator`, ready for its first step."""
-    iteration = solver.allocate(operator.layout)
-    iteration.adapt(estimate)
-    iteration.start(v)
-    return iteration
-
-
-def advance(iteration: Iteration, operator: LinearMap, term: Callable[[], None] | None = None) -> None:
-    """Alternate products and steps until the solver is done; `term`, if given, stands for all of them but the last.
-
-    A product lives until the next one is there: given back at once, its memory goes to the system and comes back page
-    by page, which tripled the page faults of a solve and cost up to a third of its time on a CPU.
-    """
-    while iteration.steps < iteration.limit and not iteration.finished():
-        if term is not None and iteration.steps < iteration.limit - 1:
-            term()
-            iteration.steps += 1
-        else:
-            product = operator.product(iteration.direction.tangents)
-            iteration.step(product)
-
-
-class EagerEngine:
+class EagerEngine(Engine):
     """Builds the gradient graph once for each linearization; every product is one `torch.autograd.grad`.
 
     Where a fast kernel of the forward has no second derivative, or a wrong one, the graph is built on the plain kernels
@@ -73,19 +48,3 @@ class EagerEngine:
             loss = problem.evaluate(weights, hyperparameters)
             gradient = gradients(loss, weights, problem.name)
         return Tape(gradient, weights, hyperparameters, loss, problem.name)
-
-    def run(
-        self,
-        operator: LinearMap,
-        v: Sequence[Tensor],
-        solver: Solver,
-        estimate: SpectralEstimate | None,
-    ) -> Iteration:
-        """Alternate products and steps until the solver is done."""
-        iteration = begin(operator, v, solver, estimate)
-        advance(iteration, operator)
-        return iteration
-
-    def report(self) -> str:
-        """What the engine did, in a line."""
-        return "no set-up"

@@ -9,26 +9,12 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout, norm_of
-from hvp_engine.differentiation.problem import Linearization
+from hvp_engine.differentiation.linear_map import Linearization
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Relative difference of a product, by the coarsest dtype that it is computed in."""
 
 _COARSEST = max(_TOLERANCES.values())
-
-
-class Schedule:
-    """Call numbers at which an engine is checked: the first, the tenth, the hundredth, and so on."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def due(self) -> bool:
-        self.calls += 1
-        power = 1
-        while power < self.calls:
-            power *= 10
-        return power == self.calls
 
 
 def probe(layout: Layout) -> list[Tensor]:

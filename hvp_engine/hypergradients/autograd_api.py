@@ -19,8 +19,7 @@ from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import GraphError, SecondDerivativeError
 from hvp_engine.hypergradients.implicit import implicit_gradient
 from hvp_engine.solvers import Neumann, Solver
-from hvp_engine.solvers.base import check_solver
-from hvp_engine.solvers.driver import solve_flat
+from hvp_engine.solvers.base import LinearSystem, check_solver
 from hvp_engine.solvers.spectrum import Spectrum
 
 TensorOrTensors = Tensor | Sequence[Tensor]
@@ -70,7 +69,7 @@ def approx_inverse_hvp(
             "f: expected gradients that depend on w; got a graph that reaches none of w: pass the tensors that "
             "the forward used (of a loss linear in w the Hessian is zero and has no inverse)"
         )
-    value, _ = solve_flat(tape, detached(vector), solver, EagerEngine(), Spectrum())
+    value, _ = _system(tape).solve(detached(vector), solver)
     return tuple(value)
 
 
@@ -126,7 +125,7 @@ def hypergradient(
     count = len(active)
     vector = filled(found[:count], active)
     tape = Tape(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
-    grads, _ = implicit_gradient(tape, vector, found[count:], hyper_list, solver, EagerEngine(), Spectrum())
+    grads, _ = implicit_gradient(_system(tape), vector, found[count:], hyper_list, solver)
     return tuple(grads)
 
 
@@ -182,8 +181,12 @@ class _BestResponse(torch.autograd.Function):
             raise _no_second_derivative("best_response")
         none = [None] * len(ctx.hyperparameters)
         vector = [g for g, active in zip(grad_outputs, ctx.active, strict=True) if active]
-        grads, _ = implicit_gradient(ctx.tape, vector, none, ctx.hyperparameters, ctx.solver, EagerEngine(), Spectrum())
+        grads, _ = implicit_gradient(_system(ctx.tape), vector, none, ctx.hyperparameters, ctx.solver)
         return None, None, None, *grads
+
+
+def _system(tape: Tape) -> LinearSystem:
+    return LinearSystem(tape, EagerEngine(), Spectrum())
 
 
 def _is_loss(f: Any) -> TypeGuard[Tensor]:

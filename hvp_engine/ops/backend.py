@@ -50,7 +50,7 @@ class Backend(Protocol):
 
 
 _MODULES = {
-    "reference": "hvp_engine.ops.plain",
+    "reference": "hvp_engine.ops.reference",
     "cpp": "hvp_engine.ops.cpp",
     "cuda": "hvp_engine.ops.cpp",
     "triton": "hvp_engine.kernels",

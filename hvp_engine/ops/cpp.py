@@ -9,6 +9,7 @@ import torch  # before the extension, which then shares torch's OpenMP runtime
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout
+from hvp_engine._support.pytree import check_leaf_like
 from hvp_engine.linear_model.reference import Factors
 from hvp_engine.ops.backend import Bound
 from hvp_engine.ops.schemas import OPS
@@ -77,15 +78,8 @@ def _conform(name: str, layout: Layout, states: Sequence[Tensor], partials: Tens
     taken = {tensor.untyped_storage().data_ptr() for tensor in (*states, partials)}
 
     def conform(index: int, product: object) -> Tensor:
-        where = f"{name}: {OPS[name].product}[{index}]"
-        if not isinstance(product, Tensor):
-            raise TypeError(f"{where}: expected a tensor; got {type(product).__name__}")
-        if product.shape != layout.shapes[index]:
-            raise ValueError(f"{where}: expected shape {tuple(layout.shapes[index])}; got {tuple(product.shape)}")
-        if product.device != state.device:
-            raise ValueError(f"{where}: expected device {state.device}; got {product.device}")
-        if not product.is_floating_point() or product.element_size() > state.element_size():
-            raise TypeError(f"{where}: expected a floating dtype no wider than {state.dtype}; got {product.dtype}")
+        check_leaf_like(product, index, layout, f"{name}: {OPS[name].product}", "weights", state.dtype)
+        assert isinstance(product, Tensor)
         row = product.detach().resolve_neg().permute(layout.orders[index]).contiguous().to(state.dtype)
         return row.clone() if row.untyped_storage().data_ptr() in taken else row
 

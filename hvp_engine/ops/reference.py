@@ -1,4 +1,4 @@
-"""Plain torch for every op: the executable specification.
+"""The reference backend: every op in plain torch, the executable specification.
 
 Each function here has the name, the arguments and the meaning of the op in :mod:`hvp_engine.ops.schemas`; the C++,
 CUDA and Triton versions are tested against it. State vectors are flat (see :mod:`hvp_engine._support.flat_vector`); the
@@ -11,12 +11,15 @@ on the number of threads or the launch, neither do the totals.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from hvp_engine._support.flat_vector import CHUNK, offsets_of
+from hvp_engine._support.flat_vector import CHUNK, Layout, offsets_of
+from hvp_engine._support.pytree import check_like
+from hvp_engine.ops.backend import Bound
+from hvp_engine.ops.schemas import OPS
 
 
 def _parts(tensors: Sequence[Tensor], *states: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -115,3 +118,32 @@ def chebyshev_step(
         direction.copy_(keep * direction + scale * residual)
         solution.add_(direction)
         row = _record(partials, row, *_squares(residual, solution))
+
+
+STEPS: dict[str, Callable[..., None]] = {
+    step.__name__: step for step in (neumann_step, neumann_step_horner, scale_accumulate, cg_step, chebyshev_step)
+}
+
+
+def missing(device_type: str) -> str | None:
+    """None: plain torch runs on every device."""
+    return None
+
+
+def bind(
+    name: str,
+    states: Sequence[Tensor],
+    layout: Layout,
+    scalars: Sequence[Tensor],
+    damping: float,
+    partials: Tensor,
+) -> Bound:
+    """The op `name` bound to its arguments, all checked already; see :func:`hvp_engine.ops.schemas.bind`."""
+    op, step = OPS[name], STEPS[name]
+    trailing = (*scalars, damping, partials) if op.damped else (*scalars, partials)
+
+    def run(products: Sequence[Tensor]) -> None:
+        check_like(products, layout, f"{name}: {op.product}", "weights", states[0].dtype)
+        step(*states, layout.rows(products, apart_from=(*states, partials)), *trailing)
+
+    return run

@@ -101,22 +101,6 @@ def check(op: Op, states: Sequence[Tensor], layout: Layout, scalars: Sequence[Te
         )
 
 
-def check_products(op: Op, layout: Layout, state: torch.dtype, products: Sequence[Tensor]) -> None:
-    """Raise `ValueError` or `TypeError` unless there is one product for each tensor of the layout, of its shape."""
-    if len(products) != len(layout.shapes):
-        raise ValueError(f"{op.name}: {op.product}: expected {len(layout.shapes)} tensors; got {len(products)}")
-    for index, (product, shape) in enumerate(zip(products, layout.shapes, strict=True)):
-        where = f"{op.name}: {op.product}[{index}]"
-        if not isinstance(product, Tensor):
-            raise TypeError(f"{where}: expected a tensor; got {type(product).__name__}")
-        if product.shape != shape:
-            raise ValueError(f"{where}: expected shape {tuple(shape)}; got {tuple(product.shape)}")
-        if product.device != layout.device:
-            raise ValueError(f"{where}: expected device {layout.device}; got {product.device}")
-        if product.dtype not in INPUT_DTYPES or product.dtype.itemsize > state.itemsize:
-            raise TypeError(f"{where}: expected a floating dtype no wider than {state}; got {product.dtype}")
-
-
 def _check_overlap(op: Op, states: Sequence[Tensor], scalars: Sequence[Tensor], partials: Tensor) -> None:
     """What an op writes must share memory with nothing else that it was given."""
     names = (*op.states, *op.scalars, "partials")

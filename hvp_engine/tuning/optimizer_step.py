@@ -15,7 +15,7 @@ from hvp_engine._support.arguments import check_count
 from hvp_engine._support.pytree import Structure, flatten, trainable
 from hvp_engine._support.timing import Moment
 from hvp_engine._support.torch_compat import pytree
-from hvp_engine.distributed import DataParallel, Held, averaged, together
+from hvp_engine.distributed import DataParallel, ShardedList, averaged, together
 from hvp_engine.errors import DivergenceError
 from hvp_engine.hypergradients.estimator import Estimate, Estimator
 from hvp_engine.hypergradients.implicit import Hypergradient
@@ -201,7 +201,7 @@ class Steps:
 
     def _norm_of(self, tensors: Sequence[Tensor], structure: Structure) -> Callable[[Grads], Tensor]:
         """The norm of gradients of these tensors."""
-        return global_norm if self.processes is None else Held(self.processes, tensors, structure.shards).norm
+        return global_norm if self.processes is None else ShardedList(self.processes, tensors, structure.shards).norm
 
     def _take(self, stream: Batches, count: int) -> list[Any]:
         """The next batches of a stream, in all processes or none."""

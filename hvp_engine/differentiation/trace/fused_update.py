@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.flat_vector import FlatVector
 from hvp_engine._support.torch_compat import below_autograd
-from hvp_engine.solvers.base import Accumulation
+from hvp_engine.differentiation.linear_map import Accumulation
 
 aten = torch.ops.aten
 
@@ -87,8 +86,7 @@ class AccumulatingTerm:
         compute: gives the nodes of all `terms`, for the direction.
         terms: (number of products, number of other summands) for each weight.
         diagonals: known diagonal factors for each weight.
-        direction: the vector that products are taken at.
-        accumulation: where they go.
+        accumulation: where products are taken, and where they go.
         damping: added to the diagonal.
     """
 
@@ -97,13 +95,12 @@ class AccumulatingTerm:
         compute: Callable[[Sequence[Tensor]], Sequence[Tensor]],
         terms: Sequence[tuple[int, int]],
         diagonals: Sequence[Sequence[Tensor]],
-        direction: FlatVector,
         accumulation: Accumulation,
         damping: float,
     ):
         self._compute = compute
         self._terms = list(zip(accumulation.target.views, terms, strict=True))
-        self._direction = direction
+        self._direction = direction = accumulation.direction
         self._accumulation = accumulation
         self._in_place = accumulation.target is direction
         self._scalings = [

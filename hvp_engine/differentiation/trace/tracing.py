@@ -10,12 +10,9 @@ of their arguments.
 from __future__ import annotations
 
 import contextlib
-import enum
-import numbers
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -24,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hvp_engine._support.torch_compat import FAKE_AND_REAL, REGISTER_PYTREE, one_fake_mode, pytree, says_data_dependent
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
 from hvp_engine.differentiation.double_backward import Pullback, Tape, explained, gradients, leaves
-from hvp_engine.differentiation.problem import Problem
+from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
 from hvp_engine.differentiation.trace.channels_last import (
     NoStatistics,
     channels_last,
@@ -36,8 +33,6 @@ from hvp_engine.differentiation.trace.rewriting import copied
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
-
-_CONSTANTS = (type(None), numbers.Number, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)
 
 _TRACING = threading.RLock()
 """One thread traces at a time: `make_fx` patches modules for all threads."""
@@ -65,18 +60,6 @@ class Trace:
     root: fx.GraphModule
     weights: int
     arguments: tuple[Tensor, ...]
-
-
-def split_inputs(problem: Problem) -> tuple[list[Tensor], list[Any], pytree.TreeSpec]:
-    """Tensors of the batch, its other leaves (with None where a tensor was), and how to put it together again."""
-    leaves, spec = pytree.tree_flatten(problem.inputs)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    return tensors, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
-
-
-def is_constant(leaf: Any) -> bool:
-    """Whether a leaf of a batch that is no tensor is what it is for good, so that a trace may hold it."""
-    return isinstance(leaf, _CONSTANTS) or (callable(leaf) and isinstance(leaf, Hashable))
 
 
 def trace(problem: Problem) -> Trace:

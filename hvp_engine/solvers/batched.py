@@ -7,13 +7,12 @@ little more than one with a single vector. Large ones gain nothing and go one af
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
-from hvp_engine.differentiation.problem import LinearMap
+from hvp_engine.differentiation.linear_map import LinearMap
 
 MOST = 32
 """Vectors in one product: more cost memory and gain nothing (measured on a CPU)."""
@@ -23,15 +22,6 @@ _LEAST = 8
 
 _LARGEST = 1 << 14
 """Weights up to which it is faster, on a CPU (measured: at 80,000 it is not any more)."""
-
-
-class BlockMap(LinearMap, Protocol):
-    """A linear map that can take several vectors at once; `unbatched` says why it turned out not to, else ""."""
-
-    unbatched: str
-
-    def products(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """A times the vectors stacked along a new first dimension of each tensor, in and out."""
 
 
 class Vectors(Protocol):
@@ -53,33 +43,18 @@ class Vectors(Protocol):
 
 def pays(operator: LinearMap, count: int) -> bool:
     """Whether one product with `count` vectors is possible, and faster than `count` products."""
-    if count < _LEAST or not hasattr(operator, "products"):
-        return False
     small = operator.layout.size <= _LARGEST or operator.layout.device.type != "cpu"
-    return small and not cast(BlockMap, operator).unbatched
+    return count >= _LEAST and small and operator.batches
 
 
 def fill(vectors: Vectors, operator: LinearMap) -> None:
     """Make all products that `vectors` wants, at most :data:`MOST` at once."""
-    operator = getattr(operator, "linearization", operator)
     while vectors.steps < vectors.limit:
         count = min(MOST, vectors.limit - vectors.steps)
         if pays(operator, count):
-            vectors.step_block(products(operator, vectors.block(count)))
+            vectors.step_block(operator.products(vectors.block(count)))
         else:
             vectors.step(operator.product(vectors.direction.tangents))
-
-
-def products(operator: Any, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
-    """A times the vectors stacked in `stacked`: at once, or one by one where that turns out to be impossible."""
-    if not operator.unbatched and len(stacked[0]) >= _LEAST:
-        try:
-            found: Sequence[Tensor] = operator.products(stacked)
-            return found
-        except Exception as error:  # an operation without a rule for vmap, of whatever library; the report says so
-            operator.unbatched = f"{type(error).__name__}: {error}".splitlines()[0]
-    singles = [operator.product([part[index] for part in stacked]) for index in range(len(stacked[0]))]
-    return [torch.stack(list(parts)) for parts in zip(*singles, strict=True)]
 
 
 def stacked_views(layout: Layout, rows: Tensor) -> list[Tensor]:

@@ -1,7 +1,11 @@
-"""Tensors of which each process holds a shard (DTensor): taken apart, and put together again for the caller."""
+"""DTensors: taken apart into the shard that this process holds, and put together again for the caller.
+
+How shards are exchanged between processes is in :mod:`hvp_engine.distributed.sharding`.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,18 +18,22 @@ if TYPE_CHECKING:
 
 
 def is_sharded(leaf: Any) -> bool:
-    """Whether it is a DTensor (which is not imported where nobody else has)."""
-    return hasattr(leaf, "device_mesh") and hasattr(leaf, "placements")
+    """Whether it is a DTensor, a class that is not imported unless somebody else has done so."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(leaf, module.DTensor)
 
 
 def local_part(tensor: Any) -> Tensor:
-    """This process's part of a DTensor; differentiable."""
+    """This process's shard of a DTensor; differentiable."""
     return tensor.to_local()
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Of which tensor a process holds a part: its shape, cut along `dim` as `torch.chunk` does over a 1-d mesh."""
+    """How a tensor is sharded: cut along `dim` as `torch.chunk` does it, one chunk for each process of a 1-d mesh.
+
+    `shape` and `stride` are those of the whole tensor. For example, 5 rows over 3 processes are chunks of 2, 2 and 1.
+    """
 
     mesh: DeviceMesh
     dim: int
@@ -34,7 +42,7 @@ class Shard:
 
     @classmethod
     def of(cls, tensor: Any, name: str) -> Shard:
-        """What a DTensor is a shard of.
+        """How a DTensor is sharded.
 
         Errors: `ValueError` for one that is not sharded over exactly one mesh dimension.
         """
@@ -48,7 +56,7 @@ class Shard:
         return cls(tensor.device_mesh, placements[0].dim % len(tensor.shape), tensor.shape, tensor.stride())
 
     def wrap(self, part: Tensor) -> Tensor:
-        """This process's part as a DTensor; differentiable."""
+        """The DTensor of which this process holds `part`; differentiable."""
         from torch.distributed import tensor
 
         return tensor.DTensor.from_local(
@@ -57,18 +65,19 @@ class Shard:
 
     @property
     def chunk(self) -> int:
-        """How far a part reaches along `dim`; the last ones may be shorter, or empty."""
+        """The length of a shard along `dim`; the last ones may be shorter, or empty."""
         return max(1, -(-self.shape[self.dim] // self.mesh.size()))
 
     @property
-    def most(self) -> int:
-        """Elements of the largest part, the first."""
+    def largest(self) -> int:
+        """Elements of the largest shard, the first."""
         return self.chunk * self.shape[: self.dim].numel() * self.shape[self.dim + 1 :].numel()
 
     def pieces(self, buffer: Tensor, step: int, offset: int, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of `buffer` and of `whole` that correspond: the part of process k is at k * step + offset.
+        """Pairs of corresponding views of `buffer`, where the shard of process k begins at k * step + offset, and of
+        `whole`.
 
-        At most two pairs, however many processes there are: all parts of full length at once, and a shorter one.
+        At most two pairs, however many processes there are: all shards of full length as one view, and the shorter one.
         """
         before, length, after = self.shape[: self.dim].numel(), self.shape[self.dim], self.shape[self.dim + 1 :].numel()
         rows, chunk = whole.reshape(before, length, after), self.chunk

@@ -14,9 +14,9 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine._support.isolation import isolated
 from hvp_engine._support.pytree import check_like, flatten
-from hvp_engine.diagnostics.check.local_derivatives import random_direction, shifted
-from hvp_engine.diagnostics.check.refitting import Pair, flat, minimize, product_of
-from hvp_engine.diagnostics.check.verdict import Point
+from hvp_engine.diagnostics.hypergradient_check.local_derivatives import random_direction, shifted
+from hvp_engine.diagnostics.hypergradient_check.refitting import Pair, flat, minimize, product_of
+from hvp_engine.diagnostics.hypergradient_check.verdict import Point
 from hvp_engine.errors import DivergenceError
 from hvp_engine.hypergradients.implicit import Hypergradient
 from hvp_engine.solvers import Solver

@@ -16,7 +16,8 @@ from torch import Tensor
 from hvp_engine._support.isolation import isolated
 from hvp_engine._support.pytree import map_leaves
 from hvp_engine.differentiation.double_backward import differentiate, filled, leaves
-from hvp_engine.differentiation.problem import Linearization, Problem
+from hvp_engine.differentiation.linear_map import Linearization
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.distributed import for_loss
 from hvp_engine.engines.eager import EagerEngine
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hvp_engine.diagnostics.check.refitting import Pair, flat, like, product_of
+from hvp_engine.diagnostics.hypergradient_check.refitting import Pair, flat, like, product_of
 
 _DISTANCE = 0.03
 """How far from the point the derivatives are compared, relative to the size of each weight tensor."""

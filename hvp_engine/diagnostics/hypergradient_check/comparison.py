@@ -12,10 +12,10 @@ from torch import Tensor
 from hvp_engine._support.arguments import check_count, check_positive
 from hvp_engine._support.isolation import isolated
 from hvp_engine._support.pytree import flatten
-from hvp_engine.diagnostics.check.experiment import Experiment, Fit, Solved
-from hvp_engine.diagnostics.check.local_derivatives import step_of, wrong_derivatives
-from hvp_engine.diagnostics.check.refitting import Pair, reference_hypergradient
-from hvp_engine.diagnostics.check.verdict import CheckResult, Evidence, Point, Verdict
+from hvp_engine.diagnostics.hypergradient_check.experiment import Experiment, Fit, Solved
+from hvp_engine.diagnostics.hypergradient_check.local_derivatives import step_of, wrong_derivatives
+from hvp_engine.diagnostics.hypergradient_check.refitting import Pair, reference_hypergradient
+from hvp_engine.diagnostics.hypergradient_check.verdict import CheckResult, Evidence, Point, Verdict
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import check_solver

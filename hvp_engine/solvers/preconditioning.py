@@ -1,12 +1,34 @@
-"""The norm in which a preconditioned series contracts."""
+"""What a preconditioner M is, how a solver applies one, and the norm in which a preconditioned series contracts."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector
-from hvp_engine.solvers.base import scalar
+from hvp_engine._support.pytree import check_like
+
+Preconditioner = Callable[[list[Tensor]], Sequence[Tensor]]
+"""v -> M v on the list of the weights' leaves, symmetric and positive definite; it must not change its argument."""
+
+
+def check_preconditioner(preconditioner: Any) -> None:
+    if preconditioner is not None and not callable(preconditioner):
+        raise TypeError(
+            "preconditioner: expected a callable v -> M v on lists of tensors such as hvp.DiagonalPreconditioner, or "
+            f"None; got {type(preconditioner).__name__}"
+        )
+
+
+def precondition(preconditioner: Preconditioner, source: FlatVector, target: FlatVector) -> None:
+    """target <- M source; `TypeError` or `ValueError` for a result that does not fit."""
+    with torch.no_grad():
+        result = preconditioner(list(source.views))
+    check_like(result, source.layout, "preconditioner(v)", "v", widest=torch.float64)
+    target.copy_(result)
 
 
 class MetricNorm:
@@ -19,7 +41,7 @@ class MetricNorm:
 
     def __init__(self, residual: FlatVector, image: FlatVector):
         self._residual, self._image = residual, image
-        self._first = scalar(0.0, residual.data.device)
+        self._first = torch.zeros((), dtype=torch.float64, device=residual.data.device)
 
     def start(self) -> None:
         self._first.copy_(self._squared())

@@ -1,4 +1,4 @@
-"""Eigenvalues of curvature: the extreme ones with error bounds, and the density of all of them, with a plot."""
+"""Eigenvalues of curvature: the extreme ones with error bounds, and the density of all of them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from hvp_engine._support.arguments import check_count, check_positive
 from hvp_engine._support.pytree import flatten
-from hvp_engine.differentiation.problem import LinearMap
-from hvp_engine.errors import HvpError, NonFiniteError
-from hvp_engine.solvers.driver import CallableOperator
+from hvp_engine.differentiation.linear_map import LinearMap
+from hvp_engine.errors import NonFiniteError
+from hvp_engine.operators.base import CallableMap
 from hvp_engine.solvers.lanczos import LanczosBasis, RitzPairs, random_unit_vector, tridiagonalize
 
 _LOOK_EVERY = 5
-"""Products between two looks at the error bounds, each of which waits for the device."""
+"""Products between two checks of the error bounds, each of which waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,20 @@ def extreme_eigenvalues(
             callable v -> A v that is linear and symmetric, together with `like`.
         count: how many at each end, >= 1.
         tol: stop when all bounds are below tol * max |eigenvalue|.
-        max_hvps: products at most; the bounds tell how far it came.
+        max_hvps: products at most; the bounds then tell how accurate the values are.
         like: for a callable: a tensor or tree of tensors of the shapes it takes.
         seed: of the random start.
 
-    Validity: from one start, an eigenvalue that occurs twice is found once; and no bound can tell whether one farther
-    out was missed, which is improbable (the start would have to be almost orthogonal to its vector). Small
-    eigenvalues in a dense cluster, as those of networks near 0, converge slowly.
+    Validity: a repeated eigenvalue is found once, and no bound can exclude that one farther out was missed, although
+    that is improbable (the start would have to be almost orthogonal to its eigenvector). Small eigenvalues in a
+    dense cluster, such as those of networks near 0, converge slowly.
 
     Cost: at most `max_hvps` products, and as many flat vectors of weights.
 
     Errors: `TypeError`/`ValueError` naming the argument; :class:`NonFiniteError` for a product with NaN or Inf.
 
-    Source: Golub and Van Loan, Matrix Computations, section 10.1; Parlett, The Symmetric Eigenvalue Problem, 4.5.
+    Source: Golub and Van Loan, Matrix Computations, 4th edition, Johns Hopkins University Press 2013, section 10.1;
+    Parlett, The Symmetric Eigenvalue Problem, SIAM 1998, section 4.5.
 
     >>> import torch, hvp_engine as hvp
     >>> H = hvp.HessianOperator(lambda w: (torch.tensor([-1.0, 1.0, 3.0]) * w**2).sum(), torch.ones(3))
@@ -107,8 +108,8 @@ class SpectralDensity:
 
     Attributes:
         nodes: the points, float64 (probes, steps).
-        weights: the share of all eigenvalues that each point stands for; each row adds up to 1.
-        size: the number of eigenvalues, that is of weights.
+        weights: the fraction of all eigenvalues that each point represents; each row adds up to 1.
+        size: the number of eigenvalues, which is the number of weights.
         hvps: products spent.
     """
 
@@ -118,15 +119,18 @@ class SpectralDensity:
     hvps: int
 
     def __call__(self, points: Tensor, width: float | None = None) -> Tensor:
-        """The density at `points` (any shape), each node smeared by a Gaussian of standard deviation `width`.
+        """The density at `points` (any shape), each node smoothed by a Gaussian of standard deviation `width`.
 
-        Its integral is 1. `width` is 1/100 of the range of the nodes if None.
+        Its integral is 1. `width` is 1/100 of the range of the nodes if None. To plot it:
+
+            points = torch.linspace(density.nodes.min(), density.nodes.max(), 1000)
+            axes.semilogy(points, density(points))
         """
         width = self._width() if width is None else width
         check_positive(width, "width")
         distances = (points.double().reshape(-1, 1) - self.nodes.reshape(1, -1)) / width
-        smeared = torch.exp(-distances.square() / 2) @ self.weights.reshape(-1)
-        return (smeared / (width * math.sqrt(2 * math.pi) * len(self.nodes))).reshape(points.shape)
+        smoothed = torch.exp(-distances.square() / 2) @ self.weights.reshape(-1)
+        return (smoothed / (width * math.sqrt(2 * math.pi) * len(self.nodes))).reshape(points.shape)
 
     def mean(self, function: Callable[[Tensor], Tensor] = lambda values: values) -> tuple[float, float]:
         """The mean of `function` (of a tensor, element by element) over all eigenvalues, and its standard error.
@@ -136,30 +140,6 @@ class SpectralDensity:
         rows = (self.weights * function(self.nodes)).sum(1)
         error = float(rows.std()) / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
         return float(rows.mean()), error
-
-    def plot(self, axes: Any = None, width: float | None = None) -> Any:
-        """Draw the density, logarithmically, into matplotlib `axes` (a new figure if None); returns the axes.
-
-        Errors: :class:`HvpError` where matplotlib is not installed.
-        """
-        if axes is None:
-            try:
-                from matplotlib.figure import Figure
-            except ImportError as error:
-                raise HvpError(
-                    f"plot needs matplotlib ({error}): `pip install hvp_engine[demo]`, or call the density at points"
-                ) from error
-            axes = Figure(layout="constrained").subplots()
-        width = self._width() if width is None else width
-        low, high = float(self.nodes.min()) - 4 * width, float(self.nodes.max()) + 4 * width
-        points = torch.linspace(low, high, 1000, dtype=torch.float64, device="cpu")
-        density = self(points, width)
-        axes.semilogy(points.numpy(), density.numpy())
-        # Less than one eigenvalue in the width of a node is the tail of the smearing, or noise.
-        axes.set_ylim(bottom=0.1 / (self.size * width * math.sqrt(2 * math.pi)), top=3 * float(density.max()))
-        axes.set_xlabel("eigenvalue")
-        axes.set_ylabel("density")
-        return axes
 
     def _width(self) -> float:
         spread = float(self.nodes.max() - self.nodes.min())
@@ -177,20 +157,22 @@ def spectral_density(
 
     Arguments:
         operator, like: as for :func:`extreme_eigenvalues`.
-        probes: random vectors, >= 1; the error falls with the root of probes * size.
+        probes: random vectors, >= 1; the error falls as 1 / sqrt(probes * size).
         steps: products for each, >= 1: the resolution.
         seed: of the random vectors.
 
-    Returns a :class:`SpectralDensity`: call it at points, `.mean(function)`, or `.plot()`.
+    Returns a :class:`SpectralDensity`: call it at points for the density, or use `.mean(function)`.
 
-    Validity: outlying eigenvalues appear as separate nodes, a bulk as its outline. A share below
+    Validity: outlying eigenvalues appear as separate nodes, a bulk as its outline. A fraction below
     1 / (probes * size) is not seen.
 
     Cost: `probes` * `steps` products; `steps` + 2 flat vectors of weights.
 
     Errors: as :func:`extreme_eigenvalues`.
 
-    Source: Ubaru, Chen, Saad 2017; for networks: Ghorbani, Krishnan, Xiao 2019.
+    Source: Ubaru, Chen and Saad, Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature, SIAM Journal on Matrix
+    Analysis and Applications 2017; for networks Ghorbani, Krishnan and Xiao, An Investigation into Neural Net
+    Optimization via Hessian Eigenvalue Density, ICML 2019.
 
     >>> import torch, hvp_engine as hvp
     >>> H = hvp.HessianOperator(lambda w: (w**2).sum(), torch.ones(20))           # twice the identity
@@ -210,16 +192,15 @@ def spectral_density(
         start = random_unit_vector(linear.layout, seed * probes + probe)
         pairs = _finite(tridiagonalize(linear, start, steps).ritz_pairs())
         found = len(pairs.values)
-        nodes[probe] = pairs.values[-1]  # fewer in an invariant subspace: the rest stands there with weight 0
+        nodes[probe] = pairs.values[-1]  # an invariant subspace gives fewer nodes: the rest repeat it with weight 0
         nodes[probe, :found], weights[probe, :found] = pairs.values, pairs.coordinates[0].square()
         hvps += steps
     return SpectralDensity(nodes, weights, linear.layout.numel, hvps)
 
 
 def _linear_map(operator: Any, like: Any) -> LinearMap:
-    if hasattr(operator, "product") and hasattr(operator, "layout"):
-        linear: LinearMap = getattr(operator, "linearization", operator)
-        return linear
+    if isinstance(operator, LinearMap):
+        return operator.linear_map
     if not callable(operator):
         raise TypeError(f"operator: expected an operator or a callable v -> A v; got {type(operator).__name__}")
     if like is None:
@@ -227,7 +208,7 @@ def _linear_map(operator: Any, like: Any) -> LinearMap:
             "like: expected a tensor or tree of tensors of the shapes that a callable operator takes; got None"
         )
     leaves, structure = flatten(like, "like")
-    return CallableOperator(operator, leaves, structure)
+    return CallableMap(operator, leaves, structure)
 
 
 def _finite(pairs: RitzPairs | None) -> RitzPairs:
