@@ -218,5 +218,5 @@ def test_products_of_losses_with_in_place_operations(name: str) -> None:
     w = torch.tensor([1.0, 2.0, 3.0], dtype=DTYPE)
     v = torch.tensor([0.5, -1.0, 2.0], dtype=DTYPE)
     operator = hvp.HessianOperator(IN_PLACE[name], w, engine="linearized")
-    assert isinstance(operator.linearization, TracedLinearization)
+    assert isinstance(operator.linear_map, TracedLinearization)
     torch.testing.assert_close(operator @ v, torch.autograd.functional.hvp(IN_PLACE[name], w, v)[1])

@@ -72,10 +72,10 @@ def test_a_rewrite_that_fails_is_undone(
     v = W.exp()
     with unverified():
         operator = hvp.HessianOperator(loss, W, engine=engine)
-        assert isinstance(operator.linearization, TracedLinearization)
+        assert isinstance(operator.linear_map, TracedLinearization)
         product = operator @ v
     torch.testing.assert_close(product, torch.autograd.functional.hvp(loss, W, v)[1], rtol=1e-12, atol=1e-12)
-    (undone,) = operator.linearization.functions.partition.undone
+    (undone,) = operator.linear_map.functions.partition.undone
     assert undone.startswith(f"{rewrite.__name__}: ")
     assert f"rewrite undone: {undone}" in engine.report()
     assert "disorder" not in undone or "RuntimeError" in undone
@@ -91,11 +91,11 @@ def test_a_step_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, step: st
     monkeypatch.setattr(partial_evaluation, step, fails)
     with unverified():
         operator = hvp.HessianOperator(loss, W, engine=LinearizedEngine())
-        assert isinstance(operator.linearization, TracedLinearization)
+        assert isinstance(operator.linear_map, TracedLinearization)
         product = operator @ W
     torch.testing.assert_close(product, torch.autograd.functional.hvp(loss, W, W)[1], rtol=1e-12, atol=1e-12)
-    assert all("IndexError: step" in undone for undone in operator.linearization.functions.partition.undone)
-    assert operator.linearization.functions.partition.undone
+    assert all("IndexError: step" in undone for undone in operator.linear_map.functions.partition.undone)
+    assert operator.linear_map.functions.partition.undone
 
 
 @pytest.mark.parametrize("place", range(len(partial_evaluation.REWRITES) + 1))
@@ -141,7 +141,7 @@ SQUARES: dict[str, Callable[[Tensor], Tensor]] = {
 def test_a_tensor_times_itself(name: str) -> None:
     v = W.exp()
     operator = hvp.HessianOperator(SQUARES[name], W, engine=LinearizedEngine())
-    assert isinstance(operator.linearization, TracedLinearization)
+    assert isinstance(operator.linear_map, TracedLinearization)
     expected = torch.autograd.functional.hvp(SQUARES[name], W, v)[1]
     torch.testing.assert_close(operator @ v, expected, rtol=1e-11, atol=1e-12)
-    assert not operator.linearization.functions.partition.undone
+    assert not operator.linear_map.functions.partition.undone

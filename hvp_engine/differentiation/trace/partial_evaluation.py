@@ -10,12 +10,11 @@ import torch
 from torch import fx
 
 from hvp_engine.differentiation.trace.combining import combine_sums, share_factors
-from hvp_engine.differentiation.trace.convolutions import add_biases, kernel_derivatives
 from hvp_engine.differentiation.trace.fused_update import Terms, decompose
 from hvp_engine.differentiation.trace.inplace import written_over
-from hvp_engine.differentiation.trace.layouts import compact_factors
-from hvp_engine.differentiation.trace.passes import accumulate, fold_linear, simplify
+from hvp_engine.differentiation.trace.memory_format import compact_factors
 from hvp_engine.differentiation.trace.rematerialize import recomputable
+from hvp_engine.differentiation.trace.rewrites import accumulate, fold_linear, kernel_derivatives, simplify
 from hvp_engine.differentiation.trace.rewriting import Attempts, Rewrite, WrongRewriteError, dependents, placeholders
 from hvp_engine.differentiation.trace.tracing import Trace
 from hvp_engine.errors import BackendError
@@ -65,8 +64,6 @@ class Partition:
 REWRITES: tuple[Rewrite, ...] = (
     simplify,
     kernel_derivatives,
-    add_biases,
-    simplify,
     fold_linear,
     share_factors,
     combine_sums,

@@ -90,6 +90,7 @@ class Attempts:
                     continue
                 try:
                     rewrite(candidate, dependents(candidate, sources))
+                    candidate.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
                     candidate.lint()
                 except Exception as error:
                     self.record(rewrite, error)

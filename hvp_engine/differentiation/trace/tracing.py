@@ -22,13 +22,13 @@ from hvp_engine._support.torch_compat import FAKE_AND_REAL, REGISTER_PYTREE, one
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
 from hvp_engine.differentiation.double_backward import Pullback, Tape, explained, gradients, leaves
 from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
-from hvp_engine.differentiation.trace.channels_last import (
+from hvp_engine.differentiation.trace.functionalize import functionalized, refuse_side_effects, retraced
+from hvp_engine.differentiation.trace.memory_format import (
     NoStatistics,
     channels_last,
     layout_matters,
     prefer_channels_last,
 )
-from hvp_engine.differentiation.trace.functionalize import functionalized, refuse_side_effects, retraced
 from hvp_engine.differentiation.trace.rewriting import copied
 from hvp_engine.errors import TraceError
 
