@@ -10,10 +10,10 @@ from torch import Tensor
 from hvp_engine._support.pytree import flatten
 from hvp_engine.diagnostics.hypergradient_check.refitting import Pair, minimize
 from hvp_engine.differentiation.problem import Problem
-from hvp_engine.hypergradients.estimator import Estimate, Estimator
+from hvp_engine.hypergradients.estimator import Estimate, Estimator, EstimatorLike, as_estimator
 
 
-class AtMinimum:
+class AtMinimum(Estimator):
     """`estimator` at w*(lambda), the minimum of the training loss that Newton's method finds from the given weights.
 
     With `Hypergradient(train_loss, val_loss, hvp.Exact())` this is the exact implicit function theorem of the paper's
@@ -40,11 +40,11 @@ class AtMinimum:
     tensor(-0.6250)
     """
 
-    def __init__(self, train_loss: Callable[[Any, Any, Any], Tensor], estimator: Estimator):
+    def __init__(self, train_loss: Callable[[Any, Any, Any], Tensor], estimator: EstimatorLike):
         for name, function in (("train_loss", train_loss), ("estimator", estimator)):
             if not callable(function):
                 raise TypeError(f"{name}: expected a callable; got {type(function).__name__}: see AtMinimum")
-        self.train_loss, self.estimator = train_loss, estimator
+        self.train_loss, self.estimator = train_loss, as_estimator(estimator)
 
     def __call__(self, weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> Estimate:
         weight_list, weight_structure = flatten(weights, "weights")
@@ -55,10 +55,9 @@ class AtMinimum:
         return self.estimator(weight_structure.rebuild(minimum), hyper, train_batch, val_batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the estimator, if it has one."""
-        return self.estimator.state_dict() if hasattr(self.estimator, "state_dict") else {}
+        """The estimator's."""
+        return self.estimator.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
-        if hasattr(self.estimator, "load_state_dict"):
-            self.estimator.load_state_dict(state)
+        self.estimator.load_state_dict(state)

@@ -14,12 +14,12 @@ from hvp_engine._support.flat_vector import detached, norm_of
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import flatten
 from hvp_engine.differentiation.problem import Problem
-from hvp_engine.hypergradients.estimator import Estimate
+from hvp_engine.hypergradients.estimator import Estimate, Estimator
 
 Loss = Callable[[Any, Any, Any], Tensor]
 
 
-class FittedResponse:
+class FittedResponse(Estimator):
     """dL_V/dlambda + dL_V/dw dw_phi/dlambda, where w_phi minimizes the training loss for hyperparameters around lambda.
 
     Each call trains phi anew, starting from the given weights and a constant response, by `steps` steps on

@@ -14,7 +14,7 @@ from baselines.search.problem import Kind, Point, Run, SearchResult, TuningProbl
 from baselines.search.trials import OptimizerOf, SchedulerOf, unflatten
 from hvp_engine._support.arguments import check_count, check_not_negative, check_positive
 from hvp_engine._support.isolation import isolated
-from hvp_engine.tuning.descent import Descent, global_norm
+from hvp_engine.tuning.optimizer_step import Descent, global_norm
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Run:
         hyper, self.hyper_structure = flatten(problem.hyper, "hyper")
         self.weights, self.hyper = ([t.detach().clone() for t in tensors] for tensors in (weights, hyper))
         self.bounds = Bounds(problem.bounds, self.hyper, self.hyper_structure)
-        self.flat_bounds = self.bounds.flat(self.hyper)
+        self.flat_bounds = _flat(self.bounds, self.hyper)
         self.device = self.weights[0].device
         self.budget = gradients
         self.training_gradients = self.validation_gradients = self.validation_losses = 0
@@ -215,3 +215,15 @@ def _endless(batches: Iterable[Any], name: str) -> Iterator[Any]:
                 raise ValueError(f"{name}: expected at least one batch; got none")
 
     return stream()
+
+
+def _flat(bounds: Bounds, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(low, high) as flat vectors over all elements of the hyperparameters; infinite without a bound."""
+    low, high = (
+        torch.cat([
+            (t.new_tensor(unbounded) if side is None else side).expand_as(t).reshape(-1)
+            for t, side in zip(tensors, sides, strict=True)
+        ])
+        for sides, unbounded in ((bounds.low, -math.inf), (bounds.high, math.inf))
+    )  # fmt: skip
+    return low, high

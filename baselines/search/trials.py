@@ -16,7 +16,7 @@ from baselines.search.problem import Run, SearchResult, TuningProblem
 from hvp_engine._support.arguments import check_count
 from hvp_engine._support.isolation import isolated
 from hvp_engine.errors import DivergenceError, HvpError
-from hvp_engine.tuning.descent import Descent, global_norm
+from hvp_engine.tuning.optimizer_step import Descent, global_norm
 
 OptimizerOf = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 SchedulerOf = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]

@@ -22,7 +22,7 @@ _NOT_DIFFERENTIABLE = re.compile(
 _REENTRANT = "use_reentrant=True"
 _COMPILED = re.compile("does not currently support double backward|compiled with non-empty donated|dynamo-optimized")
 _REMEDIES = {
-    "_MeanLoss": "hand the hvp.DataParallel itself to hvp.Hypergradient or an operator, with hvp.Averaged inside it",
+    "_MeanLoss": "pass the hvp.DataParallel itself to hvp.Hypergradient or an operator, with hvp.Averaged inside it",
     "_scaled_dot_product": "run the forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
     "_cudnn_rnn": "run the forward under torch.backends.cudnn.flags(enabled=False)",
     "mkldnn_rnn": "run the forward under torch.backends.mkldnn.flags(enabled=False)",

@@ -25,7 +25,7 @@ from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.distributed import DataParallel, for_loss
 from hvp_engine.errors import GraphError
-from hvp_engine.hypergradients.estimator import Estimate
+from hvp_engine.hypergradients.estimator import Estimate, Estimator
 from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import LinearSystem, check_solver
 from hvp_engine.solvers.solution import Solution
@@ -52,7 +52,7 @@ class HypergradientResult(Estimate):
     solution: Solution
 
 
-class Hypergradient:
+class Hypergradient(Estimator):
     """dL_V*/dlambda as a function of (weights, hyperparameters, training batch, validation batch).
 
     Arguments:
