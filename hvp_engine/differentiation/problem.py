@@ -18,6 +18,10 @@ _CONSTANTS = (type(None), numbers.Number, str, bytes, enum.Enum, torch.dtype, to
 """Types of leaves of a batch, beside tensors, that never change."""
 
 
+class GatheringLoss:
+    """Base of losses that take sharded tensors (DTensors) and gather them."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """A loss at a point: `loss(weights, [hyperparameters,] *inputs)`, with its trees flattened.
@@ -34,7 +38,7 @@ class Problem:
     name: str = "loss"
 
     def __post_init__(self) -> None:
-        if not hasattr(self.loss, "processes"):
+        if not isinstance(self.loss, GatheringLoss):
             structures = {"weights": self.weight_structure, "hyper": self.hyperparameter_structure}
             for name, structure in structures.items():
                 if structure is not None and structure.shards is not None:

@@ -1,4 +1,4 @@
-"""The finite-difference engine: products from two gradients, for losses without second derivatives. Only on request."""
+"""The finite-difference engine: products from two gradients, for losses without second derivatives; only on request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hvp_engine.errors import GraphError
 class DifferenceLinearization(Linearization):
     """H t = (f(w + e t) - f(w - e t)) / 2e, and the same difference of dL/dlambda for the mixed product.
 
-    The caller's weights are never written to: each gradient is taken at new tensors, under the same random draws.
+    The caller's weights are never written to: each gradient is taken at new tensors, with the same random draws.
     The error is of order e^2 plus rounding / e; e = eps^(1/3) (1 + ||w||) / ||t|| balances the two.
     """
 
@@ -67,7 +67,7 @@ class DifferenceLinearization(Linearization):
 
 
 class FiniteDifferenceEngine(Engine):
-    """Central differences of the gradient: about half the digits of the dtype; float64 is advised.
+    """Central differences of the gradient: about half the digits of the dtype, so use float64.
 
     Cost of a product: two gradients. Memory: one gradient's graph at a time.
     """
