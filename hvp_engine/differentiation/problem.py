@@ -48,7 +48,7 @@ class Problem:
                     )
 
     def at(self, inputs: tuple[Any, ...]) -> Problem:
-        """The same problem on other inputs."""
+        """This problem with other inputs."""
         return replace(self, inputs=inputs)
 
     def evaluate(self, weights: Sequence[Tensor], hyperparameters: Sequence[Tensor]) -> Tensor:

@@ -55,7 +55,6 @@ class Engine:
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
-        """The finished iteration of `solver` on `operator` for the right-hand side `v`."""
         iteration = begin(operator, v, solver, estimate)
         accumulation = iteration.accumulation if iteration.limit > 1 else None
         term = None if accumulation is None else operator.accumulating_term(accumulation, solver.damping)
@@ -65,13 +64,13 @@ class Engine:
     def run_all(
         self, operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
     ) -> Iterable[FinishedIteration]:
-        """The finished iterations for several right-hand sides, in order; with batched products if they pay off."""
+        """The finished iterations for multiple right-hand sides, with batched products if they pay off."""
         if not pays(operator, len(vs)):
             return (self.run(operator, v, solver, estimate) for v in vs)
         return _side_by_side(operator, vs, solver, estimate)
 
     def report(self) -> str:
-        """What the engine did and why, in words."""
+        """A description of what the engine did and why."""
         return "no set-up"
 
     def state_dict(self) -> dict[str, Any]:

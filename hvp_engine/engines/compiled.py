@@ -169,7 +169,7 @@ class CompiledEngine(LinearizedEngine):
         self.compile_budget_s = compile_budget_s
 
     def report(self) -> str:
-        """What was traced and compiled, in one line."""
+        """One line on what was traced and compiled."""
         seconds = sum(f.seconds for f in self._cache.values() if isinstance(f, CompiledFunctions))
         return f"{super().report()}; compiled in {seconds:.1f} s"
 

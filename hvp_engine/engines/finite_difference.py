@@ -33,12 +33,10 @@ class DifferenceLinearization(Linearization):
         self._relative_step = torch.finfo(_coarsest(problem.weights)).eps ** (1 / 3)
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """H t."""
         weights, _ = self._differences(tangents)
         return filled(weights, self._problem.weights)
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """(df/dlambda)^T t."""
         return self._differences(tangents)[1]
 
     def _differences(self, tangents: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:

@@ -115,7 +115,7 @@ class Graphs:
         return sum(tensor.nbytes for group in self._inputs for tensor in group)
 
     def refusals(self) -> dict[str, str]:
-        """What is not replayed, and why."""
+        """The parts that are not replayed, each with the reason."""
         replays = {"product": self._product.refusal, "mixed product": self._mixed.refusal}
         found = replays | {solve.name: solve.refusal for solve in self._solves.values()}
         return self._refused | {name: reason for name, reason in found.items() if reason is not None}
@@ -218,11 +218,9 @@ class CapturedLinearization(Linearization):
         self.loss, *self.gradient = graphs.evaluate(self, problem, tensors)
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """H t."""
         return self.graphs.product(tangents)
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """(df/dlambda)^T t."""
         return self.graphs.mixed(tangents)
 
 

@@ -31,7 +31,7 @@ class Recording(Protocol):
 
     @property
     def outputs(self) -> Sequence[Tensor]:
-        """What the body returned, always in the same memory."""
+        """The body's results, always in the same memory."""
 
     def replay(self) -> None:
         """Run what was recorded. Random operations draw from the current state of the device's default generator."""

@@ -44,7 +44,7 @@ class Estimator:
         raise NotImplementedError(f"{type(self).__name__}: expected a __call__(weights, hyper, train_batch, val_batch)")
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next call depends on, as tensors and plain values."""
+        """What a checkpoint needs to continue with the same numbers, as tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

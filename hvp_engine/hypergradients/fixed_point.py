@@ -121,11 +121,9 @@ class FixedPointHypergradient(Estimator):
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to continue with the same numbers."""
         return {"draws": self.draws.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
         self.draws.load_state_dict(state["draws"])
 
     def _record(

@@ -151,7 +151,6 @@ class Hypergradient(Estimator):
         return "\n".join([*lines, f"float32 products on {device}: {float32_arithmetic(device)}"])
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to continue with the same numbers."""
         return {
             "draws": self.draws.state_dict(),
             "spectrum": self.spectrum.state_dict(),
@@ -160,7 +159,6 @@ class Hypergradient(Estimator):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
         self.draws.load_state_dict(state["draws"])
         self.spectrum.load_state_dict(state["spectrum"])
         self._previous = state["previous"]

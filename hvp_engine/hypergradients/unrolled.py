@@ -137,11 +137,9 @@ class Unrolled(Estimator):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to continue with the same numbers."""
         return {"draws": self.draws.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
         self.draws.load_state_dict(state["draws"])
 
     def _batches(self, train_batch: Any) -> Sequence[Any]:

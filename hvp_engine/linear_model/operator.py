@@ -163,7 +163,6 @@ class LinearModelProducts(FactoredLinearization):
         ]
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """H times `tangents`."""
         factors = self.factors
         weight, *bias = tangents
         columns = bias[0].view(-1, 1) if bias else None

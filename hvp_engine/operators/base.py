@@ -169,7 +169,7 @@ class LinearOperator(LinearMap):
 
 @dataclass(frozen=True)
 class Identity:
-    """A multiple of the identity, of whatever size is needed: `H + 0.1 * hvp.I`."""
+    """A multiple of the identity, of any size: `H + 0.1 * hvp.I`."""
 
     scale: float = 1.0
 

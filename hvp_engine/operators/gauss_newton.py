@@ -27,8 +27,7 @@ class GaussNewtonOperator(CurvatureOperator):
 
     It is the Hessian of `loss(model(weights, inputs), targets)` without the curvature of the model, and equals
     the Hessian if the model is linear in the weights or the loss is at its minimum for each output. For a loss that is
-    convex in the outputs it is positive semi-definite, whatever the model, so conjugate gradients with some damping
-    are safe.
+    convex in the outputs it is positive semi-definite for any model, so conjugate gradients with some damping are safe.
 
     Arguments:
         model: `model(weights, inputs)` -> outputs, a tensor or any tree of floating tensors.
@@ -145,5 +144,4 @@ class GaussNewtonProducts(Linearization):
         return self._push.incomplete or self._curvature.incomplete
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """G times `tangents`."""
         return self._pull.product(self._curvature.product(self._push.product(tangents)))

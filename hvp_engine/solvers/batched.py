@@ -66,5 +66,5 @@ def stacked_views(layout: Layout, rows: Tensor) -> list[Tensor]:
 
 
 def stacked_tangents(layout: Layout, rows: Tensor) -> list[Tensor]:
-    """The same in the weights' dtypes, as products take them."""
+    """The vectors stacked as in :func:`stacked_views`, in the weights' dtypes, as products take them."""
     return [view.to(dtype) for view, dtype in zip(stacked_views(layout, rows), layout.dtypes, strict=True)]

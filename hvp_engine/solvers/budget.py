@@ -1,4 +1,4 @@
-"""A solver chosen by what the answer may cost or how accurate it has to be."""
+"""A solver chosen for a given cost or accuracy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Budget(Solver):
 
     * At most 32 weights, or fewer weights than products expected of an iterative solver: :class:`Exact`.
     * A positive definite operator: :class:`ConjugateGradient`.
-    * An indefinite, singular or unknown operator: :class:`MINRES`, which also takes over where conjugate gradients
+    * An indefinite, singular or unknown operator: :class:`MINRES`, which also takes over if conjugate gradients
       meet negative curvature that the estimate missed.
 
     Damping changes the system, so none is added unless you ask for it: `explanation` names the damping that would make
@@ -100,7 +100,7 @@ class Budget(Solver):
         return not small and (self.hvps is None or _SHARE * cost <= self.hvps)
 
     def plan(self, estimate: SpectralEstimate | None, layout: Layout, spent: int) -> Plan:
-        """The choice, from an estimate of A and the products it took."""
+        """The choice, given an estimate of A and the products `spent` on it."""
         size = layout.numel
         left = math.inf if self.hvps is None else self.hvps - spent
         damping = self._damping_for(estimate)

@@ -229,7 +229,7 @@ class _Chebyshev(Iteration):
 
 
 class _Preconditioned(_Chebyshev):
-    """The same with z = M r instead of r in the direction."""
+    """With a preconditioner, the direction is built from z = M r instead of r."""
 
     def _bind(self, layout: Layout) -> None:
         assert self._solver.preconditioner is not None

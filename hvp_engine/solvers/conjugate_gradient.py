@@ -36,7 +36,7 @@ class ConjugateGradient(KrylovSolver):
 
     Arguments:
         iterations: number of products with A, >= 0; one in 51 recomputes the residual.
-        tol: stop where ||v - A x|| <= tol ||v||; 0 stops at rounding alone; None is eps^(2/3) of the dtype that is
+        tol: stop when ||v - A x|| <= tol ||v||; 0 stops at rounding alone; None is eps^(2/3) of the dtype that is
             solved in: 2.4e-5 in float32, 3.7e-11 in float64.
         damping: added to the diagonal of A, >= 0.
         preconditioner: v -> M v on the list of the weights' leaves, symmetric positive definite, near A^-1; for
@@ -135,7 +135,7 @@ class _ConjugateGradient(Iteration):
         self.direction = self._search
 
     def _turn(self) -> None:
-        """z <- M r; d <- z + beta d; rho <- r . z, or 0 where the tolerance is reached or d has negative curvature."""
+        """z <- M r; d <- z + beta d; rho <- r . z, or 0 once the tolerance is reached or d had negative curvature."""
         rho = self._squared
         if self._preconditioner is not None:
             precondition(self._preconditioner, self._residual, self._image)
@@ -186,7 +186,7 @@ def _sharded_step(
     damping: float,
     product: Sequence[Tensor],
 ) -> Tensor:
-    """The same for sharded vectors: between its two passes comes a sum over the processes, so one op cannot do both."""
+    """The step on sharded vectors: a sum over processes comes between its two passes, so one op cannot do both."""
     image.copy_(product)
     image.data.add_(d.data, alpha=damping)
     curvature = d.dot(image).double()

@@ -22,7 +22,7 @@ class Exact(Solver):
     """A direct solve with the dense matrix A + damping I.
 
     The matrix is made symmetric, (A + A^T) / 2. A positive definite one is solved by Cholesky factorization, any other
-    by its eigenvalues, of which those below 10 n eps of the largest count as zero and are left out: x is then the
+    by its eigendecomposition. Eigenvalues below 10 n eps of the largest count as zero and are left out: x is then the
     least-squares solution of smallest norm, and the status is SINGULAR.
 
     Arguments:
@@ -106,7 +106,6 @@ class Columns:
         return stacked_tangents(layout, units)
 
     def step_block(self, products: Sequence[Tensor]) -> None:
-        """Advance by the products with :meth:`block`."""
         rows = torch.cat([product.flatten(1) if product.dim() > 1 else product[:, None] for product in products], 1)
         self._point(0.0)
         self._rows[self.steps : self.steps + len(rows)] = rows

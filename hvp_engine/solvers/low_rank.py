@@ -63,7 +63,6 @@ class Sketch:
         self._point()
 
     def step(self, product: Sequence[Tensor]) -> None:
-        """Advance by one product, taken at `direction`."""
         self._image.copy_(product)
         self._images[self.steps].copy_(self._image.data)
         self.steps += 1
@@ -74,7 +73,6 @@ class Sketch:
         return stacked_tangents(self.direction.layout, self._tests[self.steps : self.steps + count])
 
     def step_block(self, products: Sequence[Tensor]) -> None:
-        """Advance by the products with :meth:`block`."""
         count = len(products[0])
         images = stacked_views(self.direction.layout, self._images[self.steps : self.steps + count])
         for image, product in zip(images, products, strict=True):

@@ -32,16 +32,15 @@ class MINRES(KrylovSolver):
 
     Of all x in the span of b, A b, A^2 b, ... that `iterations` products reach, it finds the one with the smallest
     ||b - A x||, so the residual never grows, whatever the signs of the eigenvalues. For a positive definite operator it
-    needs about as many products as conjugate gradients; for eigenvalues in [-b, -a] and [a, b] about b / a. A
-    singular system is solved where it has a solution; where it has none, the result is the least-squares
-    solution of smallest norm, and the status says SINGULAR.
+    needs about as many products as conjugate gradients; for eigenvalues in [-b, -a] and [a, b] about b / a. If a
+    singular system has no solution, the result is the least-squares solution of smallest norm, and the status SINGULAR.
 
     This applies the exact inverse of an indefinite Hessian, which at a saddle does not describe the response of a
     minimum. For a hypergradient near a minimum, `damping` larger than the negative curvature may be what you want.
 
     Arguments:
         iterations: number of products with A, >= 0.
-        tol: stop where ||v - A x|| <= tol ||v||; 0 stops at rounding alone; None is eps^(2/3) of the dtype that is
+        tol: stop when ||v - A x|| <= tol ||v||; 0 stops at rounding alone; None is eps^(2/3) of the dtype that is
             solved in, 2.4e-5 in float32 and 3.7e-11 in float64, or, if rounding stops it earlier, eps^(1/2).
         damping: added to the diagonal of A, >= 0.
         preconditioner: v -> M v on the list of the weights' leaves, symmetric positive definite, near |A|^-1. It

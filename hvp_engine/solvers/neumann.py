@@ -45,7 +45,7 @@ class Neumann(Solver):
             a :class:`DiagonalPreconditioner`. The sum then has M A and M v in place of A and v, and converges to the
             same limit for 0 < alpha < 2 / lambda_max(M A).
 
-    Cost: `iterations` products; two flat vectors of weights, whatever `iterations` is; three with a preconditioner.
+    Cost: `iterations` products; two flat vectors of weights, three with a preconditioner, for any `iterations`.
 
     Errors: `TypeError` or `ValueError` naming the argument, at construction.
 
