@@ -32,7 +32,7 @@ class Factors:
         inputs: X, (samples, features), its rows contiguous; of a dtype no wider than the others'.
         curvature: C, (outputs, samples padded with zeros).
         probabilities: Q, like C; None if the outputs are not coupled.
-        decay: one flat vector, zero in the padding.
+        decay: one flat vector, zero in the gaps.
         uniform: whether all weights have the same decay (the bias may have another).
     """
 

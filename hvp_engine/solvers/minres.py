@@ -96,7 +96,7 @@ class _MINRES(Iteration):
 
     def start(self, v: Sequence[Tensor]) -> None:
         self.steps = 0
-        for vector in self._vectors:  # including the padding, which the ops do not write
+        for vector in self._vectors:  # including the gaps, which the ops do not write
             vector.data.zero_()
         self._b.load(v)
         self._squared_b, _, self._bad_b = self._b.sums().unbind()
