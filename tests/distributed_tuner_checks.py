@@ -96,6 +96,20 @@ class _EndsBadly:
         yield from self._batches[2:]
 
 
+class _Only(hvp.tuning.Callback):
+    """Stops the run in one process: True from `on_fit_start`, or an error in `on_train_step`."""
+
+    def __init__(self, here: bool, method: str):
+        self._active = method if here else ""
+
+    def on_fit_start(self, tuner: hvp.Tuner) -> bool:
+        return self._active == "on_fit_start"
+
+    def on_train_step(self, tuner: hvp.Tuner, loss: Any) -> None:
+        if self._active == "on_train_step":
+            raise OSError("a full disk")
+
+
 def check_tuner_stops_together(rank: int, count: int, folder: Path) -> None:
     last = rank == count - 1
     train, val = loaders(rank, count)
@@ -115,6 +129,9 @@ def check_tuner_stops_together(rank: int, count: int, folder: Path) -> None:
     with pytest.raises(hvp.CheckpointError, match="it is a folder"):
         fit(train, checkpoint=folder / "taken.pt")
     assert fit(train, callbacks=[lambda tuner, record: last and record.hyper_step == 1]).hyper_steps == 2
+    with pytest.raises(OSError if last else hvp.DistributedError, match="a full disk"):
+        fit(train, callbacks=[_Only(last, "on_train_step")])
+    assert fit(train, callbacks=[_Only(last, "on_fit_start")]).hyper_steps == 0
     early = fit(train, metric="score", patience=1, evaluate=lambda tuner: {"score": tuner.hyper_steps * last})
     assert_same_bits([], early.hyper_steps)
     assert early.hyper_steps < 5

@@ -414,3 +414,30 @@ def test_a_wrong_loader_can_be_corrected(straight: dict[str, Tensor], tmp_path: 
         again.fit(STEPS, checkpoint=tmp_path / "run.pt")
     again.train_loader = right
     assert_same(again.fit(STEPS, checkpoint=tmp_path / "run.pt"), straight)
+
+
+class Failing(hvp.tuning.Callback):
+    """Draws random numbers and raises in one of its methods, at the third hyper step."""
+
+    def __init__(self, method: str):
+        setattr(self, method, self.fail)
+
+    def fail(self, tuner: hvp.Tuner, *arguments: Any) -> None:
+        if tuner.hyper_steps == 3:
+            torch.rand(3), random.random()
+            raise Stop
+
+
+@pytest.mark.parametrize("method", ["on_train_step", "on_evaluate", "on_hyper_step", "on_round_end", "on_fit_start"])
+def test_a_callback_that_fails(method: str, straight: dict[str, Tensor], tmp_path: Path) -> None:
+    TuningRun().fit(2 if method != "on_fit_start" else 3, checkpoint=tmp_path / "run.pt")
+    with pytest.raises(Stop):
+        TuningRun().fit(STEPS, checkpoint=tmp_path / "run.pt", callbacks=[Failing(method)])
+    assert_same(TuningRun().fit(STEPS, checkpoint=tmp_path / "run.pt"), straight)
+
+
+def test_a_state_in_memory_continues_exactly(straight: dict[str, Tensor]) -> None:
+    first, second = TuningRun(), TuningRun()
+    first.fit(9)
+    second.tuner.load_state_dict(first.tuner.state_dict())
+    assert_same(second.fit(STEPS), straight)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tuning_cases import DATA, TARGET, adam, sgd, tuner_of, zeros
 
 import hvp_engine as hvp
-from hvp_engine.hypergradients.estimator import Estimate
+from hvp_engine.hypergradients.estimator import Estimate, Estimator
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
 
@@ -144,3 +144,59 @@ def test_an_estimator_that_returns_another_container() -> None:
     tuner = tuner_of(torch.zeros(2), [torch.zeros(2)], estimator=lambda *_: Estimate(torch.ones(2), one, one, one))
     with pytest.raises(ValueError, match="^estimator: expected grads in the container of hyper"):
         tuner.hyper_step(None, None)
+
+
+class Counting(Estimator):
+    """Returns its count as the hypergradient, with all figures that an estimate may have."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, weights: Any, hyper: Tensor, train_batch: Any, val_batch: Any) -> Estimate:
+        self.calls += 1
+        one = torch.ones(())
+        solution = hvp.solve(lambda v: 2 * v, torch.ones(2, dtype=DTYPE), hvp.Neumann(30, alpha=0.4))
+        return Estimate(torch.full_like(hyper, self.calls), one, one, one, unfinished=-3 * one, solution=solution)
+
+
+class Saved(Counting):
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls = state["calls"]
+
+
+class Duck:
+    """The same without the base class."""
+
+    def __init__(self) -> None:
+        self.inner = Saved()
+        self.state_dict, self.load_state_dict = self.inner.state_dict, self.inner.load_state_dict
+
+    def __call__(self, *arguments: Any) -> Estimate:
+        return self.inner(*arguments)
+
+
+def counting_tuner(estimator: Any) -> hvp.Tuner:
+    return tuner_of(zeros(2), zeros(2), train=lambda w, h, b: w.square().sum(), estimator=estimator)
+
+
+def test_the_optional_figures_of_an_estimate_are_in_the_record() -> None:
+    (record,) = counting_tuner(Counting()).fit([None], [None], 1, progress=False)
+    assert record.unfinished == -3.0 and record.status == "CONVERGED" and record.alpha == 0.4
+    assert 0 <= record.residual_norm < 1e-6
+
+
+@pytest.mark.parametrize(("make", "calls"), [(Counting, 1), (Saved, 4), (Duck, 4)])
+def test_the_state_of_an_estimator_is_part_of_the_tuners(make: Callable[[], Any], calls: int) -> None:
+    one, other = counting_tuner(make()), counting_tuner(make())
+    one.fit([None], [None], 3, progress=False)
+    other.load_state_dict(one.state_dict())
+    found = other.hyper_step(None, None)
+    assert found is not None and torch.equal(found.grads, torch.full((2,), calls, dtype=DTYPE))
+
+
+def test_the_base_class_says_what_is_missing() -> None:
+    with pytest.raises(NotImplementedError, match="Estimator: expected a __call__"):
+        counting_tuner(Estimator()).hyper_step(None, None)

@@ -108,8 +108,11 @@ def use_backend(name: str) -> Iterator[None]:
         name: "auto" (the default: the fastest available on the tensors' device), "reference", "cpp", "cuda" or
             "triton".
 
-    Errors: `ValueError` for an unknown name, here; :class:`BackendError` with the original reason where the
-    backend cannot run on the tensors' device, at the first op.
+    Cost: none by itself. A backend is imported at its first use, and engines that keep prepared solves keep one for
+    each backend.
+
+    Errors: `ValueError` for an unknown name, here; :class:`BackendError`, with the original reason, at the first op if
+    the backend cannot run on the tensors' device.
 
     >>> import torch, hvp_engine as hvp
     >>> w = torch.ones(3, requires_grad=True)
