@@ -1,4 +1,4 @@
-"""What must hold of a Tuner in every process of a group; see processes.py."""
+"""Checks of a Tuner that run in every process of a group; see processes.py."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_tuner(rank: int, count: int, folder: Path) -> None:
 
 
 def check_tuner_resumes(rank: int, count: int, folder: Path) -> None:
-    """Each process its own file; after a kill between two writes all go on from the older moment."""
+    """Each process has its own file; after a kill between their writes all continue from the older state."""
     path = folder / "run.pt"
     whole, whole_hyper = network(), decays()
     small_tuner(whole, whole_hyper, parallel(whole), engine="eager").fit(*loaders(rank, count), 6, progress=False)
@@ -138,7 +138,7 @@ def check_tuner_stops_together(rank: int, count: int, folder: Path) -> None:
 
 
 def check_failed_hyper_steps_are_left_out_by_all(rank: int, count: int, folder: Path) -> None:
-    """A batch that only one process has makes the hypergradient infinite: all leave the step out, and go on."""
+    """A batch of one process makes the hypergradient infinite: all processes leave out that hyper step and continue."""
     last = rank == count - 1
     module, hyper = network(), decays()
     train, val = loaders(rank, count)

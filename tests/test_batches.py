@@ -1,4 +1,4 @@
-"""Streams of batches: endless, and found again at any position."""
+"""Endless streams of batches, restored at any position."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUMBERS = torch.arange(10.0)
 
 
 class Noisy(Dataset):
-    """Augments by every generator that datasets use."""
+    """Augments with each of the global generators that datasets use."""
 
     def __len__(self) -> int:
         return 10
@@ -31,7 +31,7 @@ class Noisy(Dataset):
 
 
 class Counted(DataLoader):
-    """Remembers which epochs its sampler was told."""
+    """Records the epochs that its sampler was told."""
 
     def __init__(self) -> None:
         super().__init__(TensorDataset(NUMBERS), batch_size=5)
@@ -43,7 +43,7 @@ class Counted(DataLoader):
 
 
 class Stateful:
-    """A loader that saves its own position, with random order."""
+    """A loader in random order that saves its own position."""
 
     def __init__(self) -> None:
         self.taken = 0
@@ -87,7 +87,7 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_any_position_is_found_again(name: str) -> None:
-    """A new loader, in a process whose generators are elsewhere, goes on with the same batches, also over epochs."""
+    """A new loader continues with the same batches, also across epochs, whatever the state of the global generators."""
     for taken in range(14):
         torch.manual_seed(taken)
         original = stream(LOADERS[name]())
@@ -128,7 +128,7 @@ def test_other_random_draws_are_neither_disturbed_nor_felt() -> None:
     noisy, _ = run(True)
     assert all(same(a, b) for a, b in zip(quiet, noisy, strict=True))
     torch.manual_seed(5), random.seed(5), numpy.random.seed(5)
-    torch.empty((), dtype=torch.int64).random_()  # the seed of the epoch is all that is taken
+    torch.empty((), dtype=torch.int64).random_()  # the stream draws the seed of its epoch and nothing else
     assert torch.equal(after, torch.rand(3))
 
 

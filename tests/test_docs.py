@@ -23,6 +23,7 @@ PUBLIC = (
     "hvp_engine.engines",
     "hvp_engine.hypergradients",
     "hvp_engine.solvers",
+    "hvp_engine.tuning",
     "baselines.estimators",
     "baselines.search",
 )

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minim
 
 
 class Log(Callback):
-    """Writes down every call; `raising` is the method that fails."""
+    """Records every call; the method named `raising` raises."""
 
     def __init__(self, name: str = "", calls: list[Any] | None = None, raising: str = ""):
         self.name, self.raising = name, raising

@@ -1,4 +1,4 @@
-"""Optima known in closed form are found, and estimators of the user's own are obeyed."""
+"""Closed-form optima are found, also with custom optimizers and estimators."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_one_decay_for_each_weight_of_a_coupled_problem() -> None:
 
 
 class Jump(torch.optim.Optimizer):
-    """Goes to the minimum of the training loss in one step: an optimizer of the user's own."""
+    """A custom optimizer that jumps to the minimum of the training loss."""
 
     def __init__(self, tensors: Any, minimum: Callable[[], Tensor]):
         super().__init__(tensors, {})
@@ -82,7 +82,7 @@ class Unrolled:
 @pytest.mark.parametrize("name", ["quadratic", "ridge"])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_unrolled_training_equals_the_truncated_series(steps: int, name: str) -> None:
-    """Through i steps of SGD from w*: i - 1 products, over ten hyper steps, in value and in what was moved."""
+    """Unrolling i steps of SGD from w* equals i - 1 products: the same records and results in ten hyper steps."""
     case = BILEVEL[name]()
     found = []
     for options in (
@@ -112,7 +112,7 @@ def test_unrolled_training_equals_the_truncated_series(steps: int, name: str) ->
 
 
 def test_an_estimator_of_ones_own() -> None:
-    """It gets the trees, lists of batches where there are several, and its lack of a solve shows in the record."""
+    """It gets the trees, and lists of batches where there are several; its record has no figures of a solve."""
     seen: list[Any] = []
 
     def estimator(weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> Estimate:
@@ -147,7 +147,7 @@ def test_an_estimator_that_returns_another_container() -> None:
 
 
 class Counting(Estimator):
-    """Returns its count as the hypergradient, with all figures that an estimate may have."""
+    """Its hypergradient is the number of its calls; it returns all the optional figures."""
 
     def __init__(self) -> None:
         self.calls = 0

@@ -1,4 +1,4 @@
-"""The state of a tuner: its layout, loading it from old files and other tuners, and the count of failures in it."""
+"""The state of a tuner: its layout, old files, exchange between tuners, and the count of failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hvp_engine.tuning import checkpoint
 
 
 def state_in_layout_1(tuner: hvp.Tuner) -> dict[str, Any]:
-    """A state as version 1 laid it out, key by key: whatever becomes of the code, such files must load."""
+    """A state in the layout of version 1, written out key by key: such files must load whatever becomes of the code."""
     generator = torch.Generator().manual_seed(3)
     weights = {name: torch.full_like(w, 2.0) for name, w in zip(tuner.weight_names, tuner.weights, strict=True)}
     record = {
@@ -135,7 +135,7 @@ def test_a_state_that_does_not_fit_is_named() -> None:
 
 
 class Infinite(hvp.hypergradients.Estimator):
-    """Hypergradients of which all but the first are infinite."""
+    """Every hypergradient is infinite."""
 
     def __call__(self, weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> hvp.Estimate:
         zero = torch.zeros(())

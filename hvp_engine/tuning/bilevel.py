@@ -143,8 +143,8 @@ class BilevelProblem:
     def hyper_step(self, train_batch: Any, val_batch: Any) -> tuple[Estimate | None, dict[str, Any]]:
         """A step of the hyper optimizer: the estimate, and its figures for the record.
 
-        A hypergradient that failed or is not finite never reaches the optimizer: the step is left out with a warning,
-        or, after too many failures in a row, :class:`DivergenceError` raised.
+        A hypergradient that failed or is not finite never reaches the optimizer. The step is left out with a warning;
+        after too many failures in a row :class:`DivergenceError` is raised.
         """
         try:
             estimate = self.estimator(self.weights.tree(), self.hyper.tree(), train_batch, val_batch)

@@ -13,14 +13,14 @@ from hvp_engine.tuning.processes import OneProcess
 
 
 class Callback:
-    """Something to do at certain moments of :meth:`Tuner.fit`. Override the methods that you need; all do nothing.
+    """Something to do at certain moments of :meth:`hvp_engine.Tuner.fit`. Override the methods that you need.
 
-    `tuner` is the running :class:`hvp_engine.Tuner`. After each hyper step the three methods `on_evaluate`,
-    `on_hyper_step`, `on_round_end` are called in this order, each for all callbacks in the order of the list. With
-    `fit(..., checkpoint=...)` a run that is interrupted inside a callback is saved as it was before that method was
-    called for the first callback, and calls it no more when it continues.
+    In every method `tuner` is the running :class:`hvp_engine.Tuner`. Methods are called in the order of the list of
+    callbacks. After a hyper step come `on_evaluate` of all callbacks, then `on_hyper_step` of all, then `on_round_end`
+    of all. An exception ends the run. With `fit(..., checkpoint=...)` it is then saved as it was before the first
+    callback's turn, and the run that continues from there does not call that method again for this step.
 
-    In many processes an exception in one of them ends the run in all, and so does a True that asks to stop.
+    In many processes an exception, or a True that asks to stop, ends the run in all of them.
 
     >>> import torch, hvp_engine as hvp
     >>> class Decays(hvp.tuning.Callback):
@@ -45,30 +45,27 @@ class Callback:
         """Before the first step, with the checkpoint loaded. True: make no step."""
 
     def on_train_step(self, tuner: Any, loss: Tensor) -> None:
-        """After a training step; `loss` is its training loss, detached. (With `inner_tolerance` also where the
-        gradient was found to be small enough and no step was made.)"""
+        """After a training step; `loss` is its training loss, detached. (With `inner_tolerance` it is also called where
+        the gradient was small enough to end the round's training, and no step was made.)"""
 
     def on_evaluate(self, tuner: Any, record: Record) -> Mapping[str, float] | None:
-        """After a hyper step; the numbers that are returned join its record."""
+        """After a hyper step: return numbers, by name, that join its record."""
 
     def on_hyper_step(self, tuner: Any, record: Record) -> bool | None:
-        """After a hyper step and all evaluations. True: stop here."""
+        """After a hyper step, with all evaluations in its record. True: stop the run."""
 
     def on_round_end(self, tuner: Any) -> None:
-        """After everything else of a round, also if its hyper step was left out because the hypergradient failed."""
+        """At the end of every round, also if its hyper step was left out because the hypergradient failed."""
 
     def on_fit_end(self, tuner: Any, error: BaseException | None) -> None:
-        """At the end of a run whose `on_fit_start` returned; `error` is the exception that ended it. Called for the
-        last callback first, and for all of them even if one raises."""
-
-
-HyperStepFunction = Callable[[Any, Record], "bool | None"]
+        """At the end; `error` is the exception that ended the run, if any. Called in reverse order, for all callbacks
+        whose `on_fit_start` returned, even if one of them raises."""
 
 
 class Function(Callback):
     """A plain function of (tuner, record), called after each hyper step."""
 
-    def __init__(self, function: HyperStepFunction):
+    def __init__(self, function: Callable[[Any, Record], bool | None]):
         self._function = function
 
     def on_hyper_step(self, tuner: Any, record: Record) -> bool | None:

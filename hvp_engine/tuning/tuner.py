@@ -59,7 +59,7 @@ class Tuner:
 
     In many processes (torchrun) the losses are :class:`DataParallel`, and each process has its own loaders, for example
     with a `DistributedSampler`, and its own checkpoint, for `run.pt` `run-0-of-4.pt`. The steps are those of one
-    process on all batches together; an exception in one process, or a callback that returns True, ends all.
+    process on all batches together. An exception in one process, or a callback that returns True, ends the run in all.
 
     Memory: the hypergradient's, and a copy of the initial weights on the CPU.
 
@@ -111,8 +111,8 @@ class Tuner:
         self.val_batches = check_count(val_batches, "val_batches")
         if not (inner_tolerance is None or inner_tolerance >= 0):
             raise ValueError(f"inner_tolerance: expected a number >= 0 or None; got {inner_tolerance!r}")
-        self.inner_tolerance = inner_tolerance
-        self.module, self.hyper_module, self.train_loss = module, hyper, train_loss
+        self.inner_tolerance, self.train_loss = inner_tolerance, train_loss
+        self.module, self.hyper_module = module, hyper
         self.problem = problem = BilevelProblem(
             module, hyper, train_loss, val_loss,
             weight_optimizer=weight_optimizer, weight_scheduler=weight_scheduler, weight_clip=weight_clip,
@@ -125,10 +125,12 @@ class Tuner:
         self.hyper_side, self.hyper_optimizer = problem.hyper_side, problem.hyper_side.optimizer
         self.estimator, self.processes, self.device = problem.given_estimator, problem.processes, self.weights[0].device
         self.initial_weights, self.initial_buffers = problem.initial_weights, problem.initial_buffers
-        self.buffers = problem.buffers
-        self.history, self.hyper_steps = History(), 0
+        self.history, self.streams, self.hyper_steps = History(), Streams(self.device), 0
         self.steps_to_go = self.warmup_steps + self.inner_steps
-        self.streams = Streams(self.device)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers of the module, and of the hyperparameters if they are a module's."""
+        return self.problem.buffers()
 
     @property
     def failures(self) -> int:
@@ -174,21 +176,20 @@ class Tuner:
             checkpoint_minutes: None for never; ignored in many processes, whose clocks differ.
             callbacks: each a :class:`~hvp_engine.tuning.callbacks.Callback`, or a function of (tuner, record) that is
                 called after each hyper step and ends the run by returning True.
-            evaluate, evaluate_every: a function of the tuner that returns a dict of numbers, which join the record, and
-                after how many hyper steps each to call it.
+            evaluate: a function of the tuner, called every `evaluate_every` hyper steps; its dict joins the record.
             metric, patience: stop early after `patience` hyper steps without a new minimum of `metric`: a field of
                 the record, a name from `evaluate`, or a function of the record.
             tensorboard: a folder for event files (TensorBoard must be installed), or a writer with `add_scalar`.
 
         Errors: `ValueError`/`TypeError` for loaders that are empty or not re-iterable; :class:`CheckpointError` for
         a file that is damaged or no checkpoint of this tuner, or that cannot be written; :class:`DivergenceError` if
-        ten hypergradients in a row fail. Fewer only leave out their hyper steps, with a warning.
+        ten hypergradients in a row fail; up to then their hyper steps are left out, with a warning.
         """
         refuse_inference_mode("fit")
         check_count(hyper_steps, "hyper_steps", least=0)
         check_count(checkpoint_every, "checkpoint_every")
         check_count(evaluate_every, "evaluate_every")
-        if checkpoint_minutes is not None and not checkpoint_minutes >= 0:
+        if not (checkpoint_minutes is None or checkpoint_minutes >= 0):
             raise ValueError(f"checkpoint_minutes: expected a number >= 0 or None; got {checkpoint_minutes!r}")
         attached: list[Callback] = []
         if checkpoint is not None:

@@ -190,7 +190,7 @@ def _compare(experiment: Experiment, pair: Pair, precise: Pair, directions: int,
 
 
 def _judge(fatal: dict[Verdict, bool], causes: dict[Verdict, float], tolerance: float) -> list[Verdict]:
-    """The verdict, then other causes worth mentioning; a fatal one stands alone, since it makes all figures meaningless."""
+    """The verdict, then other causes worth mentioning; a fatal one stands alone."""
     if found := [verdict for verdict, present in fatal.items() if present]:
         return found[:1]
     order = sorted(causes, key=lambda verdict: -causes[verdict])
