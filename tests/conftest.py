@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import BILEVEL, Bilevel
-from op_cases import TARGETS
+from fused_op_oracles import TARGETS
+from problems_with_known_answers import BILEVEL, Bilevel
 
 from hvp_engine.linear_model import engine as linear_model
 from hvp_engine.ops.backend import use_backend, why_not

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from cases import DTYPE, matrix_with, randn, spd_problems
+from problems_with_known_answers import DTYPE, matrix_with, randn, spd_problems
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
