@@ -9,10 +9,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hvp_engine._support.arguments import check_count
 from hvp_engine._support.pytree import flatten
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.tuning.bounds import Bounds
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from baselines.search.problem import Run, SearchResult, TuningProblem
 from hvp_engine._support.arguments import check_count
 from hvp_engine._support.isolation import isolated
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.errors import DivergenceError, HvpError
 from hvp_engine.tuning.optimizer_step import Descent, global_norm
 

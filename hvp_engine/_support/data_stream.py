@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hvp_engine._support.pytree import map_leaves
 from hvp_engine._support.random_state import RandomState, random_state_kept, seed_everything
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.errors import CheckpointError
 
 _END = object()

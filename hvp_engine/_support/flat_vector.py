@@ -21,6 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hvp_engine._support.torch_compat import foreach_copy_, foreach_norm
+
 ALIGNMENT = 16
 """The start of every tensor in a flat buffer is a multiple of so many elements."""
 
@@ -56,7 +58,7 @@ def norm_of(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
 
     If a layout says that they are shards, it is the norm of the whole vector.
     """
-    norms = torch._foreach_norm(list(tensors))
+    norms = foreach_norm(list(tensors))
     norm = torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms]))
     return norm if layout is None or layout.whole is None else layout.total(norm.square()).sqrt()
 
@@ -224,7 +226,7 @@ class FlatVector:
     def copy_(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite with `tensors` (any strides, any floating dtype)."""
         if self.views:
-            torch._foreach_copy_(self.views, [t.detach() for t in tensors])
+            foreach_copy_(self.views, [t.detach() for t in tensors])
         self.refresh()
 
     def dot(self, other: FlatVector) -> Tensor:
@@ -254,4 +256,4 @@ class FlatVector:
     def refresh(self) -> None:
         """Copy `data` into the low-precision tangents."""
         if self.layout.low_precision:
-            torch._foreach_copy_(self.tangents, self.views)
+            foreach_copy_(self.tangents, self.views)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hvp_engine._support.dtensor import Shard, is_sharded, local_part
 from hvp_engine._support.flat_vector import INPUT_DTYPES, Layout
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.errors import GraphError
 
 Tree = Any

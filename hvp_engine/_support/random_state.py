@@ -16,6 +16,8 @@ import torch
 from numpy.random import mtrand
 from torch import Tensor
 
+from hvp_engine._support.torch_compat import in_backward_pass
+
 _alone = threading.RLock()
 
 
@@ -26,7 +28,7 @@ def one_thread() -> contextlib.AbstractContextManager[Any]:
     Inside a backward pass it locks nothing: on a GPU that pass runs in a thread of its own, and a forward pass
     repeated there (checkpointing) would wait for the very thread that waits for it.
     """
-    return _alone if torch._C._current_graph_task_id() == -1 else contextlib.nullcontext()
+    return contextlib.nullcontext() if in_backward_pass() else _alone
 
 
 def _another_lock() -> None:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hvp_engine._support.isolation import is_isolated, record_module
 from hvp_engine._support.random_state import one_thread
+from hvp_engine._support.torch_compat import COMPILED_MODULE
 
 _HOOKS = "saved-tensor hooks in a functional call"
 
@@ -25,9 +26,9 @@ class FunctionalModule:
             raise TypeError(f"module: expected a torch.nn.Module; got {type(module).__name__}")
         _refuse_fully_sharded(module)
         self._prefix = ""
-        while isinstance(module, DistributedDataParallel) or hasattr(module, "_orig_mod"):
+        while isinstance(module, DistributedDataParallel) or hasattr(module, COMPILED_MODULE):
             # The first reduces .grad alone, and its forward talks to others; compiled code has no second derivatives.
-            part = "module" if isinstance(module, DistributedDataParallel) else "_orig_mod"
+            part = "module" if isinstance(module, DistributedDataParallel) else COMPILED_MODULE
             self._prefix += f"{part}."
             module = getattr(module, part)
         self.module = module

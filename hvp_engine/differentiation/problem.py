@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hvp_engine._support.pytree import Structure, check_scalar
+from hvp_engine._support.torch_compat import pytree
 
 _CONSTANTS = (type(None), numbers.Number, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)
 """Types of what is in a batch beside tensors and is what it is for good."""

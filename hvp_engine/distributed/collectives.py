@@ -11,6 +11,7 @@ from torch import Tensor
 
 import hvp_engine.errors
 from hvp_engine._support.flat_vector import Layout
+from hvp_engine._support.torch_compat import foreach_copy_, foreach_mul_, foreach_zero_
 from hvp_engine.errors import DistributedError, HvpError
 
 Summands = tuple[Sequence["Tensor | None"], float]
@@ -129,13 +130,13 @@ def write(views: Sequence[Tensor], summands: Sequence[Tensor | None], factor: fl
     """Write factor * summands into the views, zeros for None."""
     absent = [view for view, part in zip(views, summands, strict=True) if part is None]
     if absent:
-        torch._foreach_zero_(absent)
+        foreach_zero_(absent)
     present = [(view, part.detach()) for view, part in zip(views, summands, strict=True) if part is not None]
     if present:
         targets, parts = zip(*present, strict=True)
-        torch._foreach_copy_(targets, parts)
+        foreach_copy_(targets, parts)
         if factor != 1:
-            torch._foreach_mul_(targets, factor)
+            foreach_mul_(targets, factor)
 
 
 def note(figures: Tensor, summands: Sequence[Tensor | None]) -> None:

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils import _pytree as pytree
 
 from hvp_engine._support.dtensor import Shard, is_sharded, local_part
 from hvp_engine._support.flat_vector import state_dtype_of
 from hvp_engine._support.pytree import check_scalar
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.differentiation.double_backward import differentiate
 from hvp_engine.differentiation.problem import Averaged
 from hvp_engine.distributed.collectives import Processes, Summands, note

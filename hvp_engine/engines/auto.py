@@ -23,6 +23,7 @@ from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.self_check import probe
 from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization, signature
+from hvp_engine.errors import BackendError
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import FinishedIteration
 from hvp_engine.solvers.neumann import Neumann
@@ -192,6 +193,8 @@ class AutoEngine(Engine):
         start = time.perf_counter()
         try:
             traced = self._linearized.linearize(problem)
+        except BackendError as error:  # our own fault
+            return Choice(self._eager, str(error), seconds)
         except Exception as error:  # eager has just worked, so this is about tracing; the reason is reported
             return Choice(self._eager, f"the loss cannot be traced: {type(error).__name__}: {error}", seconds)
         if traced.fallback is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hvp_engine._support.flat_vector import Layout
+from hvp_engine._support.torch_compat import compile_graph
 from hvp_engine.differentiation.linear_map import Accumulation, Linearization
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.trace.functionalize import is_random
@@ -74,7 +75,7 @@ class CompiledFunctions(Functions):
         start = time.perf_counter()
         try:
             with torch.no_grad():
-                return torch._inductor.compile(module, list(arguments), options={"size_asserts": self.whole})
+                return compile_graph(module, arguments, size_asserts=self.whole)
         except Exception as error:  # a missing C++ compiler among much else; the reason goes to the user
             raise BackendError(
                 f"engine 'compiled': inductor failed on the traced graph: {type(error).__name__}: "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout, detached
+from hvp_engine._support.torch_compat import foreach_copy_
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.engines.recording import Body, CaptureError, Recorder, Recording
@@ -29,7 +30,7 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies that no replay overwrites, in few launches."""
     fresh = [torch.empty_like(tensor) for tensor in tensors]
     if fresh:
-        torch._foreach_copy_(fresh, list(tensors))
+        foreach_copy_(fresh, list(tensors))
     return fresh
 
 
@@ -124,7 +125,7 @@ class Graphs:
         self._user = weakref.ref(user)
         for buffers, group in zip(self._inputs, _groups(problem, tensors), strict=True):
             if buffers:
-                torch._foreach_copy_(buffers, detached(group))
+                foreach_copy_(buffers, detached(group))
         return copies(self._primal()[: 1 + len(problem.weights)])
 
     def product(self, tangents: Sequence[Tensor]) -> list[Tensor]:

@@ -14,10 +14,10 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import Layout, detached
 from hvp_engine._support.isolation import recorded_modules
 from hvp_engine._support.random_state import random_state_kept
+from hvp_engine._support.torch_compat import below_autograd
 from hvp_engine.differentiation.linear_map import Accumulation, Linearization
 from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
 from hvp_engine.differentiation.trace.fused_update import AccumulatingTerm
-from hvp_engine.differentiation.trace.inplace import written_over
 from hvp_engine.differentiation.trace.partial_evaluation import Partition, partition
 from hvp_engine.differentiation.trace.tracing import trace
 from hvp_engine.engines.base import Engine
@@ -48,9 +48,9 @@ class Functions:
     def __init__(self, parts: Partition, modules: Sequence[torch.nn.Module]):
         self.partition = parts
         self.primal: Function = parts.primal.forward
-        self.tangent: Function = written_over(parts.tangent.module).forward
-        self.mixed: Function = written_over(parts.mixed.module).forward
-        self.accumulating: Function = written_over(parts.accumulating.module).forward
+        self.tangent: Function = parts.tangent.in_place.forward
+        self.mixed: Function = parts.mixed.in_place.forward
+        self.accumulating: Function = parts.accumulating.in_place.forward
         self.unbatched = ""
         self.schedule = Schedule()
         self.distrust: str | None = None
@@ -100,7 +100,7 @@ class TracedLinearization(Linearization):
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t."""
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             products = self.functions.tangent(*self._tangent_residuals, *tangents)
         if self._complete:
             return products
@@ -132,7 +132,7 @@ class TracedLinearization(Linearization):
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t."""
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             found = iter(self.functions.mixed(*self._mixed_residuals, *tangents))
         return [next(found) if there else None for there in self.functions.partition.mixed.outputs]
 
@@ -181,7 +181,7 @@ class LinearizedEngine(Engine):
         traced = self._linearization(functions, problem, tensors)
         if traced.fallback is not None:
             return traced
-        functions.distrust = disagreement(traced, eager, functions.partition.dtypes)
+        functions.distrust = disagreement(traced, eager, problem.weights, functions.partition.dtypes)
         if functions.distrust is None:
             return traced
         warnings.warn(
@@ -201,6 +201,8 @@ class LinearizedEngine(Engine):
     def report(self) -> str:
         """What was traced, in a line."""
         text = f"{self.traces} traces in {self.trace_seconds:.2f} s"
+        undone = {u for f in self._cache.values() if isinstance(f, Functions) for u in f.partition.undone}
+        text += "".join(f"; rewrite undone: {reason}" for reason in sorted(undone))
         reasons = {f.unbatched for f in self._cache.values() if isinstance(f, Functions) and f.unbatched}
         return text + "".join(f"; right-hand sides one by one, since vmap failed: {reason}" for reason in reasons)
 

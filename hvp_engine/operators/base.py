@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine._support.pytree import Structure, check_like, flatten
+from hvp_engine._support.torch_compat import pytree, version_of
 from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.engines import EagerEngine, Engine
 from hvp_engine.solvers import Solver
@@ -57,7 +57,7 @@ class LinearOperator(LinearMap):
         self.symmetric, self.fixed = linear_map.symmetric, linear_map.fixed
         self.spectrum = Spectrum()
         read = [leaf for leaf in pytree.tree_leaves(made_of) if isinstance(leaf, Tensor)]
-        self._versions = [(tensor, tensor._version) for tensor in read if not tensor.is_inference()]
+        self._versions = [(tensor, version_of(tensor)) for tensor in read if not tensor.is_inference()]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_versions": []}  # a copy has tensors of its own
@@ -66,7 +66,7 @@ class LinearOperator(LinearMap):
     def linear_map(self) -> LinearMap:
         """What makes the products; `ValueError` where a tensor that it reads has changed in place."""
         for tensor, version in self._versions:
-            if tensor._version != version:
+            if version_of(tensor) != version:
                 raise ValueError(
                     "operator: expected weights and arguments as they were when it was made; got one of shape "
                     f"{tuple(tensor.shape)} that was changed in place since: make a new operator, or clone it before"

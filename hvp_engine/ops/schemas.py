@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import INPUT_DTYPES, STATE_DTYPES, Layout, partial_rows
+from hvp_engine._support.torch_compat import is_fake
 from hvp_engine.ops import backend
 
 
@@ -73,7 +74,7 @@ def check(op: Op, states: Sequence[Tensor], layout: Layout, scalars: Sequence[Te
             )
         if state.device != layout.device and layout.numels:
             raise ValueError(f"{where}: expected device {layout.device} as {op.product}; got {state.device}")
-    if not torch.compiler.is_compiling() and not isinstance(first, torch._subclasses.FakeTensor):
+    if not torch.compiler.is_compiling() and not is_fake(first):
         _check_overlap(op, states, scalars, partials)
     for index, dtype in enumerate(layout.dtypes):
         if dtype not in INPUT_DTYPES or (dtype == torch.float64 and first.dtype != torch.float64):
@@ -164,7 +165,6 @@ def _register(library: torch.library.Library, op: Op) -> None:
 
     library.impl(op.name, run, "CPU")
     library.impl(op.name, run, "CUDA")
-    library.impl(op.name, fake, "Meta")
     torch.library.register_fake(f"hvp_engine::{op.name}", fake, lib=library)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hvp_engine._support.pytree import flatten, trainable
 from hvp_engine._support.random_state import RandomState
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.distributed import averaged
 from hvp_engine.errors import DivergenceError
 from hvp_engine.hypergradients.estimator import Estimate, EstimatorLike, as_estimator

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hvp_engine._support.pytree import Structure, trainable
+from hvp_engine._support.torch_compat import pytree
 
 
 class Bounds:

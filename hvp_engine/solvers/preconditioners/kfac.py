@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from hvp_engine._support.arguments import check_positive
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.pytree import check_like, check_scalar, flatten
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.errors import NonFiniteError
 
 

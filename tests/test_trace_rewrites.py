@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hvp_engine as hvp
-from hvp_engine.differentiation.trace.passes import dependents
+from hvp_engine.differentiation.trace.rewriting import dependents
 from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
 
 aten = torch.ops.aten

@@ -76,22 +76,6 @@ def test_kernels_larger_than_what_comes_out_stay_convolutions():
     assert kernels_that_are_images(graph) > 0
 
 
-@pytest.mark.parametrize(
-    "layer", [nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(3, 4, 3, stride=2), nn.Conv2d(3, 6, 3, groups=3)]
-)
-def test_biases_are_added_by_the_convolution(layer):
-    net = nn.Sequential(layer, nn.Tanh(), nn.Conv2d(layer.out_channels, 2, 2), nn.Tanh()).double()
-    call = hvp.functional(net)
-    names = list(dict(net.named_parameters()))
-    weights = [w.detach() for w in net.parameters()]
-    graph, error = tangent_and_error(
-        lambda w, x: call(dict(zip(names, w, strict=True)), x).square().mean(), weights, drawn(5, 3, 6, 6)
-    )
-    assert error < 1e-12
-    assert sum(n.target is aten.convolution.default and n.args[2] is not None for n in graph.nodes) == 2
-    assert not any(node.target is aten.expand.default for node in graph.nodes)
-
-
 def images_last(graph: torch.fx.Graph) -> bool:
     """Whether there are convolutions, and all of them give images in channels-last layout."""
     found = [node.meta["val"] for node in graph.nodes if node.target is aten.convolution.default]
