@@ -160,6 +160,18 @@ def test_refresh_sees_growth_in_the_same_and_in_a_new_direction() -> None:
             assert estimate.bound() > 1.0
 
 
+def test_refreshes_find_growth_beside_an_invariant_subspace() -> None:
+    """A start in it alone would never leave it: the products of a diagonal matrix are exactly zero elsewhere."""
+    values = torch.linspace(0.1, 1.0, 40, dtype=DTYPE)
+    before, spectrum = Operator(torch.diag(values)), Spectrum()
+    ends = torch.zeros(40, dtype=DTYPE)
+    ends[[0, 39]] = 1.0
+    spectrum.restart(before, FlatVector.of(before.layout, [ends]))
+    values[5] = 3.0
+    after = Operator(torch.diag(values))
+    assert max(spectrum.refresh(after).largest for _ in range(3)) == pytest.approx(3.0, rel=0.01)
+
+
 def test_another_layout_starts_cold() -> None:
     spectrum = Spectrum()
     for size in (10, 12):
