@@ -37,7 +37,7 @@ sanitize: build
 	$(BIN)/cmake --build $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/python tests/sanitized.py $(SANITIZED) $(ARGS)
+		$(BIN)/python tests/run_sanitized.py $(SANITIZED) $(ARGS)
 
 # Would the tests notice a fault? ARGS="--only kernels/" tries some of them; an interrupted run continues.
 mutations: build

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from call_recorder import CallRecorder
+from recorder_on_cpu import CallRecorder
 from torch import Tensor
 
 import hvp_engine as hvp

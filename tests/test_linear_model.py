@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, flat, randn, unflat
-from linear_model_cases import DECAYS, FORMS, LOSSES, Model, joined, likewise, model_of, safe_alpha
+from linear_models_and_losses import DECAYS, FORMS, LOSSES, Model, joined, likewise, model_of, safe_alpha
+from problems_with_known_answers import DTYPE, flat, randn, unflat
 from torch import Tensor, nn
 from torch.nn import functional
 

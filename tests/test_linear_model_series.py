@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, flat, randn, relative_error, truncated_sum, unflat
-from linear_model_cases import BACKENDS, DECAYS, FORMS, LOSSES, Model, joined, likewise, model_of
+from linear_models_and_losses import BACKENDS, DECAYS, FORMS, LOSSES, Model, joined, likewise, model_of
+from problems_with_known_answers import DTYPE, flat, randn, relative_error, truncated_sum, unflat
 from torch import Tensor
 
 import hvp_engine as hvp
