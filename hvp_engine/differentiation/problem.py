@@ -47,8 +47,8 @@ class Problem:
 
     @property
     def identity(self) -> Hashable:
-        """The loss as a key. A function is referred to weakly, so that an engine which remembers it does not keep it, and
-        all that it holds, alive."""
+        """The loss as a key. A function is referred to weakly, so that an engine that remembers it does not keep it and
+        all that it holds alive."""
         return weakref.ref(self.loss) if isinstance(self.loss, types.FunctionType) else self.loss
 
     def at(self, inputs: tuple[Any, ...]) -> Problem:
