@@ -36,7 +36,7 @@ def combine_sums(graph: fx.Graph, linear: set[fx.Node]) -> None:
 
     A B + C D + E F -> [A C E] [B; D; F]^T, where the copies are smaller than the sums' results.
     """
-    replace(graph, linear, (_KEPT_DIMENSIONS,))
+    replace(graph, linear, (_KEPT_DIMENSIONS,), only_linear=False)
     build = Builder(graph, linear)
     for root in [node for node in graph.nodes if node in linear and _is_sum(node)]:
         if len(root.users) == 1 and _is_sum(next(iter(root.users))):

@@ -118,14 +118,14 @@ class Builder:
 def replace(graph: fx.Graph, linear: set[fx.Node], rules: Sequence[Rule], only_linear: bool = True) -> None:
     """Apply the first rule that fits to each node in turn, and to what it is replaced by.
 
-    `only_linear`: to nodes that depend on the tangents alone, in which case the rest of the graph stays as it is.
+    `only_linear`: to nodes that depend on the tangents, and to what replaces those.
     """
     erased: set[fx.Node] = set()
     for start in list(graph.nodes):
-        waiting = [start]
+        waiting = [start] if start in linear or not only_linear else []
         while waiting:
             node = waiting.pop()
-            if node in erased or node.op != "call_function" or (only_linear and node not in linear):
+            if node in erased or node.op != "call_function":
                 continue
             new = _replacement(graph, linear, rules, node)
             if new is None:

@@ -1,6 +1,7 @@
 """What each term computes again rather than holding it between terms: memory of large networks for a little arithmetic.
 
-A transformer holds 28 MiB between terms instead of 38, and its terms take as long (one core).
+A ResNet-20 holds 215 MiB between terms instead of 395, for terms that take 1.07 times as long (one core); a transformer
+28 instead of 38, for none.
 """
 
 from __future__ import annotations
