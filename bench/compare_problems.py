@@ -15,8 +15,8 @@ import hvp_engine as hvp
 from baselines.methods import Setting
 from baselines.search import TuningProblem
 from bench.problems import Batch, Tensors
+from examples import datasets
 from hvp_engine._support.pytree import flatten
-from hvp_engine.demo import datasets
 from hvp_engine.demo.preparation import standardize
 from hvp_engine.diagnostics.hypergradient_check.refitting import Pair, minimize, reference_hypergradient
 from hvp_engine.differentiation.problem import Problem

@@ -75,6 +75,18 @@ def test_nystrom_flattens_the_large_eigenvalues() -> None:
     assert float(values[-1] / values[0]) < 20 < 1e3 < 1e4 / 2
 
 
+def test_nystrom_is_its_formula_for_an_operator_of_low_rank() -> None:
+    """With the sketch exact, M (A + rho I) is 1 on the range of A, and rho / (l_k + rho) beside it."""
+    values, rho = torch.cat([torch.tensor([2.0, 3.0, 5.0, 9.0], dtype=DTYPE), torch.zeros(36, dtype=DTYPE)]), 0.5
+    matrix = matrix_with(values, seed=6)
+    preconditioner = hvp.NystromPreconditioner(operator_of(matrix), rank=4, rho=rho)
+    damped = matrix + rho * torch.eye(40, dtype=DTYPE)
+    product = torch.stack([preconditioner([column])[0] for column in damped])
+    found = torch.linalg.eigvalsh((product + product.T) / 2)
+    expected = torch.cat([torch.full((36,), rho / (2.0 + rho), dtype=DTYPE), torch.ones(4, dtype=DTYPE)])
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
+
+
 # --- KFAC ------------------------------------------------------------------------------------------------------------
 
 

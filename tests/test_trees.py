@@ -37,11 +37,14 @@ def test_flatten_and_rebuild(tree: Any) -> None:
         assert torch.equal(after, leaf + 1)
 
 
-def test_module_is_the_dict_of_its_parameters() -> None:
+def test_module_is_the_dict_of_its_parameters_that_require_grad() -> None:
     module = nn.Linear(2, 3)
     leaves, structure = flatten(module, "module")
     assert leaves[0] is module.weight
     assert list(structure.rebuild(leaves)) == ["weight", "bias"]
+    module.weight.requires_grad_(False)
+    leaves, structure = flatten(module, "module")
+    assert list(structure.rebuild(leaves)) == ["bias"]
 
 
 def test_structures_differ() -> None:

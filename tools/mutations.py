@@ -103,11 +103,11 @@ def plant(fault: Fault) -> tuple[str, str]:
 
 
 def key_of(fault: Fault) -> str:
-    """A digest of all that the verdict depends on most: the fault, its file and the files of its tests."""
+    """A digest of what the verdict depends on most: the fault, its file and the files of its tests, as copied."""
     digest = hashlib.sha256(repr(fault).encode())
     files = [fault.file, *(word for word in shlex.split(fault.tests) if word.startswith("tests/"))]
     for name in files:
-        path = ROOT / name.split("::")[0]
+        path = TREE / name.split("::")[0]
         digest.update(path.read_bytes() if path.exists() else b"")
     return digest.hexdigest()
 

@@ -24,22 +24,23 @@ def larsen(
 ) -> Hypergradient:
     """dL_V/dlambda - (d2L_T/dlambda dw^T) [G + d2L_T/dw dw^T at fixed outputs]^-1 dL_V/dw.
 
-    G = J^T (d2L_T/d outputs2) J leaves out the curvature of the model, so that for a loss that is convex in outputs and
-    weights the matrix is positive semi-definite, however far from a minimum the weights are. The mixed product is that
-    of the training loss itself.
+    G = J^T (d2L_T/d outputs2) J leaves out the curvature of the model. For a loss that is convex in outputs and weights
+    the matrix is therefore positive semi-definite, however far from a minimum the weights are. The mixed product is
+    that of the training loss itself.
 
     Arguments:
         model: `model(weights, hyper, batch)` -> outputs, a tensor or any tree of floating tensors.
-        loss: `loss(outputs, weights, hyper, batch)` -> scalar tensor; what it takes from `weights` directly, such as
-            a weight decay, keeps its exact curvature. The training loss is `loss(model(...), ...)`.
+        loss: `loss(outputs, weights, hyper, batch)` -> scalar tensor; terms that use `weights` directly, such as a
+            weight decay, keep their exact curvature. The training loss is `loss(model(...), ...)`.
         val_loss: `val_loss(weights, hyper, batch)` -> scalar tensor.
-        solver: default `Exact()`, which Larsen et al. used; any solver.
+        solver: any solver; the default is `Exact()`, as in Larsen et al.
 
     Returns a :class:`Hypergradient`.
 
     Cost and errors: as :class:`Hypergradient`; a product costs about three backward passes.
 
-    Source: Larsen et al. 1996; Table 1 of Lorraine, Vicol, Duvenaud 2019 (which prints the outer product of gradients).
+    Source: Larsen, Hansen, Svarer, Ohlsson, Design and Regularization of Neural Networks: the Optimal Use of a
+    Validation Set, NNSP 1996; Table 1 of Lorraine, Vicol, Duvenaud 2019, which prints the outer product of gradients.
 
     >>> import torch
     >>> from baselines.estimators import larsen
@@ -77,7 +78,7 @@ class GaussNewtonEngine(EagerEngine):
         (batch,) = problem.inputs
 
         def outputs(weights: Any, batch: Any) -> Any:
-            # The weights as outputs of their own: of what the loss takes from them, all curvature is in the outputs.
+            # The weights are outputs too, so the Gauss-Newton matrix has the full curvature of terms that use them.
             return self.model(weights, hyper, batch), weights
 
         def loss(outputs: Any, batch: Any) -> Tensor:
@@ -89,7 +90,7 @@ class GaussNewtonEngine(EagerEngine):
 
 
 class _Linearization(Linearization):
-    """Loss, gradient and mixed product of one linearization with the products of another map."""
+    """The loss, gradient and mixed product of one linearization, with the products of another matrix."""
 
     def __init__(self, whole: Linearization, curvature: GaussNewtonProducts):
         self.layout, self.loss, self.gradient = whole.layout, whole.loss, whole.gradient

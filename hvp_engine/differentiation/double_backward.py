@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.errors import GraphError, SecondDerivativeError
 
 _REMEDIES = {
-    "_MeanLoss": "hand the hvp.DataParallel itself to hvp.Hypergradient or an operator, with hvp.Averaged inside it",
+    "_MeanLoss": "pass the hvp.DataParallel itself to hvp.Hypergradient or an operator, with hvp.Averaged inside it",
     "_scaled_dot_product": "run the forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
     "_cudnn_rnn": "run the forward under torch.backends.cudnn.flags(enabled=False)",
     "mkldnn_rnn": "run the forward under torch.backends.mkldnn.flags(enabled=False)",
@@ -143,6 +144,8 @@ class Tape(Linearization):
         loss: the loss, for reports.
         name: what messages call the loss or the gradient.
         symmetric: whether df/dw is, as where f is a gradient.
+        inside: makes the context that products run in: what a checkpointed part computes again in the backward pass
+            must be computed as it was in the forward pass.
 
     Attributes:
         reaches_weights: whether f depends on some weight; if not, the Hessian is zero.
@@ -157,8 +160,9 @@ class Tape(Linearization):
         loss: Tensor | None = None,
         name: str = "loss",
         symmetric: bool = True,
+        inside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ):
-        self.layout, self.symmetric = Layout.of(weights), symmetric
+        self.layout, self.symmetric, self._inside = Layout.of(weights), symmetric, inside
         self.loss = None if loss is None else loss.detach()
         self.gradient = [g.detach() for g in gradient]
         self.weights = tuple(weights)
@@ -177,11 +181,13 @@ class Tape(Linearization):
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t; a weight that f does not depend on gets zeros."""
-        return filled(self._product(tangents), self.weights)
+        with self._inside():
+            return filled(self._product(tangents), self.weights)
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t."""
-        return self._mixed(tangents)
+        with self._inside():
+            return self._mixed(tangents)
 
 
 def _walk(outputs: Sequence[Tensor]) -> set[Node]:

@@ -84,7 +84,7 @@ class DataParallelEngine(Engine):
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
-        """As any engine does; the terms count for the engine of this process."""
+        """As every engine does; the terms are credited to the engine of this process."""
         iteration = super().run(operator, v, solver, estimate)
         if isinstance(operator, _MeanLinearization) and operator.own is not None and isinstance(self._part, AutoEngine):
             self._part.credit(operator.own, iteration.steps)

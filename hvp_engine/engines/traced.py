@@ -181,7 +181,7 @@ class LinearizedEngine(Engine):
         traced = self._linearization(functions, problem, tensors)
         if traced.fallback is not None:
             return traced
-        functions.distrust = disagreement(traced, eager, functions.partition.dtypes)
+        functions.distrust = disagreement(traced, eager, problem.weights, functions.partition.dtypes)
         if functions.distrust is None:
             return traced
         warnings.warn(

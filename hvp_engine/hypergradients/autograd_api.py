@@ -135,17 +135,24 @@ def best_response(
     hyperparameters: TensorOrTensors,
     solver: Solver | None = None,
 ) -> tuple[Tensor, ...]:
-    """The weights as the function w*(lambda) that the training loss makes them: identity forward, IFT backward.
+    """The weights as a function w*(lambda): the identity forward, the implicit function theorem backward.
 
-    backward of a gradient g is -(d2L_T/dlambda dw^T) [d2L_T/dw dw^T]^-1 g; so a validation loss of the result
-    gives the hyperparameters both the direct and the indirect term.
+    Its backward pass takes a gradient g to -(d2L_T/dlambda dw^T) [d2L_T/dw dw^T]^-1 g, so `.backward()` of a validation
+    loss computed from the result gives the hyperparameters both the direct and the indirect term.
 
     Arguments: as :func:`hypergradient`.
 
-    Returns a tuple like `weights`, sharing memory with them, connected to the hyperparameters only.
+    Returns a tuple like `weights`, which shares memory with them and depends on the hyperparameters only.
 
-    Errors: as :func:`hypergradient`; a backward with `create_graph=True` raises :class:`SecondDerivativeError`,
-    since the result promises first derivatives only.
+    Cost: one gradient of the training loss at once; the solver's products and one mixed product in each backward pass.
+    Memory: the graph of that gradient, kept as long as the result, and the solver's vectors.
+
+    Errors: as :func:`hypergradient`; a backward pass with `create_graph=True` raises :class:`SecondDerivativeError`,
+    since the result has first derivatives only.
+
+    Source: Lorraine, Vicol, Duvenaud, Optimizing Millions of Hyperparameters by Implicit Differentiation, 2019,
+    Theorem 1; as a function with its own backward pass: Blondel et al., Efficient and Modular Implicit
+    Differentiation, NeurIPS 2022.
 
     >>> import torch, hvp_engine as hvp
     >>> decay = torch.tensor(1.0, requires_grad=True)

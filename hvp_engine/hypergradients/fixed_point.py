@@ -21,6 +21,7 @@ from hvp_engine.differentiation.double_backward import Tape, leaves
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import DivergenceError, NonFiniteError
+from hvp_engine.hypergradients.estimator import Estimator
 from hvp_engine.hypergradients.implicit import (
     HypergradientResult,
     Stationarity,
@@ -33,7 +34,7 @@ from hvp_engine.solvers.base import LinearSystem, check_solver
 from hvp_engine.solvers.spectrum import Spectrum
 
 
-class FixedPointHypergradient:
+class FixedPointHypergradient(Estimator):
     """dL_V*/dlambda where the weights solve w = Phi(w, lambda): implicit layers, momentum maps, any fixed iteration.
 
     dL_V/dlambda + (dPhi/dlambda)^T x, where x solves (I - (dPhi/dw)^T) x = dL_V/dw. With `Neumann(i)` that is the sum

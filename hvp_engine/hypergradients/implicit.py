@@ -25,7 +25,7 @@ from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.distributed import DataParallel, for_loss
 from hvp_engine.errors import GraphError
-from hvp_engine.hypergradients.estimator import Estimate
+from hvp_engine.hypergradients.estimator import Estimate, Estimator
 from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import LinearSystem, check_solver
 from hvp_engine.solvers.solution import Solution
@@ -52,29 +52,32 @@ class HypergradientResult(Estimate):
     solution: Solution
 
 
-class Hypergradient:
+class Hypergradient(Estimator):
     """dL_V*/dlambda as a function of (weights, hyperparameters, training batch, validation batch).
 
     Arguments:
         train_loss, val_loss: `loss(weights, hyper, batch)` -> scalar tensor. They must be functions of their
             arguments: an engine may trace them once and reuse the trace.
-        solver: how to invert the training loss's Hessian.
+        solver: how to invert the Hessian of the training loss; default `Neumann(20)`, alpha estimated.
         engine: how products are executed: "auto", or a name from `hvp_engine.engines`.
-        warm_start: begin each solve at the solution of the call before, by one more product and one more vector of
-            memory. A truncated series then continues over the calls, as far as the problem changes slowly between
-            them; a tolerance is reached in fewer products.
+        warm_start: start each solve at the solution of the previous call, which costs one more product and one more
+            vector of memory. If the problem changes slowly between calls, a truncated series continues over them, and
+            a tolerance is reached in fewer products.
 
-    Calling it takes `(weights, hyper, train_batch, val_batch)`: weights and hyper any tree of real floating
-    tensors (a module stands for its named parameters that require grad), batches anything; only tensors, numbers and
-    texts in tuples, lists and dicts can be traced. It returns a :class:`HypergradientResult` and leaves everything of
-    the caller's as it was: tensors, `.grad`, buffers, random state.
+    It is called with `(weights, hyper, train_batch, val_batch)`. Weights and hyper are any trees of real floating
+    tensors (a module stands for its named parameters that require grad). Batches may be anything, but only tensors,
+    numbers and strings in tuples, lists and dicts can be traced. It returns a :class:`HypergradientResult` and changes
+    nothing of the caller's: tensors, `.grad`, buffers, random state.
 
     Cost of a call: one gradient of each loss, the solver's products, one mixed product. Memory: the graph of the
     training gradient and the solver's vectors, whatever the number of products.
 
-    Errors: as :func:`hypergradient`. A warning, once, if the weights are far from stationary, so that the implicit
-    function theorem does not apply: the result's `unfinished` is more than half of the validation loss. Calls
-    1, 2, 4, 8, ... look, since a look waits for the device.
+    Errors: as :func:`hypergradient`. It warns, once, if the weights are so far from stationary that the implicit
+    function theorem does not apply: if the result's `unfinished` is more than half of the validation loss. Only calls
+    1, 2, 4, 8, ... check this, since checking waits for the device.
+
+    Source: Lorraine, Vicol, Duvenaud, Optimizing Millions of Hyperparameters by Implicit Differentiation, 2019,
+    Theorem 1 and Algorithm 2.
 
     >>> import torch, hvp_engine as hvp
     >>> target = torch.tensor([1.0, 2.0])

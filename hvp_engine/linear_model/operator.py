@@ -76,6 +76,8 @@ class LinearModelOperator(CurvatureOperator):
     Errors: `TypeError`/`ValueError` naming the argument for a shape, dtype, device or name that does not fit;
     `ValueError` from `.gradient` without targets; in a solve as :func:`solve`.
 
+    Source: Bishop, Pattern Recognition and Machine Learning, 2006, sections 4.3.3 and 4.3.4, for the Hessians.
+
     >>> import torch, hvp_engine as hvp
     >>> x, w = torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.zeros(2)
     >>> H = hvp.LinearModelOperator(x, w, loss="squared", decay=0.5)

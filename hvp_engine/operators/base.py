@@ -222,17 +222,12 @@ class CallableMap(LinearMap):
         self.layout = Layout.of(like)
         self._function = function
         self._structure = structure
-        self._like = [torch.empty_like(t, device="meta") for t in like]
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         result, structure = flatten(self._function(self._structure.rebuild(tangents)), "operator(v)")
         if structure != self._structure:
             raise ValueError(f"operator(v): expected the container of v, {self._structure.spec}; got {structure.spec}")
-        for index, (tensor, like) in enumerate(zip(result, self._like, strict=True)):
-            if tensor.shape != like.shape:
-                raise ValueError(
-                    f"operator(v)[{index}]: expected shape {tuple(like.shape)} as v; got {tuple(tensor.shape)}"
-                )
+        check_like(result, self.layout, "operator(v)", "v", widest=torch.float64)
         return [
             t.detach() if t.dtype == dtype else t.detach().to(dtype)
             for t, dtype in zip(result, self.layout.dtypes, strict=True)

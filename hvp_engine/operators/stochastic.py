@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hvp_engine import engines
 from hvp_engine._support.arguments import check_count
+from hvp_engine._support.data_stream import Batches
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import flatten
@@ -18,7 +19,6 @@ from hvp_engine.distributed import averaged, together
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.operators.base import LinearOperator
 from hvp_engine.operators.hessian import engine_for_operator
-from hvp_engine.tuning.data_stream import Batches
 
 
 class StochasticHessianOperator(LinearOperator):

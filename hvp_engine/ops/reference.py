@@ -4,9 +4,9 @@ Each function here has the name, the arguments and the meaning of the op in :mod
 CUDA and Triton versions are tested against it. State vectors are flat (see :mod:`hvp_engine._support.flat_vector`); the
 product is the list of tensors that autograd returned, each read in row-major order.
 
-`partials` receives one row for each chunk of each tensor: two squared norms (or inner products) and a flag that
-is 1 where the chunk holds a NaN or an infinity. `partials.sum(0)` gives the totals: because the rows do not depend
-on the number of threads or the launch, neither do the totals.
+`partials` receives one row for each chunk of each tensor: two squared norms (or inner products) and a flag that is 1
+if the chunk holds a NaN or an infinity. `partials.sum(0)` gives the totals. The rows do not depend on the number of
+threads or on the launch, so neither do the totals.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hvp_engine.ops.schemas import OPS
 
 
 def _parts(tensors: Sequence[Tensor], *states: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """For each tensor: itself, flattened in the state's dtype, and its part of every state vector."""
+    """For each tensor: its elements in the state's dtype, and its part of every state vector."""
     offsets = offsets_of([t.numel() for t in tensors])
     for tensor, start in zip(tensors, offsets, strict=False):
         part = slice(start, start + tensor.numel())
@@ -34,8 +34,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def _record(partials: Tensor, row: int, first: Pair, second: Pair) -> int:
-    """Write the inner products of two pairs of one tensor's parts, chunk by chunk, beginning at `row`; return the
-    next free row."""
+    """Write the inner products of the two pairs, a row for each chunk, from `row` on; return the next free row."""
     for chunks in zip(*(part.split(CHUNK) for part in (*first, *second)), strict=True):
         if chunks[0].numel() == 0:
             continue

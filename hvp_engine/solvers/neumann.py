@@ -235,9 +235,15 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class Identity(Solver):
-    """x = v: the inverse Hessian replaced by the identity (T1-T2, Luketina et al. 2016).
+    """x = v / (1 + damping): the solution if the Hessian were the identity (T1-T2).
+
+    Arguments:
+        damping: >= 0; by default x = v.
 
     Cost: no product; exact only for A = I.
+
+    Source: Luketina, Berglund, Greff, Raiko, Scalable Gradient-Based Tuning of Continuous Regularization
+    Hyperparameters, ICML 2016.
 
     >>> import torch, hvp_engine as hvp
     >>> hvp.solve(lambda v: 4.0 * v, torch.ones(2), hvp.Identity()).value

@@ -3,8 +3,9 @@
 from tools.faults.base import Fault
 from tools.faults.hypergradients import FAULTS as HYPERGRADIENTS
 from tools.faults.ops import FAULTS as OPS
+from tools.faults.solvers import FAULTS as SOLVERS
 from tools.faults.support import FAULTS as SUPPORT
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: list[Fault] = [*OPS, *SUPPORT, *HYPERGRADIENTS]
+FAULTS: list[Fault] = [*OPS, *SUPPORT, *SOLVERS, *HYPERGRADIENTS]

@@ -39,14 +39,14 @@ FAULTS = [
         "the fixed point's residual has the wrong sign",
     ),
     Fault(
-        "hvp_engine/hypergradients/stationarity.py",
+        "hvp_engine/hypergradients/implicit.py",
         "    return -torch.stack([product.double() for product in products]).sum()",
         "    return torch.stack([product.double() for product in products]).sum()",
         "tests/test_stationarity.py tests/test_implicit.py tests/test_estimators_state.py",
         "the change that training promises has the wrong sign",
     ),
     Fault(
-        "hvp_engine/hypergradients/stationarity.py",
+        "hvp_engine/hypergradients/implicit.py",
         "            self._warned = True\n",
         "",
         "tests/test_stationarity.py",
@@ -82,8 +82,8 @@ FAULTS = [
     ),
     Fault(
         "hvp_engine/hypergradients/autograd_api.py",
-        "    _require_grad(hyper_list)\n",
-        "",
+        "    _require_grad(hyper_list)\n    active = _active(weight_list)\n    found",
+        "    active = _active(weight_list)\n    found",
         "tests/test_bad_input_tape.py tests/test_implicit.py",
         "hyperparameters without a graph give zeros instead of an error",
     ),

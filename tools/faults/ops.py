@@ -190,8 +190,8 @@ FAULTS = [
     ),
     Fault(
         "hvp_engine/ops/cpp.py",
-        "        alias.numpy()  # torch",
-        "        pass  # torch",
+        "        alias.numpy()  # from",
+        "        pass  # from",
         f"{NATIVE} -k resize",
         "the caller may free memory that a bound op still writes to",
     ),

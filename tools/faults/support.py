@@ -104,7 +104,7 @@ FAULTS = [
         "a noisy estimate makes Jacobi's preconditioner indefinite",
     ),
     Fault(
-        "hvp_engine/solvers/eigenvalues.py",
+        "hvp_engine/operators/eigenvalues.py",
         "pairs.values, pairs.coordinates[0].square()",
         "pairs.values, pairs.coordinates[0].abs()",
         "tests/test_eigenvalues.py",
@@ -112,8 +112,8 @@ FAULTS = [
     ),
     Fault(
         "hvp_engine/distributed/engine.py",
-        "reduced = _MeanLinearization(problem.name, weights, hyperparameters, share / total, loss,",
-        "reduced = _MeanLinearization(problem.name, weights, hyperparameters, share, loss,",
+        "weights, hyperparameters, share / total, figures[0] / total, gradient, own",
+        "weights, hyperparameters, share, figures[0] / total, gradient, own",
         PROCESSES,
         "products are summed over processes, not averaged",
     ),
@@ -140,8 +140,8 @@ FAULTS = [
     ),
     Fault(
         "hvp_engine/distributed/sharding.py",
-        "            dist.all_reduce(parts, group=self._processes.group)\n",
-        "",
+        "dist.all_reduce(parts, group=self._processes.group)",
+        "pass",
         PROCESSES,
         "the norm of a sharded vector is that of this process's part",
     ),

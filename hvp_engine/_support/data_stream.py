@@ -1,11 +1,10 @@
-"""An endless stream of batches from a loader that ends, whose position can be saved and found again."""
+"""Endless streams of batches from loaders, with positions that can be saved and restored."""
 
 from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,47 +18,22 @@ from hvp_engine.errors import CheckpointError
 _END = object()
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where a stream is: `taken` batches into an epoch that began with `seed` and these states of its generators."""
-
-    epoch: int
-    taken: int
-    seed: int
-    generators: tuple[Tensor, ...]
-    random: RandomState | None
-    loader: Any
-    last: Any
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only; of the last batch a checksum."""
-        return {
-            "epoch": self.epoch,
-            "taken": self.taken,
-            "seed": self.seed,
-            "generators": list(self.generators),
-            "random": None if self.random is None else self.random.state_dict(),
-            "loader": self.loader,
-            "checksum": _checksum(self.last),
-        }
-
-
 class Batches:
     """Batches of a re-iterable loader, epoch after epoch, moved to a device.
 
-    Each epoch begins with a seed drawn from torch's global generator, and the loader draws its random numbers
-    (torch, Python, numpy: shuffling, augmentation) from generators of its own that start there. So they neither
-    disturb other random draws nor depend on them, and an epoch can be replayed up to any batch.
+    Each epoch draws a seed from torch's global generator. While the loader runs, the global generators (torch, Python,
+    numpy) are replaced by ones that started from this seed. So shuffling and augmentation neither disturb the random
+    draws outside nor depend on them, and an epoch can be replayed up to any batch.
 
     Arguments:
-        loader: a DataLoader, a list of batches (one element: full batch), or any re-iterable. Its position is saved
-            by its own `state_dict`/`load_state_dict` if it has both, else found again by replaying the epoch;
-            `torch.Generator`s of a DataLoader and its samplers are put back, `sampler.set_epoch` is called.
+        loader: a DataLoader, a list of batches (one element: full batch), or any re-iterable. If it has both
+            `state_dict` and `load_state_dict`, they save and restore its position; otherwise the epoch is replayed.
+            `torch.Generator`s of a DataLoader and its samplers are restored, and `sampler.set_epoch` is called.
         device: where the batches' tensors go.
-        name: what messages call the loader.
+        name: the loader's name in messages.
 
     A loader with hidden random state (a generator inside the dataset, persistent workers that augment) cannot be
-    replayed; finding its position again warns if the last batch differs.
+    replayed; restoring its position warns if the last batch differs.
     """
 
     def __init__(self, loader: Iterable[Any], device: torch.device, name: str):
@@ -107,7 +81,7 @@ class Batches:
             self._iterate()
 
     def _iterate(self) -> None:
-        """Make the iterator; its first random numbers are drawn here."""
+        """Start an iteration of the loader, which may draw random numbers."""
         set_epoch = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(self.epoch)
@@ -127,16 +101,26 @@ class Batches:
             self._last = batch
         return batch
 
-    def position(self) -> Position:
-        """Where the stream is now."""
+    def state_dict(self) -> dict[str, Any]:
+        """The position as tensors and plain values; the last batch is represented by a checksum."""
+        return self.position()()
+
+    def position(self) -> Callable[[], dict[str, Any]]:
+        """A function that returns :meth:`state_dict` as of now, whenever it is called; until then it costs nothing."""
+        state = {"epoch": self.epoch, "taken": self.taken, "seed": self._seed, "generators": list(self._at_start)}
         loader = self.loader.state_dict() if self._stateful else None  # type: ignore[attr-defined]
-        random = self._random if self._stateful else None
-        return Position(self.epoch, self.taken, self._seed, self._at_start, random, loader, self._last)
+        random, last = self._random if self._stateful else None, self._last
+        return lambda: {
+            **state,
+            "random": None if random is None else random.state_dict(),
+            "loader": loader,
+            "checksum": _checksum(last),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved position.
 
-        Cost: for a loader without `state_dict`, the batches of the current epoch so far, once more.
+        Cost: a loader without `state_dict` loads the batches of its epoch so far again.
 
         Errors: :class:`CheckpointError` for a loader that cannot be the one of the checkpoint.
         """
@@ -153,12 +137,9 @@ class Batches:
                 f"{self.name}: expected a loader with {len(state['generators'])} generators, as when the checkpoint "
                 f"was written; got one with {len(self._generators)}: pass the same kind of loader"
             )
-        if self._stateful:
-            self._resume(state)
-        else:
+        if not self._stateful:
             self._replay(state)
-
-    def _resume(self, state: dict[str, Any]) -> None:
+            return
         self.epoch, self.taken, self._seed = state["epoch"], state["taken"], state["seed"]
         self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
         with random_state_kept(self.device):
@@ -184,8 +165,41 @@ class Batches:
             )
 
 
+class Streams:
+    """The streams of a tuner, by name. Each goes on where it stopped if it is opened again with the same loader."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._open: dict[str, Batches] = {}
+        self._saved: dict[str, Any] = {}  # positions that wait for their loaders
+
+    def open(self, name: str, loader: Iterable[Any], label: str) -> Batches:
+        """The stream `name` over `loader`, at its saved position if there is one; `label` is for messages."""
+        stream = self._open.get(name)
+        if stream is None or stream.loader is not loader:
+            stream = Batches(loader, self._device, label)
+            if name in self._saved:
+                stream.load_state_dict(self._saved[name])
+                del self._saved[name]  # only now: the caller may pass another loader if this one was refused
+            self._open[name] = stream
+        return stream
+
+    def close(self, name: str) -> None:
+        """Forget a stream: the next one of this name begins anew."""
+        self._open.pop(name, None)
+
+    def position(self) -> Callable[[], dict[str, Any]]:
+        """A function that returns the positions as of now, whenever it is called."""
+        positions, saved = {name: stream.position() for name, stream in self._open.items()}, dict(self._saved)
+        return lambda: {name: position() for name, position in positions.items()} | saved
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from saved positions."""
+        self._open, self._saved = {}, dict(state)
+
+
 def _generators_of(loader: Any) -> list[torch.Generator]:
-    """The generators that a DataLoader and its samplers were given."""
+    """The generators that were passed to a DataLoader and its samplers."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     holders = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
     found = [getattr(holder, "generator", None) for holder in holders]
@@ -193,7 +207,7 @@ def _generators_of(loader: Any) -> list[torch.Generator]:
 
 
 def _checksum(batch: Any) -> int:
-    """A checksum of every tensor of a batch."""
+    """A checksum of all dense tensors of a batch."""
     checksum = 0
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
