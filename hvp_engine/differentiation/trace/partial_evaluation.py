@@ -119,7 +119,7 @@ def _partition(trace: Trace) -> Partition:
         diagonals,
         accumulates=by_product > sum(sizes) / 2 and by_product >= _WORTHWHILE,
         dtypes=_floating_dtypes(graph),
-        undone=tuple(attempts.undone),
+        undone=(*trace.undone, *attempts.undone),
     )
 
 

@@ -32,10 +32,13 @@ class Call:
     alone: bool = False
     name: str = ""
 
+    @property
+    def all_targets(self) -> tuple[Any, ...]:
+        return self.targets if isinstance(self.targets, tuple) else (self.targets,)
+
     def matches(self, node: Any, arguments: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
         """What is captured in each way in which `node`, with `arguments` in this order, is such a call."""
-        targets = self.targets if isinstance(self.targets, tuple) else (self.targets,)
-        if node.target in targets and not node.kwargs and len(arguments) == len(self.arguments):
+        if node.target in self.all_targets and not node.kwargs and len(arguments) == len(self.arguments):
             yield from _captured(self.arguments, arguments)
 
 
@@ -121,11 +124,12 @@ def replace(graph: fx.Graph, linear: set[fx.Node], rules: Sequence[Rule], only_l
     `only_linear`: to nodes that depend on the tangents, and to what replaces those.
     """
     erased: set[fx.Node] = set()
+    targets = {target for rule in rules for target in rule.pattern.all_targets}
     for start in list(graph.nodes):
         waiting = [start] if start in linear or not only_linear else []
         while waiting:
             node = waiting.pop()
-            if node in erased or node.op != "call_function":
+            if node in erased or node.target not in targets:
                 continue
             new = _replacement(graph, linear, rules, node)
             if new is None:

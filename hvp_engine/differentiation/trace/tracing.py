@@ -29,7 +29,7 @@ from hvp_engine.differentiation.trace.memory_format import (
     layout_matters,
     prefer_channels_last,
 )
-from hvp_engine.differentiation.trace.rewriting import copied
+from hvp_engine.differentiation.trace.rewriting import Attempts, copied
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
@@ -54,12 +54,14 @@ class Trace:
         root: holds the tensors that the graph takes as attributes.
         weights: how many inputs are weights, and how many tangents.
         arguments: the inputs that were recorded.
+        undone: steps that failed and were undone, each with the reason.
     """
 
     graph: fx.Graph
     root: fx.GraphModule
     weights: int
     arguments: tuple[Tensor, ...]
+    undone: tuple[str, ...]
 
 
 def trace(problem: Problem) -> Trace:
@@ -108,6 +110,7 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
         *tensors,
         *(torch.ones_like(w) for w in problem.weights),
     ]
+    attempts = Attempts()
     try:
         with (
             _TRACING,
@@ -118,7 +121,7 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
         ):
             root = make_fx(function)(*arguments)
             graph = copied(root.graph)
-            if not functionalized(graph):
+            if not attempts.call(functionalized, graph, otherwise=False):
                 root = _retraced(root, arguments, problem.name)
                 graph = root.graph
             refuse_side_effects(graph)
@@ -144,7 +147,7 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
                 f"{error}; use engine='eager'"
             ) from error
         raise
-    return Trace(graph, root, count_w, tuple(arguments))
+    return Trace(graph, root, count_w, tuple(arguments), tuple(attempts.undone))
 
 
 def _retraced(recorded: fx.GraphModule, arguments: list[Tensor], name: str) -> fx.GraphModule:
