@@ -1,10 +1,9 @@
 """A problem's gradient and its vector-Jacobian product, traced once into one graph of aten operations.
 
 Reverse over reverse: the trace runs the loss, its gradient f = dL/dw, and `autograd.grad(f, (w, lambda), tangents)`
-under `make_fx`. Everything that varies between calls is an input of the graph: weights, hyperparameters, the
-tensors of the batch, the tangents. Tensors that the loss takes from elsewhere (module buffers, closures) are read
-by reference; what is baked in are Python values and the tensors a closure is bound to, so losses must be functions
-of their arguments.
+under `make_fx`. Everything that varies between calls is an input of the graph: weights, hyperparameters, the tensors of
+the batch, the tangents. Other tensors that the loss uses (module buffers, closures) are read by reference. Python
+values, and which tensor a closure is bound to, are fixed by the trace, so losses must be functions of their arguments.
 """
 
 from __future__ import annotations
