@@ -126,7 +126,7 @@ def _kind(node: fx.Node) -> Hashable:
 
 
 def _combined(build: Builder, group: list[fx.Node]) -> list[fx.Node]:
-    """One node that is the sum of `group`, whose kinds are equal; the group itself where that is impossible or slower."""
+    """One node that is the sum of `group`, of one kind; the group itself where that is impossible or slower."""
     if len(group) < 2 or _kind(group[0]) is group[0]:
         return group
     target, value = group[0].target, group[0].meta["val"]
