@@ -62,7 +62,7 @@ class FunctionalModule:
         return self._call(weights, inputs, keywords)
 
     def _refuse_other_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """What is computed again in the backward pass finds the module's own weights in the module."""
+        """Refuse other weights than the module's own: what is recomputed in the backward pass would use those."""
         own = dict(self.module.named_parameters(remove_duplicate=False))
         for name, weight in weights.items():
             if not weight.is_set_to(own[name]):
@@ -89,10 +89,10 @@ class FunctionalModule:
         return torch.func.functional_call(self.module, state, inputs, keywords, tie_weights=False)
 
     def _places(self) -> dict[str, list[str]]:
-        """For each name one name of each attribute that holds its tensor.
+        """For each name, one name of each attribute that holds its tensor.
 
-        torch's own tying gives an attribute of a module that is known by two names both of them, and then puts back
-        in the end what it had put there itself.
+        torch's `tie_weights` would replace an attribute of a module that has two names under both, and restore in the
+        end what it had itself put there under the first.
         """
         modules = dict(self.module.named_modules(remove_duplicate=False))
         named = [
@@ -110,7 +110,7 @@ class FunctionalModule:
 
 
 def _refuse_fully_sharded(module: torch.nn.Module) -> None:
-    """FSDP2 gathers and frees parameters by hooks of its own, which leave no graph to differentiate twice."""
+    """Refuse FSDP modules: their hooks gather and free parameters, and leave no graph to differentiate twice."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # else nothing can be an instance
     if fsdp is None:
         return
