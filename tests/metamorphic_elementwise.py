@@ -158,9 +158,11 @@ REARRANGE = Kind(
         "index_copy_": _index_copied,
         "index_add": _index_added,
         "assigned": _assigned,
-        "embedding": lambda x: F.embedding(torch.tensor(_ORDER), x.permute(2, 0, 1).reshape(FEATURES, -1))
-        .reshape(FEATURES, BATCH, TIME)
-        .permute(1, 2, 0),
+        "embedding": lambda x: (
+            F.embedding(torch.tensor(_ORDER), x.permute(2, 0, 1).reshape(FEATURES, -1))
+            .reshape(FEATURES, BATCH, TIME)
+            .permute(1, 2, 0)
+        ),
         "roll": lambda x: torch.cat([x[..., :3].roll(1, -1), x[..., 3:].flip(-1)], -1),
     }
 )

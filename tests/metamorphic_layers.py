@@ -57,7 +57,9 @@ LINEAR = Kind(
         "vmap": lambda x, w, b: torch.vmap(torch.vmap(lambda row: w @ row + b))(x),
         "matmul of columns": lambda x, w, b: (w @ x.unsqueeze(-1)).squeeze(-1) + b,
         "buffer": lambda x, w, b: by_slices(x, lambda part: part @ w.t() + b),
-        "cat with ones": lambda x, w, b: torch.cat([x, torch.ones_like(x[..., :1])], -1) @ torch.cat([w, b[:, None]], 1).T,
+        "cat with ones": lambda x, w, b: (
+            torch.cat([x, torch.ones_like(x[..., :1])], -1) @ torch.cat([w, b[:, None]], 1).T
+        ),
         "lerp of two": lambda x, w, b: torch.lerp(F.linear(x, w, b), x @ w.mT + b, 0.25),
     },
     ((FEATURES, FEATURES), (FEATURES,)),

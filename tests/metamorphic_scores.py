@@ -112,7 +112,9 @@ CROSS_ENTROPY = Kind(
         "kl_div": lambda x, _, c: F.kl_div(F.log_softmax(x, -1), F.one_hot(c, FEATURES).double(), reduction="sum") / 12,
         "ignore_index": _entropy_masked,
         "masked mean": _entropy_mask_mean,
-        "Categorical": lambda x, _, c: -torch.distributions.Categorical(logits=x, validate_args=False).log_prob(c).mean(),
+        "Categorical": lambda x, _, c: (
+            -torch.distributions.Categorical(logits=x, validate_args=False).log_prob(c).mean()
+        ),
         "margin": lambda x, _, c: torch.log(torch.exp(x - x.gather(-1, c[..., None])).sum(-1)).mean(),
         "vmap": lambda x, _, c: torch.vmap(F.cross_entropy)(x, c).mean(),
     }
@@ -124,9 +126,7 @@ BINARY = Kind(
         "softplus": lambda x, y, _: (F.softplus(x) - x * (y > 0)).mean(),
         "logsigmoid": lambda x, y, _: -torch.where(y > 0, F.logsigmoid(x), F.logsigmoid(-x)).mean(),
         "of sigmoid": lambda x, y, _: F.binary_cross_entropy(torch.sigmoid(x), (y > 0).double()),
-        "logs": lambda x, y, _: -(
-            (t := (y > 0).double()) * (p := x.sigmoid()).log() + (1 - t) * (1 - p).log()
-        ).mean(),
+        "logs": lambda x, y, _: -((t := (y > 0).double()) * (p := x.sigmoid()).log() + (1 - t) * (1 - p).log()).mean(),
         "stable": lambda x, y, _: (x.clamp(min=0) - x * (y > 0) + torch.log1p(torch.exp(-x.abs()))).mean(),
         "soft margin": lambda x, y, _: F.soft_margin_loss(x, y.sign()),
         "signs": lambda x, y, _: torch.log1p(torch.exp(-x * torch.sign(y))).mean(),
@@ -146,9 +146,7 @@ HUBER = Kind(
         "F.smooth_l1_loss": lambda x, y, _: F.smooth_l1_loss(x, y, beta=1.0),
         "where": lambda x, y, _: torch.where((d := x - y).abs() < 1, 0.5 * d * d, d.abs() - 0.5).mean(),
         "clamp": _huber_clamped,
-        "mask": lambda x, y, _: (
-            (m := (a := (x - y).abs()) <= 1) * 0.5 * a**2 + m.logical_not() * (a - 0.5)
-        ).mean(),
+        "mask": lambda x, y, _: ((m := (a := (x - y).abs()) <= 1) * 0.5 * a**2 + m.logical_not() * (a - 0.5)).mean(),
     }
 )
 
@@ -157,8 +155,12 @@ COSINE = Kind(
         "F.cosine_similarity": lambda x, y, _: 1 - F.cosine_similarity(x, y, dim=-1).mean(),
         "F.normalize": lambda x, y, _: 1 - (F.normalize(x, dim=-1) * F.normalize(y, dim=-1)).sum(-1).mean(),
         "norms": lambda x, y, _: (1 - (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))).mean(),
-        "einsum": lambda x, y, _: 1 - torch.einsum("bti,bti->bt", x / x.norm(dim=-1, keepdim=True), F.normalize(y, dim=-1)).mean(),
-        "half squared distance": lambda x, y, _: 0.5 * (F.normalize(x, dim=-1) - F.normalize(y, dim=-1)).square().sum(-1).mean(),
+        "einsum": lambda x, y, _: (
+            1 - torch.einsum("bti,bti->bt", x / x.norm(dim=-1, keepdim=True), F.normalize(y, dim=-1)).mean()
+        ),
+        "half squared distance": lambda x, y, _: (
+            0.5 * (F.normalize(x, dim=-1) - F.normalize(y, dim=-1)).square().sum(-1).mean()
+        ),
         "rsqrt": lambda x, y, _: 1 - ((x * y).sum(-1) * ((x * x).sum(-1) * (y * y).sum(-1)).rsqrt()).mean(),
         "cosine_embedding": lambda x, y, _: F.cosine_embedding_loss(x.flatten(0, 1), y.flatten(0, 1), torch.ones(12)),
     }
@@ -169,10 +171,14 @@ GAUSSIAN = Kind(
         "gaussian_nll_loss": lambda x, y, _: F.gaussian_nll_loss(x[..., :3], y[..., :3], x[..., 3:].exp()),
         "by hand": lambda x, y, _: 0.5 * (x[..., 3:] + (x[..., :3] - y[..., :3]) ** 2 * torch.exp(-x[..., 3:])).mean(),
         "chunk": lambda x, y, _: 0.5 * ((c := x.chunk(2, -1))[1] + (y[..., :3] - c[0]).pow(2) / c[1].exp()).mean(),
-        "Normal": lambda x, y, _: -(
-            torch.distributions.Normal(x[..., :3], (0.5 * x[..., 3:]).exp(), validate_args=False).log_prob(y[..., :3])
-        ).mean()
-        - 0.5 * math.log(2 * math.pi),
+        "Normal": lambda x, y, _: (
+            -(
+                torch.distributions.Normal(x[..., :3], (0.5 * x[..., 3:]).exp(), validate_args=False).log_prob(
+                    y[..., :3]
+                )
+            ).mean()
+            - 0.5 * math.log(2 * math.pi)
+        ),
     }
 )
 
@@ -254,7 +260,9 @@ DECAY = Kind(
         "decay * (w * w)": lambda ws, hs: sum((h.exp() * (w * w)).sum() for w, h in zip(ws, hs, strict=True)),
         "decay * w * w": lambda ws, hs: sum((h.exp() * w * w).sum() for w, h in zip(ws, hs, strict=True)),
         "decay * w**2": lambda ws, hs: sum((torch.exp(h) * w**2).sum() for w, h in zip(ws, hs, strict=True)),
-        "broadcast decay": lambda ws, hs: sum((h.exp().expand_as(w) * w * w).sum() for w, h in zip(ws, hs, strict=True)),
+        "broadcast decay": lambda ws, hs: sum(
+            (h.exp().expand_as(w) * w * w).sum() for w, h in zip(ws, hs, strict=True)
+        ),
         "total +=": _total_in_place,
         "total.add_": _total_add_,
         "_foreach_mul": _foreach_squares,

@@ -99,7 +99,9 @@ def ours(name: str, loss: losses.Loss) -> Numbers:
     """By an engine, which must not have handed over to eager."""
     engine = create(name)
     weights, hyper, batch = loss.draw()
-    result = hvp.Hypergradient(loss, loss, hvp.Neumann(ITERATIONS, ALPHA), engine)(weights, hyper, batch, loss.draw(1)[2])
+    result = hvp.Hypergradient(loss, loss, hvp.Neumann(ITERATIONS, ALPHA), engine)(
+        weights, hyper, batch, loss.draw(1)[2]
+    )
     made = linearized(engine, loss)
     assert isinstance(made, TracedLinearization) == (name != "eager"), f"{name} fell back: {engine.report()}"
     t = tangents_like(weights)
