@@ -26,6 +26,8 @@ class FieldModel:
     Attributes:
         score: the loss, of the module's outputs and the batch.
         dtype: of the weights.
+        plain: the same model, with parameters of the same names, as plain double backward differentiates it rightly in
+            float64; None if `make`'s is one.
         eval_mode: whether dropout is off and BatchNorm uses its statistics.
         tolerance: of the relative difference from the same model in float64.
     """
@@ -34,6 +36,7 @@ class FieldModel:
     make: Callable[[], nn.Module]
     batch: Callable[[], Batch]
     score: Callable[[Any, Batch], Tensor]
+    plain: Callable[[], nn.Module] | None = None
     dtype: torch.dtype = torch.float32
     eval_mode: bool = False
     tolerance: float = 1e-3
@@ -43,14 +46,18 @@ class FieldModel:
         """Whether the package can be had here."""
         return importlib.util.find_spec(self.package) is not None
 
-    def built(self, dtype: torch.dtype | None = None) -> tuple[nn.Module, dict[str, Tensor], Batch]:
+    def built(
+        self, dtype: torch.dtype | None = None, plain: bool = False
+    ) -> tuple[nn.Module, dict[str, Tensor], Batch]:
         """The module, its trained weights by name, and the batch, floating tensors in `dtype`; the same every time."""
         dtype = self.dtype if dtype is None else dtype
+        make = self.plain if plain and self.plain is not None else self.make
+        torchvision_operators()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            module = self.make().to(dtype).train(not self.eval_mode)
+            module = make().to(dtype).train(not self.eval_mode)
             batch = {name: cast(value, dtype) for name, value in self.batch().items()}
-        weights = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         return module, weights, batch
 
 
@@ -83,8 +90,8 @@ def text(mask: bool = True, causal: bool = True) -> Batch:
     return batch
 
 
-def pictures(size: int = IMAGE, labels: bool = False) -> Batch:
-    images = torch.randn(4, 3, size, size)
+def pictures(labels: bool = False) -> Batch:
+    images = torch.randn(4, 3, IMAGE, IMAGE)
     return {"pixel_values": images, "labels": torch.tensor([0, 1, 1, 0])} if labels else {"x": images}
 
 
@@ -118,11 +125,11 @@ def llama(**changes: Any) -> nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_LLAMA, **changes))
 
 
-def mixtral() -> nn.Module:
+def mixtral(**changes: Any) -> nn.Module:
     import transformers
 
     sizes = {**_LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2}
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **changes))
 
 
 def t5() -> nn.Module:
@@ -161,7 +168,6 @@ def lora(module: nn.Module, targets: list[str], task: str) -> nn.Module:
 
 def timm_model(name: str, **settings: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        torchvision_operators()
         import timm
 
         return timm.create_model(name, num_classes=4, **settings)
@@ -173,7 +179,7 @@ _OPERATORS: list[torch.library.Library] = []
 
 
 def torchvision_operators() -> None:
-    """Let torchvision be imported, as timm does, where its compiled part does not fit this torch.
+    """Let torchvision be imported, as timm and transformers do, where its compiled part does not fit this torch.
 
     torchvision registers shape functions of two operators that only its compiled part defines. None of the models here
     calls them; declaring them is enough.
@@ -237,8 +243,8 @@ def _text(make: Callable[[], nn.Module], mask: bool = True, causal: bool = True,
     return FieldModel("transformers", make, lambda: text(mask, causal), own_loss, **settings)
 
 
-def _timm(name: str, size: int = IMAGE, **settings: Any) -> FieldModel:
-    return FieldModel("timm", timm_model(name, **settings), lambda: pictures(size), entropy)
+def _timm(name: str, eval_mode: bool = False, **settings: Any) -> FieldModel:
+    return FieldModel("timm", timm_model(name, **settings), pictures, entropy, eval_mode=eval_mode)
 
 
 _SMALL_VIT = {"img_size": IMAGE, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -248,13 +254,14 @@ MODELS: dict[str, FieldModel] = {
     "BERT, no mask": _text(bert, mask=False, causal=False),
     "BERT, evaluation mode": _text(bert, causal=False, eval_mode=True),
     "BERT, eager attention": _text(lambda: bert(attn_implementation="eager"), causal=False),
-    "BERT, gradient checkpointing": _text(checkpointed, causal=False),
+    "BERT, gradient checkpointing": _text(checkpointed, causal=False, plain=bert),
     "BERT, bfloat16": _text(bert, causal=False, dtype=torch.bfloat16, eval_mode=True, tolerance=0.1),
     "GPT-2, tied weights": _text(gpt2),
     "GPT-2, no mask": _text(gpt2, mask=False),
     "Llama": _text(llama),
     "Llama, no mask": _text(llama, mask=False),
-    "Mixtral": _text(mixtral),
+    "Mixtral": _text(mixtral, plain=lambda: mixtral(experts_implementation="eager")),
+    "Mixtral, loop over experts": _text(lambda: mixtral(experts_implementation="eager")),
     "T5": _text(t5),
     "ViT": FieldModel("transformers", vit, lambda: pictures(labels=True), own_loss),
     "BERT with LoRA": FieldModel(
@@ -262,10 +269,10 @@ MODELS: dict[str, FieldModel] = {
     ),
     "Llama with LoRA": FieldModel("peft", lambda: lora(llama(), ["q_proj", "v_proj"], "CAUSAL_LM"), text, own_loss),
     "timm ViT": _timm("vit_tiny_patch16_224", **_SMALL_VIT),
-    "timm ResNet": _timm("resnet10t"),
-    "timm MobileNetV3": _timm("mobilenetv3_small_050"),
-    "timm ConvNeXt": _timm("convnext_atto"),
-    "timm EfficientNet": _timm("efficientnet_b0", drop_path_rate=0.1),
+    "timm ResNet": _timm("test_resnet", eval_mode=True),
+    "timm MobileNetV3": _timm("mobilenetv3_small_050", eval_mode=True),
+    "timm ConvNeXt": _timm("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), drop_path_rate=0.1),
+    "timm EfficientNet": _timm("test_efficientnet", eval_mode=True),
     "GCN": FieldModel("torch_geometric", lambda: Graph("GCNConv"), graph, entropy),
     "GAT": FieldModel("torch_geometric", lambda: Graph("GATConv"), graph, entropy),
     "diffusion U-Net": FieldModel("diffusers", diffusion, noise, denoising),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import metamorphic_losses as losses
 import pytest
@@ -125,6 +125,47 @@ def test_writing(loss: losses.Loss, engine: str) -> None:
 @pytest.mark.parametrize("loss", COVERING[::50], ids=str)
 def test_compiled(loss: losses.Loss) -> None:
     compare("compiled", loss)
+
+
+KINDS = {
+    "layer": losses.LAYERS,
+    "end": losses.ENDS,
+    "penalty": losses.PENALTIES,
+}
+UNROLLED = ("loop", "comprehension", "of a list", "buffer", "assigned", "mv", "stack", "unbind", "means of slices")
+"""Writings that are Python loops: a trace has all their operations, and is as long as they are."""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("part", "kind"), [(part, kind) for part, kinds in KINDS.items() for kind in kinds])
+def test_a_rewriting_costs_no_more(part: str, kind: str) -> None:
+    """Products of each writing that is no loop take at most 1.3 times as long as those of the fastest."""
+    layer, end, penalty = ("tanh", "squared error", "decay")
+    layer, end, penalty = {"layer": (kind, end, penalty), "end": (layer, kind, penalty)}.get(part, (layer, end, kind))
+    skeleton = losses.Skeleton(((layer, False),), end, penalty)
+    first = skeleton.first_writing
+    written = {
+        "layer": lambda how: replace(first, layers=((how, "none"),)),
+        "end": lambda how: replace(first, end=how),
+        "penalty": lambda how: replace(first, penalty=how),
+    }[part]
+    names = [how for how in KINDS[part][kind].writings if not any(word in how for word in UNROLLED)]
+    products: dict[str, Callable[[], object]] = {}
+    for how in names:
+        loss = losses.Loss(skeleton, written(how))
+        made, t = linearized(create("linearized"), loss), tangents_like(loss.draw()[0])
+        products[how] = lambda made=made, t=t: made.product(t)  # type: ignore[misc]
+    seconds: dict[str, list[float]] = {how: [] for how in names}
+    for _ in range(15):
+        for how, product in products.items():
+            start = time.process_time()
+            for _ in range(100):
+                product()
+            seconds[how].append(time.process_time() - start)
+    medians = {how: statistics.median(samples) for how, samples in seconds.items()}
+    fastest = min(medians.values())
+    slow = {how: round(median / fastest, 2) for how, median in medians.items() if median > 1.3 * fastest}
+    assert not slow, f"{kind}: {slow}"
 
 
 @pytest.mark.soak
