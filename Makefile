@@ -1,4 +1,5 @@
-# make demo | test | docs | lint | bench | soak | field | sanitize | wheel | clean. Needs Python >= 3.10, a C++ compiler and make.
+# make demo | test | docs | lint | bench | soak | field | sanitize | mutations | wheel | clean. Needs Python >= 3.10, a C++
+# compiler and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # A waiting OpenMP thread must not hold a core that somebody else could use.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test docs lint format bench soak field sanitize wheel build clean
+.PHONY: demo test docs lint format bench soak field sanitize mutations wheel build clean
 
 demo: build
 	$(BIN)/python -m hvp_engine demo $(ARGS)
@@ -43,6 +44,10 @@ sanitize: build
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python tests/sanitized.py $(SANITIZED) $(ARGS)
+
+# Would the tests notice a fault? ARGS="--only kernels/" tries some of them; an interrupted run continues.
+mutations: build
+	$(BIN)/python -m tools.mutations $(ARGS)
 
 # Correctness first: nothing is timed where a test of a timed path fails.
 bench: build $(PEERS)

@@ -1,9 +1,9 @@
 """Every method of the paper's Tables 1 and 2, and those beyond it: formula, memory, cost, source, and how to make it.
 
-The one list that the documentation, the comparison command and the tests go by. P weights, H hyperparameters, i
-products or steps, L of them differentiated, K units of the network, T trials. Memory is what a hypergradient needs
-beyond the weights, the batch and the graph of one gradient; in O(P i) P stands for a graph, with checkpointing for a
-copy of the weights.
+The documentation, the comparison command and the tests all go by this list. In it P is the number of weights, H of
+hyperparameters, i of products or steps, L of the steps that are differentiated, K of units of the network, T of trials.
+Memory is what a hypergradient needs beyond the weights, the batch and the graph of one gradient; in O(P i) P stands for
+a graph, and with checkpointing for a copy of the weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hvp_engine.hypergradients import SGD, Unrolled
 from hvp_engine.hypergradients.estimator import Estimator
 from hvp_engine.hypergradients.implicit import Hypergradient
 from hvp_engine.solvers import MINRES, Chebyshev, ConjugateGradient, Exact, Identity, Neumann, Nystrom, Solver
-from hvp_engine.solvers.preconditioners import Preconditioner
+from hvp_engine.solvers.preconditioning import Preconditioner
 
 Loss = Callable[[Any, Any, Any], Tensor]
 Kind = Literal["implicit", "unrolled", "response", "search"]
@@ -31,15 +31,16 @@ Kind = Literal["implicit", "unrolled", "response", "search"]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method is made from.
+    """The problem and the settings that a method's estimator is made from.
 
     Attributes:
         train_loss, val_loss: `loss(weights, hyper, batch)` -> scalar tensor.
-        rate: alpha of a Neumann series, learning rate of unrolled steps.
+        rate: alpha of a Neumann series, and the learning rate of unrolled steps.
         model, loss_of_outputs: the training loss in two parts, as :func:`larsen` takes it.
         preconditioner: v -> M v for the preconditioned solvers.
-        scale: standard deviation of the perturbations that responses are fitted to; with steps of rate / 2 at most 1,
-            and about half of that for a structured response, which is a product of parameters.
+        scale: standard deviation of the perturbations that responses are fitted to. Responses are fitted by steps of
+            rate / 2, for which it may be at most 1, and about half of that for a structured response, which is a
+            product of parameters.
     """
 
     train_loss: Loss
@@ -53,20 +54,20 @@ class Setting:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to a hypergradient, or to hyperparameters without one.
+    """A way to compute a hypergradient, or to find hyperparameters without one.
 
     Attributes:
-        name: as tables and plots have it.
+        name: its name in tables and plots.
         kind: implicit (a solver in `Hypergradient`), unrolled, response (hypernetworks), or search.
-        formula: what stands for [d2L_T/dw dw^T]^-1, or for the whole hypergradient.
-        point: where it is evaluated: w* (a minimum), w (the weights at hand), w_0 (steps start there).
-        memory, cost: of one hypergradient; of the whole search for a search.
+        formula: what it puts in place of [d2L_T/dw dw^T]^-1, or of the whole hypergradient.
+        point: where it is evaluated: w* (a minimum), w (the weights at hand), or w_0 (where steps start).
+        memory, cost: of one hypergradient, or of the whole search.
         source: who published it.
-        iterative: whether i plays a part.
-        gradients: gradient evaluations of one hypergradient, from (i, P, H); a product is two. Spectral estimates
-            (8 products, or 3 to refresh) and what a preconditioner is made from come on top.
-        make: an estimator from a setting and i; None for a search.
-        search: the class, for a search.
+        iterative: whether it depends on i.
+        gradients: a function of (i, P, H): how many gradients one hypergradient takes, a product counting as two.
+            Spectral estimates (8 products, or 3 to refresh) and the making of a preconditioner come on top.
+        make: a function that makes the estimator from a setting and i; None for a search.
+        search: the class of a search.
     """
 
     name: str
@@ -90,7 +91,7 @@ class Method:
 def _implicit(
     name: str, solver: Callable[[Setting, int], Solver], formula: str, source: str, cost: str = "i HVPs"
 ) -> Method:
-    """An iterative solver in the implicit estimator; the eager engine, so that time and memory compare."""
+    """An iterative solver in `Hypergradient`, on the eager engine so that time and memory can be compared."""
 
     def make(setting: Setting, i: int) -> Estimator:
         return Hypergradient(setting.train_loss, setting.val_loss, solver(setting, i), engine="eager")
@@ -125,7 +126,7 @@ def _truncated(setting: Setting, i: int) -> Estimator:
 
 
 def half(i: int) -> int:
-    """L of the truncated unrolling in comparisons."""
+    """How many of i steps the truncated unrolling of the comparisons differentiates: L."""
     return (i + 1) // 2
 
 
@@ -223,7 +224,7 @@ METHODS = (
         "one training", "Lorraine, Vicol, Duvenaud 2019", False, search=search.HypergradientDescent,
     ),
 )  # fmt: skip
-"""All of them, the paper's first."""
+"""All methods, those of the paper first."""
 
 
 def find(name: str) -> Method:

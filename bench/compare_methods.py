@@ -28,7 +28,7 @@ from bench.compare_problems import EXACT_LIMIT, FORWARD_LIMIT, LINEAR_LIMIT, PRO
 from bench.interleave import Work, interleave, threads
 from bench.report import duration, grid, size_of
 from bench.results import Environment, Row
-from hvp_engine.diagnostics.memory import peak_memory
+from hvp_engine.diagnostics import peak_memory
 from hvp_engine.hypergradients.estimator import Estimate, Estimator
 
 LENGTHS = (1, 2, 5, 10, 20, 50, 100)

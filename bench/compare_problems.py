@@ -15,12 +15,12 @@ import hvp_engine as hvp
 from baselines.methods import Setting
 from baselines.search import TuningProblem
 from bench.problems import Batch, Tensors
+from examples import datasets
 from hvp_engine._support.pytree import flatten
-from hvp_engine.demo import datasets
 from hvp_engine.demo.preparation import standardize
-from hvp_engine.diagnostics.check.refitting import Pair, minimize, reference_hypergradient
+from hvp_engine.diagnostics.hypergradient_check.refitting import Pair, minimize, reference_hypergradient
 from hvp_engine.differentiation.problem import Problem
-from hvp_engine.solvers.preconditioners import Preconditioner
+from hvp_engine.solvers.preconditioning import Preconditioner
 
 DTYPE = torch.float64
 EXACT_LIMIT = 4000

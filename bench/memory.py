@@ -17,7 +17,7 @@ from bench import methods
 from bench.methods import Preparation, Run
 from bench.problems import build
 from bench.results import ROOT
-from hvp_engine.diagnostics.memory import peak_memory
+from hvp_engine.diagnostics import peak_memory
 
 UNSEEN = ("hvp_engine compiled", "hvp_engine auto")
 """Methods whose memory the meter does not (always) see on a CPU: what inductor allocates. A fresh process does."""

@@ -15,8 +15,10 @@ from torch.profiler import record_function
 
 from hvp_engine import engines
 from hvp_engine._support.flat_vector import Layout
-from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
-from hvp_engine.solvers.base import Iteration, Solver
+from hvp_engine.differentiation.linear_map import Linearization, LinearMap
+from hvp_engine.differentiation.problem import Problem
+from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.iteration import FinishedIteration, Iteration
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 WHOLE, GRADIENT, LINEARIZE, TERM, STEP, MIXED = (
@@ -40,12 +42,16 @@ def _within(name: Callable[[], str], function: Callable[..., Any]) -> Callable[.
     return wrapped
 
 
-class PhasedSolver:
+class PhasedSolver(Solver):
     """A solver whose steps are ranges."""
 
     def __init__(self, solver: Solver):
         self._solver = solver
-        self.damping, self.estimates_spectrum = solver.damping, solver.estimates_spectrum
+        self.damping = solver.damping
+
+    @property
+    def estimates_spectrum(self) -> bool:
+        return self._solver.estimates_spectrum
 
     def allocate(self, layout: Layout) -> Iteration:
         iteration = self._solver.allocate(layout)
@@ -53,7 +59,7 @@ class PhasedSolver:
         return iteration
 
 
-class PhasedEngine:
+class PhasedEngine(engines.Engine):
     """An engine whose phases are ranges. Terms are numbered; one that an engine fuses with its step has no step.
 
     The gradient of the validation loss is what comes before the linearization, so its range is opened by
@@ -83,19 +89,18 @@ class PhasedEngine:
             linearization: Any = self._engine.linearize(problem)
         linearization.product = _within(self._next_term, linearization.product)
         linearization.mixed = _within(lambda: MIXED, linearization.mixed)
-        if hasattr(linearization, "accumulating_term"):
-            bind = linearization.accumulating_term
+        bind = linearization.accumulating_term
 
-            def accumulating_term(*arguments: Any) -> Callable[[], None] | None:
-                term = bind(*arguments)
-                return None if term is None else _within(self._next_term, term)
+        def accumulating_term(*arguments: Any) -> Callable[[], None] | None:
+            term = bind(*arguments)
+            return None if term is None else _within(self._next_term, term)
 
-            linearization.accumulating_term = accumulating_term
+        linearization.accumulating_term = accumulating_term
         return linearization
 
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
-    ) -> Iteration:
+    ) -> FinishedIteration:
         return self._engine.run(operator, v, solver, estimate)
 
     def _next_term(self) -> str:

@@ -26,7 +26,7 @@ from torch.nn.functional import avg_pool2d, cross_entropy
 import hvp_engine as hvp
 from bench.report import grid
 from bench.results import FOLDER, Environment
-from hvp_engine.demo import datasets
+from examples import datasets
 
 Tensors = list[Tensor]
 Product = Callable[[Tensors], Tensors]

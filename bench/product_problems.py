@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import hvp_engine as hvp
-from hvp_engine.demo import datasets
+from examples import datasets
 
 DECAY = 1e-3
 

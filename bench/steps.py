@@ -18,8 +18,8 @@ from bench.problems import Problem
 from hvp_engine import ops
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.double_backward import Tape
-from hvp_engine.engines.eager import begin
-from hvp_engine.solvers.base import scalar
+from hvp_engine.engines.base import begin
+from hvp_engine.solvers.iteration import scalar
 
 WORDS = {"neumann_step": 5, "neumann_step_horner": 4, "two _foreach_add_": 6, "add_": 3, "copy_": 2}
 """Elements that each weight makes a step read and write."""

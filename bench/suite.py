@@ -13,7 +13,7 @@ from bench.interleave import Work
 from bench.methods import LIST_LOOPS, OURS, Preparation, Run
 from bench.problems import Problem, build
 from bench.verification import Verified, verify
-from hvp_engine.differentiation.problem import LinearMap
+from hvp_engine.differentiation.linear_map import LinearMap
 
 HYPERGRADIENT_ENGINES = ("eager", "auto")
 """Engines whose whole hypergradient is timed: a trace for it is another one, and takes its time."""
@@ -136,7 +136,7 @@ class ProblemSuite:
     def _linearizations(self) -> Iterator[tuple[str, LinearMap]]:
         for name, engine in self.engines.items():
             if f"{OURS} {name}" in self.inverse_hvps.runs:
-                yield name, methods.operator_of(engine, self.problem).linearization
+                yield name, methods.operator_of(engine, self.problem).linear_map
 
     def _case(self, benchmark: str, size: int, runs: dict[str, Run]) -> Case:
         works = {name: Work(partial(run, size)) for name, run in runs.items()}

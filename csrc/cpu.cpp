@@ -8,7 +8,7 @@
 namespace hvp {
 namespace {
 
-// The elements of a product from `start` on, copied to `scratch` unless they lie in order.
+// The elements of a product from `start` on; copied to `scratch` if they are not in the order of the state.
 const void* in_order(const Product& product, int64_t width, int64_t start, int64_t count, void* scratch) {
   if (product.walk.extents.empty()) return static_cast<const char*>(product.data) + start * width;
   gather(product.data, product.walk, width, start, count, scratch);
@@ -18,7 +18,6 @@ const void* in_order(const Product& product, int64_t width, int64_t start, int64
 // Runs the rows [begin, end) of the step.
 void run_rows(const Step& step, const ChunkKernel* kernels, const Scalars& scalars, int64_t begin,
               int64_t end) {
-  static constexpr int64_t kSizes[kDTypes] = {4, 8, 2, 2};
   alignas(64) double scratch[kChunk];
   const std::vector<Part>& parts = step.parts;
   // The last tensor that starts at or before `begin`; empty tensors have no rows of their own.
@@ -31,7 +30,7 @@ void run_rows(const Step& step, const ChunkKernel* kernels, const Scalars& scala
     const int dtype = static_cast<int>(product.dtype);
     for (int64_t start = (row - part.row) * kChunk; start < part.numel && row < end; start += kChunk, ++row) {
       const int64_t count = std::min(kChunk, part.numel - start);
-      kernels[dtype](in_order(product, kSizes[dtype], start, count, scratch), step.states,
+      kernels[dtype](in_order(product, kWidths[dtype], start, count, scratch), step.states,
                      part.offset + start, count, scalars, step.partials + 3 * row);
     }
   }
@@ -67,7 +66,7 @@ void run_cpu(const Step& step, int threads) {
   scalars.damping = step.damping;
   if (traits.measured) {
     run_pass(step, true, scalars, threads);
-    double total = 0;  // by row, whoever wrote it
+    double total = 0;  // in the order of the rows, whichever thread wrote them
     for (int64_t row = 0; row < step.rows; ++row) total += step.partials[3 * row + 1];
     scalars.measured = total;
   }

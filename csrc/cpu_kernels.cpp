@@ -45,13 +45,14 @@ void chunk(const void* data, void* const* states, int64_t offset, int64_t count,
   const Input* x = static_cast<const Input*>(data);
   const States<F, T> state(states, offset);
   double first = 0, second = 0;
-  double finite = 0;  // stays zero unless a NaN or an infinity is multiplied in
+  double finite = 0;  // stays zero unless some value is NaN or infinite
 #pragma omp simd reduction(+ : first, second, finite)
   for (int64_t i = 0; i < count; ++i) {
     const Record<T> r = state.template apply<kMeasure>(op, widen<T>(x[i]), i);
     if constexpr (!kMeasure) first += static_cast<double>(r.left[0]) * static_cast<double>(r.right[0]);
     second += static_cast<double>(r.left[1]) * static_cast<double>(r.right[1]);
-    // Squares of float32 cannot overflow a double, so there the sums alone tell; those of float64 can.
+    // Squares of float64 can overflow the sums; those of float32 cannot, so that there the sums themselves
+    // tell.
     if constexpr (!kMeasure && std::is_same_v<T, double>) {
       finite += r.left[0] * 0.0 + r.right[0] * 0.0 + (r.left[1] * 0.0 + r.right[1] * 0.0);
     }
@@ -72,10 +73,10 @@ double sum_of_squares(const float* values, int64_t count) {
   return sum;
 }
 
-// `chunk` for an op that sums squares, with float32 states. To convert each element for its square costs more
-// than to update it, so the squares of a block are summed in float32, and again in float64 where that was too
-// narrow: near an overflow, or where squares that underflowed could count. The values squared are read from
-// the state that holds them, and kept aside where none does.
+// `chunk` for an op that sums squares, with float32 states. Converting each element to float64 for its square
+// costs more than updating it. So the squares of a block are summed in float32, and once more in float64 if
+// that may have lost something: near overflow, or if squares that underflowed could matter. The squared
+// values are read from the state that holds them; values that no state holds are kept in `kept`.
 template <template <class> class Op, class Input>
 void chunk_of_squares(const void* data, void* const* states, int64_t offset, int64_t count,
                       const Scalars& scalars, double* row) {

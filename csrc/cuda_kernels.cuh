@@ -1,6 +1,6 @@
 // One kernel for all ops and types: a block updates one chunk of one tensor and writes its row of partials.
-// Nothing is accumulated across blocks, so results are the same bits in every run. An op that is measured
-// first takes two launches more: the same kernel without stores, and one block that adds its rows up.
+// Nothing is accumulated across blocks, so every run gives the same bits. An op that is measured first takes
+// two more launches: the same kernel without stores, and one block that adds up its rows.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -193,8 +193,8 @@ template <template <class> class Op, bool kMeasure, class T, int kCapacity>
 __global__ void __launch_bounds__(kThreads)
     step_kernel(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Shared shared) {
   const int64_t row = shared.first_row + blockIdx.x;
-  int tensor =
-      0;  // the last one that starts at or before the row; empty tensors share their row with the next
+  // The last tensor that starts at or before the row; an empty one shares its row with the next.
+  int tensor = 0;
   for (int end = table.count; end - tensor > 1;) {
     const int middle = (tensor + end) / 2;
     if (table.row[middle] <= row) {
@@ -239,8 +239,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Adds up the second column of all rows, in a fixed order, and leaves the total in the first of each: the
-// update's blocks find it there, each in the row that it alone overwrites.
+// Adds up the second column of all rows, in a fixed order, and writes the total into the first column of each
+// row, where each block of the update finds it in the row that only it overwrites.
 __global__ void __launch_bounds__(kThreads) total_kernel(double* partials, int64_t rows) {
   __shared__ double total;
   Sums sums;

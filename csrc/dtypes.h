@@ -14,6 +14,7 @@ namespace hvp {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 constexpr int kDTypes = 4;
+constexpr int64_t kWidths[kDTypes] = {4, 8, 2, 2};  // bytes of an element
 
 struct BFloat16 {
   uint16_t bits;
@@ -58,9 +59,9 @@ HVP_INLINE State widen(BFloat16 x) {
   return static_cast<State>(float_of(static_cast<uint32_t>(x.bits) << 16));
 }
 
-// Without branches, so that the loops around it vectorize on every target: the 15 magnitude bits, put where a
-// float has them, are the number times 2^-112, subnormals included; infinities and NaNs need the full
-// exponent.
+// Without branches, so that the loops around it vectorize on every target. The 15 bits of the magnitude,
+// moved to where a float has them, are the number times 2^-112, subnormals included; infinities and NaNs also
+// need all bits of the exponent. For example 1.0 has the bits 0x3c00; 0x3c00 << 13 is the float 2^-112.
 template <class State>
 HVP_INLINE State widen(Float16 x) {
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu);

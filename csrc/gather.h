@@ -1,5 +1,5 @@
-// Reads a tensor that is not stored in the order of the state: autograd returns the products of some
-// convolutions, and whatever it expands, with strides of its own.
+// Reads a tensor whose strides are not those of the state: autograd returns products of some convolutions,
+// and expanded tensors, with strides of their own.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,10 @@
 
 namespace hvp {
 
-// A tensor's dimensions from the outermost to the innermost of the state's storage order; none has extent 1,
-// and neighbours that one stride serves are one. Strides are in elements.
+// A tensor's dimensions, from the outermost to the innermost in the order in which the state stores them.
+// Those of extent 1 are left out, and neighbours that one stride can walk are merged: a (2, 3) tensor with
+// strides (3, 1) is one dimension of extent 6 and stride 1; with strides (1, 2) it stays two. Strides are in
+// elements.
 struct Walk {
   std::vector<int64_t> extents, strides;
 };

@@ -47,8 +47,8 @@ class Chebyshev : Parts<T> {
   }
 
  private:
-  // One step of the elements [offset, offset + count) of the flat vector that begins at `start`; the product
-  // is zero then.
+  // One step of the elements [offset, offset + count) of the flat vector that begins at `start`. It leaves
+  // the product zero.
   void update(int64_t start, int64_t offset, int64_t count, T* product, T alpha, T beta) const {
     T* const r = residual_ + start + offset;
     T* const d = direction_ + start + offset;
@@ -64,7 +64,7 @@ class Chebyshev : Parts<T> {
     }
   }
 
-  // Into two of the figures of each vector; the flag is kept where it is set already.
+  // Writes the squared norm of each vector, and sets its flag if an element is not finite.
   void measure_each(const T* vectors, int square, int flag) const {
     for (int64_t b = 0; b < model_.batch; ++b) {
       double* const figures = figures_ + 6 * b;

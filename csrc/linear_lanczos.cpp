@@ -1,5 +1,5 @@
-// A short Lanczos run for the Hessian of a linear model, in one call: hvp_engine/solvers/lanczos.py says what it
-// computes. Compiled once for each instruction set, with HVP_VARIANT naming the namespace.
+// A short Lanczos run for the Hessian of a linear model, in one call: hvp_engine/solvers/lanczos.py says what
+// it computes. Compiled once for each instruction set, with HVP_VARIANT naming the namespace.
 #include <cmath>
 #include <limits>
 
@@ -61,7 +61,7 @@ class Lanczos : Parts<T> {
           subtract(chunk, k + 1);
           project(chunk, k + 1);
         }
-        reduce(k + 1);  // once more: one pass leaves rounding in float32
+        reduce(k + 1);  // a second pass: in float32 one leaves too much rounding
 #pragma omp for schedule(static)
         for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
           subtract(chunk, k + 1);
@@ -69,7 +69,7 @@ class Lanczos : Parts<T> {
         }
 #pragma omp single
         {
-          // What is left of an invariant subspace is rounding, no direction: made one, it doubles an
+          // In an invariant subspace what is left is rounding: taken as a direction, it would repeat an
           // eigenvalue.
           norm_ = std::sqrt(total(0, 1));
           const double negligible = 100.0 * static_cast<double>(std::numeric_limits<T>::epsilon());

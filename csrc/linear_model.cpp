@@ -1,6 +1,6 @@
-// Compiled once for each instruction set, with HVP_VARIANT naming the namespace. The state, the product and
-// the small factors stay in cache from term to term; within one term the inputs are read once, block by
-// block.
+// The Neumann series of a linear model, compiled once for each instruction set, in the namespace HVP_VARIANT.
+// The state, the product and the small factors stay in the cache from term to term; each term reads the
+// inputs once, block by block.
 #include "linear_model_parts.h"
 
 namespace hvp {
@@ -44,7 +44,7 @@ class Solve : Parts<T> {
     finish(terms_.horner && terms_.iterations > 0 ? product : v_);
   }
 
-  // Every vector is c v_0 + S X, with its bias apart; the terms change c, S and the bias only.
+  // Every vector is c v_0 + S X, beside its bias, so that a term only changes c, S and the bias.
   void dual() {
     begin();
     const int64_t n = model_.samples, padded = model_.padded_samples, k = model_.outputs;
@@ -63,7 +63,7 @@ class Solve : Parts<T> {
     term_bias = sum_bias = start;
     const T* const source = terms_.horner ? sum.data() : term.data();
     const T* const bias = terms_.horner ? sum_bias.data() : term_bias.data();
-    double c_term = 1, c_sum = 1;  // powers of one factor: its rounding would add up in T
+    double c_term = 1, c_sum = 1;  // in float64, since rounding adds up in the powers of one factor
 #pragma omp parallel num_threads(threads_)
     {
 #pragma omp for schedule(static)
@@ -122,8 +122,8 @@ class Solve : Parts<T> {
   }
 
  private:
-  // One step of the elements [offset, offset + count) of the flat vector that begins at `start`; the product
-  // is then zero, or after the last step of the Horner form the residual.
+  // One step of the elements [offset, offset + count) of the flat vector that begins at `start`. It leaves
+  // the product zero, or, in the last step of the Horner form, the residual in its place.
   void update(int64_t start, int64_t offset, int64_t count, T* product, bool last) const {
     T* const v = v_ + start + offset;
     T* const p = p_ + start + offset;

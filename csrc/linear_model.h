@@ -1,13 +1,12 @@
-// All terms of a series for the Hessian of a linear model, in one call, and a Lanczos run; the
-// meaning of the two forms of the series is in hvp_engine/linear_model/reference.py.
+// All terms of a series for the Hessian of a linear model in one call, and a Lanczos run. What the two forms
+// of the series compute is in hvp_engine/linear_model/reference.py.
 #pragma once
 
 #include <cstdint>
 
 namespace hvp {
 
-// Matrices are row-major; `stride` is the distance of their rows. The state's type is that of everything
-// here.
+// Matrices are row-major; a stride is the distance between rows. Everything has the type of the state.
 struct LinearModel {
   bool wide;  // float64
   int64_t samples, features, outputs, batch;
@@ -42,7 +41,8 @@ struct ChebyshevTerms {
 using ChebyshevKernel = void (*)(const LinearModel& model, const ChebyshevTerms& terms, void* residual,
                                  void* direction, void* x, double* figures, int threads);
 
-// `basis` holds one flat vector for each step, the first one the start; the figures are one for each step.
+// `basis` holds one flat vector for each step, the first of them the start vector; `diagonal` and
+// `off_diagonal` have one number for each step.
 using LanczosKernel = void (*)(const LinearModel& model, void* basis, double* diagonal, double* off_diagonal,
                                int64_t steps, int threads);
 

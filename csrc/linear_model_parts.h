@@ -1,4 +1,5 @@
-// What every computation on a linear model's Hessian is made of: its product, block of samples by block.
+// What every computation on the Hessian of a linear model is made of: the product, one block of samples after
+// another.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +16,8 @@ namespace {
 constexpr int64_t kColumns = 96;     // of one task; a multiple of every tile's width
 constexpr int64_t kSamples = 12;     // of one task; a multiple of every tile's height
 constexpr int64_t kElements = 4096;  // of one task of an update
-constexpr int64_t kBlockBytes = int64_t{1}
-                                << 18;  // of inputs, for each thread: they are read twice from its cache
+// Bytes of inputs in a block, for each thread: they are read twice, the second time from the cache.
+constexpr int64_t kBlockBytes = int64_t{1} << 18;
 
 int64_t tasks(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
@@ -37,8 +38,7 @@ class Parts {
   // Before the first product.
   void allocate() { outputs_.resize(rows_ * block_); }
 
-  // product += (H - decay) state, for vectors whose rows are `to` and `from`; by all threads of a team
-  // together.
+  // product += (H - decay) state, for vectors with the rows `to` and `from`; all threads of a team call it.
   void multiply(const T* state, const std::vector<T*>& from, T* product, const std::vector<T*>& to) {
     T* const u = outputs_.data();
     const int64_t n = model_.samples, chunks = tasks(model_.features, kColumns);
@@ -118,7 +118,7 @@ class Parts {
 
   // The squared norm of one flat vector, and 1 if something in it is not finite.
   void measure(const T* vector, double* squared, double* bad) const {
-    double sum = 0, finite = 0;  // the latter stays zero unless a NaN or an infinity is multiplied in
+    double sum = 0, finite = 0;  // `finite` stays zero unless some element is NaN or infinite
 #pragma omp simd reduction(+ : sum, finite)
     for (int64_t i = 0; i < model_.size; ++i) {
       const double element = static_cast<double>(vector[i]);

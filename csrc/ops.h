@@ -1,12 +1,12 @@
 // The arithmetic of every op on one element, shared by the CPU and the CUDA kernels.
 //
-// An op is a functor with the names and the meaning of its function in hvp_engine/ops/reference.py. It takes the
-// product's element and one element of each of its kStates state vectors (the rest are unused), changes those
-// whose bit is set in kMutated, and returns the two pairs whose products are summed into `partials`. Where
-// kMeasured is set, the whole state is first read once without a change, and the sum of the second products
-// over all elements is what the update is given as `measured`. Where kSquares is set, the pairs are squares;
-// kSquared tells which states hold the squared values after the update. Adding an op means adding its functor
-// and its line in HVP_OPS.
+// An op is a functor with the names and the meaning of its function in hvp_engine/ops/reference.py. It takes
+// one element of the product and one of each of its kStates state vectors (the other arguments are unused),
+// changes those whose bit is set in kMutated, and returns the two pairs whose products are summed into
+// `partials`. If kMeasured is set, a first pass reads the whole state without changing it, and the update
+// receives the sum of its second products over all elements as `measured`. If kSquares is set, the pairs are
+// squares, and kSquared says which states hold the squared values after the update. Adding an op means adding
+// its functor and its line in HVP_OPS.
 #pragma once
 
 #include "dtypes.h"

@@ -1,4 +1,4 @@
-// An op bound to its state.
+// A plan: an op bound to its state, so that a call only has to look at the products.
 #include <pybind11/stl.h>
 
 #include <stdexcept>
@@ -18,10 +18,8 @@ namespace {
 
 // Below this many elements one thread is faster than waking others.
 constexpr int64_t kParallelElements = int64_t{1} << 18;
-// Below this many elements the work is shorter than handing the interpreter's lock over.
+// Below this many elements releasing the interpreter's lock costs more than the work.
 constexpr int64_t kReleaseElements = int64_t{1} << 14;
-
-constexpr uintptr_t kSizes[kDTypes] = {4, 8, 2, 2};
 
 OpCode op_of(const std::string& name) {
   for (int i = 0; i < kOpCount; ++i) {
@@ -30,7 +28,8 @@ OpCode op_of(const std::string& name) {
   throw py::value_error("op: expected the name of an op; got '" + name + "'");
 }
 
-// What a product must look like to be read as it is; `order` are its dimensions as the state stores them.
+// What a product must look like to be read where it is; `order` lists its dimensions as the state stores
+// them.
 struct Expected {
   DType dtype;
   std::vector<int64_t> shape, strides, order;
@@ -134,11 +133,11 @@ class Plan {
     return apart(index, address(view), extent, in_order) && !torch.negated(item);
   }
 
-  // A product may be a state's own part (each element is read before it is written), but no other memory
-  // that the op writes.
+  // Whether a product is apart from all memory that the op writes. It may be a state's own part, where each
+  // element is read before it is written.
   bool apart(size_t index, uintptr_t begin, int64_t extent, bool in_order) const {
     const DType dtype = expected_[index].dtype;
-    const uintptr_t end = begin + static_cast<uintptr_t>(extent) * kSizes[static_cast<int>(dtype)];
+    const uintptr_t end = begin + static_cast<uintptr_t>(extent * kWidths[static_cast<int>(dtype)]);
     if (begin < partials_.end && partials_.begin < end) return false;
     const auto offset = static_cast<uintptr_t>(parts_[index].offset) * width();
     for (const Span& state : states_) {
@@ -184,7 +183,7 @@ class Plan {
 #endif
   }
 
-  uintptr_t width() const { return kSizes[static_cast<int>(state_dtype_)]; }
+  uintptr_t width() const { return static_cast<uintptr_t>(kWidths[static_cast<int>(state_dtype_)]); }
 
   OpCode code_;
   double damping_;

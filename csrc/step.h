@@ -17,7 +17,7 @@ struct Part {
 struct Product {
   const void* data;
   DType dtype;
-  Walk walk;  // empty where the elements lie as the state's do; on a CPU only
+  Walk walk;  // empty if the elements are in the order of the state; always empty on a GPU
 };
 
 struct Step {

@@ -1,6 +1,6 @@
-// What the extension knows of torch: a view of a tensor's memory, read through the C exchange table of the
-// DLPack 1.x ABI that torch.Tensor carries. It needs no torch headers, allocates nothing, and costs about as
-// much as one attribute lookup.
+// All that the extension knows of torch: a view of a tensor's memory, read through the DLPack 1.x C exchange
+// table that torch.Tensor carries. This needs no torch headers, allocates nothing, and costs about as much as
+// one attribute lookup.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// How the bindings read torch's tensors.
+// How the bindings read tensors of torch.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -36,8 +36,8 @@ struct Torch {
   }
 
   static const Torch& get() {
-    static const Torch* torch =
-        new Torch();  // never destroyed: Python objects must not outlive the interpreter
+    // Never destroyed, since Python objects must not outlive the interpreter.
+    static const Torch* torch = new Torch();
     return *torch;
   }
 
@@ -49,8 +49,8 @@ struct Torch {
     return view;
   }
 
-  // Whether the numbers are the negative of what is in memory (a lazy view that some complex functions
-  // return).
+  // Whether the numbers are the negatives of what is in memory: a lazy view that some complex functions
+  // return.
   bool negated(PyObject* tensor) const {
     const py::object result =
         py::reinterpret_steal<py::object>(PyObject_Vectorcall(is_neg.ptr(), &tensor, 1, nullptr));

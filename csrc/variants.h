@@ -1,5 +1,5 @@
-// The kernels for CPUs: everything that is compiled once for each instruction set, HVP_VARIANT naming its
-// namespace.
+// The kernels for CPUs: everything that is compiled once for each instruction set, in the namespace
+// HVP_VARIANT.
 #pragma once
 
 #include <string>
@@ -9,8 +9,8 @@
 
 namespace hvp {
 
-// Updates `count` elements: the product's from `data`, the states' from `offset` on; writes one row of
-// partials. A measuring kernel leaves the states as they are, and writes the second sum only.
+// Updates `count` elements, of the product at `data` and of the states from `offset` on, and writes one row
+// of partials. A measuring kernel leaves the states as they are and writes only the second sum.
 using ChunkKernel = void (*)(const void* data, void* const* states, int64_t offset, int64_t count,
                              const Scalars& scalars, double* row);
 
@@ -26,8 +26,8 @@ struct Variant {
 // The kernels in use.
 const Variant& variant();
 
-// On import: use the widest kernels that were compiled, that this CPU can run, and that torch would use,
-// whose `capability` is what torch.backends.cpu.get_cpu_capability() returns.
+// Called on import: chooses the widest kernels that are compiled, that this CPU can run, and that torch
+// itself would use; `capability` is what torch.backends.cpu.get_cpu_capability() returns.
 void choose_variant(const std::string& capability);
 
 #define HVP_DECLARE_VARIANT(name)                                                                         \

@@ -51,7 +51,7 @@ def _items(lines: str) -> str:
 def _link(role: str, name: str, obj: griffe.Object) -> str:
     """A link to what `name` means there, code where it is no part of the reference."""
     text = name.rpartition(".")[2] + ("()" if role in ("func", "meth") else "")
-    if name.startswith("hvp_engine."):
+    if name.startswith(("hvp_engine.", "baselines.")):
         path = name
     else:
         scope = obj if role == "meth" else obj.module

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says; the exit status."""
+    """Do what the command line says, and return the exit status."""
     asked = parser().parse_args(arguments)
     if asked.name == "list":
         for experiment in map(find, NAMES):
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _all(options: Options, dataset: str | None, recipe: str | None) -> int:
-    """Every experiment on every data set that can be read; what could not be run is told, and is a failure."""
+    """Run every experiment on every data set that can be read; list those that could not be run, which is a failure."""
     missing = []
     for experiment in map(find, NAMES):
         recipes = experiment.recipes or ("",)
@@ -91,7 +91,7 @@ def _all(options: Options, dataset: str | None, recipe: str | None) -> int:
 
 
 def _choice(option: str, names: Sequence[str], asked: str | None, experiment: str) -> str:
-    """What was asked for, or the first; empty where there is nothing to choose."""
+    """The name that was asked for, or the first one; empty if there is nothing to choose."""
     if asked is None:
         return names[0] if names else ""
     if asked not in names:

@@ -1,9 +1,9 @@
 """Fig. 7 and Table 3: a network that augments the training images, tuned on the validation images.
 
-The hyperparameters are the 6,659 weights of a U-Net, which begins as the identity; the problem and the rows of the
-table are in augmented_training.py. All rows of one seed have the same initial weights, batches and noise. Scored are
-the plain prediction and the mean of those for augmented images, in every row; the public code averages for tuned rows
-only.
+The hyperparameters are the 6,659 weights of a U-Net, which starts as the identity; augmented_training.py has the
+problem and the rows of the table. All rows of one seed have the same initial weights, batches and noise. In every row,
+both the plain prediction and the mean prediction over augmented images are scored; the public code averages only in
+tuned rows.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ PAPER = {
 
 FAILED = (hvp.Status.DIVERGED.name, hvp.Status.NEGATIVE_CURVATURE.name)
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
-"""By the number of seeds; 2.6 or less for more."""
+"""Student's t by the number of seeds; for more of them it is 2.6 or less."""
 
 PARTS = ("validation", "test")
 SHOWN = 6
-"""Images of the picture."""
+"""Number of images in the picture."""
 
 
 def run(run: Run, settings: Settings) -> None:
@@ -133,12 +133,12 @@ def _report(
 
 
 def metered(history: hvp.History) -> list[hvp.Record]:
-    """The records with what was evaluated."""
+    """The records that were evaluated."""
     return [record for record in history if record.metrics]
 
 
 def first(part: Batch, count: int) -> Batch:
-    """At most `count` of it, which are in random order."""
+    """At most `count` of the part's images, which are in random order."""
     return part[0][:count], part[1][:count]
 
 
@@ -157,7 +157,7 @@ def verdict(differences: list[float]) -> str:
 
 
 def draw_samples(samples: Mapping[str, Tensor]) -> Figure:
-    """Images; below them, for each row that is tuned, an augmentation of each and the standard deviation of many."""
+    """Draw images, and below them, for each tuned row, one augmentation of each and the standard deviation of many."""
     images = samples["image"]
     low, high = images.amin(), images.amax()
     strips = {"image": (images - low) / (high - low)}
@@ -178,7 +178,7 @@ def draw_samples(samples: Mapping[str, Tensor]) -> Figure:
 
 
 def draw_curves(histories: Mapping[str, list[hvp.History]]) -> Figure:
-    """Mean over the seeds, and between which values they were."""
+    """Draw the mean over the seeds, and the range of their values."""
     panels = {
         "clean_loss": "validation loss",
         "clean_accuracy": "validation accuracy",

@@ -1,11 +1,11 @@
-"""A ResNet-18 that is trained on images which a U-Net changes; the U-Net's weights are the hyperparameters.
+"""A ResNet-18 trained on images that a U-Net augments; the U-Net's weights are the hyperparameters.
 
     L_T(w, lambda) = cross-entropy of a(x, noise; lambda), with new noise at every step,
-    L_V(w, lambda) = cross-entropy of validation images as they are + spread * R(lambda).
+    L_V(w, lambda) = cross-entropy of the original validation images + spread * R(lambda).
 
-R is of the public code, the paper is silent about it: mean |mean_s a_s(x) - x| - mean std_s a_s(x) over samples s of
-the noise. Without it noise has no effect of first order at the identity: there the derivative with respect to the last
-convolution, which is zero, sees only the mean of its input. What a deterministic change does comes first.
+R comes from the public code; the paper does not mention it: mean |mean_s a_s(x) - x| - mean std_s a_s(x) over samples s
+of the noise. Without R the noise has no first-order effect at the identity: the last convolution is zero there, and the
+derivative with respect to it sees only the mean of its input, so the U-Net first learns a deterministic change.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from hvp_engine.hypergradients.estimator import Estimate
 Trees = dict[str, Tensor]
 
 ROWS = ("none", "fixed noise", "identity", "3 Neumann terms", "3 Neumann products", "3 unrolled", "3 CG products")
-"""Ways to a hypergradient, beside two that tune nothing: the image itself, and with fixed noise (not in the paper).
+"""How hypergradients are computed; two rows tune nothing: the plain image, and fixed noise (not in the paper).
 
-The paper's "3 Neumann" and "3 unrolled" are not on equal terms: Algorithm 3 makes 3 products, which are 4 terms of the
-series, and 3 unrolled steps are 3 terms. "3 Neumann terms" and "3 unrolled" have 3 terms and one step size, "3 Neumann
-products" is Algorithm 3 to the letter. The identity is the first term, so that all but CG have the same scale.
+The paper's "3 Neumann" and "3 unrolled" are not comparable: Algorithm 3 makes 3 products, which are 4 terms of the
+series, whereas 3 unrolled steps are 3 terms. "3 Neumann terms" and "3 unrolled" both have 3 terms and the same step
+size; "3 Neumann products" is Algorithm 3 to the letter. The identity is the first term, so all rows but CG have the
+same scale.
 """
 
 WAYS = ("clean", "averaged")
@@ -40,7 +41,7 @@ WAYS = ("clean", "averaged")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Optimizers and rates.
+    """The optimizers and learning rates of a recipe.
 
     Arguments:
         weight_optimizer: "Adam", or "SGD" with Nesterov's momentum 0.9 and weight decay 5e-4.
@@ -49,7 +50,7 @@ class Recipe:
         hyper_rate: learning rate of RMSprop, whose first step is ten times as long. At the paper's 1e-2 the small size
             has saturated the tanh within ten hyper steps, for good: a constant shift of 1, and no hypergradient.
         step_size: of the Neumann series and the unrolled steps.
-        spread: weight of R.
+        spread: the weight of R in the validation loss.
     """
 
     weight_optimizer: str
@@ -101,7 +102,7 @@ class Settings:
 
 
 class FixedNoise(nn.Module):
-    """In place of the U-Net: the noise is added to all colours, `amount` times."""
+    """Used instead of the U-Net: adds the noise, times `amount`, to all colours."""
 
     def __init__(self, amount: float):
         super().__init__()
@@ -112,7 +113,7 @@ class FixedNoise(nn.Module):
 
 
 class Augmentation:
-    """A ResNet-18 that is trained on images which a U-Net changes; `row` says how that is tuned."""
+    """A ResNet-18 trained on images that a U-Net augments; `row` says how the U-Net is tuned."""
 
     def __init__(self, settings: Settings, recipe: Recipe, images: ImageSet, device: torch.device, row: str):
         self.settings, self.recipe, self.row = settings, recipe, row
@@ -128,7 +129,7 @@ class Augmentation:
         return F.cross_entropy(self.classify(weights, self.augment(augmentation, with_noise(images))), labels)
 
     def val_loss(self, weights: Trees, augmentation: Trees, batch: Batch) -> Tensor:
-        """Cross-entropy of images as they are, with R of the first of them."""
+        """Cross-entropy of the original images, with R of the first few."""
         loss = F.cross_entropy(self.classify(weights, batch[0]), batch[1])
         if not self.recipe.spread:
             return loss
@@ -139,7 +140,7 @@ class Augmentation:
         return loss + self.recipe.spread * (shift - deviation)
 
     def untuned(self, weights: Trees, augmentation: Trees, train_batch: Batch, val_batch: Batch) -> Estimate:
-        """No hypergradient, but the losses of one."""
+        """The two losses, and a hypergradient of zero."""
         leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         with torch.enable_grad():
             loss = self.train_loss(leaves, augmentation, train_batch)
@@ -150,7 +151,7 @@ class Augmentation:
         return Estimate({name: torch.zeros_like(h) for name, h in augmentation.items()}, loss.detach(), val_loss, norm)
 
     def tuner(self) -> hvp.Tuner:
-        """Algorithm 1 with the row's way to a hypergradient."""
+        """Algorithm 1 with the row's hypergradients."""
         settings, recipe = self.settings, self.recipe
         steps = settings.warmup_steps + settings.inner_steps * settings.hyper_steps
         cuts = [round(cut * steps) for cut in recipe.cuts]
@@ -185,9 +186,9 @@ class Augmentation:
     def scores(self, part: Batch, ways: Sequence[str] = WAYS, size: int = 500) -> dict[str, float]:
         """Accuracy and cross-entropy of plain predictions ("clean") and of the mean over augmented images.
 
-        BatchNorm has the statistics of training images that are treated alike. (With those that training leaves, plain
-        predictions are at chance level once the augmentation shifts all images: batch statistics hide that from both
-        losses.)
+        BatchNorm uses the statistics of training images that are treated in the same way. (With the running statistics
+        of training, plain predictions are at chance level once the augmentation shifts all images; neither loss shows
+        this, since both use batch statistics.)
         """
         found = {f"{way}_{figure}": 0.0 for way in ways for figure in ("accuracy", "loss")}
         for way in ways:
@@ -202,7 +203,7 @@ class Augmentation:
         return found
 
     def settled(self, images: Tensor, size: int) -> nn.Module:
-        """The ResNet in evaluation mode, its BatchNorm's statistics those of `images`, in batches of `size`."""
+        """The ResNet in evaluation mode, with BatchNorm statistics of `images`, taken in batches of `size`."""
         network = copy.deepcopy(self.module)
         for layer in network.modules():
             if isinstance(layer, nn.BatchNorm2d):
@@ -213,21 +214,21 @@ class Augmentation:
         return network.eval()
 
     def progress(self, part: Batch) -> dict[str, float]:
-        """What the curves show, of plain predictions and of the augmentation."""
+        """What the curves show: scores of plain predictions, and what the augmentation does."""
         few = part[0][: self.settings.spread_images]
         shift, deviation = moments(self.samples(few, self.settings.samples), few)
         return self.scores(part, ["clean"]) | {"shift": float(shift), "deviation": float(deviation)}
 
     @torch.no_grad()
     def samples(self, images: Tensor, count: int) -> Tensor:
-        """(count, N, 3, H, W): so many augmentations of each image."""
+        """`count` augmentations of each image: (count, N, 3, H, W)."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return torch.stack([self.unet(with_noise(images)) for _ in range(count)])
 
 
 def with_noise(images: Tensor) -> Tensor:
-    """A channel of standard normal noise behind the colours."""
+    """The images with a channel of standard normal noise after the colours."""
     return torch.cat([images, torch.randn_like(images[:, :1])], 1)
 
 

@@ -1,4 +1,4 @@
-"""Learning a weight for each training example, where many labels are wrong and a small validation set is clean.
+"""Learning a weight for each training example when many labels are wrong and a small validation set is clean.
 
     python examples/data_reweighting.py [--examples 1000] [--wrong 0.4] [--hyper-steps 150] [--seed 0]
 
@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import hvp_engine as hvp
-from hvp_engine.demo import datasets
+from hvp_engine.demo.images import digits
 
 DECAY = 0.02
 
@@ -19,9 +19,9 @@ DECAY = 0.02
 def load(examples, wrong, seed):
     """Training, validation and test set as (x, labels), and which training labels were replaced by another class."""
     generator = torch.Generator().manual_seed(seed)
-    digits = datasets.digits()
-    order = torch.randperm(len(digits), generator=generator)
-    x, labels = avg_pool2d(digits.images[order], 2).flatten(1), digits.labels[order].clone()
+    mnist = digits()
+    order = torch.randperm(len(mnist), generator=generator)
+    x, labels = avg_pool2d(mnist.images[order], 2).flatten(1), mnist.labels[order].clone()
     x = torch.cat([x - x.mean(0), torch.ones(len(x), 1)], 1)
     corrupted = torch.rand(examples, generator=generator) < wrong
     shift = torch.randint(1, 10, (examples,), generator=generator)
@@ -42,7 +42,7 @@ def val_loss(weights, hyper, batch):
 
 
 def fit(weights, hyper, batch, steps=200):
-    """Weights trained further at these hyperparameters."""
+    """The weights, trained further with these hyperparameters."""
     weights = weights.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=steps, line_search_fn="strong_wolfe")
 
@@ -57,7 +57,7 @@ def fit(weights, hyper, batch, steps=200):
 
 
 def run(examples=1000, wrong=0.4, hyper_steps=150, seed=0):
-    """For each method its test accuracy, and the mean weights it gives to right and to wrong training labels."""
+    """For each method: its test accuracy, and the mean weight that it gives to right and to wrong training labels."""
     (train, validation, test), corrupted = load(examples, wrong, seed)
 
     def accuracy(weights):

@@ -13,7 +13,7 @@ from examples import models
 
 
 class Rates(Protocol):
-    """What an experiment's settings say of the optimizers."""
+    """The optimizers' part of an experiment's settings."""
 
     @property
     def weight_learning_rate(self) -> float: ...
@@ -35,10 +35,10 @@ class DecayPerWeight(ABC):
 
     @abstractmethod
     def val_loss(self, weights: dict[str, Tensor], decays: dict[str, Tensor], batch: Any) -> Tensor:
-        """Without the decays."""
+        """The loss without the decays."""
 
     def train_loss(self, weights: dict[str, Tensor], decays: dict[str, Tensor], batch: Any) -> Tensor:
-        """The same + 1/2 sum_i exp(decay_i) w_i^2."""
+        """The validation loss + 1/2 sum_i exp(decay_i) w_i^2."""
         penalties = [(decays[name].exp() * weight.square()).sum() for name, weight in weights.items()]
         return self.val_loss(weights, decays, batch) + torch.stack(penalties).sum() / 2
 

@@ -1,19 +1,19 @@
-"""Figs. 6 and 11: one synthetic image per class, such that a classifier trained on them alone does well on real ones.
+"""Figs. 6 and 11: one synthetic image per class, so that a classifier trained on these alone does well on real images.
 
-The hyperparameters are the pixels; the weights are those of a logistic regression that sees nothing but them:
+The hyperparameters are the pixels; the weights are those of a logistic regression that is trained on nothing else:
 
     L_T(w, images) = cross-entropy of the images, one per class + exp(log_decay) / 2 ||w||^2,   L_V = that of real ones.
 
-What counts is a fresh classifier, trained on the images to its minimum under the same decay, on the test set; beside it
-one that is trained on a real image of each class, and one on the class means of the same validation points. The paper
-has 300 validation points for CIFAR in its appendix and all of them in section 5.3: here are both. With 300 images of
-CIFAR-10 no logistic regression gets far, whatever it is trained on; so there are also the 300 moved and mirrored: the
-validation loss is then the mean over 18 versions of each.
+The measure is the test accuracy of a fresh classifier, trained on the images to its minimum under the same decay. It is
+compared with one trained on a real image of each class, and with one trained on the class means of the same validation
+points. The paper uses 300 validation points for CIFAR in its appendix and all of them in section 5.3; both are run
+here. With 300 images of CIFAR-10 no logistic regression gets far, whatever it is trained on, so there is also a run
+with these 300 moved and mirrored: its validation loss is the mean over 18 versions of each.
 
-The pixels begin at zero, where dw*/dlambda is of the order of exp(-log_decay). With a weak decay (-4) the first step of
-RMSprop, as large for every pixel, multiplies the validation loss by fifteen on CIFAR-10, from which it does not quite
-recover; with 0 there is no such jump, the images are smoother, and better on CIFAR-10. On MNIST a weak decay is a
-little better (92%), but its images are harder to recognize.
+The pixels start at zero, where dw*/dlambda is of the order of exp(-log_decay). With a weak decay (-4) the first step of
+RMSprop, equally large for every pixel, multiplies the validation loss by fifteen on CIFAR-10, from which it does not
+quite recover. With 0 there is no such jump, and the images are smoother, and better on CIFAR-10. On MNIST a weak decay
+is a little better (92%), but its images are harder to recognize.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from examples.experiment import Experiment, Run
 from examples.image_sets import Batch, ImageSet
 
 FEW = 300
-"""Validation points of the paper's appendix E.2."""
+"""Number of validation points in the paper's appendix E.2."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ SOLVERS = {
 
 
 class Distillation:
-    """A logistic regression that is trained on images, one per class, which are tuned."""
+    """A logistic regression trained on one image per class; the images are tuned."""
 
     def __init__(self, images: ImageSet, log_decay: float, device: torch.device):
         self.log_decay = log_decay
@@ -105,7 +105,7 @@ def decay(weights: dict[str, Tensor], log_decay: float) -> Tensor:
 
 
 def fresh_accuracy(part: Batch, log_decay: float, test: Batch) -> float:
-    """On the test set, of a new logistic regression at the minimum of its loss on `part`, which is unique."""
+    """Test accuracy of a new logistic regression at the minimum of its loss on `part`, which is unique."""
     images, labels = part
     module = models.linear(tuple(images.shape[1:]), int(labels.max()) + 1).to(images.device)
     weights = dict(module.named_parameters())
@@ -122,9 +122,9 @@ def fresh_accuracy(part: Batch, log_decay: float, test: Batch) -> float:
 
 
 def moved_and_mirrored(part: Batch, shift: int) -> Batch:
-    """18 versions of each image: `shift` pixels up or down, left or right, or not, and each as its mirror image too.
+    """18 versions of each image: moved by `shift` pixels or not at all in either direction, and each of these mirrored.
 
-    What comes in at an edge is the image reflected there.
+    At an edge the image is continued by its reflection.
     """
     images, labels = part
     height, width = images.shape[2:]
@@ -140,13 +140,13 @@ def class_means(part: Batch, classes: int) -> Tensor:
 
 
 def own_class(images: Tensor, means: Tensor) -> int:
-    """Images that correlate more with the mean of their own class than with that of another."""
+    """How many images correlate more with the mean of their own class than with that of any other."""
     correlations = torch.corrcoef(torch.cat([images.flatten(1), means.flatten(1)]))[: len(images), len(images) :]
     return int(correlations.argmax(1).eq(torch.arange(len(images), device=images.device)).sum())
 
 
 def real_images(part: Batch, classes: int) -> Tensor:
-    """One of each class, by chance."""
+    """One image of each class, drawn at random."""
     images, labels = part
     shuffled = torch.randperm(len(labels), device=labels.device)
     first = torch.stack([shuffled[labels[shuffled] == label][0] for label in range(classes)])
@@ -169,7 +169,7 @@ def run(run: Run, settings: Settings) -> None:
 
 
 def _on(run: Run, settings: Settings, images: ImageSet, validation: Batch, points: str) -> dict[str, Tensor]:
-    """The distilled images, and the other ones, of these validation points; how good a classifier each makes."""
+    """Distilled and other images for these validation points, and how good a classifier each set makes."""
     log_decay = settings.log_decay[run.options.dataset]
     labels = torch.arange(images.classes, device=run.options.device)
     means = class_means(validation, images.classes)
@@ -195,7 +195,7 @@ def _on(run: Run, settings: Settings, images: ImageSet, validation: Batch, point
 
 
 def _distill(run: Run, settings: Settings, images: ImageSet, validation: Batch, name: str, points: str) -> Tensor:
-    """Images, tuned from zero, for these validation points."""
+    """Images for these validation points, tuned from zero."""
     dataset = run.options.dataset
     problem = Distillation(images, settings.log_decay[dataset], run.options.device)
     run_name = f"{name}, {points}"
@@ -216,7 +216,7 @@ def _distill(run: Run, settings: Settings, images: ImageSet, validation: Batch, 
 
 
 def tile(images: Tensor) -> Tensor:
-    """(N, C, H, W) in rows of ten: (rows H, 10 W, C), each image but for its extreme pixels stretched to [0, 1]."""
+    """Images (N, C, H, W) in rows of ten, (rows H, 10 W, C), each stretched to [0, 1] except for its extreme pixels."""
     low, high = (torch.quantile(images.flatten(1), q, 1).view(-1, 1, 1, 1) for q in (0.005, 0.995))
     stretched = ((images - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     shown = F.pad(stretched, (1, 1, 1, 1), value=1.0)
@@ -225,7 +225,7 @@ def tile(images: Tensor) -> Tensor:
 
 
 def draw(pictures: Mapping[str, Tensor], classes: tuple[str, ...]) -> Figure:
-    """Every set of images, one below the other, or side by side where there are many classes."""
+    """Draw every set of images, one below the other, or side by side if there are many classes."""
     tiles = {name: tile(images.cpu()) for name, images in pictures.items()}
     height, width, _ = next(iter(tiles.values())).shape
     flat = height < width / 2

@@ -1,8 +1,8 @@
 """What the experiments share: their options, tuning with progress and checkpoints, and writing of results.
 
-An experiment is a module with an :class:`Experiment`; its function gets a :class:`Run` and the settings of a size. The
-results of a run are in a folder of its own, `OUT/NAME[-DATASET]-SIZE[-RECIPE]-seedN`, and every run's in
-`OUT/SUMMARY.md`.
+An experiment is a module with an :class:`Experiment`, whose function gets a :class:`Run` and the settings of a size. A
+run writes its results to a folder of its own, `OUT/NAME[-DATASET]-SIZE[-RECIPE]-seedN`; `OUT/SUMMARY.md` has those of
+every run.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Experiment:
     """An experiment of the paper.
 
     Arguments:
-        name: of its module, and on the command line.
+        name: the name of its module, which is also used on the command line.
         source: figures, tables or sections of the paper.
         title: one line.
         run: a function of the :class:`Run` and the settings.
         sizes: the settings of "small" and "paper".
-        datasets: names that `--dataset` may take; empty where there is no choice.
-        recipes: names that `--recipe` may take, for an experiment with more than one set of optimizers and rates.
+        datasets: values of `--dataset`; empty if there is no choice.
+        recipes: values of `--recipe`, for an experiment with more than one set of optimizers and learning rates.
     """
 
     name: str
@@ -66,12 +66,12 @@ class Options:
 
 
 class Run:
-    """One run of an experiment: what it was asked for, and where its results go.
+    """One run of an experiment: its options, and where its results go.
 
     Attributes:
         options: the command line.
-        folder: of its results.
-        costs: what :meth:`cost` was told, by name.
+        folder: the folder of its results.
+        costs: what :meth:`cost` recorded, by name.
     """
 
     def __init__(self, experiment: Experiment, options: Options, settings: Any):
@@ -87,12 +87,12 @@ class Run:
 
     @property
     def results(self) -> Path:
-        """There once the run has finished."""
+        """The file of results, which exists once the run has finished."""
         return self.folder / "results.json"
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of checkpoints, gone once the run has finished."""
+        """The folder of checkpoints, which is deleted once the run has finished."""
         return self.folder / "checkpoints"
 
     def start(self) -> None:
@@ -122,10 +122,10 @@ class Run:
         stop: Callable[[hvp.Record], bool] = lambda record: False,
         checkpoint_every: int = 50,
     ) -> hvp.History:
-        """`tuner.fit` with a progress bar, checkpoints, and the history as `NAME.csv`; `stop` ends it before its time.
+        """`tuner.fit` with a progress bar, checkpoints, and the history as `NAME.csv`; `stop` can end it early.
 
-        The table has the first and the last hyper step and those that are evaluated; without evaluation all.
-        With `--resume` it goes on from its checkpoint, and ends as if it had never been interrupted.
+        The table has the first and the last hyper step and those that are evaluated, or all if none is. With `--resume`
+        it continues from its checkpoint, and ends as if it had never been interrupted.
         """
         path = self.checkpoints / f"{name}.pt"
         if self.options.resume:  # no steps: only what the checkpoint holds
@@ -162,7 +162,8 @@ class Run:
         return history
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What `compute` returns, which JSON can hold; with `--resume`, what it returned before the interruption."""
+        """The result of `compute`, something that JSON can hold; with `--resume`, its result from before the
+        interruption."""
         path = self.checkpoints / f"{name}.json"
         if self.options.resume and path.exists():
             return json.loads(path.read_text())
@@ -171,7 +172,7 @@ class Run:
         return found
 
     def spent(self) -> dict[str, float]:
-        """Seconds by the clock and of the processor, with those before an interruption."""
+        """Seconds of wall-clock and of processor time, including those before an interruption."""
         started, processor_started = self._started
         return {
             "seconds": self._spent["seconds"] + time.perf_counter() - started,
@@ -179,7 +180,7 @@ class Run:
         }
 
     def interrupted(self) -> None:
-        """Keep the time spent so far for the run that resumes this one."""
+        """Record the time spent so far, for the run that resumes this one."""
         write(self._times, json.dumps(self.spent()).encode())
 
     @property
@@ -187,7 +188,7 @@ class Run:
         return self.checkpoints / "times.json"
 
     def cost(self, name: str, hyper_steps: int, training_seconds: float, hypergradient_seconds: float) -> None:
-        """Keep what hypergradients cost beside the training, evaluation left out."""
+        """Record what hypergradients cost compared with training, without evaluations."""
         seconds = training_seconds + hypergradient_seconds
         self.costs[name] = {
             "hyper_steps": hyper_steps,
@@ -210,20 +211,20 @@ class Run:
         self._pictures.append(f"{name}.png")
 
     def show(self, picture: Path) -> None:
-        """Show in the summary a PNG that something else has written to the folder, made smaller."""
+        """Show a PNG in the summary that other code has written to the folder; it is compressed."""
         write(picture, few_colours(picture.read_bytes()))
         self._pictures.append(picture.name)
 
     def compare(self, what: str, ours: str, paper: str = "") -> None:
-        """A line of the summary's table: what was measured, what came out, what the paper has."""
+        """Add a line to the summary's table: what was measured, the result, and the paper's."""
         self._comparisons.append({"what": what, "paper": paper, "ours": ours})
 
     def note(self, text: str) -> None:
-        """A remark below the table."""
+        """Add a remark below the table."""
         self._notes.append(text)
 
     def finish(self) -> None:
-        """Write `results.json` and the summary; the checkpoints have served."""
+        """Write `results.json` and the summary, and delete the checkpoints."""
         options = self.options
         content = {
             "name": self.experiment.name,
@@ -253,7 +254,7 @@ class Run:
 
 
 def execute(experiment: Experiment, options: Options, settings: Any = None) -> Run:
-    """Run `experiment` with the settings of its size, or with others; a finished one that is resumed stays as it is."""
+    """Run `experiment` with the settings of its size, or with others. Resuming a finished run changes nothing."""
     run = Run(experiment, options, experiment.sizes[options.size] if settings is None else settings)
     if options.resume and run.results.exists():
         print(f"{run.folder}: finished already")
@@ -271,7 +272,7 @@ def execute(experiment: Experiment, options: Options, settings: Any = None) -> R
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinity, which JSON lacks, as null; what JSON does not know as text."""
+    """`value` for JSON, with null for NaN and infinity, and text for what JSON does not know."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

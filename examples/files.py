@@ -1,4 +1,4 @@
-"""Files of results: written whole or not at all, and small enough to be kept beside the code."""
+"""Files of results: written completely or not at all, and small enough to be committed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 
 def write(target: Path, content: bytes) -> None:
-    """Write a file at once or not at all."""
+    """Write a file completely or not at all."""
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ def write(target: Path, content: bytes) -> None:
 
 
 def write_table(target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """CSV: a header, a line for each row, empty cells for what a row lacks; numbers with six digits."""
+    """Write CSV: a header, a line for each row, an empty cell for a missing value; numbers have six digits."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
@@ -36,7 +36,7 @@ def write_table(target: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_picture(target: Path, figure: Figure, dpi: int = 90) -> None:
-    """PNG of few colours."""
+    """Write a PNG with few colours."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=dpi)
     write(target, few_colours(content.getvalue()))

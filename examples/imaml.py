@@ -5,7 +5,7 @@
 A task is to tell three characters apart from a few examples of each; a character is a digit turned by 0, 90, 180 or
 270 degrees. The network of a task minimizes cross-entropy + STRENGTH / 2 ||w - theta||^2, and the outer gradient of
 theta goes through that minimum by `hvp.best_response`, whatever the number of inner steps. Meta-training sees the 28
-characters of the digits 0 to 6; the test is also on the 12 of the digits 7, 8 and 9.
+characters of the digits 0 to 6; testing also uses the 12 of the digits 7, 8 and 9.
 
 Source: Rajeswaran, Finn, Kakade, Levine, "Meta-Learning with Implicit Gradients", 2019.
 """
@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import hvp_engine as hvp
-from hvp_engine.demo import datasets
+from hvp_engine.demo.images import digits
 
 STRENGTH = 0.3
 WAYS = 3
@@ -82,14 +82,14 @@ def evaluate(theta, images, labels, classes, shots, tasks):
 
 
 def run(meta_steps=100, shots=1, seed=0, test_tasks=60):
-    """For each initialization: accuracy on tasks of digits of meta-training, and of new ones."""
+    """For each initialization: accuracy on tasks with digits of meta-training, and with new ones."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    digits = datasets.digits()
-    small = avg_pool2d(digits.images, 2)
+    mnist = digits()
+    small = avg_pool2d(mnist.images, 2)
     images = torch.cat([small.rot90(turn, (2, 3)).flatten(1) for turn in range(4)])
     images = (images - images.mean()) / images.std()
-    labels = torch.cat([digits.labels + 10 * turn for turn in range(4)])  # a character: digit + 10 * turn
+    labels = torch.cat([mnist.labels + 10 * turn for turn in range(4)])  # a character: digit + 10 * turn
     characters = torch.arange(40)
     seen, new = characters[characters % 10 < 7], characters[characters % 10 >= 7]
     for layer in network:

@@ -3,7 +3,8 @@
     python examples/influence.py [--examples 1000] [--wrong 0.1] [--refits 10] [--seed 0] [--plot influence.png]
 
 One Hessian of a logistic regression, factorized once, gives the influence of every training image on the loss of
-every validation image. Sorted by it, the wrong labels come first; training anew without single images checks it.
+every validation image. Sorted by influence, the wrong labels come first. Retraining without single images checks the
+numbers.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import hvp_engine as hvp
-from hvp_engine.demo import datasets
+from hvp_engine.demo.images import digits
 
 DECAY = 0.01
 
@@ -20,9 +21,9 @@ DECAY = 0.01
 def load(examples, wrong, seed):
     """Training, validation and test set as (x, labels), the images, and which training labels were replaced."""
     generator = torch.Generator().manual_seed(seed)
-    digits = datasets.digits()
-    order = torch.randperm(len(digits), generator=generator)
-    images, labels = digits.images[order], digits.labels[order].clone()
+    mnist = digits()
+    order = torch.randperm(len(mnist), generator=generator)
+    images, labels = mnist.images[order], mnist.labels[order].clone()
     x = avg_pool2d(images, 4).flatten(1).double()
     x = torch.cat([x - x.mean(0), torch.ones(len(x), 1, dtype=x.dtype)], 1)
     corrupted = torch.rand(examples, generator=generator) < wrong
@@ -37,7 +38,7 @@ def data_loss(weights, batch):
 
 
 def objective(weights, batch, share):
-    """`share` of the mean over the batch, so that leaving an image out takes its part and nothing else."""
+    """`share` times the mean over the batch, so that leaving an image out removes its part and nothing else."""
     return share * data_loss(weights, batch) + DECAY * weights.square().sum() / 2
 
 
@@ -58,7 +59,7 @@ def fit(weights, batch, share=1.0):
 
 
 def correlation_with_refits(weights, train, validation, predicted, refits, generator):
-    """Of the predicted change of the validation loss, with training anew without one image, for a few of each size."""
+    """Correlation between predicted changes of the validation loss and those of retraining without one image each."""
     order = predicted.argsort()
     chosen = [*order[: refits // 2].tolist(), *order[-(refits - refits // 2) :].tolist()]
     before, measured = data_loss(weights, validation), []
@@ -70,8 +71,8 @@ def correlation_with_refits(weights, train, validation, predicted, refits, gener
 
 
 def run(examples=1000, wrong=0.1, refits=10, seed=0):
-    """The table: for each way to sort the training images, how many wrong labels are found among the first, and the
-    test accuracy without those; then what the plot needs."""
+    """The table (for each way to sort the training images, how many wrong labels are among the first, and the test
+    accuracy without those) and what the plot needs."""
     (train, validation, test), images, corrupted = load(examples, wrong, seed)
     weights = fit(torch.zeros(train[0].shape[1], 10, dtype=torch.float64), train)
     H = hvp.HessianOperator(objective, weights, train, 1.0)
@@ -105,7 +106,7 @@ def run(examples=1000, wrong=0.1, refits=10, seed=0):
 
 
 def plot(path, matrix, train, validation, images, corrupted, weights):
-    """Four validation images of high loss, with the three most helpful and the three most harmful training images."""
+    """Draw four validation images of high loss, each with the three most helpful and most harmful training images."""
     from matplotlib.figure import Figure
 
     losses = cross_entropy(validation[0] @ weights, validation[1], reduction="none")

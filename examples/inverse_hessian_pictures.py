@@ -1,9 +1,9 @@
 """Fig. 4: the Neumann series as a picture, from the identity to the true inverse Hessian.
 
-A network with one hidden layer of tanh on the Boston table, in float64 at a minimum that LBFGS and Newton steps find,
-with standardized inputs and with raw ones, the hard case. The pictures show tanh of the entries of
-alpha sum_j (I - alpha H)^j, as the paper's do; and again with each matrix divided by the mean of its diagonal, since
-the first few are too small to be seen.
+A network with one hidden layer of tanh on the Boston housing data, in float64, at a minimum found by LBFGS and Newton
+steps, with standardized inputs and with raw ones, the hard case. The pictures show tanh of the entries of alpha sum_j
+(I - alpha H)^j, as the paper's do, and once more with each matrix divided by the mean of its diagonal, since the first
+few are too small to be seen.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import hvp_engine as hvp
+from examples import datasets
 from examples.experiment import Experiment, Run
-from hvp_engine.demo import datasets
 from hvp_engine.demo.preparation import standardize
 
 
@@ -68,7 +68,7 @@ def train(run: Run, settings: Settings, standardized: bool) -> tuple[Any, dict[s
 
 
 def polished(loss: Any, weights: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
-    """Newton steps with |H| for H, which leave saddles, halved until the loss falls; they end where it cannot."""
+    """Weights after Newton steps with |H| for H, which leave saddle points, each halved until the loss falls."""
     value = loss(weights)
     for _ in range(steps):
         operator = hvp.HessianOperator(loss, weights, engine="eager")
@@ -88,7 +88,7 @@ def polished(loss: Any, weights: dict[str, Tensor], steps: int) -> dict[str, Ten
 
 
 def figures(approximation: Tensor, inverse: Tensor) -> dict[str, float]:
-    """How near the matrix is to the inverse, and how much of its squared norm lies on its diagonal."""
+    """How close the matrix is to the inverse, and how much of its squared norm is on its diagonal."""
     return {
         "error": float((approximation - inverse).norm() / inverse.norm()),
         "diagonal_share": float(approximation.diagonal().square().sum() / approximation.square().sum()),
@@ -96,7 +96,7 @@ def figures(approximation: Tensor, inverse: Tensor) -> dict[str, float]:
 
 
 def series(run: Run, settings: Settings, case: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The partial sums and the inverse, each as a picture's title and matrix, and their figures."""
+    """Title and matrix of a picture for each partial sum and the inverse, and their figures."""
     with run.progress(f"training, {case}", 1) as bar:
         torch.manual_seed(run.options.seed)
         loss, weights = train(run, settings, case == "standardized")
@@ -144,7 +144,7 @@ def run(run: Run, settings: Settings) -> None:
 
 
 def draw(cases: dict[str, tuple[dict[str, Tensor], list[dict[str, Any]]]]) -> Figure:
-    """Rows of tanh of the matrices, as they are and divided by the mean of their diagonals; errors at the end."""
+    """Draw tanh of the matrices, first as they are and then divided by the mean of their diagonals, and the errors."""
     (standardized, standardized_rows), (raw, raw_rows) = cases.values()
     scaled = [{title: m / m.diagonal().mean() for title, m in case.items()} for case in (standardized, raw)]
     lines = [

@@ -1,11 +1,12 @@
-"""Fig. 3: the error of a hypergradient by how the Hessian is inverted, against its exact inverse.
+"""Fig. 3: the error of a hypergradient for each way to invert the Hessian, against the exact inverse.
 
-A linear network on the Boston table has one decay for each weight, in float64, at its exact minimum w*. There
+A linear network on the Boston housing data has one decay for each weight, in float64, at its exact minimum w*. There
 
     H = 2/n X^T X + diag(exp lambda),   w* = H^-1 2/n X^T y,   dL_V*/dlambda = -exp(lambda) w* H^-1 dL_V/dw
 
-is the truth, by a dense solve outside the package. Left axis of the paper: products of the Neumann series and of
-conjugate gradients. Right axis: hyper steps, each way of inverting on its own descent. Raw inputs are the hard case.
+is exact, computed by a dense solve outside the package. The paper's left plot has the products of the Neumann series
+and of conjugate gradients; its right plot has hyper steps, with a separate descent for each way to invert. Raw inputs
+are the hard case.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import hvp_engine as hvp
+from examples import datasets
 from examples.experiment import Experiment, Run
-from hvp_engine.demo import datasets
 from hvp_engine.demo.preparation import standardize
 
 FIXED_ALPHA = 1e-3
@@ -36,7 +37,7 @@ class Settings:
 
 
 class Problem:
-    """Half of the rows to train on and half to validate; the mean squared error of a linear network with bias."""
+    """The mean squared error of a linear network with bias; half of the rows train it and half validate."""
 
     def __init__(self, folder: Any, seed: int, standardized: bool, device: torch.device):
         table = datasets.boston(folder)
@@ -96,7 +97,7 @@ class Problem:
 
 
 def errors(estimate: Tensor, truth: Tensor) -> dict[str, float]:
-    """Cosine similarity, and distance relative to the norm of the truth."""
+    """Cosine similarity, and distance relative to the norm of the exact hypergradient."""
     cosine = torch.nn.functional.cosine_similarity(estimate, truth, dim=0)
     return {"cosine": float(cosine), "distance": float((estimate - truth).norm() / truth.norm())}
 
@@ -118,7 +119,7 @@ def by_products(problem: Problem, settings: Settings, fixed_alpha: bool, bar: An
 
 
 def by_hyper_steps(problem: Problem, settings: Settings, bar: Any) -> list[dict[str, Any]]:
-    """Errors during descents of the validation loss, each along its own hypergradients; w is always w*."""
+    """Errors during descents of the validation loss, each along its own hypergradients, always at w*."""
     solvers = {f"{count} Neumann": hvp.Neumann(count) for count in (0, 1, 5, 20)} | {"20 CG": hvp.ConjugateGradient(20)}
     rows = []
     for name, solver in solvers.items():
@@ -177,7 +178,7 @@ def run(run: Run, settings: Settings) -> None:
 
 
 def _judge(run: Run, curves: dict[str, list[dict[str, Any]]]) -> None:
-    """The paper's claim: Neumann often has the greater cosine, CG the smaller distance."""
+    """Check the paper's claim: Neumann often has the greater cosine, CG the smaller distance."""
     for name in ("standardized", "raw"):
         neumann, cg = ([row for row in curves[name] if row["solver"] == solver] for solver in ("Neumann", "CG"))
         pairs = [pair for pair in zip(neumann, cg, strict=True) if pair[0]["products"] > 0]
@@ -192,7 +193,7 @@ def _judge(run: Run, curves: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def draw(curves: dict[str, list[dict[str, Any]]], conditions: dict[str, float]) -> Figure:
-    """Cosine above, distance below; by products (standardized, raw) and by hyper steps."""
+    """Draw cosine above and distance below, by products (standardized, raw) and by hyper steps."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplots(2, 3)
     columns = (

@@ -1,9 +1,9 @@
-"""A regularizer that is learned: a small network gives each weight its decay, from where in the image it looks.
+"""A learned regularizer: a small network gives each weight a decay that depends on the position of its pixel.
 
     python examples/learned_regularizer.py [--examples 200] [--hyper-steps 100] [--seed 0]
 
-Logistic regression on few digits, sum(exp(h(row, column)) * w^2) / 2 added to its training loss; compared with no
-decay and with one decay for all weights, tuned the same way.
+Logistic regression on few digits, with sum(exp(h(row, column)) * w^2) / 2 added to its training loss, compared with no
+decay and with one decay for all weights that is tuned in the same way.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import hvp_engine as hvp
-from hvp_engine.demo import datasets
+from hvp_engine.demo.images import digits
 
 SIDE = 14
 
@@ -20,9 +20,9 @@ SIDE = 14
 def load(examples, seed):
     """Training, validation and test set as (x, labels)."""
     generator = torch.Generator().manual_seed(seed)
-    digits = datasets.digits()
-    order = torch.randperm(len(digits), generator=generator)
-    x, labels = avg_pool2d(digits.images[order], 28 // SIDE).flatten(1), digits.labels[order]
+    mnist = digits()
+    order = torch.randperm(len(mnist), generator=generator)
+    x, labels = avg_pool2d(mnist.images[order], 28 // SIDE).flatten(1), mnist.labels[order]
     x = (x - x.mean()) / x.std()
     parts = (slice(0, examples), slice(examples, examples + 500), slice(examples + 500, examples + 2500))
     return [(x[part], labels[part]) for part in parts]
@@ -47,7 +47,7 @@ class OneDecay(torch.nn.Module):
 
 
 class DecayByPosition(torch.nn.Module):
-    """A network from the position of a pixel to the log-decays of its ten weights, between -7 and -1; -4 at first."""
+    """A network from the position of a pixel to the log-decays of its ten weights, between -7 and -1, initially -4."""
 
     def __init__(self):
         super().__init__()

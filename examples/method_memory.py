@@ -5,8 +5,8 @@ LeNet-5 on MNIST. Each weight has one of H decays (weight number n has decay n m
     L_T(w, lambda) = cross-entropy + 1/2 sum_n exp(lambda_(n mod H)) w_n^2,   L_V = cross-entropy of other images.
 
 With P weights and i products or steps, implicit differentiation takes O(P + H), unrolling O(P i + H), a linear
-hypernetwork O(P H), a self-tuning network with K units O((P + H) K). Peaks are those of all tensors, above the weights,
-the batches and the hyperparameters; so they include the graph of one gradient, which every method needs.
+hypernetwork O(P H), a self-tuning network with K units O((P + H) K). A peak counts all tensors beyond the weights, the
+batches and the hyperparameters, so it includes the graph of one gradient, which every method needs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from baselines.methods import Setting, find
 from examples import image_sets, models
 from examples.experiment import Experiment, Run
 from examples.image_sets import Batch
-from hvp_engine.diagnostics.memory import peak_memory
+from hvp_engine.diagnostics import peak_memory
 
 Tensors = dict[str, Tensor]
 Row = dict[str, Any]
@@ -60,7 +60,7 @@ class Settings:
 
 
 class Grouped:
-    """A network with H decays for its weights, in turn."""
+    """A network whose weights have H decays, assigned in turn."""
 
     def __init__(self, module: torch.nn.Module, count: int, log_decay: float):
         self.module = module
@@ -95,7 +95,7 @@ class Grouped:
 def peak(
     module: torch.nn.Module, train: Batch, val: Batch, settings: Settings, name: str, length: int, count: int
 ) -> int:
-    """Bytes that one hypergradient takes; what a method prepares once is there before."""
+    """Bytes that one hypergradient takes, without what a method prepares once."""
     problem = Grouped(module, count, settings.log_decay)
     make = find(name).make
     assert make is not None
@@ -159,7 +159,7 @@ def summarize(run: Run, name: str, settings: Settings, by_length: Sequence[Row],
 
 
 def draw(by_length: Sequence[Row], by_count: Sequence[Row]) -> Figure:
-    """Peaks by products or steps, and by hyperparameters."""
+    """Draw peaks by products or steps, and by hyperparameters."""
     figure = Figure(figsize=(9.6, 5.4), layout="constrained")
     panels = ((by_length, "length", "products or steps, i"), (by_count, "hyperparameters", "hyperparameters, H"))
     for axis, (rows, key, label) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):

@@ -1,4 +1,4 @@
-"""Replacing a hand-written inverse-Hessian loop: the ten lines before, the ten lines after, and the same numbers.
+"""Replacing a hand-written inverse-Hessian loop: the ten lines before, the ten lines after, with the same numbers.
 
     python examples/migrating.py [--examples 2000] [--iterations 20] [--seed 0]
 
@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import hvp_engine as hvp
-from hvp_engine.demo import datasets
+from hvp_engine.demo.images import digits
 
 ALPHA = 0.1
 
@@ -53,11 +53,11 @@ def hypergradient_after(train_loss, val_loss, w, hyper, iterations):
 
 
 def problem(examples, seed):
-    """Training and validation loss of the network as functions of nothing, its weights and its log-decays."""
+    """Training and validation loss of the network as functions without arguments, its weights and its log-decays."""
     torch.manual_seed(seed)
-    digits = datasets.digits()
-    order = torch.randperm(len(digits))[: 2 * examples]
-    x, labels = avg_pool2d(digits.images[order], 2).flatten(1) - 0.13, digits.labels[order]
+    mnist = digits()
+    order = torch.randperm(len(mnist))[: 2 * examples]
+    x, labels = avg_pool2d(mnist.images[order], 2).flatten(1) - 0.13, mnist.labels[order]
     network = torch.nn.Sequential(torch.nn.Linear(196, 64), torch.nn.Tanh(), torch.nn.Linear(64, 10))
     weights = list(network.parameters())
     decays = [torch.full_like(w, -6.0, requires_grad=True) for w in weights]
@@ -78,7 +78,7 @@ def problem(examples, seed):
 
 
 def run(examples=2000, iterations=20, seed=0, repeats=3):
-    """For each way: its name, the largest relative difference to the hand-written loop, and seconds."""
+    """For each way: its name, its relative difference from the hand-written loop, and seconds."""
     train_loss, val_loss, weights, decays = problem(examples, seed)
     ways = {
         "hand-written loop": hypergradient_before,

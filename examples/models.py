@@ -1,4 +1,4 @@
-"""The networks of the paper's experiments, and its sets of hyperparameters, by construction.
+"""The networks and the sets of hyperparameters of the paper's experiments.
 
 `shape` is that of one image: (1, 28, 28) for MNIST, (3, 32, 32) for CIFAR.
 """
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 Shape = tuple[int, ...]
 States = list[tuple[Tensor, Tensor]]
-"""Of the layers of an LSTM: outputs and cells, each (1, rows, units)."""
+"""The outputs and cells of each layer of an LSTM, each (1, rows, units)."""
 
 
 def linear(shape: Shape, classes: int = 10) -> nn.Module:
@@ -48,7 +48,7 @@ def lenet5(shape: Shape, classes: int = 10) -> nn.Module:
 
 
 def wide_lenet(shape: Shape, classes: int = 10) -> nn.Module:
-    """What the paper's code has for LeNet, 20 channels and 250 hidden units: 247,960 and 323,320 weights."""
+    """The LeNet of the paper's code, with 20 channels and 250 hidden units: 247,960 and 323,320 weights."""
     channels, height, width = shape
     return nn.Sequential(
         nn.Conv2d(channels, 20, 3, stride=2, padding=1),
@@ -64,7 +64,7 @@ def wide_lenet(shape: Shape, classes: int = 10) -> nn.Module:
 def alexnet(shape: Shape, classes: int = 10) -> nn.Module:
     """AlexNet with 3x3 convolutions for CIFAR and the classifier of ImageNet's 6 x 6 x 256: 56,826,698 weights.
 
-    Without dropout, as it is used to overfit.
+    It has no dropout, since it is used to overfit.
     """
     return nn.Sequential(
         nn.Conv2d(shape[0], 64, 3, stride=2, padding=1),
@@ -137,7 +137,7 @@ def resnet(depth: int, shape: Shape, classes: int = 10) -> nn.Module:
 
 
 def resnet44(shape: Shape, classes: int = 10) -> nn.Module:
-    """:func:`resnet` of the paper's depth."""
+    """:func:`resnet` with the paper's depth."""
     return resnet(44, shape, classes)
 
 
@@ -155,8 +155,8 @@ def _convolutions(before: int, channels: int) -> nn.Module:
 class UNet(nn.Module):
     """An image with a channel of noise, (N, 4, H, W) with even H and W, to an image (N, 3, H, W): 6,659 weights.
 
-    The output is the image plus a residual in [-1, 1]. The last convolution begins at zero, and the network at the
-    identity.
+    The output is the image plus a residual in [-1, 1]. The last convolution starts at zero, so the network starts as
+    the identity.
     """
 
     def __init__(self) -> None:
@@ -179,7 +179,7 @@ class TiedLSTM(nn.Module):
 
     Arguments:
         words, units, layers: sizes.
-        scale: the embedding begins uniform in [-scale, scale].
+        scale: the embedding is initialized uniformly in [-scale, scale].
     """
 
     def __init__(self, words: int = 10_000, units: int = 650, layers: int = 2, scale: float = 0.1):
@@ -233,7 +233,7 @@ def images_per_class(shape: Shape, classes: int) -> Tensor:
 
 
 def dropout_rates(units: int = 650, rate: float = 0.5, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Logits of the rates that regularize :class:`TiedLSTM`, all sigmoid(logit) = `rate`: 1,691,951 for 650 units.
+    """Logits of the rates that regularize :class:`TiedLSTM`, all with sigmoid(logit) = `rate`: 1,691,951 for 650 units.
 
     One DropConnect rate for each recurrent weight, shared by the layers; one dropout rate for each unit of input,
     hidden layers and output; one for the embedding.
@@ -252,8 +252,8 @@ def dropout_rates(units: int = 650, rate: float = 0.5, device: torch.device | st
 def shared_rates(value: float = 0.5, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Seven hyperparameters that regularize :class:`TiedLSTM`: logits of five rates, logarithms of two strengths.
 
-    The rates are those of :func:`dropout_rates`, each one number; the strengths are of activation and temporal
-    activation regularization. All are `value`.
+    The rates are those of :func:`dropout_rates`, each a single number; the strengths are those of activation and
+    temporal activation regularization. All have the given `value`.
     """
     logit, log = math.log(value / (1 - value)), math.log(value)
     values = dict.fromkeys(("drop_connect", "input", "hidden", "output", "embedding"), logit)
@@ -267,7 +267,7 @@ def concrete_mask(logit: Tensor, shape: Shape, temperature: float) -> Tensor:
     """Factors of dropout at the rates p = sigmoid(logit), as a smooth function of p, of mean 1 at a low temperature.
 
     (1 - z) / (1 - p) with z = sigmoid((logit(p) + logit(u)) / temperature), u uniform: concrete dropout (Gal, Hron,
-    Kendall 2017). `logit` broadcasts to `shape`, and has its dtype.
+    Kendall 2017). `logit` broadcasts to `shape`; the mask has its dtype.
     """
     noise = torch.rand(shape, dtype=logit.dtype, device=logit.device).clamp(1e-6, 1 - 1e-6).logit()
     return torch.sigmoid((noise - logit) / temperature) * (1 + logit.exp())

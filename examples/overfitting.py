@@ -1,4 +1,4 @@
-"""Figs. 5 and 10: one decay for each weight is enough to fit 50 validation examples as well as the 50 trained on.
+"""Figs. 5 and 10: one decay for each weight is enough to fit 50 validation examples as well as the 50 training ones.
 
     L_T(w, lambda) = cross-entropy on 50 examples + 1/2 sum_i exp(lambda_i) w_i^2,   L_V = cross-entropy on 50 others.
 
@@ -35,12 +35,12 @@ NETWORKS = {
 }
 ONLY_COLOUR = ("ResNet-44", "AlexNet")
 LARGE = 9_000_000
-"""Weights from which on `large_inner_steps` are made."""
+"""The number of weights from which `large_inner_steps` applies."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`hyper_steps` at most, by network."""
+    """At most `hyper_steps`, for each network."""
 
     hyper_steps: Mapping[str, int]
     fixed: tuple[str, ...] = ()
@@ -58,14 +58,14 @@ class Settings:
 
 
 class Overfitting(DecayPerWeight):
-    """Of images. A batch is of images and classes."""
+    """Overfitting on images; a batch is a pair of images and classes."""
 
     def val_loss(self, weights: dict[str, Tensor], decays: dict[str, Tensor], batch: Batch) -> Tensor:
         """Cross-entropy."""
         return F.cross_entropy(self.network(weights, batch[0]), batch[1])
 
     def inner_steps(self, settings: Settings) -> int:
-        """Fewer for a network that takes long."""
+        """Training steps before each hyper step; fewer for a large network."""
         large = sum(weight.numel() for weight in self.module.parameters()) > LARGE
         return settings.large_inner_steps if large else settings.inner_steps
 
@@ -79,7 +79,7 @@ def peak_gigabytes(device: torch.device) -> float:
 
 
 def everything_right(record: hvp.Record) -> bool:
-    """Whether no training or validation example is wrong."""
+    """Whether every training and validation example is classified correctly."""
     return record.metrics.get("train", 0.0) == record.metrics.get("validation", 0.0) == 1.0
 
 
@@ -138,7 +138,7 @@ def _overfit(
 
 
 def draw(curves: Mapping[str, hvp.History], dataset: str) -> Figure:
-    """Train, validation and test error over the hyper steps, one panel for each network."""
+    """Draw training, validation and test error over the hyper steps, one panel for each network."""
     columns = min(3 if len(curves) > 4 else 2, len(curves))
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")

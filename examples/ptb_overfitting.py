@@ -3,10 +3,10 @@
     L_T(w, lambda) = cross-entropy on 10 training sequences + 1/2 sum_i exp(lambda_i) w_i^2,
     L_V = cross-entropy on 10 validation sequences.
 
-A sequence is 10 words in a row, from anywhere in the text (across the ends of sentences, which are the word `<eos>`);
-the network reads them from a state of zero and predicts at each the word after it. So there are 100 words to predict in
-each set. Algorithm 1 with the identity for the inverse Hessian (T1-T2), one training step before each hyper step. The
-embedding is tied to the output and begins uniform in [-1, 1]: from [-0.1, 0.1] the validation loss stalls.
+A sequence is 10 consecutive words from anywhere in the text (it may cross the end of a sentence, the word `<eos>`). The
+network starts reading in the zero state and predicts after each word the next one, so there are 100 words to predict in
+each set. Algorithm 1 uses the identity for the inverse Hessian (T1-T2) and one training step before each hyper step.
+The embedding is tied to the output and initialized uniformly in [-1, 1]: with [-0.1, 0.1] the validation loss stalls.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from examples.experiment import Experiment, Run
 
 @dataclass(frozen=True)
 class Settings:
-    """`hyper_steps` at most; a run ends before if the validation loss is below `goal`."""
+    """At most `hyper_steps`; a run ends earlier if the validation loss falls below `goal`."""
 
     hyper_steps: int
     goal: float
@@ -46,7 +46,7 @@ class Settings:
 
 
 class Overfitting(DecayPerWeight):
-    """Of an LSTM. A batch is of sequences, int64 (sequences, time + 1)."""
+    """Overfitting of an LSTM; a batch is int64 (sequences, time + 1)."""
 
     def val_loss(self, weights: dict[str, Tensor], decays: dict[str, Tensor], batch: Tensor) -> Tensor:
         """Cross-entropy of every word but the first, given those before it."""
@@ -106,7 +106,7 @@ def run(run: Run, settings: Settings) -> None:
 
 
 def draw(history: hvp.History) -> Figure:
-    """Cross-entropy of the three sets over the hyper steps."""
+    """Draw the cross-entropy of the three sets over the hyper steps."""
     records = [record for record in history if record.metrics]
     steps = [record.hyper_step + 1 for record in records]
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")

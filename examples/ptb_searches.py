@@ -1,7 +1,7 @@
-"""The searches of Tab. 4: ways to the hyperparameters of a :class:`RegularizedLSTM` without a hypergradient.
+"""The searches of Tab. 4 for the hyperparameters of a :class:`RegularizedLSTM`, without hypergradients.
 
-Each spends `budget` gradients. Random, grid and Bayesian search divide it into `trials` trainings; the grid is of one
-rate for all five, since 2^7 trainings are more than the budget.
+Each spends `budget` gradients. Random, grid and Bayesian search divide it into `trials` trainings. The grid has a
+single rate for all five, since 2^7 trainings would exceed the budget.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from examples.training import last_quarter
 def search(
     problem: RegularizedLSTM, settings: Settings, name: str, budget: int, seed: int
 ) -> tuple[int, searches.SearchResult]:
-    """How many hyperparameters the search called `name` has, and what it finds from the problem's weights on."""
+    """How many hyperparameters the search called `name` has, and what it finds starting from the problem's weights."""
     hyper, train_loss = dict(problem.seven), problem.train_loss
     if name == "grid search":
         hyper = {"rate": problem.seven["input"]}

@@ -3,17 +3,18 @@
     L_T(w, lambda) = cross-entropy under dropout + a mean(output^2) + b mean((output_t - output_{t-1})^2),
     L_V(w) = cross-entropy without dropout.
 
-Five rates: of units of the input, between the layers, and of the output (one mask for all time steps: variational
-dropout), of words of the embedding, and of recurrent weights (DropConnect); with a and b, the strengths of activation
-and temporal activation regularization, they are the 7. The many are one rate for each unit, one for each recurrent
-weight, shared by the layers, and one for the embedding; a and b stay as they begin. Masks are concrete, so that the
-training loss is a smooth function of the rates. Everything begins at 0.5: "no tuning" leaves it there.
+There are five dropout rates: for units of the input, between the layers, and of the output (one mask for all time
+steps: variational dropout), for words of the embedding, and for recurrent weights (DropConnect). With a and b, the
+strengths of activation and temporal activation regularization, they are the 7. The many are one rate for each unit, one
+for each recurrent weight, shared by the layers, and one for the embedding; a and b then keep their initial values.
+Masks are concrete, so that the training loss is a smooth function of the rates. Everything starts at 0.5; "no tuning"
+leaves it there.
 
-Training text is read in order. A batch brings the words before it, from which the network sets its state as a constant:
-then a loss is a function of weights, hyperparameters and batch alone, as every search needs it.
+Training text is read in order. A batch includes the words before it, which set the network's initial state as a
+constant. So a loss is a function of weights, hyperparameters and batch alone, as every search requires.
 
-Hypergradients take the identity for the inverse Hessian (T1-T2). Searches (ptb_searches.py) have the budget of a tuned
-run in gradients, one for a training step and three for a hyper step.
+Hypergradients use the identity for the inverse Hessian (T1-T2). Searches (ptb_searches.py) have the same budget of
+gradients as a tuned run, one for a training step and three for a hyper step.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 import hvp_engine as hvp
 from examples import ptb_searches, text_sets
+from examples.datasets import Text
 from examples.experiment import Experiment, Run
 from examples.regularized_lstm import RATES, RegularizedLSTM, Settings
 from examples.training import NoTuning, last_quarter, nonmonotone
-from hvp_engine.demo.datasets import Text
 
 PAPER = {
     "no tuning": "75.72 / 71.91",
@@ -45,12 +46,12 @@ PAPER = {
 }
 """Validation and test perplexity."""
 HYPER_STEP_COST = 3
-"""Gradients that a hyper step counts as: of the validation loss, of the training loss, and through that one."""
+"""How many gradients a hyper step counts as: of the validation loss, of the training loss, and the mixed product."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A trained network: `steps` of one training, `gradients` in all."""
+    """A trained network: `steps` of a single training, `gradients` in total."""
 
     method: str
     seed: int
@@ -92,7 +93,7 @@ def run(run: Run, settings: Settings) -> None:
 def _tune(
     run: Run, settings: Settings, problem: RegularizedLSTM, method: str, seed: int, steps: int
 ) -> tuple[Row, hvp.History]:
-    """Algorithm 1, or plain training in as many rounds as there are evaluations."""
+    """Algorithm 1, or plain training in one round for each evaluation."""
     tuned = method != "no tuning"
     hyper = problem.many if method == "many" else problem.seven
     evaluate_every = settings.steps // settings.evaluations
@@ -145,7 +146,7 @@ def _tune(
 
 
 def _search(run: Run, settings: Settings, text: Text, name: str, budget: int) -> dict[str, Any]:
-    """The row of one search from the same weights, on `budget` gradients."""
+    """The row of one search, from the same weights and with `budget` gradients."""
     seed = run.options.seed
     torch.manual_seed(seed)
     problem = settings.problem(text, run.options.device)
@@ -159,7 +160,7 @@ def _search(run: Run, settings: Settings, text: Text, name: str, budget: int) ->
 
 
 def _compare(run: Run, settings: Settings, rows: list[Row]) -> None:
-    """The table of the summary: equal steps over the seeds, then equal budget."""
+    """Fill the summary's table: equal steps, over the seeds, then equal budgets."""
     plain = [row for row in rows if row.method == "no tuning" and row.steps == settings.steps]
     for method in ("no tuning", "7", "many"):
         mine = [row for row in rows if row.method == method and row.steps == settings.steps]
@@ -184,19 +185,19 @@ def _compare(run: Run, settings: Settings, rows: list[Row]) -> None:
 
 
 def _ratio(run: Run, rows: list[Row]) -> float:
-    """Time of all to that of the training steps among them, which the machine was as busy at."""
+    """Total time by the time of its training steps, which ran while the machine was equally busy."""
     costs = [run.costs[_name(row.method, row.steps, row.seed)] for row in rows]
     training = sum(cost["seconds"] / cost["ratio_to_plain_training"] for cost in costs)
     return sum(cost["seconds"] for cost in costs) / training
 
 
 def _name(method: str, steps: int, seed: int) -> str:
-    """Of a training."""
+    """The name of a training."""
     return f"{method}, {steps} steps, seed {seed}"
 
 
 def draw(curves: Mapping[tuple[str, int], hvp.History], rows: list[Row]) -> Figure:
-    """Validation perplexity and mean rates over the training steps, and the perplexities of every method."""
+    """Draw validation perplexity and mean rates over the training steps, and the perplexities of every method."""
     figure = Figure(figsize=(12.5, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     colours = {"no tuning": "C7", "7": "C0", "many": "C1"}
@@ -232,7 +233,7 @@ def draw(curves: Mapping[tuple[str, int], hvp.History], rows: list[Row]) -> Figu
 
 
 _PAPER_EPOCH = 331
-"""Batches of 40 x 70 words in the training text."""
+"""Number of batches of 40 x 70 words in the training text."""
 
 EXPERIMENT = Experiment(
     name="ptb_tuning",

@@ -1,4 +1,4 @@
-"""An LSTM on a text under every regularization of Tab. 4: five rates of dropout, and two strengths."""
+"""An LSTM on a text with every regularization of Tab. 4: five dropout rates and two strengths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import hvp_engine as hvp
 from examples import models, text_sets
-from hvp_engine.demo.datasets import Text
+from examples.datasets import Text
 
 RATES = ("drop_connect", "input", "hidden", "output", "embedding")
 
@@ -24,15 +24,15 @@ Hyper = Mapping[str, Tensor]
 class RegularizedLSTM:
     """The losses of a :class:`models.TiedLSTM` on batches of words, int64 (rows, time + time + 1).
 
-    A batch begins with as many words as it is trained on, which only set the state, as a constant.
+    The first half of a batch only sets the state, as a constant; the network is trained on the rest.
 
     Arguments:
         text: to make the batches `train` and `validation` of.
-        units, layers: of the network.
+        units, layers: the size of the network.
         batch: rows and time.
-        start: of every rate and strength.
-        temperature: of the masks.
-        device: of all.
+        start: the initial value of every rate and strength.
+        temperature: that of the concrete masks.
+        device: where everything is.
 
     Attributes:
         seven, many: hyperparameters, as :func:`models.shared_rates` and :func:`models.dropout_rates`.
@@ -60,7 +60,7 @@ class RegularizedLSTM:
         self.start = start
 
     def train_loss(self, weights: Weights, hyper: Hyper, batch: Tensor) -> Tensor:
-        """Cross-entropy and activation regularization, under dropout; strengths not in `hyper` stay at their start."""
+        """Cross-entropy and activation regularization, with dropout; strengths not in `hyper` keep their start."""
         masks, dropped_weights = self._drop(weights, hyper, len(batch))
         logits, _, raw, dropped = self.network(dropped_weights, batch[:, :-1], context=self.time, masks=masks)
         activation, temporal = (
@@ -74,7 +74,7 @@ class RegularizedLSTM:
         return self._cross_entropy(self.network(weights, batch[:, :-1], context=self.time)[0], batch)
 
     def perplexity(self, weights: Mapping[str, Tensor], part: Tensor) -> float:
-        """Of a part of the text, without dropout."""
+        """Perplexity of a part of the text, without dropout."""
         return text_sets.perplexity(self.network, weights, part)
 
     def _cross_entropy(self, logits: Tensor, batch: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class RegularizedLSTM:
     def bounds(
         hyper: Mapping[str, Any], rates: tuple[float, float], strengths: tuple[float, float]
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """Of logits and logarithms, from those of rates and strengths."""
+        """Bounds of logits and logarithms, from those of rates and strengths."""
         low, high = (
             {
                 name: math.log(strength) if name in ("activation", "temporal") else math.log(rate / (1 - rate))
@@ -112,7 +112,7 @@ class RegularizedLSTM:
 
 @dataclass(frozen=True)
 class Settings:
-    """`steps` are training steps; a hyper step is made after `inner_steps` of them."""
+    """`steps` are training steps; after every `inner_steps` of them there is a hyper step."""
 
     words: int
     units: int

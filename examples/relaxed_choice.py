@@ -2,11 +2,11 @@
 
     python examples/relaxed_choice.py [--examples 200] [--hyper-steps 200] [--seed 0]
 
-A choice among five resolutions has no gradient. Its relaxation has: the classifier sees sum_k p_k x_k with
-p = softmax(c), where x_k is the image at resolution k, and the logits c are tuned as any hyperparameters (section 4.3
-of the paper). Mixtures are no choice, so the validation loss also has the entropy of p, which hyperparameters reach
-directly: the hypergradient has both of its terms. At the end the likeliest resolution is taken, and compared with a
-training at each of them.
+A choice among five resolutions has no gradient, but its relaxation has one: the classifier sees sum_k p_k x_k with p =
+softmax(c), where x_k is the image at resolution k, and the logits c are tuned like any hyperparameters (section 4.3 of
+the paper). A mixture is not a choice, so the validation loss also contains the entropy of p. It depends on the
+hyperparameters directly, so the hypergradient has both of its terms. At the end the most likely resolution is chosen,
+and compared with training at each of them.
 """
 
 import argparse
@@ -16,26 +16,26 @@ import torch
 from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
 
 import hvp_engine as hvp
-from hvp_engine.demo import datasets
+from hvp_engine.demo.images import digits
 
 BLOCKS = (1, 2, 4, 7, 14)
-"""Side of the square of pixels that are averaged."""
+"""Side lengths of the squares of pixels that are averaged."""
 NOISE = 1.5
 LOG_DECAY = -4.0
 ENTROPY = 0.2
-"""Its share in the validation loss."""
+"""The weight of the entropy in the validation loss."""
 
 
 def load(examples, seed):
     """Noisy images of the training, validation and test set, at each resolution, and labels: [(k, n, 784), (n,)]."""
     generator = torch.Generator().manual_seed(seed)
-    digits = datasets.digits()
-    order = torch.randperm(len(digits), generator=generator)
-    x = (digits.images[order] - digits.images.mean()) / digits.images.std()
+    mnist = digits()
+    order = torch.randperm(len(mnist), generator=generator)
+    x = (mnist.images[order] - mnist.images.mean()) / mnist.images.std()
     x = x + NOISE * torch.randn(x.shape, generator=generator)
     views = torch.stack([interpolate(avg_pool2d(x, block), 28).flatten(1) for block in BLOCKS])
     views = views / views.std((1, 2), keepdim=True)  # else the finest resolution, with the most noise, is the largest
-    labels = digits.labels[order]
+    labels = mnist.labels[order]
     parts = (slice(0, examples), slice(examples, examples + 1000), slice(examples + 1000, examples + 3000))
     return [(views[:, part], labels[part]) for part in parts]
 
@@ -55,7 +55,7 @@ def val_loss(weights, choice, batch):
 
 
 def tune(train, validation, hyper_steps, choice):
-    """Train, and tune `choice` for so many steps; the weights."""
+    """Train while tuning `choice` for `hyper_steps`; return the weights."""
     weights = {"w": torch.zeros(784, 10), "b": torch.zeros(10)}
     tuner = hvp.Tuner(
         weights,
@@ -75,7 +75,8 @@ def tune(train, validation, hyper_steps, choice):
 
 
 def run(examples=200, hyper_steps=200, seed=0):
-    """For each resolution: block, its share in the relaxation, validation loss and test accuracy when it is taken."""
+    """For each resolution: its block, its share in the relaxation, and the validation loss and test accuracy with it
+    alone."""
     train, validation, test = load(examples, seed)
     choice = torch.zeros(len(BLOCKS))
     tune(train, validation, hyper_steps, choice)

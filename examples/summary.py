@@ -1,4 +1,4 @@
-"""`SUMMARY.md`: the paper's numbers beside ours, a column for each seed, with costs and pictures."""
+"""`SUMMARY.md`: the paper's numbers and ours, a column for each seed, with costs and pictures."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _circumstances(result: Result) -> str:
 
 
 def _comparisons(results: Sequence[Result]) -> list[str]:
-    """What was measured, what the paper has, what came out for each seed."""
+    """What was measured, the paper's result, and ours for each seed."""
     papers = {line["what"]: line["paper"] for result in results for line in result["comparisons"]}
     ours = [{line["what"]: line["ours"] for line in result["comparisons"]} for result in results]
     heads = ["ours"] if len(results) == 1 else [f"ours, seed {result['seed']}" for result in results]
@@ -76,7 +76,7 @@ def _costs(results: Sequence[Result]) -> list[str]:
 
 
 def _pictures(runs: Sequence[tuple[Path, Result]]) -> list[str]:
-    """Those of the first seed."""
+    """The pictures of the first seed."""
     folder, result = runs[0]
     return [line for picture in result["pictures"] for line in (f"![{picture}]({folder.name}/{picture})", "")]
 

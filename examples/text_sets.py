@@ -1,4 +1,4 @@
-"""Penn Treebank for the experiments: read from `--data`, cut down to its most frequent words, in rows and sequences."""
+"""Penn Treebank for the experiments: read from `--data`, reduced to its most frequent words, in rows and sequences."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hvp_engine.demo import datasets
-from hvp_engine.demo.datasets import Text
+from examples import datasets
+from examples.datasets import Text
 from hvp_engine.errors import DataError
 
 UNKNOWN = "<unk>"
 
 
 def load(folder: Path | None, words: int) -> Text:
-    """The text with the `words` most frequent words of its training part, all others being `<unk>`, one of them."""
+    """The text with the `words` most frequent words of its training part, which include `<unk>` for all others."""
     if folder is None:
         raise DataError(
             "--data: expected a folder with ptb/ptb.train.txt and its siblings (no package has it); got none"
@@ -40,7 +40,7 @@ def load(folder: Path | None, words: int) -> Text:
 
 
 def sequences(part: Tensor, count: int, time: int, generator: torch.Generator) -> Tensor:
-    """`count` passages of `time` + 1 words in a row, none overlapping another, by chance: int64 (count, time + 1)."""
+    """`count` random passages of `time` + 1 consecutive words that do not overlap: int64 (count, time + 1)."""
     whole = len(part) // (time + 1)
     if whole < count:
         raise DataError(f"text: expected at least {count * (time + 1):,} words, {count} sequences; got {len(part):,}")
@@ -51,8 +51,8 @@ def sequences(part: Tensor, count: int, time: int, generator: torch.Generator) -
 def batches(part: Tensor, rows: int, time: int, context: int) -> list[Tensor]:
     """The text in `rows` of equal length, read `time` words at a time: int64 (rows, context + time + 1) each.
 
-    A batch begins with the `context` words before the `time` words that are read, and ends with the one after them.
-    Before the first word of all is the end of the text.
+    A batch begins with the `context` words before the `time` words that are read, and ends with the word after them.
+    The first batch takes its context from the end of the text.
     """
     length = len(part) // rows
     steps = (length - 1) // time
@@ -66,7 +66,7 @@ def batches(part: Tensor, rows: int, time: int, context: int) -> list[Tensor]:
 def perplexity(
     network: Callable[..., Any], weights: Mapping[str, Tensor], part: Tensor, rows: int = 20, time: int = 70
 ) -> float:
-    """exp(mean cross-entropy) of every word of a text in `rows`, each read from its start with the state carried on."""
+    """exp(mean cross-entropy) of every word of a text in `rows`, each read from its start, carrying the state along."""
     length = len(part) // rows
     text, device = part[: rows * length].view(rows, length), next(iter(weights.values())).device
     total, states = 0.0, None

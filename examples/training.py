@@ -1,4 +1,4 @@
-"""Plain training beside Algorithm 1, and what becomes of its learning rate."""
+"""Plain training to compare with Algorithm 1, and schedules of its learning rate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hvp_engine.hypergradients.estimator import Estimate
 
 
 class NoTuning:
-    """An estimator for a tuner that only trains: hypergradients of zero, and the two losses."""
+    """An estimator for a tuner that should only train: it returns hypergradients of zero and the two losses."""
 
     def __init__(self, train_loss: Callable[..., Tensor], val_loss: Callable[..., Tensor]):
         self.train_loss, self.val_loss = train_loss, val_loss

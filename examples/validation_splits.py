@@ -1,12 +1,12 @@
-"""Fig. 9 and section 5.6: how large a validation split, for one decay and for one per weight, re-trained or not.
+"""Fig. 9 and section 5.6: how large a validation split should be, for one decay and for one per weight.
 
-Of N digits a share is validated on. A logistic regression is trained on the rest while its decays are tuned:
+A share of N digits is the validation set. A logistic regression is trained on the rest while its decays are tuned:
 
     L_T(w, lambda) = cross-entropy on the training part + 1/2 sum_i exp(lambda_i) w_i^2,   L_V = that on the other part.
 
-Then its test accuracy is measured twice: as tuning leaves it, and trained anew on all N digits with the same decays.
-The paper observes that with one decay both are best at a small share, and equally good; that with one decay per weight
-the best share is larger, and re-training matters.
+Then its test accuracy is measured twice: as tuned, and retrained on all N digits with the same decays. The paper
+observes that with one decay both are best at a small share, and equally good, and that with one decay per weight the
+best share is larger and retraining matters.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ UNTUNED = "untuned"
 class Tuning:
     """One decay or one for each weight, and how long it is tuned by gradient descent.
 
-    RMSprop would move every decay equally far, those that the validation set says little about too.
+    RMSprop would move every decay equally far, even those that the validation set says little about.
     """
 
     one_per_weight: bool
@@ -88,7 +88,7 @@ def decay_of(decays: dict[str, Tensor], name: str) -> Tensor:
 class LinearModelHypergradient:
     """The implicit hypergradient of a :class:`Regression`, all products in one call of a :class:`LinearModelOperator`.
 
-    An estimator as `Tuner` takes it: dL_V/dlambda = -(d/dlambda d/dw 1/2 sum_i exp(lambda_i) w_i^2) H^-1 dL_V/dw.
+    An estimator for a `Tuner`: dL_V/dlambda = -(d/dlambda d/dw 1/2 sum_i exp(lambda_i) w_i^2) H^-1 dL_V/dw.
     """
 
     def __init__(self, problem: Regression, solver: hvp.Neumann):
@@ -137,7 +137,7 @@ def tuner_of(problem: Regression, settings: Settings, hyper_learning_rate: float
 
 
 def untuned(settings: Settings, pool: ImageSet, seed: int) -> dict[str, Any]:
-    """Trained on everything with the decay that tuning begins at."""
+    """Trained on everything with the initial decay."""
     torch.manual_seed(seed)
     problem = Regression(pool.shape, False, settings.log_decay, pool.train[0].device)
     tuner_of(problem, settings, 1.0).train([pool.train], settings.retraining_steps, progress=False)
@@ -170,7 +170,7 @@ def run(run: Run, settings: Settings) -> None:
 
     @lru_cache(maxsize=1)
     def pool_of(digits: int, seed: int) -> ImageSet:
-        """Everything that is trained or validated on as its training part, and the test set."""
+        """An image set whose training part is everything to train or validate on, with the test set."""
         return image_sets.load("mnist", options.data, (digits, 0), seed, options.device)
 
     def measure(digits: int, seed: int, name: str, share: float) -> dict[str, Any]:
@@ -203,12 +203,12 @@ def run(run: Run, settings: Settings) -> None:
 
 
 def accuracies(rows: Sequence[Mapping[str, Any]], name: str, share: float, when: str) -> list[float]:
-    """Of every seed, in their order."""
+    """The accuracies of all seeds, in their order."""
     return [row[when] for row in rows if row["tuning"] == name and row["share"] == share]
 
 
 def summarize(run: Run, settings: Settings, digits: int, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The best shares, and what re-training and another share change, seed by seed."""
+    """The best shares, and what retraining and another share change, seed by seed."""
     baseline = accuracies(rows, UNTUNED, 0.0, RETRAINED)
     run.compare(f"{digits:,} digits, untuned, trained on all: test accuracy", spread(baseline))
     for name, tuning in settings.tunings.items():
@@ -242,13 +242,13 @@ def spread(values: Sequence[float]) -> str:
 
 
 def difference(mine: Sequence[float], other: Sequence[float]) -> str:
-    """In percentage points, seed by seed."""
+    """The difference in percentage points, seed by seed."""
     points = [100 * (a - b) for a, b in zip(mine, other, strict=True)]
     return f"{statistics.fmean(points):.2f} ± {standard_error(points):.2f}"
 
 
 def draw(settings: Settings, rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Test accuracy by share: a row for each number of digits; as tuned at the left, re-trained at the right."""
+    """Draw test accuracy by share: a row for each number of digits, as tuned on the left and retrained on the right."""
     figure = Figure(figsize=(9.6, 3.6 * len(settings.digits)), layout="constrained")
     grid = figure.subplots(len(settings.digits), 2, sharex=True, squeeze=False)
     x = [100 * share for share in settings.shares]

@@ -3,7 +3,7 @@
 The names below are the public API; see the README for where to look for what.
 """
 
-from hvp_engine.diagnostics.check import CheckResult, Verdict, check
+from hvp_engine.diagnostics.hypergradient_check import CheckResult, Verdict, check
 from hvp_engine.differentiation.modules import functional
 from hvp_engine.differentiation.problem import Averaged
 from hvp_engine.distributed import DataParallel
@@ -26,13 +26,13 @@ from hvp_engine.hypergradients.implicit import Hypergradient, HypergradientResul
 from hvp_engine.hypergradients.influence import Influence, influence_matrix
 from hvp_engine.hypergradients.response import ResponseJacobian, response_jacobian
 from hvp_engine.linear_model.operator import LinearModelOperator
+from hvp_engine.operators.base import I, LinearOperator, solve
+from hvp_engine.operators.eigenvalues import ExtremeEigenvalues, SpectralDensity, extreme_eigenvalues, spectral_density
 from hvp_engine.operators.gauss_newton import GaussNewtonOperator
 from hvp_engine.operators.hessian import HessianOperator
 from hvp_engine.operators.stochastic import StochasticHessianOperator
 from hvp_engine.ops.backend import use_backend
 from hvp_engine.solvers import MINRES, Budget, Chebyshev, ConjugateGradient, Exact, Identity, Neumann, Nystrom
-from hvp_engine.solvers.driver import solve
-from hvp_engine.solvers.eigenvalues import ExtremeEigenvalues, SpectralDensity, extreme_eigenvalues, spectral_density
 from hvp_engine.solvers.preconditioners import (
     DiagonalPreconditioner,
     JacobiPreconditioner,
@@ -70,10 +70,12 @@ __all__ = [
     "Hypergradient",
     "HypergradientResult",
     "Identity",
+    "I",
     "Influence",
     "JacobiPreconditioner",
     "KFACPreconditioner",
     "LinearModelOperator",
+    "LinearOperator",
     "Neumann",
     "NonFiniteError",
     "Nystrom",

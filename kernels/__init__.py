@@ -1,10 +1,10 @@
 """The Triton backend: one multi-tensor kernel for each op of :mod:`hvp_engine.ops.schemas`.
 
 Adding an op takes its kernel, with the signature (states..., rows, addresses, scalars..., [damping], partials,
-PRODUCT, CHUNK), and its entry in :data:`KERNELS`. An op that needs a sum over everything before it can move has a
-kernel of the same signature in :data:`MEASURES`, which runs first.
+PRODUCT, CHUNK), and its entry in :data:`KERNELS`. An op that first needs a sum over all elements has another kernel of
+the same signature in :data:`MEASURES`, which runs before it.
 
-A linear model's series, all its terms in one launch, is in :mod:`hvp_engine.kernels.linear_model`.
+All terms of a linear model's series in one launch are in :mod:`hvp_engine.kernels.linear_model`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a kernel meets a list of tensors: the tables it reads, and its launch."""
+"""A kernel on a list of tensors: the tables that it reads, and its launch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import ALIGNMENT, CHUNK, Layout
+from hvp_engine._support.pytree import check_like
 from hvp_engine.kernels.rows import spread_total
-from hvp_engine.ops import Op, check_products
+from hvp_engine.ops import Op
 
 WARPS = 8
-"""One row is 4096 elements: 16 for each thread, enough loads in flight and few enough registers."""
+"""For one row of 4096 elements: 16 for each thread, which are enough loads in flight and few enough registers."""
 
 TYPES = {
     torch.float32: tl.float32,
@@ -26,7 +27,7 @@ TYPES = {
 
 
 def row_tables(layout: Layout, dtypes: Sequence[torch.dtype]) -> list[tuple[tl.dtype, Tensor]]:
-    """For each dtype among the products: the table of its rows, as :mod:`hvp_engine.kernels.rows` describes."""
+    """For each dtype among the products the table of its rows, which :mod:`hvp_engine.kernels.rows` describes."""
     entries: dict[torch.dtype, list[tuple[int, ...]]] = {}
     row = 0
     for tensor, (numel, offset, dtype) in enumerate(zip(layout.numels, layout.offsets, dtypes, strict=True)):
@@ -42,10 +43,9 @@ def row_tables(layout: Layout, dtypes: Sequence[torch.dtype]) -> list[tuple[tl.d
 class MultiTensorLaunch:
     """One kernel bound to its state; calling it with the list of products launches it once for each dtype.
 
-    If there is one to measure with, that is launched first, and the total of what it wrote put where the kernel
-    finds it. Both take (states..., row table, address table, arguments..., partials). The row tables depend on
-    the layout and the products' dtypes. The address table is uploaded again only when an address or the stream
-    has changed.
+    If there is a measuring kernel, it is launched first, and the total of what it wrote is put where the other finds
+    it. Both take (states..., row table, address table, arguments..., partials). The row tables depend on the layout
+    and the dtypes of the products. The address table is uploaded again only when an address or the stream has changed.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class MultiTensorLaunch:
             )  # fmt: skip
 
     def _readable(self, products: Sequence[Tensor]) -> bool:
-        """Whether the kernel can read the products where they are: as laid out, and apart from what it writes."""
+        """Whether the kernel can read the products in place: laid out as expected, and apart from what it writes."""
         layout = self._layout
         return len(products) == len(layout.shapes) and all(
             isinstance(product, Tensor)
@@ -111,8 +111,8 @@ class MultiTensorLaunch:
         )
 
     def _conformed(self, products: Sequence[Tensor]) -> list[Tensor]:
-        """The products as the kernel can read them, with row tables for their dtypes; an error if none can be."""
-        check_products(self._op, self._layout, self._states[0].dtype, products)
+        """The products as the kernel can read them, with row tables for their dtypes; raises if they do not fit."""
+        check_like(products, self._layout, f"{self._op.name}: {self._op.product}", "weights", self._states[0].dtype)
         dtypes = [product.dtype for product in products]
         if dtypes != self._dtypes:
             self._dtypes, self._rows = dtypes, row_tables(self._layout, dtypes)

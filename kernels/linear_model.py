@@ -1,31 +1,30 @@
-"""All terms of a linear model's Neumann series in one launch: what both forms share, and what fits.
+"""All terms of a linear model's Neumann series in one launch: what both forms share, and their limits.
 
-A row is one output of one right-hand side. A program takes a group of rows: where the loss couples the outputs
-(softmax) all outputs of one right-hand side, else any 16 rows. Rows and samples are padded to powers of two, at least
-16.
+A row is one output of one right-hand side. A program takes a group of rows: all outputs of one right-hand side if the
+loss couples them (softmax), else any 16 rows. Rows and samples are padded to powers of two, at least 16.
 
 * Dual form (linear_dual.py): `linear_model_dual_terms` keeps the Gram matrix of the inputs in shared memory, and S of
   the term and of the sum, the first outputs and the loss's curvature in registers, from the first term to the last.
-  What is as long as the features is met before, in one product with the inputs by torch, and after, in
-  `linear_model_expand`, whose programs share the features among them.
+  Only two steps touch vectors as long as the features: torch's product with the inputs before, and
+  `linear_model_expand` after, whose programs share the features among them.
 * Direct form (linear_direct.py): `linear_model_direct_terms` keeps the outputs and the curvature in registers and
-  sweeps over the features once for each term: a tile of the inputs serves the product that ends one term and the one
-  that begins the next. v, p and the inputs stay in the caches (784 x 10 weights and 50 samples are 0.2 MB).
+  sweeps over the features once for each term: a tile of the inputs is used for the product that ends one term and for
+  the one that begins the next. v, p and the inputs stay in the caches (784 x 10 weights and 50 samples are 0.2 MB).
 
 The inputs may have any dtype no wider than the state's. Sums are in the state's dtype, never in TensorFloat-32; norms
 in float64.
 
-Beyond these limits :func:`linear_model_limit` gives the reason to take plain torch. Rows and samples are here those of
-a program, padded:
+Beyond these limits, with the padded rows and samples of one program, plain torch runs instead, and
+:func:`linear_model_limit` says why:
 
 * dual: rows * samples^2 <= 2^18 (16 rows and 128 samples, 64 and 64, 128 and 32);
 * direct: rows * samples <= 2048 in float32, 1024 in float64; at most 64 tiles of features, of 32 features where
   rows * samples <= 1024 in float32, else of 16.
 
-Within them ptxas finds room for everything: at most 8 bytes of local memory for each thread at 10 outputs and 50
-samples, and at the limits 72 in float32 and 320 in float64. Shared memory is at most 72 KiB (float32) or 144 KiB
-(float64), with 128 samples; so the dual form is held also to what the GPU offers. The number of tiles is an estimate:
-they pass one after another, in about a microsecond each, and a term in plain torch costs the host about 64 of these.
+Within them hardly any register is spilled: ptxas reports at most 8 bytes of local memory for each thread at 10 outputs
+and 50 samples, and at the limits 72 in float32 and 320 in float64. Shared memory takes at most 72 KiB (float32) or 144
+KiB (float64), with 128 samples, so the dual form is also limited to what the GPU offers. The limit of tiles is an
+estimate: one after another takes about a microsecond, and a term in plain torch costs the host about 64 of these.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ DIRECT_TILES = 64
 
 @triton.jit
 def group_rows(group, rows, outputs, ROWS: tl.constexpr):
-    """This program's rows, their outputs, and which of them there are."""
+    """This program's rows, their outputs, and which of the rows exist."""
     lane = tl.arange(0, ROWS)
     row = tl.program_id(0).to(tl.int64) * group + lane
     return row, row % outputs, (lane < group) & (row < rows)
@@ -58,7 +57,7 @@ def group_rows(group, rows, outputs, ROWS: tl.constexpr):
 
 @triton.jit
 def curve(u, curvature, probabilities):
-    """The loss's own Hessian in the outputs times u."""
+    """The Hessian of the loss in the outputs, times u."""
     if probabilities is not None:
         u -= tl.sum(probabilities * u, 0)[None, :]
     return curvature * u
@@ -66,7 +65,7 @@ def curve(u, curvature, probabilities):
 
 @triton.jit
 def measure(x):
-    """For each row its squared norm in float64, and whether it holds a NaN or an infinity."""
+    """The squared norm of each row in float64, and whether it holds a NaN or an infinity."""
     finite = tl.abs(x) < float("inf")
     wide = x.to(tl.float64)
     return tl.sum(wide * wide, 1), tl.max(1 - finite.to(tl.int32), 1)
@@ -74,21 +73,21 @@ def measure(x):
 
 @triton.jit
 def add_each(x, squared, bad):
-    """The same for rows of one element, added to those of others."""
+    """Add to the figures of :func:`measure` those of one more element in each row."""
     wide = x.to(tl.float64)
     return squared + wide * wide, tl.maximum(bad, 1 - (tl.abs(x) < float("inf")).to(tl.int32))
 
 
 @triton.jit
 def open_bias(v, decay, damped, row, output, outputs, size, bias, inside):
-    """The bias of each row of the right-hand side, and its decay with damping."""
+    """The bias of each row of the right-hand side, and its decay plus damping."""
     start = tl.load(v + row // outputs * size + bias + output, mask=inside, other=0.0)
     return start, tl.load(decay + bias + output, mask=inside, other=0.0) + damped
 
 
 @triton.jit
 def step_bias(curved, shift, start, term, total, step, HORNER: tl.constexpr):
-    """The bias of the next term, and of the sum with it; its product is the sum over samples."""
+    """The bias of the next term, and of the sum that includes it; a product with the bias is a sum over samples."""
     source = total if HORNER else term
     product = tl.sum(curved, 1) + shift * source
     term = (start if HORNER else term) - step * product
@@ -97,7 +96,7 @@ def step_bias(curved, shift, start, term, total, step, HORNER: tl.constexpr):
 
 @triton.jit
 def close_bias(v, p, place, mask, term, total, step, squared_term, squared_sum, bad, HORNER: tl.constexpr):
-    """Write the bias as the weights are written, and add it to the figures (the last three)."""
+    """Write the bias, as the weights are written, and add it to the last three figures."""
     tl.store(p + place, step * total, mask=mask)
     if not HORNER:
         tl.store(v + place, term, mask=mask)
@@ -120,13 +119,13 @@ def record(figures, row, inside, squared_start, bad_start, squared_residual, squ
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the programs share the work, for one model.
+    """How programs share the work of one model.
 
     Attributes:
         group: rows of one program.
-        rows: the same, padded.
-        samples: padded.
-        features: of one tile in the direct form.
+        rows: `group`, padded.
+        samples: the number of samples, padded.
+        features: features of one tile in the direct form.
         wide: whether the state is float64.
     """
 
@@ -183,7 +182,7 @@ def linear_model_limit(factors: Factors, dual: bool) -> str | None:
 
 
 def numbers(v: Tensor, alpha: float, damping: float) -> tuple[Tensor, Tensor]:
-    """Both in device memory, since Triton passes a Python float in 32 bits."""
+    """alpha and damping in device memory, since Triton passes a Python float in 32 bits."""
     alpha_tensor, damping_tensor = (torch.full((), x, dtype=torch.float64, device=v.device) for x in (alpha, damping))
     return alpha_tensor, damping_tensor
 

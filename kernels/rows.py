@@ -1,12 +1,13 @@
-"""What every kernel does first and last: find its row of the work, and write its partial sums.
+"""The beginning and the end of every kernel: find the row to work on, and write its partial sums.
 
-One program handles one row: a chunk of one tensor. The row table has five int64 columns: index of the tensor,
-index of the chunk in it, start of the chunk in the flat state in units of 16 elements, elements in the chunk,
-and the row of `partials` to write. The address table has the address of each product tensor.
+One program handles one row: a chunk of one tensor. The row table has five int64 columns: the index of the tensor, the
+index of the chunk in it, the start of the chunk in the flat state in units of 16 elements, the number of elements in
+the chunk, and the row of `partials` to write. For tensors of 5,000 and 3 elements and chunks of 4,096, the rows are
+(0, 0, 0, 4096, 0), (0, 1, 256, 904, 1) and (1, 0, 313, 3, 2). The address table has the address of each product.
 
-Every kernel has two bodies. The wide one serves rows whose product is 16-byte aligned and whose length is a
-multiple of 16: the compiler can then prove that whole vectors are in bounds, and loads and stores 16 bytes at a
-time. The narrow one serves any address and any length. The choice is made by each row at run time.
+Every kernel has two bodies. The wide one is for rows whose product is 16-byte aligned and whose length is a multiple
+of 16: the compiler can then prove that whole vectors are in bounds, and loads and stores 16 bytes at a time. The narrow
+one is for any address and length. Each row chooses at run time.
 """
 
 import triton
@@ -32,8 +33,8 @@ def elements(address, chunk, start, length, PRODUCT: tl.constexpr, CHUNK: tl.con
     lane = tl.arange(0, CHUNK)
     source = address.to(tl.pointer_type(PRODUCT))
     if WIDE:
-        # The hint is on the pointer and not on `address`, which both bodies share; and the length is
-        # rounded instead of hinted for the same reason.
+        # The hint is on the pointer because both bodies share `address`; for the same reason the length is rounded
+        # instead of hinted.
         source = tl.multiple_of(source, 16)
         inside = lane < length // 16 * 16
     else:
@@ -60,8 +61,8 @@ def record_products(partials, row, a, b, c, d):
 
 @triton.jit
 def spread_total(partials, rows, BLOCK: tl.constexpr):
-    """Add up the second column of all `rows` of partials and leave the total in the first column of each, where
-    the row's own program, which alone overwrites it, finds it. One program."""
+    """Add up the second column of all `rows` of partials, in one program, and write the total into the first column of
+    each row, where the program of the row finds it, which is the only one that overwrites it."""
     lane = tl.arange(0, BLOCK).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float64)
     begin = 0

@@ -11,6 +11,7 @@ import torch
 from cases import BILEVEL, Bilevel
 from op_cases import TARGETS
 
+from hvp_engine.differentiation.trace.rewriting import verified_rewrites
 from hvp_engine.linear_model import engine as linear_model
 from hvp_engine.ops.backend import use_backend, why_not
 
@@ -27,6 +28,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(autouse=True)
+def rewrites_keep_the_numbers() -> Iterator[None]:
+    """Every rewrite of every traced graph is compared with the graph before it."""
+    with verified_rewrites():
+        yield
 
 
 @pytest.fixture(params=DEVICES)

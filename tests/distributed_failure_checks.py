@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from distributed_cases import (
 from torch import Tensor
 
 import hvp_engine as hvp
+from hvp_engine.engines import auto
 
 
 class _Broken(torch.autograd.Function):
@@ -112,8 +114,28 @@ def check_different_weights_are_refused(rank: int, count: int, folder: Path) -> 
         hvp.Hypergradient(parallel(network())[0], losses(network())[1])
 
 
+def check_an_agreed_engine_that_fails(rank: int, count: int, folder: Path) -> None:
+    """The processes agree on eager, which process 0 has to build anew, and there that fails."""
+    arguments = weights_of(network()), decays(), shard(batch(1), rank, count), shard(batch(2), rank, count)
+
+    def measured(contenders: Any) -> list[float]:
+        eager_is_faster = rank == count - 1
+        return [1.0 if (engine.name == "eager") == eager_is_faster else 2.0 for engine, _ in contenders]
+
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("out of memory, say")
+
+    with (
+        mock.patch.object(auto, "_seconds_per_term", measured),
+        mock.patch.object(auto.AutoEngine, "linearize_by", failing if rank == 0 else auto.AutoEngine.linearize_by),
+        pytest.raises(RuntimeError if rank == 0 else hvp.DistributedError, match="out of memory, say"),
+    ):
+        hvp.Hypergradient(*parallel(network()), solver=hvp.Neumann(5, alpha=0.05), engine="auto")(*arguments)
+
+
 CHECKS = [
     check_errors_reach_all,
+    check_an_agreed_engine_that_fails,
     check_divergence_is_raised_in_all,
     check_different_weights_are_refused,
 ]

@@ -1,4 +1,4 @@
-"""What must hold of a Tuner in every process of a group; see processes.py."""
+"""Checks of a Tuner that run in every process of a group; see processes.py."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_tuner(rank: int, count: int, folder: Path) -> None:
 
 
 def check_tuner_resumes(rank: int, count: int, folder: Path) -> None:
-    """Each process its own file; after a kill between two writes all go on from the older moment."""
+    """Each process has its own file; after a kill between their writes all continue from the older state."""
     path = folder / "run.pt"
     whole, whole_hyper = network(), decays()
     small_tuner(whole, whole_hyper, parallel(whole), engine="eager").fit(*loaders(rank, count), 6, progress=False)
@@ -96,6 +96,20 @@ class _EndsBadly:
         yield from self._batches[2:]
 
 
+class _Only(hvp.tuning.Callback):
+    """Stops the run in one process: True from `on_fit_start`, or an error in `on_train_step`."""
+
+    def __init__(self, here: bool, method: str):
+        self._active = method if here else ""
+
+    def on_fit_start(self, tuner: hvp.Tuner) -> bool:
+        return self._active == "on_fit_start"
+
+    def on_train_step(self, tuner: hvp.Tuner, loss: Any) -> None:
+        if self._active == "on_train_step":
+            raise OSError("a full disk")
+
+
 def check_tuner_stops_together(rank: int, count: int, folder: Path) -> None:
     last = rank == count - 1
     train, val = loaders(rank, count)
@@ -115,13 +129,16 @@ def check_tuner_stops_together(rank: int, count: int, folder: Path) -> None:
     with pytest.raises(hvp.CheckpointError, match="it is a folder"):
         fit(train, checkpoint=folder / "taken.pt")
     assert fit(train, callbacks=[lambda tuner, record: last and record.hyper_step == 1]).hyper_steps == 2
+    with pytest.raises(OSError if last else hvp.DistributedError, match="a full disk"):
+        fit(train, callbacks=[_Only(last, "on_train_step")])
+    assert fit(train, callbacks=[_Only(last, "on_fit_start")]).hyper_steps == 0
     early = fit(train, metric="score", patience=1, evaluate=lambda tuner: {"score": tuner.hyper_steps * last})
     assert_same_bits([], early.hyper_steps)
     assert early.hyper_steps < 5
 
 
 def check_failed_hyper_steps_are_left_out_by_all(rank: int, count: int, folder: Path) -> None:
-    """A batch that only one process has makes the hypergradient infinite: all leave the step out, and go on."""
+    """A batch of one process makes the hypergradient infinite: all processes leave out that hyper step and continue."""
     last = rank == count - 1
     module, hyper = network(), decays()
     train, val = loaders(rank, count)

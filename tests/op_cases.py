@@ -88,7 +88,7 @@ MATHEMATICS: dict[str, Callable] = {
 
 
 def extended(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().double().numpy().astype(np.longdouble)
+    return tensor.detach().cpu().double().resolve_neg().numpy().astype(np.longdouble)
 
 
 @dataclass

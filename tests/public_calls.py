@@ -47,7 +47,7 @@ from public_calls_operators import (
 from torch import Tensor
 
 import hvp_engine as hvp
-from hvp_engine.demo.datasets import mnist
+from hvp_engine.demo.images import mnist
 
 
 def with_backend(name: str, caller: Caller) -> Callable[[], object]:
@@ -187,6 +187,8 @@ CALLS: dict[str, list[Call]] = {
 }
 
 PARTS_OF = {
+    "I": "HessianOperator",
+    "LinearOperator": "HessianOperator",
     "CheckResult": "check",
     "DivergenceError": "Hypergradient",
     "Estimate": "Hypergradient",

@@ -23,6 +23,8 @@ import hvp_engine as hvp
 
 SUBJECTS = LOSS_CALLS | OPERATOR_CALLS
 NO_TENSORS = {
+    "I",
+    "LinearOperator",
     "use_backend",
     # what is returned
     *("CheckResult", "Estimate", "ExtremeEigenvalues", "History", "HypergradientResult", "Influence", "Record"),

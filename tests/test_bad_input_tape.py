@@ -94,7 +94,9 @@ def test_approx_inverse_hvp(name: str, f: str, alpha: float | str, world: World)
 
 def test_v_wider_than_the_weights() -> None:
     w = torch.ones(3, requires_grad=True)
-    with pytest.raises(TypeError, match=r"^v\[0\]: expected a dtype no wider than torch.float32.*got torch.float64"):
+    with pytest.raises(
+        TypeError, match=r"^v\[0\]: expected a floating dtype no wider than torch.float32.*got torch.float64"
+    ):
         hvp.approx_inverse_hvp(torch.ones(3, dtype=DTYPE), w.square().sum(), w, 2, 0.1)
     assert torch.equal(w, torch.ones(3)) and w.grad is None
 
@@ -102,7 +104,9 @@ def test_v_wider_than_the_weights() -> None:
 def test_f_wider_than_the_weights() -> None:
     w = torch.ones(3, requires_grad=True)
     f = torch.autograd.grad(w.square().sum(), w, create_graph=True)[0].double()
-    with pytest.raises(TypeError, match=r"^f\[0\]: expected a dtype no wider than torch.float32.*got torch.float64"):
+    with pytest.raises(
+        TypeError, match=r"^f\[0\]: expected a floating dtype no wider than torch.float32.*got torch.float64"
+    ):
         hvp.approx_inverse_hvp(torch.ones(3), f, w, 2, 0.1)
 
 

@@ -1,4 +1,4 @@
-"""Streams of batches: endless, and found again at any position."""
+"""Endless streams of batches, restored at any position."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from hvp_engine._support.data_stream import Batches
 from hvp_engine.errors import CheckpointError
-from hvp_engine.tuning.data_stream import Batches
 
 CPU = torch.device("cpu")
 NUMBERS = torch.arange(10.0)
 
 
 class Noisy(Dataset):
-    """Augments by every generator that datasets use."""
+    """Augments with each of the global generators that datasets use."""
 
     def __len__(self) -> int:
         return 10
@@ -31,7 +31,7 @@ class Noisy(Dataset):
 
 
 class Counted(DataLoader):
-    """Remembers which epochs its sampler was told."""
+    """Records the epochs that its sampler was told."""
 
     def __init__(self) -> None:
         super().__init__(TensorDataset(NUMBERS), batch_size=5)
@@ -43,7 +43,7 @@ class Counted(DataLoader):
 
 
 class Stateful:
-    """A loader that saves its own position, with random order."""
+    """A loader in random order that saves its own position."""
 
     def __init__(self) -> None:
         self.taken = 0
@@ -87,12 +87,12 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_any_position_is_found_again(name: str) -> None:
-    """A new loader, in a process whose generators are elsewhere, goes on with the same batches, also over epochs."""
+    """A new loader continues with the same batches, also across epochs, whatever the state of the global generators."""
     for taken in range(14):
         torch.manual_seed(taken)
         original = stream(LOADERS[name]())
         original.take(taken)
-        state, outside = original.position().state_dict(), torch.get_rng_state()
+        state, outside = original.state_dict(), torch.get_rng_state()
         expected = original.take(6)
         torch.manual_seed(99), random.seed(99), numpy.random.seed(99)
         again = stream(LOADERS[name]())
@@ -106,7 +106,7 @@ def test_workers_replay() -> None:
     torch.manual_seed(0)
     original = stream(DataLoader(Noisy(), batch_size=3, shuffle=True, num_workers=1))
     original.take(2)
-    state = original.position().state_dict()
+    state = original.state_dict()
     again = stream(DataLoader(Noisy(), batch_size=3, shuffle=True, num_workers=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -128,7 +128,7 @@ def test_other_random_draws_are_neither_disturbed_nor_felt() -> None:
     noisy, _ = run(True)
     assert all(same(a, b) for a, b in zip(quiet, noisy, strict=True))
     torch.manual_seed(5), random.seed(5), numpy.random.seed(5)
-    torch.empty((), dtype=torch.int64).random_()  # the seed of the epoch is all that is taken
+    torch.empty((), dtype=torch.int64).random_()  # the stream draws the seed of its epoch and nothing else
     assert torch.equal(after, torch.rand(3))
 
 
@@ -144,7 +144,7 @@ def test_samplers_are_told_the_epoch_also_when_it_is_replayed() -> None:
     batches.take(5)
     assert loader.epochs == [0, 1, 2]
     again = Counted()
-    stream(again).load_state_dict(batches.position().state_dict())
+    stream(again).load_state_dict(batches.state_dict())
     assert again.epochs == [2]
 
 
@@ -159,22 +159,22 @@ def test_a_loader_with_hidden_random_state_is_noticed() -> None:
     original = stream(Hidden(1))
     original.take(2)
     with pytest.warns(UserWarning, match="^loader: replaying the epoch gave another batch.*does not continue exactly"):
-        stream(Hidden(2)).load_state_dict(original.position().state_dict())
+        stream(Hidden(2)).load_state_dict(original.state_dict())
 
 
 def test_loaders_that_cannot_be_the_ones_of_the_checkpoint() -> None:
     original = stream([1, 2, 3])
     original.take(3)
     with pytest.raises(CheckpointError, match="^loader: expected at least 3 batches in an epoch.*got 2"):
-        stream([1, 2]).load_state_dict(original.position().state_dict())
+        stream([1, 2]).load_state_dict(original.state_dict())
     with pytest.raises(CheckpointError, match=r"^loader: expected a loader without state_dict\(\).*got one with it"):
-        stream(Stateful()).load_state_dict(original.position().state_dict())
+        stream(Stateful()).load_state_dict(original.state_dict())
     with pytest.raises(CheckpointError, match=r"^loader: expected a loader with state_dict\(\).*got one without it"):
-        stream([1]).load_state_dict(stream(Stateful()).position().state_dict())
+        stream([1]).load_state_dict(stream(Stateful()).state_dict())
     shuffled = stream(LOADERS["own generator"]())
     shuffled.next()
     with pytest.raises(CheckpointError, match="^loader: expected a loader with 1 generators.*got one with 0"):
-        stream([1]).load_state_dict(shuffled.position().state_dict())
+        stream([1]).load_state_dict(shuffled.state_dict())
 
 
 def test_begin_again_and_count_epochs() -> None:

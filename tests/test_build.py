@@ -18,6 +18,8 @@ from hvp_engine.ops import cpp as native
 ROOT = Path(__file__).parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md", "constraints.txt")
 FOLDERS = ("csrc", "kernels", "hvp_engine")
+NOT_BUILT = ("baselines", "examples", "tests")
+"""What a repository has beside the package; neither a wheel nor an sdist holds any of it."""
 
 
 @pytest.fixture
@@ -28,8 +30,9 @@ def sources(tmp_path: Path) -> Path:
     for name in SOURCES:
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
-    for name in FOLDERS:
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in (*FOLDERS, *NOT_BUILT):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "results")
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     return copy
 
 
@@ -61,6 +64,7 @@ def test_without_a_compiler_the_package_warns_and_runs_on_the_reference_backend(
         names = set(archive.namelist())
 
     assert not [name for name in names if name.endswith(".so")]
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"hvp_engine"}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "hvp_engine").rglob("*.py")}
     expected |= {f"hvp_engine/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert expected <= names
@@ -84,7 +88,7 @@ print(doctor.examine())
     assert output[1].startswith("reference | ImportError")
     assert "C++ compiler" in output[1]
     assert [line for line in output[2:] if re.search("cpp +not available: ImportError.*C\\+\\+ compiler", line)]
-    assert "backends on cpu ('auto' takes 'reference')" in output
+    assert "backends on cpu ('auto' uses 'reference')" in output
 
 
 def test_cuda_on_fails_where_it_cannot_be_built(sources, tmp_path):
@@ -122,6 +126,7 @@ def test_sdist_holds_all_that_a_build_needs(sources, tmp_path):
     needed += [Path("CMakeLists.txt"), Path("setup.py"), Path("pyproject.toml"), Path("LICENSE")]
     assert len(needed) > 30
     assert [str(path) for path in needed if not (unpacked / path).exists()] == []
+    assert [name for name in NOT_BUILT if (unpacked / name).exists()] == []
 
 
 def test_extension_names_its_reason_without_a_gpu():

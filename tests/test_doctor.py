@@ -79,13 +79,23 @@ def test_an_engine_that_cannot_be_made_shows_the_error(monkeypatch):
 
 
 def test_versions_devices_and_threads(diagnosis):
-    assert diagnosis.versions["torch"] == torch.__version__
+    assert diagnosis.versions["torch"].split(",")[0] == torch.__version__
     assert diagnosis.threads == torch.get_num_threads()
     assert "logical cores" in diagnosis.devices["cpu"]
     if torch.cuda.is_available():
         assert "sm_" in diagnosis.devices["cuda:0"]
     else:
         assert diagnosis.devices["cuda"].startswith("none: ")
+
+
+def test_the_running_version_is_shown_beside_another_installed_one(monkeypatch):
+    installed = doctor.importlib.metadata.version("torch")
+    monkeypatch.setattr(torch, "__version__", "9.9.9+cu999")
+    assert doctor.examine().versions["torch"] == f"9.9.9+cu999, installed as {installed}"
+    monkeypatch.setattr(torch, "__version__", installed)
+    assert doctor.examine().versions["torch"] == installed
+    monkeypatch.setattr(doctor, "_PACKAGES", ("no_such_package",))
+    assert doctor.examine().versions["no_such_package"] is None
 
 
 def test_several_openmp_runtimes_are_pointed_out(diagnosis):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import math
 from functools import partial
 from typing import Any
@@ -149,28 +148,13 @@ def test_density_against_the_dense_one() -> None:
     assert float(outlier) == pytest.approx(2 / 403, rel=0.5)
 
 
-def test_the_plot_shows_bulk_and_outlier() -> None:
+def test_the_default_width_separates_bulk_and_outlier() -> None:
+    """Between them the density is below what one eigenvalue in a hundred contributes."""
     values = torch.cat([torch.linspace(0, 1, 99), torch.tensor([10.0])])
-    axes = hvp.spectral_density(lambda v: values * v, like=values).plot()
-    [line] = axes.lines
-    x, y = torch.tensor(line.get_xdata()), torch.tensor(line.get_ydata())
-    low, _ = axes.get_ylim()
-    assert y[(x - 10).abs().argmin()] > low and y[(x - 0.5).abs().argmin()] > low
-    assert y[(x - 5).abs().argmin()] < low
-
-
-def test_plot_without_matplotlib_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    density = hvp.spectral_density(lambda v: 2 * v, probes=1, like=torch.ones(3))
-    original = builtins.__import__
-
-    def missing(name: str, *arguments: Any, **keywords: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError("No module named 'matplotlib'")
-        return original(name, *arguments, **keywords)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(hvp.HvpError, match=r"matplotlib.*pip install hvp_engine\[demo\]"):
-        density.plot()
+    bulk, gap, outlier = hvp.spectral_density(lambda v: values * v, like=values)(
+        torch.tensor([0.5, 5.0, 10.0])
+    ).tolist()
+    assert gap < 1e-6 < outlier < bulk
 
 
 # Bad input

@@ -15,6 +15,7 @@ import hvp_engine as hvp
 from hvp_engine import engines
 from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.recording import CaptureError, CudaRecorder, Recorder
+from hvp_engine.solvers import Solver
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
 Make = Callable[..., CudaGraphEngine]
@@ -251,10 +252,11 @@ def test_a_loss_that_waits_is_left_to_eager(make: Make, device: torch.device) ->
     assert engine.tally.buffers == 1
 
 
-class Waiting:
+class Waiting(Solver):
     """Neumann that looks at the device for every term."""
 
-    damping, estimates_spectrum = 0.0, True
+    damping = 0.0
+    estimates_spectrum = True  # type: ignore[assignment]
 
     def allocate(self, layout: Any) -> Any:
         iteration: Any = hvp.Neumann(6).allocate(layout)
@@ -332,10 +334,11 @@ def test_a_preconditioner_goes_term_by_term(make: Make, device: torch.device) ->
     assert "ConjugateGradient term by term: its preconditioner is the caller's code" in engine.report()
 
 
-class Baked:
+class Baked(Solver):
     """Neumann whose recording would keep the step of its first solve: `adapt` sets a Python number."""
 
-    damping, estimates_spectrum = 0.0, True
+    damping = 0.0
+    estimates_spectrum = True  # type: ignore[assignment]
 
     def allocate(self, layout: Any) -> Any:
         iteration: Any = hvp.Neumann(6).allocate(layout)

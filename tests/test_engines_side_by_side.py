@@ -12,9 +12,10 @@ from cases import DTYPE, NETWORKS, dense_hessian, flat, matrix_with, randn, rela
 from torch import Tensor
 
 import hvp_engine as hvp
+from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.engines import EagerEngine
 from hvp_engine.engines.traced import TracedLinearization
-from hvp_engine.operators.hessian import Curvature
+from hvp_engine.operators.base import LinearOperator
 
 COUNT = 11
 
@@ -38,13 +39,13 @@ def right_hand_sides(weights: dict[str, Tensor], count: int) -> dict[str, Tensor
 def batched_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many vectors each batched product took."""
     calls: list[int] = []
-    original = TracedLinearization.products
+    original = TracedLinearization._at_once
 
     def counting(self: TracedLinearization, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         calls.append(len(tangents[0]))
         return original(self, tangents)
 
-    monkeypatch.setattr(TracedLinearization, "products", counting)
+    monkeypatch.setattr(TracedLinearization, "_at_once", counting)
     return calls
 
 
@@ -123,7 +124,7 @@ def test_where_vmap_fails_a_loop_takes_over_and_the_report_says_so(monkeypatch: 
         calls.append(len(tangents))
         raise RuntimeError("vmap: no batching rule for aten::something")
 
-    monkeypatch.setattr(TracedLinearization, "products", failing)
+    monkeypatch.setattr(TracedLinearization, "_at_once", failing)
     operator, weights = operator_of("mlp")
     v = right_hand_sides(weights, COUNT)
     for _ in range(2):
@@ -198,7 +199,7 @@ def test_exact_on_a_network_and_on_a_linear_model(batched_calls: list[int]) -> N
 def test_a_sketch_is_made_in_blocks(name: str, sketch: Any, batched_calls: list[int]) -> None:
     """At most 32 vectors at a time, and what is left over one by one; the values are those of single products."""
     operator, weights = operator_of(name)
-    plain = Curvature(Single(operator), operator._structure, EagerEngine())
+    plain = LinearOperator(Single(operator), operator._structure, EagerEngine())
     plain.spectrum = operator.spectrum
     v = {key: t[0] for key, t in right_hand_sides(weights, 1).items()}
     rank = min(70, operator.shape[0])
@@ -217,12 +218,12 @@ def test_a_sketch_is_made_in_blocks(name: str, sketch: Any, batched_calls: list[
     assert relative_error(flat(list(preconditioner(leaves))), flat(list(single(leaves)))) < 1e-9
 
 
-class Single:
+class Single(LinearMap):
     """An operator that takes one vector at a time."""
 
     def __init__(self, operator: hvp.HessianOperator):
         self.layout, self.product = operator.layout, operator.product
-        self.loss, self.gradient = operator.loss, operator.linearization.gradient
+        self.loss, self.gradient = operator.loss, operator.linear_map.gradient
 
 
 def test_several_right_hand_sides_share_a_sketch() -> None:

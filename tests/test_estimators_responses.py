@@ -32,6 +32,11 @@ def test_linear_response_finds_the_exact_hypergradient() -> None:
     assert relative_error(few(problem.weights, problem.hyper, None, None).grads, problem.hypergradient) > 1e-2
 
 
+@pytest.fixture(autouse=True)
+def the_same_draws_in_every_order() -> None:
+    torch.manual_seed(0)
+
+
 class Rows:
     """Targets W0 + diag(M h) D and b0 + C h: row by row scaled, as a structured response is; H random in between."""
 

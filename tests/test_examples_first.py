@@ -13,13 +13,15 @@ import torch
 import hvp_engine as hvp
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
-NAMES = ["migrating", "data_reweighting", "imaml", "learned_regularizer", "relaxed_choice"]
+NAMES = ["minimal", "migrating", "data_reweighting", "imaml", "learned_regularizer", "relaxed_choice"]
 
 
 @pytest.fixture(autouse=True)
-def unchanged_random_state():
+def unchanged_global_state():
+    dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
         yield
+    torch.set_default_dtype(dtype)
 
 
 def example(name: str) -> ModuleType:
@@ -28,6 +30,41 @@ def example(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 7])
+def test_the_minimal_version_and_the_library_give_the_same_hypergradient(iterations):
+    """Both terms of the hypergradient are there, and weights of several shapes; nothing is at a minimum."""
+    minimal = example("minimal")
+    assert "hvp_engine" not in vars(minimal) and "hvp" not in vars(minimal)
+    torch.manual_seed(0)
+    x, x_val, y, y_val = torch.randn(4, 20, 3, dtype=torch.float64)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)).double()
+    weights = dict(module.named_parameters())
+    hyper = {name: torch.full_like(w, -1.0, requires_grad=True) for name, w in weights.items()}
+    net = hvp.functional(module)
+
+    def train_loss(weights, hyper, batch):
+        return ((net(weights, x) - y) ** 2).mean() + sum((hyper[k].exp() * w**2).sum() for k, w in weights.items())
+
+    def val_loss(weights, hyper, batch):
+        return ((net(weights, x_val) - y_val) ** 2).mean() + sum((hyper[k] * w).sum() for k, w in weights.items())
+
+    lists = list(weights.values()), list(hyper.values())
+    recorded = train_loss(weights, hyper, None), val_loss(weights, hyper, None)
+    naive = minimal.hypergradient(*recorded, *lists, iterations, alpha=0.1)
+    recorded = train_loss(weights, hyper, None), val_loss(weights, hyper, None)
+    solver = hvp.Neumann(iterations, alpha=0.1)
+    torch.testing.assert_close(hvp.hypergradient(*recorded, *lists, solver), tuple(naive), rtol=1e-12, atol=1e-14)
+    for engine in ("eager", "linearized"):
+        found = hvp.Hypergradient(train_loss, val_loss, solver, engine)(weights, hyper, None, None)
+        torch.testing.assert_close(list(found.grads.values()), naive, rtol=1e-10, atol=1e-13)
+
+
+def test_the_minimal_version_converges_to_the_exact_hypergradient(capsys):
+    example("minimal").main()
+    errors = [float(row.split()[1]) for row in capsys.readouterr().out.splitlines()[1:]]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0.1 and errors[-1] < 1e-14
 
 
 def test_migrating_keeps_the_numbers():
@@ -88,6 +125,7 @@ def test_a_relaxed_choice_becomes_the_best_discrete_one():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_script_prints_its_table(name, monkeypatch, capsys):
     sizes = {
+        "minimal": [],
         "migrating": ["--examples", "50", "--iterations", "2"],
         "data_reweighting": ["--examples", "50", "--hyper-steps", "2"],
         "imaml": ["--meta-steps", "1", "--test-tasks", "2"],

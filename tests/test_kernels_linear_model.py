@@ -50,7 +50,7 @@ MODELS = {
 
 
 def factors_of(model: Model) -> Factors:
-    linearization = model.operator.linearization
+    linearization = model.operator.linear_map
     assert isinstance(linearization, LinearModelProducts)
     return linearization.factors
 

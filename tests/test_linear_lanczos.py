@@ -22,7 +22,7 @@ def started(model: Model, seed: int = 20) -> FlatVector:
 
 
 def fast(model: Model, steps: int) -> Tridiagonalization:
-    return tridiagonalize(model.operator.linearization, started(model), steps)
+    return tridiagonalize(model.operator.linear_map, started(model), steps)
 
 
 def ordinary(model: Model, steps: int) -> Tridiagonalization:

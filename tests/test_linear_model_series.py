@@ -270,7 +270,7 @@ def test_reference_and_kernels_have_one_meaning() -> None:
     from hvp_engine.ops import cpp as native
 
     model = model_of("softmax", 5, "leaves", samples=20, features=33)
-    products = model.operator.linearization
+    products = model.operator.linear_map
     assert isinstance(products, LinearModelProducts)
     start = torch.zeros(2, products.layout.size, dtype=DTYPE)
     for row in start:

@@ -338,3 +338,98 @@ def test_what_it_was_made_of_must_stay(engine: str, changed: str) -> None:
         with pytest.raises(ValueError, match="changed in place since: make a new operator"):
             call()
     assert bool(torch.isfinite(made() @ v).all())
+
+
+def two_operators() -> tuple[hvp.HessianOperator, hvp.HessianOperator, dict[str, Tensor]]:
+    weights = {"a": randn(2, 3, seed=1), "b": randn(4, seed=2)}
+    first = hvp.HessianOperator(lambda w: (w["a"] ** 4).sum() + w["a"].sum() * (w["b"] ** 3).sum(), weights)
+    second = hvp.HessianOperator(lambda w: w["a"].exp().sum() * w["b"].sin().sum(), weights)
+    return first, second, weights
+
+
+@pytest.mark.parametrize("engine", ["eager", "linearized"])
+def test_sums_and_multiples_are_those_of_the_matrices(engine: str) -> None:
+    weights = {"a": randn(2, 3, seed=1), "b": randn(4, seed=2)}
+    A = hvp.HessianOperator(lambda w: (w["a"] ** 4).sum() + w["a"].sum() * (w["b"] ** 3).sum(), weights, engine=engine)
+    B = hvp.HessianOperator(lambda w: w["a"].exp().sum() * w["b"].sin().sum(), weights, engine=engine)
+    eye = torch.eye(10, dtype=DTYPE)
+    for operator, matrix in (
+        (A + B, A.dense() + B.dense()),
+        (A - B, A.dense() - B.dense()),
+        (2 * A, 2 * A.dense()),
+        (-A, -A.dense()),
+        (A + 0.3 * hvp.I, A.dense() + 0.3 * eye),
+        (hvp.I + A, A.dense() + eye),
+        (A - hvp.I, A.dense() - eye),
+        (0.5 * (A + B) * 3.0 + hvp.I * 2.0, 1.5 * (A.dense() + B.dense()) + 2 * eye),
+    ):
+        torch.testing.assert_close(operator.dense(), matrix, rtol=1e-12, atol=1e-13)
+        v = randn(10, seed=3)
+        torch.testing.assert_close(flat(list((operator @ _tree(v)).values())), matrix @ v, rtol=1e-12, atol=1e-13)
+
+
+def _tree(v: Tensor) -> dict[str, Tensor]:
+    return {"a": v[:6].view(2, 3), "b": v[6:]}
+
+
+def test_an_added_multiple_of_the_identity_is_damping() -> None:
+    operator = hvp.HessianOperator(lambda w: (w**4).sum() + w.prod(), randn(5, seed=4))
+    v = randn(5, seed=5)
+    damped = operator.solve(v, hvp.MINRES(30, tol=1e-12, damping=0.7)).value
+    for solver in (hvp.Exact(), hvp.MINRES(30, tol=1e-12)):
+        shifted = (operator + 0.7 * hvp.I).solve(v, solver).value
+        torch.testing.assert_close(shifted, damped, rtol=1e-9, atol=1e-10)
+
+
+def test_a_sum_takes_several_right_hand_sides() -> None:
+    first, second, _ = two_operators()
+    v = {"a": randn(9, 2, 3, seed=6), "b": randn(9, 4, seed=7)}
+    both = first + second + 40.0 * hvp.I
+    value = both.solve(v, hvp.ConjugateGradient(40, tol=1e-13), batched=True).value
+    rows = torch.cat([value["a"].reshape(9, -1), value["b"]], 1)
+    expected = torch.cat([v["a"].reshape(9, -1), v["b"]], 1)
+    torch.testing.assert_close(rows @ both.dense(), expected, rtol=1e-8, atol=1e-9)
+
+
+def test_operators_on_other_weights_do_not_add_up() -> None:
+    first, _, _ = two_operators()
+    other = hvp.HessianOperator(lambda w: (w**2).sum(), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"^operators: expected two on the same tree of weights"):
+        first + other
+    with pytest.raises(TypeError):
+        first + 3.0
+    with pytest.raises(TypeError):
+        first * "3"
+
+
+def test_a_changed_weight_is_noticed_through_a_sum() -> None:
+    first, second, weights = two_operators()
+    both = first + second
+    weights["b"].add_(1.0)
+    with pytest.raises(ValueError, match="changed in place"):
+        both @ weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scipy_solves_with_an_operator(dtype: torch.dtype) -> None:
+    linalg = pytest.importorskip("scipy.sparse.linalg")
+    weights = [randn(2, 3, seed=1).to(dtype).t(), randn(4, seed=2).to(dtype)]  # one of them in transposed memory
+    H = hvp.HessianOperator(lambda w: (w[0] ** 4).sum() + (w[1] ** 2).sum() + w[0].sum() * w[1].sum() / 9, weights)
+    theirs = H.to_scipy()
+    matrix = H.dense().double().numpy()
+    assert theirs.shape == matrix.shape and str(theirs.dtype) == str(dtype).removeprefix("torch.")
+    v = randn(10, seed=3).numpy()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    assert abs(theirs @ v - matrix @ v).max() <= tolerance * abs(matrix @ v).max()
+    assert abs(theirs.rmatvec(v) - matrix.T @ v).max() <= tolerance * abs(matrix @ v).max()
+    found, info = linalg.minres(theirs, v, rtol=1e-9)
+    assert info == 0 and abs(matrix @ found - v).max() < 1e-4
+
+
+def test_a_solver_for_symmetric_operators_refuses_another() -> None:
+    from hvp_engine.differentiation.double_backward import Tape
+
+    w = torch.ones(2, dtype=DTYPE, requires_grad=True)
+    jacobian = Tape([w * torch.tensor([1.0, 2.0]) + w.flip(0) * torch.tensor([3.0, 0.0])], [w], symmetric=False)
+    with pytest.raises(ValueError, match=r"^solver: expected one that does not need a symmetric operator"):
+        hvp.solve(jacobian, torch.ones(2, dtype=DTYPE), hvp.ConjugateGradient(3))

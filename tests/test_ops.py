@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from op_cases import DTYPES, F32, F64, SIZES, THREADED, Case, extended, products_like
+from op_cases import BF16, DTYPES, F16, F32, F64, SIZES, THREADED, Case, extended, products_like
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import CHUNK
@@ -58,15 +58,38 @@ FORMATS: dict[str, Callable[[], list[tuple[Tensor, Tensor]]]] = {
 }
 
 
-@pytest.mark.parametrize("state", [F32, F64], ids=["f32", "f64"])
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in another dtype, in the same memory format: strides, offset and lazy negation too."""
+    if tensor.dtype == dtype:
+        return tensor
+    storage = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+    result = storage.to(dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return torch._neg_view(result) if tensor.is_neg() else result
+
+
+# State, weights, products: a product in another dtype than the weight's is converted before it is read.
+CONVERSIONS = {
+    "f32": (F32, F32, F32),
+    "f64": (F64, F64, F64),
+    "f32 from bf16": (F32, F32, BF16),
+    "f64 from f16": (F64, F64, F16),
+    "bf16 from f32": (F32, BF16, F32),
+}
+
+
+@pytest.mark.parametrize("dtypes", CONVERSIONS)
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("name", OPS)
-def test_memory_formats(target: torch.device, name: str, kind: str, state: torch.dtype) -> None:
+def test_memory_formats(target: torch.device, name: str, kind: str, dtypes: str) -> None:
+    """Every format with every conversion, since a product that must be both permuted and converted takes a path of
+    its own."""
+    state, weight_dtype, product_dtype = CONVERSIONS[dtypes]
     with torch.device(target):
         pairs = FORMATS[kind]()
         around = torch.randn(20)  # neighbours show a product that was read or written at the wrong place
-    weights = [around, *(weight for weight, _ in pairs), around]
-    products = [around, *(product for _, product in pairs), around]
+    weights = [cast(weight, weight_dtype) for weight in (around, *(weight for weight, _ in pairs), around)]
+    products = [cast(product, product_dtype) for product in (around, *(product for _, product in pairs), around)]
+    assert [product.stride() for product in products[1:-1]] == [product.stride() for _, product in pairs]
     Case.of(name, weights, state).run_and_check(products)
 
 

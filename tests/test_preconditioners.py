@@ -11,6 +11,7 @@ from cases import DTYPE, flat, matrix_with, randn, relative_error, unflat
 from torch import Tensor, nn
 
 import hvp_engine as hvp
+from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.solvers.preconditioners.diagonal import hutchinson_diagonal
 
 DECAY = torch.logspace(-1, 4, 40, dtype=DTYPE)
@@ -45,7 +46,7 @@ def test_jacobi_counts_its_products_and_stays_positive() -> None:
     calls = 0
     operator = operator_of(matrix)
 
-    class Counting:
+    class Counting(LinearMap):
         layout = operator.layout
 
         def product(self, tangents: list[Tensor]) -> Any:
@@ -72,6 +73,18 @@ def test_nystrom_flattens_the_large_eigenvalues() -> None:
     root = torch.linalg.cholesky(inverse)
     values = torch.linalg.eigvalsh(root.T @ (FEW_LARGE + torch.eye(40, dtype=DTYPE)) @ root)
     assert float(values[-1] / values[0]) < 20 < 1e3 < 1e4 / 2
+
+
+def test_nystrom_is_its_formula_for_an_operator_of_low_rank() -> None:
+    """With the sketch exact, M (A + rho I) is 1 on the range of A, and rho / (l_k + rho) beside it."""
+    values, rho = torch.cat([torch.tensor([2.0, 3.0, 5.0, 9.0], dtype=DTYPE), torch.zeros(36, dtype=DTYPE)]), 0.5
+    matrix = matrix_with(values, seed=6)
+    preconditioner = hvp.NystromPreconditioner(operator_of(matrix), rank=4, rho=rho)
+    damped = matrix + rho * torch.eye(40, dtype=DTYPE)
+    product = torch.stack([preconditioner([column])[0] for column in damped])
+    found = torch.linalg.eigvalsh((product + product.T) / 2)
+    expected = torch.cat([torch.full((36,), rho / (2.0 + rho), dtype=DTYPE), torch.ones(4, dtype=DTYPE)])
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
 
 
 # --- KFAC ------------------------------------------------------------------------------------------------------------
@@ -168,6 +181,20 @@ def test_kfac_gives_other_parameters_the_mean_of_their_diagonal() -> None:
     )
     for place in (2, 3):
         torch.testing.assert_close(applied[place], torch.full_like(applied[place], 1 / (0.5 + float(means[place]))))
+
+
+def test_kfac_estimates_a_diagonal_with_signs_of_its_own_for_each_sample_and_output() -> None:
+    """Of two equal samples: without signs the estimate would be twice the truth, with the same signs for every output
+    twice the truth or nothing."""
+    samples, outputs = 2, 400
+    module, weights = set_up(nn.Sequential(nn.Linear(1, outputs), nn.PReLU()))
+    x, y = randn(1, 1, seed=18).expand(samples, 1), torch.zeros(samples, outputs, dtype=DTYPE)
+    z = module[0](x[:1]).detach()
+    exact = float(z.clamp_max(0).square().sum())  # the derivative by PReLU's slope is min(z, 0)
+    applied = hvp.KFACPreconditioner(module, half_square, weights, x, y, shift=0.5)(
+        [torch.ones_like(weight) for weight in weights.values()]
+    )
+    assert 1 / float(applied[2]) - 0.5 == pytest.approx(exact, rel=0.2)
 
 
 def test_kfac_leaves_the_module_alone_and_needs_a_layer() -> None:

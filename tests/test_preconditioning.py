@@ -104,10 +104,10 @@ def test_a_preconditioner_that_is_not_positive_definite_is_refused(sign: float) 
     "error, result",
     [
         (TypeError, lambda v: v[0]),
-        (TypeError, lambda v: [v[0], v[0]]),
+        (ValueError, lambda v: [v[0], v[0]]),
         (TypeError, lambda v: None),
         (ValueError, lambda v: [v[0][:-1]]),
-        (ValueError, lambda v: [0.0]),
+        (TypeError, lambda v: [0.0]),
     ],
 )
 @pytest.mark.parametrize("solver", [hvp.ConjugateGradient, hvp.Neumann])

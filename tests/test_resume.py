@@ -1,4 +1,4 @@
-"""A run that was stopped and continued is the run that was not, bit for bit."""
+"""A run that was stopped and continued equals the uninterrupted run bit for bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hvp_engine.tuning import checkpoint
 
 STEPS = 20
 EVALUATIONS_PER_ROUND = 3 * 2 + 2
-"""Of losses: three training steps of two batches, and a hypergradient."""
+"""Loss evaluations of a round: three training steps of two batches each, and a hypergradient."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,7 +63,7 @@ class Stop(Exception):
 
 
 def test_the_run_moves_everything(straight: dict[str, Tensor]) -> None:
-    """Else equality below would say little."""
+    """Otherwise the comparisons below would prove little."""
     fresh = TuningRun().result()
     assert not [name for name in straight if name != "random" and torch.equal(straight[name], fresh[name])]
     assert straight["losses"].shape == (STEPS, 3) and (straight["losses"][:, 2] > 0).sum() == STEPS // 4
@@ -86,7 +86,7 @@ def test_stopped_and_continued_at_every_step(straight: dict[str, Tensor], tmp_pa
 
 
 def test_killed_in_the_middle_of_a_step(straight: dict[str, Tensor], tmp_path: Path) -> None:
-    """SIGKILL in round 13 of a run that saves every 5: continued from 10, in another process than the straight one."""
+    """SIGKILL in round 13 of a run that saves every 5 hyper steps: another process continues from 10."""
     path = tmp_path / "run.pt"
     kill_at = 8 + 12 * EVALUATIONS_PER_ROUND + 4
     script = Path(__file__).with_name("tuning_run.py")
@@ -103,7 +103,7 @@ def test_killed_in_the_middle_of_a_step(straight: dict[str, Tensor], tmp_path: P
 def test_killed_before_the_first_hyper_step(
     minutes: float | None, steps: int | None, straight: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """SIGKILL in the fifth training step of the first round, which has seven: saved is what the clock has asked for."""
+    """SIGKILL in the fifth of the first round's seven training steps: only what the clock asked for has been saved."""
     path, evaluations = tmp_path / "run.pt", []
 
     def event(kind: str) -> None:
@@ -112,7 +112,7 @@ def test_killed_before_the_first_hyper_step(
             os.kill(os.getpid(), signal.SIGKILL)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of threads, which a child does without
+        warnings.simplefilter("ignore")  # about threads, which the child does not need
         child = os.fork()
     if child == 0:
         try:
@@ -129,7 +129,7 @@ def test_killed_before_the_first_hyper_step(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.soak)])
 def test_killed_at_any_moment(kills: int, straight: dict[str, Tensor], tmp_path: Path) -> None:
-    """SIGKILL anywhere in runs that save at each hyper step; of 100, several are killed while they write."""
+    """SIGKILL at random moments of runs that save after each hyper step; some of 100 are killed during a write."""
     start = time.perf_counter()
     TuningRun().fit(STEPS, checkpoint=tmp_path / "timed.pt", checkpoint_every=1)
     whole = time.perf_counter() - start
@@ -137,7 +137,7 @@ def test_killed_at_any_moment(kills: int, straight: dict[str, Tensor], tmp_path:
     for number in range(kills):
         path = tmp_path / str(number) / "run.pt"
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of threads, which a child does without
+            warnings.simplefilter("ignore")  # about threads, which the child does not need
             child = os.fork()
         if child == 0:
             try:
@@ -156,7 +156,7 @@ def test_killed_at_any_moment(kills: int, straight: dict[str, Tensor], tmp_path:
 def test_a_loss_that_fails_in_the_middle_of_a_step(
     evaluation: int, straight: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """Batches taken, dropout drawn and buffers moved by the step that failed are taken back."""
+    """The batches, random numbers and buffer updates of the step that failed are taken back."""
     evaluations = 0
 
     def event(kind: str) -> None:
@@ -173,7 +173,7 @@ def test_a_loss_that_fails_in_the_middle_of_a_step(
 
 @pytest.fixture(autouse=True)
 def usual_handlers() -> Iterator[None]:
-    """Those of a program started in the foreground: one in the background ignores SIGINT."""
+    """The handlers of a program in the foreground; one in the background ignores SIGINT."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
@@ -251,7 +251,7 @@ def test_a_terminated_process_saves_and_exits_with_143(straight: dict[str, Tenso
 
 @contextmanager
 def full_disk(room: int) -> Iterator[None]:
-    """No file may grow beyond `room` bytes, as far as the system can say so to one process."""
+    """Limits the size of files that this process writes to `room` bytes."""
     resource = pytest.importorskip("resource", reason="limits of a process are POSIX")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
@@ -261,7 +261,7 @@ def full_disk(room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("room", [100, 5000])  # torch reports a failure at its end and in the middle in different ways
+@pytest.mark.parametrize("room", [100, 5000])  # torch reports early and late failures differently
 def test_training_goes_on_when_the_disk_is_full(room: int, straight: dict[str, Tensor], tmp_path: Path) -> None:
     path, run = tmp_path / "run.pt", TuningRun()
     run.fit(4, checkpoint=path)
@@ -321,7 +321,7 @@ def test_a_torn_step_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_a_broken_state_is_not_saved(tmp_path: Path) -> None:
-    """Weights that became NaN would else push out both good checkpoints while the run fails."""
+    """Otherwise NaN weights would replace both good checkpoints before the run fails."""
     path = tmp_path / "run.pt"
 
     def spoil(tuner: hvp.Tuner, record: hvp.Record) -> None:
@@ -414,3 +414,30 @@ def test_a_wrong_loader_can_be_corrected(straight: dict[str, Tensor], tmp_path: 
         again.fit(STEPS, checkpoint=tmp_path / "run.pt")
     again.train_loader = right
     assert_same(again.fit(STEPS, checkpoint=tmp_path / "run.pt"), straight)
+
+
+class Failing(hvp.tuning.Callback):
+    """Draws random numbers and raises in one of its methods, at the third hyper step."""
+
+    def __init__(self, method: str):
+        setattr(self, method, self.fail)
+
+    def fail(self, tuner: hvp.Tuner, *arguments: Any) -> None:
+        if tuner.hyper_steps == 3:
+            torch.rand(3), random.random()
+            raise Stop
+
+
+@pytest.mark.parametrize("method", ["on_train_step", "on_evaluate", "on_hyper_step", "on_round_end", "on_fit_start"])
+def test_a_callback_that_fails(method: str, straight: dict[str, Tensor], tmp_path: Path) -> None:
+    TuningRun().fit(2 if method != "on_fit_start" else 3, checkpoint=tmp_path / "run.pt")
+    with pytest.raises(Stop):
+        TuningRun().fit(STEPS, checkpoint=tmp_path / "run.pt", callbacks=[Failing(method)])
+    assert_same(TuningRun().fit(STEPS, checkpoint=tmp_path / "run.pt"), straight)
+
+
+def test_a_state_in_memory_continues_exactly(straight: dict[str, Tensor]) -> None:
+    first, second = TuningRun(), TuningRun()
+    first.fit(9)
+    second.tuner.load_state_dict(first.tuner.state_dict())
+    assert_same(second.fit(STEPS), straight)

@@ -158,3 +158,14 @@ def test_a_saved_state_continues_with_the_same_numbers_and_another_shape_starts_
         first(w[:2], decay[:2], V, V).grads,
         hvp.Hypergradient(small, small, hvp.Neumann(5), engine="eager")(w[:2], decay[:2], V, V).grads,
     )
+
+
+def test_changing_the_returned_solution_does_not_change_the_next_warm_start() -> None:
+    decay = torch.full((30,), -4.0, dtype=DTYPE)
+    w, _ = point(decay)
+    found = []
+    for scale in (1.0, 100.0):
+        hypergradient = hvp.Hypergradient(train_loss, val_loss, hvp.Neumann(5), engine="eager", warm_start=True)
+        hypergradient(w, decay, V, V).solution.value.mul_(scale)
+        found.append(hypergradient(w, decay, V, V).grads)
+    assert torch.equal(*found)

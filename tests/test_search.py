@@ -13,7 +13,6 @@ from cases import DTYPE, randn
 from torch import Tensor, nn
 
 import hvp_engine as hvp
-import hvp_engine._support.isolation
 from baselines.search import (
     BayesianOptimization,
     GridSearch,
@@ -25,6 +24,7 @@ from baselines.search import (
     TuningProblem,
 )
 from baselines.search.problem import Run
+from hvp_engine._support.isolation import isolated
 
 
 def sgd(rate: float) -> Any:
@@ -190,7 +190,7 @@ def test_perturbations_of_examples_lower_the_variance_and_keep_the_mean() -> Non
     def at(noise: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         return [point + slope * noise], [noise[0] - 1.0]
 
-    with hvp.isolation.isolated(0, run.device):
+    with isolated(0, run.device):
         losses = {
             parts: torch.stack([run.perturbed_loss("train", at, 1, parts) for _ in range(400)])
             for parts in (1, 4, None)
@@ -331,5 +331,5 @@ def test_bad_batches(batches: Any, message: str) -> None:
 def test_missing_optuna_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     for name in ("random", "grid", "Bayesian"):
-        with pytest.raises(hvp.HvpError, match=r"needs Optuna .*pip install hvp_engine\[search\]"):
+        with pytest.raises(hvp.HvpError, match=r"needs Optuna .*pip install optuna"):
             SEARCHES[name][0](two_decays(), 1280)

@@ -30,7 +30,6 @@ SOLVERS = {
     "preconditioned chebyshev": hvp.Chebyshev(6, damping=DAMPING, preconditioner=DIAGONAL),
     "minres": hvp.MINRES(6, damping=DAMPING),
     "preconditioned minres": hvp.MINRES(7, damping=DAMPING, preconditioner=DIAGONAL),
-    "exact": hvp.Exact(damping=DAMPING),
 }
 
 

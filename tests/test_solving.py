@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +12,11 @@ from cases import DTYPE, flat, matrix_with, randn, relative_error, spd_problems,
 from torch import Tensor
 
 import hvp_engine as hvp
+from hvp_engine._support.flat_vector import Layout
+from hvp_engine._support.pytree import flatten
 from hvp_engine.diagnostics.memory import peak_memory
+from hvp_engine.differentiation.linear_map import LinearMap
+from hvp_engine.engines import EagerEngine
 
 # Containers
 
@@ -102,26 +106,25 @@ def test_growth_between_two_calls(grown: int, iterations: int, form: str) -> Non
     basis, _ = torch.linalg.qr(randn(30, 30, seed=7))
     v = randn(30, seed=8)
 
-    class Sharpening:
-        """An operator whose matrix changes while its estimate stays."""
+    class Sharpening(LinearMap):
+        """A map whose matrix changes while the operator's estimate stays."""
 
-        def __init__(self) -> None:
-            self.matrix = basis @ torch.diag(eigenvalues) @ basis.T
-            self.layout = hvp.HessianOperator(lambda w: w.square().sum(), v).layout
-            self.spectrum = hvp.HessianOperator(lambda w: w.square().sum(), v).spectrum
+        layout = Layout.of([v])
+        matrix = basis @ torch.diag(eigenvalues) @ basis.T
 
-        def product(self, tangents: list[Tensor]) -> list[Tensor]:
+        def product(self, tangents: Sequence[Tensor]) -> list[Tensor]:
             return [self.matrix @ tangents[0]]
 
-    operator, solver = Sharpening(), hvp.Neumann(iterations, form=form)
+    sharpening, solver = Sharpening(), hvp.Neumann(iterations, form=form)
+    operator = hvp.LinearOperator(sharpening, flatten(v, "v")[1], EagerEngine())
     hvp.solve(operator, v, solver)
     risen = eigenvalues.clone()
     risen[grown] = 13.0
-    operator.matrix = basis @ torch.diag(risen) @ basis.T
+    sharpening.matrix = basis @ torch.diag(risen) @ basis.T
     solution = hvp.solve(operator, v, solver)
     assert solution.residual_norm <= 1
     assert solution.status in (hvp.Status.ITERATION_LIMIT, hvp.Status.CONVERGED)
-    truth = truncated_sum(operator.matrix, v, iterations, solution.alpha)
+    truth = truncated_sum(sharpening.matrix, v, iterations, solution.alpha)
     torch.testing.assert_close(solution.value, truth, rtol=1e-7, atol=1e-9)
     if iterations >= 20:
         assert solution.alpha * 13.0 < 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,10 +11,11 @@ from cases import DTYPE, matrix_with, randn, spd_problems
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.solvers.spectrum import COLD_STEPS, REFRESH_STEPS, SpectralEstimate, Spectrum, lanczos
 
 
-class Operator:
+class Operator(LinearMap):
     """A matrix on a list of one tensor, counting its products."""
 
     def __init__(self, matrix: Tensor):
@@ -27,12 +27,14 @@ class Operator:
         return [self.matrix @ tangents[0]]
 
 
-@dataclass(frozen=True)
-class Map:
+class Map(LinearMap):
     """A product on lists of tensors."""
 
-    layout: Layout
-    product: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    def __init__(self, layout: Layout, function: Callable[[Sequence[Tensor]], Sequence[Tensor]]):
+        self.layout, self._function = layout, function
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self._function(tangents)
 
 
 def start(operator: Operator, seed: int = 0) -> FlatVector:

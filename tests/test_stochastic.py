@@ -78,13 +78,13 @@ def test_a_small_alpha_approaches_the_inverse() -> None:
 def test_automatic_alpha_holds_one_draw_for_its_estimate() -> None:
     operator = hvp.StochasticHessianOperator(loss, torch.zeros(SIZE, dtype=DTYPE), Independent(8), engine="eager")
     drawn: list[Tensor] = []
-    original = operator.linearization._stream.next
+    original = operator.linear_map._stream.next
 
     def recording() -> Any:
         drawn.append(original())
         return drawn[-1]
 
-    operator.linearization._stream.next = recording  # type: ignore[method-assign]
+    operator.linear_map._stream.next = recording  # type: ignore[method-assign]
     solution = operator.solve(torch.ones(SIZE, dtype=DTYPE), hvp.Neumann(10))
     assert len(drawn) == 1 + 10 and solution.hvps == 10 + SIZE
     largest = float(torch.linalg.eigvalsh(hessian_of(drawn[0]))[-1])

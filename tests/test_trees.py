@@ -37,11 +37,14 @@ def test_flatten_and_rebuild(tree: Any) -> None:
         assert torch.equal(after, leaf + 1)
 
 
-def test_module_is_the_dict_of_its_parameters() -> None:
+def test_module_is_the_dict_of_its_parameters_that_require_grad() -> None:
     module = nn.Linear(2, 3)
     leaves, structure = flatten(module, "module")
     assert leaves[0] is module.weight
     assert list(structure.rebuild(leaves)) == ["weight", "bias"]
+    module.weight.requires_grad_(False)
+    leaves, structure = flatten(module, "module")
+    assert list(structure.rebuild(leaves)) == ["bias"]
 
 
 def test_structures_differ() -> None:
@@ -109,7 +112,9 @@ def test_check_like_refuses(tensors: list[Tensor], error: type[Exception], messa
 def test_check_like_on_dtypes() -> None:
     single = Layout.of([A.float(), B.to(torch.bfloat16)])
     check_like([A.to(torch.bfloat16), B.float()], single, "v", "w")
-    with pytest.raises(TypeError, match=r"^v\[0\]: expected a dtype no wider than torch.float32.*got torch.float64"):
+    with pytest.raises(
+        TypeError, match=r"^v\[0\]: expected a floating dtype no wider than torch.float32.*got torch.float64"
+    ):
         check_like([A, B.float()], single, "v", "w")
     check_like([A, B], Layout.of([A, B.float()]), "v", "w")
 

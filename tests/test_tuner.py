@@ -1,4 +1,4 @@
-"""Algorithm 1: it finds optima that are known, and survives what goes wrong on the way."""
+"""Algorithm 1 finds known optima, and survives failures on the way."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_fit_continues_where_it_stopped() -> None:
 
 
 def failing(where: str, bad_calls: set[int], value: float) -> dict[str, Callable[..., Tensor]]:
-    """Losses of which one is multiplied by NaN or Inf at some calls of the hypergradient."""
+    """Two losses, one of which is multiplied by NaN or Inf in some calls of the hypergradient."""
     calls = {"val": -1}
 
     def val(w: Tensor, h: Tensor, batch: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Optima known in closed form are found, and estimators of the user's own are obeyed."""
+"""Closed-form optima are found, also with custom optimizers and estimators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from tuning_cases import DATA, TARGET, adam, sgd, tuner_of, zeros
 
 import hvp_engine as hvp
-from hvp_engine.hypergradients.estimator import Estimate
+from hvp_engine.hypergradients.estimator import Estimate, Estimator
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
 
@@ -49,7 +49,7 @@ def test_one_decay_for_each_weight_of_a_coupled_problem() -> None:
 
 
 class Jump(torch.optim.Optimizer):
-    """Goes to the minimum of the training loss in one step: an optimizer of the user's own."""
+    """A custom optimizer that jumps to the minimum of the training loss."""
 
     def __init__(self, tensors: Any, minimum: Callable[[], Tensor]):
         super().__init__(tensors, {})
@@ -82,7 +82,7 @@ class Unrolled:
 @pytest.mark.parametrize("name", ["quadratic", "ridge"])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_unrolled_training_equals_the_truncated_series(steps: int, name: str) -> None:
-    """Through i steps of SGD from w*: i - 1 products, over ten hyper steps, in value and in what was moved."""
+    """Unrolling i steps of SGD from w* equals i - 1 products: the same records and results in ten hyper steps."""
     case = BILEVEL[name]()
     found = []
     for options in (
@@ -112,7 +112,7 @@ def test_unrolled_training_equals_the_truncated_series(steps: int, name: str) ->
 
 
 def test_an_estimator_of_ones_own() -> None:
-    """It gets the trees, lists of batches where there are several, and its lack of a solve shows in the record."""
+    """It gets the trees, and lists of batches where there are several; its record has no figures of a solve."""
     seen: list[Any] = []
 
     def estimator(weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> Estimate:
@@ -144,3 +144,59 @@ def test_an_estimator_that_returns_another_container() -> None:
     tuner = tuner_of(torch.zeros(2), [torch.zeros(2)], estimator=lambda *_: Estimate(torch.ones(2), one, one, one))
     with pytest.raises(ValueError, match="^estimator: expected grads in the container of hyper"):
         tuner.hyper_step(None, None)
+
+
+class Counting(Estimator):
+    """Its hypergradient is the number of its calls; it returns all the optional figures."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, weights: Any, hyper: Tensor, train_batch: Any, val_batch: Any) -> Estimate:
+        self.calls += 1
+        one = torch.ones(())
+        solution = hvp.solve(lambda v: 2 * v, torch.ones(2, dtype=DTYPE), hvp.Neumann(30, alpha=0.4))
+        return Estimate(torch.full_like(hyper, self.calls), one, one, one, unfinished=-3 * one, solution=solution)
+
+
+class Saved(Counting):
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls = state["calls"]
+
+
+class Duck:
+    """The same without the base class."""
+
+    def __init__(self) -> None:
+        self.inner = Saved()
+        self.state_dict, self.load_state_dict = self.inner.state_dict, self.inner.load_state_dict
+
+    def __call__(self, *arguments: Any) -> Estimate:
+        return self.inner(*arguments)
+
+
+def counting_tuner(estimator: Any) -> hvp.Tuner:
+    return tuner_of(zeros(2), zeros(2), train=lambda w, h, b: w.square().sum(), estimator=estimator)
+
+
+def test_the_optional_figures_of_an_estimate_are_in_the_record() -> None:
+    (record,) = counting_tuner(Counting()).fit([None], [None], 1, progress=False)
+    assert record.unfinished == -3.0 and record.status == "CONVERGED" and record.alpha == 0.4
+    assert 0 <= record.residual_norm < 1e-6
+
+
+@pytest.mark.parametrize(("make", "calls"), [(Counting, 1), (Saved, 4), (Duck, 4)])
+def test_the_state_of_an_estimator_is_part_of_the_tuners(make: Callable[[], Any], calls: int) -> None:
+    one, other = counting_tuner(make()), counting_tuner(make())
+    one.fit([None], [None], 3, progress=False)
+    other.load_state_dict(one.state_dict())
+    found = other.hyper_step(None, None)
+    assert found is not None and torch.equal(found.grads, torch.full((2,), calls, dtype=DTYPE))
+
+
+def test_the_base_class_says_what_is_missing() -> None:
+    with pytest.raises(NotImplementedError, match="Estimator: expected a __call__"):
+        counting_tuner(Estimator()).hyper_step(None, None)

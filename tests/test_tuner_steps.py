@@ -35,7 +35,7 @@ def test_accumulation_is_the_step_on_the_average() -> None:
 
 @pytest.mark.parametrize("engine", ["eager", "linearized"])
 def test_averaged_hypergradients_are_those_of_one_large_batch(engine: str) -> None:
-    """Products and right-hand sides are averages over the batches, to rounding."""
+    """Averages over batches equal one batch that holds all of them, up to rounding."""
     x, y = randn(12, 3, seed=60), randn(12, seed=61)
 
     def train(w: Tensor, h: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -186,7 +186,7 @@ def test_one_sided_bounds() -> None:
 
 
 def test_lbfgs_on_the_weights() -> None:
-    """Its closure is evaluated again at the moved weights: the same steps as by hand, four evaluations in each."""
+    """Its closure is evaluated again at the updated weights: the same steps as by hand, with four evaluations each."""
     w, by_hand, h = zeros(3), zeros(3), torch.arange(3, dtype=DTYPE)
     evaluations: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Training at fixed hyperparameters, from where the weights are or from scratch."""
+"""Training at fixed hyperparameters: from the current weights, or from scratch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A problem to tune whose optimum is known: w* = data / (1 + e^h) is to be the target."""
+"""A tuning problem with a known optimum: the h for which w* = data / (1 + e^h) is the target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tuning run with everything in it that a checkpoint must hold; as a script, one that kills itself.
+"""A tuning run that uses everything a checkpoint must hold. As a script it kills itself.
 
 Dropout, BatchNorm, shuffling and augmentation by every global generator, optimizers with state, schedulers on both
 sides, a Lanczos estimate that goes on from its last vector, accumulation, warm-up, evaluation.
@@ -26,7 +26,7 @@ Event = Callable[[str], None]
 
 
 class Points(Dataset):
-    """Two clouds, moved a little at every look."""
+    """Two clouds of points, with noise that is drawn at each access."""
 
     def __init__(self, size: int, seed: int):
         generator = torch.Generator().manual_seed(seed)
@@ -78,7 +78,7 @@ class TuningRun:
         self.val_loader = DataLoader(Points(20, 2), batch_size=8, shuffle=True)
 
     def fit(self, hyper_steps: int, **options: Any) -> dict[str, Tensor]:
-        """Everything that must be equal afterwards."""
+        """Run, and return everything that must be equal to another run's."""
         settings = {"progress": False, "evaluate": lambda tuner: {"draw": float(torch.rand(()))}, "evaluate_every": 4}
         self.tuner.fit(self.train_loader, self.val_loader, hyper_steps, **settings | options)
         return self.result()

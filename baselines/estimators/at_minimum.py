@@ -1,4 +1,4 @@
-"""An estimator at the weights where the implicit function theorem holds exactly."""
+"""An estimator evaluated at a minimum of the training loss, where the implicit function theorem holds exactly."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from typing import Any
 from torch import Tensor
 
 from hvp_engine._support.pytree import flatten
-from hvp_engine.diagnostics.check.refitting import Pair, minimize
+from hvp_engine.diagnostics.hypergradient_check.refitting import Pair, minimize
 from hvp_engine.differentiation.problem import Problem
-from hvp_engine.hypergradients.estimator import Estimate, Estimator
+from hvp_engine.hypergradients.estimator import Estimate, Estimator, EstimatorLike, as_estimator
 
 
-class AtMinimum:
+class AtMinimum(Estimator):
     """`estimator` at w*(lambda), the minimum of the training loss that Newton's method finds from the given weights.
 
-    With `Hypergradient(train_loss, val_loss, hvp.Exact())` it is the exact implicit function theorem of the paper's
-    Table 1; without it, the same at approximate weights, it is the method of Bengio 2000.
+    With `Hypergradient(train_loss, val_loss, hvp.Exact())` this is the exact implicit function theorem of the paper's
+    Table 1. That estimator by itself, at weights near a minimum, is the method of Bengio 2000.
 
     Arguments:
         train_loss: `loss(weights, hyper, batch)` -> scalar tensor, the one that `estimator` differentiates.
         estimator: called at the minimum of `train_loss` on the training batch of the call.
 
-    Cost: up to 60 steps of Newton's method with up to 500 products each, then the estimator's. Memory: that of a
-    gradient graph and some vectors of weights. Meant for problems small enough to be solved to rounding.
+    Cost: up to 60 steps of Newton's method with up to 500 products each, then the estimator's own. Memory: the graph
+    of a gradient and a few vectors of weights. Meant for problems small enough to be solved to rounding.
 
-    The weights given stay as they were.
+    The given weights are not changed.
+
+    Source: Lorraine, Vicol, Duvenaud, Optimizing Millions of Hyperparameters by Implicit Differentiation, 2019; Bengio,
+    Gradient-Based Optimization of Hyperparameters, Neural Computation 2000.
 
     >>> import torch, hvp_engine as hvp
     >>> from baselines.estimators import AtMinimum
@@ -37,11 +40,11 @@ class AtMinimum:
     tensor(-0.6250)
     """
 
-    def __init__(self, train_loss: Callable[[Any, Any, Any], Tensor], estimator: Estimator):
+    def __init__(self, train_loss: Callable[[Any, Any, Any], Tensor], estimator: EstimatorLike):
         for name, function in (("train_loss", train_loss), ("estimator", estimator)):
             if not callable(function):
                 raise TypeError(f"{name}: expected a callable; got {type(function).__name__}: see AtMinimum")
-        self.train_loss, self.estimator = train_loss, estimator
+        self.train_loss, self.estimator = train_loss, as_estimator(estimator)
 
     def __call__(self, weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> Estimate:
         weight_list, weight_structure = flatten(weights, "weights")
@@ -53,9 +56,8 @@ class AtMinimum:
 
     def state_dict(self) -> dict[str, Any]:
         """The estimator's."""
-        return self.estimator.state_dict() if hasattr(self.estimator, "state_dict") else {}
+        return self.estimator.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
-        if hasattr(self.estimator, "load_state_dict"):
-            self.estimator.load_state_dict(state)
+        self.estimator.load_state_dict(state)

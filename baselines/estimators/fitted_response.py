@@ -14,40 +14,42 @@ from hvp_engine._support.flat_vector import detached, norm_of
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import flatten
 from hvp_engine.differentiation.problem import Problem
-from hvp_engine.hypergradients.estimator import Estimate
+from hvp_engine.hypergradients.estimator import Estimate, Estimator
 
 Loss = Callable[[Any, Any, Any], Tensor]
 
 
-class FittedResponse:
+class FittedResponse(Estimator):
     """dL_V/dlambda + dL_V/dw dw_phi/dlambda, where w_phi minimizes the training loss for hyperparameters around lambda.
 
-    phi is trained anew in each call, from the given weights and a response that is constant, by `steps` steps on
-    E_eps L_T(w_phi(lambda + eps), lambda + eps), eps normal with standard deviation `scale`. A search that keeps phi
-    between hyper steps is :class:`baselines.search.LinearHypernetwork`.
+    Each call trains phi anew, starting from the given weights and a constant response, by `steps` steps on
+    E_eps L_T(w_phi(lambda + eps), lambda + eps), where eps is normal with standard deviation `scale`. The search
+    :class:`baselines.search.LinearHypernetwork` keeps phi between hyper steps instead.
 
     Arguments:
         train_loss, val_loss: `loss(weights, hyper, batch)` -> scalar tensor.
         steps: training steps of phi, each one gradient.
         optimizer: a function that makes an optimizer from phi, a list of tensors.
         scale: standard deviation of the perturbations, > 0.
-        response: what w_phi is: `LinearResponse` or `StructuredResponse`.
+        response: the form of w_phi, `LinearResponse` or `StructuredResponse`.
 
-    Usable as `Tuner(estimator=...)`; leaves everything of the caller's as it was. All steps of a call draw their own
-    perturbations and masks; the next call draws others.
+    Usable as `Tuner(estimator=...)`; changes nothing of the caller's. Every step draws its own perturbations and
+    dropout masks, and so does every call.
 
-    Cost: steps + 1 gradients; memory that of phi, three times with Adam.
+    Cost: steps + 1 gradients. Memory: phi, three times with Adam.
 
     Errors: `TypeError`/`ValueError` naming the argument.
 
-    Source: Lorraine and Duvenaud 2018; Table 1 (Hypernetwork) of Lorraine, Vicol, Duvenaud 2019.
+    Source: Lorraine and Duvenaud, Stochastic Hyperparameter Optimization through Hypernetworks, 2018; the
+    hypernetworks in Table 1 of Lorraine, Vicol, Duvenaud, Optimizing Millions of Hyperparameters by Implicit
+    Differentiation, 2019.
 
     >>> import torch
     >>> from baselines.estimators import FittedResponse
     >>> train = lambda w, h, batch: ((w - 3 * h) ** 2).sum() / 2           # w* = 3 h
     >>> val = lambda w, h, batch: w.sum()
     >>> fitted = FittedResponse(train, val, 200, lambda phi: torch.optim.SGD(phi, lr=0.3), scale=1.0)
-    >>> fitted(torch.zeros(1), torch.tensor(2.0), None, None).grads
+    >>> fitted(torch.zeros(1), torch.tensor(2.0), None, None).grads.round(decimals=3)
     tensor(3.)
     """
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from hvp_engine._support.random_state import random_state_kept
-from hvp_engine.differentiation.problem import Linearization, Problem
+from hvp_engine.differentiation.linear_map import Linearization
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.hypergradients.implicit import Hypergradient
 from hvp_engine.operators.gauss_newton import GaussNewtonProducts
@@ -23,22 +24,23 @@ def larsen(
 ) -> Hypergradient:
     """dL_V/dlambda - (d2L_T/dlambda dw^T) [G + d2L_T/dw dw^T at fixed outputs]^-1 dL_V/dw.
 
-    G = J^T (d2L_T/d outputs2) J leaves out the curvature of the model, so that for a loss that is convex in outputs and
-    weights the matrix is positive semi-definite, however far from a minimum the weights are. The mixed product is that
-    of the training loss itself.
+    G = J^T (d2L_T/d outputs2) J leaves out the curvature of the model. For a loss that is convex in outputs and weights
+    the matrix is therefore positive semi-definite, however far from a minimum the weights are. The mixed product is
+    that of the training loss itself.
 
     Arguments:
         model: `model(weights, hyper, batch)` -> outputs, a tensor or any tree of floating tensors.
-        loss: `loss(outputs, weights, hyper, batch)` -> scalar tensor; what it takes from `weights` directly, such as
-            a weight decay, keeps its exact curvature. The training loss is `loss(model(...), ...)`.
+        loss: `loss(outputs, weights, hyper, batch)` -> scalar tensor; terms that use `weights` directly, such as a
+            weight decay, keep their exact curvature. The training loss is `loss(model(...), ...)`.
         val_loss: `val_loss(weights, hyper, batch)` -> scalar tensor.
-        solver: default `Exact()`, which Larsen et al. used; any solver.
+        solver: any solver; the default is `Exact()`, as in Larsen et al.
 
     Returns a :class:`Hypergradient`.
 
     Cost and errors: as :class:`Hypergradient`; a product costs about three backward passes.
 
-    Source: Larsen et al. 1996; Table 1 of Lorraine, Vicol, Duvenaud 2019 (which prints the outer product of gradients).
+    Source: Larsen, Hansen, Svarer, Ohlsson, Design and Regularization of Neural Networks: the Optimal Use of a
+    Validation Set, NNSP 1996; Table 1 of Lorraine, Vicol, Duvenaud 2019, which prints the outer product of gradients.
 
     >>> import torch
     >>> from baselines.estimators import larsen
@@ -76,7 +78,7 @@ class GaussNewtonEngine(EagerEngine):
         (batch,) = problem.inputs
 
         def outputs(weights: Any, batch: Any) -> Any:
-            # The weights as outputs of their own: of what the loss takes from them, all curvature is in the outputs.
+            # The weights are outputs too, so the Gauss-Newton matrix has the full curvature of terms that use them.
             return self.model(weights, hyper, batch), weights
 
         def loss(outputs: Any, batch: Any) -> Tensor:
@@ -87,12 +89,15 @@ class GaussNewtonEngine(EagerEngine):
         return _Linearization(whole, curvature)
 
 
-class _Linearization:
-    """Loss, gradient and mixed product of one linearization with the products of another map."""
+class _Linearization(Linearization):
+    """The loss, gradient and mixed product of one linearization, with the products of another matrix."""
 
     def __init__(self, whole: Linearization, curvature: GaussNewtonProducts):
         self.layout, self.loss, self.gradient = whole.layout, whole.loss, whole.gradient
-        self.mixed, self._curvature = whole.mixed, curvature
+        self._whole, self._curvature = whole, curvature
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         return self._curvature.product(tangents)
+
+    def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        return self._whole.mixed(tangents)

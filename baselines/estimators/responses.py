@@ -11,29 +11,29 @@ from torch import Tensor
 
 
 class Response(Protocol):
-    """w_phi as a function of the change of the hyperparameters from where it was made."""
+    """w_phi as a function of how far the hyperparameters have moved since it was made."""
 
     @property
     def parameters(self) -> list[Tensor]:
         """phi: leaves that require grad."""
 
     def __call__(self, change: Tensor) -> list[Tensor]:
-        """The weights for `change`, a vector of all hyperparameters' elements."""
+        """The weights for `change`, one vector with the elements of all hyperparameters."""
 
 
 class LinearResponse:
     """w_phi(change) = base + slope change / sqrt(H), with a slope for each weight and each hyperparameter.
 
-    With the root, random changes of size 1 move the weights by about the size of the slopes, however many
-    hyperparameters there are, so that steps of a fixed size, such as Adam's, suit them.
+    Because of the root, random changes of size 1 move the weights by about the size of the slopes, however many
+    hyperparameters there are, so optimizers with steps of a fixed size, such as Adam, work for any number of them.
 
     Arguments:
-        weights: the base to start from, copied; slopes start at zero.
-        size: H, elements of all hyperparameters.
+        weights: the initial base, copied; slopes start at zero.
+        size: H, the number of elements of all hyperparameters.
 
     Memory: P (H + 1) numbers.
 
-    Source: Lorraine and Duvenaud 2018.
+    Source: Lorraine and Duvenaud, Stochastic Hyperparameter Optimization through Hypernetworks, 2018.
     """
 
     def __init__(self, weights: Sequence[Tensor], size: int):
@@ -52,17 +52,17 @@ class LinearResponse:
 class StructuredResponse:
     """Each output unit scales a second set of weights: W + (V change / sqrt(H)) * U row by row, for each weight tensor.
 
-    A row is what belongs to one index of the first dimension: the incoming weights of a unit, a filter, a bias. So W
-    and U have the shape of the weights, and V has one row of H numbers for each unit. The root is there as in
-    :class:`LinearResponse`.
+    A row is all that belongs to one index of the first dimension: the incoming weights of a unit, a filter, a bias. So
+    W and U have the shape of the weights, and V has one row of H numbers for each unit. The root is there for the same
+    reason as in :class:`LinearResponse`.
 
     Arguments:
-        weights: W to start from, copied; U starts at zero, V at random, drawn from torch's generator.
-        size: H, elements of all hyperparameters.
+        weights: the initial W, copied; U starts at zero, V at random numbers from torch's generator.
+        size: H, the number of elements of all hyperparameters.
 
-    Memory: 2 P + (units) H numbers: O((P + H) K), K the number of units.
+    Memory: 2 P + (units) H numbers, O((P + H) K) for K units.
 
-    Source: MacKay et al. 2019, Self-Tuning Networks, section 3.1.
+    Source: MacKay, Vicol, Lorraine, Duvenaud, Grosse, Self-Tuning Networks, ICLR 2019, section 3.1.
     """
 
     def __init__(self, weights: Sequence[Tensor], size: int):

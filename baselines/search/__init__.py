@@ -1,7 +1,7 @@
-"""Ways to hyperparameters on one problem and one budget: `search(problem, gradients) -> SearchResult`.
+"""Searches for hyperparameters, all called with a problem and a budget: `search(problem, gradients) -> SearchResult`.
 
-Random, grid and Bayesian search train anew for every trial, and need Optuna (`pip install hvp_engine[search]`);
-hypernetworks train a model of the best response; Algorithm 1 is there to compare with.
+Random, grid and Bayesian search train anew for every trial, and need Optuna (`pip install -e '.[baselines]'`).
+Hypernetworks train a model of the best response. Algorithm 1 is among them so that it can be compared.
 """
 
 from baselines.search.descent import HypergradientDescent

@@ -1,4 +1,4 @@
-"""Algorithm 1 as a search among others, on their problem and their budget."""
+"""Algorithm 1 in the form of a search, so that it can be compared with the others on the same problem and budget."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from hvp_engine.tuning import Tuner
 
 @dataclass(frozen=True)
 class HypergradientDescent:
-    """Alternate training steps and steps along a hypergradient, as :class:`hvp_engine.Tuner` does.
+    """Alternate training steps and steps along a hypergradient by :class:`hvp_engine.Tuner`.
 
     Arguments:
         estimator: a function that makes an estimator from (train_loss, val_loss).
-        cost: gradients that one of its calls counts as, >= 1: 3 + 2 i for i Hessian-vector products.
+        cost: how many gradients one call of it counts as, >= 1: 3 + 2 i for i Hessian-vector products.
         weight_optimizer, hyper_optimizer: functions that make an optimizer from a list of tensors.
         inner_steps: training steps before each hyper step.
         warmup_steps: training steps before the first.
-        seed: of masks.
+        seed: for dropout masks.
         weight_scheduler: a function that makes a learning-rate scheduler from the weights' optimizer.
         weight_clip: largest norm of the weights' gradient.
 
-    Memory: the estimator's.
+    Memory: that of the estimator.
 
-    Errors: `ValueError` for a budget below one round; the :class:`Tuner`'s.
+    Errors: `ValueError` for a budget below one round; those of :class:`Tuner`.
 
-    Source: Algorithm 1 of Lorraine, Vicol, Duvenaud 2019.
+    Source: Lorraine, Vicol, Duvenaud, Optimizing Millions of Hyperparameters by Implicit Differentiation, 2019,
+    Algorithm 1.
 
     >>> import torch, hvp_engine as hvp
     >>> from baselines.search import HypergradientDescent, TuningProblem

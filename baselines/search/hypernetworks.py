@@ -1,4 +1,4 @@
-"""Searches that train a model of the best response along with the hyperparameters: linear hypernetwork and STN."""
+"""Searches that train a model of the best response along with the hyperparameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from baselines.search.problem import Kind, Point, Run, SearchResult, TuningProbl
 from baselines.search.trials import OptimizerOf, SchedulerOf, unflatten
 from hvp_engine._support.arguments import check_count, check_not_negative, check_positive
 from hvp_engine._support.isolation import isolated
-from hvp_engine.tuning.descent import Descent, global_norm
+from hvp_engine.tuning.optimizer_step import Descent, global_norm
 
 
 @dataclass(frozen=True)
@@ -22,25 +22,27 @@ class LinearHypernetwork:
     """Alternate: fit a linear w_phi(lambda + eps) to the training loss, and move lambda along dL_V(w_phi(lambda)).
 
     Perturbed hyperparameters stay within the problem's bounds. As published, one perturbation serves a whole batch, so
-    the gradient of phi is noisy even on all examples, and steps of a fixed size, such as Adam's, do not settle: take a
-    smaller rate than for the weights alone, or a `weight_scheduler`. (Softmax regression on 1,000 digits, one decay:
-    with Adam at 0.02 the validation loss falls to 0.44 and is 1.30 at the end; at 0.005 to 0.40, and is 0.41.)
+    the gradient of phi is noisy even on all examples, and steps of a fixed size, such as Adam's, do not settle: use a
+    smaller learning rate than for the weights alone, or a `weight_scheduler`. (Softmax regression on 1,000 digits, one
+    decay: with Adam at 0.02 the validation loss falls to 0.44 but ends at 1.30; at 0.005 it falls to 0.40 and ends at
+    0.41.)
 
     Arguments:
         weight_optimizer: a function that makes an optimizer from phi, a list of tensors.
         hyper_optimizer: the same for lambda.
         scale: standard deviation of the perturbations eps, > 0.
         inner_steps: steps of phi before each step of lambda.
-        warmup_steps: steps of phi before the first.
-        seed: of perturbations and masks.
+        warmup_steps: steps of phi before the first of these.
+        seed: for perturbations and dropout masks.
         weight_scheduler: a function that makes a learning-rate scheduler from phi's optimizer; stepped after each step.
         weight_clip: largest norm of the gradient of phi.
 
-    A call makes one gradient for each step of either. Memory: O(P H).
+    Cost: one gradient for each step of phi or lambda. Memory: O(P H).
 
     Errors: `TypeError`/`ValueError` naming the argument.
 
-    Source: Lorraine and Duvenaud 2018, the local form (its Algorithm 3).
+    Source: Lorraine and Duvenaud, Stochastic Hyperparameter Optimization through Hypernetworks, 2018, Algorithm 3 (the
+    local form).
 
     >>> import torch
     >>> from baselines.search import LinearHypernetwork, TuningProblem
@@ -72,30 +74,32 @@ class SelfTuningNetwork:
 
     phi descends E_eps L_T(w_phi(lambda + eps), lambda + eps); lambda and the scales descend
     E_eps L_V(w_phi(lambda + eps), lambda + eps) - entropy_weight H[eps]. eps is normal with one standard deviation for
-    each hyperparameter, and H = sum log(scale) up to a constant. Without the entropy term scales would shrink until the
-    response is fitted at a point; with a large one they grow until it is fitted nowhere. Perturbed hyperparameters stay
-    within the problem's bounds, and scales within a quarter of their distance: the entropy acts on each scale, while
-    its share in the loss falls with their number, so that with many hyperparameters it would drive them without limit.
-    Far from lambda the loss is steeper in phi: plain gradient descent needs a smaller rate there, or `weight_clip`.
+    each hyperparameter, and H = sum log(scale) up to a constant. Without the entropy term the scales would shrink until
+    the response is fitted at a single point; with a large one they grow until it fits nowhere. Perturbed
+    hyperparameters stay within the problem's bounds, and a scale within a quarter of the distance between its bounds:
+    the entropy pulls on every scale alike, while a scale's influence on the loss falls with the number of
+    hyperparameters, so with many of them nothing else would stop its growth. Far from lambda the loss is steeper in
+    phi: there plain gradient descent needs a smaller learning rate, or `weight_clip`.
 
-    As published, every example of a batch has its own perturbation, and so its own weights: the gradients have less
+    As published, every example of a batch has its own perturbation and so its own weights, which gives gradients less
     variance. The losses then have to be means over the examples of a batch (a decay beside the mean is fine), without
-    BatchNorm in training mode, and of operations that `torch.func.vmap` knows; for others take `perturbations=1`.
+    BatchNorm in training mode, and made of operations that `torch.func.vmap` supports; for other losses use
+    `perturbations=1`.
 
     Arguments:
-        scale: to start from, > 0.
+        scale: the initial standard deviation of each perturbation, > 0.
         entropy_weight: tau, >= 0.
-        perturbations: drawn for a batch: None is one for each example; a number, one for each of so many equal parts,
-            takes less memory and time.
+        perturbations: how many are drawn for a batch: None for one per example; a number n for one for each of n equal
+            parts of the batch, which takes less memory and time.
         the rest: as for :class:`LinearHypernetwork`.
 
-    A call makes one gradient for each step of either. Memory: O((P + H) K), K the number of units, and the weights
-    once for each perturbation: the loss is any function of them, so that the layers' own way to a response for each
-    example (two forward passes with shared weights) is not open to it.
+    Cost: one gradient for each step of phi or lambda. Memory: O((P + H) K) for K units, and the weights once for each
+    perturbation. (MacKay et al. avoid these copies by two forward passes of their own layers with shared weights; here
+    the loss may be any function of the weights.)
 
-    Errors: `TypeError`/`ValueError` naming the argument; what vmap raises for a loss that it cannot take.
+    Errors: `TypeError`/`ValueError` naming the argument; whatever vmap raises for a loss that it does not support.
 
-    Source: MacKay, Vicol, Lorraine, Duvenaud, Grosse 2019, Algorithm 1.
+    Source: MacKay, Vicol, Lorraine, Duvenaud, Grosse, Self-Tuning Networks, ICLR 2019, Algorithm 1.
     """
 
     weight_optimizer: OptimizerOf
@@ -118,7 +122,7 @@ class SelfTuningNetwork:
 
 
 class _Descent:
-    """The alternation that both share; with an entropy weight the scales are tuned and lambda's step is perturbed."""
+    """The alternation that both share. With an entropy weight the scales are tuned too, and lambda is perturbed."""
 
     def __init__(
         self,
@@ -134,7 +138,7 @@ class _Descent:
         self.perturbations = perturbations
 
     def run(self, problem: TuningProblem, gradients: int) -> SearchResult:
-        """Rounds until the budget does not cover another."""
+        """Alternate until the budget does not cover another round."""
         options, run = self.options, Run(problem, gradients)
         if gradients < options.warmup_steps + options.inner_steps + 1:
             raise ValueError(
@@ -173,7 +177,7 @@ class _Descent:
         return replace(result, scales=run.hyper_structure.rebuild(scales))
 
     def _objective(self, run: Run, response: Response, start: Tensor, center: Tensor, log_scale: Tensor) -> Tensor:
-        """What lambda (and the scales) descend."""
+        """What a step of lambda (and of the scales) decreases."""
         if self.entropy_weight is None:
             return run.val_loss(response(center - start), unflatten(center, run.hyper))
         loss = self._perturbed("val", run, response, start, center, log_scale)
@@ -188,7 +192,7 @@ class _Descent:
         center: Tensor,
         log_scale: Tensor,
     ) -> Tensor:
-        """The loss of the next batch at w_phi(lambda + eps), lambda + eps, moved into the bounds."""
+        """The loss of the next batch at w_phi(lambda + eps) and lambda + eps, clamped to the bounds."""
         low, high = run.flat_bounds
 
         def at(noise: Tensor) -> Point:
@@ -199,14 +203,14 @@ class _Descent:
 
     @torch.no_grad()
     def _project(self, run: Run, center: Tensor, log_scale: Tensor) -> None:
-        """Into the bounds; a scale up to a quarter of their distance, since nothing in the loss holds a larger one."""
+        """Clamp lambda to its bounds, and each scale to a quarter of the distance between them."""
         low, high = run.flat_bounds
         center.clamp_(low, high)
         log_scale.clamp_(max=((high - low) / 4).log())
 
 
 def _at(run: Run, response: Response, start: Tensor, center: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and hyperparameters, unperturbed."""
+    """Weights and hyperparameters without a perturbation."""
     with torch.no_grad():
         return response(center - start), unflatten(center, run.hyper)
 

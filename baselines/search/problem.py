@@ -9,10 +9,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hvp_engine._support.arguments import check_count
 from hvp_engine._support.pytree import flatten
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.tuning.bounds import Bounds
 
@@ -24,14 +24,15 @@ Point = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class TuningProblem:
-    """Hyperparameters to be found for a training and a validation loss.
+    """A training loss, a validation loss, and the hyperparameters to be found.
 
     Attributes:
         train_loss, val_loss: `loss(weights, hyper, batch)` -> scalar tensor.
         weights: where every training starts; any tree of tensors, not changed.
-        hyper: where a search that moves starts; any tree of tensors, not changed.
-        train_batches, val_batches: iterables of batches that can be iterated again and again, `[batch]` for one.
-        bounds: (low, high), each a number or a tree like `hyper`: the box that is sampled from, and projected to.
+        hyper: where a search starts that moves gradually; any tree of tensors, not changed.
+        train_batches, val_batches: iterables of batches that can be iterated over repeatedly; `[batch]` for one batch.
+        bounds: (low, high), each a number or a tree like `hyper`: the box that trials are drawn from and that moving
+            hyperparameters are projected to.
     """
 
     train_loss: Loss
@@ -48,15 +49,15 @@ class SearchResult:
     """What every search returns.
 
     Attributes:
-        hyper: the hyperparameters found, like the problem's.
-        weights: those trained for them, like the problem's.
-        val_loss: the mean validation loss there, over all validation batches.
-        training_gradients, validation_gradients: evaluations of a loss with its gradient on one batch; a
+        hyper: the hyperparameters found, a tree like the problem's.
+        weights: the weights trained for them, a tree like the problem's.
+        val_loss: their mean validation loss over all validation batches.
+        training_gradients, validation_gradients: how many times a loss and its gradient were evaluated on one batch; a
             Hessian-vector product counts as two.
-        validation_losses: evaluations of the validation loss alone on one batch, to choose between trials and for the
-            curve; the budget leaves them out.
-        curve: (gradients of both kinds so far, lowest mean validation loss so far), as the search went on.
-        scales: of a self-tuning network, the standard deviations of the perturbations, like `hyper`; else None.
+        validation_losses: how many times the validation loss alone was evaluated on one batch, to choose between trials
+            and to draw the curve; these do not count towards the budget.
+        curve: pairs (gradients of both kinds so far, lowest mean validation loss so far), in the order of the search.
+        scales: for a self-tuning network, the standard deviations of the perturbations, a tree like `hyper`; else None.
     """
 
     hyper: Any
@@ -70,18 +71,18 @@ class SearchResult:
 
     @property
     def gradients(self) -> int:
-        """Of both kinds: the budget that was used."""
+        """Training and validation gradients: how much of the budget was used."""
         return self.training_gradients + self.validation_gradients
 
 
 class Search(Protocol):
-    """A way to hyperparameters: `search(problem, gradients)` spends at most so many gradient evaluations."""
+    """What every search is: `search(problem, gradients)` makes at most `gradients` gradient evaluations."""
 
     def __call__(self, problem: TuningProblem, gradients: int) -> SearchResult: ...
 
 
 class Run:
-    """One search in progress: the problem taken apart, endless batches, and the account of gradients."""
+    """One search in progress: the problem's parts, endless streams of batches, and the count of gradients."""
 
     def __init__(self, problem: TuningProblem, gradients: int):
         check_count(gradients, "gradients", what="the budget")
@@ -89,7 +90,7 @@ class Run:
         hyper, self.hyper_structure = flatten(problem.hyper, "hyper")
         self.weights, self.hyper = ([t.detach().clone() for t in tensors] for tensors in (weights, hyper))
         self.bounds = Bounds(problem.bounds, self.hyper, self.hyper_structure)
-        self.flat_bounds = self.bounds.flat(self.hyper)
+        self.flat_bounds = _flat(self.bounds, self.hyper)
         self.device = self.weights[0].device
         self.budget = gradients
         self.training_gradients = self.validation_gradients = self.validation_losses = 0
@@ -105,18 +106,21 @@ class Run:
         return self.training_gradients + self.validation_gradients
 
     def train_loss(self, weights: Sequence[Tensor], hyper: Sequence[Tensor]) -> Tensor:
-        """The training loss on the next batch, to be differentiated: counted."""
+        """The training loss on the next batch, to be differentiated; counts as a gradient."""
         loss, batch, name = self._next("train")
         return self._evaluate(loss, weights, hyper, batch, name)
 
     def val_loss(self, weights: Sequence[Tensor], hyper: Sequence[Tensor]) -> Tensor:
-        """The validation loss on the next batch, to be differentiated: counted."""
+        """The validation loss on the next batch, to be differentiated; counts as a gradient."""
         loss, batch, name = self._next("val")
         return self._evaluate(loss, weights, hyper, batch, name)
 
     def perturbed_loss(self, kind: Kind, at: Callable[[Tensor], Point], size: int, parts: int | None) -> Tensor:
-        """The mean loss on the next batch, to be differentiated: counted as one. Each of `parts` equal parts of the
-        batch, or each example if None, has weights and hyperparameters `at(noise)` of its own normal noise (size,)."""
+        """The mean loss on the next batch, to be differentiated; counts as one gradient.
+
+        Each of `parts` equal parts of the batch (each example if None) draws its own normal noise (size,) and has the
+        weights and hyperparameters `at(noise)`.
+        """
         loss, batch, name = self._next(kind)
         like = self.hyper[0]
         if parts == 1:
@@ -133,7 +137,7 @@ class Run:
         return losses.mean()
 
     def _next(self, kind: Kind) -> tuple[Loss, Any, str]:
-        """A loss, its next batch and its name: counted."""
+        """A loss, its next batch and its name; counts as a gradient."""
         if kind == "train":
             self.training_gradients += 1
             return self._problem.train_loss, next(self._train), "train_loss"
@@ -142,12 +146,12 @@ class Run:
 
     @property
     def look_is_due(self) -> bool:
-        """Whether a search that moves should validate again: some fifty times in all."""
+        """Whether a search that moves gradually should validate again: about fifty times in all."""
         return not self.curve or self.spent - self.curve[-1][0] >= self.budget / 50
 
     @torch.no_grad()
     def validate(self, weights: Sequence[Tensor], hyper: Sequence[Tensor]) -> float:
-        """The mean validation loss over all batches; it joins the curve."""
+        """The mean validation loss over all batches, added to the curve."""
         losses = [
             float(self._evaluate(self._problem.val_loss, weights, hyper, batch, "val_loss"))
             for batch in self._problem.val_batches
@@ -177,12 +181,12 @@ class Run:
 
 
 def _in_parts(leaves: Sequence[Any], parts: int | None) -> list[Tensor]:
-    """The leaves of a batch cut along their first dimension, examples: (parts, examples of each, ...)."""
+    """The leaves of a batch, split along their first dimension (the examples) into (parts, examples per part, ...)."""
     counts = [len(leaf) if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves]
     count = counts[0] if counts else None
     if not count or any(other != count for other in counts):
         raise ValueError(
-            "perturbations: expected batches that are trees of tensors whose first dimension is that of the examples; "
+            "perturbations: expected batches that are trees of tensors whose first dimension counts the examples; "
             f"got leaves with {counts}: use perturbations=1, one for the whole batch"
         )
     parts = count if parts is None else parts
@@ -211,3 +215,15 @@ def _endless(batches: Iterable[Any], name: str) -> Iterator[Any]:
                 raise ValueError(f"{name}: expected at least one batch; got none")
 
     return stream()
+
+
+def _flat(bounds: Bounds, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(low, high) as flat vectors over all elements of the hyperparameters; infinite without a bound."""
+    low, high = (
+        torch.cat([
+            (t.new_tensor(unbounded) if side is None else side).expand_as(t).reshape(-1)
+            for t, side in zip(tensors, sides, strict=True)
+        ])
+        for sides, unbounded in ((bounds.low, -math.inf), (bounds.high, math.inf))
+    )  # fmt: skip
+    return low, high

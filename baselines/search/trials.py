@@ -1,4 +1,4 @@
-"""Random, grid and Bayesian search, through Optuna: each trial trains from the start with its hyperparameters."""
+"""Random, grid and Bayesian search by Optuna: each trial trains from the start with its own hyperparameters."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from baselines.search.problem import Run, SearchResult, TuningProblem
 from hvp_engine._support.arguments import check_count
 from hvp_engine._support.isolation import isolated
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.errors import DivergenceError, HvpError
-from hvp_engine.tuning.descent import Descent, global_norm
+from hvp_engine.tuning.optimizer_step import Descent, global_norm
 
 OptimizerOf = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 SchedulerOf = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -24,21 +24,21 @@ SchedulerOf = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRSched
 
 @dataclass(frozen=True)
 class RandomSearch:
-    """Hyperparameters drawn uniformly from the box, each with its own training; the best one wins.
+    """Draw hyperparameters uniformly from the box, train with each draw, and return the best.
 
     Arguments:
-        training_steps: of each trial, each one gradient; `gradients // training_steps` trials are made.
+        training_steps: steps of one trial, one gradient each; `gradients // training_steps` trials are made.
         weight_optimizer: a function that makes an optimizer from the list of weights.
-        seed: of the draws.
+        seed: for the draws.
         weight_scheduler: a function that makes a learning-rate scheduler from the optimizer; stepped after each step.
         weight_clip: largest norm of the gradient.
 
-    Cost: memory O(P + H).
+    Cost: `training_steps` gradients for each trial. Memory: O(P + H).
 
     Errors: `ValueError` for a problem without finite bounds, or a budget below one trial; :class:`HvpError` where
     Optuna is not installed; :class:`DivergenceError` if no trial ends with a finite validation loss.
 
-    Source: Bergstra and Bengio 2012.
+    Source: Bergstra and Bengio, Random Search for Hyper-Parameter Optimization, JMLR 2012.
 
     >>> import torch
     >>> from baselines.search import RandomSearch, TuningProblem
@@ -64,13 +64,13 @@ class RandomSearch:
 
 @dataclass(frozen=True)
 class GridSearch:
-    """Hyperparameters on a regular grid of the box, ends included, each with its own training; the best one wins.
+    """Train with every point of a regular grid over the box, ends included, and return the best.
 
     Arguments:
         points: on each axis, >= 2: `points ** H` trials for H hyperparameters, all within the budget.
         the rest: as for :class:`RandomSearch`.
 
-    Cost: memory O(P + H).
+    Cost: as for :class:`RandomSearch`.
 
     Errors: as for :class:`RandomSearch`; `ValueError` for a grid that the budget does not cover.
     """
@@ -103,17 +103,18 @@ class GridSearch:
 
 @dataclass(frozen=True)
 class BayesianOptimization:
-    """Trials where a Gaussian process of the validation loss, fitted to those before, expects the most improvement.
+    """Try next where a Gaussian process, fitted to the validation losses so far, expects the most improvement.
 
     Arguments:
-        startup_trials: how many trials at the beginning are random, >= 1.
+        startup_trials: how many random trials come first, >= 1.
         the rest: as for :class:`RandomSearch`.
 
-    Cost: memory O(P + H), and T^2 for T trials.
+    Cost: as for :class:`RandomSearch`, and O(T^3) operations and O(T^2) memory for T trials.
 
     Errors: as for :class:`RandomSearch`.
 
-    Source: Snoek, Larochelle, Adams 2012; Optuna's `GPSampler`.
+    Source: Snoek, Larochelle, Adams, Practical Bayesian Optimization of Machine Learning Algorithms, NeurIPS 2012;
+    Optuna's `GPSampler`.
     """
 
     training_steps: int
@@ -130,7 +131,7 @@ class BayesianOptimization:
 
 
 class _Trials:
-    """The trials of one search; `box` has the bounds of every element of the hyperparameters, by name."""
+    """The trials of one search; `box` maps the name of every hyperparameter's element to its bounds."""
 
     def __init__(
         self, options: RandomSearch | GridSearch | BayesianOptimization, problem: TuningProblem, gradients: int
@@ -146,7 +147,7 @@ class _Trials:
         self.best: tuple[float, list[Tensor], list[Tensor]] | None = None
 
     def run(self, sampler: Any) -> SearchResult:
-        """Ask, train, tell, `count` times."""
+        """Make `count` trials at the points that the sampler suggests."""
         optuna = require_optuna()
         with _quiet(optuna), isolated(self.options.seed, self.search.device):
             study = optuna.create_study(direction="minimize", sampler=sampler)
@@ -205,13 +206,13 @@ def require_optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise HvpError(f"the search needs Optuna ({error}): `pip install hvp_engine[search]`") from error
+        raise HvpError(f"the search needs Optuna ({error}): `pip install optuna scipy`") from error
     return optuna
 
 
 @contextlib.contextmanager
 def _quiet(optuna: Any) -> Iterator[None]:
-    """Without a line of Optuna's for every trial."""
+    """Keep Optuna from printing a line for every trial."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

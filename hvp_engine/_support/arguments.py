@@ -1,4 +1,4 @@
-"""Checks of the numbers that callers pass: `TypeError` for what is none, `ValueError` for one out of range."""
+"""Checks of numbers that callers pass: `TypeError` for another type, `ValueError` for a number out of range."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_count(value: Any, name: str, least: int = 1, what: str = "") -> int:
-    """`value` if it is an int >= `least`; `what` says in the message what it counts."""
+    """Return `value` if it is an int >= `least`; `what` tells in the message what it counts."""
     expected = f"{name}: expected an int >= {least}{f', {what}' if what else ''}"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{expected}; got {type(value).__name__}")
@@ -17,14 +17,14 @@ def check_count(value: Any, name: str, least: int = 1, what: str = "") -> int:
 
 
 def check_positive(value: Any, name: str) -> None:
-    """A finite number > 0."""
+    """Raise unless `value` is a finite number > 0."""
     _check_kind(value, name, "> 0")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}: expected a finite number > 0; got {value}")
 
 
 def check_not_negative(value: Any, name: str) -> None:
-    """A finite number >= 0."""
+    """Raise unless `value` is a finite number >= 0."""
     _check_kind(value, name, ">= 0")
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}: expected a finite number >= 0; got {value}")

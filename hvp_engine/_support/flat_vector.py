@@ -1,11 +1,12 @@
-"""A tree of tensors as one flat buffer with views.
+"""A list of tensors as one flat buffer with views.
 
-Solvers work on one flat vector; autograd wants one tensor for each weight. A :class:`Layout` says where each
+Solvers work on one flat vector; autograd takes one tensor for each weight. A :class:`Layout` says where each
 tensor lives in the flat buffer, and a :class:`FlatVector` is a buffer together with views that have the
 weights' own shapes and strides, so that nothing is ever concatenated or split.
 
-Every tensor starts at a multiple of :data:`ALIGNMENT` elements, so that vector loads are aligned whatever the
-sizes before it. The gaps are zero and stay zero.
+Every tensor starts at a multiple of :data:`ALIGNMENT` elements, so that vector loads are aligned whatever the sizes
+of the tensors before it. For shapes (3,) and (20,) the starts are 0 and 16, and the buffer has 48 elements. The gaps
+are zero and stay zero.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hvp_engine._support.torch_compat import foreach_copy_, foreach_norm
+
 ALIGNMENT = 16
-"""Elements to which the start of every tensor in a flat buffer is rounded up."""
+"""The start of every tensor in a flat buffer is a multiple of so many elements."""
 
 CHUNK = 4096
-"""Elements of one tensor whose partial sums form one row of `partials`, on every backend."""
+"""So many elements of a tensor are summed into one row of `partials`, on every backend."""
 
 STATE_DTYPES = (torch.float32, torch.float64)
 INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -36,55 +39,56 @@ def padded(numel: int) -> int:
 
 
 def offsets_of(numels: Sequence[int]) -> tuple[int, ...]:
-    """Start of each tensor in the flat buffer, and the size of the whole at the end."""
+    """The start of each tensor in the flat buffer, and at the end the size of the buffer."""
     return tuple(accumulate((padded(n) for n in numels), initial=0))
 
 
 def partial_rows(numels: Sequence[int]) -> int:
-    """Rows of the `partials` buffer: one for each started chunk of each tensor, at least one."""
+    """Rows of the `partials` buffer: one for each chunk, full or not, of each tensor; at least one."""
     return max(1, sum(-(-n // CHUNK) for n in numels))
 
 
 def state_dtype_of(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """float64 if any tensor is float64, else float32 (16-bit weights keep a float32 state)."""
+    """float64 if any tensor is float64, else float32 (for 16-bit weights too)."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def norm_of(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
-    """The Euclidean norm of all `tensors` together, a 0-dim float64 tensor; there must be at least one.
+    """The Euclidean norm of all `tensors` together, at least one, as a 0-dim float64 tensor.
 
-    With a layout, it is that of the whole vector of which they may be a part.
+    If a layout says that they are shards, it is the norm of the whole vector.
     """
-    norms = torch._foreach_norm(list(tensors))
+    norms = foreach_norm(list(tensors))
     norm = torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms]))
     return norm if layout is None or layout.whole is None else layout.total(norm.square()).sqrt()
 
 
 def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`tensors` without their graphs."""
+    """`tensors` without their autograd graphs."""
     return [tensor.detach() for tensor in tensors]
 
 
 class Whole(Protocol):
-    """What a vector is in all processes together, of which each holds a part."""
+    """A vector that is sharded over processes."""
 
     @property
-    def numel(self) -> int: ...
+    def numel(self) -> int:
+        """Elements of the whole vector."""
 
     @property
     def rank(self) -> int:
-        """The number of this process."""
+        """The rank of this process."""
 
     def total(self, sums: Tensor) -> Tensor:
-        """The sums over the vector, from those over each part."""
+        """Sums over the whole vector from sums over this process's shard; every process must call it."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where the tensors of a list live in a flat buffer: shapes, strides, dtypes and one device.
 
-    `whole` is None, or says of what vector, spread over processes, these are a part; inner products and norms are
-    those of the whole vector.
+    `whole` is None unless these tensors are one process's shards; it then stands for the whole vector, and inner
+    products and norms are those of the whole vector.
     """
 
     shapes: tuple[torch.Size, ...]
@@ -109,20 +113,20 @@ class Layout:
 
     @cached_property
     def numel(self) -> int:
-        """Elements of the vector, in all processes together."""
+        """Elements of the vector, over all processes."""
         return sum(self.numels) if self.whole is None else self.whole.numel
 
     def total(self, sums: Tensor) -> Tensor:
-        """From sums over the tensors here, those over the whole vector."""
+        """Sums over the whole vector from sums over the tensors of this process."""
         return sums if self.whole is None else self.whole.total(sums)
 
     def generator(self, seed: int) -> torch.Generator:
-        """A generator of random vectors; no two parts of a vector draw alike."""
+        """A generator for random vectors, different in every process that holds a shard."""
         generator = torch.Generator(device=self.device)
         return generator.manual_seed(seed if self.whole is None else seed + (self.whole.rank << 32))
 
     def refuse_parts(self, what: str) -> None:
-        """Raise where vectors are spread over processes, for `what` needs them whole."""
+        """Raise if vectors are sharded, since `what` needs them whole."""
         if self.whole is not None:
             raise ValueError(
                 f"weights: expected tensors that each process has whole, for {what}; got DTensors: use hvp.Neumann, "
@@ -135,7 +139,7 @@ class Layout:
 
     @cached_property
     def size(self) -> int:
-        """Elements of the flat buffer, gaps included."""
+        """Elements of the flat buffer, including gaps."""
         return offsets_of(self.numels)[-1]
 
     @cached_property
@@ -148,12 +152,15 @@ class Layout:
 
     @cached_property
     def low_precision(self) -> bool:
-        """Whether some tensor's dtype differs from the state's, so that tangents must be cast."""
+        """Whether some tensor's dtype differs from the state's, so that tangents have to be cast."""
         return any(dtype != self.state_dtype for dtype in self.dtypes)
 
     @cached_property
     def orders(self) -> tuple[tuple[int, ...], ...]:
-        """Permutation of each tensor's dimensions that makes its storage order row-major."""
+        """For each tensor the permutation of its dimensions that makes it row-major in memory.
+
+        For a channels_last weight of shape (2, 3, 4, 5), with strides (60, 1, 15, 3), it is (0, 2, 3, 1).
+        """
         return tuple(
             tuple(sorted(range(len(shape)), key=lambda d: (-stride[d], d)))
             for shape, stride in zip(self.shapes, self.strides, strict=True)
@@ -162,14 +169,16 @@ class Layout:
     def rows(self, tensors: Sequence[Tensor], apart_from: Sequence[Tensor] = ()) -> list[Tensor]:
         """`tensors` as row-major tensors in this layout's storage order.
 
-        Copies a tensor only where its strides differ, or where it shares storage with one of `apart_from`: for
-        a loss like (w1 * w2).sum() autograd returns views of the tangent itself as the product, and an
-        in-place update of the tangent would overwrite what it still has to read.
+        Copies a tensor only if its strides differ, or if it shares storage with one of `apart_from`: for a loss like
+        (w1 * w2).sum() autograd returns views of the tangent itself as the product, and an in-place update of the
+        tangent would overwrite what it still has to read.
         """
         taken = {state.untyped_storage().data_ptr() for state in apart_from}
         rows = []
         for tensor, order in zip(tensors, self.orders, strict=True):
-            row = tensor.permute(order).contiguous().resolve_neg()  # a lazily negated one would be read unnegated
+            row = (
+                tensor.permute(order).contiguous().resolve_neg()
+            )  # kernels read memory, where a lazily negated tensor is not negated
             rows.append(row.clone() if row.untyped_storage().data_ptr() in taken else row)
         return rows
 
@@ -181,7 +190,7 @@ class Layout:
         ]
 
     def empty_partials(self) -> Tensor:
-        """Room for the partial sums of one step: rows of (squared norm, squared norm, non-finite flag)."""
+        """A buffer for the partial sums of one step: rows of (squared norm, squared norm, non-finite flag)."""
         return torch.zeros(self.partial_rows, 3, dtype=torch.float64, device=self.device)
 
 
@@ -217,7 +226,7 @@ class FlatVector:
     def copy_(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite with `tensors` (any strides, any floating dtype)."""
         if self.views:
-            torch._foreach_copy_(self.views, [t.detach() for t in tensors])
+            foreach_copy_(self.views, [t.detach() for t in tensors])
         self.refresh()
 
     def dot(self, other: FlatVector) -> Tensor:
@@ -230,7 +239,7 @@ class FlatVector:
         return norm if self.layout.whole is None else self.layout.total(norm.double().square()).sqrt().to(norm.dtype)
 
     def all_finite(self) -> Tensor:
-        """Whether nothing is NaN or infinite."""
+        """Whether all elements are finite, as a 0-dim tensor."""
         finite = torch.isfinite(self.data).all()
         return finite if self.layout.whole is None else self.layout.total((~finite).double()) == 0
 
@@ -239,7 +248,12 @@ class FlatVector:
         self.data.copy_(other.data)
         self.refresh()
 
+    def in_dtypes(self) -> list[Tensor]:
+        """The parts in the weights' dtypes: the views themselves, or copies where the state is wider."""
+        dtypes = self.layout.dtypes
+        return [view if view.dtype == dtype else view.to(dtype) for view, dtype in zip(self.views, dtypes, strict=True)]
+
     def refresh(self) -> None:
-        """Bring low-precision tangents up to date with `data`."""
+        """Copy `data` into the low-precision tangents."""
         if self.layout.low_precision:
-            torch._foreach_copy_(self.tangents, self.views)
+            foreach_copy_(self.tangents, self.views)

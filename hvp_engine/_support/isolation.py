@@ -1,8 +1,8 @@
-"""Leaving the caller's state as it was: random numbers and module buffers inside our own calls.
+"""Leaving the caller's random state and module buffers as they were.
 
-Everything random inside one call (dropout, noise) is drawn from a forked generator: one draw for all terms of a
-solve, another for the next call. Modules made pure by :func:`functional` work on copies of their
-buffers while :func:`isolated` is active, so that BatchNorm's running statistics do not move.
+Whatever is random inside a call (dropout, noise) is drawn from forked generators: the same numbers for all terms of a
+solve, others in the next call. Modules wrapped by :func:`functional` work on copies of their buffers while
+:func:`isolated` is active, so that BatchNorm's running statistics do not change.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _modules: ContextVar[list[torch.nn.Module] | None] = ContextVar("hvp_engine_modu
 
 
 def is_isolated() -> bool:
-    """Whether the code runs inside one of our own calls."""
+    """Whether this code runs inside a call of the library."""
     return _active.get()
 
 
 def record_module(module: torch.nn.Module) -> None:
-    """Note that a loss called `module`, for whoever is recording."""
+    """Tell :func:`recorded_modules`, if it is active, that a loss has called `module`."""
     modules = _modules.get()
     if modules is not None:
         modules.append(module)
@@ -33,7 +33,7 @@ def record_module(module: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def recorded_modules() -> Iterator[list[torch.nn.Module]]:
-    """The modules that functional calls inside the block use."""
+    """A list that collects the modules used by functional calls inside the block."""
     modules: list[torch.nn.Module] = []
     token = _modules.set(modules)
     try:
@@ -44,10 +44,10 @@ def recorded_modules() -> Iterator[list[torch.nn.Module]]:
 
 @contextlib.contextmanager
 def isolated(seed: int, device: torch.device) -> Iterator[None]:
-    """Fork the random states (torch's on the CPU and `device`, Python's, numpy's), seed them, keep buffers untouched;
-    one thread at a time.
+    """Inside the block the global generators (torch's for the CPU and `device`, Python's, numpy's) are forked and
+    seeded, and module buffers stay as they are; one thread at a time.
 
-    Cost: as :func:`hvp_engine._support.random_state.random_state_kept`.
+    Cost: 30 us on a CPU, and 70 us more if numpy's generator has been used since the last time.
     """
     token = _active.set(True)
     try:
@@ -59,10 +59,10 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
 
 
 class Draws:
-    """A counter of calls that gives each call its own seed, reproducibly.
+    """A seed for each call, reproducibly.
 
-    Seeds follow from torch's initial seed at construction and the number of calls so far; nothing is taken from
-    the caller's generator. `count` is all there is to save and restore.
+    Seeds follow from torch's initial seed at construction and the number of calls so far; nothing is drawn from the
+    caller's generator.
     """
 
     def __init__(self) -> None:

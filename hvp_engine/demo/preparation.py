@@ -1,4 +1,4 @@
-"""From a data set to the parts an experiment needs: a stratified split and standardized inputs."""
+"""What experiments do with a data set first: a stratified split, and standardized inputs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor
 
 
 def stratified_split(labels: Tensor, sizes: Sequence[int], seed: int) -> tuple[Tensor, ...]:
-    """Disjoint random index sets of exactly `sizes` elements, each with the class shares of the whole (within one).
+    """Disjoint random sets of indices with exactly `sizes` elements, each with the class proportions of the whole.
 
     Arguments:
         labels: int64 (N,).
-        sizes: how many elements each part gets; at most N together (the rest is left out).
+        sizes: how many elements each part gets, at most N together; the rest is left out. The number of elements of a
+            class is within one of its proportion.
         seed: the same seed gives the same parts.
 
     Errors: `ValueError` where the sizes are negative or exceed N.

@@ -1,4 +1,4 @@
-"""What the demo found, as a table, a JSON file and a plot."""
+"""The demo's results as a table, a JSON file and a plot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MEGA = 1e6
 
 @dataclass(frozen=True)
 class Scores:
-    """Mean cross-entropy, and share of right answers."""
+    """Mean cross-entropy and accuracy."""
 
     loss: float
     accuracy: float
@@ -32,7 +32,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Run:
-    """One way to train. `curve` holds (hyper step, validation loss, test loss); time and memory are per hyper step."""
+    """One way to train. `curve` holds (hyper step, validation loss, test loss); time and peak are per hyper step."""
 
     name: str
     hyperparameters: int
@@ -47,7 +47,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs (no tuning, one decay, one per weight implicit, the same unrolled), and the memory by terms."""
+    """All runs (no tuning, one decay, one per weight implicit and unrolled), and the peak memory by number of terms."""
 
     runs: tuple[Run, ...]
     terms: tuple[int, ...]
@@ -126,7 +126,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write(comparison: Comparison, folder: Path) -> tuple[Path, Path]:
-    """Write `demo.json` and `demo.png` into `folder`, each at once or not at all."""
+    """Write `demo.json` and `demo.png` into `folder`, each completely or not at all."""
     content = dataclasses.asdict(comparison) | {
         "pixel_log_decay": comparison.pixel_log_decay.tolist(),
         "versions": {
@@ -175,7 +175,7 @@ def require_matplotlib() -> Any:
 
 
 def plot(comparison: Comparison, file: BinaryIO) -> None:
-    """Draw losses over the hyper steps, final losses, memory by terms, and the decays by pixel, as PNG."""
+    """Draw losses over the hyper steps, final losses, memory by terms, and decays by pixel, as a PNG."""
     figure = require_matplotlib()(figsize=(12.5, 9), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     figure.suptitle(

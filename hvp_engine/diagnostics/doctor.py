@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +26,14 @@ class Diagnosis:
     """What :func:`examine` found.
 
     Attributes:
-        versions: of Python, the system and each package; None for a package that is not installed.
+        versions: of Python, the system and each package, None for one that is not installed; where the version that
+            runs is not the one that is installed, both.
         devices: a description of each device, by its torch name; for "cuda" the reason where there is none.
         threads: threads that torch uses for one operation.
-        float32: for each device type, how float32 products are computed; see :mod:`hvp_engine._support.precision`.
-        backends: for each device type, for each backend the reason why it cannot run there, or None if it can.
-        chosen: for each device type, the backend that "auto" takes.
+        float32: for each device type, how float32 products are computed; see
+            :func:`hvp_engine.diagnostics.float32_arithmetic`.
+        backends: for each device type and each backend, the reason why it cannot run there, or None if it can.
+        chosen: for each device type, the backend that "auto" uses.
         engines: for each engine the reason why it cannot run, or None if it can.
         openmp: the files of the OpenMP runtimes loaded in this process; None where that cannot be read.
     """
@@ -53,7 +56,7 @@ class Diagnosis:
         lines += ["float32 products"]
         lines += [f"  {device_type:<18}{precision}" for device_type, precision in self.float32.items()]
         for device_type, reasons in self.backends.items():
-            lines += [f"backends on {device_type} ('auto' takes {self.chosen[device_type]!r})"]
+            lines += [f"backends on {device_type} ('auto' uses {self.chosen[device_type]!r})"]
             lines += [f"  {name:<18}{_verdict(reason)}" for name, reason in reasons.items()]
         lines += ["engines"]
         lines += [f"  {name:<18}{_verdict(reason)}" for name, reason in self.engines.items()]
@@ -105,13 +108,20 @@ def _verdict(reason: str | None) -> str:
 
 
 def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version(), "system": platform.platform()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+    system = {"python": platform.python_version(), "system": platform.platform()}
+    return {**system, **{package: _version(package) for package in _PACKAGES}}
+
+
+def _version(package: str) -> str | None:
+    """The version that runs, with the installed one beside it if the two differ; None if there is neither."""
+    try:
+        installed = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        installed = None
+    running = getattr(sys.modules.get(package), "__version__", None)
+    if running is None or running == installed:
+        return installed
+    return f"{running}, installed as {installed or 'no package'}"
 
 
 def _devices() -> dict[str, str]:
@@ -131,7 +141,7 @@ def _devices() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The model of the CPU, as far as the system tells it, and the instruction set that torch uses on it."""
+    """The model of the CPU, as far as the system names it, and the instruction set that torch uses on it."""
     cpuinfo = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     model = named[1] if named else platform.processor() or platform.machine()
@@ -141,7 +151,7 @@ def cpu_name() -> str:
 def _why_not_engine(name: str) -> str | None:
     try:
         engine = engines.create(name)
-    except Exception as error:  # whatever an engine needs can fail in many ways; the reason is shown
+    except Exception as error:  # what an engine needs can fail in many ways; whichever it is, the reason is shown
         return f"{type(error).__name__}: {error}"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return engine.missing(device) if isinstance(engine, engines.CudaGraphEngine) else None

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
+
+from hvp_engine._support.torch_compat import TorchDispatchMode, is_traceable_wrapper_subclass, pytree
 
 
 class Meter:
@@ -89,10 +89,10 @@ class _LiveStorages(TorchDispatchMode):
         kwargs = kwargs or {}
         # lift_fresh is how torch.tensor(...) announces the tensor it has just made.
         if func is not torch.ops.aten.lift_fresh.default:
-            for storage in _storages(tree_leaves((args, kwargs))):
+            for storage in _storages(pytree.tree_leaves((args, kwargs))):
                 self._see(storage, new=False)
         result = func(*args, **kwargs)
-        for storage in _storages(tree_leaves(result)):
+        for storage in _storages(pytree.tree_leaves(result)):
             self._see(storage, new=True)
         self.peak = max(self.peak, self.level)
         return result

@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
 
+from hvp_engine._support.torch_compat import fused_weight_norm, without_onednn
+
 
 @contextlib.contextmanager
 def plain_kernels() -> Iterator[None]:
@@ -40,16 +42,12 @@ def _embedding(input: Tensor, weight: Tensor, *arguments: Any, **options: Any) -
 
 def _lstm(*arguments: Any) -> Any:
     """By operations of its own: oneDNN's kernel has no second derivative."""
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` would warn about TF32
-    try:
+    with without_onednn():
         return torch.lstm(*arguments)
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
 
 
 _PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch._weight_norm: _weight_norm,
+    fused_weight_norm: _weight_norm,
     embedding: _embedding,
     torch.lstm: _lstm,
 }

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from hvp_engine._support import torch_compat
 from hvp_engine._support.flat_vector import Layout
+from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.errors import GraphError, SecondDerivativeError
 
-_NOT_DIFFERENTIABLE = re.compile(
-    r"derivative for '?(?:aten::)?([\w.]+)'? is not implemented"
-    r"|trying to differentiate twice a function that was marked with @(\w+)"
-)
-_REENTRANT = "use_reentrant=True"
-_COMPILED = re.compile("does not currently support double backward|compiled with non-empty donated|dynamo-optimized")
 _REMEDIES = {
-    "_Union": "hand the hvp.DataParallel itself to hvp.Hypergradient, hvp.HessianOperator, ...; hvp.Averaged inside it",
+    "_MeanLoss": "pass the hvp.DataParallel itself to hvp.Hypergradient or an operator, with hvp.Averaged inside it",
     "_scaled_dot_product": "run the forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
     "_cudnn_rnn": "run the forward under torch.backends.cudnn.flags(enabled=False)",
     "mkldnn_rnn": "run the forward under torch.backends.mkldnn.flags(enabled=False)",
     "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint",
     "sparse gradients": "make the embedding with sparse=False: products are dense anyway",
     "torch.compile": "hand the original module or function to the loss, as hvp.functional does with a compiled module",
-    "torch._higher_order_ops": "write it as a Python loop (cond: with torch.where), or use engine='finite_difference'",
+    torch_compat.CONTROL_FLOW: "write it as a Python loop (cond: with torch.where), or use engine='finite_difference'",
     "_weight_norm": "compute the weight as v * (g / torch.norm_except_dim(v, 2, dim)), as calls with loss functions do",
     "once_differentiable": "write its backward with differentiable operations and drop once_differentiable",
 }
@@ -53,13 +48,13 @@ def explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if match := _NOT_DIFFERENTIABLE.search(str(error)):
+        if match := torch_compat.NOT_DIFFERENTIABLE.search(str(error)):
             raise second_derivative_error(match[1] or match[2]) from error
-        if _REENTRANT in str(error):
-            raise second_derivative_error(f"gradient checkpointing with {_REENTRANT}") from error
-        if "add(sparse, dense)" in str(error):
+        if torch_compat.REENTRANT in str(error):
+            raise second_derivative_error(f"gradient checkpointing with {torch_compat.REENTRANT}") from error
+        if torch_compat.SPARSE_AND_DENSE in str(error):
             raise second_derivative_error("sparse gradients beside dense ones", FastKernelError) from error
-        if _COMPILED.search(str(error)):
+        if torch_compat.COMPILED.search(str(error)):
             raise second_derivative_error("a part compiled by torch.compile") from error
         raise
 
@@ -89,9 +84,6 @@ def filled(products: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[
     return [torch.zeros_like(x) if p is None else p for p, x in zip(products, inputs, strict=True)]
 
 
-_backward = torch.autograd.Variable._execution_engine.run_backward
-
-
 class Pullback:
     """t -> (d outputs / d inputs)^T t, with everything that does not depend on t settled once.
 
@@ -114,9 +106,7 @@ class Pullback:
             return [None] * len(self._inputs)
         cotangents = tuple([tangents[index] for index in self._varying])
         with explained():
-            found: Sequence[Tensor | None] = _backward(
-                self.outputs, cotangents, True, False, self._active, allow_unreachable=True, accumulate_grad=False
-            )
+            found: Sequence[Tensor | None] = torch_compat.backward(self.outputs, cotangents, self._active)
         if len(self._active) < len(self._inputs):
             products = iter(found)
             found = [next(products) if x.requires_grad else None for x in self._inputs]
@@ -144,7 +134,7 @@ def gradients(loss: Tensor, weights: Sequence[Tensor], name: str) -> list[Tensor
     return filled(found, weights)
 
 
-class Tape:
+class Tape(Linearization):
     """The linearization that autograd's own graph is: products by `torch.autograd.grad`, graph retained.
 
     Arguments:
@@ -153,10 +143,12 @@ class Tape:
         hyperparameters: what the mixed product is taken with respect to.
         loss: the loss, for reports.
         name: what messages call the loss or the gradient.
+        symmetric: whether df/dw is, as where f is a gradient.
+        inside: makes the context that products run in: what a checkpointed part computes again in the backward pass
+            must be computed as it was in the forward pass.
 
     Attributes:
         reaches_weights: whether f depends on some weight; if not, the Hessian is zero.
-        size: nodes of the gradient's graph.
         incomplete: whether some kernel of the forward has no second derivative; a product through it raises.
     """
 
@@ -167,8 +159,10 @@ class Tape:
         hyperparameters: Sequence[Tensor] = (),
         loss: Tensor | None = None,
         name: str = "loss",
+        symmetric: bool = True,
+        inside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ):
-        self.layout = Layout.of(weights)
+        self.layout, self.symmetric, self._inside = Layout.of(weights), symmetric, inside
         self.loss = None if loss is None else loss.detach()
         self.gradient = [g.detach() for g in gradient]
         self.weights = tuple(weights)
@@ -176,22 +170,24 @@ class Tape:
         self._product = Pullback(gradient, weights)
         self._mixed = Pullback(gradient, hyperparameters)
         nodes = _walk(self._product.outputs)
-        self.size = len(nodes)
+        self.nodes = len(nodes)
         names = {node.name(): node for node in nodes}
         for node in names.values():
             _refuse_control_flow(node)
-        if "torch::autograd::Error" in names:  # autograd would return zeros without a word
+        if torch_compat.ERROR_NODE in names:  # autograd would return zeros without a word
             raise second_derivative_error("a function whose backward is marked once_differentiable")
-        self.incomplete = "torch::autograd::NotImplemented" in names
+        self.incomplete = torch_compat.NOT_IMPLEMENTED_NODE in names
         self.reaches_weights = any(get_gradient_edge(w).node in nodes for w in weights if w.requires_grad)
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t; a weight that f does not depend on gets zeros."""
-        return filled(self._product(tangents), self.weights)
+        with self._inside():
+            return filled(self._product(tangents), self.weights)
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t."""
-        return self._mixed(tangents)
+        with self._inside():
+            return self._mixed(tangents)
 
 
 def _walk(outputs: Sequence[Tensor]) -> set[Node]:
@@ -214,25 +210,15 @@ def _refuse_without_second_derivative(loss: Tensor) -> None:
     """
     for node in _walk([loss]):
         _refuse_control_flow(node)
-        if node.name() == "WeightNormInterfaceBackward0":
-            raise second_derivative_error("torch._weight_norm, in torch's fused kernel", FastKernelError)
-        function: Any = getattr(node, "_forward_cls", None)
-        backward = getattr(function, "backward", None)
-        code = getattr(backward, "__code__", None)
-        if code is None or code.co_filename != torch.autograd.function.__file__:
-            continue
-        if hasattr(backward, "__wrapped__"):
-            raise second_derivative_error(f"{function.__name__}, whose backward is once_differentiable")
+        if node.name() == torch_compat.WEIGHT_NORM_NODE:
+            raise second_derivative_error("the fused kernel of weight normalization (_weight_norm)", FastKernelError)
+        if name := torch_compat.once_differentiable(node):
+            raise second_derivative_error(f"{name}, whose backward is once_differentiable")
 
 
 def _refuse_control_flow(node: Node) -> None:
-    """Raise for scan, map, while_loop, cond and their like.
-
-    In torch 2.13 their backward, a graph run without grad mode, drops terms of the second derivative, or all, without a
-    word. (associative_scan is of ordinary operators.)
-    """
-    module = getattr(getattr(node, "_forward_cls", None), "__module__", "")
-    if module.startswith("torch._higher_order_ops."):
+    """Raise for scan, map, while_loop, cond and their like, whose second derivative is wrong."""
+    if module := torch_compat.control_flow(node):
         raise second_derivative_error(module)
 
 

@@ -1,16 +1,21 @@
-"""What lies between a loss and a solve: the problem, and its gradient made linear at one point."""
+"""A loss at a point, and a loss over several batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import enum
+import numbers
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.pytree import Structure, check_scalar
+from hvp_engine._support.torch_compat import pytree
+
+_CONSTANTS = (type(None), numbers.Number, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)
+"""Types of what is in a batch beside tensors and is what it is for good."""
 
 
 @dataclass(frozen=True)
@@ -52,31 +57,6 @@ class Problem:
         return value
 
 
-class LinearMap(Protocol):
-    """A symmetric linear map on lists of tensors of one layout: what a solver solves with."""
-
-    @property
-    def layout(self) -> Layout: ...
-
-    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """A times the vector whose parts are `tangents`; a part may alias a tangent."""
-
-
-class Linearization(LinearMap, Protocol):
-    """The gradient f = dL/dw of a loss, and its derivatives, at one point."""
-
-    @property
-    def loss(self) -> Tensor | None:
-        """The loss, detached; None if only the gradient was given."""
-
-    @property
-    def gradient(self) -> Sequence[Tensor]:
-        """dL/dw, detached."""
-
-    def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """(d2L/dlambda dw^T) tangents: one for each hyperparameter, None where there is no path."""
-
-
 class Averaged:
     """A loss of a list of batches: the mean of `loss` over them, as one problem with one Hessian.
 
@@ -100,3 +80,15 @@ class Averaged:
         *point, batches = arguments
         losses = [self.loss(*point, batch) for batch in batches]
         return torch.stack([loss.reshape(()) for loss in losses]).mean()
+
+
+def split_inputs(problem: Problem) -> tuple[list[Tensor], list[Any], pytree.TreeSpec]:
+    """Tensors of the batch, its other leaves (with None where a tensor was), and how to put it together again."""
+    leaves, spec = pytree.tree_flatten(problem.inputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+
+
+def is_constant(leaf: Any) -> bool:
+    """Whether a leaf of a batch that is no tensor is what it is for good, so that a trace may hold it."""
+    return isinstance(leaf, _CONSTANTS) or (callable(leaf) and isinstance(leaf, Hashable))

@@ -1,4 +1,4 @@
-"""What processes tell each other: sums, by one message each, that carry failures along."""
+"""Sums over processes, by one message each, which also tell whether a process has failed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 import hvp_engine.errors
 from hvp_engine._support.flat_vector import Layout
+from hvp_engine._support.torch_compat import foreach_copy_, foreach_mul_, foreach_zero_
 from hvp_engine.errors import DistributedError, HvpError
 
 Summands = tuple[Sequence["Tensor | None"], float]
-"""What a process adds to a sum, None for nothing, and a factor by which it counts."""
+"""The tensors that a process adds to a sum, None for zero, and the factor by which they are multiplied."""
 
 NOTHING = Layout((), (), (), torch.device("cpu"))
 
@@ -22,17 +23,18 @@ NOTHING = Layout((), (), (), torch.device("cpu"))
 class Processes:
     """The processes of a torch.distributed group; each must make the same calls in the same order.
 
-    What one of them raises while it computes its summands is raised in all, after the message that they wait for: so
-    none is left waiting. The last figure of each message says whether somebody failed, which waits for the device.
+    An error that one of them raises while it computes its summands is raised in all, after the message for which the
+    others are waiting, so that none waits for ever. The last number of each message says whether a process failed;
+    reading it waits for the device.
 
     Arguments:
         group: a process group; None is the default one.
 
     Attributes:
         rank, count: of this process in the group, and how many there are.
-        ranks: of all of them in the default group.
+        ranks: those of all processes of the group in the default group.
         messages: messages of vectors so far.
-        sent: bytes that this process has sent in them if they went around a ring, which is the least there is.
+        sent: bytes that this process has sent in them by a ring algorithm, which sends the least.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None):
@@ -49,12 +51,12 @@ class Processes:
         self.messages, self.sent = 0, 0.0
 
     def sum(self, layout: Layout, figures: int, compute: Callable[[Tensor], Summands]) -> tuple[list[Tensor], Tensor]:
-        """The sums over all processes of tensors of a layout, and of `figures` numbers; by one all-reduce.
+        """Sums over all processes of the tensors of a layout, and of `figures` numbers, by one all-reduce.
 
         Arguments:
             compute: returns the tensors, and writes the numbers into the 1-d tensor of zeros that it is given.
 
-        Both come back in the layout's state dtype; numbers alone in float64.
+        Returns both in the layout's state dtype, or numbers in float64 if there are no tensors.
         """
         dtype = layout.state_dtype if layout.shapes else torch.float64
         buffer = torch.empty(layout.size + figures + 1, dtype=dtype, device=layout.device)
@@ -68,22 +70,22 @@ class Processes:
 
     @contextlib.contextmanager
     def carrying(self, tail: Tensor) -> Iterator[Tensor]:
-        """Compute in the block what is sent with `tail`, whose last number will say whether that failed."""
+        """A block that computes what is sent with `tail`, the last number of which will say whether it failed."""
         self._error: BaseException | None = None
         tail.zero_()
         try:
             yield tail[:-1]
-        except BaseException as raised:  # Ctrl-C too: the others would wait for ever
+        except BaseException as raised:  # Ctrl-C too, or the others would wait for ever
             self._error = raised
             tail[-1] = 1.0
 
     def count_message(self, part: float) -> None:
-        """One in which every process sends `part` bytes to each other."""
+        """Count a message in which every process sends `part` bytes to each of the others."""
         self.messages += 1
         self.sent += (self.count - 1) * part
 
     def check(self, tail: Tensor) -> None:
-        """Raise if a process failed: its own error there, elsewhere one of the same class that names it."""
+        """Raise if a process failed: there its own error, in the others one of the same class that names it."""
         if not float(tail[-1]):
             return
         error, self._error = self._error, None
@@ -93,14 +95,14 @@ class Processes:
         if error is not None:
             raise error
         rank, (name, text) = next((rank, failure) for rank, failure in enumerate(found) if failure is not None)
-        kind = getattr(hvp_engine.errors, name, None)
-        if not (isinstance(kind, type) and issubclass(kind, HvpError)):  # a class that all of them can make
+        kind = vars(hvp_engine.errors).get(name)
+        if not (isinstance(kind, type) and issubclass(kind, HvpError)):  # others may need more than a message
             kind, text = DistributedError, f"{name}: {text}"
         raise kind(f"process {rank} of {self.count} failed: {text}")
 
     @contextlib.contextmanager
     def together(self, device: torch.device) -> Iterator[None]:
-        """What one process raises in the block is raised in all at its end, by one small message."""
+        """A block at the end of which an error in one process is raised in all, by one small message."""
         tail = torch.empty(1, dtype=torch.float64, device=device)
         with self.carrying(tail):
             yield
@@ -108,7 +110,7 @@ class Processes:
         self.check(tail)
 
     def same(self, tensors: Sequence[Tensor]) -> int | None:
-        """The first process that holds other values than process 0, by checksums; None if all are alike."""
+        """The first process whose values differ from those of process 0, by checksums; None if there is none."""
         sums = [tensor.detach().double().sum() for tensor in tensors]
         found = self._gather(torch.stack(sums)) if sums else []
         different = [not torch.equal(theirs.nan_to_num(), found[0].nan_to_num()) for theirs in found]
@@ -125,18 +127,18 @@ class Processes:
 
 
 def write(views: Sequence[Tensor], summands: Sequence[Tensor | None], factor: float) -> None:
-    """factor * summands into the views, zeros for None."""
+    """Write factor * summands into the views, zeros for None."""
     absent = [view for view, part in zip(views, summands, strict=True) if part is None]
     if absent:
-        torch._foreach_zero_(absent)
+        foreach_zero_(absent)
     present = [(view, part.detach()) for view, part in zip(views, summands, strict=True) if part is not None]
     if present:
         targets, parts = zip(*present, strict=True)
-        torch._foreach_copy_(targets, parts)
+        foreach_copy_(targets, parts)
         if factor != 1:
-            torch._foreach_mul_(targets, factor)
+            foreach_mul_(targets, factor)
 
 
 def note(figures: Tensor, summands: Sequence[Tensor | None]) -> None:
-    """Say in `figures` which are not None."""
+    """Write into `figures` 1 for each summand that is not None, and 0 for the others."""
     figures.copy_(torch.tensor([float(part is not None) for part in summands], dtype=figures.dtype))

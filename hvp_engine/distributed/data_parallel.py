@@ -1,4 +1,4 @@
-"""Losses whose batch is spread over processes."""
+"""Losses of a batch that is split over processes."""
 
 from __future__ import annotations
 
@@ -10,58 +10,59 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils import _pytree as pytree
 
+from hvp_engine._support.dtensor import Shard, is_sharded, local_part
 from hvp_engine._support.flat_vector import state_dtype_of
 from hvp_engine._support.pytree import check_scalar
-from hvp_engine._support.shards import Shard, is_sharded, local_part
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.differentiation.double_backward import differentiate
 from hvp_engine.differentiation.problem import Averaged
 from hvp_engine.distributed.collectives import Processes, Summands, note
-from hvp_engine.distributed.sharding import Held
+from hvp_engine.distributed.sharding import ShardedList
 from hvp_engine.errors import DistributedError
 
 
 class DataParallel:
-    """A loss whose batch is spread over processes: the mean of `loss` over the shards that they hold.
+    """A loss of a batch that is split over processes: the mean of `loss` over the parts that they hold.
 
     L(w, lambda) = sum_r n_r L(w, lambda, batch_r) / sum_r n_r
 
-    Give it to :class:`Hypergradient`, :class:`Tuner`, :class:`HessianOperator` and the like in place of `loss`, in
-    every process, with this process's batch: their losses, gradients, products, mixed products and spectra are then
-    those of all batches together, and every process gets the same numbers and takes the same decisions. What does not
-    depend on the batch, such as weight decay, counts once.
+    Pass it to :class:`Hypergradient`, :class:`Tuner`, :class:`HessianOperator` and the like in place of `loss`, in
+    every process, with the batch of that process. Their losses, gradients, products, mixed products and spectra are
+    then those of the whole batch; every process gets the same numbers and makes the same decisions. A term that does
+    not depend on the batch, such as weight decay, counts once.
 
     Arguments:
         loss: `loss(weights, hyper, batch)` or `loss(weights, batch)` -> scalar tensor, a mean over the batch. Its
-            module may be plain or wrapped in DistributedDataParallel (see :func:`functional`), whose own reduction is
-            not used: it does not reduce what `torch.autograd.grad` computes.
+            module may be plain or wrapped in DistributedDataParallel (see :func:`functional`); the wrapper's own
+            reduction is not used, since it does not reduce what `torch.autograd.grad` computes.
         group: the process group; None is the default one. gloo or NCCL.
-        examples: a function of the batch that returns n_r, for example `lambda batch: len(batch[0])` where shards
-            differ in size; 0 for an empty one, of which the loss is not evaluated. None counts each process equally.
+        examples: a function of the batch that returns n_r, for example `lambda batch: len(batch[0])` if the parts
+            differ in size; where it returns 0, the loss is not evaluated. None weights all processes equally.
 
     Called as a function it is the loss itself, with first derivatives: a training loop may call `.backward()` on it.
 
-    Weights and hyperparameters must be the same in every process, which is checked at first use; random draws may
-    differ. The processes must compute alike (hardware, threads, versions), since each takes the solver's decisions
-    itself, from the same numbers. Whatever the loss raises in one process is raised in all:
-    there as it is, elsewhere as an error that names the process (:class:`DistributedError`, or the same class if
-    it is one of this package).
+    Validity: weights and hyperparameters must be the same in every process, which is checked at first use; random
+    draws may differ. The processes must compute alike (hardware, threads, versions), since each makes the solver's
+    decisions itself, from the same numbers.
+
+    Errors: what the loss raises in one process is raised in all: in that one as it is, in the others as an error that
+    names the process (a :class:`DistributedError`, or the same class if it is one of this package).
 
     Cost: for each product one all-reduce of a vector of weights, in float32 (float64 for float64 weights); one
-    for a loss and its gradients together; one for the mixed product. After each the host waits for the device, to
+    for a loss together with its gradients; one for the mixed product. After each the host waits for the device, to
     see whether a process failed. Memory: one flat vector of weights.
 
-    Shards: weights may be DTensors, all of them, each cut along one dimension over the processes of `group`, as by
-    `distribute_tensor(weight, mesh, [Shard(0)])`; hyperparameters DTensors or whole ones. `loss` is given whole
-    tensors; of weights, vectors of a solve and results each process keeps its part, so that they take 1 / N of the
-    memory. For a product the tangent is gathered and the product scattered: as many bytes as an all-reduce; meanwhile
-    tangent, product and message are whole. Solvers that need inner products send small messages besides.
+    Sharded weights: all weights may be DTensors, each cut along one dimension over the processes of `group`, as by
+    `distribute_tensor(weight, mesh, [Shard(0)])`; each hyperparameter may be one too. `loss` receives whole tensors.
+    Each process keeps its shards of the weights, of the solver's vectors and of the results, so that they take 1 / N
+    of the memory. Each product gathers the tangent and scatters the product: as many bytes as an all-reduce, with
+    tangent, product and message whole for that time. Solvers that need inner products send small messages besides.
     alpha="auto" and other estimates start from other random vectors than in one process.
 
-    Limits: engines that run or compile whole terms run the product alone, since the reduction comes between product
-    and step; `SyncBatchNorm`, which talks to other processes itself, has no second derivative; `Exact`, `Nystrom` and
-    `batched=True` need whole weights.
+    Limits: engines that run or compile whole terms run only the product, since the reduction comes between product
+    and step; `SyncBatchNorm`, which communicates by itself, has no second derivative; `Exact`, `Nystrom` and
+    `batched=True` need replicated weights.
 
     >>> import tempfile, torch, torch.distributed as dist, hvp_engine as hvp
     >>> file = tempfile.NamedTemporaryFile()                           # torchrun does this for many processes
@@ -105,12 +106,12 @@ class DataParallel:
             return self._part(pytree.tree_unflatten(given, spec))
 
         device = next((leaf.device for leaf in tensors.values()), torch.device("cpu"))
-        holding = Held(self.processes, held, [shards.get(index) for index in varying], device)
+        holding = ShardedList(self.processes, held, [shards.get(index) for index in varying], device)
         dtype = state_dtype_of([leaf.dtype for leaf in point])
-        return _Union.apply(holding, evaluate, known, *held).to(dtype)
+        return _MeanLoss.apply(holding, evaluate, known, *held).to(dtype)
 
     def share(self, batch: Any) -> float:
-        """n_r of this process."""
+        """n_r, the weight of this process in the mean."""
         if self.examples is None:
             return 1.0
         number = float(self.examples(batch))
@@ -131,13 +132,13 @@ class DataParallel:
             )
 
     def averaged(self) -> DataParallel:
-        """The same of a list of batches in every process; see :class:`Averaged`."""
+        """The mean over a list of batches in every process; see :class:`Averaged`."""
         examples = self.examples
         total = None if examples is None else lambda batches: sum(examples(batch) for batch in batches)
         return DataParallel(Averaged(self.loss), self.processes.group, examples=total)
 
     def _part(self, arguments: Sequence[Any]) -> tuple[Tensor, float]:
-        """This process's loss, and how much it counts."""
+        """This process's loss, and its weight in the mean."""
         share = self.share(arguments[-1])
         if share == 0:
             return torch.zeros(()), share
@@ -146,20 +147,20 @@ class DataParallel:
         return loss, share
 
 
-class _Union(torch.autograd.Function):
-    """The loss of all processes and its gradients, which one sum brings; the gradients wait for the backward."""
+class _MeanLoss(torch.autograd.Function):
+    """The mean loss over all processes. One sum brings the loss and its gradients, which are kept for the backward."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        held: Held,
+        held: ShardedList,
         evaluate: Callable[[Sequence[Tensor]], tuple[Tensor, float]],
         differentiated: bool,
         *tensors: Tensor,
     ) -> Tensor:
         inputs = [
             whole.requires_grad_(differentiated and tensor.requires_grad)
-            for whole, tensor in zip(held.full(tensors), tensors, strict=True)
+            for whole, tensor in zip(held.gathered(tensors), tensors, strict=True)
         ]
 
         def compute(figures: Tensor) -> Summands:
@@ -171,7 +172,7 @@ class _Union(torch.autograd.Function):
             return found, share
 
         sums, figures = held.sum(2 + len(inputs), compute)
-        total = of_all(figures[1])
+        total = total_examples(figures[1])
         ctx.grads = [
             part.div_(total).to(tensor.dtype) if there else None
             for part, tensor, there in zip(sums, tensors, figures[2:].tolist(), strict=True)
@@ -185,8 +186,8 @@ class _Union(torch.autograd.Function):
         return None, None, None, *scaled
 
 
-def of_all(number: Tensor) -> float:
-    """The sum of n_r, on the host."""
+def total_examples(number: Tensor) -> float:
+    """The sum of n_r over processes, on the host."""
     total = float(number)
     if total <= 0:
         raise ValueError("examples: expected at least one example in some process; got none in all")
@@ -194,10 +195,10 @@ def of_all(number: Tensor) -> float:
 
 
 def together(loss: Callable[..., Tensor], device: torch.device) -> AbstractContextManager[None]:
-    """In the block, what one process of `loss` raises, all raise."""
+    """A block in which an error in one process of `loss` is raised in all."""
     return loss.processes.together(device) if isinstance(loss, DataParallel) else nullcontext()
 
 
 def averaged(loss: Callable[..., Tensor]) -> Averaged | DataParallel:
-    """`loss` of a list of batches; see :class:`Averaged`."""
+    """The mean of `loss` over a list of batches; see :class:`Averaged`."""
     return loss.averaged() if isinstance(loss, DataParallel) else Averaged(loss)

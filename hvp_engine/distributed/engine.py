@@ -1,4 +1,4 @@
-"""The engine for losses that are spread over processes: another engine for this process's part, and the sums."""
+"""The engine for data-parallel losses: another engine for the batch of this process, and sums over processes."""
 
 from __future__ import annotations
 
@@ -9,46 +9,44 @@ from typing import Any
 from torch import Tensor
 
 from hvp_engine._support.random_state import random_state_kept
-from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
+from hvp_engine.differentiation.linear_map import Linearization, LinearMap
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.distributed.collectives import Processes, Summands, note
-from hvp_engine.distributed.data_parallel import DataParallel, of_all
-from hvp_engine.distributed.sharding import Held
+from hvp_engine.distributed.data_parallel import DataParallel, total_examples
+from hvp_engine.distributed.sharding import ShardedList
 from hvp_engine.engines import AutoEngine, Engine
-from hvp_engine.engines.eager import advance, begin
-from hvp_engine.solvers.base import FinishedIteration, Solver
+from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.iteration import FinishedIteration
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
-class DataParallelEngine:
-    """Linearizes this process's part of a :class:`DataParallel` loss by another engine, and sums over processes.
+class DataParallelEngine(Engine):
+    """Linearizes a :class:`DataParallel` loss: by another engine for this process's batch, then by sums over processes.
 
-    Where the other engine chooses ("auto"), all processes take the simplest engine that one of them wants.
+    If the other engine is "auto", all processes agree on the simplest engine that any of them has chosen.
 
     Arguments:
-        part: the engine for this process's part.
+        part: the engine for this process's batch.
     """
 
     def __init__(self, part: Engine):
         self._part = part
         self._processes: Processes | None = None
-
-    @property
-    def name(self) -> str:
-        return self._part.name
+        self.name = part.name
 
     def linearize(self, problem: Problem) -> Linearization:
         union = problem.loss
         assert isinstance(union, DataParallel)
         self._processes = union.processes
-        weights, hyperparameters = _held(problem, union.processes)
-        union.compare([*weights.wholes(problem.weights), *hyperparameters.wholes(problem.hyperparameters)])
+        weights, hyperparameters = _sharded_lists(problem, union.processes)
+        union.compare([*weights.replicated(problem.weights), *hyperparameters.replicated(problem.hyperparameters)])
         structure = problem.hyperparameter_structure
         part = replace(
             problem,
             loss=union.loss,
-            weights=weights.full(problem.weights),
+            weights=weights.gathered(problem.weights),
             weight_structure=problem.weight_structure.whole,
-            hyperparameters=hyperparameters.full(problem.hyperparameters),
+            hyperparameters=hyperparameters.gathered(problem.hyperparameters),
             hyperparameter_structure=None if structure is None else structure.whole,
         )
         device = problem.weights[0].device
@@ -70,9 +68,11 @@ class DataParallelEngine:
             return own.gradient, share
 
         sums, figures = weights.sum(2 + len(AutoEngine.ORDER), compute)
-        total = of_all(figures[1])
+        total = total_examples(figures[1])
         gradient = [part.div_(total).to(dtype) for part, dtype in zip(sums, weights.layout.dtypes, strict=True)]
-        reduced = _Reduced(problem.name, weights, hyperparameters, share / total, figures[0] / total, gradient, own)
+        reduced = _MeanLinearization(
+            problem.name, weights, hyperparameters, share / total, figures[0] / total, gradient, own
+        )
         if own is not None and isinstance(engine, AutoEngine):
             wanted = zip(AutoEngine.ORDER, figures[2:].tolist(), strict=True)
             agreed = next(name for name, votes in wanted if votes)
@@ -84,15 +84,14 @@ class DataParallelEngine:
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
-        """Alternate products and steps."""
-        iteration = begin(operator, v, solver, estimate)
-        advance(iteration, operator)
-        if isinstance(operator, _Reduced) and operator.own is not None and isinstance(self._part, AutoEngine):
+        """As every engine does; the terms are credited to the engine of this process."""
+        iteration = super().run(operator, v, solver, estimate)
+        if isinstance(operator, _MeanLinearization) and operator.own is not None and isinstance(self._part, AutoEngine):
             self._part.credit(operator.own, iteration.steps)
         return iteration
 
     def report(self) -> str:
-        """What the engine of this process did, and what was exchanged."""
+        """What the engine of this process did, and how much the processes have exchanged."""
         if self._processes is None:
             return "not used yet"
         p = self._processes
@@ -102,25 +101,24 @@ class DataParallelEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the engine of this process."""
-        return self._part.state_dict() if hasattr(self._part, "state_dict") else {}
+        return self._part.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
-        if hasattr(self._part, "load_state_dict"):
-            self._part.load_state_dict(state)
+        self._part.load_state_dict(state)
 
 
-class _Reduced:
-    """The linearization of the mean over all processes.
+class _MeanLinearization(Linearization):
+    """The linearization of the mean loss over all processes.
 
-    `own` is that of this process's part, which counts by `share`; None without a batch.
+    `own` is the linearization of this process's loss, None if its batch is empty; `share` is its weight in the mean.
     """
 
     def __init__(
         self,
         name: str,
-        weights: Held,
-        hyperparameters: Held,
+        weights: ShardedList,
+        hyperparameters: ShardedList,
         share: float,
         loss: Tensor,
         gradient: Sequence[Tensor],
@@ -128,14 +126,15 @@ class _Reduced:
     ):
         self.layout = weights.vector_layout
         self.name = name
-        self.loss: Tensor | None = loss
+        self.loss = loss
         self.gradient = gradient
         self.own = own
         self._weights, self._hyperparameters, self._share = weights, hyperparameters, share
         self._failure: BaseException | None = None
 
     def replace(self, make: Callable[[], Linearization]) -> None:
-        """Hold what `make` makes; what it raises is raised at the next product, where the others hear of it."""
+        """Take the linearization that `make` returns; an error in it is raised at the next product, which tells the
+        other processes."""
         try:
             self.own = make()
         except BaseException as error:
@@ -143,8 +142,7 @@ class _Reduced:
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t, in the state's dtype."""
-
-        whole = self._weights.full(tangents)
+        whole = self._weights.gathered(tangents)
 
         def compute(_: Tensor) -> Summands:
             own = self._usable()
@@ -153,8 +151,8 @@ class _Reduced:
         return self._weights.sum(0, compute)[0]
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """(df/dlambda)^T t; None where no process has a path."""
-        whole, dtypes = self._weights.full(tangents), self._hyperparameters.layout.dtypes
+        """(df/dlambda)^T t; None for a hyperparameter that the loss of no process reaches."""
+        whole, dtypes = self._weights.gathered(tangents), self._hyperparameters.layout.dtypes
 
         def compute(figures: Tensor) -> Summands:
             own = self._usable()
@@ -172,11 +170,11 @@ class _Reduced:
         return self.own
 
 
-def _held(problem: Problem, processes: Processes) -> tuple[Held, Held]:
+def _sharded_lists(problem: Problem, processes: Processes) -> tuple[ShardedList, ShardedList]:
     structure = problem.hyperparameter_structure
     return (
-        Held(processes, problem.weights, problem.weight_structure.shards),
-        Held(
+        ShardedList(processes, problem.weights, problem.weight_structure.shards),
+        ShardedList(
             processes,
             problem.hyperparameters,
             None if structure is None else structure.shards,
@@ -186,5 +184,5 @@ def _held(problem: Problem, processes: Processes) -> tuple[Held, Held]:
 
 
 def for_loss(loss: Callable[..., Tensor], engine: Engine) -> Engine:
-    """`engine`, or what makes it an engine for a loss that is spread over processes."""
+    """`engine`, wrapped in a :class:`DataParallelEngine` if the loss is a :class:`DataParallel`."""
     return DataParallelEngine(engine) if isinstance(loss, DataParallel) else engine

@@ -1,4 +1,4 @@
-"""How processes hold a list of tensors, each whole or a shard in each; and how sums come to where they belong."""
+"""Lists of tensors that are sharded over processes or replicated in each: gathering them, and summing into them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hvp_engine._support.dtensor import Shard
 from hvp_engine._support.flat_vector import Layout, offsets_of
-from hvp_engine._support.shards import Shard
 from hvp_engine.distributed.collectives import NOTHING, Processes, Summands
 
 T = TypeVar("T")
 
-# Named anew in torch 2.13.
+# torch 2.13 renamed them.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A vector of `numel` elements of which each process holds a part."""
+class ShardedVector:
+    """A vector of `numel` elements of which each process holds a shard."""
 
     processes: Processes
     numel: int
@@ -33,18 +33,18 @@ class Spread:
         return self.processes.rank
 
     def total(self, sums: Tensor) -> Tensor:
-        """By a small message of its own."""
+        """The sums over the vector, by one small all-reduce."""
         total = sums.clone()
         dist.all_reduce(total, group=self.processes.group)
         return total
 
 
-class Held:
-    """A list of tensors as this process holds them.
+class ShardedList:
+    """A list of tensors, some of them sharded over processes, the others replicated.
 
     Arguments:
-        tensors: whole ones and parts.
-        shards: for each of them None or what it is a part of; None if all are whole.
+        tensors: what this process holds: its shards, and the replicated tensors.
+        shards: for each tensor how it is sharded, or None; None instead of a list if all are replicated.
         device: where messages are made if there is no tensor.
     """
 
@@ -57,10 +57,10 @@ class Held:
     ):
         self._processes = processes
         self._shards: Sequence[Shard | None] = [None] * len(tensors) if shards is None else shards
-        self._parts = [index for index, shard in enumerate(self._shards) if shard is not None]
-        self._wholes = [index for index, shard in enumerate(self._shards) if shard is None]
+        self._sharded = [index for index, shard in enumerate(self._shards) if shard is not None]
+        self._replicated = [index for index, shard in enumerate(self._shards) if shard is None]
         self.layout = Layout.of(tensors) if tensors else replace(NOTHING, device=device or NOTHING.device)
-        self._whole = Layout.of(self.wholes(tensors))
+        self._replicated_layout = Layout.of(self.replicated(tensors))
         known = [shard for shard in self._shards if shard is not None]
         for shard in known:
             if (ranks := dist.get_process_group_ranks(shard.mesh.get_group())) != processes.ranks:
@@ -68,39 +68,39 @@ class Held:
                     f"weights, hyper: expected DTensors on a mesh of the processes {processes.ranks} of the losses; "
                     f"got {ranks}: give hvp.DataParallel the group of the mesh"
                 )
-        *self._offsets, self._step = offsets_of([shard.most for shard in known])
+        *self._offsets, self._step = offsets_of([shard.largest for shard in known])
 
     @property
     def vector_layout(self) -> Layout:
-        """The layout of vectors of such parts, whose norms are those of the whole."""
-        if not self._parts:
+        """The layout of a vector like this list; norms and inner products are those of the whole vector."""
+        if not self._sharded:
             return self.layout
-        if self._wholes:
+        if self._replicated:
             raise ValueError(
                 "weights: expected all of them as shards, or none; got both: use torch.distributed.tensor."
                 "distribute_tensor(weight, mesh, [Shard(0)]) for the others too"
             )
         numel = sum(shard.shape.numel() for shard in self._shards if shard is not None)
-        return replace(self.layout, whole=Spread(self._processes, numel))
+        return replace(self.layout, whole=ShardedVector(self._processes, numel))
 
-    def wholes(self, tensors: Sequence[T]) -> list[T]:
-        """Those of `tensors` that each process has whole."""
-        return [tensors[index] for index in self._wholes]
+    def replicated(self, tensors: Sequence[T]) -> list[T]:
+        """Those of a list like this one that are replicated."""
+        return [tensors[index] for index in self._replicated]
 
-    def full(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Whole tensors, of which `tensors` are held; one message brings what others have."""
+    def gathered(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Whole tensors from a list like this one, by one all-gather of the shards."""
         found = [tensor.detach() for tensor in tensors]
-        if not self._parts:
+        if not self._sharded:
             return found
-        dtypes = {tensors[index].dtype for index in self._parts}
+        dtypes = {tensors[index].dtype for index in self._sharded}
         dtype = dtypes.pop() if len(dtypes) == 1 else self.layout.state_dtype
         mine = torch.zeros(self._step, dtype=dtype, device=self.layout.device)
-        for offset, index in zip(self._offsets, self._parts, strict=True):
+        for offset, index in zip(self._offsets, self._sharded, strict=True):
             mine[offset : offset + found[index].numel()].view(found[index].shape).copy_(found[index])
         buffer = mine.new_empty(self._processes.count * self._step)
         _all_gather(buffer, mine, group=self._processes.group)
         self._processes.count_message(mine.nbytes)
-        for offset, index in zip(self._offsets, self._parts, strict=True):
+        for offset, index in zip(self._offsets, self._sharded, strict=True):
             shard = self._shards[index]
             assert shard is not None
             found[index] = torch.empty(shard.shape, dtype=tensors[index].dtype, device=buffer.device)
@@ -109,20 +109,21 @@ class Held:
         return found
 
     def norm(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """The norm of the whole of such tensors, a 0-dim float64 tensor; None counts as zero."""
+        """The norm of a list like this one over all processes, a 0-dim float64 tensor; None counts as zero."""
         zero = torch.zeros((), dtype=torch.float64, device=self.layout.device)
         squares = [zero if t is None else torch.linalg.vector_norm(t).double().square() for t in tensors]
-        parts = sum((squares[index] for index in self._parts), zero)
-        if self._parts:
+        parts = sum((squares[index] for index in self._sharded), zero)
+        if self._sharded:
             dist.all_reduce(parts, group=self._processes.group)
-        return sum(self.wholes(squares), parts).sqrt()
+        return sum(self.replicated(squares), parts).sqrt()
 
     def sum(self, figures: int, compute: Callable[[Tensor], Summands]) -> tuple[list[Tensor], Tensor]:
-        """The sums over all processes of whole tensors, as they are held, and of numbers; see :meth:`Processes.sum`.
+        """Whole tensors summed over all processes, each sum sharded or replicated as in this list, and sums of numbers;
+        see :meth:`Processes.sum`.
 
-        Numbers and shards take one message, tensors that are held whole another, where there are both.
+        Shards and numbers take one reduce-scatter, replicated tensors one all-reduce.
         """
-        if not self._parts:
+        if not self._sharded:
             return self._processes.sum(self.layout, figures, compute)
         count, step = self._processes.count, self._step + figures + 1
         buffer = torch.zeros(count * step, dtype=self.layout.state_dtype, device=self.layout.device)
@@ -130,22 +131,22 @@ class Held:
         summands: Summands = [], 0.0
         with self._processes.carrying(numbers) as given:
             summands = compute(given)
-            for offset, index in zip(self._offsets, self._parts, strict=True):
+            for offset, index in zip(self._offsets, self._sharded, strict=True):
                 self._scatter(buffer, step, offset, index, *summands)
-        buffer.view(count, step)[:, self._step :] = numbers  # each is sent all numbers
+        buffer.view(count, step)[:, self._step :] = numbers  # every process receives all numbers
         mine = buffer.new_empty(step)
         _reduce_scatter(mine, buffer, group=self._processes.group)
         self._processes.count_message(mine.nbytes)
         self._processes.check(mine)
         sums = {
             index: mine[offset : offset + shape.numel()].view(shape)
-            for offset, index in zip(self._offsets, self._parts, strict=True)
+            for offset, index in zip(self._offsets, self._sharded, strict=True)
             for shape in [self.layout.shapes[index]]
         }
-        if self._wholes:
+        if self._replicated:
             found, factor = summands
-            wholes, _ = self._processes.sum(self._whole, 0, lambda _: (self.wholes(found), factor))
-            sums |= dict(zip(self._wholes, wholes, strict=True))
+            wholes, _ = self._processes.sum(self._replicated_layout, 0, lambda _: (self.replicated(found), factor))
+            sums |= dict(zip(self._replicated, wholes, strict=True))
         return [sums[index] for index in range(len(self._shards))], mine[self._step : -1]
 
     def _scatter(

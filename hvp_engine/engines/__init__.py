@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hvp_engine.engines.auto import AutoEngine
-from hvp_engine.engines.base import BatchEngine, Engine
+from hvp_engine.engines.base import Engine
 from hvp_engine.engines.compiled import CompiledEngine
 from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.eager import EagerEngine
@@ -35,7 +35,6 @@ def create(engine: str | Engine) -> Engine:
 __all__ = [
     "ENGINES",
     "AutoEngine",
-    "BatchEngine",
     "CompiledEngine",
     "CudaGraphEngine",
     "EagerEngine",

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.random_state import random_state_kept
-from hvp_engine.differentiation.double_backward import Tape
-from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
-from hvp_engine.differentiation.trace.tracing import is_constant, split_inputs
+from hvp_engine.differentiation.linear_map import Linearization, LinearMap
+from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
 from hvp_engine.engines.base import Engine
 from hvp_engine.engines.compiled import CompiledEngine, estimated_seconds
 from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.self_check import probe
 from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization, signature
-from hvp_engine.solvers.base import FinishedIteration, Solver
+from hvp_engine.errors import BackendError
+from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.iteration import FinishedIteration
 from hvp_engine.solvers.neumann import Neumann
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
@@ -78,7 +79,7 @@ class Choice:
         return text
 
 
-class AutoEngine:
+class AutoEngine(Engine):
     """Chooses the fastest engine for each (loss, shapes, device, number of threads) by short measurements.
 
     Engines round differently; where two are about equally fast, two runs may choose differently. Name the engine
@@ -183,7 +184,7 @@ class AutoEngine:
     def _measured_choice(self, problem: Problem, eager: Linearization) -> Choice:
         (term,) = _seconds_per_term([(self._eager, eager)])
         seconds = {"eager": term}
-        cost = _TRACE_SECONDS_PER_NODE * (eager.size if isinstance(eager, Tape) else 0)
+        cost = _TRACE_SECONDS_PER_NODE * eager.nodes
         if "sympy" not in sys.modules:
             cost += _FIRST_TRACE_SECONDS
         if cost > self.expected_products * term:
@@ -192,14 +193,16 @@ class AutoEngine:
         start = time.perf_counter()
         try:
             traced = self._linearized.linearize(problem)
+        except BackendError as error:  # our own fault
+            return Choice(self._eager, str(error), seconds)
         except Exception as error:  # eager has just worked, so this is about tracing; the reason is reported
             return Choice(self._eager, f"the loss cannot be traced: {type(error).__name__}: {error}", seconds)
-        if isinstance(traced, Tape):
-            return Choice(self._eager, "the traced product did not agree with eager's", seconds)
+        if traced.fallback is not None:
+            return Choice(self._eager, f"the trace is not used: {traced.fallback}", seconds)
         contenders: list[tuple[Engine, Linearization]] = [(self._eager, eager), (self._linearized, traced)]
         if self._cudagraph.missing(problem.weights[0].device) is None:
             recorded = self._cudagraph.linearize(problem)
-            if not isinstance(recorded, Tape):  # else its report says why
+            if recorded.fallback is None:  # else its report says why
                 contenders.append((self._cudagraph, recorded))
         setup = time.perf_counter() - start
         seconds = dict(zip((engine.name for engine, _ in contenders), _seconds_per_term(contenders), strict=True))
@@ -223,7 +226,7 @@ class AutoEngine:
         except Exception as error:  # the choice so far stays; the reason is reported
             choice.reason += f"; compiling failed: {type(error).__name__}: {error}"
             return
-        if isinstance(linearization, Tape):
+        if linearization.fallback is not None:
             return  # it did not agree with eager, which has been warned about
         choice.seconds |= {choice.engine.name: before, "compiled": after}
         if after < before:

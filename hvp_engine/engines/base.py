@@ -1,39 +1,96 @@
-"""What an engine is."""
+"""What an engine is: it linearizes a problem, and runs the terms of a solver on the linearization."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
-from hvp_engine.solvers.base import FinishedIteration, Solver
+from hvp_engine.differentiation.linear_map import Linearization, LinearMap
+from hvp_engine.differentiation.problem import Problem
+from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.batched import MOST, pays
+from hvp_engine.solvers.iteration import FinishedIteration, Iteration
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
-class Engine(Protocol):
-    """Linearizes a problem and runs a solver on it; see :class:`hvp_engine.engines.eager.EagerEngine`."""
+def begin(operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None) -> Iteration:
+    """A new iteration of `solver` on `operator`, ready for its first step."""
+    iteration = solver.allocate(operator.layout)
+    iteration.adapt(estimate)
+    iteration.start(v)
+    return iteration
 
-    @property
-    def name(self) -> str: ...
+
+def advance(iteration: Iteration, operator: LinearMap, term: Callable[[], None] | None = None) -> None:
+    """Alternate products and steps until the solver is done; `term`, if given, stands for all of them but the last.
+
+    A product lives until the next one is there: given back at once, its memory goes to the system and comes back page
+    by page, which tripled the page faults of a solve and cost up to a third of its time on a CPU.
+    """
+    while iteration.steps < iteration.limit and not iteration.finished():
+        if term is not None and iteration.steps < iteration.limit - 1:
+            term()
+            iteration.steps += 1
+        else:
+            product = operator.product(iteration.direction.tangents)
+            iteration.step(product)
+
+
+class Engine:
+    """A way to execute the terms of a solve. A subclass defines :meth:`linearize`; the rest has a default.
+
+    Attributes:
+        name: what the public API calls it.
+    """
+
+    name: str = ""
 
     def linearize(self, problem: Problem) -> Linearization:
         """The gradient of the problem's loss and its derivatives, at the problem's point."""
+        raise NotImplementedError
 
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
         """The finished iteration of `solver` on `operator` for the right-hand side `v`."""
+        iteration = begin(operator, v, solver, estimate)
+        accumulation = iteration.accumulation if iteration.limit > 1 else None
+        term = None if accumulation is None else operator.accumulating_term(accumulation, solver.damping)
+        advance(iteration, operator, term)
+        return iteration
+
+    def run_all(
+        self, operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
+    ) -> Iterable[FinishedIteration]:
+        """The finished iterations for several right-hand sides, in order: with batched products where those pay."""
+        if not pays(operator, len(vs)):
+            return (self.run(operator, v, solver, estimate) for v in vs)
+        return _side_by_side(operator, vs, solver, estimate)
 
     def report(self) -> str:
         """What the engine did and why, in words."""
+        return "no set-up"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to continue with the same numbers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state; that of another engine has nothing to say."""
 
 
-class BatchEngine(Engine, Protocol):
-    """An engine that shares work between right-hand sides; others are run once for each."""
-
-    def run_batch(
-        self, operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
-    ) -> Iterable[FinishedIteration]:
-        """The finished iterations for the right-hand sides `vs`, in order."""
+def _side_by_side(
+    operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
+) -> Iterator[Iteration]:
+    """Solves that advance together, at most :data:`MOST` at once, with one batched product for a term of all."""
+    for start in range(0, len(vs), MOST):
+        group = [begin(operator, v, solver, estimate) for v in vs[start : start + MOST]]
+        while active := [one for one in group if one.steps < one.limit and not one.finished()]:
+            stacked = [torch.stack(parts) for parts in zip(*(one.direction.tangents for one in active), strict=True)]
+            images = operator.products(stacked)
+            for index, one in enumerate(active):
+                one.step([image[index] for image in images])
+        yield from group

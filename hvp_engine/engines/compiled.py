@@ -11,7 +11,9 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hvp_engine._support.flat_vector import Layout
-from hvp_engine.differentiation.problem import Linearization, Problem
+from hvp_engine._support.torch_compat import compile_graph
+from hvp_engine.differentiation.linear_map import Accumulation, Linearization
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.trace.functionalize import is_random
 from hvp_engine.differentiation.trace.inplace import written_over
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
@@ -19,7 +21,6 @@ from hvp_engine.differentiation.trace.regions import Regions, distinct, lazily
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.traced import Functions, LinearizedEngine, TracedLinearization
 from hvp_engine.errors import BackendError
-from hvp_engine.solvers.base import Iteration
 
 _FIXED_SECONDS = 2.0
 _SECONDS_PER_NODE = 0.04
@@ -74,7 +75,7 @@ class CompiledFunctions(Functions):
         start = time.perf_counter()
         try:
             with torch.no_grad():
-                return torch._inductor.compile(module, list(arguments), options={"size_asserts": self.whole})
+                return compile_graph(module, arguments, size_asserts=self.whole)
         except Exception as error:  # a missing C++ compiler among much else; the reason goes to the user
             raise BackendError(
                 f"engine 'compiled': inductor failed on the traced graph: {type(error).__name__}: "
@@ -122,15 +123,14 @@ class CompiledLinearization(TracedLinearization):
         ]
         return super().product(laid_out)
 
-    def accumulating_term(self, iteration: Iteration, damping: float) -> Callable[[], None] | None:
+    def accumulating_term(self, accumulation: Accumulation, damping: float) -> Callable[[], None] | None:
         if not self.functions.whole:
-            return super().accumulating_term(iteration, damping)
-        accumulation = iteration.accumulation
-        if accumulation is None or self.layout.low_precision or iteration.limit < 2:
+            return super().accumulating_term(accumulation, damping)
+        if self.layout.low_precision:
             return None
-        in_place = accumulation.target is iteration.direction
+        in_place = accumulation.target is accumulation.direction
         scale = torch.tensor(accumulation.scale, dtype=torch.float64, device=self.layout.device)
-        arguments = [*self._tangent_residuals, *iteration.direction.views]
+        arguments = [*self._tangent_residuals, *accumulation.direction.views]
         arguments += [] if in_place else accumulation.target.views
         arguments.append(scale)
         term = self.functions.term(in_place, damping, arguments, len(self._tangent_residuals))

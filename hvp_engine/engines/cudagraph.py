@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
-from hvp_engine.differentiation.trace.tracing import split_inputs
+from hvp_engine.differentiation.linear_map import Linearization, LinearMap
+from hvp_engine.differentiation.problem import Problem, split_inputs
 from hvp_engine.engines.graphs import CapturedLinearization, Graphs, Solved, Tally
 from hvp_engine.engines.recording import CaptureError, CudaRecorder, Recorder
 from hvp_engine.engines.self_check import difference
 from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused
 from hvp_engine.errors import TraceError
-from hvp_engine.solvers.base import FinishedIteration, Solver
+from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.iteration import FinishedIteration
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
@@ -127,7 +128,7 @@ class CudaGraphEngine(LinearizedEngine):
             graphs = self._graphs_of(functions, problem, tensors)
         except CaptureError as error:
             functions.distrust = f"{problem.name} cannot be recorded: {error}"
-            return self._eager.linearize(problem)
+            return self._instead(problem, functions.distrust)
         return CapturedLinearization(graphs, problem, tensors)
 
     def _graphs_of(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> Graphs:

@@ -10,12 +10,13 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import Layout, norm_of
 from hvp_engine._support.random_state import random_state_kept
 from hvp_engine.differentiation.double_backward import differentiate, filled, leaves
-from hvp_engine.differentiation.problem import Linearization, Problem
-from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.differentiation.linear_map import Linearization
+from hvp_engine.differentiation.problem import Problem
+from hvp_engine.engines.base import Engine
 from hvp_engine.errors import GraphError
 
 
-class DifferenceLinearization:
+class DifferenceLinearization(Linearization):
     """H t = (f(w + e t) - f(w - e t)) / 2e, and the same difference of dL/dlambda for the mixed product.
 
     The caller's weights are never written to: each gradient is taken at new tensors, under the same random draws.
@@ -26,7 +27,6 @@ class DifferenceLinearization:
         self.layout = Layout.of(problem.weights)
         self.name = problem.name
         self._problem = problem
-        self.loss: Tensor | None
         self.loss, gradient, _ = self._gradients(problem.weights)
         self.gradient = filled(gradient, problem.weights)
         self._size = 1.0 + float(norm_of(problem.weights))
@@ -66,7 +66,7 @@ class DifferenceLinearization:
         return loss.detach(), found[: len(here)], found[len(here) :]
 
 
-class FiniteDifferenceEngine(EagerEngine):
+class FiniteDifferenceEngine(Engine):
     """Central differences of the gradient: about half the digits of the dtype; float64 is advised.
 
     Cost of a product: two gradients. Memory: one gradient's graph at a time.

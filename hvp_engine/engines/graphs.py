@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout, detached
-from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
+from hvp_engine._support.torch_compat import foreach_copy_
+from hvp_engine.differentiation.linear_map import Linearization, LinearMap
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.engines.recording import Body, CaptureError, Recorder, Recording
-from hvp_engine.engines.self_check import Schedule
-from hvp_engine.engines.traced import Functions, TracedLinearization
+from hvp_engine.engines.traced import Functions, Schedule, TracedLinearization
 from hvp_engine.ops import backend
-from hvp_engine.solvers.base import FinishedIteration, Outcome, Solver
+from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.iteration import FinishedIteration, Outcome
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 _MOST_SOLVES = 4
@@ -28,7 +30,7 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies that no replay overwrites, in few launches."""
     fresh = [torch.empty_like(tensor) for tensor in tensors]
     if fresh:
-        torch._foreach_copy_(fresh, list(tensors))
+        foreach_copy_(fresh, list(tensors))
     return fresh
 
 
@@ -123,7 +125,7 @@ class Graphs:
         self._user = weakref.ref(user)
         for buffers, group in zip(self._inputs, _groups(problem, tensors), strict=True):
             if buffers:
-                torch._foreach_copy_(buffers, detached(group))
+                foreach_copy_(buffers, detached(group))
         return copies(self._primal()[: 1 + len(problem.weights)])
 
     def product(self, tangents: Sequence[Tensor]) -> list[Tensor]:
@@ -140,7 +142,7 @@ class Graphs:
     def solve(self, solver: Solver) -> Solve | None:
         """All terms of `solver`; None, and a refusal noted, where they have to go one by one."""
         name = type(solver).__name__
-        if getattr(solver, "preconditioner", None) is not None:
+        if solver.preconditioner is not None:
             self._refused[name] = "its preconditioner is the caller's code, whose changes a graph would not see"
             return None
         if not isinstance(solver, Hashable):
@@ -190,14 +192,13 @@ class Solve:
         return Solved(iteration, figures, value)
 
 
-class Solved:
+class Solved(FinishedIteration):
     """A finished solve. A later one in its buffers leaves its value and figures as they are, not its direction."""
 
     def __init__(self, iteration: FinishedIteration, figures: Tensor, value: FlatVector):
         self.value = value
         self.direction = iteration.direction
-        self.alpha, self.bounds = getattr(iteration, "alpha", None), getattr(iteration, "bounds", None)
-        self.steps = iteration.steps
+        self.alpha, self.bounds, self.steps = iteration.alpha, iteration.bounds, iteration.steps
         self._iteration, self._figures = iteration, figures
 
     def finish(self) -> Tensor:
@@ -207,14 +208,13 @@ class Solved:
         return self._iteration.read(figures)
 
 
-class CapturedLinearization:
+class CapturedLinearization(Linearization):
     """A linearization whose parts are replayed; it has its graphs to itself as long as it lives."""
 
     def __init__(self, graphs: Graphs, problem: Problem, tensors: Sequence[Tensor]):
         self.layout = graphs.layout
         self.name = problem.name
         self.graphs = graphs
-        self.loss: Tensor | None
         self.loss, *self.gradient = graphs.evaluate(self, problem, tensors)
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.random_state import random_state_kept
+from hvp_engine._support.torch_compat import end_allocation_to_pool
 
 Body = Callable[[], Sequence[Tensor]]
 """Computes on tensors that stay where they are."""
@@ -113,7 +114,7 @@ class CudaRecorder:
         except BaseException:
             _FAILED.append(graph)
             with contextlib.suppress(RuntimeError):  # it has ended, unless ending the capture was what failed
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+                end_allocation_to_pool(torch.cuda.current_device(), self._pool)
             raise
         finally:
             generator.graphsafe_set_state(outside)

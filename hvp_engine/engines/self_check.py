@@ -9,26 +9,15 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout, norm_of
-from hvp_engine.differentiation.problem import Linearization
+from hvp_engine.differentiation.linear_map import Linearization
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Relative difference of a product, by the coarsest dtype that it is computed in."""
 
+_LEAST_MOVE = 0.01
+"""What weights are taken to be in size, at least, where they are zero."""
+
 _COARSEST = max(_TOLERANCES.values())
-
-
-class Schedule:
-    """Call numbers at which an engine is checked: the first, the tenth, the hundredth, and so on."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def due(self) -> bool:
-        self.calls += 1
-        power = 1
-        while power < self.calls:
-            power *= 10
-        return power == self.calls
 
 
 def probe(layout: Layout) -> list[Tensor]:
@@ -40,34 +29,42 @@ def probe(layout: Layout) -> list[Tensor]:
     return tangents
 
 
-def disagreement(candidate: Linearization, eager: Linearization, dtypes: Iterable[torch.dtype]) -> str | None:
+def disagreement(
+    candidate: Linearization, eager: Linearization, weights: Sequence[Tensor], dtypes: Iterable[torch.dtype]
+) -> str | None:
     """What differs by more than the tolerance, in words; None if nothing does.
 
     `dtypes` are those of the arithmetic: under autocast coarser ones than the weights'.
 
     Products are compared by their global norm: a convolution's bias before BatchNorm has a product near zero, of
-    which single tensors would show nothing but rounding.
+    which single tensors would show nothing but rounding. Gradients are compared by what they are made of: at a minimum
+    the terms cancel, and what is left is rounding. H t for a random t tells how large the terms are, for a change of
+    the weights by t changes the gradient by as much: so they are about ||H t|| ||w|| / ||t||.
     """
     tangents = probe(eager.layout)
+    product = eager.product(tangents)
+    moved = max(_norm(weights) / max(_norm(tangents), torch.finfo(torch.float32).tiny), _LEAST_MOVE)
     compared = {
-        "gradient": (candidate.gradient, eager.gradient),
-        "product": (candidate.product(tangents), eager.product(tangents)),
-        "mixed product": (list(_present(candidate.mixed(tangents))), list(_present(eager.mixed(tangents)))),
+        "gradient": (candidate.gradient, eager.gradient, moved * _norm(product)),
+        "product": (candidate.product(tangents), product, 0.0),
+        "mixed product": (list(_present(candidate.mixed(tangents))), list(_present(eager.mixed(tangents))), 0.0),
     }
-    for name, (ours, theirs) in compared.items():
+    for name, (ours, theirs, terms) in compared.items():
         if len(ours) != len(theirs):
             return f"the {name} has paths to {len(ours)} tensors, eager's to {len(theirs)}"
-        found = difference(ours, theirs, dtypes)
+        found = difference(ours, theirs, dtypes, terms)
         if found is not None:
             return f"the {name} differs from eager's by {found:.2g} (relative)"
     return None
 
 
-def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor], dtypes: Iterable[torch.dtype]) -> float | None:
+def difference(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], dtypes: Iterable[torch.dtype], terms: float = 0.0
+) -> float | None:
     """The relative difference of two lists, by the global norm, if it is beyond the tolerance of the coarsest of
-    `dtypes`; None if it is not, or if `theirs` is not finite."""
+    `dtypes`; None if it is not, or if `theirs` is not finite. `terms`, if larger, is the norm it is relative to."""
     tolerance = max(_TOLERANCES.get(dtype, _COARSEST) for dtype in dtypes)
-    distance, norm = _norm([a - b for a, b in zip(ours, theirs, strict=True)]), _norm(theirs)
+    distance, norm = _norm([a - b for a, b in zip(ours, theirs, strict=True)]), max(_norm(theirs), terms)
     if not math.isfinite(norm) or distance <= tolerance * norm + torch.finfo(torch.float32).tiny:
         return None
     return distance / norm if norm else distance

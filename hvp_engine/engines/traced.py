@@ -14,17 +14,32 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import Layout, detached
 from hvp_engine._support.isolation import recorded_modules
 from hvp_engine._support.random_state import random_state_kept
-from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
+from hvp_engine._support.torch_compat import below_autograd
+from hvp_engine.differentiation.linear_map import Accumulation, Linearization
+from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
 from hvp_engine.differentiation.trace.fused_update import AccumulatingTerm
-from hvp_engine.differentiation.trace.inplace import written_over
 from hvp_engine.differentiation.trace.partial_evaluation import Partition, partition
-from hvp_engine.differentiation.trace.tracing import is_constant, split_inputs, trace
-from hvp_engine.engines.eager import EagerEngine, advance, begin
-from hvp_engine.engines.self_check import Schedule, disagreement
-from hvp_engine.solvers.base import FinishedIteration, Iteration, Solver
-from hvp_engine.solvers.spectrum import SpectralEstimate
+from hvp_engine.differentiation.trace.tracing import trace
+from hvp_engine.engines.base import Engine
+from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.engines.self_check import disagreement
+from hvp_engine.solvers.batched import pays
 
 Function = Callable[..., Sequence[Tensor]]
+
+
+class Schedule:
+    """Call numbers at which an engine is checked: the first, the tenth, the hundredth, and so on."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def due(self) -> bool:
+        self.calls += 1
+        power = 1
+        while power < self.calls:
+            power *= 10
+        return power == self.calls
 
 
 class Functions:
@@ -33,9 +48,9 @@ class Functions:
     def __init__(self, parts: Partition, modules: Sequence[torch.nn.Module]):
         self.partition = parts
         self.primal: Function = parts.primal.forward
-        self.tangent: Function = written_over(parts.tangent.module).forward
-        self.mixed: Function = written_over(parts.mixed.module).forward
-        self.accumulating: Function = written_over(parts.accumulating.module).forward
+        self.tangent: Function = parts.tangent.in_place.forward
+        self.mixed: Function = parts.mixed.in_place.forward
+        self.accumulating: Function = parts.accumulating.in_place.forward
         self.unbatched = ""
         self.schedule = Schedule()
         self.distrust: str | None = None
@@ -65,7 +80,7 @@ class Refused:
         return True
 
 
-class TracedLinearization:
+class TracedLinearization(Linearization):
     """A partition, evaluated at one point: residuals held, products by the tangent graph alone.
 
     `values` are what the primal part gave there.
@@ -76,7 +91,7 @@ class TracedLinearization:
         self.name = name
         self.functions = functions
         count = 1 + len(layout.shapes)
-        self.loss: Tensor | None = values[0]
+        self.loss = values[0]
         self.gradient = list(values[1:count])
         self._residuals = values[count:]
         self._tangent_residuals = [self._residuals[index] for index in functions.partition.tangent.residuals]
@@ -85,7 +100,7 @@ class TracedLinearization:
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t."""
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             products = self.functions.tangent(*self._tangent_residuals, *tangents)
         if self._complete:
             return products
@@ -94,46 +109,48 @@ class TracedLinearization:
         return [next(found) if there else torch.zeros_like(t) for there, t in zip(present, tangents, strict=True)]
 
     @property
-    def unbatched(self) -> str:
-        """Why :meth:`products` failed for this trace, if it did."""
-        return self.functions.unbatched
+    def batches(self) -> bool:
+        return not self.functions.unbatched
 
-    @unbatched.setter
-    def unbatched(self, reason: str) -> None:
-        self.functions.unbatched = reason
+    def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
+        """H t for several t, by vmap; one by one where it has no rule for some operation, which the report names."""
+        if not pays(self, len(stacked[0])):
+            return super().products(stacked)
+        try:
+            return self._at_once(stacked)
+        except Exception as error:  # of whatever library an operation comes from
+            self.functions.unbatched = f"{type(error).__name__}: {error}".splitlines()[0]
+            return super().products(stacked)
 
-    def products(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """H t for several t, stacked along a new first dimension of each tensor, in and out."""
+    def _at_once(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
         known, present = self._tangent_residuals, self.functions.partition.tangent.outputs
         function = self.functions.partition.tangent.module.forward
         with torch.no_grad():
-            batched = torch.func.vmap(function, (None,) * len(known) + (0,) * len(tangents))
-            found = iter(batched(*known, *tangents))
-        return [next(found) if there else torch.zeros_like(t) for there, t in zip(present, tangents, strict=True)]
+            batched = torch.func.vmap(function, (None,) * len(known) + (0,) * len(stacked))
+            found = iter(batched(*known, *stacked))
+        return [next(found) if there else torch.zeros_like(t) for there, t in zip(present, stacked, strict=True)]
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t."""
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             found = iter(self.functions.mixed(*self._mixed_residuals, *tangents))
         return [next(found) if there else None for there in self.functions.partition.mixed.outputs]
 
-    def accumulating_term(self, iteration: Iteration, damping: float) -> Callable[[], None] | None:
-        """A term of `iteration` that never forms the product; None where that does not apply or pay."""
+    def accumulating_term(self, accumulation: Accumulation, damping: float) -> Callable[[], None] | None:
         parts = self.functions.partition
-        if iteration.accumulation is None or not parts.accumulates or self.layout.low_precision:
+        if not parts.accumulates or self.layout.low_precision:
             return None
         residuals = [self._residuals[index] for index in parts.accumulating.residuals]
         return AccumulatingTerm(
             lambda tangents: self.functions.accumulating(*residuals, *tangents),
             parts.terms,
             [[self._residuals[index] for index in diagonals] for diagonals in parts.diagonals],
-            iteration.direction,
-            iteration.accumulation,
+            accumulation,
             damping,
         )
 
 
-class LinearizedEngine:
+class LinearizedEngine(Engine):
     """Traces each (shapes, batch constants, module modes) once; new values of the same shapes reuse the trace.
 
     The first linearization of a trace, and later ones more and more rarely, are compared with eager's. Where they
@@ -156,15 +173,15 @@ class LinearizedEngine:
         if functions is None or not functions.modes_unchanged():
             functions = self._cache[key] = self._trace(problem)
         if isinstance(functions, Refused) or functions.distrust:
-            return self._eager.linearize(problem)
+            return self._instead(problem, functions.distrust)
         if not functions.schedule.due():
             return self._linearization(functions, problem, tensors)
         with random_state_kept(problem.weights[0].device):
             eager = self._eager.linearize(problem)
         traced = self._linearization(functions, problem, tensors)
-        if functions.distrust:
+        if traced.fallback is not None:
             return traced
-        functions.distrust = disagreement(traced, eager, functions.partition.dtypes)
+        functions.distrust = disagreement(traced, eager, problem.weights, functions.partition.dtypes)
         if functions.distrust is None:
             return traced
         warnings.warn(
@@ -172,26 +189,20 @@ class LinearizedEngine:
             "function of its arguments: pass what changes between calls in the batch or the hyperparameters",
             stacklevel=4,
         )
+        eager.fallback = functions.distrust
         return eager
 
-    def run(
-        self,
-        operator: LinearMap,
-        v: Sequence[Tensor],
-        solver: Solver,
-        estimate: SpectralEstimate | None,
-    ) -> FinishedIteration:
-        """As the eager engine; terms but the last accumulate the product where that pays."""
-        iteration = begin(operator, v, solver, estimate)
-        term = None
-        if isinstance(operator, TracedLinearization):
-            term = operator.accumulating_term(iteration, solver.damping)
-        advance(iteration, operator, term)
-        return iteration
+    def _instead(self, problem: Problem, reason: str | None) -> Linearization:
+        """Eager's linearization, with the reason why it is not this engine's."""
+        eager = self._eager.linearize(problem)
+        eager.fallback = reason
+        return eager
 
     def report(self) -> str:
         """What was traced, in a line."""
         text = f"{self.traces} traces in {self.trace_seconds:.2f} s"
+        undone = {u for f in self._cache.values() if isinstance(f, Functions) for u in f.partition.undone}
+        text += "".join(f"; rewrite undone: {reason}" for reason in sorted(undone))
         reasons = {f.unbatched for f in self._cache.values() if isinstance(f, Functions) and f.unbatched}
         return text + "".join(f"; right-hand sides one by one, since vmap failed: {reason}" for reason in reasons)
 

@@ -19,8 +19,7 @@ from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import GraphError, SecondDerivativeError
 from hvp_engine.hypergradients.implicit import implicit_gradient
 from hvp_engine.solvers import Neumann, Solver
-from hvp_engine.solvers.base import check_solver
-from hvp_engine.solvers.driver import solve_flat
+from hvp_engine.solvers.base import LinearSystem, check_solver
 from hvp_engine.solvers.spectrum import Spectrum
 
 TensorOrTensors = Tensor | Sequence[Tensor]
@@ -70,7 +69,7 @@ def approx_inverse_hvp(
             "f: expected gradients that depend on w; got a graph that reaches none of w: pass the tensors that "
             "the forward used (of a loss linear in w the Hessian is zero and has no inverse)"
         )
-    value, _ = solve_flat(tape, detached(vector), solver, EagerEngine(), Spectrum())
+    value, _ = _system(tape).solve(detached(vector), solver)
     return tuple(value)
 
 
@@ -126,7 +125,7 @@ def hypergradient(
     count = len(active)
     vector = filled(found[:count], active)
     tape = Tape(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
-    grads, _ = implicit_gradient(tape, vector, found[count:], hyper_list, solver, EagerEngine(), Spectrum())
+    grads, _ = implicit_gradient(_system(tape), vector, found[count:], hyper_list, solver)
     return tuple(grads)
 
 
@@ -136,17 +135,24 @@ def best_response(
     hyperparameters: TensorOrTensors,
     solver: Solver | None = None,
 ) -> tuple[Tensor, ...]:
-    """The weights as the function w*(lambda) that the training loss makes them: identity forward, IFT backward.
+    """The weights as a function w*(lambda): the identity forward, the implicit function theorem backward.
 
-    backward of a gradient g is -(d2L_T/dlambda dw^T) [d2L_T/dw dw^T]^-1 g; so a validation loss of the result
-    gives the hyperparameters both the direct and the indirect term.
+    Its backward pass takes a gradient g to -(d2L_T/dlambda dw^T) [d2L_T/dw dw^T]^-1 g, so `.backward()` of a validation
+    loss computed from the result gives the hyperparameters both the direct and the indirect term.
 
     Arguments: as :func:`hypergradient`.
 
-    Returns a tuple like `weights`, sharing memory with them, connected to the hyperparameters only.
+    Returns a tuple like `weights`, which shares memory with them and depends on the hyperparameters only.
 
-    Errors: as :func:`hypergradient`; a backward with `create_graph=True` raises :class:`SecondDerivativeError`,
-    since the result promises first derivatives only.
+    Cost: one gradient of the training loss at once; the solver's products and one mixed product in each backward pass.
+    Memory: the graph of that gradient, kept as long as the result, and the solver's vectors.
+
+    Errors: as :func:`hypergradient`; a backward pass with `create_graph=True` raises :class:`SecondDerivativeError`,
+    since the result has first derivatives only.
+
+    Source: Lorraine, Vicol, Duvenaud, Optimizing Millions of Hyperparameters by Implicit Differentiation, 2019,
+    Theorem 1; as a function with its own backward pass: Blondel et al., Efficient and Modular Implicit
+    Differentiation, NeurIPS 2022.
 
     >>> import torch, hvp_engine as hvp
     >>> decay = torch.tensor(1.0, requires_grad=True)
@@ -182,8 +188,12 @@ class _BestResponse(torch.autograd.Function):
             raise _no_second_derivative("best_response")
         none = [None] * len(ctx.hyperparameters)
         vector = [g for g, active in zip(grad_outputs, ctx.active, strict=True) if active]
-        grads, _ = implicit_gradient(ctx.tape, vector, none, ctx.hyperparameters, ctx.solver, EagerEngine(), Spectrum())
+        grads, _ = implicit_gradient(_system(ctx.tape), vector, none, ctx.hyperparameters, ctx.solver)
         return None, None, None, *grads
+
+
+def _system(tape: Tape) -> LinearSystem:
+    return LinearSystem(tape, EagerEngine(), Spectrum())
 
 
 def _is_loss(f: Any) -> TypeGuard[Tensor]:

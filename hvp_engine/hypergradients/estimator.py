@@ -1,11 +1,14 @@
-"""What an estimator of hypergradients is: the seam between Algorithm 1 and the ways to a hypergradient."""
+"""Estimators: the interface between Algorithm 1 and the ways to compute a hypergradient."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
+
+from hvp_engine.solvers.solution import Solution
 
 
 @dataclass(frozen=True)
@@ -15,20 +18,61 @@ class Estimate:
     Attributes:
         grads: dL_V*/dlambda, in the container of the hyperparameters, detached.
         train_loss, val_loss: 0-dim tensors, detached.
-        gradient_norm: ||dL_T/dw|| as a 0-dim float64 tensor: zero where the theorem applies exactly.
+        gradient_norm: ||dL_T/dw|| as a 0-dim float64 tensor; zero where the implicit function theorem holds exactly.
+        unfinished: how much the validation loss would change if training went on to its end, to first order; None if
+            the estimator does not know.
+        solution: the linear solve behind the hypergradient; None if there was none.
     """
 
     grads: Any
     train_loss: Tensor
     val_loss: Tensor
     gradient_norm: Tensor
+    unfinished: Tensor | None = field(default=None, kw_only=True)
+    solution: Solution | None = field(default=None, kw_only=True)
 
 
-class Estimator(Protocol):
-    """A way to a hypergradient; it leaves the weights and hyperparameters as they are.
+class Estimator:
+    """A way to compute a hypergradient. Subclasses implement `__call__`, which must leave its arguments unchanged.
 
-    With methods `state_dict()` and `load_state_dict(state)` (tensors and plain values), its own state becomes part
-    of checkpoints.
+    An estimator that carries something from call to call (a random seed, a warm start) also overrides
+    :meth:`state_dict` and :meth:`load_state_dict`; checkpoints then include it.
     """
 
-    def __call__(self, weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> Estimate: ...
+    def __call__(self, weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> Estimate:
+        """The hypergradient at these weights and hyperparameters."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a __call__(weights, hyper, train_batch, val_batch)")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next call depends on, as tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+
+
+EstimatorLike = Estimator | Callable[[Any, Any, Any, Any], Estimate]
+
+
+class _Wrapped(Estimator):
+    """A callable that is not an :class:`Estimator`; state methods that it happens to have are used."""
+
+    def __init__(self, function: Callable[[Any, Any, Any, Any], Estimate]):
+        self._function = function
+        for name in ("state_dict", "load_state_dict"):
+            if hasattr(function, name):
+                setattr(self, name, getattr(function, name))
+
+    def __call__(self, weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> Estimate:
+        return self._function(weights, hyper, train_batch, val_batch)
+
+
+def as_estimator(given: EstimatorLike) -> Estimator:
+    """`given` itself, or wrapped if it is a plain callable."""
+    if isinstance(given, Estimator):
+        return given
+    if not callable(given):
+        raise TypeError(
+            f"estimator: expected a callable of (weights, hyper, train_batch, val_batch); got {type(given).__name__}"
+        )
+    return _Wrapped(given)

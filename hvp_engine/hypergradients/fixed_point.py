@@ -21,14 +21,20 @@ from hvp_engine.differentiation.double_backward import Tape, leaves
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import DivergenceError, NonFiniteError
-from hvp_engine.hypergradients.implicit import HypergradientResult, direct_gradient, implicit_gradient
-from hvp_engine.hypergradients.stationarity import Stationarity, unfinished_change
+from hvp_engine.hypergradients.estimator import Estimator
+from hvp_engine.hypergradients.implicit import (
+    HypergradientResult,
+    Stationarity,
+    direct_gradient,
+    implicit_gradient,
+    unfinished_change,
+)
 from hvp_engine.solvers import Neumann, Solver
-from hvp_engine.solvers.base import check_solver
+from hvp_engine.solvers.base import LinearSystem, check_solver
 from hvp_engine.solvers.spectrum import Spectrum
 
 
-class FixedPointHypergradient:
+class FixedPointHypergradient(Estimator):
     """dL_V*/dlambda where the weights solve w = Phi(w, lambda): implicit layers, momentum maps, any fixed iteration.
 
     dL_V/dlambda + (dPhi/dlambda)^T x, where x solves (I - (dPhi/dw)^T) x = dL_V/dw. With `Neumann(i)` that is the sum
@@ -90,9 +96,8 @@ class FixedPointHypergradient:
             # f = w - Phi(w) in place of dL_T/dw: f = 0 defines w*, and a tape multiplies by (df/dw)^T.
             tape = self._record(*point, train_batch)
             try:
-                grads, solution = implicit_gradient(
-                    tape, vector, direct, hyper_list, self.solver, EagerEngine(), Spectrum()
-                )
+                system = LinearSystem(tape, EagerEngine(), Spectrum())
+                grads, solution = implicit_gradient(system, vector, direct, hyper_list, self.solver)
             except NonFiniteError:
                 raise
             except DivergenceError as error:
@@ -145,13 +150,13 @@ class FixedPointHypergradient:
                         f"got {tuple(tensor.shape)} and {tensor.dtype}"
                     )
             differences = [weight - tensor for weight, tensor in zip(weights, images, strict=True)]
-        return Tape(differences, weights, hyperparameters, name="phi")
+        return Tape(differences, weights, hyperparameters, name="phi", symmetric=False)
 
 
 def _unsymmetric(solver: Solver) -> Solver:
     """The solver, checked to serve an operator that is not symmetric, with a number for alpha."""
     check_solver(solver)
-    if getattr(solver, "needs_symmetry", True):
+    if solver.needs_symmetry:
         raise ValueError(
             "solver: expected one that does not need a symmetric operator, such as hvp.Neumann(20); got "
             f"{type(solver).__name__}, while the Jacobian of a map is not symmetric in general"

@@ -21,16 +21,18 @@ from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.precision import float32_arithmetic
 from hvp_engine._support.pytree import flatten
 from hvp_engine.differentiation.double_backward import differentiate, filled, leaves
-from hvp_engine.differentiation.problem import Linearization, Problem
+from hvp_engine.differentiation.linear_map import Linearization
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.distributed import DataParallel, for_loss
 from hvp_engine.errors import GraphError
-from hvp_engine.hypergradients.estimator import Estimate
-from hvp_engine.hypergradients.stationarity import Stationarity, unfinished_change
+from hvp_engine.hypergradients.estimator import Estimate, Estimator
 from hvp_engine.solvers import Neumann, Solver
-from hvp_engine.solvers.base import check_solver
-from hvp_engine.solvers.driver import solve_flat
+from hvp_engine.solvers.base import LinearSystem, check_solver
 from hvp_engine.solvers.solution import Solution
 from hvp_engine.solvers.spectrum import Spectrum
+
+_FAR = 0.5
+"""Share of the validation loss that further training may promise to change before the weights count as far away."""
 
 
 @dataclass(frozen=True)
@@ -50,29 +52,32 @@ class HypergradientResult(Estimate):
     solution: Solution
 
 
-class Hypergradient:
+class Hypergradient(Estimator):
     """dL_V*/dlambda as a function of (weights, hyperparameters, training batch, validation batch).
 
     Arguments:
         train_loss, val_loss: `loss(weights, hyper, batch)` -> scalar tensor. They must be functions of their
             arguments: an engine may trace them once and reuse the trace.
-        solver: how to invert the training loss's Hessian.
+        solver: how to invert the Hessian of the training loss; default `Neumann(20)`, alpha estimated.
         engine: how products are executed: "auto", or a name from `hvp_engine.engines`.
-        warm_start: begin each solve at the solution of the call before, by one more product and one more vector of
-            memory. A truncated series then continues over the calls, as far as the problem changes slowly between
-            them; a tolerance is reached in fewer products.
+        warm_start: start each solve at the solution of the previous call, which costs one more product and one more
+            vector of memory. If the problem changes slowly between calls, a truncated series continues over them, and
+            a tolerance is reached in fewer products.
 
-    Calling it takes `(weights, hyper, train_batch, val_batch)`: weights and hyper any tree of real floating
-    tensors (a module stands for its named parameters that require grad), batches anything; only tensors, numbers and
-    texts in tuples, lists and dicts can be traced. It returns a :class:`HypergradientResult` and leaves everything of
-    the caller's as it was: tensors, `.grad`, buffers, random state.
+    It is called with `(weights, hyper, train_batch, val_batch)`. Weights and hyper are any trees of real floating
+    tensors (a module stands for its named parameters that require grad). Batches may be anything, but only tensors,
+    numbers and strings in tuples, lists and dicts can be traced. It returns a :class:`HypergradientResult` and changes
+    nothing of the caller's: tensors, `.grad`, buffers, random state.
 
     Cost of a call: one gradient of each loss, the solver's products, one mixed product. Memory: the graph of the
     training gradient and the solver's vectors, whatever the number of products.
 
-    Errors: as :func:`hypergradient`. A warning, once, if the weights are far from stationary, so that the implicit
-    function theorem does not apply: the result's `unfinished` is more than half of the validation loss. Calls
-    1, 2, 4, 8, ... look, since a look waits for the device.
+    Errors: as :func:`hypergradient`. It warns, once, if the weights are so far from stationary that the implicit
+    function theorem does not apply: if the result's `unfinished` is more than half of the validation loss. Only calls
+    1, 2, 4, 8, ... check this, since checking waits for the device.
+
+    Source: Lorraine, Vicol, Duvenaud, Optimizing Millions of Hyperparameters by Implicit Differentiation, 2019,
+    Theorem 1 and Algorithm 2.
 
     >>> import torch, hvp_engine as hvp
     >>> target = torch.tensor([1.0, 2.0])
@@ -106,7 +111,7 @@ class Hypergradient:
         self.solver: Solver = Neumann(20) if solver is None else solver
         check_solver(self.solver)
         # With no products to make, the mixed product alone repays no trace.
-        idle = engine == "auto" and getattr(self.solver, "iterations", None) == 0
+        idle = engine == "auto" and not self.solver.makes_products
         self.engine = for_loss(train_loss, engines.create("eager" if idle else engine))
         self.spectrum = Spectrum()
         self.draws = Draws()
@@ -125,9 +130,8 @@ class Hypergradient:
             val_loss, vector, direct = direct_gradient(problem(self.val_loss, val_batch, "val_loss"))
             linearization = self.engine.linearize(problem(self.train_loss, train_batch, "train_loss"))
             x0 = self._previous if _alike(self._previous, weight_list) else None
-            grads, solution = implicit_gradient(
-                linearization, vector, direct, hyper_list, self.solver, self.engine, self.spectrum, x0
-            )
+            system = LinearSystem(linearization, self.engine, self.spectrum)
+            grads, solution = implicit_gradient(system, vector, direct, hyper_list, self.solver, x0)
         if self.warm_start:
             self._previous = [part.clone() for part in solution.value]
         assert linearization.loss is not None
@@ -155,7 +159,7 @@ class Hypergradient:
             "draws": self.draws.state_dict(),
             "spectrum": self.spectrum.state_dict(),
             "previous": self._previous,
-            "engine": self.engine.state_dict() if hasattr(self.engine, "state_dict") else {},
+            "engine": self.engine.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -163,8 +167,7 @@ class Hypergradient:
         self.draws.load_state_dict(state["draws"])
         self.spectrum.load_state_dict(state["spectrum"])
         self._previous = state["previous"]
-        if hasattr(self.engine, "load_state_dict"):
-            self.engine.load_state_dict(state["engine"])
+        self.engine.load_state_dict(state["engine"])
 
 
 def _alike(previous: Sequence[Tensor] | None, weights: Sequence[Tensor]) -> bool:
@@ -186,18 +189,20 @@ def direct_gradient(problem: Problem) -> tuple[Tensor, list[Tensor], list[Tensor
 
 
 def implicit_gradient(
-    linearization: Linearization,
+    system: LinearSystem,
     vector: Sequence[Tensor],
     direct: Sequence[Tensor | None],
     hyperparameters: Sequence[Tensor],
     solver: Solver,
-    engine: engines.Engine,
-    spectrum: Spectrum,
     x0: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Solution]:
-    """direct - mixed(H^-1 vector) for each hyperparameter; the core that all ways to a hypergradient share."""
-    name = "dL_V/dw, the gradient of val_loss"
-    value, solution = solve_flat(linearization, detached(vector), solver, engine, spectrum, name, x0)
+    """direct - mixed(H^-1 vector) for each hyperparameter; the core that all ways to a hypergradient share.
+
+    The system's operator is a :class:`Linearization`, which has the mixed product.
+    """
+    linearization = system.operator
+    assert isinstance(linearization, Linearization)
+    value, solution = system.solve(detached(vector), solver, "dL_V/dw, the gradient of val_loss", x0)
     indirect = linearization.mixed(value)
     if all(term is None for term in [*direct, *indirect]):
         raise GraphError(
@@ -215,3 +220,47 @@ def implicit_gradient(
         total = torch.zeros_like(hyperparameter) if first is None else first.detach().clone()
         grads.append(total if second is None else total.sub_(second.detach()))
     return grads, replace(solution, value=value)
+
+
+def unfinished_change(solution: Sequence[Tensor], gradient: Sequence[Tensor]) -> Tensor:
+    """-(H^-1 dL_V/dw) . dL_T/dw, a 0-dim float64 tensor: the change of L_V by a Newton step on L_T, to first order.
+
+    Arguments:
+        solution: H^-1 dL_V/dw, as far as the solve went: a truncated series stands for as many steps of training.
+        gradient: dL_T/dw.
+    """
+    products = [x.reshape(-1) @ g.to(x.dtype).reshape(-1) for x, g in zip(solution, gradient, strict=True)]
+    return -torch.stack([product.double() for product in products]).sum()
+
+
+class Stationarity:
+    """Warns, once, when the weights are so far from their goal that the implicit function theorem says little.
+
+    The criterion: finishing the training would change the validation loss by more than half of it, to first order.
+    Calls 1, 2, 4, 8, ... look, since a look waits for the device.
+
+    Arguments:
+        goal: where the weights should be, in words.
+        distance: what measures how far they are, and vanishes there.
+    """
+
+    def __init__(self, goal: str = "a minimum of the training loss", distance: str = "||dL_T/dw||") -> None:
+        self._goal, self._distance = goal, distance
+        self._calls = 0
+        self._warned = False
+
+    def look(self, unfinished: Tensor, val_loss: Tensor, gradient_norm: Tensor) -> None:
+        """Count a call, and perhaps warn."""
+        self._calls += 1
+        if self._warned or self._calls & (self._calls - 1):
+            return
+        change, loss, norm = torch.stack([unfinished, val_loss.double(), gradient_norm]).tolist()
+        if abs(change) > _FAR * abs(loss):
+            self._warned = True
+            warnings.warn(
+                f"the weights are far from {self._goal}: {self._distance} is {norm:.3g}, and finishing "
+                f"the training would change the validation loss, {loss:.3g}, by about {change:.3g}; the hypergradient "
+                "assumes that they are at one: train longer before and between hypergradients (warmup_steps and "
+                "inner_steps of a Tuner)",
+                stacklevel=3,
+            )

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hvp_engine._support.arguments import check_count
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import Structure, check_scalar, flatten
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.differentiation.double_backward import differentiate, filled, leaves
 from hvp_engine.errors import GraphError, NonFiniteError
+from hvp_engine.operators.base import solve
 from hvp_engine.solvers import ConjugateGradient, Solver
-from hvp_engine.solvers.driver import solve, worst_of
+from hvp_engine.solvers.base import worst_of
 from hvp_engine.solvers.solution import Solution
 
 Loss = Callable[[Any, Any], Tensor]

@@ -12,12 +12,12 @@ from torch import Tensor
 from hvp_engine import engines
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import check_like, flatten
-from hvp_engine.differentiation.problem import Linearization, Problem
+from hvp_engine.differentiation.linear_map import Linearization
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.errors import GraphError
 from hvp_engine.operators.hessian import engine_for_operator
 from hvp_engine.solvers import ConjugateGradient, Solver
-from hvp_engine.solvers.base import check_solver
-from hvp_engine.solvers.driver import solve_all, worst_of
+from hvp_engine.solvers.base import LinearSystem, check_solver, worst_of
 from hvp_engine.solvers.right_hand_sides import unstacked
 from hvp_engine.solvers.solution import Solution
 from hvp_engine.solvers.spectrum import Spectrum
@@ -96,7 +96,7 @@ def response_jacobian(
     with isolated(Draws().next_seed(), weight_list[0].device):
         linearization = runner.linearize(problem)
         check_like(vs[0], linearization.layout, names[0], "weights")
-        results = list(solve_all(linearization, vs, solver, runner, Spectrum(), names))
+        results = list(LinearSystem(linearization, runner, Spectrum()).solve_all(vs, solver, names))
         rows = [_row(linearization, value, hyper_list) for value, _ in results]
     stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
     return ResponseJacobian(hyper_structure.rebuild(stacked), worst_of([solution for _, solution in results]))

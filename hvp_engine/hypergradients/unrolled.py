@@ -12,7 +12,7 @@ from hvp_engine._support.arguments import check_count
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import flatten
 from hvp_engine.differentiation.problem import Problem
-from hvp_engine.hypergradients.estimator import Estimate
+from hvp_engine.hypergradients.estimator import Estimate, Estimator
 from hvp_engine.hypergradients.trajectory import Trajectory, forward, reverse
 from hvp_engine.hypergradients.update_rules import UpdateRule
 
@@ -34,7 +34,7 @@ class UnrolledEstimate(Estimate):
     weights: Any
 
 
-class Unrolled:
+class Unrolled(Estimator):
     """The hypergradient through i training steps from the given weights: dL_V(lambda, w_i(lambda))/dlambda.
 
     dL_V/dlambda - dL_V/dw sum_{i-L < j <= i} [prod_{j < k <= i} (I - eta H(w_{k-1}))] eta d2L_T/dw dlambda^T(w_{j-1})

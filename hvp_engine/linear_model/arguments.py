@@ -7,10 +7,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hvp_engine._support.flat_vector import INPUT_DTYPES, STATE_DTYPES
 from hvp_engine._support.pytree import Structure
+from hvp_engine._support.torch_compat import pytree
 
 Loss = Literal["squared", "logistic", "softmax"]
 Reduction = Literal["mean", "sum"]

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
-from hvp_engine.differentiation.problem import Linearization, LinearMap, Problem
+from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.engines.eager import EagerEngine
-from hvp_engine.engines.side_by_side import run_side_by_side
 from hvp_engine.linear_model import reference as linear_model_reference
 from hvp_engine.linear_model.reference import Factors
 from hvp_engine.ops import backend
-from hvp_engine.solvers.base import FinishedIteration, Outcome, Solver
+from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.chebyshev import Chebyshev
+from hvp_engine.solvers.iteration import FinishedIteration, Outcome
 from hvp_engine.solvers.neumann import Neumann, outcome_of
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
-@dataclass(frozen=True)
-class AllTerms:
+class AllTerms(FinishedIteration):
     """The finished terms of one right-hand side; `alpha` of a Neumann series, `bounds` of a Chebyshev iteration."""
 
-    value: FlatVector
-    direction: FlatVector
-    steps: int
-    figures: Tensor
-    alpha: float | None = None
-    bounds: tuple[float, float] | None = None
+    def __init__(
+        self,
+        value: FlatVector,
+        direction: FlatVector,
+        steps: int,
+        figures: Tensor,
+        alpha: float | None = None,
+        bounds: tuple[float, float] | None = None,
+    ):
+        self.value, self.direction, self.steps, self.figures = value, direction, steps, figures
+        self.alpha, self.bounds = alpha, bounds
 
     def finish(self) -> Tensor:
         return self.figures
@@ -40,36 +43,32 @@ class AllTerms:
         return outcome_of(figures, self.steps, self.value.data.dtype)
 
 
-class LinearModelEngine:
+class LinearModelEngine(EagerEngine):
     """Runs `Neumann`, and on a CPU `Chebyshev`, on a linear model's factors at once, for several right-hand sides
     together; other solvers, and those with a preconditioner, go product by product."""
 
     name = "linear_model"
 
     def __init__(self) -> None:
-        self._eager = EagerEngine()
+        super().__init__()
         self._last = "not used yet"
-
-    def linearize(self, problem: Problem) -> Linearization:
-        """As the eager engine does: a loss in general is no linear model."""
-        return self._eager.linearize(problem)
 
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
-        [iteration] = self.run_batch(operator, [v], solver, estimate)
+        [iteration] = self.run_all(operator, [v], solver, estimate)
         return iteration
 
-    def run_batch(
+    def run_all(
         self, operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
     ) -> Iterable[FinishedIteration]:
         factors = getattr(operator, "factors", None)
-        if isinstance(factors, Factors) and getattr(solver, "preconditioner", None) is None:
+        if isinstance(factors, Factors) and solver.preconditioner is None:
             if isinstance(solver, Neumann):
                 return self._all_terms(factors, vs, solver, solver.alpha_for(estimate))
             if isinstance(solver, Chebyshev) and (kernel := chebyshev_kernel(factors)) is not None:
                 return self._chebyshev(kernel, factors, vs, solver, estimate)
-        return run_side_by_side(self._eager, operator, vs, solver, estimate)
+        return [super(LinearModelEngine, self).run(operator, v, solver, estimate) for v in vs]
 
     def report(self) -> str:
         """How the last solve ran that was made in one call."""

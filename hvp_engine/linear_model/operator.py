@@ -11,11 +11,12 @@ from torch.nn import functional
 
 from hvp_engine._support.flat_vector import FlatVector, Layout, padded
 from hvp_engine._support.pytree import flatten
+from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.linear_model import reference as linear_model_reference
 from hvp_engine.linear_model.arguments import Loss, Reduction, check_names, check_targets, check_weights, decays_of
 from hvp_engine.linear_model.engine import LinearModelEngine
 from hvp_engine.linear_model.reference import Factors
-from hvp_engine.operators.hessian import Curvature
+from hvp_engine.operators.hessian import CurvatureOperator
 from hvp_engine.ops import backend
 from hvp_engine.solvers.lanczos import Tridiagonalization
 
@@ -26,7 +27,7 @@ _LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-class LinearModelOperator(Curvature):
+class LinearModelOperator(CurvatureOperator):
     """The Hessian of a linear model's loss in its weights, from the factors it is made of.
 
     With outputs = inputs W^T + b, it is the second derivative in (W, b) of exactly
@@ -75,6 +76,8 @@ class LinearModelOperator(Curvature):
     Errors: `TypeError`/`ValueError` naming the argument for a shape, dtype, device or name that does not fit;
     `ValueError` from `.gradient` without targets; in a solve as :func:`solve`.
 
+    Source: Bishop, Pattern Recognition and Machine Learning, 2006, sections 4.3.3 and 4.3.4, for the Hessians.
+
     >>> import torch, hvp_engine as hvp
     >>> x, w = torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.zeros(2)
     >>> H = hvp.LinearModelOperator(x, w, loss="squared", decay=0.5)
@@ -104,7 +107,7 @@ class LinearModelOperator(Curvature):
         super().__init__(linearization, structure, LinearModelEngine())
 
 
-class LinearModelProducts:
+class LinearModelProducts(Linearization):
     """The loss, its gradient and its products with vectors, at one point."""
 
     def __init__(
@@ -130,7 +133,7 @@ class LinearModelProducts:
         self.factors = Factors(self.layout, inputs, *self._curvature(), decay, uniform=decays[0].dim() == 0)
 
     @property
-    def loss(self) -> Tensor | None:
+    def loss(self) -> Tensor | None:  # type: ignore[override]
         """The loss with its decay; None without targets."""
         if self._targets is None:
             return None
@@ -141,7 +144,7 @@ class LinearModelProducts:
         return value
 
     @property
-    def gradient(self) -> Sequence[Tensor]:
+    def gradient(self) -> Sequence[Tensor]:  # type: ignore[override]
         if self._targets is None:
             raise ValueError("targets: expected those of the loss, which its gradient needs; got None")
         targets = self._targets

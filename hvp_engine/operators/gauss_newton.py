@@ -14,14 +14,15 @@ from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import Structure, check_scalar, flatten
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
 from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, leaves
+from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.distributed import for_loss
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import GraphError
-from hvp_engine.operators.hessian import Curvature
+from hvp_engine.operators.hessian import CurvatureOperator
 
 
-class GaussNewtonOperator(Curvature):
+class GaussNewtonOperator(CurvatureOperator):
     """G = J^T (d2 loss / d outputs2) J, with J = d outputs / dw, as a symmetric linear operator.
 
     It is the Hessian of `loss(model(weights, inputs), targets)` without the curvature of the model, and the Hessian
@@ -93,7 +94,7 @@ class _Maker(EagerEngine):
         return found
 
 
-class GaussNewtonProducts:
+class GaussNewtonProducts(Linearization):
     """Three tapes: v -> J v, the loss's Hessian in the outputs, and u -> J^T u.
 
     Reverse mode alone gives J v as well: u -> J^T u is linear in u, and its transpose is v -> J v.
@@ -134,7 +135,7 @@ class GaussNewtonProducts:
         self._pull = Tape(reached, self._weights, name="model")
         self._push = Tape(pulled, cotangents, name="model")
         self._curvature = Tape(gradient, self._outputs, name="loss")
-        self.loss: Tensor | None = value.detach()
+        self.loss = value.detach()
         self.gradient = [g.detach() for g in self._pull.product([g.detach() for g in gradient])]
 
     @property
@@ -145,7 +146,3 @@ class GaussNewtonProducts:
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """G times `tangents`."""
         return self._pull.product(self._curvature.product(self._push.product(tangents)))
-
-    def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """Nothing, for there are no hyperparameters."""
-        return []

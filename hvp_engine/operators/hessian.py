@@ -1,36 +1,19 @@
-"""Curvature as linear operators: H @ v and H.solve(v, solver)."""
+"""The Hessian of a loss as a linear operator, and what operators of a loss share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hvp_engine import engines
-from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine._support.isolation import Draws, isolated
-from hvp_engine._support.pytree import Structure, check_like, flatten
-from hvp_engine.differentiation.problem import LinearMap, Problem
+from hvp_engine._support.pytree import Structure, flatten
+from hvp_engine.differentiation.linear_map import Linearization
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.distributed import for_loss
-from hvp_engine.operators.batched import fill
-from hvp_engine.solvers.base import Solver
-from hvp_engine.solvers.dense import Columns
-from hvp_engine.solvers.driver import solve
-from hvp_engine.solvers.solution import Solution
-from hvp_engine.solvers.spectrum import Spectrum
-
-
-class CurvatureMap(LinearMap, Protocol):
-    """The products of a curvature matrix of a loss, with the loss and its gradient, at one point."""
-
-    @property
-    def loss(self) -> Tensor | None: ...
-
-    @property
-    def gradient(self) -> Sequence[Tensor]: ...
-
+from hvp_engine.operators.base import LinearOperator
 
 _EXPECTED_PRODUCTS = 200
 """Products that one operator is expected to make: "auto" traces only where that many repay it."""
@@ -41,85 +24,20 @@ def engine_for_operator(engine: str | engines.Engine, loss: Callable[..., Tensor
     return for_loss(loss, engines.AutoEngine(_EXPECTED_PRODUCTS) if engine == "auto" else engines.create(engine))
 
 
-class Curvature:
-    """What the operators share: a symmetric linear map on trees like the weights, at fixed weights.
+class CurvatureOperator(LinearOperator):
+    """A curvature matrix of a loss at fixed weights, with the loss and its gradient there."""
 
-    `made_of`, any tree, has the caller's tensors that products read: one that has changed in place since makes them
-    wrong.
-    """
-
-    def __init__(
-        self,
-        linearization: CurvatureMap,
-        structure: Structure,
-        engine: engines.Engine,
-        made_of: Any = (),
-    ):
-        self._linearization, self.engine = linearization, engine
-        self.spectrum = Spectrum()
-        self._structure = structure
-        read = [leaf for leaf in pytree.tree_leaves(made_of) if isinstance(leaf, Tensor)]
-        self._versions = [(tensor, tensor._version) for tensor in read if not tensor.is_inference()]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_versions": []}  # a copy has tensors of its own
-
-    @property
-    def linearization(self) -> CurvatureMap:
-        """What makes the products; `ValueError` where what it was made of is no more what it was."""
-        for tensor, version in self._versions:
-            if tensor._version != version:
-                raise ValueError(
-                    "operator: expected weights and arguments as they were when it was made; got one of shape "
-                    f"{tuple(tensor.shape)} that was changed in place since: make a new operator, or clone it before"
-                )
-        return self._linearization
-
-    @property
-    def layout(self) -> Layout:
-        """Shapes, strides, dtypes and device of the weights' leaves."""
-        return self._linearization.layout
-
-    @property
-    def loss(self) -> Tensor | None:
-        """The loss at the weights, detached."""
-        return self._linearization.loss
+    def __init__(self, linearization: Linearization, structure: Structure, engine: engines.Engine, made_of: Any = ()):
+        super().__init__(linearization, structure, engine, made_of)
+        self._linearization = linearization
 
     @property
     def gradient(self) -> Any:
         """d loss / dw, detached, in the container of the weights."""
-        return self._structure.rebuild(self.linearization.gradient)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(number of weights, number of weights)."""
-        size = self.layout.numel
-        return size, size
-
-    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The operator times the list of leaves `tangents`, unchecked: what solvers call."""
-        return self.linearization.product(tangents)
-
-    def __matmul__(self, v: Any) -> Any:
-        """The operator times v, in the container of the weights; `v` is a tree like them, whose NaN propagate."""
-        leaves, structure = flatten(v, "v", sharded=True)
-        layout = self.layout
-        check_like(leaves, layout, "v", "weights")
-        tangents = FlatVector.of(layout, leaves).tangents  # a trace relies on the strides of the weights
-        return structure.rebuild([p.detach().clone() for p in self.product(tangents)])
-
-    def solve(self, v: Any, solver: Solver, *, batched: bool = False, x0: Any = None) -> Solution:
-        """(A + damping I)^-1 v by `solver`, for several v with `batched`, from a first guess x0; see :func:`solve`."""
-        return solve(self, v, solver, batched=batched, x0=x0)
-
-    def dense(self) -> Tensor:
-        """The operator as a matrix, by one product for each weight: for tests and small problems."""
-        columns = Columns(self.layout, self.layout.state_dtype)
-        fill(columns, self.linearization)
-        return columns.matrix
+        return self._structure.rebuild(self._linearization.gradient)
 
 
-class HessianOperator(Curvature):
+class HessianOperator(CurvatureOperator):
     """The Hessian H = d2 loss / dw dw^T of a loss at given weights, as a symmetric linear operator.
 
     Arguments:

@@ -9,21 +9,19 @@ from torch import Tensor
 
 from hvp_engine import engines
 from hvp_engine._support.arguments import check_count
-from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine._support.data_stream import Batches
+from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.isolation import Draws, isolated
-from hvp_engine._support.pytree import check_like, flatten
-from hvp_engine.differentiation.problem import LinearMap, Problem
+from hvp_engine._support.pytree import flatten
+from hvp_engine.differentiation.linear_map import LinearMap
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.distributed import averaged, together
 from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.operators.base import LinearOperator
 from hvp_engine.operators.hessian import engine_for_operator
-from hvp_engine.solvers.base import Solver
-from hvp_engine.solvers.driver import solve
-from hvp_engine.solvers.solution import Solution
-from hvp_engine.solvers.spectrum import Spectrum
-from hvp_engine.tuning.data_stream import Batches
 
 
-class StochasticHessianOperator:
+class StochasticHessianOperator(LinearOperator):
     """The Hessian of the mean of a loss over batches, of which every product takes the next ones.
 
     A solve with `Neumann(i)` multiplies by another Hessian H_s in each term, x <- v + (I - alpha (H_s + damping I)) x.
@@ -71,40 +69,19 @@ class StochasticHessianOperator:
         check_count(batches_per_product, "batches_per_product")
         if not callable(loss):
             raise TypeError(f"loss: expected a function of (weights, batch); got {type(loss).__name__}")
-        leaves, self._structure = flatten(weights, "weights")
+        leaves, structure = flatten(weights, "weights")
         stream = Batches(batches, leaves[0].device, "batches")
         maker = engine_for_operator(engine, loss)
         of_batches = loss if batches_per_product == 1 else averaged(loss)
-        problem = Problem(of_batches, leaves, self._structure, [], None, ())
-        self.linearization = _Draws(problem, stream, batches_per_product, maker)
-        self.engine = EagerEngine()  # it runs any solver on any map; `maker` makes the products
-        self.spectrum = Spectrum()
-
-    @property
-    def layout(self) -> Layout:
-        """Shapes, strides, dtypes and device of the weights' leaves."""
-        return self.linearization.layout
-
-    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The Hessian on the next batches times the list of leaves `tangents`, unchecked."""
-        return self.linearization.product(tangents)
-
-    def __matmul__(self, v: Any) -> Any:
-        """The Hessian on the next batches times v, in the container of the weights."""
-        leaves, structure = flatten(v, "v")
-        check_like(leaves, self.layout, "v", "weights")
-        tangents = FlatVector.of(self.layout, leaves).tangents  # a trace relies on the strides of the weights
-        return structure.rebuild([p.detach().clone() for p in self.product(tangents)])
-
-    def solve(self, v: Any, solver: Solver, *, batched: bool = False, x0: Any = None) -> Solution:
-        """(A + damping I)^-1 v by `solver`; see :func:`solve`."""
-        return solve(self, v, solver, batched=batched, x0=x0)
+        problem = Problem(of_batches, leaves, structure, [], None, ())
+        draws = _Draws(problem, stream, batches_per_product, maker)
+        super().__init__(draws, structure, EagerEngine())  # it runs any solver on any map; `maker` makes the products
 
 
-class _Draws:
+class _Draws(LinearMap):
     """A map that is another at every product."""
 
-    changes = True
+    fixed = False
 
     def __init__(self, problem: Problem, stream: Batches, count: int, maker: engines.Engine):
         self.layout = Layout.of(problem.weights)

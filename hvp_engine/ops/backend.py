@@ -1,4 +1,4 @@
-"""Which implementations of the fused ops there are, why one is missing, and which one runs.
+"""Which implementations of the fused ops exist, why one is missing, and which one runs.
 
 Four backends implement every op of :mod:`hvp_engine.ops.schemas`:
 
@@ -6,10 +6,10 @@ Four backends implement every op of :mod:`hvp_engine.ops.schemas`:
 |-----------|---------|----------------------------------------------------------------|
 | reference | any     | plain torch, the executable specification                      |
 | cpp       | cpu     | the C++ extension (OpenMP, vectorized)                         |
-| cuda      | cuda    | the CUDA part of the extension: lowest launch cost, changing addresses |
+| cuda      | cuda    | the CUDA part of the extension: lowest launch cost, addresses may change in a CUDA graph |
 | triton    | cuda    | Triton kernels (on a CPU only through Triton's interpreter)    |
 
-A backend is imported on first use; if that fails its original error is kept and shown by :func:`why_not`.
+A backend is imported on first use; if the import fails, :func:`why_not` shows the original error.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from hvp_engine._support.flat_vector import Layout
 from hvp_engine.errors import BackendError
 
 Bound = Callable[[Sequence[Tensor]], None]
-"""A bound op: takes the list of products autograd returned and updates the state it was bound to."""
+"""A bound op: takes the list of products that autograd returned and updates the state to which it is bound."""
 
 
 class Backend(Protocol):
-    """What a backend's module provides."""
+    """The functions of a backend's module."""
 
     def missing(self, device_type: str) -> str | None:
         """Why this backend cannot run on a device of this type, or None if it can."""
@@ -50,7 +50,7 @@ class Backend(Protocol):
 
 
 _MODULES = {
-    "reference": "hvp_engine.ops.plain",
+    "reference": "hvp_engine.ops.reference",
     "cpp": "hvp_engine.ops.cpp",
     "cuda": "hvp_engine.ops.cpp",
     "triton": "hvp_engine.kernels",
@@ -65,7 +65,7 @@ _choice: ContextVar[str] = ContextVar("hvp_engine_backend", default="auto")
 def _load(name: str) -> tuple[Backend | None, str | None]:
     try:
         return importlib.import_module(_MODULES[name]), None
-    except Exception as error:  # an extension can fail to load in many ways; the reason is kept for the user
+    except Exception as error:  # an extension can fail to load in many ways; users see the reason
         return None, f"{type(error).__name__}: {error}"
 
 
@@ -108,8 +108,11 @@ def use_backend(name: str) -> Iterator[None]:
         name: "auto" (the default: the fastest available on the tensors' device), "reference", "cpp", "cuda" or
             "triton".
 
-    Errors: `ValueError` for an unknown name, here; :class:`BackendError` with the original reason where the
-    backend cannot run on the tensors' device, at the first op.
+    Cost: none by itself. A backend is imported at its first use, and engines that keep prepared solves keep one for
+    each backend.
+
+    Errors: `ValueError` for an unknown name, here; :class:`BackendError`, with the original reason, at the first op if
+    the backend cannot run on the tensors' device.
 
     >>> import torch, hvp_engine as hvp
     >>> w = torch.ones(3, requires_grad=True)

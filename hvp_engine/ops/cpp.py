@@ -1,4 +1,4 @@
-"""The cpp and cuda backends: ops of the compiled extension, bound."""
+"""The cpp and cuda backends: the ops of the compiled extension."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch  # before the extension, which then shares torch's OpenMP runtime
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout
+from hvp_engine._support.pytree import check_leaf_like
 from hvp_engine.linear_model.reference import Factors
 from hvp_engine.ops.backend import Bound
 from hvp_engine.ops.schemas import OPS
@@ -23,7 +24,7 @@ except ImportError as error:
     ) from error
 
 CPU_VARIANT: str = _C.cpu_variant
-"""The instruction set of the CPU kernels in use: "avx2", or "baseline" where the CPU or ATEN_CPU_CAPABILITY says so."""
+"""The instruction set of the CPU kernels in use: "avx2", or "baseline" (also if ATEN_CPU_CAPABILITY asks for it)."""
 
 
 def missing(device_type: str) -> str | None:
@@ -45,6 +46,7 @@ def bind(
     damping: float,
     partials: Tensor,
 ) -> Bound:
+    """The op `name` bound to its arguments, all checked already; see :func:`hvp_engine.ops.schemas.bind`."""
     states = [_kept(state) for state in states]
     partials = _kept(partials)
     return _C.Plan(
@@ -63,29 +65,25 @@ def bind(
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    """An alias, so that the memory stays alive and in place whatever is done to the caller's tensor."""
+    """An alias that keeps the memory alive and in place, whatever happens to the caller's tensor."""
     alias = tensor.detach()
     if alias.device.type == "cpu":
-        alias.numpy()  # torch refuses from now on to resize this storage, which would free the memory of every alias
+        alias.numpy()  # from now on torch refuses to resize this storage, which would free the memory of every alias
     return alias
 
 
 def _conform(name: str, layout: Layout, states: Sequence[Tensor], partials: Tensor) -> Callable[[int, object], Tensor]:
-    """What a plan calls for a product it cannot read as it is: an error, or the product in the state's dtype and
-    the layout's storage order, apart from the memory the plan writes."""
+    """A function that a plan calls for a product that it cannot read where it is.
+
+    It raises an error, or returns a copy in the state's dtype, in the layout's storage order and apart from the memory
+    that the plan writes.
+    """
     state = states[0]
     taken = {tensor.untyped_storage().data_ptr() for tensor in (*states, partials)}
 
     def conform(index: int, product: object) -> Tensor:
-        where = f"{name}: {OPS[name].product}[{index}]"
-        if not isinstance(product, Tensor):
-            raise TypeError(f"{where}: expected a tensor; got {type(product).__name__}")
-        if product.shape != layout.shapes[index]:
-            raise ValueError(f"{where}: expected shape {tuple(layout.shapes[index])}; got {tuple(product.shape)}")
-        if product.device != state.device:
-            raise ValueError(f"{where}: expected device {state.device}; got {product.device}")
-        if not product.is_floating_point() or product.element_size() > state.element_size():
-            raise TypeError(f"{where}: expected a floating dtype no wider than {state.dtype}; got {product.dtype}")
+        check_leaf_like(product, index, layout, f"{name}: {OPS[name].product}", "weights", state.dtype)
+        assert isinstance(product, Tensor)
         row = product.detach().resolve_neg().permute(layout.orders[index]).contiguous().to(state.dtype)
         return row.clone() if row.untyped_storage().data_ptr() in taken else row
 
@@ -162,7 +160,7 @@ class _Parts(TypedDict):
 
 
 def _parts(factors: Factors) -> _Parts:
-    """What the extension takes of a linear model."""
+    """The arguments that describe a linear model to the extension."""
     return {
         "inputs": factors.wide_inputs,
         "curvature": factors.curvature,

@@ -1,26 +1,29 @@
-"""Plain torch for every op: the executable specification.
+"""The reference backend: every op in plain torch, the executable specification.
 
 Each function here has the name, the arguments and the meaning of the op in :mod:`hvp_engine.ops.schemas`; the C++,
 CUDA and Triton versions are tested against it. State vectors are flat (see :mod:`hvp_engine._support.flat_vector`); the
 product is the list of tensors that autograd returned, each read in row-major order.
 
-`partials` receives one row for each chunk of each tensor: two squared norms (or inner products) and a flag that
-is 1 where the chunk holds a NaN or an infinity. `partials.sum(0)` gives the totals: because the rows do not depend
-on the number of threads or the launch, neither do the totals.
+`partials` receives one row for each chunk of each tensor: two squared norms (or inner products) and a flag that is 1
+if the chunk holds a NaN or an infinity. `partials.sum(0)` gives the totals. The rows do not depend on the number of
+threads or on the launch, so neither do the totals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from hvp_engine._support.flat_vector import CHUNK, offsets_of
+from hvp_engine._support.flat_vector import CHUNK, Layout, offsets_of
+from hvp_engine._support.pytree import check_like
+from hvp_engine.ops.backend import Bound
+from hvp_engine.ops.schemas import OPS
 
 
 def _parts(tensors: Sequence[Tensor], *states: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """For each tensor: itself, flattened in the state's dtype, and its part of every state vector."""
+    """For each tensor: its elements in the state's dtype, and its part of every state vector."""
     offsets = offsets_of([t.numel() for t in tensors])
     for tensor, start in zip(tensors, offsets, strict=False):
         part = slice(start, start + tensor.numel())
@@ -31,8 +34,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def _record(partials: Tensor, row: int, first: Pair, second: Pair) -> int:
-    """Write the inner products of two pairs of one tensor's parts, chunk by chunk, beginning at `row`; return the
-    next free row."""
+    """Write the inner products of the two pairs, a row for each chunk, from `row` on; return the next free row."""
     for chunks in zip(*(part.split(CHUNK) for part in (*first, *second)), strict=True):
         if chunks[0].numel() == 0:
             continue
@@ -115,3 +117,32 @@ def chebyshev_step(
         direction.copy_(keep * direction + scale * residual)
         solution.add_(direction)
         row = _record(partials, row, *_squares(residual, solution))
+
+
+STEPS: dict[str, Callable[..., None]] = {
+    step.__name__: step for step in (neumann_step, neumann_step_horner, scale_accumulate, cg_step, chebyshev_step)
+}
+
+
+def missing(device_type: str) -> str | None:
+    """None: plain torch runs on every device."""
+    return None
+
+
+def bind(
+    name: str,
+    states: Sequence[Tensor],
+    layout: Layout,
+    scalars: Sequence[Tensor],
+    damping: float,
+    partials: Tensor,
+) -> Bound:
+    """The op `name` bound to its arguments, all checked already; see :func:`hvp_engine.ops.schemas.bind`."""
+    op, step = OPS[name], STEPS[name]
+    trailing = (*scalars, damping, partials) if op.damped else (*scalars, partials)
+
+    def run(products: Sequence[Tensor]) -> None:
+        check_like(products, layout, f"{name}: {op.product}", "weights", states[0].dtype)
+        step(*states, layout.rows(products, apart_from=(*states, partials)), *trailing)
+
+    return run

@@ -1,10 +1,10 @@
-"""The fused vector ops: one list with every schema, its checks, its fake and its registration.
+"""The fused vector ops: one list of schemas, with their checks, fakes and registration.
 
-Each op updates flat state vectors in place from the list of tensors that autograd returned, and writes the
-norms of the new state and a non-finite flag into `partials`. The meaning of each is its function in
+Each op updates flat state vectors in place from the list of tensors that autograd returned, and writes the norms of
+the new state and a non-finite flag into `partials`. What an op computes is its function in
 :mod:`hvp_engine.ops.reference`. There are two ways to call one:
 
-* :func:`bind` checks the arguments once and returns a callable for the loop (what the eager engine uses);
+* :func:`bind` checks the arguments once and returns a callable for the loop, which the eager engine uses;
 * ``torch.ops.hvp_engine.<name>`` checks on every call and works under torch.compile and in `opcheck`.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import INPUT_DTYPES, STATE_DTYPES, Layout, partial_rows
+from hvp_engine._support.torch_compat import is_fake
 from hvp_engine.ops import backend
 
 
@@ -58,7 +59,7 @@ OPS = {
 
 
 def check(op: Op, states: Sequence[Tensor], layout: Layout, scalars: Sequence[Tensor], partials: Tensor) -> None:
-    """Raise `ValueError` or `TypeError` naming the argument unless the arguments fit together."""
+    """Raise `ValueError` or `TypeError`, naming the argument, unless the arguments fit together."""
     size = layout.size
     minimum = layout.offsets[-1] + layout.numels[-1] if layout.numels else 0
     first = states[0]
@@ -73,7 +74,7 @@ def check(op: Op, states: Sequence[Tensor], layout: Layout, scalars: Sequence[Te
             )
         if state.device != layout.device and layout.numels:
             raise ValueError(f"{where}: expected device {layout.device} as {op.product}; got {state.device}")
-    if not torch.compiler.is_compiling() and not isinstance(first, torch._subclasses.FakeTensor):
+    if not torch.compiler.is_compiling() and not is_fake(first):
         _check_overlap(op, states, scalars, partials)
     for index, dtype in enumerate(layout.dtypes):
         if dtype not in INPUT_DTYPES or (dtype == torch.float64 and first.dtype != torch.float64):
@@ -100,24 +101,8 @@ def check(op: Op, states: Sequence[Tensor], layout: Layout, scalars: Sequence[Te
         )
 
 
-def check_products(op: Op, layout: Layout, state: torch.dtype, products: Sequence[Tensor]) -> None:
-    """Raise `ValueError` or `TypeError` unless there is one product for each tensor of the layout, of its shape."""
-    if len(products) != len(layout.shapes):
-        raise ValueError(f"{op.name}: {op.product}: expected {len(layout.shapes)} tensors; got {len(products)}")
-    for index, (product, shape) in enumerate(zip(products, layout.shapes, strict=True)):
-        where = f"{op.name}: {op.product}[{index}]"
-        if not isinstance(product, Tensor):
-            raise TypeError(f"{where}: expected a tensor; got {type(product).__name__}")
-        if product.shape != shape:
-            raise ValueError(f"{where}: expected shape {tuple(shape)}; got {tuple(product.shape)}")
-        if product.device != layout.device:
-            raise ValueError(f"{where}: expected device {layout.device}; got {product.device}")
-        if product.dtype not in INPUT_DTYPES or product.dtype.itemsize > state.itemsize:
-            raise TypeError(f"{where}: expected a floating dtype no wider than {state}; got {product.dtype}")
-
-
 def _check_overlap(op: Op, states: Sequence[Tensor], scalars: Sequence[Tensor], partials: Tensor) -> None:
-    """What an op writes must share memory with nothing else that it was given."""
+    """Raise unless every tensor that the op writes is apart in memory from all its other arguments."""
     names = (*op.states, *op.scalars, "partials")
     spans = [
         (name, tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
@@ -144,9 +129,8 @@ def bind(
     Arguments:
         name: a key of :data:`OPS`.
         states: the op's flat state vectors, of `layout`'s size and state dtype.
-        layout: shapes, strides and dtypes of the products to come. A product with other strides, or one that
-            shares memory with a state or `partials`, is copied first; one may also come in another dtype no wider
-            than the state's.
+        layout: shapes, strides and dtypes of the products to come. A product with other strides or in another dtype
+            (no wider than the state's), or one that shares memory with a state or `partials`, is copied first.
         scalars: the op's 0-dim float64 tensors, read at every call, so they may change between calls.
         damping: added to the diagonal of the operator (0.0 for ops without damping).
         partials: from :meth:`Layout.empty_partials`, overwritten at every call.
@@ -181,7 +165,6 @@ def _register(library: torch.library.Library, op: Op) -> None:
 
     library.impl(op.name, run, "CPU")
     library.impl(op.name, run, "CUDA")
-    library.impl(op.name, fake, "Meta")
     torch.library.register_fake(f"hvp_engine::{op.name}", fake, lib=library)
 
 

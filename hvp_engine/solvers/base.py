@@ -1,153 +1,254 @@
-"""What a solver is: start, step and finish bodies that an engine runs.
+"""The seam of all solves: a solver prepares for an operator once, then serves each right-hand side.
 
-A solver is a small frozen object that describes a method. Its `allocate` gives an :class:`Iteration`, whose state
-lives in flat buffers that never move. An engine calls `iteration.adapt(estimate)` and `iteration.start(v)`,
-alternates `product(iteration.direction)` and `iteration.step(product)` at most `iteration.limit` times, then calls
-`iteration.finish()`; and may do so again for another v, which overwrites `value`.
+    prepared = solver.prepare(LinearSystem(operator, engine, spectrum))
+    for value, solution in prepared.solve_all(vs, names): ...
 
-`start`, `step` and `finish` do not wait for the device (except in :class:`Exact`) and read from it whatever differs
-between two solves, coefficients included: so they can be captured once and replayed. `adapt` sets those coefficients
-and runs outside of a capture. `finished` may wait, and is not called by an engine that captures the loop.
+A new solver is one file: an :class:`Iteration` for :meth:`Solver.allocate` where it goes term by term, or a
+:class:`Prepared` of its own where it does not.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from hvp_engine import ops
 from hvp_engine._support.arguments import check_count, check_not_negative
 from hvp_engine._support.flat_vector import FlatVector, Layout
-from hvp_engine.solvers.preconditioners import Preconditioner, check_preconditioner
-from hvp_engine.solvers.solution import Status
-from hvp_engine.solvers.spectrum import SpectralEstimate
+from hvp_engine.differentiation.linear_map import LinearMap
+from hvp_engine.solvers.failures import any_bad, divergence, overflow, refusal, underflow
+from hvp_engine.solvers.iteration import FinishedIteration, Iteration, Outcome, tolerance_of
+from hvp_engine.solvers.preconditioning import Preconditioner, check_preconditioner
+from hvp_engine.solvers.right_hand_sides import WarmStart
+from hvp_engine.solvers.solution import Solution, Status
+from hvp_engine.solvers.spectrum import GROWTH, Estimates, SpectralEstimate, Spectrum
 
-GROWTH_LIMIT = 1e4
-"""A residual this many times the right-hand side is an error rather than a status."""
+Vector = Sequence[Tensor]
+Result = tuple[list[Tensor], Solution]
+"""The value as tensors like the weights, and the solution without its value filled in."""
+
+AnySolver = TypeVar("AnySolver", bound="Solver")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the norms of a finished iteration say, on the host.
+class Runner(Protocol):
+    """What a solver needs of an engine."""
 
-    `growth` is the last residual's norm by the first one's where the iteration contracts in another norm than the
-    2-norm of `residual_norm`, None where it is the same.
-    """
+    def run(self, operator: LinearMap, v: Vector, solver: Any, estimate: SpectralEstimate | None) -> FinishedIteration:
+        """The finished iteration of `solver` on `operator` for the right-hand side `v`."""
 
-    residual_norm: float
-    residual_of: str
-    status: Status
-    finite: bool = True
-    finite_v: bool = True
-    growth_limit: float = GROWTH_LIMIT
-    growth: float | None = None
-
-    @property
-    def grown(self) -> float:
-        """How many times larger the residual has become, in the norm that says whether the iteration converges."""
-        return self.residual_norm if self.growth is None else self.growth
-
-    @property
-    def failed(self) -> bool:
-        """Whether the value must not be used: not finite, or grown beyond the limit."""
-        return not self.finite or self.grown > self.growth_limit
+    def run_all(
+        self, operator: LinearMap, vs: Sequence[Vector], solver: Any, estimate: SpectralEstimate | None
+    ) -> Iterable[FinishedIteration]:
+        """The finished iterations for the right-hand sides `vs`, in order."""
 
 
 @dataclass(frozen=True)
-class Accumulation:
-    """A step that is linear in the product: target <- target - scale (A direction + damping direction); complete().
+class LinearSystem:
+    """A x = v for some v: the map A, the engine that runs the terms, and what is known of the spectrum."""
 
-    An engine that can subtract a product without forming it takes this instead of `Iteration.step`; the norms of
-    such a step are not computed, so the last step is an ordinary one.
+    operator: LinearMap
+    engine: Runner
+    spectrum: Spectrum
+
+    def solve(self, v: Vector, solver: Solver, name: str = "v", x0: Vector | None = None) -> Result:
+        """The solution for one right-hand side, which messages call `name`, from the first guess `x0` or zero."""
+        [result] = self.solve_all([v], solver, [name], None if x0 is None else [x0])
+        return result
+
+    def solve_all(
+        self, vs: Sequence[Vector], solver: Solver, names: Sequence[str], x0s: Sequence[Vector] | None = None
+    ) -> Iterator[Result]:
+        """The solution for each right-hand side in turn; what preparing costs counts for the first."""
+        return solver.prepare(self).solve_all(vs, names, x0s)
+
+
+class Solver:
+    """A method of solving (A + damping I) x = v for a symmetric and fixed A: a small frozen object.
+
+    Attributes:
+        damping: added to the diagonal of A, >= 0.
+        preconditioner: v -> M v, or None.
+        needs_symmetry, needs_fixed_operator: False says that the method takes any A, or another A at every product.
     """
 
-    target: FlatVector
-    scale: float
-    complete: Callable[[], object]
-
-
-class FinishedIteration(Protocol):
-    """A solve that has made its steps."""
-
-    @property
-    def value(self) -> FlatVector: ...
-
-    @property
-    def direction(self) -> FlatVector: ...
-
-    @property
-    def steps(self) -> int: ...
-
-    def finish(self) -> Tensor:
-        """Complete `value`; return the float64 figures on the device that :meth:`read` understands."""
-
-    def read(self, figures: Sequence[float]) -> Outcome:
-        """The outcome, from the figures of :meth:`finish` on the host."""
-
-
-class Iteration(FinishedIteration, Protocol):
-    """One solve in progress; `accumulation` is None where the step is not linear in the product."""
-
-    limit: int
-    steps: int
-
-    @property
-    def accumulation(self) -> Accumulation | None: ...
-
-    def adapt(self, estimate: SpectralEstimate | None) -> None:
-        """Set the coefficients that depend on the spectrum, from the host."""
-
-    def start(self, v: Sequence[Tensor]) -> None:
-        """Begin, or begin anew, with the right-hand side `v`."""
-
-    def step(self, product: Sequence[Tensor]) -> None:
-        """Advance by one product with A, taken at `direction`."""
-
-    def finished(self) -> bool:
-        """Whether to stop before the limit; may wait for the device."""
-
-
-class Solver(Protocol):
-    """A method of solving (A + damping I) x = v, for a symmetric and fixed A.
-
-    Class attributes `needs_symmetry = False` and `needs_fixed_operator = False` say that more is allowed: any A, and
-    another A at every product.
-    """
-
-    @property
-    def damping(self) -> float: ...
+    damping: float
+    preconditioner: Preconditioner | None = None
+    needs_symmetry: ClassVar[bool] = True
+    needs_fixed_operator: ClassVar[bool] = True
 
     @property
     def estimates_spectrum(self) -> bool:
-        """Whether `adapt` needs a spectral estimate."""
+        """Whether `Iteration.adapt` needs a spectral estimate."""
+        return False
+
+    @property
+    def makes_products(self) -> bool:
+        """Whether a solve multiplies by A at all."""
+        return True
 
     def allocate(self, layout: Layout) -> Iteration:
-        """Room for a solve, with the ops bound to it; nothing in it moves from then on."""
+        """Room for a solve that goes term by term, with the ops bound to it; nothing in it moves from then on."""
+        raise TypeError(f"{type(self).__name__} does not go term by term: use solver.prepare(system)")
+
+    def prepare(self, system: LinearSystem) -> Prepared:
+        """What serves each right-hand side of `system`."""
+        return IterativeSolve(self, system)
+
+    def relaxed(self: AnySolver, layout: Layout, share: float) -> AnySolver | None:
+        """The same for a right-hand side that is `share` of what a tolerance refers to; None if nothing is left."""
+        return self
+
+
+class Prepared:
+    """A solver's state for one system."""
+
+    def __init__(self, solver: Solver, system: LinearSystem):
+        self.solver, self.system, self.operator = solver, system, system.operator
+
+    @cached_property
+    def estimates(self) -> Estimates:
+        """Of the operator as the solver sees it: made where one is wanted."""
+        return Estimates(self.operator, self.system.spectrum, self.solver.damping, self.solver.preconditioner)
+
+    def run(self, vs: Sequence[Vector], names: Sequence[str]) -> Iterator[Result]:
+        """The solution for each of `vs` in turn."""
+        raise NotImplementedError
+
+    def solve_all(
+        self, vs: Sequence[Vector], names: Sequence[str], x0s: Sequence[Vector] | None = None
+    ) -> Iterator[Result]:
+        """The solution for each of `vs` in turn, from first guesses if there are any.
+
+        From x0 it is x0 + A^-1 (v - A x0), for all of them to the tolerance of the one that is farthest.
+        """
+        if x0s is None:
+            yield from self.run(vs, names)
+            return
+        starts = [WarmStart(self.operator, v, x0, self.solver.damping) for v, x0 in zip(vs, x0s, strict=True)]
+        rest = self.solver.relaxed(self.operator.layout, max(start.share for start in starts))
+        if rest is None:
+            yield from (start.unchanged() for start in starts)
+            return
+        results = rest.prepare(self.system).run([start.residual for start in starts], names)
+        for start, result in zip(starts, results, strict=True):
+            yield start.complete(*result)
+
+    def conclude(
+        self,
+        name: str,
+        finished: FinishedIteration,
+        outcome: Outcome,
+        hvps: int,
+        estimate: SpectralEstimate | None = None,
+    ) -> Result:
+        """The value and the solution, after `hvps` products; or the error that says what went wrong."""
+        operator = self.operator
+        if outcome.failed:
+            raise (
+                divergence(operator, outcome, finished, self.solver, self.estimates)
+                if outcome.finite_v
+                else refusal(operator, name)
+            )
+        seen_negative = estimate is not None and estimate.indefinite(self.estimates.damping)
+        solution = Solution(
+            value=None,
+            iterations=finished.steps,
+            hvps=hvps,
+            residual_norm=outcome.residual_norm,
+            residual_of=outcome.residual_of,
+            status=Status.NEGATIVE_CURVATURE if seen_negative else outcome.status,
+            alpha=finished.alpha,
+            lambda_max=estimate.largest if estimate else None,
+            damping=self.solver.damping,
+            explanation=finished.explanation,
+        )
+        value = finished.value.in_dtypes()
+        if torch.float16 in operator.layout.dtypes and any_bad(value):
+            raise overflow(operator, finished.value)
+        return value, solution
+
+
+class IterativeSolve(Prepared):
+    """The state of solvers that go term by term: one spectral estimate for all right-hand sides, if they need any."""
+
+    def run(self, vs: Sequence[Vector], names: Sequence[str]) -> Iterator[Result]:
+        operator, solver = self.operator, self.solver
+        estimate = self._estimate(vs, names)
+        hvps = estimate.hvps if estimate else 0
+        engine = self.system.engine
+        if len(vs) == 1:
+            iterations: Iterable[FinishedIteration] = (engine.run(operator, v, solver, estimate) for v in vs)
+        else:
+            iterations = engine.run_all(operator, vs, solver, estimate)
+        for iteration, v, name in zip(iterations, vs, names, strict=True):
+            yield self._checked(v, name, iteration, hvps, estimate)
+            hvps = 0
+
+    def _estimate(self, vs: Sequence[Vector], names: Sequence[str]) -> SpectralEstimate | None:
+        if not self.solver.estimates_spectrum:
+            return None
+        estimate, layout = self.estimates.refresh(), self.operator.layout
+        if not estimate.finite:
+            raise refusal(self.operator, next((name for name, v in zip(names, vs, strict=True) if any_bad(v)), None))
+        if torch.float16 in layout.dtypes and layout.numel > 0 and estimate.bound(self.estimates.damping) == 0:
+            raise underflow(self.operator, estimate.hvps)
+        return estimate
+
+    def _checked(
+        self,
+        v: Vector,
+        name: str,
+        iteration: FinishedIteration,
+        hvps: int,
+        estimate: SpectralEstimate | None,
+    ) -> Result:
+        """The result of a finished iteration, which is tried once more where the estimate was too low."""
+        outcome = iteration.outcome()
+        hvps += iteration.steps
+        if estimate is not None and outcome.grown > 1 and iteration.steps:
+            # A positive definite operator cannot grow the residual under a safe alpha: either the estimate was stale,
+            # or there is negative curvature. The residual that grew points at what was missed.
+            fresh = self.estimates.restart(_start_after(iteration, self.operator.layout))
+            hvps += fresh.hvps
+            if fresh.finite:
+                risen = fresh.bound() > 1.05 * estimate.bound()
+                estimate = estimate.joined(fresh)
+                if risen or (estimate.indefinite(self.estimates.damping) and outcome.grown > GROWTH):
+                    iteration = self.system.engine.run(self.operator, v, self.solver, estimate)
+                    outcome = iteration.outcome()
+                    hvps += iteration.steps
+        return self.conclude(name, iteration, outcome, hvps, estimate)
+
+
+def _start_after(iteration: FinishedIteration, layout: Layout) -> FlatVector:
+    """A start vector for an estimate: what grew in a failed iteration if that is finite, else random."""
+    norm = iteration.direction.norm()
+    if torch.isfinite(norm) and norm > 0:
+        return FlatVector(layout, iteration.direction.data / norm)
+    return Spectrum().random(layout)
+
+
+def worst_of(solutions: Sequence[Solution]) -> Solution:
+    """Several solves as one: products of all, and the worst residual norm with its status; no value."""
+    return replace(
+        max(solutions, key=lambda solution: solution.residual_norm),
+        value=None,
+        iterations=max(solution.iterations for solution in solutions),
+        hvps=sum(solution.hvps for solution in solutions),
+    )
 
 
 def check_solver(solver: Any) -> None:
-    if isinstance(solver, type) or not (hasattr(solver, "damping") and (hasattr(solver, "allocate") or _plans(solver))):
+    if not isinstance(solver, Solver):
         raise TypeError(f"solver: expected a solver such as hvp.Neumann(20); got {type(solver).__name__}")
 
 
-def _plans(solver: Any) -> bool:
-    """Whether it is a budget, which chooses a solver."""
-    return hasattr(solver, "plan")
-
-
-def tolerance_of(tol: float | None, layout: Layout) -> float:
-    """The relative residual to stop at: `tol`, by default eps^(2/3), and in no case below rounding."""
-    epsilon = torch.finfo(layout.state_dtype).eps
-    return max(epsilon, epsilon ** (2 / 3) if tol is None else tol)
-
-
 @dataclass(frozen=True)
-class KrylovSolver:
+class KrylovSolver(Solver):
     """The settings of conjugate gradients and MINRES, which need no estimate."""
 
     iterations: int
@@ -163,41 +264,12 @@ class KrylovSolver:
         check_preconditioner(self.preconditioner)
 
     @property
-    def estimates_spectrum(self) -> bool:
-        return False
+    def makes_products(self) -> bool:
+        return self.iterations > 0
+
+    def relaxed(self: AnyKrylovSolver, layout: Layout, share: float) -> AnyKrylovSolver | None:
+        tol = tolerance_of(self.tol, layout)
+        return None if share <= tol else replace(self, tol=tol / share)
 
 
-def krylov_residual(squared_b: float, bad_b: float, squared: float, bad: float, bad_metric: float) -> float:
-    """||r|| / ||b||, infinite where something is not finite; `ValueError` for a preconditioner that is no metric."""
-    if bad_metric and not bad_b:
-        raise ValueError(
-            "preconditioner: expected a symmetric positive definite M; got r . M r <= 0, or not finite, for a "
-            "residual r: look at the signs of its diagonal"
-        )
-    if bad or bad_b or not math.isfinite(squared):
-        return math.inf
-    return math.sqrt(squared / squared_b) if squared_b else 0.0
-
-
-def scalar(value: float, device: torch.device) -> Tensor:
-    """A 0-dim float64 tensor, as the ops take their coefficients."""
-    return torch.full((), value, dtype=torch.float64, device=device)
-
-
-class RightHandSide:
-    """A flat vector that right-hand sides are loaded into, and the partials of its squared norm, in one pass."""
-
-    def __init__(self, layout: Layout):
-        self.vector = FlatVector(layout)
-        self.partials = layout.empty_partials()
-        one, zero = scalar(1.0, layout.device), scalar(0.0, layout.device)
-        self._load = ops.bind("scale_accumulate", (self.vector.data,), layout, (one, zero), 0.0, self.partials)
-
-    def load(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite the vector with `tensors`."""
-        self._load(tensors)
-        self.vector.refresh()
-
-    def sums(self) -> Tensor:
-        """Squared norm, another, and how much is not finite, of the vector loaded."""
-        return self.vector.layout.total(self.partials.sum(0))
+AnyKrylovSolver = TypeVar("AnyKrylovSolver", bound=KrylovSolver)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from hvp_engine._support.arguments import check_count, check_not_negative, check_positive
 from hvp_engine._support.flat_vector import Layout
-from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.base import LinearSystem, Prepared, Result, Solver, Vector
 from hvp_engine.solvers.conjugate_gradient import ConjugateGradient
 from hvp_engine.solvers.dense import Exact
 from hvp_engine.solvers.minres import MINRES
 from hvp_engine.solvers.settling import Settling
+from hvp_engine.solvers.solution import Status
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 SMALL = 32
@@ -36,7 +38,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Solver):
     """A number of products, an error, or both: the solver and its length follow from the spectrum.
 
     * At most 32 weights, or fewer than the products that are expected to be needed: :class:`Exact`.
@@ -76,7 +78,7 @@ class Budget:
 
     error: float | None = None
     hvps: int | None = None
-    damping: float | Literal["auto"] = 0.0
+    damping: float | Literal["auto"] = 0.0  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.error is None and self.hvps is None:
@@ -87,6 +89,9 @@ class Budget:
             check_count(self.hvps, "hvps", what="the number of products")
         if self.damping != "auto":
             check_not_negative(self.damping, "damping")
+
+    def prepare(self, system: LinearSystem) -> BudgetSolve:
+        return BudgetSolve(self, system)
 
     def wants_estimate(self, layout: Layout, cost: int) -> bool:
         """Whether to spend `cost` products on an estimate."""
@@ -153,3 +158,39 @@ class Budget:
         if self.error is None:
             return kind(iterations, damping=damping)
         return Settling(kind(iterations, tol=0.0, damping=damping), self.error)
+
+
+class BudgetSolve(Prepared):
+    """An estimate if it is affordable, the solver that it calls for, and another one where that met negative curvature.
+
+    Each right-hand side has the budget to itself; they share the estimate and the choice.
+    """
+
+    solver: Budget
+
+    def __init__(self, budget: Budget, system: LinearSystem):
+        super().__init__(budget, system)
+        layout, spectrum, estimate = self.operator.layout, system.spectrum, None
+        if budget.wants_estimate(layout, spectrum.cost(layout)):
+            estimate = spectrum.refresh(self.operator)
+        self._estimate = estimate if estimate is not None and estimate.finite else None
+        self._spent = 0 if estimate is None else estimate.hvps
+
+    def solve_all(
+        self, vs: Sequence[Vector], names: Sequence[str], x0s: Sequence[Vector] | None = None
+    ) -> Iterator[Result]:
+        budget, system, estimate, first = self.solver, self.system, self._estimate, self._spent
+        plan = budget.plan(estimate, self.operator.layout, self._spent + (x0s is not None))
+        results = plan.solver.prepare(system).solve_all(vs, names, x0s)
+        for (value, solution), v, name in zip(results, vs, names, strict=True):
+            hvps, current = solution.hvps, plan
+            while solution.status is Status.NEGATIVE_CURVATURE:
+                other = budget.after_negative_curvature(current, estimate, self._spent + hvps)
+                if other is None:
+                    break
+                value, solution = system.solve(v, other.solver, name)
+                hvps, current = hvps + solution.hvps, other
+            explanation = "; ".join(part for part in (current.explanation, solution.explanation) if part)
+            lambda_max = None if estimate is None else estimate.largest
+            yield value, replace(solution, hvps=first + hvps, lambda_max=lambda_max, explanation=explanation)
+            first = 0

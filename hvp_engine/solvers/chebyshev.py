@@ -13,10 +13,10 @@ from torch import Tensor
 from hvp_engine import ops
 from hvp_engine._support.arguments import check_count, check_not_negative
 from hvp_engine._support.flat_vector import FlatVector, Layout
-from hvp_engine.solvers.base import Iteration, Outcome, RightHandSide, scalar
-from hvp_engine.solvers.metric import MetricNorm
+from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.iteration import Iteration, Outcome, RightHandSide, scalar
 from hvp_engine.solvers.neumann import outcome_of
-from hvp_engine.solvers.preconditioners import Preconditioner, check_preconditioner, precondition
+from hvp_engine.solvers.preconditioning import MetricNorm, Preconditioner, check_preconditioner, precondition
 from hvp_engine.solvers.spectrum import GROWTH, HEADROOM, SpectralEstimate
 
 Form = Literal["chebyshev", "heavy_ball"]
@@ -29,7 +29,7 @@ terms the first grows with their square, so that more terms always bring the sol
 
 
 @dataclass(frozen=True)
-class Chebyshev:
+class Chebyshev(Solver):
     """Chebyshev iteration for a symmetric positive definite operator.
 
     x_0 = 0, d = alpha_0 v; then, `iterations` times, r <- r - A d, d <- beta d + alpha r, x <- x + d: one product, and
@@ -87,6 +87,10 @@ class Chebyshev:
     @property
     def estimates_spectrum(self) -> bool:
         return self.bounds == "auto"
+
+    @property
+    def makes_products(self) -> bool:
+        return self.iterations > 0
 
     def allocate(self, layout: Layout) -> Iteration:
         return _Chebyshev(self, layout) if self.preconditioner is None else _Preconditioned(self, layout)
@@ -170,14 +174,12 @@ def _check_bounds(bounds: tuple[float, float], form: Form) -> None:
         )
 
 
-class _Chebyshev:
+class _Chebyshev(Iteration):
     """r = v - A x of the x before the last term; d the direction, which is that term."""
-
-    accumulation = None
 
     def __init__(self, solver: Chebyshev, layout: Layout):
         self.limit, self.steps = solver.iterations, 0
-        self.bounds = (math.nan, math.nan)
+        self.bounds: tuple[float, float] = (math.nan, math.nan)
         self._solver = solver
         self._b = RightHandSide(layout)
         self._residual = self._b.vector
@@ -212,9 +214,6 @@ class _Chebyshev:
         self._current.copy_(self._table[self.steps])
         self._update(product)
         self.direction.refresh()
-
-    def finished(self) -> bool:
-        return False
 
     def finish(self) -> Tensor:
         return torch.cat([self._b.sums(), self.value.layout.total(self._partials.sum(0))])

@@ -13,18 +13,10 @@ from torch import Tensor
 from hvp_engine import ops
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.ops.backend import Bound
-from hvp_engine.solvers.base import (
-    Iteration,
-    KrylovSolver,
-    Outcome,
-    RightHandSide,
-    krylov_residual,
-    scalar,
-    tolerance_of,
-)
-from hvp_engine.solvers.preconditioners import precondition
+from hvp_engine.solvers.base import KrylovSolver
+from hvp_engine.solvers.iteration import Iteration, Outcome, RightHandSide, krylov_residual, scalar, tolerance_of
+from hvp_engine.solvers.preconditioning import precondition
 from hvp_engine.solvers.solution import Status
-from hvp_engine.solvers.spectrum import SpectralEstimate
 
 CHECK_EVERY = 5
 """Products between two questions to the device whether the tolerance is reached."""
@@ -74,10 +66,8 @@ class ConjugateGradient(KrylovSolver):
         return _ConjugateGradient(self, layout)
 
 
-class _ConjugateGradient:
+class _ConjugateGradient(Iteration):
     """x, r = b - A x, z = M r, d the direction, rho = r . z, which is 0 where nothing is to move any more."""
-
-    accumulation = None
 
     def __init__(self, solver: ConjugateGradient, layout: Layout):
         self.limit, self.steps = solver.iterations, 0
@@ -106,9 +96,6 @@ class _ConjugateGradient:
         self._subtract = ops.bind("scale_accumulate", (states[1],), layout, (minus, one), 0.0, self._partials)
         flat = Layout.of([self._image.data])
         self._mix = ops.bind("scale_accumulate", (states[2],), flat, (one, self._beta), 0.0, flat.empty_partials())
-
-    def adapt(self, estimate: SpectralEstimate | None) -> None:
-        pass
 
     def start(self, v: Sequence[Tensor]) -> None:
         self.steps = 0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +11,14 @@ from torch import Tensor
 
 from hvp_engine._support.arguments import check_count, check_not_negative
 from hvp_engine._support.flat_vector import STATE_DTYPES, FlatVector, Layout
-from hvp_engine.operators.batched import stacked_tangents
-from hvp_engine.solvers.base import Outcome, RightHandSide
+from hvp_engine.solvers.base import LinearSystem, Prepared, Result, Solver
+from hvp_engine.solvers.batched import fill, stacked_tangents
+from hvp_engine.solvers.iteration import FinishedIteration, Outcome
 from hvp_engine.solvers.solution import Status
-from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
 @dataclass(frozen=True)
-class Exact:
+class Exact(Solver):
     """A + damping I as a matrix, and its exact solve.
 
     The matrix is made symmetric by averaging it with its transpose. Positive definite ones are solved by Cholesky;
@@ -54,11 +53,11 @@ class Exact:
         check_count(self.max_size, "max_size", what="the number of weights")
         check_not_negative(self.damping, "damping")
 
-    @property
-    def estimates_spectrum(self) -> bool:
-        return False
+    def prepare(self, system: LinearSystem) -> DenseSolve:
+        return DenseSolve(self, system)
 
-    def allocate(self, layout: Layout) -> ExactIteration:
+    def columns(self, layout: Layout) -> Columns:
+        """Room for the matrix; `ValueError` for more weights than `max_size`."""
         dtype = layout.state_dtype if self.dtype is None else self.dtype
         size = layout.numel
         if size > self.max_size:
@@ -66,7 +65,7 @@ class Exact:
                 f"Exact: expected at most max_size={self.max_size} weights; got {size}, whose matrix takes "
                 f"{size * size * dtype.itemsize / 1e9:.3g} GB: use hvp.ConjugateGradient, or raise max_size"
             )
-        return ExactIteration(layout, dtype, self.damping)
+        return Columns(layout, dtype)
 
 
 class Columns:
@@ -74,8 +73,6 @@ class Columns:
 
     Rows and columns are the weights' elements, tensor after tensor, each in row-major order.
     """
-
-    accumulation = None
 
     def __init__(self, layout: Layout, dtype: torch.dtype):
         layout.refuse_parts("a dense matrix")
@@ -87,18 +84,12 @@ class Columns:
         self._places = places.tolist()
         self._work = FlatVector(layout)
         self._rows = torch.zeros(self.limit, self.limit, dtype=dtype, device=layout.device)
-        self.restart()
+        self._point(1.0)
 
     @property
     def matrix(self) -> Tensor:
         """The products as columns."""
         return self._rows.T
-
-    def restart(self) -> None:
-        """Begin, or begin anew."""
-        self.steps = 0
-        self.direction.data.zero_()
-        self._point(1.0)
 
     def step(self, product: Sequence[Tensor]) -> None:
         self._work.copy_(product)
@@ -122,9 +113,6 @@ class Columns:
         self.steps += len(rows)
         self._point(1.0)
 
-    def finished(self) -> bool:
-        return False
-
     def _point(self, value: float) -> None:
         """Put `value` where the unit vector of this step has its one."""
         if self.steps < self.limit:
@@ -132,55 +120,51 @@ class Columns:
             self.direction.refresh()
 
 
-class ExactIteration(Columns):
-    """The matrix, then its factorization, made at the first :meth:`finish` and kept until a new start."""
+@dataclass
+class DenseSolution(FinishedIteration):
+    """What the factorization gives for one right-hand side."""
 
-    def __init__(self, layout: Layout, dtype: torch.dtype, damping: float):
-        super().__init__(layout, dtype)
-        self._damping = damping
-        self._b = RightHandSide(layout)
-        self.value = FlatVector(layout)
+    value: FlatVector
+    direction: FlatVector
+    steps: int
 
-    def adapt(self, estimate: SpectralEstimate | None) -> None:
-        pass
 
-    def start(self, v: Sequence[Tensor]) -> None:
-        self.restart()
-        self._inverse: tuple[Callable[[Tensor], Tensor], int] | None = None
-        self._b.load(v)
+class DenseSolve(Prepared):
+    """The matrix, made by n products, and its factorization."""
 
-    def sharing(self, v: Sequence[Tensor]) -> ExactIteration:
-        """The same matrix and factorization, when all its products have been made, with another right-hand side."""
-        other = copy.copy(self)
-        other._b, other.value = RightHandSide(self.value.layout), FlatVector(self.value.layout)
-        other._b.load(v)
-        other.steps = 0
-        return other
+    def __init__(self, solver: Exact, system: LinearSystem):
+        super().__init__(solver, system)
+        layout = self.operator.layout
+        self._columns = solver.columns(layout)
+        fill(self._columns, self.operator)
+        self._steps = self._columns.steps  # the products count for the first right-hand side
+        matrix = self._columns.matrix
+        self._matrix = (matrix + matrix.T) / 2
+        self._matrix.diagonal().add_(solver.damping)
+        self._inverse: Callable[[Tensor], Tensor] | None = None
+        if bool(torch.isfinite(matrix).all()):
+            self._inverse, self._deficient = _factorize(self._matrix)
 
-    def finish(self) -> Tensor:
-        """Unlike other solvers' this waits for the device, which a factorization does in any case."""
-        _, _, bad_v = self._b.sums().unbind()
-        b = self._b.vector.data[self.places].to(self._rows.dtype)
-        bad = bad_v + (~torch.isfinite(self._rows).all()).double()
-        if bad > 0:
-            return torch.stack([bad.new_tensor(math.inf), bad.new_zeros(()), bad, bad_v])
-        if self._inverse is None:
-            matrix = (self._rows + self._rows.T) / 2
-            matrix.diagonal().add_(self._damping)
-            self._inverse = _factorize(matrix)
-        inverse, deficient = self._inverse
-        x = inverse(b)
+    def run(self, vs: Sequence[Sequence[Tensor]], names: Sequence[str]) -> Iterator[Result]:
+        for v, name in zip(vs, names, strict=True):
+            solution, outcome = self._solution(v)
+            yield self.conclude(name, solution, outcome, solution.steps)
+            self._steps = 0
+
+    def _solution(self, v: Sequence[Tensor]) -> tuple[DenseSolution, Outcome]:
+        vector = FlatVector.of(self.operator.layout, v)
+        solution = DenseSolution(FlatVector(self.operator.layout), vector, self._steps)
+        b = vector.data[self._columns.places].to(self._matrix.dtype)
+        finite_v = bool(torch.isfinite(b).all())
+        if not finite_v or self._inverse is None:
+            return solution, Outcome(math.inf, "returned", Status.DIVERGED, False, finite_v)
+        x = self._inverse(b)
         norm = torch.linalg.vector_norm(b)
-        product = (self._rows @ x + self._rows.T @ x) / 2 + self._damping * x
-        residual = torch.linalg.vector_norm(b - product) / torch.where(norm > 0, norm, 1.0)
-        self.value.data[self.places] = x.to(self.value.data.dtype)
-        return torch.stack([residual.double(), bad.new_tensor(float(deficient)), bad, bad_v])
-
-    def read(self, figures: Sequence[float]) -> Outcome:
-        residual, deficient, bad, bad_v = figures
-        exact = not deficient and residual <= math.sqrt(torch.finfo(self._rows.dtype).eps)
+        residual = float(torch.linalg.vector_norm(b - self._matrix @ x) / torch.where(norm > 0, norm, 1.0))
+        solution.value.data[self._columns.places] = x.to(solution.value.data.dtype)
+        exact = not self._deficient and residual <= math.sqrt(torch.finfo(self._matrix.dtype).eps)
         status = Status.CONVERGED if exact else Status.SINGULAR
-        return Outcome(residual, "returned", status, not bad and math.isfinite(residual), not bad_v)
+        return solution, Outcome(residual, "returned", status, math.isfinite(residual), True)
 
 
 def _factorize(matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:

@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector
-from hvp_engine.differentiation.problem import LinearMap
+from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.errors import DivergenceError, NonFiniteError
-from hvp_engine.solvers.base import FinishedIteration, Outcome, Solver
-from hvp_engine.solvers.estimates import Estimates
-from hvp_engine.solvers.spectrum import HEADROOM
+from hvp_engine.solvers.iteration import FinishedIteration, Outcome
+from hvp_engine.solvers.spectrum import HEADROOM, Estimates
 
 _SCALE_OR_WIDEN = "multiply the training loss by a constant such as 1024 (loss scaling), use bfloat16 or float32"
-
-
-def _name_of(operator: LinearMap) -> str:
-    return getattr(operator, "name", "operator")
 
 
 def any_bad(tensors: Sequence[Tensor]) -> bool:
@@ -30,30 +25,30 @@ def refusal(operator: LinearMap, bad: str | None) -> NonFiniteError:
     """The error for NaN or Inf that the solve did not make: in the argument named `bad`, or in the operator."""
     if bad is not None:
         return NonFiniteError(f"{bad}: expected finite values; got NaN or Inf: look at the loss it is the gradient of")
-    loss = getattr(operator, "loss", None)
+    loss = operator.loss
     what = "the product A v of a finite v is NaN or Inf"
     if loss is not None and not bool(torch.isfinite(loss)):
         what = f"the loss is {float(loss)} at these weights"
     return NonFiniteError(
-        f"{_name_of(operator)}: expected finite products; {what}: check the inputs and weights "
+        f"{operator.name}: expected finite products; {what}: check the inputs and weights "
         "for NaN and Inf, or lower the learning rates that led here"
     )
 
 
 def divergence(
-    operator: LinearMap, outcome: Outcome, iteration: FinishedIteration, solver: Solver, estimates: Estimates
+    operator: LinearMap, outcome: Outcome, iteration: FinishedIteration, solver: object, estimates: Estimates
 ) -> DivergenceError:
     """The error for a failed solve, with what would have worked."""
     estimate = estimates.restart()
     if not estimate.finite:
         return refusal(operator, None)
-    alpha = getattr(iteration, "alpha", None)
+    alpha = iteration.alpha
     happened = (
         f"the residual grew {outcome.grown:.3g}-fold (limit {outcome.growth_limit:.3g})"
         if outcome.finite and math.isfinite(outcome.grown)
         else "the sum became NaN or Inf"
     )
-    bounds = getattr(iteration, "bounds", None)
+    bounds = iteration.bounds
     step = "alpha" if bounds is None else "bounds"
     used = "" if alpha is None else f" with alpha={alpha:.6g}"
     if bounds is not None:
@@ -89,7 +84,7 @@ def overflow(operator: LinearMap, value: FlatVector) -> DivergenceError:
     """The error for a solution that float16 cannot hold."""
     largest = float(value.data.abs().max())
     return DivergenceError(
-        f"{_name_of(operator)}: expected a solution that float16 can hold, of entries up to 65,504; got entries "
+        f"{operator.name}: expected a solution that float16 can hold, of entries up to 65,504; got entries "
         f"up to {largest:.3g}, since the curvature is small or v large; {_SCALE_OR_WIDEN}, or give a smaller "
         "fixed alpha"
     )
@@ -98,7 +93,7 @@ def overflow(operator: LinearMap, value: FlatVector) -> DivergenceError:
 def underflow(operator: LinearMap, products: int) -> DivergenceError:
     """The error for curvature that float16 cannot hold."""
     return DivergenceError(
-        f"{_name_of(operator)}: expected curvature that float16 can hold; got only zeros in {products} "
+        f"{operator.name}: expected curvature that float16 can hold; got only zeros in {products} "
         "products, so that alpha='auto' has nothing to go by: second derivatives below 6e-8 become zero in "
         f"float16; {_SCALE_OR_WIDEN}, or give a fixed alpha"
     )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
-from hvp_engine.differentiation.problem import LinearMap
-from hvp_engine.solvers.preconditioners import Preconditioner, precondition
+from hvp_engine.differentiation.linear_map import LinearMap
+from hvp_engine.solvers.preconditioning import Preconditioner, precondition
 
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """A symmetric linear map on lists of tensors."""
@@ -75,13 +75,10 @@ class Tridiagonalization:
 def tridiagonalize(
     operator: LinearMap, start: FlatVector, steps: int, preconditioner: Preconditioner | None = None
 ) -> Tridiagonalization:
-    """`steps` of Lanczos from `start`, at most as many as there are weights.
-
-    An operator that has a faster way to them than product by product has a method `lanczos(start, steps)`.
-    """
+    """`steps` of Lanczos from `start`, at most as many as there are weights."""
     steps = min(steps, max(1, start.layout.numel))
-    if preconditioner is None and hasattr(operator, "lanczos"):
-        found: Tridiagonalization = operator.lanczos(start, steps)
+    found: Tridiagonalization | None = operator.lanczos(start, steps) if preconditioner is None else None
+    if found is not None:
         return found
     basis = LanczosBasis(operator.product, start, steps, preconditioner)
     basis.extend(steps)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.errors import NonFiniteError
-from hvp_engine.operators.batched import stacked_tangents, stacked_views
+from hvp_engine.solvers.batched import stacked_tangents, stacked_views
 
 Kind = Literal["gaussian", "columns"]
 

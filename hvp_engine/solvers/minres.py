@@ -11,18 +11,10 @@ from torch import Tensor
 
 from hvp_engine import ops
 from hvp_engine._support.flat_vector import FlatVector, Layout
-from hvp_engine.solvers.base import (
-    Iteration,
-    KrylovSolver,
-    Outcome,
-    RightHandSide,
-    krylov_residual,
-    scalar,
-    tolerance_of,
-)
-from hvp_engine.solvers.preconditioners import precondition
+from hvp_engine.solvers.base import KrylovSolver
+from hvp_engine.solvers.iteration import Iteration, Outcome, RightHandSide, krylov_residual, scalar, tolerance_of
+from hvp_engine.solvers.preconditioning import precondition
 from hvp_engine.solvers.solution import Status
-from hvp_engine.solvers.spectrum import SpectralEstimate
 
 CHECK_EVERY = 5
 """Products between two questions to the device whether the tolerance is reached."""
@@ -76,10 +68,8 @@ class MINRES(KrylovSolver):
         return _MINRES(self, layout)
 
 
-class _MINRES:
+class _MINRES(Iteration):
     """The Lanczos vectors u, with images z = M u; their tridiagonal matrix made triangular by reflections (c, s)."""
-
-    accumulation = None
 
     def __init__(self, solver: MINRES, layout: Layout):
         self.limit, self.steps = solver.iterations, 0
@@ -103,9 +93,6 @@ class _MINRES:
             ops.bind("scale_accumulate", (u.data,), layout, (one, self._minus_beta), 0.0, self._partials)
             for u in self._basis
         ]
-
-    def adapt(self, estimate: SpectralEstimate | None) -> None:
-        pass
 
     def start(self, v: Sequence[Tensor]) -> None:
         self.steps = 0

@@ -14,15 +14,10 @@ from torch import Tensor
 from hvp_engine import ops
 from hvp_engine._support.arguments import check_count, check_not_negative, check_positive
 from hvp_engine._support.flat_vector import FlatVector, Layout
-from hvp_engine.solvers.base import (
-    Accumulation,
-    Iteration,
-    Outcome,
-    RightHandSide,
-    scalar,
-)
-from hvp_engine.solvers.metric import MetricNorm
-from hvp_engine.solvers.preconditioners import Preconditioner, check_preconditioner, precondition
+from hvp_engine.differentiation.linear_map import Accumulation
+from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.iteration import Iteration, Outcome, RightHandSide, scalar
+from hvp_engine.solvers.preconditioning import MetricNorm, Preconditioner, check_preconditioner, precondition
 from hvp_engine.solvers.solution import Status
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
@@ -30,7 +25,7 @@ Form = Literal["accumulate", "horner"]
 
 
 @dataclass(frozen=True)
-class Neumann:
+class Neumann(Solver):
     """Truncated Neumann series.
 
     x = alpha * sum_{j=0..i} (I - alpha (A + damping I))^j v, with i = `iterations`: i products and i + 1 terms.
@@ -83,6 +78,10 @@ class Neumann:
     def estimates_spectrum(self) -> bool:
         return self.alpha == "auto"
 
+    @property
+    def makes_products(self) -> bool:
+        return self.iterations > 0
+
     def allocate(self, layout: Layout) -> Iteration:
         return _FORMS[self.form, self.preconditioner is not None](self, layout)
 
@@ -94,12 +93,12 @@ class Neumann:
         return estimate.safe_alpha(self.damping if self.preconditioner is None else 0.0, self.iterations)
 
 
-class _Accumulate:
+class _Accumulate(Iteration):
     """v <- v - alpha A v; p <- p + v."""
 
     def __init__(self, solver: Neumann, layout: Layout):
         self.limit, self.steps = solver.iterations, 0
-        self.alpha = math.nan
+        self.alpha: float = math.nan
         self._solver = solver
         self._alpha = scalar(self.alpha, layout.device)
         self._b = RightHandSide(layout)
@@ -114,7 +113,9 @@ class _Accumulate:
 
     @property
     def accumulation(self) -> Accumulation | None:
-        return Accumulation(self.direction, self.alpha, partial(self.value.data.add_, self._b.vector.data))
+        return Accumulation(
+            self.direction, self.direction, self.alpha, partial(self.value.data.add_, self._b.vector.data)
+        )
 
     def adapt(self, estimate: SpectralEstimate | None) -> None:
         self.alpha = self._solver.alpha_for(estimate)
@@ -129,9 +130,6 @@ class _Accumulate:
         self._update(product)
         self.direction.refresh()
         self.steps += 1
-
-    def finished(self) -> bool:
-        return False
 
     def finish(self) -> Tensor:
         self.value.data.mul_(self._alpha)
@@ -153,7 +151,9 @@ class _Horner(_Accumulate):
 class _Preconditioned(_Accumulate):
     """r <- r - alpha A z; z <- M r; p <- p + z. r is the residual of alpha p before the step."""
 
-    accumulation = None
+    @property
+    def accumulation(self) -> Accumulation | None:
+        return None
 
     def _bind(self, layout: Layout) -> None:
         assert self._solver.preconditioner is not None
@@ -234,10 +234,16 @@ _FORMS = {
 
 
 @dataclass(frozen=True)
-class Identity:
-    """x = v: the inverse Hessian replaced by the identity (T1-T2, Luketina et al. 2016).
+class Identity(Solver):
+    """x = v / (1 + damping): the solution if the Hessian were the identity (T1-T2).
+
+    Arguments:
+        damping: >= 0; by default x = v.
 
     Cost: no product; exact only for A = I.
+
+    Source: Luketina, Berglund, Greff, Raiko, Scalable Gradient-Based Tuning of Continuous Regularization
+    Hyperparameters, ICML 2016.
 
     >>> import torch, hvp_engine as hvp
     >>> hvp.solve(lambda v: 4.0 * v, torch.ones(2), hvp.Identity()).value
@@ -254,7 +260,7 @@ class Identity:
         check_not_negative(self.damping, "damping")
 
     @property
-    def estimates_spectrum(self) -> bool:
+    def makes_products(self) -> bool:
         return False
 
     def allocate(self, layout: Layout) -> Iteration:

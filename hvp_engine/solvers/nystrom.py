@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,14 +12,16 @@ from torch import Tensor
 
 from hvp_engine._support.arguments import check_count, check_not_negative, check_positive
 from hvp_engine._support.flat_vector import FlatVector, Layout
-from hvp_engine.solvers.base import Outcome, RightHandSide
-from hvp_engine.solvers.low_rank import Kind, LowRank, Sketch, check_kind
+from hvp_engine.differentiation.linear_map import LinearMap
+from hvp_engine.solvers.base import LinearSystem, Prepared, Result, Solver
+from hvp_engine.solvers.batched import fill
+from hvp_engine.solvers.iteration import FinishedIteration, Outcome, RightHandSide
+from hvp_engine.solvers.low_rank import Kind, Sketch, check_kind
 from hvp_engine.solvers.solution import Status
-from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
 @dataclass(frozen=True)
-class Nystrom:
+class Nystrom(Solver):
     """x = (A_k + (rho + damping) I)^-1 v, with A_k = Y (T^T Y)^+ Y^T, Y = A T: A as seen by `rank` test vectors T.
 
     With A_k = U L U^T in orthonormal U, x = U (L + s)^-1 U^T v + r / s, where r = v - U U^T v is what of v was not seen
@@ -70,69 +71,42 @@ class Nystrom:
         check_not_negative(self.damping, "damping")
         check_kind(self.sketch)
 
-    @property
-    def estimates_spectrum(self) -> bool:
-        return False
-
-    def allocate(self, layout: Layout) -> NystromIteration:
-        return NystromIteration(self, layout)
+    def prepare(self, system: LinearSystem) -> NystromSolve:
+        return NystromSolve(self, system)
 
 
-class NystromIteration:
-    """The sketch first; then, for an automatic rho, the product at the rest of v; then x, and the product at x."""
+class NystromSolve(Prepared):
+    """The sketch and its low-rank form; each right-hand side takes one product more for its residual, and one for an
+    automatic rho."""
 
-    accumulation = None
+    def __init__(self, solver: Nystrom, system: LinearSystem):
+        super().__init__(solver, system)
+        self._rho, self._damping, self._layout = solver.rho, solver.damping, self.operator.layout
+        sketch = Sketch(self._layout, solver.rank, solver.sketch, solver.seed)
+        fill(sketch, self.operator)
+        self._steps = sketch.steps  # they count for the first right-hand side
+        self._basis, self._values, self._negative = sketch.low_rank()
 
-    def __init__(self, solver: Nystrom, layout: Layout):
-        self.sketch = Sketch(layout, solver.rank, solver.sketch, solver.seed)
-        self.own_products = 2 if solver.rho == "auto" else 1
-        """Products that each right-hand side needs beside those of the sketch."""
-        self.limit, self.steps = self.sketch.limit + self.own_products, 0
-        self._rho, self._damping, self._layout = solver.rho, solver.damping, layout
+    def run(self, vs: Sequence[Sequence[Tensor]], names: Sequence[str]) -> Iterator[Result]:
+        for v, name in zip(vs, names, strict=True):
+            iteration = _NystromIteration(self._rho, self._damping, self._layout, self._steps)
+            iteration.solve(v, self.operator, self._basis, self._values, self._negative)
+            yield self.conclude(name, iteration, iteration.outcome(), iteration.steps)
+            self._steps = 0
+
+
+class _NystromIteration(FinishedIteration):
+    """x for one right-hand side, from the low-rank form, and the residual of it."""
+
+    def __init__(self, rho: float | Literal["auto"], damping: float, layout: Layout, steps: int):
+        self._rho, self._damping, self._layout, self.steps = rho, damping, layout, steps
         self._b = RightHandSide(layout)
         self.value, self._residual = FlatVector(layout), FlatVector(layout)
-        self._negative = torch.zeros((), dtype=torch.bool, device=layout.device)
-        self._singular = self._negative
-        self._low_rank: LowRank | None = None
-        self.direction = self.sketch.direction
+        self._singular = torch.zeros((), dtype=torch.bool, device=layout.device)
 
-    def adapt(self, estimate: SpectralEstimate | None) -> None:
-        pass
-
-    def start(self, v: Sequence[Tensor]) -> None:
-        self.steps = 0
-        self.sketch.restart()
-        self._low_rank, self.direction = None, self.sketch.direction
+    def solve(self, v: Sequence[Tensor], operator: LinearMap, basis: Tensor, values: Tensor, negative: Tensor) -> None:
         self._b.load(v)
-
-    def sharing(self, v: Sequence[Tensor]) -> NystromIteration:
-        """The same sketch, when it is complete, with another right-hand side, whose own products are left."""
-        other = copy.copy(self)
-        other._b, other.value = RightHandSide(self._layout), FlatVector(self._layout)
-        other._residual = FlatVector(self._layout)
-        other._b.load(v)
-        other.invert()
-        other.steps = 0
-        return other
-
-    def step(self, product: Sequence[Tensor]) -> None:
-        self.steps += 1
-        if self.direction is self.sketch.direction:
-            self.sketch.step(product)
-            if self.sketch.steps == self.sketch.limit:
-                self.invert()
-        elif self.direction is self._residual:
-            self._add_rest(product)
-        else:
-            self._residual.copy_(product)
-            self._residual.data.add_(self.value.data, alpha=self._damping).sub_(self._b.vector.data)
-
-    def invert(self) -> None:
-        """Compute x, or what was seen of it, from the complete sketch."""
-        self.steps = self.sketch.limit
-        if self._low_rank is None:
-            self._low_rank = self.sketch.low_rank()
-        basis, values, self._negative = self._low_rank
+        self._negative = negative
         b, rest = self._b.vector.data, self._residual.data
         coordinates = basis @ b
         rest.copy_(b)
@@ -142,27 +116,28 @@ class NystromIteration:
             shift = self._rho + self._damping
             torch.div(rest, shift, out=self.value.data)
             self.value.data.addmv_(basis.T, coordinates / (values + shift))
-            self.direction = self.value
         else:
             torch.mv(basis.T, coordinates * _inverse(values, self._damping, _negligible(values)), out=self.value.data)
-            self.direction = self._residual
-        self.direction.refresh()
+            self._residual.refresh()
+            self._add_rest(self._product(operator, self._residual), values)
+        self.value.refresh()
+        self.direction = self.value
+        self._residual.copy_(self._product(operator, self.value))
+        self._residual.data.add_(self.value.data, alpha=self._damping).sub_(self._b.vector.data)
 
-    def _add_rest(self, product: Sequence[Tensor]) -> None:
+    def _product(self, operator: LinearMap, vector: FlatVector) -> Sequence[Tensor]:
+        self.steps += 1
+        return operator.product(vector.tangents)
+
+    def _add_rest(self, product: Sequence[Tensor], values: Tensor) -> None:
         """Add the multiple of the rest of v that is best in the norm of A, from the product at it."""
-        assert self._low_rank is not None
         rest, image = self._residual, FlatVector.of(self._layout, product)
         squared = rest.dot(rest)
         curvature = torch.where(squared > 0, rest.dot(image) / squared, 0.0)
-        least = _negligible(self._low_rank[1])
+        least = _negligible(values)
         self._negative = self._negative | (curvature < -least)
         self._singular = (curvature + self._damping <= least) & (squared > 0)
         self.value.data.add_(rest.data * _inverse(curvature, self._damping, least))
-        self.direction = self.value
-        self.direction.refresh()
-
-    def finished(self) -> bool:
-        return False
 
     def finish(self) -> Tensor:
         squared_b, _, bad_b = self._b.sums().unbind()

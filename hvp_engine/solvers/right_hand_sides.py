@@ -12,9 +12,8 @@ from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine._support.pytree import Structure, check_like, flatten
-from hvp_engine.differentiation.problem import LinearMap
+from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.errors import NonFiniteError
-from hvp_engine.solvers.base import Solver, tolerance_of
 from hvp_engine.solvers.solution import Solution, Status
 
 
@@ -52,18 +51,6 @@ class WarmStart:
             torch.zeros_like(view, dtype=dtype) for view, dtype in zip(self._start.views, layout.dtypes, strict=True)
         ]
         return self.complete(nothing, Solution(None, 0, 0, 1.0, "returned", Status.CONVERGED, damping=self._damping))
-
-
-def relaxed(solver: Solver, layout: Layout, share: float) -> Solver | None:
-    """`solver` with a tolerance that `share` of the right-hand side makes larger; None if nothing is left to do."""
-    changed: Any = solver
-    if hasattr(solver, "tol"):
-        tol = tolerance_of(changed.tol, layout)
-        return None if share <= tol else replace(changed, tol=tol / share)
-    error = getattr(solver, "error", None)
-    if error is not None:
-        return None if share <= error else replace(changed, error=error / share)
-    return solver
 
 
 def guesses(

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
-from hvp_engine.solvers.base import Iteration, Outcome
+from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.conjugate_gradient import ConjugateGradient
+from hvp_engine.solvers.iteration import Iteration, Outcome
 from hvp_engine.solvers.minres import MINRES
 from hvp_engine.solvers.solution import Status
-from hvp_engine.solvers.spectrum import SpectralEstimate
 
 LEAST, SHARE = 5, 4
 """x is compared with what it was at least so many products ago, and one part in so many of them all."""
 
 
 @dataclass(frozen=True)
-class Settling:
+class Settling(Solver):
     """`method`, stopped where the residual is at most `error` and x has moved by at most `error` of its norm lately.
 
     A small residual says little about x: relative to the norms of both, the error of x may be larger by the condition
@@ -39,50 +39,36 @@ class Settling:
     method: ConjugateGradient | MINRES
     error: float
 
-    @property
-    def damping(self) -> float:
-        return self.method.damping
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "damping", self.method.damping)
 
-    @property
-    def estimates_spectrum(self) -> bool:
-        return self.method.estimates_spectrum
+    def relaxed(self, layout: Layout, share: float) -> Settling | None:
+        return None if share <= self.error else replace(self, error=self.error / share)
 
     def allocate(self, layout: Layout) -> Iteration:
         return _Settling(self, self.method.allocate(layout), layout)
 
 
-class _Settling:
+class _Settling(Iteration):
     """The iteration of the method, watched; nothing waits for the device but `finished`."""
-
-    accumulation = None
 
     def __init__(self, solver: Settling, iteration: Iteration, layout: Layout):
         self._error, self._iteration, self._layout = solver.error, iteration, layout
         self._kept = FlatVector(layout)
         self._move = torch.full((), math.inf, dtype=torch.float64, device=layout.device)
         self._compared, self._next = 0, LEAST
-        self.limit, self.steps, self.explanation = iteration.limit, 0, ""
-
-    @property
-    def value(self) -> FlatVector:
-        return self._iteration.value
-
-    @property
-    def direction(self) -> FlatVector:
-        return self._iteration.direction
-
-    def adapt(self, estimate: SpectralEstimate | None) -> None:
-        self._iteration.adapt(estimate)
+        self.limit, self.value, self.direction = iteration.limit, iteration.value, iteration.direction
 
     def start(self, v: Sequence[Tensor]) -> None:
         self._iteration.start(v)
+        self.direction = self._iteration.direction
         self._kept.data.zero_()
         self._move = torch.full_like(self._move, math.inf)
         self.steps, self._compared, self._next = 0, 0, LEAST
 
     def step(self, product: Sequence[Tensor]) -> None:
         self._iteration.step(product)
-        self.steps = self._iteration.steps
+        self.steps, self.direction = self._iteration.steps, self._iteration.direction
         if self.steps == self._next:
             squares = torch.stack([torch.dist(self.value.data, self._kept.data), self.value.data.norm()]).square()
             move, norm = self._layout.total(squares.double()).sqrt().unbind()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
-from hvp_engine.differentiation.problem import LinearMap
+from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.solvers.lanczos import random_unit_vector, tridiagonalize
-from hvp_engine.solvers.preconditioners import Preconditioner
+from hvp_engine.solvers.preconditioning import Preconditioner
 
 COLD_STEPS = 8
 """Products of a first estimate: two miss an outlier eigenvalue by more than half, five suffice."""
@@ -154,3 +155,40 @@ class Spectrum:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state; its vector is used if it fits the operator of the next call."""
         self._calls, self._loaded, self.vector = state["calls"], state["vector"], None
+
+
+class Estimates:
+    """The spectral estimates that one solve asks for: of A, or with a preconditioner M of M (A + damping I)."""
+
+    def __init__(self, operator: LinearMap, spectrum: Spectrum, damping: float, preconditioner: Preconditioner | None):
+        self._operator, self._spectrum, self._preconditioner = operator, spectrum, preconditioner
+        self._map: LinearMap | None = None
+        self.preconditioned = preconditioner is not None
+        self._inside = damping if self.preconditioned else 0.0
+        self.damping = damping - self._inside
+        """What the estimates do not contain yet."""
+
+    def refresh(self) -> SpectralEstimate:
+        return self._spectrum.refresh(self._seen(), self._preconditioner)
+
+    def restart(self, start: FlatVector | None = None) -> SpectralEstimate:
+        """A cold estimate, from a random start unless one is given."""
+        start = self._spectrum.random(self._operator.layout) if start is None else start
+        return self._spectrum.restart(self._seen(), start, self._preconditioner)
+
+    def _seen(self) -> LinearMap:
+        if self._map is None:  # of a map that changes, one draw serves all products of the estimates
+            held = self._operator.hold()
+            self._map = Shifted(held, self._inside) if self._inside else held
+        return self._map
+
+
+class Shifted(LinearMap):
+    """A + shift I."""
+
+    def __init__(self, operator: LinearMap, shift: float):
+        self.layout, self._operator, self._shift = operator.layout, operator, shift
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        products = self._operator.product(tangents)
+        return [p + self._shift * t for p, t in zip(products, tangents, strict=True)]

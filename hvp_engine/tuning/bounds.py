@@ -1,25 +1,24 @@
-"""Bounds of hyperparameters: an interval for all of them, or one for each."""
+"""Bounds of hyperparameters: one interval for all of them, or one for each."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hvp_engine._support.pytree import Structure, trainable
+from hvp_engine._support.torch_compat import pytree
 
 
 class Bounds:
     """low <= lambda <= high, elementwise.
 
     Arguments:
-        given: a pair (low, high); each a number, None for no bound, or a tree like the hyperparameters whose leaves
-            are numbers or tensors that broadcast to them.
-        tensors, structure: the hyperparameters.
+        given: a pair (low, high). Each is a number, None for no bound, or a tree like the hyperparameters whose leaves
+            are numbers or tensors that broadcast to theirs.
+        tensors, structure: the hyperparameters and their tree.
     """
 
     def __init__(self, given: Any, tensors: Sequence[Tensor], structure: Structure):
@@ -34,25 +33,14 @@ class Bounds:
 
     @torch.no_grad()
     def project(self, tensors: Sequence[Tensor]) -> None:
-        """The nearest point within the bounds, in place."""
+        """Project onto the bounds, in place."""
         for tensor, low, high in zip(tensors, self.low, self.high, strict=True):
             if low is not None or high is not None:
                 tensor.clamp_(low, high)
 
-    def flat(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(low, high) of all elements of the hyperparameters, one after another; infinite where there is none."""
-        low, high = (
-            torch.cat([
-                (t.new_tensor(unbounded) if side is None else side).expand_as(t).reshape(-1)
-                for t, side in zip(tensors, sides, strict=True)
-            ])
-            for sides, unbounded in ((self.low, -math.inf), (self.high, math.inf))
-        )  # fmt: skip
-        return low, high
-
 
 def _side(given: Any, name: str, tensors: Sequence[Tensor], structure: Structure) -> list[Tensor | None]:
-    """One bound for each hyperparameter."""
+    """One bound, or None, for each tensor."""
     if given is None:
         return [None] * len(tensors)
     given = trainable(given)

@@ -1,4 +1,4 @@
-"""Checkpoint files: written all at once or not at all, the previous one kept, read without running code."""
+"""Checkpoints: written completely or not at all, with the previous one kept; read without running code; compared."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from hvp_engine.errors import CheckpointError
 
 FORMAT = "hvp_engine.Tuner"
 VERSION = 1
-"""Of the state. What changes it raises this by one, and adds to `MIGRATIONS`."""
+"""The version of the state's layout. A change of the layout raises it by one and adds a migration."""
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-"""By version, what makes of a state of it one of the version after it; every older file is read by way of these."""
+"""version -> function that upgrades a state of that version to the next; older files pass through all that follow."""
 
 
 def previous(path: Path) -> Path:
@@ -29,12 +29,12 @@ def previous(path: Path) -> Path:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is anything to continue from."""
+    """Whether there is a checkpoint to continue from."""
     return path.exists() or previous(path).exists()
 
 
 def check_place(path: Path) -> None:
-    """Make the folder; :class:`CheckpointError` if no checkpoint can be written there."""
+    """Create the folder; :class:`CheckpointError` if no checkpoint can be written there."""
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
@@ -47,12 +47,12 @@ def check_place(path: Path) -> None:
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:
-    """Replace the checkpoint at `path`; the one there becomes the previous one.
+    """Replace the checkpoint at `path`, which becomes the previous one.
 
-    Whenever the process is killed, `path` or the previous one is complete.
+    Whenever the process is killed, `path` or the previous checkpoint is complete.
 
-    Errors: `OSError` if the disk refuses, :class:`CheckpointError` for a state that could not be read again; either
-    leaves the checkpoints that were there.
+    Errors: `OSError` if the disk refuses; :class:`CheckpointError` for a state that could not be read again. The
+    existing checkpoints stay in both cases.
     """
     partial = _partial(path)
     try:
@@ -60,7 +60,7 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
             try:
                 torch.save({"format": FORMAT, "version": VERSION, "state": dict(state)}, file)
             except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # torch's own error for a write that failed
+                if isinstance(error.__context__, OSError):  # torch hides a failed write in its own error
                     raise error.__context__ from None
                 raise
             file.flush()
@@ -81,10 +81,21 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
     _sync_folder(path.parent)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The newest state that is whole: of `path`, else, with a warning, the previous one.
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """:func:`write`, with a :class:`CheckpointError` wherever the file cannot be written."""
+    check_place(path)
+    try:
+        write(path, state)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: expected a disk that takes the checkpoint; got {error}: make room, or save to another place"
+        ) from error
 
-    Errors: :class:`CheckpointError` if neither can be read, or for a file of something else or of a newer version.
+
+def read(path: Path) -> dict[str, Any]:
+    """The state in `path` or, with a warning, in the previous checkpoint if that file is damaged.
+
+    Errors: :class:`CheckpointError` if neither can be read, or for a file that is no checkpoint or of a newer version.
     """
     try:
         return _read(path)
@@ -101,16 +112,16 @@ def read(path: Path) -> dict[str, Any]:
 
 
 class _UnreadableError(Exception):
-    """No whole checkpoint here."""
+    """A missing or damaged file."""
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
-            if (damaged := archive.testzip()) is not None:  # torch.load does not look at the checksums
+            if (damaged := archive.testzip()) is not None:  # torch.load ignores the checksums
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         content = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # what damaged data raises has no common class
+    except Exception as error:  # damaged data raises all kinds of errors
         reason = " ".join(str(error).split())[:200]
         raise _UnreadableError(f"{path}: expected a whole checkpoint; got {type(error).__name__}: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -128,39 +139,64 @@ def _read(path: Path) -> dict[str, Any]:
     return state
 
 
-def compare_tensors(source: str, what: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    """:class:`CheckpointError` unless both have the same names, shapes and dtypes."""
-    remedy = "build the Tuner as it was when the checkpoint was written, or use another file"
+def check_fits(source: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """:class:`CheckpointError` unless the state `theirs` can be loaded into a tuner whose own state is `mine`."""
+    if missing := mine.keys() - theirs.keys():
+        raise CheckpointError(
+            f"{source}: expected a complete checkpoint; got one without {', '.join(sorted(missing))}: use another file"
+        )
+    for part, what in (("weights", "weights"), ("hyper", "hyperparameters"), ("buffers", "buffers")):
+        _compare_tensors(source, what, mine[part], theirs[part])
+    for side in ("weight", "hyper"):
+        ours, found = mine[f"{side}_side"], theirs[f"{side}_side"]
+        for part in ("optimizer", "scheduler"):
+            _compare(f"{source}: {side}_{part}", ours[f"{part}_type"], found[f"{part}_type"])
+        groups = ([len(group["params"]) for group in one["optimizer"]["param_groups"]] for one in (ours, found))
+        _compare(f"{source}: {side}_optimizer", *(f"groups of {sizes} tensors" for sizes in groups))
+    _compare(f"{source}: estimator", mine["estimator_type"], theirs["estimator_type"])
+
+
+_REMEDY = "build the Tuner as it was when the checkpoint was written, or use another file"
+
+
+def _compare(name: str, expected: str, found: str) -> None:
+    if expected != found:
+        raise CheckpointError(f"{name}: expected {expected} as in this Tuner; got {found} in the checkpoint: {_REMEDY}")
+
+
+def _compare_tensors(source: str, what: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    """The same names, shapes and dtypes."""
     for name in mine.keys() ^ theirs.keys():
         where = "this Tuner lacks it" if name in theirs else "the checkpoint lacks it"
         raise CheckpointError(
-            f"{source}: expected the checkpoint's {what} to be this Tuner's; got {name!r}, and {where}: {remedy}"
+            f"{source}: expected the checkpoint's {what} to be this Tuner's; got {name!r}, and {where}: {_REMEDY}"
         )
     for name, tensor in mine.items():
-        for property in ("shape", "dtype"):
-            expected, found = getattr(tensor, property), getattr(theirs[name], property)
+        other = theirs[name]
+        for kind, expected, found in (
+            ("shape", tuple(tensor.shape), tuple(other.shape)),
+            ("dtype", tensor.dtype, other.dtype),
+        ):
             if expected != found:
-                shown = (tuple(expected), tuple(found)) if property == "shape" else (expected, found)
                 raise CheckpointError(
-                    f"{source}: expected {property} {shown[0]} of {what} {name!r} as in this Tuner; got {shown[1]}: "
-                    f"{remedy}"
+                    f"{source}: expected {kind} {expected} of {what} {name!r} as in this Tuner; got {found}: {_REMEDY}"
                 )
 
 
 def compact(tensor: Tensor) -> Tensor:
-    """`tensor` as it is, or a copy if it is a part of a larger storage, which would be saved whole."""
+    """`tensor`, or a copy if it is part of a larger storage, all of which would be saved with it."""
     tensor = tensor.detach()
     return tensor if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize else tensor.clone()
 
 
 def _partial(path: Path) -> Path:
-    """Where a checkpoint is written first; one name, so that what a killed process leaves is overwritten."""
+    """Where a checkpoint is written first. The name is fixed, so that the next write replaces what a kill left."""
     return path.with_name(path.name + ".partial")
 
 
 @contextmanager
 def _checksums() -> Iterator[None]:
-    """torch.save with true checksums, which a setting can turn off."""
+    """Makes torch.save write checksums even if the user has turned them off."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(True)
     try:
@@ -170,7 +206,7 @@ def _checksums() -> Iterator[None]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the renames themselves last."""
+    """Make sure that the renames reach the disk."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:  # Windows cannot open folders

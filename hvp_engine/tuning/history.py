@@ -1,4 +1,4 @@
-"""What a tuning run leaves behind: one record for each hyper step."""
+"""The history of a tuning run: one record for each hyper step."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ class Record:
     """One hyper step.
 
     Attributes:
-        hyper_step: its number, from 0; steps that were left out have no record.
+        hyper_step: its number, counted from 0; a hyper step that was left out has no record.
         weight_steps: training steps made so far.
-        train_loss, val_loss, gradient_norm: at its hypergradient, on its batches; gradient_norm is ||dL_T/dw||.
+        train_loss, val_loss, gradient_norm: where the hypergradient was computed, on its batches; gradient_norm is
+            ||dL_T/dw||.
         hypergradient_norm: before clipping.
-        unfinished: by how much the validation loss would change if training went on to its end, to first order.
-        residual_norm, status, alpha: of the solve; NaN, "" and None for an estimator without one, as `unfinished`.
-        training_seconds, hypergradient_seconds: of the steps since the last record, and of this hyper step.
-        metrics: what the evaluation function returned, empty at steps without one.
+        unfinished: how much the validation loss would change if training went on to its end, to first order; NaN if
+            the estimator does not know.
+        residual_norm, status, alpha: of the linear solve; NaN, "" and None for an estimator without one.
+        training_seconds, hypergradient_seconds: of the training steps since the last record, and of this hyper step.
+        metrics: what the evaluations returned; empty if there were none after this step.
     """
 
     hyper_step: int
@@ -43,13 +45,21 @@ class Record:
     hypergradient_seconds: float
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    def joined(self, metrics: Mapping[str, float]) -> Record:
+        """The record with these metrics added."""
+        if taken := metrics.keys() & self.row().keys():
+            raise ValueError(
+                f"evaluate: expected names that are no fields of the record; got {sorted(taken)[0]!r}: rename it"
+            )
+        return dataclasses.replace(self, metrics={**self.metrics, **{name: float(m) for name, m in metrics.items()}})
+
     def row(self) -> dict[str, Any]:
-        """The record as a flat dict; metrics beside the other fields, under their own names."""
+        """The record as a flat dict, in which metrics are fields like the others."""
         row = dataclasses.asdict(self)
         return row | row.pop("metrics")
 
     def line(self) -> str:
-        """The record on one line, with the remedy if the solve needs one."""
+        """The record as one line of text; if the solve went wrong, with the remedy."""
         text = (
             f"hyper step {self.hyper_step}: train {self.train_loss:.4g}, val {self.val_loss:.4g}, "
             f"|dL_T/dw| {self.gradient_norm:.2e}, |hypergradient| {self.hypergradient_norm:.2e}"
@@ -76,11 +86,11 @@ class History(list[Record]):
     """
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat dict for each record, as `pandas.DataFrame` takes them."""
+        """One flat dict for each record, for example for `pandas.DataFrame`."""
         return [record.row() for record in self]
 
     def write_csv(self, path: str | Path) -> None:
-        """A table with a header; empty cells where a metric was not evaluated."""
+        """Write a table with a header; a metric that was not evaluated is an empty cell."""
         rows = self.rows()
         names = list(dict.fromkeys(name for row in rows for name in row))
         with open(path, "w", newline="") as file:
@@ -89,20 +99,19 @@ class History(list[Record]):
             writer.writerows(rows)
 
     def write_json(self, path: str | Path) -> None:
-        """A list of objects; NaN and infinity, which JSON lacks, as null."""
-        rows = [
-            {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in r.items()
-            }
-            for r in self.rows()
-        ]
+        """Write a list of objects; NaN and infinity, which JSON does not have, become null."""
+
+        def plain(value: Any) -> Any:
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        rows = [{name: plain(value) for name, value in row.items()} for row in self.rows()]
         Path(path).write_text(json.dumps(rows, indent=1) + "\n")
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """What a checkpoint needs: one dict of fields for each record."""
+        """One dict of fields for each record, for checkpoints."""
         return [dataclasses.asdict(record) for record in self]
 
     @classmethod
     def from_state_dict(cls, state: list[dict[str, Any]]) -> History:
+        """The history that was saved."""
         return cls(Record(**fields) for fields in state)

@@ -1,103 +1,93 @@
-"""Watching a tuning run: progress bar, printed lines, TensorBoard, and when to stop early."""
+"""Watching a tuning run: progress bar, printed lines, TensorBoard; and stopping it early."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm.auto import tqdm
 
 from hvp_engine._support.arguments import check_count
 from hvp_engine.errors import HvpError
+from hvp_engine.tuning.callbacks import Callback
 from hvp_engine.tuning.history import Record
 
 
-class ScalarWriter(Protocol):
-    """What TensorBoard's SummaryWriter offers."""
+class ProgressBar(Callback):
+    """A progress bar over the `total` hyper steps of a run; with `verbose` also one printed line for each of them."""
 
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+    def __init__(self, total: int, progress: bool, verbose: bool):
+        self._total, self._progress, self._verbose = total, progress, verbose
 
+    def on_fit_start(self, tuner: Any) -> None:
+        self._bar = tqdm(
+            total=self._total, initial=tuner.hyper_steps, disable=not self._progress, desc="hyper steps", unit="step"
+        )
 
-class Monitor:
-    """Shows records as they come.
-
-    Arguments:
-        total, done: hyper steps of the run, and those made already.
-        progress: show a progress bar.
-        verbose: print each record's line.
-        tensorboard: a folder for TensorBoard's event files, a writer with `add_scalar`, or None.
-    """
-
-    def __init__(self, total: int, done: int, progress: bool, verbose: bool, tensorboard: Any):
-        self._verbose = verbose
-        self._owned = isinstance(tensorboard, str | Path)
-        self._writer: Any = summary_writer(tensorboard) if self._owned else tensorboard
-        self._bar = tqdm(total=total, initial=done, disable=not progress, desc="hyper steps", unit="step")
-
-    def __enter__(self) -> Monitor:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-        if self._owned:
-            self._writer.close()
-
-    def advance(self) -> None:
-        """A hyper step was made or left out."""
-        self._bar.update()
-
-    def report(self, record: Record) -> None:
+    def on_hyper_step(self, tuner: Any, record: Record) -> None:
         self._bar.set_postfix(train=f"{record.train_loss:.4f}", val=f"{record.val_loss:.4f}", refresh=False)
         if self._verbose:
             self._bar.write(record.line())
-        if self._writer is not None:
-            for name, value in record.row().items():
-                if name != "hyper_step" and isinstance(value, int | float):
-                    self._writer.add_scalar(f"hvp_engine/{name}", value, record.hyper_step)
+
+    def on_round_end(self, tuner: Any) -> None:
+        self._bar.update()
+
+    def on_fit_end(self, tuner: Any, error: BaseException | None) -> None:
+        self._bar.close()
 
 
-def summary_writer(folder: str | Path) -> ScalarWriter:
-    """TensorBoard's writer into `folder`; :class:`HvpError` if TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise HvpError(
-            f"tensorboard: expected the package tensorboard to be installed ({error}): `pip install tensorboard`, or "
-            "pass a writer of your own with add_scalar(name, value, step)"
-        ) from error
-    return SummaryWriter(str(folder))
+class TensorBoard(Callback):
+    """Writes every number of a record to `target`: a folder for event files, or a writer with `add_scalar`."""
+
+    def __init__(self, target: Any):
+        self._writer, self._owned = target, isinstance(target, str | Path)
+        if self._owned:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise HvpError(
+                    f"tensorboard: expected the package tensorboard to be installed ({error}): `pip install "
+                    "tensorboard`, or pass a writer of your own with add_scalar(name, value, step)"
+                ) from error
+            self._writer = SummaryWriter(str(target))
+
+    def on_hyper_step(self, tuner: Any, record: Record) -> None:
+        for name, value in record.row().items():
+            if name != "hyper_step" and isinstance(value, int | float):
+                self._writer.add_scalar(f"hvp_engine/{name}", value, record.hyper_step)
+
+    def on_fit_end(self, tuner: Any, error: BaseException | None) -> None:
+        if self._owned:
+            self._writer.close()
 
 
-class EarlyStopping:
-    """Over when `patience` hyper steps brought no new minimum of `metric`.
+class EarlyStopping(Callback):
+    """Stops after `patience` hyper steps without a new minimum of `metric`.
 
     Arguments:
-        metric: a field of :class:`Record`, a name that the evaluation returns, or a function of the record; lower
-            is better. Records without the metric count as no improvement.
-        patience: hyper steps; None never stops.
-        past: records of the run so far.
+        metric: a field of :class:`Record`, a name from the evaluation, or a function of the record. A record without
+            the metric counts as no improvement.
+        patience: hyper steps.
     """
 
-    def __init__(self, metric: str | Callable[[Record], float], patience: int | None, past: Iterable[Record]):
-        if patience is not None:
-            check_count(patience, "patience", what="or None")
-        self._metric, self._patience = metric, patience
-        self._best, self._best_step, self._last = math.inf, 0, 0
-        self._known = False
-        for record in past:
-            self.see(record)
+    def __init__(self, metric: str | Callable[[Record], float], patience: int):
+        self._metric, self._patience = metric, check_count(patience, "patience", what="or None")
+        self._best, self._best_step = math.inf, -1
 
-    def see(self, record: Record) -> None:
-        if self._patience is None:
-            return
-        self._last = record.hyper_step
+    def on_fit_start(self, tuner: Any) -> bool:
+        """Early stopping is decided by the whole history, so a run that was stopped early stays stopped."""
+        over = False
+        for record in tuner.history:
+            over = self.on_hyper_step(tuner, record)
+        return over
+
+    def on_hyper_step(self, tuner: Any, record: Record) -> bool:
         value = self._metric(record) if callable(self._metric) else record.row().get(self._metric, math.nan)
-        if not self._known or value < self._best:  # the first step begins the count even without a value
-            self._best_step, self._known = record.hyper_step, True
+        if (
+            self._best_step is None or value < self._best
+        ):  # the count begins at the first record, with or without a value
+            self._best_step = record.hyper_step
             self._best = value if value < self._best else self._best
-
-    @property
-    def over(self) -> bool:
-        return self._patience is not None and self._last - self._best_step >= self._patience
+        return record.hyper_step - self._best_step >= self._patience

@@ -3,76 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from hvp_engine._support.arguments import check_count
+from hvp_engine._support.data_stream import Batches, Streams
 from hvp_engine._support.pytree import refuse_inference_mode
 from hvp_engine._support.timing import Moment
-from hvp_engine.distributed import Processes
-from hvp_engine.errors import CheckpointError
+from hvp_engine.hypergradients.estimator import Estimate, EstimatorLike
+from hvp_engine.solvers import Solver
 from hvp_engine.tuning import checkpoint as checkpoints
-from hvp_engine.tuning import state
-from hvp_engine.tuning.autosave import Saver
-from hvp_engine.tuning.data_stream import Batches
+from hvp_engine.tuning.autosave import Autosave
+from hvp_engine.tuning.bilevel import BilevelProblem, Loss
+from hvp_engine.tuning.callbacks import Callback, Callbacks, Evaluation, Function
 from hvp_engine.tuning.history import History, Record
-from hvp_engine.tuning.monitor import EarlyStopping, Monitor
-from hvp_engine.tuning.optimizer_step import Steps
-
-Callback = Callable[["Tuner", Record], "bool | None"]
-Evaluation = Callable[["Tuner"], Mapping[str, float]]
+from hvp_engine.tuning.monitor import EarlyStopping, ProgressBar, TensorBoard
+from hvp_engine.tuning.optimizer_step import OptimizerLike, SchedulerLike
 
 
-class Tuner(Steps):
+class Tuner:
     """Tunes hyperparameters while the weights train (Algorithm 1).
 
     A round is `inner_steps` training steps and one hyper step; :meth:`fit` runs them.
 
     Arguments:
-        module: the module to train (its parameters that require grad), or a tree of weight tensors. With a module
-            its buffers become part of checkpoints.
-        hyper: hyperparameters: any tree of tensors, or a module whose parameters they are; updated in place.
+        module: the module to train (its parameters that require grad), or a tree of weight tensors.
+        hyper: any tree of tensors, or a module whose parameters they are; updated in place.
         train_loss, val_loss: `loss(weights, hyper, batch)` -> scalar tensor; weights are the named parameters of
             `module` (or its tree), usually passed to `hvp.functional(module)`.
         weight_optimizer, hyper_optimizer: torch optimizers over these tensors, or functions that make one from the
             list of tensors, as in `lambda tensors: torch.optim.Adam(tensors, lr=1e-3)`.
-        solver: how to invert the Hessian; default `Neumann(20)`.
-        inner_steps: training steps before each hyper step, >= 1; with `inner_tolerance` at most so many.
-        engine: see :class:`Hypergradient`.
-        inner_tolerance: a round's training ends as soon as ||dL_T/dw|| of a step's batches is not above it.
+        solver, engine: how to compute the hypergradient, see :class:`Hypergradient`; default `Neumann(20)`, "auto".
+        inner_steps: training steps before each hyper step, >= 1; the maximum if there is an `inner_tolerance`.
+        inner_tolerance: end a round's training once ||dL_T/dw|| on the batches of a step is at most this.
         warmup_steps: training steps before the first round.
         accumulate: batches over which a training step averages its gradient, one after the other.
-        train_batches, val_batches: batches over which the losses of a hypergradient are averaged, as one problem:
-            its products are averages over these batches, at their cost in time and memory.
-        weight_scheduler, hyper_scheduler: learning-rate schedulers of the optimizers, or functions that make one
-            from the optimizer; stepped after each training step and hyper step. `ReduceLROnPlateau` gets the
-            training loss of the step (which waits for the device), or the validation loss.
+        train_batches, val_batches: batches over which each loss of a hypergradient, and so every product, is averaged.
+        weight_scheduler, hyper_scheduler: learning-rate schedulers, or functions that make one from the optimizer;
+            stepped after each of its steps. `ReduceLROnPlateau` gets the step's training loss (which waits for the
+            device) or validation loss.
         weight_clip, hyper_clip: largest norm of the gradient and the hypergradient.
-        bounds: a pair (low, high) to which the hyperparameters are projected after each hyper step; each a number,
-            None, or a tree like `hyper` of numbers or tensors.
-        estimator: another way to a hypergradient, called as `estimator(weights, hyper, train_batch, val_batch)` (lists
-            of batches where `train_batches`, `val_batches` are above 1), returning an
-            :class:`~hvp_engine.hypergradients.estimator.Estimate`; instead of `solver` and `engine`.
+        bounds: a pair (low, high), each a number, None, or a tree like `hyper` of numbers or tensors; hyperparameters
+            are projected to it after each hyper step.
+        estimator: another way to compute the hypergradient, instead of `solver` and `engine`: an
+            :class:`~hvp_engine.hypergradients.estimator.Estimator`, or a function of (weights, hyper, train_batch,
+            val_batch), lists of batches where there are several, that returns an :class:`Estimate`.
 
     Attributes:
         history: a :class:`~hvp_engine.tuning.history.History` of :class:`Record`.
-        hyper_steps: rounds made so far, those left out included.
+        hyper_steps: rounds made so far, including those whose hyper step was left out.
 
-    In many processes, as started by torchrun, the losses are :class:`DataParallel` and each process has its own
-    loaders, for example with a `DistributedSampler`; the steps are then those of one process on all their batches. What
-    one process raises, its loaders, callbacks and files included, ends the run in all of them; a callback that returns
-    True in one stops all. Each writes a checkpoint of its own, `run-0-of-4.pt` for `run.pt`. Beside the sums of the
-    losses this takes two small messages for each training step and three for each hyper step.
+    In many processes (torchrun) the losses are :class:`DataParallel`, and each process has its own loaders, for example
+    with a `DistributedSampler`, and its own checkpoint, for `run.pt` `run-0-of-4.pt`. The steps are those of one
+    process on all batches together. An exception in one process, or a callback that returns True, ends the run in all.
 
-    Memory: beside what the hypergradient needs, a copy of the initial weights on the CPU, for :meth:`retrain`.
+    Memory: the hypergradient's, and a copy of the initial weights on the CPU.
 
     Errors: `TypeError`/`ValueError` naming the argument.
 
-    Source: Algorithm 1 of Lorraine, Vicol, Duvenaud 2019.
+    Source: Algorithm 1 of Lorraine, Vicol, Duvenaud, AISTATS 2020 ("the paper").
 
     >>> import torch, hvp_engine as hvp
     >>> data, target = torch.tensor([1.0, 3.0]), torch.tensor([0.8, 1.5])
@@ -87,6 +80,63 @@ class Tuner(Steps):
     tensor([0.8000, 1.5000])
     """
 
+    def __init__(
+        self,
+        module: Any,
+        hyper: Any,
+        train_loss: Loss,
+        val_loss: Loss,
+        *,
+        weight_optimizer: OptimizerLike,
+        hyper_optimizer: OptimizerLike,
+        solver: Solver | None = None,
+        inner_steps: int = 5,
+        engine: str = "auto",
+        inner_tolerance: float | None = None,
+        warmup_steps: int = 0,
+        accumulate: int = 1,
+        train_batches: int = 1,
+        val_batches: int = 1,
+        weight_scheduler: SchedulerLike | None = None,
+        hyper_scheduler: SchedulerLike | None = None,
+        weight_clip: float | None = None,
+        hyper_clip: float | None = None,
+        bounds: Any = None,
+        estimator: EstimatorLike | None = None,
+    ):
+        self.inner_steps = check_count(inner_steps, "inner_steps")
+        self.warmup_steps = check_count(warmup_steps, "warmup_steps", least=0)
+        self.accumulate = check_count(accumulate, "accumulate")
+        self.train_batches = check_count(train_batches, "train_batches")
+        self.val_batches = check_count(val_batches, "val_batches")
+        if not (inner_tolerance is None or inner_tolerance >= 0):
+            raise ValueError(f"inner_tolerance: expected a number >= 0 or None; got {inner_tolerance!r}")
+        self.inner_tolerance, self.train_loss = inner_tolerance, train_loss
+        self.module, self.hyper_module = module, hyper
+        self.problem = problem = BilevelProblem(
+            module, hyper, train_loss, val_loss,
+            weight_optimizer=weight_optimizer, weight_scheduler=weight_scheduler, weight_clip=weight_clip,
+            hyper_optimizer=hyper_optimizer, hyper_scheduler=hyper_scheduler, hyper_clip=hyper_clip, bounds=bounds,
+            estimator=estimator, solver=solver, engine=engine, train_batches=train_batches, val_batches=val_batches,
+        )  # fmt: skip
+        self.weights, self.weight_names = problem.weights.tensors, problem.weights.names
+        self.hyper, self.hyper_names = problem.hyper.tensors, problem.hyper.names
+        self.weight_side, self.weight_optimizer = problem.weight_side, problem.weight_side.optimizer
+        self.hyper_side, self.hyper_optimizer = problem.hyper_side, problem.hyper_side.optimizer
+        self.estimator, self.processes, self.device = problem.given_estimator, problem.processes, self.weights[0].device
+        self.initial_weights, self.initial_buffers = problem.initial_weights, problem.initial_buffers
+        self.history, self.streams, self.hyper_steps = History(), Streams(self.device), 0
+        self.steps_to_go = self.warmup_steps + self.inner_steps
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers of the module, and of the hyperparameters if they are a module's."""
+        return self.problem.buffers()
+
+    @property
+    def failures(self) -> int:
+        """Hypergradients in a row that have failed."""
+        return self.problem.failures
+
     def fit(
         self,
         train_loader: Iterable[Any],
@@ -98,105 +148,118 @@ class Tuner(Steps):
         checkpoint_every: int = 50,
         checkpoint_minutes: float | None = 10.0,
         verbose: bool = False,
-        callbacks: Sequence[Callback] = (),
-        evaluate: Evaluation | None = None,
+        callbacks: Sequence[Callback | Callable[[Tuner, Record], bool | None]] = (),
+        evaluate: Callable[[Tuner], Mapping[str, float]] | None = None,
         evaluate_every: int = 1,
         metric: str | Callable[[Record], float] = "val_loss",
         patience: int | None = None,
         tensorboard: Any = None,
     ) -> History:
-        """Run rounds until `hyper_steps` have been made in this tuner's life; return the history so far.
+        """Run rounds until this tuner has made `hyper_steps` in total; return the history so far.
 
-        So `hyper_steps` is the total of a run: called again, or with a checkpoint in another process, it continues
-        where the run stopped and ends where it would have ended.
+        Called again, or with a checkpoint in another process, it continues the run and ends where that would have.
 
         Arguments:
             train_loader, val_loader: re-iterable loaders of batches; `[batch]` for a full batch. Called again with
                 the same objects, the epochs go on where they stopped.
-            hyper_steps: rounds in all, those that were left out included.
-            progress: show a progress bar.
+            hyper_steps: rounds, including those whose hyper step was left out.
+            progress, verbose: show a progress bar; print one line for each hyper step.
             checkpoint: a file to continue from, if it exists and this tuner has not made a step yet, and to save to:
-                every `checkpoint_every` hyper steps, after the step at which the last time is `checkpoint_minutes`
-                ago (a round may take hours), at the end, on a signal and on any exception, atomically, with the one
-                before kept as `<checkpoint>.previous`; but never weights that are NaN or infinite. It holds weights,
-                buffers, hyperparameters, optimizers, schedulers, random states, the estimator's state, the
-                loaders' positions and the history. On the CPU the continued run is the uninterrupted one, bit for bit
-                (with engine="auto", which measures, as long as both chose alike; a checkpoint keeps the choice). A
-                disk that is full in the meantime gives a warning, and the training goes on.
-
-                With a checkpoint SIGINT (Ctrl-C) and SIGTERM stop the run at the end of the step, a hyper step with its
-                evaluation and callbacks; it is saved, and `KeyboardInterrupt` or `SystemExit(143)` raised. A second
-                signal raises at once. That is so in the main thread, for the time of this call, and for a signal that
-                the program itself does not handle.
-            checkpoint_minutes: None for no checkpoints by time; many processes, whose clocks differ, make none.
-            verbose: print one line for each hyper step.
-            callbacks: functions of (tuner, record), called after each hyper step; one that returns True stops the run.
-            evaluate: a function of the tuner that returns a dict of numbers, which join the record, called every
-                `evaluate_every` hyper steps.
+                every `checkpoint_every` hyper steps, after a step if the last time was `checkpoint_minutes` ago, at the
+                end, and on a signal or exception. It is replaced atomically, and the one before kept as
+                `<checkpoint>.previous`; NaN or infinite weights are never saved; a full disk only warns. On the CPU the
+                continued run equals the uninterrupted one bit for bit (with engine="auto" as long as both chose alike;
+                a checkpoint keeps the choice).
+                SIGINT (Ctrl-C) and SIGTERM then stop the run after the current step, a hyper step with its callbacks,
+                and raise `KeyboardInterrupt` or `SystemExit(143)`; a second signal raises at once. (In the main thread,
+                unless the program handles the signal itself.)
+            checkpoint_minutes: None for never; ignored in many processes, whose clocks differ.
+            callbacks: each a :class:`~hvp_engine.tuning.callbacks.Callback`, or a function of (tuner, record) that is
+                called after each hyper step and ends the run by returning True.
+            evaluate: a function of the tuner, called every `evaluate_every` hyper steps; its dict joins the record.
             metric, patience: stop early after `patience` hyper steps without a new minimum of `metric`: a field of
                 the record, a name from `evaluate`, or a function of the record.
             tensorboard: a folder for event files (TensorBoard must be installed), or a writer with `add_scalar`.
 
         Errors: `ValueError`/`TypeError` for loaders that are empty or not re-iterable; :class:`CheckpointError` for
-        a checkpoint that is damaged or of something else, or where none can be written; :class:`DivergenceError` if
-        ten hypergradients in a row fail. A failed or non-finite hypergradient never reaches the optimizer: the hyper
-        step is left out with a warning.
+        a file that is damaged or no checkpoint of this tuner, or that cannot be written; :class:`DivergenceError` if
+        ten hypergradients in a row fail; up to then their hyper steps are left out, with a warning.
         """
         refuse_inference_mode("fit")
         check_count(hyper_steps, "hyper_steps", least=0)
         check_count(checkpoint_every, "checkpoint_every")
         check_count(evaluate_every, "evaluate_every")
-        if checkpoint_minutes is not None and not checkpoint_minutes >= 0:
+        if not (checkpoint_minutes is None or checkpoint_minutes >= 0):
             raise ValueError(f"checkpoint_minutes: expected a number >= 0 or None; got {checkpoint_minutes!r}")
-        path = None if checkpoint is None else self._own(checkpoint)
-        with self._together():
-            loaded = self._continue_from(path)
-        if path is not None and self.processes is not None:
-            self._agree_on_start(path, self.processes)
-        with self._together():
-            train, val = self._stream("train_loader", train_loader), self._stream("val_loader", val_loader)
-        stopping = EarlyStopping(metric, patience, self.history)
-        monitor = Monitor(hyper_steps, self.hyper_steps, progress, verbose, tensorboard)
-        stopped = self._any(stopping.over)
-        minutes = checkpoint_minutes if self.processes is None else None
-        with monitor, Saver(self, path, checkpoint_every, minutes, saved=loaded) as saver:
-            while self.hyper_steps < hyper_steps and not stopped:
+        attached: list[Callback] = []
+        if checkpoint is not None:
+            attached.append(Autosave.resuming(self, checkpoint, checkpoint_every, checkpoint_minutes))
+        if evaluate is not None:
+            attached.append(Evaluation(evaluate, evaluate_every))
+        if patience is not None:
+            attached.append(EarlyStopping(metric, patience))
+        attached.append(ProgressBar(hyper_steps, progress, verbose))
+        with self.processes.together():
+            train = self.streams.open("train_loader", train_loader, "train_loader")
+            val = self.streams.open("val_loader", val_loader, "val_loader")
+            if tensorboard is not None:
+                attached.append(TensorBoard(tensorboard))
+        attached += [given if isinstance(given, Callback) else Function(given) for given in callbacks]
+        events = Callbacks(self, attached, self.processes)
+        with events.running():
+            while self.hyper_steps < hyper_steps and not events.stop:
                 start = Moment(self.device)
                 while self.steps_to_go > 0:
-                    self.inner_step(self._take(train, self.accumulate))
-                    with self._together():
-                        saver.settle()
-                        saver.save_if_late()
-                        saver.stop_if_asked()
-                record = self.round(train, val, start)
-                with self._together():
-                    saver.settle()
-                    monitor.advance()
-                    if record is not None:
-                        if evaluate is not None and self.hyper_steps % evaluate_every == 0:
-                            record = self._evaluated(record, evaluate)
-                            saver.settle()
-                        stopping.see(record)
-                        monitor.report(record)
-                        for callback in callbacks:
-                            stopped |= callback(self, record) is True
-                        saver.settle()
-                    saver.save_if_due()
-                    saver.stop_if_asked()
-                stopped = self._any(stopped or stopping.over)
+                    events.train_step(self._inner_step(train))
+                events.hyper_step(self._outer_step(train, val, start))
         return self.history
 
-    def train(self, train_loader: Iterable[Any], steps: int, *, progress: bool = True) -> list[float]:
-        """`steps` training steps with the hyperparameters as they are; returns the loss of each.
+    def train_step(self, *batches: Any) -> Tensor:
+        """One step of the weight optimizer on the average over `batches`; returns the loss, detached."""
+        return self.problem.train_step(batches)[0]
 
-        Called again with the same loader object, the epoch goes on where it stopped.
-        """
+    def hyper_step(self, train_batch: Any, val_batch: Any) -> Estimate | None:
+        """One step of the hyper optimizer, on lists of batches where there are several; None if it was left out."""
+        return self.problem.hyper_step(train_batch, val_batch)[0]
+
+    def _inner_step(self, train: Batches) -> Tensor:
+        """A training step of a round, which it ends if the gradient is small enough; returns the loss."""
+        with self.processes.together():
+            batches = train.take(self.accumulate)
+        warm = self.steps_to_go <= self.inner_steps
+        loss, moved = self.problem.train_step(batches, self.inner_tolerance if warm else None)
+        self.steps_to_go = self.steps_to_go - 1 if moved else 0
+        return loss
+
+    def _outer_step(self, train: Batches, val: Batches, start: Moment) -> bool:
+        """The hyper step of a round that began at `start`; returns False if it had to be left out."""
+        trained = Moment(self.device)
+        with self.processes.together():
+            train_batch = train.next() if self.train_batches == 1 else train.take(self.train_batches)
+            val_batch = val.next() if self.val_batches == 1 else val.take(self.val_batches)
+        estimate, figures = self.problem.hyper_step(train_batch, val_batch)
+        if estimate is not None:
+            record = Record(
+                hyper_step=self.hyper_steps,
+                weight_steps=self.weight_side.steps,
+                training_seconds=trained.seconds_since(start),
+                hypergradient_seconds=Moment(self.device).seconds_since(trained),
+                **figures,
+            )
+            self.history.append(record)
+        self.hyper_steps += 1
+        self.steps_to_go = self.inner_steps
+        return estimate is not None
+
+    def train(self, train_loader: Iterable[Any], steps: int, *, progress: bool = True) -> list[float]:
+        """Make `steps` training steps at these hyperparameters, in the loader's current epoch; returns the losses."""
         check_count(steps, "steps", least=0)
-        stream = self._stream("train", train_loader)
-        losses = [
-            self.train_step(*self._take(stream, self.accumulate))
-            for _ in tqdm(range(steps), disable=not progress, desc="training", unit="step")
-        ]
+        stream = self.streams.open("train", train_loader, "train_loader")
+        losses = []
+        for _ in tqdm(range(steps), disable=not progress, desc="training", unit="step"):
+            with self.processes.together():
+                batches = stream.take(self.accumulate)
+            losses.append(self.train_step(*batches))
         return torch.stack(losses).tolist() if losses else []
 
     def retrain(
@@ -209,106 +272,49 @@ class Tuner(Steps):
     ) -> list[float]:
         """Train from scratch, `steps` steps with the tuned hyperparameters; returns the loss of each step.
 
-        Weights and buffers go back to what they were when the tuner was made, or to what `init` makes of them; weight
-        optimizer and scheduler begin anew. The loader may hold more than the one of :meth:`fit`: training and
-        validation data together, as in the paper.
-
-        Arguments:
-            train_loader: a re-iterable loader of batches.
-            steps: training steps.
-            init: a function that is given `module` and sets its weights in place, as in
-                `lambda module: module.reset_parameters()`.
-
-        Source: section 5.6 of Lorraine, Vicol, Duvenaud 2019.
+        Weights and buffers return to their values at construction, or to what `init` sets in place, as in
+        `init=lambda module: module.reset_parameters()`; optimizer and scheduler of the weights start anew. As in
+        section 5.6 of the paper, the loader may hold training and validation data together.
         """
-        with torch.no_grad():
-            for weight, initial in zip(self.weights, self.initial_weights, strict=True):
-                weight.copy_(initial)
-            for name, buffer in self.buffers().items():
-                if name.startswith("module."):
-                    buffer.copy_(self.initial_buffers[name])
-            if init is not None:
+        self.problem.restart()
+        if init is not None:
+            with torch.no_grad():
                 init(self.module)
-        self.weight_side.reset()
-        self.streams.pop("train", None)
+        self.streams.close("train")
         return self.train(train_loader, steps, progress=progress)
 
     def save(self, path: str | Path) -> None:
-        """Write a checkpoint as :meth:`fit` does.
-
-        Errors: :class:`CheckpointError` where it cannot be written; the checkpoints that were there stay.
-        """
-        path = self._own(path)
-        checkpoints.check_place(path)
-        try:
-            checkpoints.write(path, state.state_dict(self, state.position(self)))
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: expected a disk that takes the checkpoint; got {error}: make room, or save to another place"
-            ) from error
+        """Write a checkpoint, as :meth:`fit` does; :class:`CheckpointError` if it cannot be written."""
+        checkpoints.save(self.processes.own(path), self.state_dict())
 
     def load(self, path: str | Path) -> None:
-        """Become what the tuner was that wrote this checkpoint.
+        """:meth:`load_state_dict` from a file; :class:`CheckpointError` also if it and its previous one are damaged."""
+        path = self.processes.own(path)
+        self.load_state_dict(checkpoints.read(path), source=str(path))
 
-        Learning rates and the like are the checkpoint's; `inner_steps`, bounds, clipping and batch counts this
-        tuner's. The loaders' positions are taken up by the next :meth:`fit`.
+    def state_dict(self, at: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Everything that a run needs to continue exactly, as tensors (not copied) and plain values. With `at`, an
+        earlier :meth:`position`, the state as if everything since had been taken back."""
+        at = self.position() if at is None else at
+        late = {name: at[name]() for name in ("random", "streams")}
+        return {**self.problem.state_dict(), "history": self.history.state_dict(), **at, **late}
 
-        Errors: :class:`CheckpointError` for a file that is damaged (if the one before it is, too), of something
-        else, of a newer version, or of a tuner with other tensors, optimizers or schedulers; nothing has changed then.
+    def load_state_dict(self, state: Mapping[str, Any], source: str = "state") -> None:
+        """Continue from a saved state; `source` is its name in messages.
+
+        Learning rates and the like are those of the state; `inner_steps`, bounds, clipping and batch counts stay. The
+        next :meth:`fit` continues in the loaders' epochs.
+
+        Errors: :class:`CheckpointError`, before anything has changed, if the state is of a tuner with other tensors,
+        optimizers, schedulers or another estimator.
         """
-        self._read(self._own(path))
+        checkpoints.check_fits(source, self.state_dict(), state)
+        self.problem.load_state_dict(state)
+        self.history = History.from_state_dict(state["history"])
+        self.hyper_steps, self.steps_to_go = (state["counters"][name] for name in ("hyper_steps", "steps_to_go"))
+        self.streams.load_state_dict(state["streams"])
 
-    def _continue_from(self, path: Path | None) -> bool:
-        """Whether a checkpoint was loaded."""
-        if path is None:
-            return False
-        checkpoints.check_place(path)
-        fresh = state.moves(self) == (0, 0) and self.hyper_steps == 0
-        if fresh and checkpoints.exists(path):
-            self._read(path)
-            return True
-        return False
-
-    def _read(self, path: Path) -> None:
-        state.load_state_dict(self, checkpoints.read(path), str(path))
-
-    def _own(self, path: str | Path) -> Path:
-        """The file of this process."""
-        path = Path(path)
-        if self.processes is None:
-            return path
-        return path.with_name(f"{path.stem}-{self.processes.rank}-of-{self.processes.count}{path.suffix}")
-
-    def _agree_on_start(self, path: Path, processes: Processes) -> None:
-        """Where a kill came between the writes of two processes, go on from the older of the two moments."""
-        steps = processes.gather(self.weight_side.steps, self.device)
-        if len(set(steps)) > 1:
-            with self._together():
-                if self.weight_side.steps > min(steps):
-                    self._read(checkpoints.previous(path))
-            steps = processes.gather(self.weight_side.steps, self.device)
-        if len(set(steps)) > 1:
-            raise CheckpointError(
-                f"{path}: expected checkpoints of one moment in all processes; got training steps "
-                f"{', '.join(f'{step:.0f}' for step in steps)}: delete them to begin again"
-            )
-
-    def _stream(self, name: str, loader: Iterable[Any]) -> Batches:
-        stream = self.streams.get(name)
-        if stream is None or stream.loader is not loader:
-            stream = Batches(loader, self.device, name if name.endswith("loader") else f"{name}_loader")
-            if name in self.stream_states:
-                stream.load_state_dict(self.stream_states[name])
-                del self.stream_states[name]  # only now: a loader that was refused can be corrected
-            self.streams[name] = stream
-        return stream
-
-    def _evaluated(self, record: Record, evaluate: Evaluation) -> Record:
-        """The record with the metrics of `evaluate`, also in the history."""
-        metrics = {name: float(value) for name, value in evaluate(self).items()}
-        if taken := metrics.keys() & record.row().keys():
-            raise ValueError(
-                f"evaluate: expected names that are no fields of the record; got {sorted(taken)[0]!r}: rename it"
-            )
-        self.history[-1] = replace(record, metrics=metrics)
-        return self.history[-1]
+    def position(self) -> dict[str, Any]:
+        """The part of the state that changes in a step before an optimizer moves anything; cheap to take."""
+        counters = {"hyper_steps": self.hyper_steps, "steps_to_go": self.steps_to_go, "failures": self.failures}
+        return {"counters": counters, "streams": self.streams.position(), **self.problem.position()}

@@ -9,30 +9,40 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hvp_engine._support.torch_compat import schema_of
+from hvp_engine.errors import TraceError
+
 aten = torch.ops.aten
 
-_RENAMED = {aten.transpose_.default: aten.transpose.int}
-_RANDOM = (aten.bernoulli_.float, aten.normal_.default, aten.uniform_.default, aten.exponential_.default)
+_RANDOM = {
+    getattr(packet, overload)
+    for packet in (
+        *(aten.bernoulli_, aten.normal_, aten.uniform_, aten.exponential_),
+        *(aten.random_, aten.cauchy_, aten.log_normal_, aten.geometric_),
+    )
+    for overload in packet.overloads()
+}
+"""Operations that fill a tensor with random numbers, whatever it held before."""
 
 
 def draw(operation: Any, index: int, like: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
     """A new tensor like `like`, filled by an in-place random operation.
 
-    The out-of-place operations of torch fill in another order where strides are not row-major, and would draw
-    other masks than eager does. `index` keeps two draws from being taken for one.
+    torch's out-of-place operations fill in another order where strides are not row-major, and would draw other masks
+    than eager does. `index` distinguishes two draws with the same arguments.
     """
     return operation(torch.empty_like(like), *arguments, **keywords)
 
 
-def functionalized(recorded: fx.GraphModule) -> bool:
-    """Replace every in-place operation of `recorded`; False, and a graph partly replaced, where that is not simple."""
-    graph = recorded.graph
+def functionalized(graph: fx.Graph) -> bool:
+    """Replace every in-place operation of `graph`; False, with the graph partly changed, where that is not simple."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         if not mutates(node):
@@ -45,7 +55,7 @@ def functionalized(recorded: fx.GraphModule) -> bool:
             node.replace_all_uses_with(mask)
             graph.erase_node(node)
             continue
-        pure = _out_of_place(node.target)
+        pure = out_of_place(node.target)
         later = [user for user in target.users if order.get(user, -1) > order[node]]
         if pure is None or not _fresh(target) or any(is_view(user) for user in target.users):
             if later or node.users or not _fresh(target):
@@ -53,53 +63,85 @@ def functionalized(recorded: fx.GraphModule) -> bool:
             graph.erase_node(node)  # nobody reads the change
             continue
         with graph.inserting_before(node):
-            result = graph.call_function(pure, node.args, node.kwargs)
-        result.meta = dict(node.meta)
+            result = _stored(graph, node, graph.call_function(pure, _reordered(node, pure), node.kwargs))
         order[result] = order[node]
         for user in later:
             user.replace_input_with(target, result)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
-    recorded.recompile()
     return True
 
 
-def retraced(recorded: fx.GraphModule, arguments: Sequence[Tensor]) -> fx.GraphModule:
-    """`recorded` without in-place operations, by torch's functionalization.
+def _stored(graph: fx.Graph, node: fx.Node, result: fx.Node) -> fx.Node:
+    """`result` in the dtype and layout of the tensor that `node` writes to.
 
-    It follows what is written to its inputs and to what is made of them, and nothing else: so the tensors that the
-    graph takes from elsewhere, as module buffers, become inputs for that long. A change of one of those themselves
-    stays in the graph, as a copy to it.
+    x.gt_(0) stores 0.0 and 1.0 in x, whereas gt(x, 0) is a tensor of truth values: copy(x, gt(x, 0)) is what x holds.
+    """
+    computed = result.target(*fx.node.map_arg(result.args, _value), **fx.node.map_arg(result.kwargs, _value))  # type: ignore[operator]
+    expected = node.meta["val"]
+    result.meta = node.meta | {"val": computed}
+    if computed.dtype == expected.dtype and computed.stride() == expected.stride():
+        return result
+    copy = graph.call_function(aten.copy.default, (node.args[0], result))
+    copy.meta = dict(node.meta)
+    return copy
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["val"]
+
+
+def retraced(root: fx.GraphModule, graph: fx.Graph, arguments: Sequence[Tensor]) -> fx.GraphModule:
+    """`graph` without in-place operations, by torch's functionalization.
+
+    It follows what is written to its inputs and to what is made of them, and nothing else. So the tensors that the
+    graph takes from `root`, such as module buffers, become inputs for the time being. A change of one of those
+    themselves stays in the graph, as a copy to it.
     """
     lifted, inputs = fx.Graph(), len(arguments)
     taken: dict[str, Tensor] = {
-        str(node.target): getattr(recorded, str(node.target)) for node in recorded.graph.nodes if node.op == "get_attr"
+        str(node.target): getattr(root, str(node.target)) for node in graph.nodes if node.op == "get_attr"
     }
     copies: dict[fx.Node, fx.Node] = {}
-    for node in recorded.graph.nodes:
+    for node in graph.nodes:
         if node.op == "placeholder":
             copies[node] = lifted.node_copy(node)
     places = {name: lifted.placeholder(f"taken_{index}") for index, name in enumerate(taken)}
-    for node in recorded.graph.nodes:
+    for node in graph.nodes:
         if node.op == "get_attr":
             copies[node] = places[str(node.target)]
         elif node.op != "placeholder":
             copies[node] = lifted.node_copy(node, lambda argument: copies[argument])
-    pure = torch.func.functionalize(fx.GraphModule(recorded, lifted))
+    pure = torch.func.functionalize(fx.GraphModule(root, lifted))
     with torch.no_grad():
-        graph = make_fx(pure)(*arguments, *(tensor.clone() for tensor in taken.values()))
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"][inputs:]
+        again = make_fx(pure)(*arguments, *(tensor.clone() for tensor in taken.values()))
+    placeholders = [node for node in again.graph.nodes if node.op == "placeholder"][inputs:]
     for (name, tensor), node in zip(taken.items(), placeholders, strict=True):
         attribute = f"taken_{name}"
-        graph.register_buffer(attribute, tensor)
-        with graph.graph.inserting_after(placeholders[-1]):
-            again = graph.graph.get_attr(attribute)
-        again.meta = dict(node.meta)
-        node.replace_all_uses_with(again)
+        again.register_buffer(attribute, tensor)
+        with again.graph.inserting_after(placeholders[-1]):
+            read = again.graph.get_attr(attribute)
+        read.meta = dict(node.meta)
+        node.replace_all_uses_with(read)
     for node in placeholders:
-        graph.graph.erase_node(node)
-    graph.recompile()
-    return graph
+        again.graph.erase_node(node)
+    return again
+
+
+def refuse_side_effects(graph: fx.Graph) -> None:
+    """Drop what nobody reads, with writes to tensors made inside the graph; :class:`TraceError` for other writes."""
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("placeholder", "output") or node.users:
+            continue
+        if mutates(node):
+            target = node.args[0]
+            fresh = isinstance(target, fx.Node) and target.op == "call_function" and len(target.users) == 1
+            if not fresh:
+                raise TraceError(
+                    f"loss: expected a function without side effects; tracing saw {node.target} change a tensor "
+                    "from outside: compute a new tensor instead, or use engine='eager'"
+                )
+        graph.erase_node(node)
 
 
 def is_random(node: fx.Node) -> bool:
@@ -109,17 +151,43 @@ def is_random(node: fx.Node) -> bool:
 
 def mutates(node: fx.Node) -> bool:
     """Whether the operation changes one of its arguments."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema is not None and schema.is_mutable
 
 
-def _out_of_place(target: Any) -> Any:
-    """The operation that returns what `target` would have stored."""
-    if target in _RENAMED:
-        return _RENAMED[target]
-    name, overload = target._schema.name.split("::")[1], target._schema.overload_name or "default"
-    packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
-    return getattr(packet, overload, None) if packet is not None else None
+@cache
+def out_of_place(operation: Any) -> Any:
+    """The operation that returns what `operation` stores in its first argument, which alone it may change; else None.
+
+    It has the same name without the underscore, and arguments of the same names and types; the overload's name and
+    the order of arguments may differ:
+    pow_.Scalar(Tensor(a!) self, Scalar exponent) becomes pow.Tensor_Scalar(Tensor self, Scalar exponent), and
+    polygamma_(Tensor(a!) self, int n) becomes polygamma(int n, Tensor self).
+    """
+    schema = schema_of(operation)
+    namespace, name = schema.name.split("::")
+    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments]
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    if packet is None or not name.endswith("_") or written != [True] + [False] * (len(written) - 1):
+        return None
+    same_name = schema.overload_name or "default"
+    for overload in sorted(packet.overloads(), key=lambda overload: overload != same_name):
+        pure = getattr(packet, overload)
+        if not schema_of(pure).is_mutable and _signature(schema_of(pure)) == _signature(schema):
+            return pure
+    return None
+
+
+def _signature(schema: Any) -> dict[str, Any]:
+    return {a.name: (str(a.type), a.kwarg_only, a.default_value) for a in schema.arguments}
+
+
+def _reordered(node: fx.Node, pure: Any) -> tuple[Any, ...]:
+    """The positional arguments of `node` in the order in which `pure` takes them."""
+    target: Any = node.target
+    names = [argument.name for argument in schema_of(target).arguments]
+    given = dict(zip(names, node.args, strict=False))
+    return tuple(given[argument.name] for argument in schema_of(pure).arguments if argument.name in given)
 
 
 def _fresh(node: Any) -> bool:
@@ -133,7 +201,7 @@ def is_view(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         return is_view(node.args[0]) if isinstance(node.args[0], fx.Node) else True
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None:
         return node.op == "call_function"  # unknown: be careful
     return any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from hvp_engine.differentiation.trace.functionalize import is_view
-from hvp_engine.differentiation.trace.passes import same_layout
+from hvp_engine.differentiation.trace.patterns import same_layout
 
 aten = torch.ops.aten
 

@@ -10,12 +10,14 @@ import torch
 from torch import fx
 
 from hvp_engine.differentiation.trace.combining import combine_sums, share_factors
-from hvp_engine.differentiation.trace.convolutions import add_biases, kernel_derivatives
 from hvp_engine.differentiation.trace.fused_update import Terms, decompose
-from hvp_engine.differentiation.trace.layouts import compact_factors
-from hvp_engine.differentiation.trace.passes import accumulate, dependents, fold_linear, simplify
+from hvp_engine.differentiation.trace.inplace import written_over
+from hvp_engine.differentiation.trace.memory_format import compact_factors
 from hvp_engine.differentiation.trace.rematerialize import recomputable
+from hvp_engine.differentiation.trace.rewrites import accumulate, fold_linear, kernel_derivatives, simplify
+from hvp_engine.differentiation.trace.rewriting import Attempts, Rewrite, WrongRewriteError, dependents, placeholders
 from hvp_engine.differentiation.trace.tracing import Trace
+from hvp_engine.errors import BackendError
 
 _WORTHWHILE = 1 << 14
 """Weights with matrix products from which accumulating is faster than one fused step over everything."""
@@ -23,9 +25,13 @@ _WORTHWHILE = 1 << 14
 
 @dataclass(frozen=True)
 class Part:
-    """A graph on (residuals..., tangents...), and which of the primal part's residuals it takes."""
+    """A graph on (residuals..., tangents...), and which of the primal part's residuals it takes.
+
+    `in_place` computes the same as `module`, with buffers reused: not under vmap, nor for a compiler.
+    """
 
     module: fx.GraphModule
+    in_place: fx.GraphModule
     residuals: tuple[int, ...]
     outputs: tuple[bool, ...]
     """For each product, whether there is a path; the graph returns those that have one."""
@@ -51,43 +57,58 @@ class Partition:
     """Whether matrix products make up most of the weights, so that accumulating pays."""
     dtypes: frozenset[torch.dtype]
     """Floating dtypes of the arithmetic: the weights', and what autocast or the loss casts to."""
+    undone: tuple[str, ...]
+    """Rewrites that failed and were undone, each with the reason."""
+
+
+REWRITES: tuple[Rewrite, ...] = (
+    simplify,
+    kernel_derivatives,
+    fold_linear,
+    share_factors,
+    combine_sums,
+    accumulate,
+    compact_factors,
+)
 
 
 def partition(trace: Trace) -> Partition:
     """Simplify the trace and split it by what depends on the tangents."""
-    root = trace.graph
-    graph = root.graph
-    simplify(graph)
-    kernel_derivatives(graph)
-    add_biases(graph)
-    simplify(graph)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    tangents = placeholders[-trace.weights :]
-    fold_linear(graph, set(tangents))
-    share_factors(graph, dependents(graph, set(tangents)))
-    combine_sums(graph, dependents(graph, set(tangents)))
-    accumulate(graph, dependents(graph, set(tangents)))
-    compact_factors(graph, dependents(graph, set(tangents)))
+    try:
+        return _partition(trace)
+    except WrongRewriteError:
+        raise
+    except Exception as error:
+        raise BackendError(
+            f"engine: splitting a traced graph failed: {type(error).__name__}: {error}; this is a fault of hvp_engine "
+            "and not of the loss: please report it, and use engine='eager' until it is mended"
+        ) from error
+
+
+def _partition(trace: Trace) -> Partition:
+    attempts = Attempts()
+    root = trace.root
+    graph = attempts.rewrite(trace.graph, trace.weights, REWRITES, root, trace.arguments)
+    inputs = placeholders(graph)
+    tangents = inputs[-trace.weights :]
     linear = dependents(graph, set(tangents))
     outputs: list[Any] = list(_output(graph).args[0])  # type: ignore[arg-type]  # our traces return a list
     first = 1 + trace.weights
     values, products, mixed = outputs[:first], outputs[first : first + trace.weights], outputs[first + trace.weights :]
 
     known = _live(products, lambda node: node not in linear) - linear
-    every_term = linear | recomputable(known)
+    nothing: set[fx.Node] = set()
+    every_term = linear | attempts.call(recomputable, known, otherwise=nothing)
     residuals: list[fx.Node] = []
-    tangent_part = _part(root, graph, products, every_term, tangents, residuals)
-    mixed_part = _part(root, graph, mixed, every_term, tangents, residuals)
-    terms = [
-        decompose(output, tangent, tangents, linear) if isinstance(output, fx.Node) else Terms((), (), ())
-        for output, tangent in zip(products, tangents, strict=True)
-    ]
+    tangent_part = _part(root, graph, products, every_term, tangents, residuals, attempts)
+    mixed_part = _part(root, graph, mixed, every_term, tangents, residuals, attempts)
+    terms = attempts.call(_terms, products, tangents, linear, otherwise=[Terms((), (), ())] * len(products))
     summands = [node for term in terms for node in term.nodes]
-    accumulating_part = _part(root, graph, summands, every_term, tangents, residuals)
+    accumulating_part = _part(root, graph, summands, every_term, tangents, residuals, attempts)
     diagonals = tuple(tuple(_index(residuals, node) for node in term.diagonals) for term in terms)
     sizes = [tangent.meta["val"].numel() for tangent in tangents]
     by_product = sum(size for size, term in zip(sizes, terms, strict=True) if term.products)
-    primal = _subgraph(root, graph, [*values, *residuals], placeholders[: -trace.weights])
+    primal = _subgraph(root, graph, [*values, *residuals], inputs[: -trace.weights])
     return Partition(
         primal,
         trace.weights,
@@ -98,7 +119,16 @@ def partition(trace: Trace) -> Partition:
         diagonals,
         accumulates=by_product > sum(sizes) / 2 and by_product >= _WORTHWHILE,
         dtypes=_floating_dtypes(graph),
+        undone=tuple(attempts.undone),
     )
+
+
+def _terms(products: Sequence[Any], tangents: Sequence[fx.Node], linear: set[fx.Node]) -> list[Terms]:
+    """Each weight's product, taken apart."""
+    return [
+        decompose(output, tangent, tangents, linear) if isinstance(output, fx.Node) else Terms((), (), ())
+        for output, tangent in zip(products, tangents, strict=True)
+    ]
 
 
 def _floating_dtypes(graph: fx.Graph) -> frozenset[torch.dtype]:
@@ -138,6 +168,7 @@ def _part(
     every_term: set[fx.Node],
     tangents: Sequence[fx.Node],
     residuals: list[fx.Node],
+    attempts: Attempts,
 ) -> Part:
     """The part of `graph` that maps residuals and tangents to `outputs` by what runs in `every_term`; what else it
     needs is added to `residuals`."""
@@ -146,7 +177,7 @@ def _part(
     places = tuple(_index(residuals, node) for node in needed)
     present = tuple(isinstance(node, fx.Node) for node in outputs)
     module = _subgraph(root, graph, [node for node in outputs if isinstance(node, fx.Node)], [*needed, *tangents])
-    return Part(module, places, present)
+    return Part(module, attempts.call(written_over, module, otherwise=module), places, present)
 
 
 def _subgraph(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from hvp_engine.differentiation.trace.functionalize import is_random
-from hvp_engine.differentiation.trace.passes import result_bytes
+from hvp_engine.differentiation.trace.patterns import result_bytes
 
 aten = torch.ops.aten
 

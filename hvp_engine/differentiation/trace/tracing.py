@@ -10,34 +10,29 @@ of their arguments.
 from __future__ import annotations
 
 import contextlib
-import enum
-import numbers
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
+from hvp_engine._support.torch_compat import FAKE_AND_REAL, REGISTER_PYTREE, one_fake_mode, pytree, says_data_dependent
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
 from hvp_engine.differentiation.double_backward import Pullback, Tape, explained, gradients, leaves
-from hvp_engine.differentiation.problem import Problem
-from hvp_engine.differentiation.trace.channels_last import (
+from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
+from hvp_engine.differentiation.trace.functionalize import functionalized, refuse_side_effects, retraced
+from hvp_engine.differentiation.trace.memory_format import (
     NoStatistics,
     channels_last,
     layout_matters,
     prefer_channels_last,
 )
-from hvp_engine.differentiation.trace.functionalize import functionalized, retraced
+from hvp_engine.differentiation.trace.rewriting import copied
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
-
-_CONSTANTS = (type(None), numbers.Number, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)
 
 _TRACING = threading.RLock()
 """One thread traces at a time: `make_fx` patches modules for all threads."""
@@ -54,24 +49,17 @@ class Trace:
 
     Inputs, in order: weights, hyperparameters, batch tensors, tangents. Outputs, in order: loss, gradient, products
     with H, mixed products; None for a product that is zero because there is no path.
+
+    Attributes:
+        root: holds the tensors that the graph takes as attributes.
+        weights: how many inputs are weights, and how many tangents.
+        arguments: the inputs that were recorded.
     """
 
-    graph: fx.GraphModule
+    graph: fx.Graph
+    root: fx.GraphModule
     weights: int
-    hyperparameters: int
-    inputs: int
-
-
-def split_inputs(problem: Problem) -> tuple[list[Tensor], list[Any], pytree.TreeSpec]:
-    """Tensors of the batch, its other leaves (with None where a tensor was), and how to put it together again."""
-    leaves, spec = pytree.tree_flatten(problem.inputs)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    return tensors, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
-
-
-def is_constant(leaf: Any) -> bool:
-    """Whether a leaf of a batch that is no tensor is what it is for good, so that a trace may hold it."""
-    return isinstance(leaf, _CONSTANTS) or (callable(leaf) and isinstance(leaf, Hashable))
+    arguments: tuple[Tensor, ...]
 
 
 def trace(problem: Problem) -> Trace:
@@ -85,12 +73,12 @@ def trace(problem: Problem) -> Trace:
             raise TraceError(
                 f"{problem.name}: expected a batch of tensors, numbers and texts in tuples, lists and dicts; got one "
                 f"with a {type(leaf).__name__}, whose content a trace would keep: hand over the tensors in it, "
-                "register it with torch.utils._pytree.register_pytree_node, or use engine='eager'"
+                f"register it with {REGISTER_PYTREE}, or use engine='eager'"
             )
     if prefer_channels_last(problem.weights):
         with contextlib.suppress(RuntimeError), NoStatistics():
             found = _traced(problem, channels_last)
-            if not layout_matters(found.graph.graph):
+            if not layout_matters(found.graph):
                 return found
     return _traced(problem, list)
 
@@ -123,16 +111,19 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
     try:
         with (
             _TRACING,
-            _one_fake_mode(),
+            one_fake_mode(),
             plain_kernels(),
             torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS),
             explained(),
         ):
-            graph = make_fx(function)(*arguments)
+            root = make_fx(function)(*arguments)
+            graph = copied(root.graph)
             if not functionalized(graph):
-                graph = _retraced(graph, arguments, problem.name)
+                root = _retraced(root, arguments, problem.name)
+                graph = root.graph
+            refuse_side_effects(graph)
     except AssertionError as error:
-        if "FakeTensors" not in str(error):
+        if FAKE_AND_REAL not in str(error):
             raise
         here = leaves(problem.weights)
         with torch.enable_grad():  # it names an operator without a second derivative
@@ -147,26 +138,20 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
                 f"{problem.name}: expected a loss without saved-tensor hooks; got some: {_HOOKS}: "
                 "switch checkpointing off, since a trace keeps what it needs anyway, or use engine='eager'"
             ) from error
-        if "data-dependent" in str(error) or "proxy" in str(error).lower() or ".item()" in str(error):
+        if says_data_dependent(error):
             raise TraceError(
                 f"{problem.name}: expected a loss without control flow that depends on tensor values; tracing said: "
                 f"{error}; use engine='eager'"
             ) from error
         raise
-    return Trace(graph, count_w, count_h, count_x)
+    return Trace(graph, root, count_w, tuple(arguments))
 
 
-def _retraced(graph: fx.GraphModule, arguments: list[Tensor], name: str) -> fx.GraphModule:
+def _retraced(recorded: fx.GraphModule, arguments: list[Tensor], name: str) -> fx.GraphModule:
     try:
-        return retraced(graph, arguments)
+        return retraced(recorded, recorded.graph, arguments)
     except RuntimeError as error:
         raise TraceError(
             f"{name}: expected a loss that changes no tensors in place, or only such as it makes itself; torch could "
             f"not replace what it changes: {error}; compute new tensors instead, or use engine='eager'"
         ) from error
-
-
-def _one_fake_mode() -> contextlib.AbstractContextManager[Any]:
-    """Let `make_fx` record shapes in one fake mode: otherwise it makes one for each operation, which is slow."""
-    mode = FakeTensorMode(allow_fallback_kernels=True)
-    return torch._guards.tracing(torch._guards.TracingContext(mode))

@@ -1,6 +1,5 @@
 """Preconditioners: cheap symmetric positive definite approximations M of an inverse, as a solver applies them."""
 
-from hvp_engine.solvers.preconditioners.base import Preconditioner, check_preconditioner, precondition
 from hvp_engine.solvers.preconditioners.diagonal import DiagonalPreconditioner, JacobiPreconditioner
 from hvp_engine.solvers.preconditioners.kfac import KFACPreconditioner
 from hvp_engine.solvers.preconditioners.nystrom import NystromPreconditioner
@@ -10,7 +9,4 @@ __all__ = [
     "JacobiPreconditioner",
     "KFACPreconditioner",
     "NystromPreconditioner",
-    "Preconditioner",
-    "check_preconditioner",
-    "precondition",
 ]

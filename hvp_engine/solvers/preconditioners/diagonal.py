@@ -10,7 +10,7 @@ from torch import Tensor
 from hvp_engine._support.arguments import check_count, check_not_negative
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine._support.pytree import Tree, flatten
-from hvp_engine.solvers.preconditioners.base import SymmetricMap, check_operator
+from hvp_engine.differentiation.linear_map import LinearMap, check_operator
 
 _FLOOR = 0.1
 """Of the norm of a row: a smaller estimate of its diagonal entry, or one below zero, is mostly noise."""
@@ -63,7 +63,7 @@ class DiagonalPreconditioner:
         return flatten(tree, "diagonal")[0]
 
 
-def hutchinson_diagonal(operator: SymmetricMap, probes: int, seed: int = 0) -> tuple[FlatVector, FlatVector]:
+def hutchinson_diagonal(operator: LinearMap, probes: int, seed: int = 0) -> tuple[FlatVector, FlatVector]:
     """Unbiased estimates of an operator's diagonal, the mean of z * A z over random signs z, and of the squared norms
     of its rows, the mean of (A z)^2.
 
@@ -113,8 +113,8 @@ class JacobiPreconditioner(DiagonalPreconditioner):
     'CONVERGED'
     """
 
-    def __init__(self, operator: SymmetricMap, probes: int = 10, shift: float = 0.0, seed: int = 0):
-        check_operator(operator)
+    def __init__(self, operator: LinearMap, probes: int = 10, shift: float = 0.0, seed: int = 0):
+        check_operator(operator, "operator")
         check_count(probes, "probes")
         diagonal, squares = hutchinson_diagonal(operator, probes, seed)
         estimate = FlatVector(operator.layout, torch.maximum(diagonal.data, _FLOOR * squares.data.sqrt()))

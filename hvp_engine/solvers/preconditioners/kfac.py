@@ -8,17 +8,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from hvp_engine._support.arguments import check_positive
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.pytree import check_like, check_scalar, flatten
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.errors import NonFiniteError
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A layer's block A (x) G, by the eigenvalues and eigenvectors of its factors; where its leaves are."""
+    """The block A (x) G of a layer: the eigenvalues and eigenvectors of both factors, and the places of its leaves."""
 
     weight: int
     bias: int | None
@@ -32,38 +32,39 @@ class _Block:
 
 
 class KFACPreconditioner:
-    """M = (A (x) G + shift I)^-1, layer by layer: the Gauss-Newton block of a layer is taken to be a Kronecker product.
+    """M = (A (x) G + shift I)^-1 for each layer: its Gauss-Newton block is approximated by a Kronecker product.
 
     For a layer with inputs a (with a 1 for the bias) and outputs z, A is the mean of a a^T over the samples, and G the
     sum of g g^T over samples and outputs, with g = (dz / d outputs)^T s and s s^T the loss's Hessian in the outputs, in
-    full: no label is drawn. The block is exact for a single sample, and where g is the same for all samples, as in
-    a deep linear network with squared error. In a convolution every position is a sample of its own: A sums over
-    positions, G is their mean. Other parameters (of normalizations, grouped convolutions, layers that are used
-    more than once) get one number for each tensor, an estimate of the mean of its diagonal.
+    full: no labels are sampled. The block is exact for a single sample, and if g is the same for all samples, as in
+    a deep linear network with squared error. In a convolution every position counts as a sample: A is a sum over
+    positions, G a mean. Other parameters (of normalizations, grouped convolutions, layers that are used more than
+    once) get one number for each tensor, an estimate of the mean of its diagonal.
 
     A Neumann series or Chebyshev iteration of a few terms gains most: directions of every scale move at once. The
-    condition number need not fall, least in convolutions, whose positions are not independent; conjugate gradients,
-    which deal with a few large eigenvalues by themselves, gain less or nothing.
+    condition number need not decrease, least of all in convolutions, whose positions are not independent; conjugate
+    gradients, which cope with a few large eigenvalues by themselves, gain less or nothing.
 
     Arguments:
         module: the network, with `torch.nn.Linear` and `torch.nn.Conv2d` layers.
         loss: `loss(outputs, targets)` -> scalar tensor, a sum or mean over samples; outputs are (samples, outputs).
-        weights: dict of (some of) the module's named parameters, at whose values it is made, in the order of the
-            problem's weights.
+        weights: a dict of (some of) the module's named parameters, in the order of the problem's weights; the
+            curvature is taken at their values.
         inputs, targets: a batch.
-        shift: > 0, the typical curvature of what the blocks lack: weight decay and the solver's damping.
+        shift: > 0, the typical curvature that the blocks do not contain: weight decay and the solver's damping.
 
     Attributes:
         hvps: products spent with the Hessian: 0.
         gradients: backward passes spent, one for each output. The solution of a solve does not count them.
 
-    Cost: one forward pass, as many backward passes as there are outputs; the factors' squares in memory, and their
-    eigenvalue decompositions. It stays as it is when the weights change.
+    Cost: one forward pass, one backward pass for each output, and the eigenvalue decompositions of the factors, square
+    matrices that stay in memory. It does not follow changes of the weights.
 
     Errors: `TypeError` or `ValueError` naming the argument; `ValueError` if no layer is of a known kind;
     :class:`NonFiniteError` for activations or curvature with NaN or Inf.
 
-    Source: Martens and Grosse 2015; Grosse and Martens 2016 for convolutions.
+    Source: Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, ICML 2015; for
+    convolutions Grosse and Martens, A Kronecker-factored Approximate Fisher Matrix for Convolution Layers, ICML 2016.
 
     >>> import torch, hvp_engine as hvp
     >>> net, x, y = torch.nn.Linear(3, 2), torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.0, 1.0]])
@@ -123,7 +124,7 @@ def _factors(
     targets: Any,
     places: dict[str, int],
 ) -> tuple[list[_Block], dict[int, float], int]:
-    """The blocks; the mean curvature of the weights that belong to none, by their places; the backward passes."""
+    """The blocks, the mean curvature of each weight outside of them by its place, the number of backward passes."""
     layers = {name: layer for name, layer in module.named_modules() if _path(name, "weight") in places}
     layers = {name: layer for name, layer in layers.items() if _is_known(layer)}
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
@@ -165,8 +166,8 @@ def _covariances(
 ) -> tuple[list[Tensor], list[float]]:
     """Sums of g g^T over samples, positions and outputs for each layer; means of the diagonal for each of `rest`.
 
-    Every sample has a random sign, which does not matter to g g^T, and makes the square of a sum over samples an
-    unbiased estimate of the sum of squares.
+    Every sample gets a random sign for each output. It cancels in g g^T, and makes the square of a sum over samples an
+    unbiased estimate of the sum of squares: with signs s, t the mean of (s a + t b)^2 is a^2 + b^2.
     """
     generator = torch.Generator(device=outputs.device).manual_seed(0)
     received = [output for _, output in calls.values()]
@@ -200,7 +201,7 @@ def _is_known(layer: nn.Module) -> bool:
 
 
 def _input_rows(layer: nn.Module, x: Tensor) -> Tensor:
-    """What multiplies the weights, one row for each sample and position."""
+    """The inputs that multiply the weights, one row for each sample and position."""
     if isinstance(layer, nn.Conv2d):
         patches = nn.functional.unfold(
             x, layer.kernel_size, layer.dilation, cast(tuple[int, ...], layer.padding), layer.stride
@@ -234,7 +235,7 @@ def _hessian_roots(loss: Callable[[Tensor, Any], Tensor], outputs: Tensor, targe
 
 
 def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, those below zero as zero, and eigenvectors of symmetric matrices."""
+    """Eigenvalues, negative ones as zero, and eigenvectors of symmetric matrices."""
     if not bool(torch.isfinite(matrix).all()):
         raise NonFiniteError(
             "inputs: expected finite activations and curvature; got NaN or Inf: look at the inputs, the targets and "

@@ -9,9 +9,9 @@ from torch import Tensor
 from hvp_engine._support.arguments import check_count, check_positive
 from hvp_engine._support.flat_vector import FlatVector
 from hvp_engine._support.pytree import check_like
-from hvp_engine.operators.batched import fill
+from hvp_engine.differentiation.linear_map import LinearMap, check_operator
+from hvp_engine.solvers.batched import fill
 from hvp_engine.solvers.low_rank import Sketch
-from hvp_engine.solvers.preconditioners.base import SymmetricMap, check_operator
 
 
 class NystromPreconditioner:
@@ -46,17 +46,17 @@ class NystromPreconditioner:
 
     def __init__(
         self,
-        operator: SymmetricMap,
+        operator: LinearMap,
         rank: int,
         rho: float,
         sketch: Literal["gaussian", "columns"] = "gaussian",
         seed: int = 0,
     ):
-        check_operator(operator)
+        check_operator(operator, "operator")
         check_count(rank, "rank")
         check_positive(rho, "rho")
         columns = Sketch(operator.layout, rank, sketch, seed)
-        fill(columns, operator)
+        fill(columns, operator.linear_map)
         self.hvps = columns.steps
         self._layout = operator.layout
         self._basis, values, _ = columns.low_rank()

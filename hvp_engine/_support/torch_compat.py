@@ -1,0 +1,184 @@
+"""What the package uses of torch beyond its public interface: private names, and texts and names that guards match.
+
+Nothing else in the package names any of them, and `tests/test_torch_compat.py` has a test for each: that it exists and
+does what is said here, and for each guard a graph that it must refuse. So a new version of torch is judged by one file
+of tests. "Seen in" is where the behaviour was observed; a version that mends it lets its canary fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._prims_common import suggest_memory_format as suggest_memory_format
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd.graph import Node
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
+
+__all__ = ["TorchDispatchMode", "is_traceable_wrapper_subclass", "pytree", "suggest_memory_format"]
+
+REGISTER_PYTREE = "torch.utils._pytree.register_pytree_node"
+"""What messages tell users to call: torch has no public name for it."""
+
+# Lists of tensors, in one call.
+
+foreach_copy_ = torch._foreach_copy_
+foreach_norm = torch._foreach_norm
+foreach_zero_ = torch._foreach_zero_
+foreach_mul_ = torch._foreach_mul_
+
+# Autograd.
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+"""A context in which operations skip autograd, unlike `torch.no_grad` without going through its kernels."""
+
+
+def backward(
+    outputs: Sequence[Tensor], tangents: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """As `torch.autograd.grad` with a retained graph and `allow_unused`, without 60 us of checks."""
+    return _run_backward(outputs, tangents, True, False, inputs, allow_unreachable=True, accumulate_grad=False)
+
+
+_run_backward = torch.autograd.Variable._execution_engine.run_backward
+
+
+def in_backward_pass() -> bool:
+    """Whether this thread is inside autograd's backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often the tensor has been changed in place; `RuntimeError` for one made in inference mode."""
+    return tensor._version
+
+
+# Kernels.
+
+fused_weight_norm = torch._weight_norm
+"""Its derivative is differentiable and wrong: the backward takes the norms for constants. Seen in 2.13."""
+
+
+def onednn_enabled() -> bool:
+    """Whether convolutions and recurrent layers on a CPU may use oneDNN."""
+    return torch._C._get_mkldnn_enabled()
+
+
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """As `torch.backends.mkldnn.flags(enabled=False)`, which warns about TF32 in 2.13."""
+    enabled = onednn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
+def end_allocation_to_pool(device: int, pool: Any) -> None:
+    """Undo what a CUDA capture that failed to begin or end has left: allocations would go to the graph's pool on."""
+    torch._C._cuda_endAllocateToPool(device, pool)
+
+
+# Graphs.
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values."""
+    return isinstance(tensor, FakeTensor)
+
+
+def one_fake_mode() -> contextlib.AbstractContextManager[Any]:
+    """Let `make_fx` record shapes in one fake mode: otherwise it makes one for each operation, which is slow.
+
+    `tracing_mode="fake"` would do without the private name, and gives the same operations on an MLP, LeNet, a
+    transformer and a U-Net, no faster. But it predicts strides where this records them (for a U-Net it predicts other
+    ones), and a loss that indexes by a mask could not be traced at all.
+    """
+    mode = FakeTensorMode(allow_fallback_kernels=True)
+    return torch._guards.tracing(torch._guards.TracingContext(mode))
+
+
+def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor], size_asserts: bool) -> Callable[..., Any]:
+    """The graph through inductor."""
+    return torch._inductor.compile(module, list(arguments), options={"size_asserts": size_asserts})
+
+
+def schema_of(operation: Any) -> Any:
+    """The schema of an operator of `torch.ops`, with types and aliases of its arguments; None for anything else."""
+    return getattr(operation, "_schema", None)
+
+
+COMPILED_MODULE = "_orig_mod"
+"""The attribute in which the module that `torch.compile` returns keeps the original."""
+
+
+# Texts that autograd's and make_fx's errors hold.
+
+NOT_DIFFERENTIABLE = re.compile(
+    r"derivative for '?(?:aten::)?([\w.]+)'? is not implemented"
+    r"|trying to differentiate twice a function that was marked with @(\w+)"
+)
+"""An operator without a second derivative; the groups name it."""
+
+REENTRANT = "use_reentrant=True"
+"""Reentrant checkpointing, which `torch.autograd.grad` cannot pass."""
+
+SPARSE_AND_DENSE = "add(sparse, dense)"
+"""The sum of a sparse gradient and a dense one that came first."""
+
+COMPILED = re.compile("does not currently support double backward|compiled with non-empty donated|dynamo-optimized")
+"""A part made by torch.compile: its backward is a compiled graph, or has freed its buffers."""
+
+FAKE_AND_REAL = "FakeTensors"
+"""`make_fx` met a control-flow operator, whose body it runs on tensors without values."""
+
+
+def says_data_dependent(error: Exception) -> bool:
+    """Whether a trace failed since Python asked a tensor for its value."""
+    text = str(error)
+    return "data-dependent" in text or "proxy" in text.lower() or ".item()" in text
+
+
+# Names of autograd's nodes.
+
+ERROR_NODE = "torch::autograd::Error"
+"""Stands for the backward of a once-differentiable function; autograd returns zeros through it without a word."""
+
+NOT_IMPLEMENTED_NODE = "torch::autograd::NotImplemented"
+"""Stands for a backward kernel without a derivative: raises where it is reached."""
+
+WEIGHT_NORM_NODE = "WeightNormInterfaceBackward0"
+"""The node of :data:`fused_weight_norm`."""
+
+CONTROL_FLOW = "torch._higher_order_ops"
+"""The package of scan, map, while_loop, cond and their like.
+
+Their backward, a graph run without grad mode, drops terms of the second derivative, or all, without a word (seen in
+2.13). associative_scan is of ordinary operators.
+"""
+
+
+def control_flow(node: Node) -> str | None:
+    """The module of a control-flow operator that `node` is the backward of."""
+    module = getattr(getattr(node, "_forward_cls", None), "__module__", "")
+    return module if module.startswith(f"{CONTROL_FLOW}.") else None
+
+
+def once_differentiable(node: Node) -> str | None:
+    """The name of a Python function whose backward is marked so, if `node` is its backward.
+
+    The decorator wraps the backward in a function of the file that defines it.
+    """
+    function: Any = getattr(node, "_forward_cls", None)
+    method = getattr(function, "backward", None)
+    code = getattr(method, "__code__", None)
+    if code is None or code.co_filename != torch.autograd.function.__file__ or not hasattr(method, "__wrapped__"):
+        return None
+    return function.__name__

@@ -1,6 +1,0 @@
-"""A hypergradient tested on the user's own problem."""
-
-from hvp_engine.diagnostics.check.comparison import check
-from hvp_engine.diagnostics.check.verdict import CheckResult, Verdict
-
-__all__ = ["CheckResult", "Verdict", "check"]

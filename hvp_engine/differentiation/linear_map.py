@@ -1,0 +1,100 @@
+"""What a solver solves with: a linear map on lists of tensors, and the linearization of a loss, which is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import FlatVector, Layout
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """A step that is linear in the product: target <- target - scale (A direction + damping direction); complete().
+
+    A map that can subtract a product without forming it takes this instead of `Iteration.step`. The norms of such a
+    step are not computed, so the last step of a solve is always an ordinary one.
+    """
+
+    direction: FlatVector
+    target: FlatVector
+    scale: float
+    complete: Callable[[], object]
+
+
+class LinearMap:
+    """A linear map A on lists of tensors of one layout. A subclass sets `layout` and defines :meth:`product`; all else
+    has a default.
+
+    Attributes:
+        layout: shapes, strides, dtypes and device of the tensors in and out.
+        name: what messages call the map.
+        loss: the loss whose curvature A is, detached; None if there is none or it is not known.
+        symmetric: whether A = A^T, as most solvers need.
+        fixed: whether every product is with the same A. If not, :meth:`hold` gives one that stays.
+        batches: whether :meth:`products` is more than one product after another.
+    """
+
+    layout: Layout
+    name: str = "operator"
+    loss: Tensor | None = None
+    symmetric: bool = True
+    fixed: bool = True
+
+    @property
+    def batches(self) -> bool:
+        return False
+
+    @property
+    def linear_map(self) -> LinearMap:
+        """The map that makes the products: this one, unless it wraps another."""
+        return self
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """A times the vector whose parts are `tangents`; a part of the result may alias a tangent."""
+        raise NotImplementedError
+
+    def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
+        """A times several vectors, stacked along a new first dimension of each tensor, in and out."""
+        singles = [self.product([part[index] for part in stacked]) for index in range(len(stacked[0]))]
+        return [torch.stack(list(parts)) for parts in zip(*singles, strict=True)]
+
+    def hold(self) -> LinearMap:
+        """A map that is the same at every product."""
+        return self
+
+    def lanczos(self, start: FlatVector, steps: int) -> Any:
+        """The tridiagonalization after `steps` of Lanczos, where there is a way faster than by products; or None."""
+        return None
+
+    def accumulating_term(self, accumulation: Accumulation, damping: float) -> Callable[[], None] | None:
+        """A term of a solve that never forms the product; None where there is none, or where it does not pay."""
+        return None
+
+
+class Linearization(LinearMap):
+    """The gradient f = dL/dw of a loss at one point, and its derivatives: products with H = df/dw, and mixed ones.
+
+    Attributes:
+        gradient: dL/dw, detached.
+        fallback: why an engine handed out this linearization in place of its own; None if it is its own.
+        nodes: size of the gradient's autograd graph, as far as there is one.
+    """
+
+    gradient: Sequence[Tensor]
+    fallback: str | None = None
+    nodes: int = 0
+
+    def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """(d2L/dlambda dw^T) tangents: one for each hyperparameter, None where there is no path."""
+        return []
+
+
+def check_operator(operator: Any, name: str) -> None:
+    """`TypeError` unless `operator` is one of this package."""
+    if not isinstance(operator, LinearMap):
+        raise TypeError(f"{name}: expected an operator such as hvp.HessianOperator; got {type(operator).__name__}")

@@ -1,0 +1,155 @@
+"""A solve in progress: start, step and finish bodies that an engine runs.
+
+A solver's `allocate` gives an :class:`Iteration`, whose state lives in flat buffers that never move. An engine calls
+`iteration.adapt(estimate)` and `iteration.start(v)`, alternates `product(iteration.direction)` and
+`iteration.step(product)` at most `iteration.limit` times, then calls `iteration.finish()`; it may do so again for
+another v, which overwrites `value`.
+
+`start`, `step` and `finish` do not wait for the device, and read from it whatever differs between two solves,
+coefficients included: so they can be captured once and replayed. `adapt` sets those coefficients and runs outside of a
+capture. `finished` may wait, and is not called by an engine that captures the loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvp_engine import ops
+from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine.differentiation.linear_map import Accumulation
+from hvp_engine.solvers.solution import Status
+from hvp_engine.solvers.spectrum import SpectralEstimate
+
+GROWTH_LIMIT = 1e4
+"""A residual this many times the right-hand side is an error rather than a status."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the norms of a finished iteration say, on the host.
+
+    `growth` is the last residual's norm by the first one's where the iteration contracts in another norm than the
+    2-norm of `residual_norm`, None where it is the same.
+    """
+
+    residual_norm: float
+    residual_of: str
+    status: Status
+    finite: bool = True
+    finite_v: bool = True
+    growth_limit: float = GROWTH_LIMIT
+    growth: float | None = None
+
+    @property
+    def grown(self) -> float:
+        """How many times larger the residual has become, in the norm that says whether the iteration converges."""
+        return self.residual_norm if self.growth is None else self.growth
+
+    @property
+    def failed(self) -> bool:
+        """Whether the value must not be used: not finite, or grown beyond the limit."""
+        return not self.finite or self.grown > self.growth_limit
+
+
+class FinishedIteration:
+    """A solve that has made its steps.
+
+    Attributes:
+        value: the solution, complete after :meth:`finish`.
+        direction: the vector that the last product was taken at, or the next one will be.
+        steps: products made.
+        alpha, bounds: the step, or the interval of the spectrum, that was used; None for solvers without one.
+        explanation: what an automatic choice chose and why; empty otherwise.
+    """
+
+    value: FlatVector
+    direction: FlatVector
+    steps: int = 0
+    alpha: float | None = None
+    bounds: tuple[float, float] | None = None
+    explanation: str = ""
+
+    def finish(self) -> Tensor:
+        """Complete `value`; return the float64 figures on the device that :meth:`read` understands."""
+        raise NotImplementedError
+
+    def read(self, figures: Sequence[float]) -> Outcome:
+        """The outcome, from the figures of :meth:`finish` on the host."""
+        raise NotImplementedError
+
+    def outcome(self) -> Outcome:
+        """Finish, and read the figures: the one wait for the device."""
+        return self.read(self.finish().tolist())
+
+
+class Iteration(FinishedIteration):
+    """One solve in progress, for at most `limit` products."""
+
+    limit: int
+
+    @property
+    def accumulation(self) -> Accumulation | None:
+        """The step as an accumulation; None where it is not linear in the product."""
+        return None
+
+    def adapt(self, estimate: SpectralEstimate | None) -> None:
+        """Set the coefficients that depend on the spectrum, from the host."""
+
+    def start(self, v: Sequence[Tensor]) -> None:
+        """Begin, or begin anew, with the right-hand side `v`."""
+        raise NotImplementedError
+
+    def step(self, product: Sequence[Tensor]) -> None:
+        """Advance by one product with A, taken at `direction`."""
+        raise NotImplementedError
+
+    def finished(self) -> bool:
+        """Whether to stop before the limit; may wait for the device."""
+        return False
+
+
+def tolerance_of(tol: float | None, layout: Layout) -> float:
+    """The relative residual to stop at: `tol`, by default eps^(2/3), and in no case below rounding."""
+    epsilon = torch.finfo(layout.state_dtype).eps
+    return max(epsilon, epsilon ** (2 / 3) if tol is None else tol)
+
+
+def krylov_residual(squared_b: float, bad_b: float, squared: float, bad: float, bad_metric: float) -> float:
+    """||r|| / ||b||, infinite where something is not finite; `ValueError` for a preconditioner that is no metric."""
+    if bad_metric and not bad_b:
+        raise ValueError(
+            "preconditioner: expected a symmetric positive definite M; got r . M r <= 0, or not finite, for a "
+            "residual r: look at the signs of its diagonal"
+        )
+    if bad or bad_b or not math.isfinite(squared):
+        return math.inf
+    return math.sqrt(squared / squared_b) if squared_b else 0.0
+
+
+def scalar(value: float, device: torch.device) -> Tensor:
+    """A 0-dim float64 tensor, as the ops take their coefficients."""
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+class RightHandSide:
+    """A flat vector that right-hand sides are loaded into, and the partials of its squared norm, in one pass."""
+
+    def __init__(self, layout: Layout):
+        self.vector = FlatVector(layout)
+        self.partials = layout.empty_partials()
+        one, zero = scalar(1.0, layout.device), scalar(0.0, layout.device)
+        self._load = ops.bind("scale_accumulate", (self.vector.data,), layout, (one, zero), 0.0, self.partials)
+
+    def load(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite the vector with `tensors`."""
+        self._load(tensors)
+        self.vector.refresh()
+
+    def sums(self) -> Tensor:
+        """Squared norm, another, and how much is not finite, of the vector loaded."""
+        return self.vector.layout.total(self.partials.sum(0))

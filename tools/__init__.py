@@ -1,0 +1,1 @@
+"""What helps to develop the library and is not part of it."""

@@ -1,0 +1,11 @@
+"""Faults that the tests must notice: mistakes that somebody could make, one list for each part of the library."""
+
+from tools.faults.base import Fault
+from tools.faults.hypergradients import FAULTS as HYPERGRADIENTS
+from tools.faults.ops import FAULTS as OPS
+from tools.faults.solvers import FAULTS as SOLVERS
+from tools.faults.support import FAULTS as SUPPORT
+
+__all__ = ["FAULTS", "Fault"]
+
+FAULTS: list[Fault] = [*OPS, *SUPPORT, *SOLVERS, *HYPERGRADIENTS]
