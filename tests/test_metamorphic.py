@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hvp_engine as hvp
 from hvp_engine._support.pytree import flatten
-from hvp_engine.differentiation.problem import Linearization, Problem
+from hvp_engine.differentiation.linear_map import Linearization
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.engines import Engine, create
 from hvp_engine.engines.traced import TracedLinearization
 
