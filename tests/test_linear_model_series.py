@@ -267,7 +267,7 @@ def test_reference_and_kernels_have_one_meaning() -> None:
     """v, p and figures after a call, not only what a solve makes of them."""
     if reason := why_not("cpp", "cpu"):
         pytest.skip(reason)
-    from hvp_engine.ops import cpp as native
+    from hvp_engine.linear_model import native
 
     model = model_of("softmax", 5, "leaves", samples=20, features=33)
     products = model.operator.linear_map

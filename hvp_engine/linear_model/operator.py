@@ -14,10 +14,9 @@ from hvp_engine._support.pytree import flatten
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.linear_model import reference as linear_model_reference
 from hvp_engine.linear_model.arguments import Loss, Reduction, check_names, check_targets, check_weights, decays_of
-from hvp_engine.linear_model.engine import LinearModelEngine
+from hvp_engine.linear_model.engine import LinearModelEngine, kernels_on
 from hvp_engine.linear_model.reference import Factors
 from hvp_engine.operators.hessian import CurvatureOperator
-from hvp_engine.ops import backend
 from hvp_engine.solvers.lanczos import Tridiagonalization
 
 _LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -176,9 +175,9 @@ class LinearModelProducts(Linearization):
 
     def lanczos(self, start: FlatVector, steps: int) -> Tridiagonalization:
         """So many steps of Lanczos, all in one call on a CPU."""
-        name, module = backend.select(self.layout.device, among=("cpp", "reference"))
-        kernels: Any = module if name == "cpp" else linear_model_reference
-        found: Tridiagonalization = kernels.linear_model_lanczos(start.data, self.factors, steps)
+        name, kernels = kernels_on(self.layout.device)
+        lanczos = (kernels if name == "cpp" else linear_model_reference).linear_model_lanczos
+        found: Tridiagonalization = lanczos(start.data, self.factors, steps)
         return found
 
     @property
