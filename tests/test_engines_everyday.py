@@ -133,6 +133,40 @@ def test_checkpointed_attention_has_the_products_of_the_plain_module() -> None:
     torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:.*plain kernels")
+def test_dropout_before_a_checkpoint_draws_the_masks_of_the_plain_module() -> None:
+    """A functional call finds out about checkpointing on the way, and begins again."""
+
+    class Net(nn.Module):
+        def __init__(self, checkpointed: bool):
+            super().__init__()
+            self.checkpointed, self.first, self.second = checkpointed, nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.dropout(self.first(x), 0.5)
+            return checkpoint(self.second, x, use_reentrant=False) if self.checkpointed else self.second(x)
+
+    values = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        train, val, weights, x = losses_of(Net(checkpointed))
+        torch.manual_seed(3)
+        hg = hvp.Hypergradient(train, val, hvp.Neumann(5, alpha=0.1), "eager")
+        values.append(hg(weights, torch.tensor(-3.0), x, x).grads)
+    torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=1e-7)
+
+
+def test_no_false_alarm_where_the_loss_is_constant() -> None:
+    def loss(w: Tensor, h: Tensor, x: Tensor) -> Tensor:
+        return torch.view_as_real(torch.exp(1j * w) * x).square().mean() + h * 0.0
+
+    engine = LinearizedEngine()
+    x = torch.randn(5, dtype=torch.complex128)
+    hg = hvp.Hypergradient(loss, lambda w, h, x: w.sum() + h, hvp.Identity(), engine)
+    hg(torch.randn(5, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64), x, x)
+    assert not any(functions.distrust for functions in engine._cache.values())
+
+
 # --- Batches whose length changes ------------------------------------------------------------------------------------
 
 
