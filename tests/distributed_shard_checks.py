@@ -135,7 +135,7 @@ def check_sharded_refusals(rank: int, count: int, folder: Path) -> None:
     with pytest.raises(ValueError, match=r"distribute_tensor\(tensor, mesh, \[Shard\(0\)\]\)"):
         replicated = {name: distribute_tensor(leaf, mesh, [Replicate()]) for name, leaf in weights_of(module).items()}
         hvp.Hypergradient(*parallel(module))(replicated, *arguments)
-    with pytest.raises(TypeError, match="expected tensors that this process has whole"):
+    with pytest.raises(TypeError, match="expected tensors that are whole in this process"):
         hvp.approx_inverse_hvp(list(cut.values()), cut["2.bias"].sum(), list(cut.values()), 3, 0.1)
 
 

@@ -219,7 +219,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "^targets: expected class indices in torch.int64",
     ),
     "classes": (lambda: linear(targets=torch.full((6,), 3)), ValueError, "^targets: .*indices from 0 to 2; got 3 to 3"),
-    "ignored": (lambda: linear(targets=torch.full((6,), -100)), ValueError, "^targets: .*leave out the samples"),
+    "ignored": (lambda: linear(targets=torch.full((6,), -100)), ValueError, "^targets: .*leave out samples"),
     "float targets": (lambda: linear(targets=X[:, :3].double()), TypeError, "^targets: expected torch.float32"),
     "squared targets": (lambda: linear(loss="squared", targets=X), ValueError, r"^targets: expected shape \(6, 3\)"),
     "no targets": (lambda: linear().gradient, ValueError, "^targets: expected those of the loss, .* got None"),
