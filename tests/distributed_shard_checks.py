@@ -1,4 +1,4 @@
-"""What must hold in every process of a group where the weights are shards; see processes.py."""
+"""What must hold in every process of a group where the weights are shards; see spawned_processes.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import randn
-from distributed_cases import (
+from distributed_problem import (
     assert_close,
     assert_same_bits,
     batch,
@@ -23,6 +22,7 @@ from distributed_cases import (
     weights_of,
 )
 from distributed_tuner_checks import loaders, small_tuner
+from problems_with_known_answers import randn
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from bad_input import World
-from cases import DTYPE
+from problems_with_known_answers import DTYPE
+from refused_calls import World
 from torch import Tensor, nn
 
 import hvp_engine as hvp

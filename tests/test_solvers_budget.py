@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from cases import BILEVEL, DTYPE, matrix_with, randn, relative_error
+from problems_with_known_answers import BILEVEL, DTYPE, matrix_with, randn, relative_error
 from torch import Tensor
 
 import hvp_engine as hvp

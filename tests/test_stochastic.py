@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, generator, randn, truncated_sum
+from problems_with_known_answers import DTYPE, generator, randn, truncated_sum
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hvp_engine._support.isolation import is_isolated, record_module
-from hvp_engine._support.random_state import one_thread
+from hvp_engine._support.random_state import kept_torch_state, one_thread
 from hvp_engine._support.torch_compat import COMPILED_MODULE
 
 _HOOKS = "saved-tensor hooks in a functional call"
@@ -48,6 +48,7 @@ class FunctionalModule:
             )
         record_module(self.module)
         if is_isolated():
+            draw_again = kept_torch_state()
             with contextlib.ExitStack() as without_hooks:
                 try:
                     without_hooks.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS))
@@ -58,6 +59,7 @@ class FunctionalModule:
                 except RuntimeError as error:
                     if str(error) != _HOOKS:
                         raise
+            draw_again()  # the layers before the checkpoint have drawn their masks already
             self._refuse_other_weights(weights)
         return self._call(weights, inputs, keywords)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import numbers
+import types
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,6 +48,12 @@ class Problem:
                         f"{name}: expected tensors that are whole in this process; got DTensors: wrap the loss in "
                         "hvp.DataParallel, which gathers them"
                     )
+
+    @property
+    def identity(self) -> Hashable:
+        """The loss as a key. A function is referred to weakly, so that an engine that remembers it does not keep it and
+        all that it holds alive."""
+        return weakref.ref(self.loss) if isinstance(self.loss, types.FunctionType) else self.loss
 
     def at(self, inputs: tuple[Any, ...]) -> Problem:
         """This problem with other inputs."""

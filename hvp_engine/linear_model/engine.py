@@ -127,17 +127,25 @@ def _rows(layout: Layout, vs: Sequence[Sequence[Tensor]]) -> Tensor:
     return rows
 
 
+def kernels_on(device: torch.device) -> tuple[str, Any]:
+    """The selected backend, and the module that has its functions for linear models."""
+    name, module = backend.select(device, among=("cpp", "triton", "reference"))
+    if name == "cpp":
+        from hvp_engine.linear_model import native  # here, since the extension may be missing
+
+        return name, native
+    return name, module if name == "triton" else linear_model_reference
+
+
 def chebyshev_kernel(factors: Factors) -> Callable[..., Tensor] | None:
     """The C++ function that runs all terms; None on other backends, which gain nothing."""
-    name, module = backend.select(factors.layout.device, among=("cpp", "triton", "reference"))
-    kernels: Any = module
+    name, kernels = kernels_on(factors.layout.device)
     return kernels.linear_model_chebyshev if name == "cpp" else None
 
 
 def kernels_for(factors: Factors, dual: bool) -> tuple[Any, str]:
     """The module whose functions run all terms, and what to call it in a report."""
-    name, module = backend.select(factors.layout.device, among=("cpp", "triton", "reference"))
-    kernels: Any = module
+    name, kernels = kernels_on(factors.layout.device)
     if name == "cpp":
         return kernels, "C++"
     limit = kernels.linear_model_limit(factors, dual) if name == "triton" else None

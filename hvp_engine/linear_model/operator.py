@@ -13,10 +13,9 @@ from hvp_engine._support.flat_vector import FlatVector, Layout, padded
 from hvp_engine._support.pytree import flatten
 from hvp_engine.linear_model import reference as linear_model_reference
 from hvp_engine.linear_model.arguments import Loss, Reduction, check_names, check_targets, check_weights, decays_of
-from hvp_engine.linear_model.engine import FactoredLinearization, LinearModelEngine
+from hvp_engine.linear_model.engine import FactoredLinearization, LinearModelEngine, kernels_on
 from hvp_engine.linear_model.reference import Factors
 from hvp_engine.operators.hessian import CurvatureOperator
-from hvp_engine.ops import backend
 from hvp_engine.solvers.lanczos import Tridiagonalization
 
 _LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -174,9 +173,9 @@ class LinearModelProducts(FactoredLinearization):
 
     def lanczos(self, start: FlatVector, steps: int) -> Tridiagonalization:
         """`steps` of Lanczos, on a CPU in one call."""
-        name, module = backend.select(self.layout.device, among=("cpp", "reference"))
-        kernels: Any = module if name == "cpp" else linear_model_reference
-        found: Tridiagonalization = kernels.linear_model_lanczos(start.data, self.factors, steps)
+        name, kernels = kernels_on(self.layout.device)
+        lanczos = (kernels if name == "cpp" else linear_model_reference).linear_model_lanczos
+        found: Tridiagonalization = lanczos(start.data, self.factors, steps)
         return found
 
     @property

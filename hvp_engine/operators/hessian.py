@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -19,9 +21,20 @@ _EXPECTED_PRODUCTS = 200
 """An operator is expected to make this many products: "auto" traces only if they repay the trace."""
 
 
+_shared: WeakKeyDictionary[Callable[..., Tensor], engines.AutoEngine] = WeakKeyDictionary()
+"""The automatic engine of each loss that is a function, as long as that lives: operators that are made anew, for each
+task or batch, choose and trace once."""
+
+
 def engine_for_operator(engine: str | engines.Engine, loss: Callable[..., Tensor]) -> engines.Engine:
     """The engine of this name for an operator of `loss`, which lives for one solve or a few."""
-    return for_loss(loss, engines.AutoEngine(_EXPECTED_PRODUCTS) if engine == "auto" else engines.create(engine))
+    if engine != "auto":
+        return for_loss(loss, engines.create(engine))
+    if not isinstance(loss, FunctionType):
+        return for_loss(loss, engines.AutoEngine(_EXPECTED_PRODUCTS))
+    if loss not in _shared:
+        _shared[loss] = engines.AutoEngine(_EXPECTED_PRODUCTS)
+    return _shared[loss]
 
 
 class CurvatureOperator(LinearOperator):
