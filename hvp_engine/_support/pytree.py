@@ -54,8 +54,8 @@ def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor],
     if any(is_sharded(leaf) for leaf in leaves):
         if not sharded:
             raise TypeError(
-                f"{name}: expected tensors that this process has whole; got DTensors, which are supported as weights "
-                "and hyperparameters of hvp.Hypergradient and hvp.HessianOperator with hvp.DataParallel losses"
+                f"{name}: expected tensors that are whole in this process; got DTensors, which are supported as "
+                "weights and hyperparameters of hvp.Hypergradient and hvp.HessianOperator with hvp.DataParallel losses"
             )
         shards = tuple(Shard.of(leaf, name) if is_sharded(leaf) else None for leaf in leaves)
         leaves = [local_part(leaf.detach()) if is_sharded(leaf) else leaf for leaf in leaves]
