@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hvp_engine._support.torch_compat import FAKE_AND_REAL, REGISTER_PYTREE, one_fake_mode, pytree, says_data_dependent
+from hvp_engine._support.torch_compat import (
+    FAKE_AND_REAL,
+    REGISTER_PYTREE,
+    REVERSE_IN_FORWARD,
+    one_fake_mode,
+    pytree,
+    reverse_in_forward_refused,
+    says_data_dependent,
+)
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
 from hvp_engine.differentiation.double_backward import Pullback, Tape, explained, gradients, leaves
 from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
@@ -116,6 +124,7 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
             one_fake_mode(),
             plain_kernels(),
             torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS),
+            reverse_in_forward_refused(),
             explained(),
         ):
             root = make_fx(function)(*arguments)
@@ -139,6 +148,11 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
             raise TraceError(
                 f"{problem.name}: expected a loss without saved-tensor hooks; got some: {_HOOKS}: "
                 "switch checkpointing off, since a trace keeps what it needs anyway, or use engine='eager'"
+            ) from error
+        if str(error) == REVERSE_IN_FORWARD:
+            raise TraceError(
+                f"{problem.name}: expected derivatives inside the loss that a trace can follow; got {error}: write "
+                "it with reverse mode alone (torch.func.jacrev), or use engine='eager'"
             ) from error
         if says_data_dependent(error):
             raise TraceError(
