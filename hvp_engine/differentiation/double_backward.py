@@ -148,7 +148,7 @@ class Tape(Linearization):
             must be computed as it was in the forward pass.
 
     Attributes:
-        reaches_weights: whether f depends on some weight; if not, the Hessian is zero.
+        reaches_weights, reaches_hyperparameters: whether f depends on some; if on no weight, the Hessian is zero.
         incomplete: whether some kernel of the forward has no second derivative; a product through it raises.
     """
 
@@ -177,7 +177,10 @@ class Tape(Linearization):
         if torch_compat.ERROR_NODE in names:  # autograd would return zeros without a word
             raise second_derivative_error("a function whose backward is marked once_differentiable")
         self.incomplete = torch_compat.NOT_IMPLEMENTED_NODE in names
-        self.reaches_weights = any(get_gradient_edge(w).node in nodes for w in weights if w.requires_grad)
+        self.reaches_weights, self.reaches_hyperparameters = (
+            any(get_gradient_edge(tensor).node in nodes for tensor in tensors if tensor.requires_grad)
+            for tensors in (weights, hyperparameters)
+        )
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t; a weight that f does not depend on gets zeros."""
@@ -200,6 +203,12 @@ def _walk(outputs: Sequence[Tensor]) -> set[Node]:
             seen.add(node)
             stack.extend(following for following, _ in node.next_functions if following is not None)
     return seen
+
+
+def other_leaves(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
+    """Whether `outputs` depend on leaves that require grad and are none of the `known` ones."""
+    leaf_nodes = {node for node in _walk(outputs) if not node.next_functions}
+    return not leaf_nodes <= {get_gradient_edge(tensor).node for tensor in known if tensor.requires_grad}
 
 
 def _refuse_without_second_derivative(loss: Tensor) -> None:

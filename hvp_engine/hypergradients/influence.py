@@ -96,7 +96,7 @@ def influence_matrix(
             [ 2.0000]])
     """
     solver = ConjugateGradient(100) if solver is None else solver
-    check_count(chunk, "chunk")
+    chunk = check_count(chunk, "chunk")
     weight_list, structure = flatten(weights, "weights")
     train = _Gradients(train_loss, weight_list, structure, train_examples, "train")
     test = _Gradients(test_loss, weight_list, structure, test_examples, "test")

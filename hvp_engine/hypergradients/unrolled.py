@@ -96,9 +96,9 @@ class Unrolled(Estimator):
                 raise TypeError(
                     f"{name}: expected a function of (weights, hyper, batch); got {type(loss).__name__}: define one"
                 )
-        check_count(steps, "steps", what="the training steps that are unrolled")
+        steps = check_count(steps, "steps", what="the training steps that are unrolled")
         truncation = steps if truncation is None else truncation
-        check_count(truncation, "truncation", what="the last steps that are differentiated")
+        truncation = check_count(truncation, "truncation", what="the last steps that are differentiated")
         if truncation > steps:
             raise ValueError(f"truncation: expected at most steps={steps}; got {truncation}: unroll more steps")
         if isinstance(rule, type) or not (hasattr(rule, "step") and hasattr(rule, "initial_state")):

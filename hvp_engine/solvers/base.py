@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from hvp_engine._support.arguments import check_count, check_not_negative
+from hvp_engine._support.arguments import check_count, check_not_negative, replace_fields
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.solvers.failures import any_bad, divergence, overflow, refusal, underflow
@@ -98,8 +98,11 @@ class Solver:
         """What serves each right-hand side of `system`."""
         return IterativeSolve(self, system)
 
-    def relaxed(self: AnySolver, layout: Layout, share: float) -> AnySolver | None:
-        """The same for a right-hand side that is `share` of what a tolerance refers to; None if nothing is left."""
+    def relaxed(self: AnySolver, layout: Layout, share: float, norm: float) -> AnySolver | None:
+        """The same for a right-hand side of norm `norm`, a `share` of the one that a relative tolerance refers to.
+
+        None where that meets a tolerance already.
+        """
         return self
 
 
@@ -129,7 +132,8 @@ class Prepared:
             yield from self.run(vs, names)
             return
         starts = [WarmStart(self.operator, v, x0, self.solver.damping) for v, x0 in zip(vs, x0s, strict=True)]
-        rest = self.solver.relaxed(self.operator.layout, max(start.share for start in starts))
+        share, norm = max(start.share for start in starts), max(start.norm for start in starts)
+        rest = self.solver.relaxed(self.operator.layout, share, norm)
         if rest is None:
             yield from (start.unchanged() for start in starts)
             return
@@ -255,21 +259,26 @@ class KrylovSolver(Solver):
     tol: float | None = None
     damping: float = 0.0
     preconditioner: Preconditioner | None = None
+    atol: float = 0.0
 
     def __post_init__(self) -> None:
-        check_count(self.iterations, "iterations", least=0)
-        if self.tol is not None:
-            check_not_negative(self.tol, "tol")
-        check_not_negative(self.damping, "damping")
+        tol = None if self.tol is None else check_not_negative(self.tol, "tol")
+        replace_fields(
+            self,
+            iterations=check_count(self.iterations, "iterations", least=0),
+            tol=tol,
+            damping=check_not_negative(self.damping, "damping"),
+            atol=check_not_negative(self.atol, "atol"),
+        )
         check_preconditioner(self.preconditioner)
 
     @property
     def makes_products(self) -> bool:
         return self.iterations > 0
 
-    def relaxed(self: AnyKrylovSolver, layout: Layout, share: float) -> AnyKrylovSolver | None:
+    def relaxed(self: AnyKrylovSolver, layout: Layout, share: float, norm: float) -> AnyKrylovSolver | None:
         tol = tolerance_of(self.tol, layout)
-        return None if share <= tol else replace(self, tol=tol / share)
+        return None if share <= tol or norm <= self.atol else replace(self, tol=tol / share)
 
 
 AnyKrylovSolver = TypeVar("AnyKrylovSolver", bound=KrylovSolver)
