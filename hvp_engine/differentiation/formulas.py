@@ -141,7 +141,7 @@ def ctc_loss(
         for given in (input_lengths, target_lengths)
     )
     if targets.dim() == 1:  # one after another
-        longest = int(max(target_lengths))
+        longest = len(targets) if single else int(max(target_lengths))
         places = (lengths.cumsum(0) - lengths).unsqueeze(1) + torch.arange(longest, device=device)
         targets = targets[places.clamp_max(max(len(targets) - 1, 0))] if len(targets) else targets.new_zeros(batch, 0)
     labels = targets.new_full((batch, 2 * targets.shape[1] + 1), blank, dtype=torch.long)
