@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -129,15 +130,50 @@ def test_an_error_while_importing_a_backend_is_kept(monkeypatch: pytest.MonkeyPa
         backend._load.cache_clear()
 
 
-def test_a_plain_machine_without_extension_and_triton_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def not_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An installation without extension and Triton, in a process that has not warned yet."""
     for name in ("cpp", "cuda", "triton"):
         monkeypatch.setitem(backend._MODULES, name, "hvp_engine.not_built")
     backend._load.cache_clear()
-    try:
-        assert "ModuleNotFoundError" in (why_not("triton", "cuda") or "")
-        states, *rest = arguments(CPU)
-        rest[1][0].fill_(0.5)
+    backend._warn_slow.cache_clear()
+    yield
+    backend._load.cache_clear()
+    backend._warn_slow.cache_clear()
+
+
+@pytest.mark.usefixtures("not_built")
+def test_a_plain_machine_without_extension_and_triton_runs_and_says_once_that_it_is_slow() -> None:
+    assert "ModuleNotFoundError" in (why_not("triton", "cuda") or "")
+    states, *rest = arguments(CPU)
+    rest[1][0].fill_(0.5)
+    with pytest.warns(UserWarning) as caught:
         bind("neumann_step", states, *rest)([torch.ones(3)])
-        assert states[0][:3].tolist() == [-0.5] * 3
-    finally:
-        backend._load.cache_clear()
+        bind("neumann_step", states, *rest)([torch.ones(3)])
+        select(CPU)
+    assert states[0][:3].tolist() == [-1.0] * 3
+    (warning,) = caught
+    text = str(warning.message)
+    assert "backend 'auto' runs the slower 'reference' on cpu" in text
+    assert "'cpp' is not available, ModuleNotFoundError: No module named 'hvp_engine.not_built'" in text
+    with pytest.warns(UserWarning, match=r"on cuda.* 'cuda' is not available, .*; 'triton' is not available, "):
+        select(torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("not_built")
+def test_the_reference_by_choice_is_silent(recwarn: pytest.WarningsRecorder) -> None:
+    with use_backend("reference"):
+        select(CPU)
+    select(CPU, "reference")
+    select(torch.device("meta"))
+    assert not list(recwarn)
+
+
+def test_a_preference_that_leaves_the_fastest_out_is_silent(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """An op that only some backends have: on a GPU with Triton, its reference is no sign of a poor installation."""
+    monkeypatch.setattr(backend, "why_not", lambda name, _: None if name in ("triton", "reference") else "not here")
+    backend._warn_slow.cache_clear()
+    assert select(torch.device("cuda"), among=("cpp", "reference"))[0] == "reference"
+    assert not list(recwarn)

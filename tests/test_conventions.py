@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import DTYPE, flat, randn
+from problems_with_known_answers import DTYPE, flat, randn
 from torch import Tensor, nn
 
 import hvp_engine as hvp

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPE, matrix_with, randn
+from problems_with_known_answers import DTYPE, matrix_with, randn
 from torch import Tensor
 
 import hvp_engine as hvp

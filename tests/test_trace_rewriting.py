@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 import hvp_engine as hvp
-from hvp_engine.differentiation.trace import partial_evaluation, rewriting
+from hvp_engine.differentiation.trace import partial_evaluation, rewriting, tracing
 from hvp_engine.differentiation.trace.rewriting import WrongRewriteError
 from hvp_engine.engines.auto import AutoEngine
 from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
@@ -82,13 +82,13 @@ def test_a_rewrite_that_fails_is_undone(
     assert "crash" not in undone or "KeyError: 'halfway'" in undone
 
 
-@pytest.mark.parametrize("step", ["recomputable", "decompose", "written_over"])
+@pytest.mark.parametrize("step", ["recomputable", "decompose", "written_over", "functionalized"])
 def test_a_step_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def fails(*arguments: object) -> None:
         raise IndexError("step")
 
     fails.__name__ = step
-    monkeypatch.setattr(partial_evaluation, step, fails)
+    monkeypatch.setattr(tracing if step == "functionalized" else partial_evaluation, step, fails)
     with unverified():
         operator = hvp.HessianOperator(loss, W, engine=LinearizedEngine())
         assert isinstance(operator.linear_map, TracedLinearization)
@@ -145,3 +145,11 @@ def test_a_tensor_times_itself(name: str) -> None:
     expected = torch.autograd.functional.hvp(SQUARES[name], W, v)[1]
     torch.testing.assert_close(operator @ v, expected, rtol=1e-11, atol=1e-12)
     assert not operator.linear_map.functions.partition.undone
+
+
+def test_the_recorded_inputs_are_left_alone() -> None:
+    """Tests evaluate graphs on copies, with random numbers that nobody misses."""
+    w, state = W.clone(), torch.get_rng_state()
+    hvp.HessianOperator(lambda w: torch.dropout(w * w, 0.5, True).sum() + (w**4).sum(), w, engine=LinearizedEngine())
+    assert torch.equal(w, W)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -6,7 +6,7 @@ from collections import UserDict
 
 import pytest
 import torch
-from cases import randn
+from problems_with_known_answers import randn
 from torch import Tensor
 
 import hvp_engine as hvp

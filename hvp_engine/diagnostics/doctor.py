@@ -80,7 +80,7 @@ def examine() -> Diagnosis:
     chosen, reasons = {}, {}
     for device_type in ("cpu", "cuda"):
         reasons[device_type] = {name: backend.why_not(name, device_type) for name in backend.BACKENDS}
-        chosen[device_type] = backend.select(torch.device(device_type), "auto")[0]
+        chosen[device_type] = backend.fastest(device_type)
     return Diagnosis(
         versions=_versions(),
         devices=_devices(),

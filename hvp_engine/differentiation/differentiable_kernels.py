@@ -25,25 +25,24 @@ def plain_kernels() -> Iterator[None]:
 
 
 class _PlainFunctions(TorchFunctionMode):
-    """Functions of torch by others with the same values."""
+    """Replaces functions of torch by others that compute the same values."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _PLAIN.get(func, func)(*args, **(kwargs or {}))
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """By the formula: the backward of torch's fused kernel takes the norms for constants, so that its derivative is
-    wrong (in torch 2.13; `torch.autograd.gradgradcheck` finds that too)."""
+    """By the formula, since the second derivative of torch's fused kernel is wrong."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _embedding(input: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    """With dense gradients: autograd cannot add a dense one, as of a penalty, to a sparse one that it came to first."""
+    """With dense gradients: autograd cannot add a dense gradient, say of a penalty, to a sparse one."""
     return embedding(input, weight, *arguments[:4], **(options | {"sparse": False}))
 
 
 def _lstm(*arguments: Any) -> Any:
-    """By operations of its own: oneDNN's kernel has no second derivative."""
+    """Without oneDNN, whose kernel has no second derivative."""
     with without_onednn():
         return torch.lstm(*arguments)
 

@@ -57,7 +57,7 @@ def second_derivative_error(operator: str, kind: type[SecondDerivativeError] = S
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Autograd's complaint about an operator without a second derivative becomes ours, with the remedy."""
+    """Turns autograd's error about an operator without a second derivative into ours, which names the remedy."""
     try:
         yield
     except RuntimeError as error:
@@ -98,10 +98,10 @@ def filled(products: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[
 
 
 class Pullback:
-    """t -> (d outputs / d inputs)^T t, with everything that does not depend on t settled once.
+    """t -> (d outputs / d inputs)^T t, with everything that does not depend on t prepared once.
 
-    `torch.autograd.grad` spends 60 us on each call checking what was checked at the first: a fifth of a product of a
-    small model. So the products go to the engine behind it.
+    `torch.autograd.grad` checks its arguments at every call, which takes 60 us, a fifth of a product of a small model.
+    So products go to the autograd engine directly.
 
     Attributes:
         outputs: those that depend on anything.
@@ -227,8 +227,8 @@ def other_leaves(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
 def _refuse_without_second_derivative(loss: Tensor) -> None:
     """Raise for a once-differentiable function in the loss, for control flow, and for fused weight normalization.
 
-    Behind a linear reduction such as a sum the backward of the first leaves no trace in the gradient's graph, and the
-    second derivative would be wrong without a word, as those of the others are.
+    The gradient's graph would not show the first behind a linear reduction such as a sum, and the second derivative
+    would be silently wrong, as it is for the other two.
     """
     for node in _walk([loss]):
         _refuse_control_flow(node)

@@ -9,13 +9,15 @@ Four backends implement every op of :mod:`hvp_engine.ops.schemas`:
 | cuda      | cuda    | the CUDA part of the extension: lowest launch cost, addresses may change in a CUDA graph |
 | triton    | cuda    | Triton kernels (on a CPU only through Triton's interpreter)    |
 
-A backend is imported on first use; if the import fails, :func:`why_not` shows the original error.
+A backend is imported on first use; if the import fails, :func:`why_not` shows the original error. Where "auto" finds
+nothing faster than the reference, a warning says so once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import cache
@@ -84,12 +86,19 @@ def why_not(name: str, device_type: str) -> str | None:
     return reason if module is None else module.missing(device_type)
 
 
+def fastest(device_type: str, among: Sequence[str] = BACKENDS) -> str:
+    """The first of `among` in the order of preference for this type of device that can run there."""
+    preferred = _PREFERENCE.get(device_type, ("reference",))
+    return next(name for name in preferred if name in among and why_not(name, device_type) is None)
+
+
 def select(device: torch.device, name: str | None = None, among: Sequence[str] = BACKENDS) -> tuple[str, Backend]:
     """The backend to use on `device`: `name`, or the one chosen by :func:`use_backend`, or the fastest of `among`."""
     name = _choice.get() if name is None else name
     if name == "auto":
-        preferred = _PREFERENCE.get(device.type, ("reference",))
-        name = next(n for n in preferred if n in among and why_not(n, device.type) is None)
+        name = fastest(device.type, among)
+        if name == "reference" and device.type in _PREFERENCE and fastest(device.type) == "reference":
+            _warn_slow(device.type)
     elif reason := why_not(name, device.type):
         raise BackendError(
             f"backend {name!r} is not available on device {device}: {reason}. "
@@ -98,6 +107,18 @@ def select(device: torch.device, name: str | None = None, among: Sequence[str] =
     module, _ = _load(name)
     assert module is not None
     return name, module
+
+
+@cache
+def _warn_slow(device_type: str) -> None:
+    """Say once per process that only the reference runs on this type of device, and why."""
+    faster = _PREFERENCE[device_type][:-1]
+    warnings.warn(
+        f"backend 'auto' runs the slower 'reference' on {device_type}, with the same results to rounding: "
+        + "; ".join(f"{name!r} is not available, {why_not(name, device_type)}" for name in faster)
+        + ". use_backend('reference') chooses it without a warning",
+        stacklevel=3,
+    )
 
 
 @contextlib.contextmanager

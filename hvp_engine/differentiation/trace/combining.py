@@ -1,8 +1,8 @@
-"""Many small operations of a traced loop made few large ones: what the steps of a recurrent net have in common.
+"""Merges the many small operations of a traced loop, such as the steps of a recurrent network, into a few large ones.
 
-* Sums: of matrix products, one product of the factors side by side; of batch sums, one sum over all batches; of
-  gradients of the entries of a stack, the stack of the gradients.
-* Products of known matrices with the same matrix: one product of the known ones, stacked once in the primal part.
+* A sum of matrix products becomes one product of the concatenated factors, a sum of batch sums one sum over all
+  batches, and a sum of gradients of the entries of a stack the stack of the gradients.
+* Products of known matrices with the same matrix become one product; the known ones are stacked in the primal part.
 
 Without these rewrites a term of an LSTM takes 1.12 times as long, and 1.10 times if it is a Python loop (one core).
 """
@@ -32,11 +32,11 @@ _KEPT_DIMENSIONS = Rule(
 
 
 def combine_sums(graph: fx.Graph, linear: set[fx.Node]) -> None:
-    """Sums of several products, batch sums or entry gradients, added up at once.
+    """Add up several products, batch sums or entry gradients at once.
 
-    A B + C D + E F -> [A C E] [B; D; F]^T, where the copies are smaller than the sums' results.
+    A B + C D + E F -> [A C E] [B; D; F], where copying the factors is cheaper than adding up the products.
     """
-    replace(graph, linear, (_KEPT_DIMENSIONS,))
+    replace(graph, linear, (_KEPT_DIMENSIONS,), only_linear=False)
     build = Builder(graph, linear)
     for root in [node for node in graph.nodes if node in linear and _is_sum(node)]:
         if len(root.users) == 1 and _is_sum(next(iter(root.users))):
@@ -55,7 +55,7 @@ def combine_sums(graph: fx.Graph, linear: set[fx.Node]) -> None:
 
 
 def share_factors(graph: fx.Graph, linear: set[fx.Node]) -> None:
-    """K_1 R, K_2 R, ... with known K_i of few rows: parts of one product [K_1; K_2; ...] R."""
+    """Compute K_1 R, K_2 R, ..., with known K_i of few rows, as parts of one product [K_1; K_2; ...] R."""
     groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         if node in linear and node.target is aten.mm.default and node.args[0] not in linear:
@@ -113,7 +113,7 @@ def _summands(root: fx.Node) -> list[fx.Node]:
 
 
 def _kind(node: fx.Node) -> Hashable:
-    """Summands of the same kind can be combined; one that cannot is a kind of its own."""
+    """A key that summands share if they can be combined; the node itself if it can be combined with none."""
     arguments: tuple[Any, ...] = node.args
     if node.op == "call_function" and len(node.users) == 1 and not node.kwargs:
         if node.target is aten.mm.default:
@@ -126,7 +126,7 @@ def _kind(node: fx.Node) -> Hashable:
 
 
 def _combined(build: Builder, group: list[fx.Node]) -> list[fx.Node]:
-    """One node that is the sum of `group`, which is of one kind; the group where that is impossible or does not pay."""
+    """One node that is the sum of `group`, of one kind; the group itself where that is impossible or slower."""
     if len(group) < 2 or _kind(group[0]) is group[0]:
         return group
     target, value = group[0].target, group[0].meta["val"]
@@ -160,7 +160,7 @@ def _has_few_rows(product: fx.Node) -> bool:
 
 
 def _concatenated(build: Builder, nodes: Sequence[fx.Node], dimension: int) -> fx.Node:
-    """`nodes` side by side; of transposed ones, the transposed of what is below."""
+    """The concatenation of `nodes`: [A^T B^T] is computed as [A; B]^T."""
     if all(node.target is aten.t.default for node in nodes):
         return build.t(_concatenated(build, [_factor(node, 0) for node in nodes], 1 - dimension))
     value = nodes[0].meta["val"]

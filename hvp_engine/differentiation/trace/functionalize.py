@@ -73,14 +73,14 @@ def functionalized(graph: fx.Graph) -> bool:
 
 
 def _stored(graph: fx.Graph, node: fx.Node, result: fx.Node) -> fx.Node:
-    """`result` in the dtype and layout of the tensor that `node` writes to.
+    """`result` in the dtype of the tensor that `node` writes to, and in a layout in which later views are possible.
 
     x.gt_(0) stores 0.0 and 1.0 in x, whereas gt(x, 0) is a tensor of truth values: copy(x, gt(x, 0)) is what x holds.
     """
     computed = result.target(*fx.node.map_arg(result.args, _value), **fx.node.map_arg(result.kwargs, _value))  # type: ignore[operator]
     expected = node.meta["val"]
     result.meta = node.meta | {"val": computed}
-    if computed.dtype == expected.dtype and computed.stride() == expected.stride():
+    if computed.dtype == expected.dtype and (computed.is_contiguous() or computed.stride() == expected.stride()):
         return result
     copy = graph.call_function(aten.copy.default, (node.args[0], result))
     copy.meta = dict(node.meta)

@@ -1,4 +1,4 @@
-"""Products accumulated straight into the solver's vector: target <- target - scale (A direction + damping direction).
+"""Products accumulated into the solver's vector: target <- target - scale (A direction + damping direction).
 
 Where a weight's product ends in a matrix product, the product itself need never exist: BLAS subtracts it from the
 target as it computes it. Where it ends in known diagonal factors (weight decay), the target is scaled by
@@ -24,7 +24,7 @@ _VIEWS = (aten.t.default, aten.view.default, aten.expand.default, aten.transpose
 
 @dataclass(frozen=True)
 class Terms:
-    """One weight's product as diagonal factors times its own tangent, matrix products, and whatever is left."""
+    """One weight's product: diagonal factors times its own tangent, plus matrix products, plus the rest."""
 
     diagonals: tuple[fx.Node, ...]
     products: tuple[tuple[fx.Node, fx.Node], ...]
@@ -32,12 +32,12 @@ class Terms:
 
     @property
     def nodes(self) -> list[fx.Node]:
-        """What the graph must compute: factors of the products, then the rest."""
+        """What the graph must compute: the factors of the products, then the rest."""
         return [node for pair in self.products for node in pair] + list(self.rest)
 
 
 def decompose(output: fx.Node, tangent: fx.Node, tangents: Sequence[fx.Node], linear: set[fx.Node]) -> Terms:
-    """Take the sum that ends in `output` apart, as far as nobody else uses its parts."""
+    """Split the sum that ends in `output` into its terms, as far as nothing else reads them."""
     diagonals: list[fx.Node] = []
     products: list[tuple[fx.Node, fx.Node]] = []
     rest: list[fx.Node] = []
@@ -80,7 +80,7 @@ def _shows(node: fx.Node, tangents: Sequence[fx.Node]) -> bool:
 
 
 class AccumulatingTerm:
-    """One term of a solve, bound to a linearization and an iteration: everything but the last term's norms.
+    """One term of a solve, bound to a linearization and an iteration, without the norms of the last term.
 
     Arguments:
         compute: gives the nodes of all `terms`, for the direction.

@@ -1,7 +1,7 @@
-"""Memory of a part: operations write over an operand that nobody reads again, where they would make a new tensor.
+"""In-place buffer reuse: an operation overwrites an operand that nothing reads again, instead of making a tensor.
 
-A matrix product that is added to another one is then added by BLAS where that one stands, without a copy; elementwise
-operations read and write two streams instead of three, and what they write to is still in the cache.
+BLAS then adds a matrix product to another one without copying that first, and elementwise operations read and write two
+streams of memory instead of three, one of which is still in the cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _IN_PLACE = {
     aten.div.Tensor: aten.div_.Tensor,
     aten.div.Scalar: aten.div_.Scalar,
 }
-"""Operations that may write over their first operand."""
+"""Operations that may overwrite their first operand."""
 
 _INTO = {
     aten.threshold_backward.default: aten.threshold_backward.grad_input,
@@ -35,7 +35,7 @@ _INTO = {
     aten.sigmoid_backward.default: aten.sigmoid_backward.grad_input,
     aten.gelu_backward.default: aten.gelu_backward.grad_input,
 }
-"""The same, by a keyword that says where the result goes."""
+"""Operations that may overwrite their first operand by a keyword argument for the result."""
 
 _COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
 
@@ -48,11 +48,11 @@ _FRESH = (
     aten.cat.default,
     aten.convolution.default,
 )
-"""Operations whose result is a tensor of its own, dense and without overlap."""
+"""Operations whose result is a new tensor, dense and without overlapping elements."""
 
 
 def written_over(module: fx.GraphModule) -> fx.GraphModule:
-    """`module` with operations in place wherever nobody can tell."""
+    """A copy of `module` that computes in place wherever that makes no difference to what it returns."""
     new = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     order = {node: index for index, node in enumerate(module.graph.nodes)}
@@ -82,7 +82,7 @@ def written_over(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _last_reads(graph: fx.Graph, order: dict[fx.Node, int]) -> dict[fx.Node, int]:
-    """For each node, where in the order it is read for the last time, be it through others that show it."""
+    """For each node, the position at which it is last read, directly or through a view."""
     last: dict[fx.Node, int] = {}
     for node in reversed(graph.nodes):
         last[node] = order[node]
@@ -94,7 +94,7 @@ def _last_reads(graph: fx.Graph, order: dict[fx.Node, int]) -> dict[fx.Node, int
 def _operand(
     node: fx.Node, bases: dict[fx.Node, set[fx.Node]], last: dict[fx.Node, int], now: int
 ) -> tuple[int, fx.Node] | None:
-    """Which operand `node` may write over, and whose memory that is."""
+    """The position of the operand that `node` may overwrite, and the node that allocated its memory."""
     if node.target not in _IN_PLACE and node.target not in _INTO:
         return None
     for position in (0, 1) if node.target in _COMMUTATIVE and not node.kwargs else (0,):
@@ -115,5 +115,5 @@ def _operand(
 
 
 def _shows_argument(node: fx.Node) -> bool:
-    """Whether the result may share memory with an argument, also where torch's schema promises nobody writes to it."""
+    """Whether the result may share memory with an argument; the schema of `_unsafe_view` does not say so."""
     return node.target is aten._unsafe_view.default or is_view(node)

@@ -28,11 +28,11 @@ from hvp_engine.differentiation.trace.patterns import Builder, is_transposed
 aten = torch.ops.aten
 
 _LIBRARY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What oneDNN has convolutions for; others take torch's own, which only know images channel by channel."""
+"""Dtypes for which oneDNN has convolutions; torch's own, for the others, only know images channel by channel."""
 
 _BATCH_NORMALIZATIONS = (functional.batch_norm, torch.batch_norm)
 _TRAINING = 5
-"""The place of `training` among their arguments."""
+"""The position of `training` among their arguments."""
 
 _NORMALIZATIONS = (
     *_BATCH_NORMALIZATIONS,
@@ -43,7 +43,7 @@ _NORMALIZATIONS = (
 )
 
 _CHANNELS = 8
-"""Channels that fill a vector; kernels from and to whole vectors of them gain from the layout, others lose a little."""
+"""Channels that fill a vector register: kernels from and to multiples of it gain by the layout, others lose."""
 
 
 def prefer_channels_last(weights: Sequence[Tensor]) -> bool:
@@ -59,7 +59,7 @@ def channels_last(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 class NoStatistics(TorchFunctionMode):
-    """Refuses to normalize images over their places, by a `RuntimeError`.
+    """Raises `RuntimeError` where the loss normalizes images by statistics over their points.
 
     In channels-last layout torch's kernels for that are slower, and sum less exactly (a ResNet-20 in float32: the
     gradient is off by 0.4%, and by 0.04% otherwise).
@@ -75,7 +75,7 @@ class NoStatistics(TorchFunctionMode):
 
 
 def layout_matters(graph: fx.Graph) -> bool:
-    """Whether values depend on strides: where random numbers are drawn in memory's order, or views name strides."""
+    """Whether values depend on strides: random numbers are drawn in memory order, and some views name strides."""
     return any(_scattered(node) for node in graph.nodes if is_random(node)) or any(
         _scattered(node.args[0]) for node in graph.nodes if node.target is aten.as_strided.default
     )
@@ -98,7 +98,7 @@ _FACTORS = {aten.bmm.default: (0, 1), aten.baddbmm.default: (1, 2)}
 """Batched products, and which of their arguments are matrices to multiply."""
 
 _FEWEST_USES = 2
-"""Products in a term from which an operand that changes with the term is worth a copy."""
+"""Fewest products of a term that are worth a copy of an operand that changes with the term."""
 
 
 def compact_factors(graph: fx.Graph, linear: set[fx.Node]) -> None:
@@ -130,7 +130,7 @@ def compact_factors(graph: fx.Graph, linear: set[fx.Node]) -> None:
 
 
 def _rows_apart(value: Tensor) -> bool:
-    """Whether there is memory between the rows, or the columns, of each matrix; on a CPU."""
+    """Whether each matrix has gaps between its rows and between its columns; on a CPU."""
     if value.device.type != "cpu" or 0 in value.stride() or 0 in value.shape:
         return False
     matrix = value[0]
@@ -138,7 +138,7 @@ def _rows_apart(value: Tensor) -> bool:
 
 
 def _untransposed(node: Any) -> tuple[fx.Node, bool]:
-    """The node below transpositions of its matrices, and whether they leave it transposed."""
+    """The node below transpositions of its matrices, and whether their number is odd."""
     flipped = False
     while is_transposed(node):
         node, flipped = node.args[0], not flipped

@@ -20,7 +20,7 @@ from hvp_engine.differentiation.trace.tracing import Trace
 from hvp_engine.errors import BackendError
 
 _WORTHWHILE = 1 << 14
-"""Weights with matrix products from which accumulating is faster than one fused step over everything."""
+"""Weights from which adding matrix products to the solver's vector is faster than a fused step over all weights."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Partition:
     accumulates: bool
     """Whether matrix products make up most of the weights, so that accumulating pays."""
     dtypes: frozenset[torch.dtype]
-    """Floating dtypes of the arithmetic: the weights', and what autocast or the loss casts to."""
+    """Floating dtypes of the arithmetic: those of the weights, and what autocast or the loss casts to."""
     undone: tuple[str, ...]
     """Rewrites that failed and were undone, each with the reason."""
 
@@ -119,7 +119,7 @@ def _partition(trace: Trace) -> Partition:
         diagonals,
         accumulates=by_product > sum(sizes) / 2 and by_product >= _WORTHWHILE,
         dtypes=_floating_dtypes(graph),
-        undone=tuple(attempts.undone),
+        undone=(*trace.undone, *attempts.undone),
     )
 
 
@@ -137,7 +137,7 @@ def _floating_dtypes(graph: fx.Graph) -> frozenset[torch.dtype]:
 
 
 def _index(residuals: list[fx.Node], node: fx.Node) -> int:
-    """Where `node` is in `residuals`; added if it is not."""
+    """The position of `node` in `residuals`, to which it is added if it is missing."""
     if node not in residuals:
         residuals.append(node)
     return residuals.index(node)
@@ -148,7 +148,7 @@ def _output(graph: fx.Graph) -> fx.Node:
 
 
 def _live(outputs: Sequence[Any], stop: Callable[[fx.Node], bool]) -> set[fx.Node]:
-    """Nodes that `outputs` need, not looking behind nodes where `stop` holds."""
+    """The nodes that `outputs` need, without what is needed only by nodes for which `stop` holds."""
     live: set[fx.Node] = set()
     stack = [node for node in outputs if isinstance(node, fx.Node)]
     while stack:
@@ -170,8 +170,10 @@ def _part(
     residuals: list[fx.Node],
     attempts: Attempts,
 ) -> Part:
-    """The part of `graph` that maps residuals and tangents to `outputs` by what runs in `every_term`; what else it
-    needs is added to `residuals`."""
+    """The part of `graph` that computes `outputs` from residuals and tangents by nodes of `every_term`.
+
+    Other nodes that it needs are added to `residuals`.
+    """
     live = _live(outputs, lambda node: node not in every_term)
     needed = [node for node in graph.nodes if node in live and node not in every_term]
     places = tuple(_index(residuals, node) for node in needed)

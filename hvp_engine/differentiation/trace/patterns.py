@@ -32,10 +32,13 @@ class Call:
     alone: bool = False
     name: str = ""
 
+    @property
+    def all_targets(self) -> tuple[Any, ...]:
+        return self.targets if isinstance(self.targets, tuple) else (self.targets,)
+
     def matches(self, node: Any, arguments: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
         """What is captured in each way in which `node`, with `arguments` in this order, is such a call."""
-        targets = self.targets if isinstance(self.targets, tuple) else (self.targets,)
-        if node.target in targets and not node.kwargs and len(arguments) == len(self.arguments):
+        if node.target in self.all_targets and not node.kwargs and len(arguments) == len(self.arguments):
             yield from _captured(self.arguments, arguments)
 
 
@@ -118,14 +121,15 @@ class Builder:
 def replace(graph: fx.Graph, linear: set[fx.Node], rules: Sequence[Rule], only_linear: bool = True) -> None:
     """Apply the first rule that fits to each node in turn, and to what it is replaced by.
 
-    `only_linear`: to nodes that depend on the tangents alone, in which case the rest of the graph stays as it is.
+    `only_linear`: to nodes that depend on the tangents, and to what replaces those.
     """
     erased: set[fx.Node] = set()
+    targets = {target for rule in rules for target in rule.pattern.all_targets}
     for start in list(graph.nodes):
-        waiting = [start]
+        waiting = [start] if start in linear or not only_linear else []
         while waiting:
             node = waiting.pop()
-            if node in erased or node.op != "call_function" or (only_linear and node not in linear):
+            if node in erased or node.target not in targets:
                 continue
             new = _replacement(graph, linear, rules, node)
             if new is None:

@@ -1,8 +1,8 @@
-"""Elementwise regions of a traced graph, compiled once however often their like occurs.
+"""Elementwise regions of a traced graph, each compiled once however often it occurs.
 
-The graph of a Python loop holds the same cell again and again, and compiling the whole takes minutes. Here whatever
-lies between two matrix products, convolutions or lookups becomes one call, and regions with the same operations on the
-same shapes share one compiled function; what is between the regions runs operation by operation, as before.
+The graph of a Python loop repeats the same cell, and compiling all of it takes minutes. Here whatever lies between two
+matrix products, convolutions or lookups becomes one call, and regions with the same operations on the same shapes share
+one compiled function. Everything else runs operation by operation.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Compile = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[..., Sequence[Te
 Function = Callable[..., Sequence[Tensor]]
 
 _SMALLEST = 3
-"""Operations of a region worth a call: about what the call of a compiled function costs on a CPU."""
+"""Fewest operations that are worth a call: on a CPU, calling a compiled function costs about as much as they do."""
 
 _LARGE = 1 << 18
-"""Bytes of a result from which two operations are worth a call: one pass over them costs more."""
+"""Bytes of a result from which even two operations are worth a call, since it saves a pass over memory."""
 
 _VIEWS = (
     aten.slice.Tensor,
@@ -57,7 +57,7 @@ _OTHERS = (
 
 
 def lazily(compile: Compile, module: fx.GraphModule) -> Function:
-    """`module`, compiled at its first call for arguments like those."""
+    """`module`, compiled at its first call, for arguments like those of that call."""
     compiled: list[Function] = []
 
     def region(*arguments: Tensor) -> Sequence[Tensor]:  # the name that a graph shows for its call
@@ -69,7 +69,7 @@ def lazily(compile: Compile, module: fx.GraphModule) -> Function:
 
 
 class Regions:
-    """The compiled functions of a problem, by what they compute; shared between its graphs.
+    """The compiled functions of a problem, shared between its graphs.
 
     Arguments:
         compile: makes a function of a graph and example arguments; called at a region's first call.
@@ -80,7 +80,7 @@ class Regions:
         self._functions: dict[Hashable, Function] = {}
 
     def outline(self, module: fx.GraphModule) -> fx.GraphModule:
-        """`module` with every region worth it replaced by a call."""
+        """A copy of `module` in which a call replaces every region that is worth one."""
         worthwhile = list(_worthwhile(module.graph))
         inside = {node for nodes in worthwhile for node in nodes}
         parts = [[node] for node in module.graph.nodes if node not in inside] + worthwhile
@@ -113,12 +113,12 @@ class Regions:
 
 
 def distinct(modules: Iterable[fx.GraphModule]) -> int:
-    """How many functions :meth:`Regions.outline` makes of `modules`."""
+    """How many functions :meth:`Regions.outline` would compile for `modules`."""
     return len({_signature(nodes, *_boundary(nodes)) for module in modules for nodes in _worthwhile(module.graph)})
 
 
 def _worthwhile(graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    """The regions for which a call is cheaper."""
+    """The regions that are worth a call."""
     for nodes in _components(graph):
         computing = [node for node in nodes if _computes(node)]
         if len(computing) >= _SMALLEST or (len(computing) > 1 and max(map(result_bytes, computing)) >= _LARGE):
@@ -132,8 +132,8 @@ def _computes(node: fx.Node) -> bool:
 def _components(graph: fx.Graph) -> Iterator[list[fx.Node]]:
     """Connected elementwise nodes of equal depth, in order.
 
-    A path that leaves such a component and comes back would pass another node on the way, and end deeper: so no call
-    waits for its own result.
+    A path that leaves a component passes a node that is not elementwise, which makes it deeper, so it cannot come back:
+    no call waits for its own result.
     """
     depths = _depths(graph)
     component: dict[fx.Node, list[fx.Node]] = {}
@@ -154,7 +154,7 @@ def _components(graph: fx.Graph) -> Iterator[list[fx.Node]]:
 def _depths(graph: fx.Graph) -> dict[fx.Node, int]:
     """How many nodes that are neither elementwise nor inputs are on the longest path to each node.
 
-    What is made of inputs by elementwise nodes alone has the depth at which it is first used: it is made there.
+    What elementwise nodes make of inputs alone gets the depth at which it is first used, and is computed there.
     """
     depths: dict[fx.Node, int] = {}
     elementwise = set(filter(_is_elementwise, graph.nodes))
@@ -179,8 +179,10 @@ def _is_given(node: fx.Node) -> bool:
 
 
 def _is_elementwise(node: fx.Node) -> bool:
-    """Whether the compiler can put the node into a loop with its neighbours. Views of inputs stay outside: loops differ
-    in which part of an input they take."""
+    """Whether the compiler can fuse the node with its neighbours.
+
+    Views of inputs stay outside, since the repetitions of a cell differ in which part of an input they take.
+    """
     if node.op != "call_function" or is_random(node):
         return False
     if node.target is operator.getitem:
@@ -191,14 +193,14 @@ def _is_elementwise(node: fx.Node) -> bool:
 
 
 def _boundary(nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """What a region takes from outside and what is used outside, in order."""
+    """The nodes that a region reads from outside, and those of it that are read outside, in order."""
     inside = set(nodes)
     inputs = dict.fromkeys(i for node in nodes for i in node.all_input_nodes if i not in inside)
     return list(inputs), [node for node in nodes if not inside.issuperset(node.users)]
 
 
 def _signature(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Hashable:
-    """What a compiled region depends on."""
+    """A key that is equal for regions that one compiled function can serve."""
     number = {node: index for index, node in enumerate([*inputs, *nodes])}
 
     def frozen(value: Any) -> Hashable:
@@ -217,7 +219,7 @@ def _signature(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Seq
 
 
 def _sorted(graph: fx.Graph, parts: Sequence[list[fx.Node]]) -> Iterator[list[fx.Node]]:
-    """`parts` in an order in which each follows what it needs, near to the graph's; random draws keep theirs."""
+    """`parts` in topological order, as close to the graph's as possible; random draws keep their order."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     owner = {node: index for index, part in enumerate(parts) for node in part}
     draws = [owner[node] for node in graph.nodes if is_random(node) or node.op in ("placeholder", "output")]

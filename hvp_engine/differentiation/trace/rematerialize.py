@@ -1,6 +1,7 @@
 """What each term computes again rather than holding it between terms: memory of large networks for a little arithmetic.
 
-A transformer holds 28 MiB between terms instead of 38, and its terms take as long (one core).
+A ResNet-20 holds 215 MiB between terms instead of 395, for terms that take 1.07 times as long (one core); a transformer
+28 instead of 38, for none.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ _CHEAP = (
     aten.relu.default,
     aten.threshold_backward.default,
 )
-"""One pass over memory, as reading the held result would be."""
+"""Operations of one pass over memory, as is reading a result that was held."""
 
 _LARGE = 1 << 18
-"""Bytes below which a result is held: what a small net holds is no burden, and its terms are bound by launches."""
+"""Bytes from which a result is computed again: small networks hold little, and their terms are bound by launches."""
 
 _SMALL_SHARE = 1 / 16
-"""An operand of so little of the result's size may be held in its place."""
+"""An operand of at most this share of the result's size may be held instead."""
 
 _MOST_PASSES = 2
-"""Operations on tensors of the result's size, at most, that are made again for it."""
+"""Most operations on tensors of the result's size that are computed again for it."""
 
 
 def recomputable(residuals: Iterable[fx.Node]) -> set[fx.Node]:
-    """What runs again with each term: those of `residuals` that cheap operations make of the others, of inputs and of
-    small operands, and what lies in between.
+    """The nodes to compute again in each term: large residuals that a few cheap operations make of what is held anyway.
 
-    Batch normalization is full of them: the centred and the scaled activations, once for each derivative.
+    Batch normalization is full of them: the centred activations x - mean and the scaled ones, once for each derivative,
+    are one pass over x.
     """
     held = set(residuals)
     found: set[fx.Node] = set()
@@ -53,7 +54,7 @@ def recomputable(residuals: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _chain(node: fx.Node, held: set[fx.Node], small: float, passes: int) -> set[fx.Node] | None:
-    """The operations that make `node` again, itself included; None if they are too many or one is not cheap."""
+    """The nodes to compute again for `node`, itself included; None if there are too many or one is not cheap."""
     if node.target is aten.expand.default:
         return {node} if result_bytes(node.all_input_nodes[0]) <= small else None
     if node.target not in _CHEAP or passes == 0:

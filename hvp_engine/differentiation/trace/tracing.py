@@ -1,10 +1,9 @@
 """A problem's gradient and its vector-Jacobian product, traced once into one graph of aten operations.
 
 Reverse over reverse: the trace runs the loss, its gradient f = dL/dw, and `autograd.grad(f, (w, lambda), tangents)`
-under `make_fx`. Everything that varies between calls is an input of the graph: weights, hyperparameters, the
-tensors of the batch, the tangents. Tensors that the loss takes from elsewhere (module buffers, closures) are read
-by reference; what is baked in are Python values and the tensors a closure is bound to, so losses must be functions
-of their arguments.
+under `make_fx`. Everything that varies between calls is an input of the graph: weights, hyperparameters, the tensors of
+the batch, the tangents. Other tensors that the loss uses (module buffers, closures) are read by reference. Python
+values, and which tensor a closure is bound to, are fixed by the trace, so losses must be functions of their arguments.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from hvp_engine.differentiation.trace.memory_format import (
     layout_matters,
     prefer_channels_last,
 )
-from hvp_engine.differentiation.trace.rewriting import copied
+from hvp_engine.differentiation.trace.rewriting import Attempts, copied
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
@@ -55,12 +54,14 @@ class Trace:
         root: holds the tensors that the graph takes as attributes.
         weights: how many inputs are weights, and how many tangents.
         arguments: the inputs that were recorded.
+        undone: steps that failed and were undone, each with the reason.
     """
 
     graph: fx.Graph
     root: fx.GraphModule
     weights: int
     arguments: tuple[Tensor, ...]
+    undone: tuple[str, ...]
 
 
 def trace(problem: Problem) -> Trace:
@@ -109,6 +110,7 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
         *tensors,
         *(torch.ones_like(w) for w in problem.weights),
     ]
+    attempts = Attempts()
     try:
         with (
             _TRACING,
@@ -119,7 +121,7 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
         ):
             root = make_fx(function)(*arguments)
             graph = copied(root.graph)
-            if not functionalized(graph):
+            if not attempts.call(functionalized, graph, otherwise=False):
                 root = _retraced(root, arguments, problem.name)
                 graph = root.graph
             refuse_side_effects(graph)
@@ -146,7 +148,7 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
                 "use engine='eager'"
             ) from error
         raise
-    return Trace(graph, root, count_w, tuple(arguments))
+    return Trace(graph, root, count_w, tuple(arguments), tuple(attempts.undone))
 
 
 def _retraced(recorded: fx.GraphModule, arguments: list[Tensor], name: str) -> fx.GraphModule:
