@@ -27,22 +27,8 @@ pytestmark = [
 
 SEED = 7
 
-NOWHERE, NOT_TRACED = ("eager", "linearized"), ("linearized",)
+ENGINES, NOT_TRACED = ("eager", "linearized"), ("linearized",)
 UNMENDED: dict[str, tuple[str, ...]] = {
-    # an operator without a second derivative that has a simple one
-    "multi_margin": NOWHERE,
-    "multilabel_margin": NOWHERE,
-    "cdist": NOWHERE,
-    "cdist squared": NOWHERE,
-    "cdist of itself": NOWHERE,
-    "prototypes by cdist": NOWHERE,
-    "pdist": NOWHERE,
-    "hardsigmoid": NOWHERE,
-    "squeeze and excite, Hardsigmoid": NOWHERE,
-    "embedding_bag mean": NOWHERE,
-    "embedding_bag sum": NOWHERE,
-    "EmbeddingBag": NOWHERE,
-    "EmbeddingBag, max": NOWHERE,
     # Python asks a tensor
     "one_hot": NOT_TRACED,
     "one_hot without a number": NOT_TRACED,
@@ -71,7 +57,7 @@ UNMENDED: dict[str, tuple[str, ...]] = {
 
 def cells(names: Iterable[str]) -> list[tuple[str, str]]:
     """Each name with each engine."""
-    return [(name, engine) for name in names for engine in NOWHERE if engine not in UNMENDED.get(name, ())]
+    return [(name, engine) for name in names for engine in ENGINES if engine not in UNMENDED.get(name, ())]
 
 
 @pytest.fixture(autouse=True)
