@@ -177,8 +177,13 @@ def says_data_dependent(error: Exception) -> bool:
 ERROR_NODE = "torch::autograd::Error"
 """Stands for the backward of a once-differentiable function; autograd returns zeros through it without a word."""
 
-NOT_IMPLEMENTED_NODE = "torch::autograd::NotImplemented"
-"""Stands for a backward kernel without a derivative: raises where it is reached."""
+NOT_IMPLEMENTED_NODES = {
+    "torch::autograd::NotImplemented",
+    "CdistBackwardBackward0",
+    "PdistBackwardBackward0",
+    "EmbeddingBagBackwardBackward0",
+}
+"""Stand for backward kernels without a derivative: they raise where they are reached."""
 
 WEIGHT_NORM_NODE = "WeightNormInterfaceBackward0"
 """The node of :data:`fused_weight_norm`."""

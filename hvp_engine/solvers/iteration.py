@@ -119,6 +119,22 @@ def tolerance_of(tol: float | None, layout: Layout) -> float:
     return max(epsilon, epsilon ** (2 / 3) if tol is None else tol)
 
 
+@dataclass(frozen=True)
+class Tolerance:
+    """Where a residual is small enough: ||r|| <= max(relative ||b||, absolute)."""
+
+    relative: float
+    absolute: float
+
+    def squared(self, squared_b: Tensor) -> Tensor:
+        """The squared bound, on the device, from ||b||^2."""
+        return (self.relative**2 * squared_b).clamp_min(self.absolute**2)
+
+    def reached(self, residual: float, squared_b: float) -> bool:
+        """Whether a residual, relative to ||b||, is within the bound."""
+        return residual <= self.relative or residual * math.sqrt(squared_b) <= self.absolute
+
+
 def krylov_residual(squared_b: float, bad_b: float, squared: float, bad: float, bad_metric: float) -> float:
     """||r|| / ||b||, infinite if anything is not finite; `ValueError` for a preconditioner not positive definite."""
     if bad_metric and not bad_b:

@@ -26,6 +26,7 @@ from hvp_engine._support.torch_compat import (
     reverse_in_forward_refused,
     says_data_dependent,
 )
+from hvp_engine._support.user_code import innermost_line
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
 from hvp_engine.differentiation.double_backward import Pullback, Tape, explained, gradients, leaves
 from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
@@ -140,8 +141,8 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
         with torch.enable_grad():  # it names an operator without a second derivative
             gradients(problem.evaluate(here, leaves(problem.hyperparameters)), here, problem.name)
         raise TraceError(
-            f"{problem.name}: expected a loss without control-flow operators (scan, map, while_loop, cond); got one, "
-            "which torch cannot trace here: write it as a Python loop, or use engine='eager'"
+            f"{problem.name}: expected a loss without control-flow operators (scan, map, while_loop, cond); got one at "
+            f"{innermost_line(error)}, which torch cannot trace here: write it as a Python loop, or use engine='eager'"
         ) from error
     except RuntimeError as error:
         if str(error) == _HOOKS:
@@ -156,8 +157,9 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
             ) from error
         if says_data_dependent(error):
             raise TraceError(
-                f"{problem.name}: expected a loss without control flow that depends on tensor values; tracing said: "
-                f"{error}; use engine='eager'"
+                f"{problem.name}: expected a loss without control flow that depends on tensor values; Python asks for "
+                f"the value of a tensor at {innermost_line(error)}: keep it a tensor (torch.where in place of if), or "
+                "use engine='eager'"
             ) from error
         raise
     return Trace(graph, root, count_w, tuple(arguments), tuple(attempts.undone))
