@@ -1,17 +1,19 @@
-# make demo | test | docs | lint | bench | soak | sanitize | mutations | wheel | clean. Needs Python >= 3.10, a C++ compiler and make.
+# make demo | test | docs | lint | bench | soak | field | sanitize | mutations | wheel | clean. Needs Python >= 3.10, a C++
+# compiler and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TOOLS := $(VENV)/tools.stamp
 INSTALLED := $(VENV)/installed.stamp
 PEERS := $(VENV)/peers.stamp
+FIELD := $(VENV)/field.stamp
 DOCS := $(VENV)/docs.stamp
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # A waiting OpenMP thread must not hold a core that somebody else could use.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test docs lint format bench soak sanitize mutations wheel build clean
+.PHONY: demo test docs lint format bench soak field sanitize mutations wheel build clean
 
 demo: build
 	$(BIN)/python -m hvp_engine demo $(ARGS)
@@ -27,6 +29,10 @@ docs: build $(DOCS)
 soak: build
 	$(BIN)/python -m pytest -q -m soak $(ARGS)
 
+# Models of other packages; `python tools/field.py` times them and writes bench/results/field.csv.
+field: build $(FIELD)
+	$(BIN)/python -m pytest -q -m field $(ARGS) tests/test_field.py
+
 # The extension built once more, with sanitizers, in a folder of its own. libasan must come before everything else, and
 # libstdc++ with it, whose exceptions it watches; Python's own leaks at its end are not ours.
 SANITIZED := build/sanitize
@@ -37,7 +43,7 @@ sanitize: build
 	$(BIN)/cmake --build $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/python tests/sanitized.py $(SANITIZED) $(ARGS)
+		$(BIN)/python tests/run_sanitized.py $(SANITIZED) $(ARGS)
 
 # Would the tests notice a fault? ARGS="--only kernels/" tries some of them; an interrupted run continues.
 mutations: build
@@ -91,6 +97,14 @@ $(PEERS): $(INSTALLED)
 	done
 	@touch $@
 
+# Each by itself, and without what would replace this torch; models whose package is missing are left out.
+$(FIELD): $(INSTALLED)
+	for package in transformers peft timm torch_geometric diffusers; do \
+		$(PIP) $$package "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')" \
+			|| echo "$$package: not installed, its models are left out"; \
+	done
+	@touch $@
+
 clean:
-	rm -rf build dist *.egg-info $(INSTALLED) $(PEERS) $(DOCS) hvp_engine/_C.*.so
+	rm -rf build dist *.egg-info $(INSTALLED) $(PEERS) $(FIELD) $(DOCS) hvp_engine/_C.*.so
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from baselines import methods
-from bench import demo, hard_models, precision, products, report, results
+from bench import demo, field, hard_models, precision, products, report, results
 
 
 def plots(files: list[Path]) -> str:
@@ -35,6 +35,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "benchmark": lambda: report.markdown(report.everything()),
     "summary": lambda: report.summary(report.everything()),
     "demo": demo.block,
+    "field": field.markdown,
     "hard models": hard_models.markdown,
     "methods": methods.markdown,
     "precision": precision.markdown,

@@ -207,6 +207,10 @@ def settle(made: Mapping[str, engines.Engine], run: Run) -> None:
     for engine in made.values():
         if isinstance(engine, AutoEngine):
             for choice in engine.choices.values():
+                if choice.trace_seconds is not None:
+                    choice.trace_seconds = 0.0
+            run(1)
+            for choice in engine.choices.values():
                 if choice.compile_seconds is not None:
                     choice.compile_seconds = 0.0
             run(1)

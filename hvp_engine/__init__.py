@@ -1,6 +1,6 @@
 """Inverse-Hessian-vector products and hypergradients, fast and in constant memory.
 
-The names below are the public API; see the README for where to look for what.
+The names below are the public API; the README says which one does what.
 """
 
 from hvp_engine.diagnostics.hypergradient_check import CheckResult, Verdict, check

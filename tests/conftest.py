@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import BILEVEL, Bilevel
-from op_cases import TARGETS
+from fused_op_oracles import TARGETS
+from problems_with_known_answers import BILEVEL, Bilevel
 
 from hvp_engine.differentiation.trace.rewriting import verified_rewrites
 from hvp_engine.linear_model import engine as linear_model

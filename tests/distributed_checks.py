@@ -1,4 +1,4 @@
-"""What must hold in every process of a group; each function runs in all of them (see processes.py)."""
+"""What must hold in every process of a group; each function runs in all of them (see spawned_processes.py)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cases import DTYPE, randn
-from distributed_cases import (
+from distributed_problem import (
     EXAMPLES,
     assert_close,
     assert_same_bits,
@@ -26,6 +25,7 @@ from distributed_cases import (
     twin,
     weights_of,
 )
+from problems_with_known_answers import DTYPE, randn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 

@@ -1,4 +1,4 @@
-"""What must hold when something fails in one process of a group; see processes.py."""
+"""What must hold when something fails in one process of a group; see spawned_processes.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import (
+from distributed_problem import (
     assert_same_bits,
     batch,
     compare,

@@ -1,4 +1,4 @@
-"""What must hold in every process of a group where the weights are shards; see processes.py."""
+"""What must hold in every process of a group where the weights are shards; see spawned_processes.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import randn
-from distributed_cases import (
+from distributed_problem import (
     assert_close,
     assert_same_bits,
     batch,
@@ -23,6 +22,7 @@ from distributed_cases import (
     weights_of,
 )
 from distributed_tuner_checks import loaders, small_tuner
+from problems_with_known_answers import randn
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -135,7 +135,7 @@ def check_sharded_refusals(rank: int, count: int, folder: Path) -> None:
     with pytest.raises(ValueError, match=r"distribute_tensor\(tensor, mesh, \[Shard\(0\)\]\)"):
         replicated = {name: distribute_tensor(leaf, mesh, [Replicate()]) for name, leaf in weights_of(module).items()}
         hvp.Hypergradient(*parallel(module))(replicated, *arguments)
-    with pytest.raises(TypeError, match="expected tensors that this process has whole"):
+    with pytest.raises(TypeError, match="expected tensors that are whole in this process"):
         hvp.approx_inverse_hvp(list(cut.values()), cut["2.bias"].sum(), list(cut.values()), 3, 0.1)
 
 

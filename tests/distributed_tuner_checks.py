@@ -1,4 +1,4 @@
-"""Checks of a Tuner that run in every process of a group; see processes.py."""
+"""Checks of a Tuner that run in every process of a group; see spawned_processes.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import (
+from distributed_problem import (
     assert_close,
     assert_same_bits,
     batch,

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
+from losses_on_random_trees import World
+from random_tree_calls_of_losses import LOSS_CALLS
+from random_tree_calls_of_operators import OPERATOR_CALLS
+from random_trees import SILENT
 from torch.utils import _pytree as pytree
-from tree_calls_losses import LOSS_CALLS
-from tree_calls_operators import OPERATOR_CALLS
-from tree_cases import SILENT
-from tree_world import World
 
 import hvp_engine as hvp
 

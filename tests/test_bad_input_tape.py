@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from bad_input import World, nan_like
-from cases import DTYPE
+from problems_with_known_answers import DTYPE
+from refused_calls import World, nan_like
 from torch import nn
 
 import hvp_engine as hvp

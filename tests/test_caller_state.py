@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from caller import Caller, differences, unusual_settings
-from prepared_calls import Call
-from public_calls import CALLS, PARTS_OF
+from call_descriptions import Call
+from callers_state import Caller, differences, unusual_settings
+from calls_of_every_public_name import CALLS, PARTS_OF
 
 import hvp_engine as hvp
 

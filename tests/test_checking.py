@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BILEVEL, DTYPE, generator, quadratic_bilevel, randn, ridge_bilevel
-from checking_cases import ENOUGH, NOTHING, check_case
+from checked_hypergradient import ENOUGH, NOTHING, check_case
+from problems_with_known_answers import BILEVEL, DTYPE, generator, quadratic_bilevel, randn, ridge_bilevel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout
 

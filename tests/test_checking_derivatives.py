@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, Bilevel, randn, ridge_bilevel
-from checking_cases import ENOUGH, NOTHING, check_case
+from checked_hypergradient import ENOUGH, NOTHING, check_case
+from problems_with_known_answers import DTYPE, Bilevel, randn, ridge_bilevel
 from torch import Tensor
 
 import hvp_engine as hvp

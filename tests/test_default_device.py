@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, randn
+from problems_with_known_answers import DTYPE, randn
 
 import hvp_engine as hvp
 

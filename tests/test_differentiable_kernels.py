@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import randn, relative_error
+from problems_with_known_answers import randn, relative_error
 from torch import Tensor
 from torch.nn.functional import embedding
 

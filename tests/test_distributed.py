@@ -12,8 +12,8 @@ import distributed_checks
 import distributed_failure_checks
 import distributed_shard_checks
 import distributed_tuner_checks
-import processes
 import pytest
+import spawned_processes
 import torch
 
 import hvp_engine as hvp
@@ -26,28 +26,28 @@ CHECKS = [
 ]
 
 
-def _nothing_wrong(checks: Sequence[processes.Check]) -> dict[str, str]:
+def _nothing_wrong(checks: Sequence[spawned_processes.Check]) -> dict[str, str]:
     return {check.__name__: "" for check in checks}
 
 
 def test_two_processes(tmp_path: Path) -> None:
     """All checks in one test, so that the processes are started once, on whatever worker it runs."""
-    assert processes.run(CHECKS, 2, tmp_path) == _nothing_wrong(CHECKS)
+    assert spawned_processes.run(CHECKS, 2, tmp_path) == _nothing_wrong(CHECKS)
 
 
 @pytest.mark.soak
 def test_four_processes(tmp_path: Path) -> None:
     checks = [*CHECKS, *distributed_checks.SLOW_CHECKS]
-    assert processes.run(checks, 4, tmp_path) == _nothing_wrong(checks)
+    assert spawned_processes.run(checks, 4, tmp_path) == _nothing_wrong(checks)
 
 
 @pytest.mark.soak
 def test_torchrun(tmp_path: Path) -> None:
-    script = Path(processes.__file__)
+    script = Path(spawned_processes.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parents[1]), str(script.parent)])}
     subprocess.run([*command, str(script), str(tmp_path)], check=True, env=environment, timeout=300)
-    assert processes.collected(2, tmp_path) == _nothing_wrong(CHECKS)
+    assert spawned_processes.collected(2, tmp_path) == _nothing_wrong(CHECKS)
 
 
 def test_without_a_group() -> None:

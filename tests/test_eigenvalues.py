@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, NETWORKS, dense_hessian, matrix_with, randn
+from problems_with_known_answers import DTYPE, NETWORKS, dense_hessian, matrix_with, randn
 from torch import Tensor
 
 import hvp_engine as hvp

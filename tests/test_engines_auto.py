@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from call_recorder import CallRecorder
+from recorder_on_cpu import CallRecorder
 from torch import Tensor
 
 import hvp_engine as hvp
@@ -22,6 +22,10 @@ def train(weights: list[Tensor], hyper: Tensor, batch: Tensor) -> Tensor:
 
 def val(weights: list[Tensor], hyper: Tensor, batch: Tensor) -> Tensor:
     return (torch.tanh(batch @ weights[0]) - 0.1).square().mean()
+
+
+def second_loss(weights: list[Tensor], hyper: Tensor, batch: Tensor) -> Tensor:
+    return train(weights, hyper, batch) + val(weights, hyper, batch)
 
 
 def point(rows: int, device: str | torch.device = "cpu") -> tuple[list[Tensor], Tensor, Tensor]:
@@ -47,13 +51,13 @@ def test_two_operators_of_one_engine_take_turns() -> None:
 
 def test_choices_are_remembered_by_shape_not_by_order() -> None:
     first, second = AutoEngine(compile_budget_s=0.0), AutoEngine(compile_budget_s=0.0)
-    for rows in (4, 7):
-        hvp.HessianOperator(train, *point(rows), engine=first)
+    for loss, rows in ((train, 4), (val, 7)):
+        hvp.HessianOperator(loss, *point(rows), engine=first)
     names = iter(("eager", "linearized"))
     state = {"engines": {description: next(names) for description in first.state_dict()["engines"]}}
     second.load_state_dict(state)
-    for rows in (7, 4, 5):
-        hvp.HessianOperator(train, *point(rows), engine=second)
+    for loss, rows in ((val, 7), (train, 4), (second_loss, 5)):
+        hvp.HessianOperator(loss, *point(rows), engine=second)
     lines = second.report().splitlines()
     assert lines[0] == "linearized: as before the checkpoint" and lines[1] == "eager: as before the checkpoint"
     assert "measured fastest" in lines[2]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from call_recorder import WAITS, CallRecorder
+from recorder_on_cpu import WAITS, CallRecorder
 from torch import Tensor
 
 import hvp_engine as hvp

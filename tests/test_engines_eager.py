@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, randn, relative_error
+from problems_with_known_answers import DTYPE, randn, relative_error
 from torch import Tensor
 from torch._higher_order_ops.map import map as control_flow_map
 from torch._higher_order_ops.scan import scan

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BILEVEL, DTYPE, Bilevel, flat, randn, relative_error
+from problems_with_known_answers import BILEVEL, DTYPE, Bilevel, flat, randn, relative_error
 from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 from torch.nn.functional import cross_entropy, dropout

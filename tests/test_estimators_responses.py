@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, matrix_with, quadratic_bilevel, randn, relative_error
+from problems_with_known_answers import DTYPE, matrix_with, quadratic_bilevel, randn, relative_error
 from torch import Tensor
 
 import hvp_engine as hvp

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, quadratic_bilevel, randn, relative_error, ridge_bilevel
+from problems_with_known_answers import DTYPE, quadratic_bilevel, randn, relative_error, ridge_bilevel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, NETWORKS, Tied, randn
+from problems_with_known_answers import DTYPE, NETWORKS, Tied, randn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

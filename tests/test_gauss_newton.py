@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, NETWORKS, Network, flat, generator, randn, relative_error, unflat
+from problems_with_known_answers import DTYPE, NETWORKS, Network, flat, generator, randn, relative_error, unflat
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BILEVEL, Bilevel, randn, relative_error, truncated_sum
-from implicit_styles import STYLES, functional_style, tape_style
+from hypergradient_calling_styles import STYLES, functional_style, tape_style
+from problems_with_known_answers import BILEVEL, Bilevel, randn, relative_error, truncated_sum
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BILEVEL, DTYPE, Bilevel, randn, truncated_sum
-from implicit_styles import STYLES, functional_style
+from hypergradient_calling_styles import STYLES, functional_style
+from problems_with_known_answers import BILEVEL, DTYPE, Bilevel, randn, truncated_sum
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout
 

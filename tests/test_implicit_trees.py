@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, NETWORKS, Bilevel, dense_hessian, flat, randn, relative_error, truncated_sum
+from problems_with_known_answers import (
+    DTYPE,
+    NETWORKS,
+    Bilevel,
+    dense_hessian,
+    flat,
+    randn,
+    relative_error,
+    truncated_sum,
+)
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

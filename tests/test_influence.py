@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, randn, relative_error
+from problems_with_known_answers import DTYPE, randn, relative_error
 from test_examples_first import FOLDER, example
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy

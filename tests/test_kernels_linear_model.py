@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import randn
-from linear_model_cases import Model, joined, likewise, model_of
+from linear_models_and_losses import Model, joined, likewise, model_of
+from problems_with_known_answers import randn
 from torch import Tensor
 
 import hvp_engine as hvp

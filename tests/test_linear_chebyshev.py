@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, flat, randn, relative_error, unflat
-from linear_model_cases import DECAYS, LOSSES, Model, joined, likewise, model_of
+from linear_models_and_losses import DECAYS, LOSSES, Model, joined, likewise, model_of
+from problems_with_known_answers import DTYPE, flat, randn, relative_error, unflat
 
 import hvp_engine as hvp
 from hvp_engine.ops.backend import why_not

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, randn
-from linear_model_cases import DECAYS, LOSSES, Model, joined, likewise, model_of
+from linear_models_and_losses import DECAYS, LOSSES, Model, joined, likewise, model_of
+from problems_with_known_answers import DTYPE, randn
 
 import hvp_engine as hvp
 from hvp_engine._support.flat_vector import FlatVector

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, flat, randn, relative_error, truncated_sum, unflat
-from linear_model_cases import BACKENDS, DECAYS, FORMS, LOSSES, Model, joined, likewise, model_of
+from linear_models_and_losses import BACKENDS, DECAYS, FORMS, LOSSES, Model, joined, likewise, model_of
+from problems_with_known_answers import DTYPE, flat, randn, relative_error, truncated_sum, unflat
 from torch import Tensor
 
 import hvp_engine as hvp
@@ -267,7 +267,7 @@ def test_reference_and_kernels_have_one_meaning() -> None:
     """v, p and figures after a call, not only what a solve makes of them."""
     if reason := why_not("cpp", "cpu"):
         pytest.skip(reason)
-    from hvp_engine.ops import cpp as native
+    from hvp_engine.linear_model import native
 
     model = model_of("softmax", 5, "leaves", samples=20, features=33)
     products = model.operator.linear_map

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import torch
+from fused_op_oracles import BF16, F16, F32, F64, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import BF16, F16, F32, F64, Case
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import CHUNK

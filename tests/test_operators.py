@@ -6,7 +6,18 @@ import copy
 
 import pytest
 import torch
-from cases import CLOSED_FORMS, DTYPE, NETWORKS, Case, dense_hessian, flat, randn, relative_error, truncated_sum, unflat
+from problems_with_known_answers import (
+    CLOSED_FORMS,
+    DTYPE,
+    NETWORKS,
+    Case,
+    dense_hessian,
+    flat,
+    randn,
+    relative_error,
+    truncated_sum,
+    unflat,
+)
 from torch import Tensor, nn
 
 import hvp_engine as hvp

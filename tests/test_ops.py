@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from op_cases import BF16, DTYPES, F16, F32, F64, SIZES, THREADED, Case, extended, products_like
+from fused_op_oracles import BF16, DTYPES, F16, F32, F64, SIZES, THREADED, Case, extended, products_like
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import CHUNK

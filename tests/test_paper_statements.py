@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BILEVEL, DTYPE, Bilevel, randn, relative_error
-from implicit_styles import STYLES
+from hypergradient_calling_styles import STYLES
+from problems_with_known_answers import BILEVEL, DTYPE, Bilevel, randn, relative_error
 from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
 

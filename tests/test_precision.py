@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, flat, generator, randn, relative_error
+from problems_with_known_answers import DTYPE, flat, generator, randn, relative_error
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, flat, randn, relative_error, unflat
+from problems_with_known_answers import DTYPE, flat, randn, relative_error, unflat
 from torch import Tensor, nn
 
 import hvp_engine as hvp

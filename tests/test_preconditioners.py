@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, flat, matrix_with, randn, relative_error, unflat
+from problems_with_known_answers import DTYPE, flat, matrix_with, randn, relative_error, unflat
 from torch import Tensor, nn
 
 import hvp_engine as hvp

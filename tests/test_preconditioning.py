@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import BILEVEL, DTYPE, flat, matrix_with, randn, relative_error, unflat
+from problems_with_known_answers import BILEVEL, DTYPE, flat, matrix_with, randn, relative_error, unflat
 
 import hvp_engine as hvp
 from hvp_engine.solvers.conjugate_gradient import REFRESH_EVERY

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPE, matrix_with, randn
+from problems_with_known_answers import DTYPE, matrix_with, randn
 
 import hvp_engine as hvp
 from bench import product_curves, products

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from tuning_run import TuningRun
+from tuning_run_to_interrupt import TuningRun
 
 import hvp_engine as hvp
 from hvp_engine.tuning import checkpoint
@@ -89,7 +89,7 @@ def test_killed_in_the_middle_of_a_step(straight: dict[str, Tensor], tmp_path: P
     """SIGKILL in round 13 of a run that saves every 5 hyper steps: another process continues from 10."""
     path = tmp_path / "run.pt"
     kill_at = 8 + 12 * EVALUATIONS_PER_ROUND + 4
-    script = Path(__file__).with_name("tuning_run.py")
+    script = Path(__file__).with_name("tuning_run_to_interrupt.py")
     arguments = [sys.executable, str(script), str(path), str(kill_at)]
     package = str(Path(hvp.__file__).parents[1])
     ended = subprocess.run(arguments, env={**os.environ, "PYTHONPATH": package}, capture_output=True, timeout=300)
@@ -241,7 +241,7 @@ def test_a_signal_after_the_last_step_is_not_lost(
 
 def test_a_terminated_process_saves_and_exits_with_143(straight: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
-    script = [sys.executable, str(Path(__file__).parent / "tuning_run.py"), str(path), "27", "SIGTERM"]
+    script = [sys.executable, str(Path(__file__).parent / "tuning_run_to_interrupt.py"), str(path), "27", "SIGTERM"]
     environment = {**os.environ, "PYTHONPATH": str(Path(hvp.__file__).parents[1])}
     ended = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert ended.returncode == 143, ended.stderr

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, matrix_with, randn, relative_error
+from problems_with_known_answers import DTYPE, matrix_with, randn, relative_error
 from torch import Tensor
 
 import hvp_engine as hvp

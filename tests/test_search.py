@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, randn
+from problems_with_known_answers import DTYPE, randn
 from torch import Tensor, nn
 
 import hvp_engine as hvp

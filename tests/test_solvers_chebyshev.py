@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import BILEVEL, DTYPE, matrix_with, randn, relative_error, spd_problems
+from problems_with_known_answers import BILEVEL, DTYPE, matrix_with, randn, relative_error, spd_problems
 from torch import Tensor
 
 import hvp_engine as hvp

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import (
+from problems_with_known_answers import (
     BILEVEL,
     DTYPE,
     NETWORKS,

@@ -8,9 +8,9 @@ from functools import partial
 
 import pytest
 import torch
-from cases import DTYPE, flat, matrix_with, randn, relative_error, unflat
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems_with_known_answers import DTYPE, flat, matrix_with, randn, relative_error, unflat
 from torch import Tensor
 
 import hvp_engine as hvp

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import BILEVEL, DTYPE, flat, matrix_with, randn, relative_error, spd_problems, unflat
+from problems_with_known_answers import BILEVEL, DTYPE, flat, matrix_with, randn, relative_error, spd_problems, unflat
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

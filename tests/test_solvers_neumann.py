@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import DTYPE, matrix_with, randn, relative_error, truncated_sum
+from problems_with_known_answers import DTYPE, matrix_with, randn, relative_error, truncated_sum
 from torch import Tensor
 
 import hvp_engine as hvp

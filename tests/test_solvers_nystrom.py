@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BILEVEL, DTYPE, flat, matrix_with, randn, relative_error, unflat
+from problems_with_known_answers import BILEVEL, DTYPE, flat, matrix_with, randn, relative_error, unflat
 from torch import Tensor
 
 import hvp_engine as hvp

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, flat, matrix_with, randn, relative_error, spd_problems, truncated_sum
+from problems_with_known_answers import DTYPE, flat, matrix_with, randn, relative_error, spd_problems, truncated_sum
 from torch import Tensor
 
 import hvp_engine as hvp

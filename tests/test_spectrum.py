@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from cases import DTYPE, matrix_with, randn, spd_problems
+from problems_with_known_answers import DTYPE, matrix_with, randn, spd_problems
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
@@ -158,6 +158,18 @@ def test_refresh_sees_growth_in_the_same_and_in_a_new_direction() -> None:
             assert estimate.bound() > 13.0 / 1.05
         else:  # three products from the old vector only begin to see it: growth in the solve triggers a restart
             assert estimate.bound() > 1.0
+
+
+def test_refreshes_find_growth_beside_an_invariant_subspace() -> None:
+    """A start in it alone would never leave it: the products of a diagonal matrix are exactly zero elsewhere."""
+    values = torch.linspace(0.1, 1.0, 40, dtype=DTYPE)
+    before, spectrum = Operator(torch.diag(values)), Spectrum()
+    ends = torch.zeros(40, dtype=DTYPE)
+    ends[[0, 39]] = 1.0
+    spectrum.restart(before, FlatVector.of(before.layout, [ends]))
+    values[5] = 3.0
+    after = Operator(torch.diag(values))
+    assert max(spectrum.refresh(after).largest for _ in range(3)) == pytest.approx(3.0, rel=0.01)
 
 
 def test_another_layout_starts_cold() -> None:

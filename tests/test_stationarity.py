@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from tuning_cases import DATA, TARGET, distance, shrink, zeros
+from tuning_problem_with_known_optimum import DATA, TARGET, distance, shrink, zeros
 
 import hvp_engine as hvp
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, generator, randn, truncated_sum
+from problems_with_known_answers import DTYPE, generator, randn, truncated_sum
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -147,7 +147,7 @@ def test_averaged_hessians_for_solvers_that_need_a_fixed_operator() -> None:
 def test_solvers_that_need_a_fixed_operator_are_refused(solver: Any) -> None:
     operator = hvp.StochasticHessianOperator(loss, torch.zeros(SIZE, dtype=DTYPE), [X])
     with pytest.raises(
-        ValueError, match=rf"^solver: .*another at every product.*got {type(solver).__name__}.*Averaged"
+        ValueError, match=rf"^solver: .*changes at every product.*got {type(solver).__name__}.*Averaged"
     ):
         operator.solve(torch.ones(SIZE, dtype=DTYPE), solver)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import DTYPE, randn
+from problems_with_known_answers import DTYPE, randn
 from torch import Tensor, nn
 
 from hvp_engine._support.flat_vector import Layout

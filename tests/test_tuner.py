@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, randn
+from problems_with_known_answers import DTYPE, randn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from tuning_cases import DATA, TARGET, distance, sgd, shrink, tuner_of, zeros
+from tuning_problem_with_known_optimum import DATA, TARGET, distance, sgd, shrink, tuner_of, zeros
 
 import hvp_engine as hvp
 

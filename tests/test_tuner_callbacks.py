@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from tuning_cases import DATA, TARGET, distance, tuner_of, zeros
+from tuning_problem_with_known_optimum import DATA, TARGET, distance, tuner_of, zeros
 
 import hvp_engine as hvp
 from hvp_engine.tuning import Callback

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE
-from tuning_cases import DATA, TARGET, distance, tuner_of, zeros
+from problems_with_known_answers import DTYPE
+from tuning_problem_with_known_optimum import DATA, TARGET, distance, tuner_of, zeros
 
 import hvp_engine as hvp
 from hvp_engine.hypergradients.estimator import Estimate

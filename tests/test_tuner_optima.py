@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BILEVEL, DTYPE, Bilevel, matrix_with
+from problems_with_known_answers import BILEVEL, DTYPE, Bilevel, matrix_with
 from torch import Tensor
-from tuning_cases import DATA, TARGET, adam, sgd, tuner_of, zeros
+from tuning_problem_with_known_optimum import DATA, TARGET, adam, sgd, tuner_of, zeros
 
 import hvp_engine as hvp
 from hvp_engine.hypergradients.estimator import Estimate, Estimator

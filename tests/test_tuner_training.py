@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPE, randn
+from problems_with_known_answers import DTYPE, randn
 from torch import Tensor, nn
-from tuning_cases import DATA, TARGET, adam, sgd, tuner_of, zeros
+from tuning_problem_with_known_optimum import DATA, TARGET, adam, sgd, tuner_of, zeros
 
 import hvp_engine as hvp
 

@@ -1,8 +1,8 @@
 """Peak memory of a block of code, above what was in use when it began.
 
-On a CUDA device this is the allocator's own count. A CPU allocator keeps none, so there a dispatch mode looks
-at the result of every operation and adds up the storages that are alive: views and aliases count once, what
-autograd saves for the backward pass is included, and a storage leaves the sum the moment it is freed.
+On a CUDA device this is the allocator's own count. A CPU allocator keeps no count, so a dispatch mode looks at the
+result of every operation and adds up the storages that are alive: views and aliases count once, tensors that autograd
+saves for the backward pass are included, and a storage leaves the sum the moment it is freed.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Meter]:
 
 
 class _LiveStorages(TorchDispatchMode):
-    """Adds up the CPU storages alive, relative to the entry.
+    """Adds up the CPU storages that are alive, relative to the beginning of the block.
 
-    An operation's result either lives in a storage of one of its arguments or is new. So a storage that first
-    appears as an argument was there before (it counts nothing until it is freed or resized), and one that
-    first appears in a result was allocated just now.
+    The result of an operation is either in the storage of one of its arguments or new. So a storage that first appears
+    as an argument existed before (it counts as zero until it is freed or resized), and one that first appears in a
+    result has just been allocated.
     """
 
     def __init__(self) -> None:

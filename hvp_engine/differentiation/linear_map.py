@@ -1,4 +1,4 @@
-"""What a solver solves with: a linear map on lists of tensors, and the linearization of a loss, which is one."""
+"""Linear maps on lists of tensors, with which solvers work, and the linearization of a loss, which is one of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hvp_engine._support.flat_vector import FlatVector, Layout
 class Accumulation:
     """A step that is linear in the product: target <- target - scale (A direction + damping direction); complete().
 
-    A map that can subtract a product without forming it takes this instead of `Iteration.step`. The norms of such a
-    step are not computed, so the last step of a solve is always an ordinary one.
+    A map that can subtract a product without forming it does this instead of `Iteration.step`. Such a step computes no
+    norms, so the last step of a solve is always an ordinary one.
     """
 
     direction: FlatVector
@@ -33,10 +33,10 @@ class LinearMap:
     Attributes:
         layout: shapes, strides, dtypes and device of the tensors in and out.
         name: what messages call the map.
-        loss: the loss whose curvature A is, detached; None if there is none or it is not known.
+        loss: the loss whose curvature A is, detached; None if it is not known.
         symmetric: whether A = A^T, as most solvers need.
-        fixed: whether every product is with the same A. If not, :meth:`hold` gives one that stays.
-        batches: whether :meth:`products` is more than one product after another.
+        fixed: whether A is the same at every product; if not, :meth:`hold` returns a fixed one.
+        batches: whether :meth:`products` does more than one product after another.
     """
 
     layout: Layout
@@ -68,11 +68,11 @@ class LinearMap:
         return self
 
     def lanczos(self, start: FlatVector, steps: int) -> Any:
-        """The tridiagonalization after `steps` of Lanczos, where there is a way faster than by products; or None."""
+        """The tridiagonalization by `steps` of Lanczos if the map has a faster way than by products, else None."""
         return None
 
     def accumulating_term(self, accumulation: Accumulation, damping: float) -> Callable[[], None] | None:
-        """A term of a solve that never forms the product; None where there is none, or where it does not pay."""
+        """One term of a solve, without forming the product; None if the map has no such term or it is no faster."""
         return None
 
 
@@ -81,8 +81,8 @@ class Linearization(LinearMap):
 
     Attributes:
         gradient: dL/dw, detached.
-        fallback: why an engine handed out this linearization in place of its own; None if it is its own.
-        nodes: size of the gradient's autograd graph, as far as there is one.
+        fallback: why an engine returned this linearization instead of one of its own; None if it is its own.
+        nodes: size of the gradient's autograd graph; 0 if there is none.
     """
 
     gradient: Sequence[Tensor]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hvp_engine._support.isolation import is_isolated, record_module
-from hvp_engine._support.random_state import one_thread
+from hvp_engine._support.random_state import kept_torch_state, one_thread
 from hvp_engine._support.torch_compat import COMPILED_MODULE
 
 _HOOKS = "saved-tensor hooks in a functional call"
@@ -27,7 +27,7 @@ class FunctionalModule:
         _refuse_fully_sharded(module)
         self._prefix = ""
         while isinstance(module, DistributedDataParallel) or hasattr(module, COMPILED_MODULE):
-            # The first reduces .grad alone, and its forward talks to others; compiled code has no second derivatives.
+            # DDP reduces only .grad, and its forward communicates; compiled code has no second derivatives.
             part = "module" if isinstance(module, DistributedDataParallel) else COMPILED_MODULE
             self._prefix += f"{part}."
             module = getattr(module, part)
@@ -48,21 +48,23 @@ class FunctionalModule:
             )
         record_module(self.module)
         if is_isolated():
+            draw_again = kept_torch_state()
             with contextlib.ExitStack() as without_hooks:
                 try:
                     without_hooks.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS))
-                except RuntimeError:  # there are some around this call: it is repeated whole, with these weights
+                except RuntimeError:  # the caller's hooks rerun this whole call, with these weights
                     return self._call(weights, inputs, keywords)
                 try:
                     return self._call(weights, inputs, keywords)
                 except RuntimeError as error:
                     if str(error) != _HOOKS:
                         raise
+            draw_again()  # the layers before the checkpoint have drawn their masks already
             self._refuse_other_weights(weights)
         return self._call(weights, inputs, keywords)
 
     def _refuse_other_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Refuse other weights than the module's own: what is recomputed in the backward pass would use those."""
+        """Rematerialization inside the module reads the module's own weights: others would give wrong gradients."""
         own = dict(self.module.named_parameters(remove_duplicate=False))
         for name, weight in weights.items():
             if not weight.is_set_to(own[name]):
@@ -73,7 +75,7 @@ class FunctionalModule:
                 )
 
     def _call(self, weights: Mapping[str, Tensor], inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        with one_thread():  # the module's own weights are replaced for a while
+        with one_thread():  # the module's own weights are swapped out meanwhile
             return self._replaced(weights, inputs, keywords)
 
     def _replaced(self, weights: Mapping[str, Tensor], inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -89,10 +91,10 @@ class FunctionalModule:
         return torch.func.functional_call(self.module, state, inputs, keywords, tie_weights=False)
 
     def _places(self) -> dict[str, list[str]]:
-        """For each name, one name of each attribute that holds its tensor.
+        """For each name, one name for every attribute that holds the same tensor.
 
-        torch's `tie_weights` would replace an attribute of a module that has two names under both, and restore in the
-        end what it had itself put there under the first.
+        A module registered as both `a` and `b` has two names, a.weight and b.weight, for one attribute. Given both,
+        `functional_call` with tie_weights swaps it twice, and at the end restores its own replacement.
         """
         modules = dict(self.module.named_modules(remove_duplicate=False))
         named = [
@@ -110,8 +112,8 @@ class FunctionalModule:
 
 
 def _refuse_fully_sharded(module: torch.nn.Module) -> None:
-    """Refuse FSDP modules: their hooks gather and free parameters, and leave no graph to differentiate twice."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # else nothing can be an instance
+    """FSDP2 gathers and frees parameters in hooks, which leave no graph to differentiate twice."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: no module can be sharded
     if fsdp is None:
         return
     for name, part in module.named_modules():
@@ -134,8 +136,8 @@ def functional(module: torch.nn.Module) -> FunctionalModule:
 
     The returned callable takes `weights`, a dict of some or all of the module's named parameters (tied parameters
     under either name); for the rest it uses the module's own. Buffers (BatchNorm statistics) are updated as by the
-    module itself, except inside calls of this package, which use copies. Threads that call it, or others made from the
-    same module, take turns.
+    module itself, except inside calls of this package, which use copies. Threads that call it, or another one made from
+    the same module, take turns.
 
     Cost: that of the module and some 10 microseconds for each of its submodules, which traced engines pay once for each
     trace. Memory: nothing more; inside calls of this package, a copy of the buffers.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import numbers
+import types
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +17,16 @@ from hvp_engine._support.pytree import Structure, check_scalar
 from hvp_engine._support.torch_compat import pytree
 
 _CONSTANTS = (type(None), numbers.Number, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)
-"""Types of what is in a batch beside tensors and is what it is for good."""
+"""Types of leaves of a batch, beside tensors, that never change."""
+
+
+class GatheringLoss:
+    """Base of losses that take sharded tensors (DTensors) and gather them."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A loss at a point: `loss(weights, [hyperparameters,] *inputs)`, with the trees taken apart.
+    """A loss at a point: `loss(weights, [hyperparameters,] *inputs)`, with its trees flattened.
 
     `hyperparameter_structure` is None for a loss of weights alone. `name` is what messages call the loss.
     """
@@ -34,17 +40,23 @@ class Problem:
     name: str = "loss"
 
     def __post_init__(self) -> None:
-        if not hasattr(self.loss, "processes"):
+        if not isinstance(self.loss, GatheringLoss):
             structures = {"weights": self.weight_structure, "hyper": self.hyperparameter_structure}
             for name, structure in structures.items():
                 if structure is not None and structure.shards is not None:
                     raise TypeError(
-                        f"{name}: expected tensors that this process has whole; got DTensors: wrap the loss in "
+                        f"{name}: expected tensors that are whole in this process; got DTensors: wrap the loss in "
                         "hvp.DataParallel, which gathers them"
                     )
 
+    @property
+    def identity(self) -> Hashable:
+        """The loss as a key. A function is referred to weakly, so that an engine that remembers it does not keep it and
+        all that it holds alive."""
+        return weakref.ref(self.loss) if isinstance(self.loss, types.FunctionType) else self.loss
+
     def at(self, inputs: tuple[Any, ...]) -> Problem:
-        """The same problem on other inputs."""
+        """This problem with other inputs."""
         return replace(self, inputs=inputs)
 
     def evaluate(self, weights: Sequence[Tensor], hyperparameters: Sequence[Tensor]) -> Tensor:
@@ -63,8 +75,8 @@ class Averaged:
     Arguments:
         loss: `loss(..., batch)` -> scalar tensor, the batch last: of (weights, batch), or (weights, hyper, batch).
 
-    Where a loss is taken: `HessianOperator(hvp.Averaged(loss), weights, batches)`. Cost and memory: those of all
-    batches together. (`Tuner` does this by itself, with `train_batches` and `val_batches`.)
+    Use it wherever a loss is expected: `HessianOperator(hvp.Averaged(loss), weights, batches)`. Cost and memory: those
+    of all batches together. (`Tuner` averages by itself, given `train_batches` and `val_batches`.)
 
     >>> import torch, hvp_engine as hvp
     >>> loss = lambda w, batch: batch * w**2 / 2
@@ -83,12 +95,12 @@ class Averaged:
 
 
 def split_inputs(problem: Problem) -> tuple[list[Tensor], list[Any], pytree.TreeSpec]:
-    """Tensors of the batch, its other leaves (with None where a tensor was), and how to put it together again."""
+    """The batch's tensors, its other leaves (None in place of each tensor), and the spec to rebuild it."""
     leaves, spec = pytree.tree_flatten(problem.inputs)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     return tensors, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
 
 
 def is_constant(leaf: Any) -> bool:
-    """Whether a leaf of a batch that is no tensor is what it is for good, so that a trace may hold it."""
+    """Whether a leaf of a batch, not a tensor, never changes, so that a trace may bake it in."""
     return isinstance(leaf, _CONSTANTS) or (callable(leaf) and isinstance(leaf, Hashable))

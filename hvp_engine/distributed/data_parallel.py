@@ -16,13 +16,13 @@ from hvp_engine._support.flat_vector import state_dtype_of
 from hvp_engine._support.pytree import check_scalar
 from hvp_engine._support.torch_compat import pytree
 from hvp_engine.differentiation.double_backward import differentiate
-from hvp_engine.differentiation.problem import Averaged
+from hvp_engine.differentiation.problem import Averaged, GatheringLoss
 from hvp_engine.distributed.collectives import Processes, Summands, note
 from hvp_engine.distributed.sharding import ShardedList
 from hvp_engine.errors import DistributedError
 
 
-class DataParallel:
+class DataParallel(GatheringLoss):
     """A loss of a batch that is split over processes: the mean of `loss` over the parts that they hold.
 
     L(w, lambda) = sum_r n_r L(w, lambda, batch_r) / sum_r n_r

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -85,9 +86,10 @@ class DataParallelEngine(Engine):
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
         """As every engine does; the terms are credited to the engine of this process."""
+        start = time.perf_counter()
         iteration = super().run(operator, v, solver, estimate)
         if isinstance(operator, _MeanLinearization) and operator.own is not None and isinstance(self._part, AutoEngine):
-            self._part.credit(operator.own, iteration.steps)
+            self._part.credit(operator.own, iteration.steps, time.perf_counter() - start)
         return iteration
 
     def report(self) -> str:

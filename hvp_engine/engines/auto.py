@@ -6,6 +6,7 @@ import hashlib
 import math
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,11 +30,17 @@ from hvp_engine.solvers.iteration import FinishedIteration
 from hvp_engine.solvers.neumann import Neumann
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
-_TRACE_SECONDS_PER_NODE = 2e-3
-"""What tracing costs for each node of the gradient's autograd graph, roughly (measured on a 2.4 GHz core)."""
+_TRACE_SECONDS_PER_NODE = 4e-3
+"""What a trace and its check cost for each node of the gradient's autograd graph, roughly (on a 2.4 GHz core)."""
 
 _FIRST_TRACE_SECONDS = 3.0
 """What the first trace of a process costs on top: torch imports sympy and more."""
+
+_FEW_TERMS, _SHORT_SECONDS = 200, 0.5
+"""A trace that takes less than so many terms of eager, or so many seconds, is made at first sight."""
+
+_MOST_CHOICES = 256
+"""Problems whose choices are kept, the latest used."""
 
 _TIE = 1.03
 """Eager must be faster by this to be taken: a choice should not hang on noise."""
@@ -50,7 +57,8 @@ _FEWEST_TRIALS, _MOST_TRIALS = 4, 50
 class Choice:
     """What was chosen for one problem, and the evidence: seconds for each term, by engine.
 
-    `terms` counts the terms run so far; `compile_seconds` is what compiling would take, None once that is settled.
+    `terms` counts the terms run so far, `spent` the seconds they took. `trace_seconds` is what a trace that was put off
+    would take, `compile_seconds` what compiling would; None once that is settled.
     """
 
     engine: Engine
@@ -58,14 +66,14 @@ class Choice:
     seconds: dict[str, float] = field(default_factory=dict)
     setup_seconds: float = 0.0
     terms: int = 0
+    spent: float = 0.0
+    trace_seconds: float | None = None
     compile_seconds: float | None = None
 
-    @property
-    def compiling_would_have_paid(self) -> bool:
-        """Whether as much time has gone into terms as compiling takes, so that waiting longer is no saving."""
-        if self.compile_seconds is None:
-            return False
-        return self.terms * self.seconds[self.engine.name] > self.compile_seconds
+    def as_long_as(self, seconds: float | None) -> bool:
+        """Whether as much time has gone into terms as setting up another engine takes: waiting longer saves nothing."""
+        measured = self.terms * self.seconds.get(self.engine.name, 0.0)  # a GPU may still be busy when a run returns
+        return seconds is not None and max(self.spent, measured) > seconds
 
     def describe(self) -> str:
         timings = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in self.seconds.items())
@@ -85,9 +93,10 @@ class AutoEngine(Engine):
     Engines round differently; where two are about equally fast, two runs may choose differently. Name the engine
     where every bit has to be the same in every run.
 
-    On first use eager and linearized are compared, on a CUDA device cudagraph as well. Compiling takes longer, so it
-    is tried once as much time has gone into terms as it is expected to take: then no choice would have been better
-    by more than a factor of two.
+    On first use eager and linearized are compared, on a CUDA device cudagraph as well. What takes long to set up is put
+    off until as much time has gone into terms as it is expected to take: then no choice would have been better by more
+    than a factor of two. That holds for compiling; for a trace that takes more than some 200 terms; and for
+    every further shape of a loss, since a batch whose length changes may never come again.
 
     Arguments:
         expected_products: products with the Hessian within which a trace should pay for itself; where it cannot,
@@ -107,8 +116,9 @@ class AutoEngine(Engine):
         self._linearized = LinearizedEngine(self._eager)
         self._cudagraph = CudaGraphEngine(linearized=self._linearized)
         self._compiled = CompiledEngine(compile_budget_s, self._eager)
-        self.choices: dict[Hashable, Choice] = {}
+        self.choices: OrderedDict[Hashable, Choice] = OrderedDict()
         self._descriptions: dict[Hashable, str] = {}
+        self._losses: dict[Hashable, float] = {}
         self._remembered: dict[str, str] = {}
         self._made: WeakKeyDictionary[LinearMap, tuple[Engine, Choice]] = WeakKeyDictionary()
 
@@ -123,8 +133,13 @@ class AutoEngine(Engine):
             else:  # untried, since a batch that is an iterator could be read once only
                 choice = Choice(self._eager, "a trace cannot follow what is in the batch beside tensors")
             self.choices[key] = choice
-        elif choice.compiling_would_have_paid:
+            if len(self.choices) > _MOST_CHOICES:
+                self._descriptions.pop(self.choices.popitem(last=False)[0])
+        elif choice.as_long_as(choice.trace_seconds):
+            choice = self.choices[key] = self._first_choice(problem, None, at_once=True)
+        elif choice.as_long_as(choice.compile_seconds):
             self._try_compiled(problem, choice)
+        self.choices.move_to_end(key)
         linearization = choice.engine.linearize(problem)
         self._made[linearization] = choice.engine, choice
         return linearization
@@ -137,23 +152,26 @@ class AutoEngine(Engine):
         """The engine that was chosen for a linearization made here."""
         return self._made[linearization][0].name
 
-    def credit(self, linearization: LinearMap, terms: int) -> None:
-        """So many terms were run on a linearization; if it was made here, they count towards compiling."""
+    def credit(self, linearization: LinearMap, terms: int, seconds: float) -> None:
+        """So many terms were run on a linearization; if it was made here, they count towards what was put off."""
         if linearization in self._made:
-            self._made[linearization][1].terms += terms
+            choice = self._made[linearization][1]
+            choice.terms, choice.spent = choice.terms + terms, choice.spent + seconds
 
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
         """By the engine that made the linearization."""
         engine = self._made[operator][0] if operator in self._made else self._eager
+        start = time.perf_counter()
         iteration = engine.run(operator, v, solver, estimate)
-        self.credit(operator, iteration.steps)
+        self.credit(operator, iteration.steps, time.perf_counter() - start)
         return iteration
 
     def state_dict(self) -> dict[str, dict[str, str]]:
         """The choices made so far, by what the problems look like."""
-        chosen = {self._descriptions[key]: choice.engine.name for key, choice in self.choices.items()}
+        settled = {key: choice for key, choice in self.choices.items() if choice.trace_seconds is None}
+        chosen = {self._descriptions[key]: choice.engine.name for key, choice in settled.items()}
         return {"engines": self._remembered | chosen}
 
     def load_state_dict(self, state: dict[str, dict[str, str]]) -> None:
@@ -175,21 +193,31 @@ class AutoEngine(Engine):
     def _engines(self) -> tuple[Engine, ...]:
         return self._eager, self._linearized, self._cudagraph, self._compiled
 
-    def _first_choice(self, problem: Problem, remembered: str | None) -> Choice:
+    def _first_choice(self, problem: Problem, remembered: str | None, at_once: bool = False) -> Choice:
         if remembered is not None:
             return Choice(self._engine(remembered), "as before the checkpoint")
+        known = self._losses.get(problem.identity)
+        if known is not None and not at_once and self._linearized.known(problem) is None:
+            reason = (
+                f"another shape of a loss: a trace takes about {known:.2g} s, and waits until terms have taken as much"
+            )
+            return Choice(self._eager, reason, trace_seconds=known)
         with random_state_kept(problem.weights[0].device):
-            return self._measured_choice(problem, self._eager.linearize(problem))
+            return self._measured_choice(problem, self._eager.linearize(problem), at_once)
 
-    def _measured_choice(self, problem: Problem, eager: Linearization) -> Choice:
+    def _measured_choice(self, problem: Problem, eager: Linearization, at_once: bool) -> Choice:
         (term,) = _seconds_per_term([(self._eager, eager)])
         seconds = {"eager": term}
         cost = _TRACE_SECONDS_PER_NODE * eager.nodes
-        if "sympy" not in sys.modules:
-            cost += _FIRST_TRACE_SECONDS
-        if cost > self.expected_products * term:
-            reason = f"a trace would take about {cost:.1g} s, more than {self.expected_products} products do"
+        first = 0.0 if "sympy" in sys.modules else _FIRST_TRACE_SECONDS
+        if cost + first > self.expected_products * term:
+            reason = f"a trace would take about {cost + first:.1g} s, more than {self.expected_products} products do"
             return Choice(self._eager, reason, seconds)
+        loss = problem.identity
+        self._losses.setdefault(loss, cost)
+        if not at_once and cost > max(_FEW_TERMS * term, _SHORT_SECONDS):
+            reason = f"a trace takes about {cost:.2g} s, and waits until terms have taken as much"
+            return Choice(self._eager, reason, seconds, trace_seconds=cost)
         start = time.perf_counter()
         try:
             traced = self._linearized.linearize(problem)
@@ -205,6 +233,7 @@ class AutoEngine(Engine):
             if recorded.fallback is None:  # else its report says why
                 contenders.append((self._cudagraph, recorded))
         setup = time.perf_counter() - start
+        self._losses[loss] = max(cost, setup + _TRIAL_SECONDS - first)
         seconds = dict(zip((engine.name for engine, _ in contenders), _seconds_per_term(contenders), strict=True))
         engines = [engine for engine, _ in contenders]
         fastest = min(engines, key=lambda e: seconds[e.name] * (_TIE if e is self._eager else 1.0))

@@ -1,4 +1,4 @@
-"""What an engine is: it linearizes a problem, and runs the terms of a solver on the linearization."""
+"""Engines linearize a problem and run a solver's terms on the linearization."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def begin(operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: Sp
 def advance(iteration: Iteration, operator: LinearMap, term: Callable[[], None] | None = None) -> None:
     """Alternate products and steps until the solver is done; `term`, if given, stands for all of them but the last.
 
-    A product lives until the next one is there: given back at once, its memory goes to the system and comes back page
+    A product is kept until the next one exists: freed at once, its memory would return to the system and come back page
     by page, which tripled the page faults of a solve and cost up to a third of its time on a CPU.
     """
     while iteration.steps < iteration.limit and not iteration.finished():
@@ -40,7 +40,7 @@ def advance(iteration: Iteration, operator: LinearMap, term: Callable[[], None] 
 
 
 class Engine:
-    """A way to execute the terms of a solve. A subclass defines :meth:`linearize`; the rest has a default.
+    """A way to execute the terms of a solve. A subclass defines :meth:`linearize`; the rest has defaults.
 
     Attributes:
         name: what the public API calls it.
@@ -55,7 +55,6 @@ class Engine:
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
-        """The finished iteration of `solver` on `operator` for the right-hand side `v`."""
         iteration = begin(operator, v, solver, estimate)
         accumulation = iteration.accumulation if iteration.limit > 1 else None
         term = None if accumulation is None else operator.accumulating_term(accumulation, solver.damping)
@@ -65,13 +64,13 @@ class Engine:
     def run_all(
         self, operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
     ) -> Iterable[FinishedIteration]:
-        """The finished iterations for several right-hand sides, in order: with batched products where those pay."""
+        """The finished iterations for multiple right-hand sides, with batched products if they pay off."""
         if not pays(operator, len(vs)):
             return (self.run(operator, v, solver, estimate) for v in vs)
         return _side_by_side(operator, vs, solver, estimate)
 
     def report(self) -> str:
-        """What the engine did and why, in words."""
+        """A description of what the engine did and why."""
         return "no set-up"
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,13 +78,13 @@ class Engine:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state; that of another engine has nothing to say."""
+        """Continue from a saved state; that of another engine is ignored."""
 
 
 def _side_by_side(
     operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
 ) -> Iterator[Iteration]:
-    """Solves that advance together, at most :data:`MOST` at once, with one batched product for a term of all."""
+    """Solves that advance together, at most :data:`MOST` at once, with one batched product per term."""
     for start in range(0, len(vs), MOST):
         group = [begin(operator, v, solver, estimate) for v in vs[start : start + MOST]]
         while active := [one for one in group if one.steps < one.limit and not one.finished()]:

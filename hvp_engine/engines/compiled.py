@@ -1,4 +1,4 @@
-"""The compiled engine: the traced graphs through inductor, with the solver's update in the same region."""
+"""The compiled engine: traced graphs through inductor, fused with the solver's update."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from hvp_engine.errors import BackendError
 _FIXED_SECONDS = 2.0
 _SECONDS_PER_NODE = 0.04
 _SECONDS_PER_REGION = 1.0
-"""What inductor takes for a graph, roughly (measured on a 2.4 GHz core; a cached graph takes a tenth)."""
+"""Rough compile times of inductor (measured on a 2.4 GHz core; a cached graph takes a tenth)."""
 
 _LARGEST_WHOLE = 500
-"""Operations of both parts up to which they are compiled whole: beyond, it takes more than 20 s."""
+"""Both parts are compiled whole up to this many operations together: beyond, that takes more than 20 s."""
 
 
 def _size(parts: Partition) -> int:
@@ -43,17 +43,17 @@ def estimated_seconds(parts: Partition) -> float:
 
 
 def _miscompiled(node: fx.Node) -> bool:
-    """Whether inductor would change the primal part: other dropout masks than eager's, wrong pooling gradients.
+    """Whether inductor would change the primal part's values: it draws other dropout masks than eager.
 
-    In torch 2.13 on a CPU the backward of max-pooling of a channels-last convolution comes out wrong.
+    In torch 2.13 on a CPU, its max-pooling backward after a channels-last convolution is wrong.
     """
     return is_random(node) or node.target is torch.ops.aten.max_pool2d_with_indices_backward.default
 
 
 class CompiledFunctions(Functions):
-    """A partition whose graphs are compiled at their first call; inductor keeps what it made on disk.
+    """A partition whose graphs are compiled at their first call; inductor caches them on disk.
 
-    Small graphs are compiled whole, with the solver's update; of large ones the elementwise regions.
+    Small graphs are compiled whole, with the solver's update; of large graphs only the elementwise regions are.
     """
 
     def __init__(self, parts: Partition, modules: Sequence[torch.nn.Module]):
@@ -76,7 +76,7 @@ class CompiledFunctions(Functions):
         try:
             with torch.no_grad():
                 return compile_graph(module, arguments, size_asserts=self.whole)
-        except Exception as error:  # a missing C++ compiler among much else; the reason goes to the user
+        except Exception as error:  # many causes, such as a missing C++ compiler; reported to the user
             raise BackendError(
                 f"engine 'compiled': inductor failed on the traced graph: {type(error).__name__}: "
                 f"{str(error).strip().splitlines()[-1] if str(error).strip() else error}; use engine='linearized'"
@@ -105,18 +105,18 @@ class CompiledFunctions(Functions):
                 return ()
 
             with torch.no_grad():
-                graph = make_fx(function)(*(argument.clone() for argument in arguments))  # it runs, so on copies
+                graph = make_fx(function)(*(argument.clone() for argument in arguments))  # tracing runs it: on copies
             self._terms[key] = self._compile(graph, arguments)
         return self._terms[key]
 
 
 class CompiledLinearization(TracedLinearization):
-    """As the traced linearization, with compiled graphs and, where they are compiled whole, a compiled term."""
+    """The traced linearization with compiled graphs, and with a compiled term if they are compiled whole."""
 
     functions: CompiledFunctions
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """H t; compiled code takes tangents of the weights' own strides only."""
+        """H t; compiled code needs tangents with the weights' own strides."""
         laid_out = [
             t if t.stride() == stride else torch.empty_strided(t.shape, stride, dtype=t.dtype, device=t.device).copy_(t)
             for t, stride in zip(tangents, self.layout.strides, strict=True)
@@ -147,19 +147,19 @@ class CompiledEngine(LinearizedEngine):
     """Traces like the linearized engine, then compiles.
 
     Arguments:
-        compile_budget_s: seconds that compiling one problem may take, by an estimate from the size of its graph;
-            beyond it :class:`BackendError` says so (and "auto" does not try).
+        compile_budget_s: seconds that compiling one problem may take, estimated from the size of its graph; beyond it
+            :class:`BackendError` is raised (and "auto" does not try).
         eager: the eager engine to check against.
 
-    Pays for nets with many elementwise operations and for recurrent ones; large matrix products and convolutions
-    run at the same speed as before. Of a large graph only what lies between its matrix products, convolutions and
-    lookups is compiled, and what recurs, as in a Python loop over time, is compiled once. A solve raises the resident
-    set by less than with eager: in MB, MLP 784-784-10 13 (eager 42), LeNet 15 (17), LSTM 8 (13), transformer 83 (91).
+    Pays off for recurrent networks and those with many elementwise operations; large matrix products and convolutions
+    gain nothing. Of a large graph only what lies between its matrix products, convolutions and lookups is compiled, and
+    what recurs, as in a Python loop over time, is compiled once. A solve raises the resident set by less than with
+    eager: in MB, MLP 784-784-10 13 (eager 42), LeNet 15 (17), LSTM 8 (13), transformer 83 (91).
 
-    What was tried for such loops (an LSTM of two layers, 64 units and 20 steps on a 2.4 GHz core, torch 2.13): to
-    compile the whole graph takes 152 s; its elementwise regions, each kind once, take 22 to 28 s and are as fast;
-    the loop as `torch._higher_order_ops.scan` has the right gradient, but a second derivative that is wrong without a
-    word (relative error 0.8), and can be traced neither twice backwards nor forward over reverse.
+    Tried for such loops (an LSTM of two layers, 64 units and 20 steps on a 2.4 GHz core, torch 2.13): compiling the
+    whole graph takes 152 s; its elementwise regions, each kind once, take 22 to 28 s and run as fast. Written as
+    `torch._higher_order_ops.scan`, the loop has the right gradient but a silently wrong second derivative (relative
+    error 0.8), and can be traced neither twice backwards nor forward over reverse.
     """
 
     name = "compiled"
@@ -169,7 +169,7 @@ class CompiledEngine(LinearizedEngine):
         self.compile_budget_s = compile_budget_s
 
     def report(self) -> str:
-        """What was traced and compiled, in a line."""
+        """One line on what was traced and compiled."""
         seconds = sum(f.seconds for f in self._cache.values() if isinstance(f, CompiledFunctions))
         return f"{super().report()}; compiled in {seconds:.1f} s"
 

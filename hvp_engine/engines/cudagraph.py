@@ -1,4 +1,4 @@
-"""The cudagraph engine: the traced parts and whole solves recorded as CUDA graphs, and replayed."""
+"""The cudagraph engine: traced parts and whole solves, recorded as CUDA graphs and replayed."""
 
 from __future__ import annotations
 
@@ -21,27 +21,25 @@ from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
 class CudaGraphEngine(LinearizedEngine):
-    """Traces like the linearized engine, then records the primal part, a product, the mixed product and all terms
-    of a solve as CUDA graphs, each replayed by one launch.
+    """Traces like the linearized engine, then records the primal part, a product, the mixed product and all terms of a
+    solve as CUDA graphs, each replayed by one launch.
 
     Weights, hyperparameters, batch and right-hand side are copied into buffers that the graphs read, the solver's
-    step is set in device memory, and results are copied out, so later calls leave them as they are. Random layers
-    draw anew for every call, one mask for all terms of a solve.
+    step is set in device memory, and results are copied out, so later calls do not change them. Random layers draw new
+    masks for every call, one mask for all terms of a solve.
 
-    Where a problem cannot be recorded, eager takes its place; where only a solver's loop cannot (it waits for the
-    device, it has a preconditioner), its terms go one by one. :meth:`report` says which and why. As with the
-    linearized engine, the first call of each problem and, more and more rarely, later ones are compared with eager's;
-    so is each recorded solve, the second time too, with one that goes term by term. A loop that could have stopped
-    early is run to its end.
+    A problem that cannot be recorded falls back to eager; if only a solver's loop cannot (it waits for the device, it
+    has a preconditioner), its terms go one by one. :meth:`report` says which and why. As with the linearized engine,
+    the first call of each problem and, more and more rarely, later ones are checked against eager. So is each recorded
+    solve, also at its second call, against one that goes term by term. A loop that could stop early runs to its end.
 
-    Pays for launch-bound problems: small batches, many layers. Memory: a copy of all inputs, and for each shape
-    what its parts compute at once; a linearization that is still in use keeps its buffers, and another is then given
-    new ones.
+    Pays off for launch-bound problems: small batches, many layers. Memory: a copy of all inputs, and for each shape the
+    intermediate results of its parts. A linearization in use keeps its buffers; another one then gets new buffers.
 
     Arguments:
-        most_shapes: problems that are kept recorded, the latest used; each new shape is recorded again.
-        linearized: an engine whose traces are taken over where it has them.
-        recorder: what records.
+        most_shapes: recorded problems to keep, the most recently used; each new shape is recorded anew.
+        linearized: an engine whose traces are reused where it has them.
+        recorder: what makes the recordings.
     """
 
     name = "cudagraph"
@@ -64,7 +62,7 @@ class CudaGraphEngine(LinearizedEngine):
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
-        """All terms by one replay; one by one where that is impossible."""
+        """All terms by one replay, or one by one if that is impossible."""
         if not isinstance(operator, CapturedLinearization):
             return super().run(operator, v, solver, estimate)
         solve = operator.graphs.solve(solver)
@@ -72,7 +70,7 @@ class CudaGraphEngine(LinearizedEngine):
         if solve is None or solved is None:
             return super().run(operator, v, solver, estimate)
         due = solve.schedule.due()
-        if not due and solve.schedule.calls != 2:  # the second is the first with other values than were recorded
+        if not due and solve.schedule.calls != 2:  # 2: the first with values other than recorded
             return solved
         iteration = super().run(operator, v, solver, estimate)
         one_by_one = Solved(iteration, iteration.finish(), iteration.value)
@@ -88,7 +86,7 @@ class CudaGraphEngine(LinearizedEngine):
         return self._recorder.missing(device)
 
     def report(self) -> str:
-        """What was recorded, and what goes another way and why."""
+        """What was recorded, what was not, and why."""
         kept, inputs = len(self._kept), sum(graphs.bytes for graphs in self._kept) / 1e6
         lines = [
             f"{super().report()}; {self.tally.buffers} shapes recorded in {self.tally.recordings} graphs and "
@@ -112,7 +110,7 @@ class CudaGraphEngine(LinearizedEngine):
             return Refused(str(error))
 
     def _why_not(self, problem: Problem) -> str | None:
-        """Why the inputs alone rule recording out."""
+        """Why the inputs alone rule out recording, if they do."""
         device = problem.weights[0].device
         reason = self.missing(device)
         if reason is not None:
@@ -132,7 +130,7 @@ class CudaGraphEngine(LinearizedEngine):
         return CapturedLinearization(graphs, problem, tensors)
 
     def _graphs_of(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> Graphs:
-        """Recordings that nobody uses, made now if there are none; the latest used is the last."""
+        """Unused recordings of the problem, made now if there are none; they are kept in order of use."""
         graphs = next((g for g in self._kept if g.functions is functions and g.free), None)
         if graphs is None:
             graphs = Graphs(functions, problem, tensors, self._recorder(problem.weights[0].device), self.tally)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
 
 from hvp_engine._support.random_state import RandomState
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
@@ -29,18 +28,18 @@ class EagerEngine(Engine):
 
     def __init__(self) -> None:
         self._plain = False
-        self._complete: Callable[..., Tensor] | None = None
+        self._complete: Hashable = None
         """The last loss whose kernels all have second derivatives."""
 
     def linearize(self, problem: Problem) -> Linearization:
         if not self._plain:
             # A second recording has to draw the same masks. Keeping the state takes 0.1 ms, so not in every call.
             device = problem.weights[0].device
-            before = RandomState.now(device) if self._complete is not problem.loss else None
+            before = RandomState.now(device) if self._complete != problem.identity else None
             try:
                 tape = self._record(problem)
                 if not tape.incomplete:
-                    self._complete = problem.loss
+                    self._complete = problem.identity
                     return tape
             except FastKernelError:
                 pass

@@ -1,4 +1,4 @@
-"""The finite-difference engine: products from two gradients, for losses without second derivatives. Only on request."""
+"""The finite-difference engine: products from two gradients, for losses without second derivatives; only on request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hvp_engine.errors import GraphError
 class DifferenceLinearization(Linearization):
     """H t = (f(w + e t) - f(w - e t)) / 2e, and the same difference of dL/dlambda for the mixed product.
 
-    The caller's weights are never written to: each gradient is taken at new tensors, under the same random draws.
+    The caller's weights are never written to: each gradient is taken at new tensors, with the same random draws.
     The error is of order e^2 plus rounding / e; e = eps^(1/3) (1 + ||w||) / ||t|| balances the two.
     """
 
@@ -33,12 +33,10 @@ class DifferenceLinearization(Linearization):
         self._relative_step = torch.finfo(_coarsest(problem.weights)).eps ** (1 / 3)
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """H t."""
         weights, _ = self._differences(tangents)
         return filled(weights, self._problem.weights)
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """(df/dlambda)^T t."""
         return self._differences(tangents)[1]
 
     def _differences(self, tangents: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -67,7 +65,7 @@ class DifferenceLinearization(Linearization):
 
 
 class FiniteDifferenceEngine(Engine):
-    """Central differences of the gradient: about half the digits of the dtype; float64 is advised.
+    """Central differences of the gradient: about half the digits of the dtype, so use float64.
 
     Cost of a product: two gradients. Memory: one gradient's graph at a time.
     """

@@ -1,4 +1,4 @@
-"""A traced problem on buffers that stay in place, recorded piece by piece: its primal part, a product, whole solves."""
+"""A traced problem on fixed buffers, recorded piece by piece: its primal part, a product, whole solves."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from hvp_engine.solvers.iteration import FinishedIteration, Outcome
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 _MOST_SOLVES = 4
-"""Solvers of one problem that are kept recorded, the latest used."""
+"""A problem keeps this many recorded solves, the most recently used."""
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies that no replay overwrites, in few launches."""
+    """Copies that no replay overwrites, made in few launches."""
     fresh = [torch.empty_like(tensor) for tensor in tensors]
     if fresh:
         foreach_copy_(fresh, list(tensors))
@@ -36,7 +36,7 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @dataclass
 class Tally:
-    """What recording has cost so far: how many graphs, for how many sets of buffers."""
+    """The cost of recording so far: how many graphs, for how many sets of buffers."""
 
     recordings: int = 0
     buffers: int = 0
@@ -44,7 +44,7 @@ class Tally:
 
 
 class Replay:
-    """A body recorded when it is first called and replayed from then on; where that is impossible, just called."""
+    """A body that is recorded at its first call and replayed from then on, or just called if it cannot be recorded."""
 
     def __init__(self, recorder: Recorder, tally: Tally, body: Body):
         self._recorder, self._tally, self._body = recorder, tally, body
@@ -58,7 +58,7 @@ class Replay:
         return self._recording.outputs
 
     def ready(self) -> bool:
-        """Whether it is recorded, or could be just now."""
+        """Whether it is recorded; tries to record it if that has not been tried."""
         if self._recording is None and self.refusal is None:
             try:
                 self.record()
@@ -67,7 +67,7 @@ class Replay:
         return self._recording is not None
 
     def record(self) -> Recording:
-        """Record now; :class:`CaptureError` where that is impossible."""
+        """Record now; :class:`CaptureError` if that is impossible."""
         start = time.perf_counter()
         try:
             self._recording = self._recorder.record(self._body)
@@ -80,7 +80,7 @@ class Replay:
 class Graphs:
     """The recordings of one problem's shapes, and the buffers they read.
 
-    Raises :class:`CaptureError` where not even the primal part can be recorded.
+    Raises :class:`CaptureError` if not even the primal part can be recorded.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Graphs:
         self._solves: OrderedDict[Hashable, Solve] = OrderedDict()
         self._refused: dict[str, str] = {}
 
-        # Bodies know the buffers, not this object: so nothing waits for the garbage collector to be freed.
+        # Bodies refer to the buffers, not to this object: without a cycle, buffers are freed at once.
         inputs, tangents = [tensor for group in self._inputs for tensor in group], self._tangents.tangents
         self._primal = Replay(recorder, tally, torch.no_grad()(lambda: functions.primal(*inputs)))
         traced = TracedLinearization(functions, self.layout, problem.name, self._primal.record().outputs)
@@ -111,17 +111,17 @@ class Graphs:
 
     @property
     def bytes(self) -> int:
-        """Of the inputs' buffers; what a graph computes is in memory of its own."""
+        """Size of the input buffers; what a graph computes is in its memory pool."""
         return sum(tensor.nbytes for group in self._inputs for tensor in group)
 
     def refusals(self) -> dict[str, str]:
-        """What is not replayed, and why."""
+        """The parts that are not replayed, each with the reason."""
         replays = {"product": self._product.refusal, "mixed product": self._mixed.refusal}
         found = replays | {solve.name: solve.refusal for solve in self._solves.values()}
         return self._refused | {name: reason for name, reason in found.items() if reason is not None}
 
     def evaluate(self, user: Linearization, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The loss and the gradient at the problem's point, for `user`, who has the buffers as long as it lives."""
+        """The loss and the gradient at the problem's point, for `user`, which owns the buffers as long as it lives."""
         self._user = weakref.ref(user)
         for buffers, group in zip(self._inputs, _groups(problem, tensors), strict=True):
             if buffers:
@@ -140,13 +140,13 @@ class Graphs:
         return [next(found) if there else None for there in self.functions.partition.mixed.outputs]
 
     def solve(self, solver: Solver) -> Solve | None:
-        """All terms of `solver`; None, and a refusal noted, where they have to go one by one."""
+        """The recorded solve of `solver`; None, with the reason noted, if its terms have to go one by one."""
         name = type(solver).__name__
         if solver.preconditioner is not None:
             self._refused[name] = "its preconditioner is the caller's code, whose changes a graph would not see"
             return None
         if not isinstance(solver, Hashable):
-            self._refused[name] = "it is not hashable, so that a change of it would go unnoticed"
+            self._refused[name] = "it is not hashable, so a change of it would go unnoticed"
             return None
         key = solver, backend.select(self.layout.device)[0]
         if key not in self._solves:
@@ -177,11 +177,11 @@ class Solve:
 
     @property
     def refusal(self) -> str | None:
-        """Why the terms have to go one by one, if they have to."""
+        """Why the terms have to go one by one, if they do."""
         return self.distrust or self._replay.refusal
 
     def run(self, v: Sequence[Tensor], estimate: SpectralEstimate | None) -> Solved | None:
-        """The finished solve for the right-hand side `v`; None where it cannot be recorded."""
+        """The finished solve for the right-hand side `v`; None if it cannot be recorded."""
         iteration = self._iteration
         iteration.adapt(estimate)
         self._tangents.copy_(v)
@@ -193,7 +193,7 @@ class Solve:
 
 
 class Solved(FinishedIteration):
-    """A finished solve. A later one in its buffers leaves its value and figures as they are, not its direction."""
+    """A finished solve with its own value and figures; a later solve in the same buffers overwrites its direction."""
 
     def __init__(self, iteration: FinishedIteration, figures: Tensor, value: FlatVector):
         self.value = value
@@ -209,7 +209,7 @@ class Solved(FinishedIteration):
 
 
 class CapturedLinearization(Linearization):
-    """A linearization whose parts are replayed; it has its graphs to itself as long as it lives."""
+    """A linearization whose parts are replayed; it owns its graphs as long as it lives."""
 
     def __init__(self, graphs: Graphs, problem: Problem, tensors: Sequence[Tensor]):
         self.layout = graphs.layout
@@ -218,14 +218,12 @@ class CapturedLinearization(Linearization):
         self.loss, *self.gradient = graphs.evaluate(self, problem, tensors)
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """H t."""
         return self.graphs.product(tangents)
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """(df/dlambda)^T t."""
         return self.graphs.mixed(tangents)
 
 
 def _groups(problem: Problem, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The inputs in the order of the trace, by kind: each kind is copied in one launch if its dtype is one."""
+    """The inputs in the order of the trace, by kind: a kind of a single dtype is copied in one launch."""
     return [problem.weights, problem.hyperparameters, list(tensors)]

@@ -1,8 +1,8 @@
-"""Recording what a function launches on a device, to launch it all again at once: CUDA graphs, behind one narrow seam.
+"""CUDA graphs behind a narrow interface: record what a function launches on a device, and launch it all again at once.
 
-A recording bakes in everything that the host decides: addresses, Python numbers, the path through the code. What may
-differ between two replays has to be read from memory that stays where it is. The function does not run while it
-is recorded; its outputs hold values only after a replay, and are overwritten by the next one.
+A recording bakes in everything that the host decides: addresses, Python numbers, the path through the code. Whatever
+differs between two replays has to be read from memory at a fixed address. The function does not run while it is
+recorded; its outputs hold values only after a replay, and the next replay overwrites them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hvp_engine._support.random_state import random_state_kept
 from hvp_engine._support.torch_compat import end_allocation_to_pool
 
 Body = Callable[[], Sequence[Tensor]]
-"""Computes on tensors that stay where they are."""
+"""A function of tensors at fixed addresses."""
 
 
 class CaptureError(RuntimeError):
@@ -31,15 +31,15 @@ class Recording(Protocol):
 
     @property
     def outputs(self) -> Sequence[Tensor]:
-        """What the body returned, always in the same memory."""
+        """The body's results, always in the same memory."""
 
     def replay(self) -> None:
-        """Do again what was recorded. Random operations draw from the device's default generator as it is now."""
+        """Run what was recorded. Random operations draw from the current state of the device's default generator."""
 
 
 class Recorder(Protocol):
-    """Makes recordings that share memory: replaying one leaves the outputs of earlier ones as they are, and may
-    overwrite those of later ones."""
+    """Makes recordings that share memory: a replay keeps the outputs of earlier recordings and may overwrite those of
+    later ones."""
 
     @staticmethod
     def missing(device: torch.device) -> str | None:
@@ -48,11 +48,11 @@ class Recorder(Protocol):
     def __init__(self, device: torch.device): ...
 
     def record(self, body: Body) -> Recording:
-        """Record `body`, after running it to set up what it needs; :class:`CaptureError` if that is impossible."""
+        """Run `body` to set up what it needs, then record it; :class:`CaptureError` if that is impossible."""
 
 
 _FAILED: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose capture broke off: allocators of torch may still point to them."""
+"""Graphs whose capture failed: torch's allocators may still point to them."""
 
 
 class CudaRecorder:
@@ -74,14 +74,14 @@ class CudaRecorder:
             with torch.cuda.device(self._device), random_state_kept(self._device):
                 self._warm_up(body)
                 return self._capture(body)
-        except Exception as error:  # whatever a kernel library raises while it is recorded; the reason is reported
+        except Exception as error:  # kernel libraries raise many kinds; the reason is reported
             text = str(error).strip().splitlines() or [""]
             raise CaptureError(f"{type(error).__name__}: {text[0]}") from error
 
     def _warm_up(self, body: Body) -> None:
-        """Run it where it will be captured: libraries set themselves up, then a wait for the device raises.
+        """Run the body on the capture's stream: once so that libraries set themselves up, once so that waits raise.
 
-        It would raise during the capture as well, but leave torch's allocator in the middle of it.
+        They would raise in the capture as well, but leave torch's allocator in the middle of it.
         """
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
@@ -94,15 +94,15 @@ class CudaRecorder:
             current.wait_stream(self._stream)
 
     def _capture(self, body: Body) -> Recording:
-        """Capture on a generator state of the graph's own, so that a capture that breaks off spoils no other."""
+        """Capture with the graph's own generator state, so that a failed capture does not spoil others."""
         graph = torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         outside, own = generator.graphsafe_get_state(), generator.clone_state()
         torch.cuda.synchronize()
         generator.graphsafe_set_state(own)
         try:
-            with torch.cuda.stream(self._stream):  # unlike torch.cuda.graph it gives the stream back in any case
-                # The mode in which other threads, a loader's for example, may go on allocating.
+            with torch.cuda.stream(self._stream):  # unlike torch.cuda.graph, it always restores the stream
+                # This mode lets other threads, such as a loader's, go on allocating.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     outputs = tuple(body())
@@ -113,7 +113,7 @@ class CudaRecorder:
                 graph.capture_end()
         except BaseException:
             _FAILED.append(graph)
-            with contextlib.suppress(RuntimeError):  # it has ended, unless ending the capture was what failed
+            with contextlib.suppress(RuntimeError):  # raises if capture_end has already ended it
                 end_allocation_to_pool(torch.cuda.current_device(), self._pool)
             raise
         finally:
@@ -122,7 +122,7 @@ class CudaRecorder:
 
 
 class CudaRecording:
-    """A CUDA graph, what it writes, and the state its random operations draw from."""
+    """A CUDA graph, its outputs, and the generator state that its random operations draw from."""
 
     def __init__(
         self, graph: torch.cuda.CUDAGraph, outputs: Sequence[Tensor], generator: torch.Generator, own: torch.Generator
@@ -141,7 +141,7 @@ def _waits_raise() -> Iterator[None]:
     """Operations that wait for the device raise `RuntimeError` inside the block."""
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that it does not find all of them
+        warnings.simplefilter("ignore")  # torch warns that it may miss some
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield

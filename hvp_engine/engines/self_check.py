@@ -17,6 +17,10 @@ _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, t
 _LEAST_MOVE = 0.01
 """What weights are taken to be in size, at least, where they are zero."""
 
+_ROUNDING = 100.0
+"""Units in the last place of the loss, for tangents of length 1, that a product may be off: where the loss is constant
+its terms cancel, and the product is rounding."""
+
 _COARSEST = max(_TOLERANCES.values())
 
 
@@ -49,23 +53,30 @@ def disagreement(
         "product": (candidate.product(tangents), product, 0.0),
         "mixed product": (list(_present(candidate.mixed(tangents))), list(_present(eager.mixed(tangents))), 0.0),
     }
+    noise = _ROUNDING * (abs(float(eager.loss)) if eager.loss is not None else 0.0) * _norm(tangents)
     for name, (ours, theirs, terms) in compared.items():
         if len(ours) != len(theirs):
             return f"the {name} has paths to {len(ours)} tensors, eager's to {len(theirs)}"
-        found = difference(ours, theirs, dtypes, terms)
+        found = difference(ours, theirs, dtypes, terms, noise)
         if found is not None:
             return f"the {name} differs from eager's by {found:.2g} (relative)"
     return None
 
 
 def difference(
-    ours: Sequence[Tensor], theirs: Sequence[Tensor], dtypes: Iterable[torch.dtype], terms: float = 0.0
+    ours: Sequence[Tensor],
+    theirs: Sequence[Tensor],
+    dtypes: Iterable[torch.dtype],
+    terms: float = 0.0,
+    noise: float = 0.0,
 ) -> float | None:
     """The relative difference of two lists, by the global norm, if it is beyond the tolerance of the coarsest of
-    `dtypes`; None if it is not, or if `theirs` is not finite. `terms`, if larger, is the norm it is relative to."""
+    `dtypes`; None if it is not, or if `theirs` is not finite. `terms`, if larger, is the norm it is relative to;
+    a distance of `noise` units in the last place is none."""
     tolerance = max(_TOLERANCES.get(dtype, _COARSEST) for dtype in dtypes)
     distance, norm = _norm([a - b for a, b in zip(ours, theirs, strict=True)]), max(_norm(theirs), terms)
-    if not math.isfinite(norm) or distance <= tolerance * norm + torch.finfo(torch.float32).tiny:
+    epsilon = max(torch.finfo(dtype).eps for dtype in dtypes)
+    if not math.isfinite(norm) or distance <= tolerance * norm + epsilon * noise + torch.finfo(torch.float32).tiny:
         return None
     return distance / norm if norm else distance
 

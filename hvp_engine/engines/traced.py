@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,9 @@ from hvp_engine.engines.self_check import disagreement
 from hvp_engine.solvers.batched import pays
 
 Function = Callable[..., Sequence[Tensor]]
+
+_MOST_TRACES = 16
+"""Traces that one engine keeps; one of a small recurrent net takes about 20 MB."""
 
 
 class Schedule:
@@ -162,9 +166,10 @@ class LinearizedEngine(Engine):
 
     def __init__(self, eager: EagerEngine | None = None) -> None:
         self._eager = EagerEngine() if eager is None else eager
-        self._cache: dict[Hashable, Functions | Refused] = {}
+        self._cache: OrderedDict[Hashable, Functions | Refused] = OrderedDict()
         self.traces = 0
         self.trace_seconds = 0.0
+        self._forgotten = 0
 
     def linearize(self, problem: Problem) -> Linearization:
         tensors, others, spec = split_inputs(problem)
@@ -172,6 +177,10 @@ class LinearizedEngine(Engine):
         functions = self._cache.get(key)
         if functions is None or not functions.modes_unchanged():
             functions = self._cache[key] = self._trace(problem)
+            if len(self._cache) > _MOST_TRACES:
+                self._cache.popitem(last=False)
+                self._forgotten += 1
+        self._cache.move_to_end(key)
         if isinstance(functions, Refused) or functions.distrust:
             return self._instead(problem, functions.distrust)
         if not functions.schedule.due():
@@ -201,6 +210,8 @@ class LinearizedEngine(Engine):
     def report(self) -> str:
         """What was traced, in a line."""
         text = f"{self.traces} traces in {self.trace_seconds:.2f} s"
+        if self._forgotten:
+            text += f", {self._forgotten} of them forgotten: at most {_MOST_TRACES} are kept, the latest used"
         undone = {u for f in self._cache.values() if isinstance(f, Functions) for u in f.partition.undone}
         text += "".join(f"; rewrite undone: {reason}" for reason in sorted(undone))
         reasons = {f.unbatched for f in self._cache.values() if isinstance(f, Functions) and f.unbatched}
@@ -232,7 +243,7 @@ def signature(problem: Problem, tensors: Sequence[Tensor], others: Sequence[Any]
     """What a trace depends on besides tensor values."""
     leaves = [*problem.weights, *problem.hyperparameters, *tensors]
     return (
-        problem.loss,
+        problem.identity,
         problem.weight_structure,
         problem.hyperparameter_structure,
         tuple((t.shape, t.stride(), t.dtype, t.device) for t in leaves),

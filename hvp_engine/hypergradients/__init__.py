@@ -1,4 +1,4 @@
-"""Ways to a hypergradient: by the implicit function theorem, by fixed points, by unrolling."""
+"""Hypergradients: by the implicit function theorem, through fixed points, by unrolling."""
 
 from hvp_engine.hypergradients.estimator import Estimate, Estimator
 from hvp_engine.hypergradients.unrolled import Unrolled, UnrolledEstimate

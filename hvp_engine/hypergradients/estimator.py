@@ -19,7 +19,7 @@ class Estimate:
         grads: dL_V*/dlambda, in the container of the hyperparameters, detached.
         train_loss, val_loss: 0-dim tensors, detached.
         gradient_norm: ||dL_T/dw|| as a 0-dim float64 tensor; zero where the implicit function theorem holds exactly.
-        unfinished: how much the validation loss would change if training went on to its end, to first order; None if
+        unfinished: how much the validation loss would change if training ran to convergence, to first order; None if
             the estimator does not know.
         solution: the linear solve behind the hypergradient; None if there was none.
     """
@@ -44,7 +44,7 @@ class Estimator:
         raise NotImplementedError(f"{type(self).__name__}: expected a __call__(weights, hyper, train_batch, val_batch)")
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next call depends on, as tensors and plain values."""
+        """What a checkpoint needs to continue with the same numbers, as tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ EstimatorLike = Estimator | Callable[[Any, Any, Any, Any], Estimate]
 
 
 class _Wrapped(Estimator):
-    """A callable that is not an :class:`Estimator`; state methods that it happens to have are used."""
+    """A plain callable as an :class:`Estimator`, with its own state methods if it has any."""
 
     def __init__(self, function: Callable[[Any, Any, Any, Any], Estimate]):
         self._function = function

@@ -37,8 +37,8 @@ from hvp_engine.solvers.spectrum import Spectrum
 class FixedPointHypergradient(Estimator):
     """dL_V*/dlambda where the weights solve w = Phi(w, lambda): implicit layers, momentum maps, any fixed iteration.
 
-    dL_V/dlambda + (dPhi/dlambda)^T x, where x solves (I - (dPhi/dw)^T) x = dL_V/dw. With `Neumann(i)` that is the sum
-    of ((dPhi/dw)^T)^j dL_V/dw over j = 0..i: what i + 1 applications of Phi, started at w*, and reverse mode give.
+    dL_V/dlambda + (dPhi/dlambda)^T x, where x solves (I - (dPhi/dw)^T) x = dL_V/dw. With `Neumann(i)`, x is the
+    sum of ((dPhi/dw)^T)^j dL_V/dw over j = 0..i, as reverse mode through i + 1 applications of Phi from w* would give.
 
     Arguments:
         phi: `phi(weights, hyper, batch)` -> a tree like weights; a function of its arguments.
@@ -48,20 +48,21 @@ class FixedPointHypergradient(Estimator):
 
     Calling it takes `(weights, hyper, train_batch, val_batch)`, as :class:`Hypergradient` does, with `train_batch` for
     phi, and returns a :class:`HypergradientResult`: its `gradient_norm` is ||w - Phi(w)|| and its `train_loss` half
-    of the square, since a map has no loss. So it is an estimator for a :class:`Tuner`, whose own training loss may be
-    any that training takes to the fixed point. Where Phi is a step w - eta dL_T/dw, it is `Hypergradient` with alpha =
-    eta; it leaves everything of the caller's as it was, too.
+    of the square, since a map has no loss. It can be the estimator of a :class:`Tuner`, whose own training loss may be
+    any that leads to the fixed point. If Phi is a step w - eta dL_T/dw, it equals `Hypergradient` with alpha = eta. It
+    changes nothing of the caller's.
 
-    Validity: the series converges if the spectral radius of dPhi/dw at w* is below 1, that is if the iteration of Phi
-    converges there; with Re(eigenvalue) < 1 for all eigenvalues, a small enough alpha does.
+    Validity: the series converges if the spectral radius of dPhi/dw at w* is below 1, that is, if iterating Phi
+    converges there. If all eigenvalues have real parts below 1, it converges for a small enough alpha.
 
     Cost of a call: one Phi with its graph, `iterations` + 1 vector-Jacobian products of it (first derivatives are
     enough), one gradient of `val_loss`. Memory: the graph of one Phi and the solver's vectors.
 
-    Errors: `TypeError`/`ValueError` naming the argument for a solver that needs symmetry, or a phi that returns
-    something else than a tree like the weights; :class:`DivergenceError` if the series grows.
+    Errors: `TypeError`/`ValueError` naming the argument for a solver that needs symmetry, or a phi that does not
+    return a tree like the weights; :class:`DivergenceError` if the series grows.
 
-    Source: Liao et al. 2018; for layers: Bai, Kolter, Koltun 2019.
+    Source: Liao et al., Reviving and Improving Recurrent Back-Propagation, ICML 2018; for layers: Bai, Kolter and
+    Koltun, Deep Equilibrium Models, NeurIPS 2019.
 
     >>> import torch, hvp_engine as hvp
     >>> A = torch.tensor([[0.0, 0.5], [-0.5, 0.0]])                       # w* = (I - A)^-1 lambda
@@ -83,7 +84,7 @@ class FixedPointHypergradient(Estimator):
                     f"{name}: expected a function of (weights, hyper, batch); got {type(function).__name__}"
                 )
         self.phi, self.val_loss = phi, val_loss
-        self.solver = _unsymmetric(Neumann(20) if solver is None else solver)
+        self.solver = _for_nonsymmetric(Neumann(20) if solver is None else solver)
         self.draws = Draws()
         self._stationarity = Stationarity("a fixed point of phi", "||w - phi(w)||")
 
@@ -93,7 +94,7 @@ class FixedPointHypergradient(Estimator):
         point = (weight_list, weight_structure, hyper_list, hyper_structure)
         with isolated(self.draws.next_seed(), weight_list[0].device):
             val_loss, vector, direct = direct_gradient(Problem(self.val_loss, *point, (val_batch,), "val_loss"))
-            # f = w - Phi(w) in place of dL_T/dw: f = 0 defines w*, and a tape multiplies by (df/dw)^T.
+            # f = w - Phi(w) takes the place of dL_T/dw: f = 0 defines w*, and the tape multiplies by (df/dw)^T.
             tape = self._record(*point, train_batch)
             try:
                 system = LinearSystem(tape, EagerEngine(), Spectrum())
@@ -116,15 +117,13 @@ class FixedPointHypergradient(Estimator):
             solution=replace(solution, value=weight_structure.rebuild(solution.value)),
         )
         if solution.iterations:
-            self._stationarity.look(result.unfinished, val_loss, distance)
+            self._stationarity.check(result.unfinished, val_loss, distance)
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to continue with the same numbers."""
         return {"draws": self.draws.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
         self.draws.load_state_dict(state["draws"])
 
     def _record(
@@ -153,8 +152,8 @@ class FixedPointHypergradient(Estimator):
         return Tape(differences, weights, hyperparameters, name="phi", symmetric=False)
 
 
-def _unsymmetric(solver: Solver) -> Solver:
-    """The solver, checked to serve an operator that is not symmetric, with a number for alpha."""
+def _for_nonsymmetric(solver: Solver) -> Solver:
+    """The solver, checked to accept a nonsymmetric operator, with a number for alpha."""
     check_solver(solver)
     if solver.needs_symmetry:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Hypergradients by the implicit function theorem: the formula, and loss functions to which it is applied.
+"""Hypergradients by the implicit function theorem: the formula, applied to loss functions.
 
 dL_V*/dlambda = dL_V/dlambda - (d2L_T/dlambda dw^T) [d2L_T/dw dw^T]^-1 dL_V/dw      (Algorithm 2)
 
-:mod:`hvp_engine.hypergradients.autograd_api` applies it to losses that autograd has recorded already.
+:mod:`hvp_engine.hypergradients.autograd_api` applies it to losses that autograd has already recorded.
 """
 
 from __future__ import annotations
@@ -32,19 +32,16 @@ from hvp_engine.solvers.solution import Solution
 from hvp_engine.solvers.spectrum import Spectrum
 
 _FAR = 0.5
-"""Share of the validation loss that further training may promise to change before the weights count as far away."""
+"""The weights count as far away if further training would change the validation loss by more than this share of it."""
 
 
 @dataclass(frozen=True)
 class HypergradientResult(Estimate):
-    """What a :class:`Hypergradient` call returns.
+    """What a :class:`Hypergradient` call returns: an :class:`Estimate`, in which these are never None.
 
     Attributes:
-        grads: dL_V*/dlambda, in the container of the hyperparameters, detached.
-        train_loss, val_loss: 0-dim tensors, detached.
-        gradient_norm: ||dL_T/dw|| as a 0-dim float64 tensor: zero where the theorem applies exactly.
         unfinished: -(H^-1 dL_V/dw) . dL_T/dw as a 0-dim float64 tensor: by how much the validation loss would
-            change if training went on to its end, to first order.
+            change if training ran to convergence, to first order.
         solution: the solve of H x = dL_V/dw; its value is in the container of the weights.
     """
 
@@ -58,26 +55,26 @@ class Hypergradient(Estimator):
     Arguments:
         train_loss, val_loss: `loss(weights, hyper, batch)` -> scalar tensor. They must be functions of their
             arguments: an engine may trace them once and reuse the trace.
-        solver: how to invert the Hessian of the training loss; default `Neumann(20)`, alpha estimated.
+        solver: how to invert the Hessian of the training loss; default `Neumann(20)`, which estimates alpha.
         engine: how products are executed: "auto", or a name from `hvp_engine.engines`.
-        warm_start: start each solve at the solution of the previous call, which costs one more product and one more
-            vector of memory. If the problem changes slowly between calls, a truncated series continues over them, and
-            a tolerance is reached in fewer products.
+        warm_start: start each solve at the solution of the previous call, for one more product and one more vector of
+            memory. If the problem changes slowly, a truncated series then continues from call to call, and a
+            tolerance is reached in fewer products.
 
     It is called with `(weights, hyper, train_batch, val_batch)`. Weights and hyper are any trees of real floating
     tensors (a module stands for its named parameters that require grad). Batches may be anything, but only tensors,
     numbers and strings in tuples, lists and dicts can be traced. It returns a :class:`HypergradientResult` and changes
-    nothing of the caller's: tensors, `.grad`, buffers, random state.
+    none of the caller's tensors, `.grad`, buffers and random state.
 
     Cost of a call: one gradient of each loss, the solver's products, one mixed product. Memory: the graph of the
     training gradient and the solver's vectors, whatever the number of products.
 
-    Errors: as :func:`hypergradient`. It warns, once, if the weights are so far from stationary that the implicit
-    function theorem does not apply: if the result's `unfinished` is more than half of the validation loss. Only calls
-    1, 2, 4, 8, ... check this, since checking waits for the device.
+    Errors: as :func:`hypergradient`. It warns once if the weights are too far from stationary for the implicit function
+    theorem, that is, if the result's `unfinished` exceeds half of the validation loss. Only calls 1, 2, 4, 8, ... check
+    this, since checking waits for the device.
 
-    Source: Lorraine, Vicol, Duvenaud, Optimizing Millions of Hyperparameters by Implicit Differentiation, 2019,
-    Theorem 1 and Algorithm 2.
+    Source: Lorraine, Vicol and Duvenaud, Optimizing Millions of Hyperparameters by Implicit Differentiation, AISTATS
+    2020, Theorem 1 and Algorithm 2.
 
     >>> import torch, hvp_engine as hvp
     >>> target = torch.tensor([1.0, 2.0])
@@ -100,7 +97,7 @@ class Hypergradient(Estimator):
             if not callable(loss):
                 raise TypeError(
                     f"{name}: expected a function of (weights, hyper, batch); got {type(loss).__name__}; "
-                    "for losses computed already use hvp.hypergradient"
+                    "for losses that are already computed use hvp.hypergradient"
                 )
         if isinstance(train_loss, DataParallel) != isinstance(val_loss, DataParallel):
             raise ValueError(
@@ -110,7 +107,7 @@ class Hypergradient(Estimator):
         self.train_loss, self.val_loss = train_loss, val_loss
         self.solver: Solver = Neumann(20) if solver is None else solver
         check_solver(self.solver)
-        # With no products to make, the mixed product alone repays no trace.
+        # Without products to make, the mixed product alone does not repay a trace.
         idle = engine == "auto" and not self.solver.makes_products
         self.engine = for_loss(train_loss, engines.create("eager" if idle else engine))
         self.spectrum = Spectrum()
@@ -143,8 +140,8 @@ class Hypergradient(Estimator):
             unfinished=linearization.layout.total(unfinished_change(solution.value, linearization.gradient)),
             solution=replace(solution, value=weight_structure.rebuild(solution.value)),
         )
-        if solution.iterations:  # else it is no step of training
-            self._stationarity.look(result.unfinished, val_loss, result.gradient_norm)
+        if solution.iterations:  # without iterations, `unfinished` stands for no training
+            self._stationarity.check(result.unfinished, val_loss, result.gradient_norm)
         return result
 
     def report(self) -> str:
@@ -154,7 +151,6 @@ class Hypergradient(Estimator):
         return "\n".join([*lines, f"float32 products on {device}: {float32_arithmetic(device)}"])
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to continue with the same numbers."""
         return {
             "draws": self.draws.state_dict(),
             "spectrum": self.spectrum.state_dict(),
@@ -163,7 +159,6 @@ class Hypergradient(Estimator):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
         self.draws.load_state_dict(state["draws"])
         self.spectrum.load_state_dict(state["spectrum"])
         self._previous = state["previous"]
@@ -171,7 +166,7 @@ class Hypergradient(Estimator):
 
 
 def _alike(previous: Sequence[Tensor] | None, weights: Sequence[Tensor]) -> bool:
-    """Whether a solution is one for weights like these."""
+    """Whether a previous solution fits weights like these."""
     return previous is not None and [(t.shape, t.device) for t in previous] == [(w.shape, w.device) for w in weights]
 
 
@@ -196,7 +191,7 @@ def implicit_gradient(
     solver: Solver,
     x0: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Solution]:
-    """direct - mixed(H^-1 vector) for each hyperparameter; the core that all ways to a hypergradient share.
+    """direct - mixed(H^-1 vector) for each hyperparameter: the core of all implicit hypergradients.
 
     The system's operator is a :class:`Linearization`, which has the mixed product.
     """
@@ -226,7 +221,7 @@ def unfinished_change(solution: Sequence[Tensor], gradient: Sequence[Tensor]) ->
     """-(H^-1 dL_V/dw) . dL_T/dw, a 0-dim float64 tensor: the change of L_V by a Newton step on L_T, to first order.
 
     Arguments:
-        solution: H^-1 dL_V/dw, as far as the solve went: a truncated series stands for as many steps of training.
+        solution: H^-1 dL_V/dw, as far as the solve went; a series truncated after i terms stands for i training steps.
         gradient: dL_T/dw.
     """
     products = [x.reshape(-1) @ g.to(x.dtype).reshape(-1) for x, g in zip(solution, gradient, strict=True)]
@@ -234,14 +229,14 @@ def unfinished_change(solution: Sequence[Tensor], gradient: Sequence[Tensor]) ->
 
 
 class Stationarity:
-    """Warns, once, when the weights are so far from their goal that the implicit function theorem says little.
+    """Warns once if the weights are too far from their goal for the implicit function theorem.
 
-    The criterion: finishing the training would change the validation loss by more than half of it, to first order.
-    Calls 1, 2, 4, 8, ... look, since a look waits for the device.
+    The criterion: training to convergence would change the validation loss by more than half of it, to first order.
+    Only calls 1, 2, 4, 8, ... check, since that waits for the device.
 
     Arguments:
         goal: where the weights should be, in words.
-        distance: what measures how far they are, and vanishes there.
+        distance: the measure, in words, of how far away they are.
     """
 
     def __init__(self, goal: str = "a minimum of the training loss", distance: str = "||dL_T/dw||") -> None:
@@ -249,10 +244,10 @@ class Stationarity:
         self._calls = 0
         self._warned = False
 
-    def look(self, unfinished: Tensor, val_loss: Tensor, gradient_norm: Tensor) -> None:
+    def check(self, unfinished: Tensor, val_loss: Tensor, gradient_norm: Tensor) -> None:
         """Count a call, and perhaps warn."""
         self._calls += 1
-        if self._warned or self._calls & (self._calls - 1):
+        if self._warned or self._calls & (self._calls - 1):  # zero for powers of two: 8 & 7 = 0, but 6 & 5 = 4
             return
         change, loss, norm = torch.stack([unfinished, val_loss.double(), gradient_norm]).tolist()
         if abs(change) > _FAR * abs(loss):
@@ -260,7 +255,7 @@ class Stationarity:
             warnings.warn(
                 f"the weights are far from {self._goal}: {self._distance} is {norm:.3g}, and finishing "
                 f"the training would change the validation loss, {loss:.3g}, by about {change:.3g}; the hypergradient "
-                "assumes that they are at one: train longer before and between hypergradients (warmup_steps and "
+                "assumes that they have reached it: train longer before and between hypergradients (warmup_steps and "
                 "inner_steps of a Tuner)",
                 stacklevel=3,
             )

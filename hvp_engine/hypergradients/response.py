@@ -1,4 +1,4 @@
-"""Rows of the best response's Jacobian: what each hyperparameter does to chosen functions of the trained weights."""
+"""Rows of the best response's Jacobian: how each hyperparameter changes given functions of the trained weights."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class ResponseJacobian:
     """What :func:`response_jacobian` returns.
 
     Attributes:
-        rows: u_k^T dw*/dlambda, in the container of the hyperparameters; each leaf has one more dimension, the first,
-            that counts the cotangents.
-        solution: the solves of H x = u_k: products of all, and the worst residual norm with its status; no value.
+        rows: u_k^T dw*/dlambda, in the container of the hyperparameters; each leaf has an extra first
+            dimension, one entry per cotangent.
+        solution: the solves of H x = u_k: products of all, and the largest residual norm with its status; no value.
     """
 
     rows: Any
@@ -49,17 +49,17 @@ def response_jacobian(
 ) -> ResponseJacobian:
     """u_k^T dw*/dlambda = -u_k^T [d2L_T/dw dw^T]^-1 d2L_T/dw dlambda^T, for several u_k at once.
 
-    With u_k the gradient of a function f_k of the weights, row k is the derivative of f_k(w*(lambda)): of one
-    weight, of a prediction, or of one of several validation losses, of which a part that depends on the
-    hyperparameters directly is to be added.
+    With u_k the gradient of a function f_k of the weights, row k is the derivative of f_k(w*(lambda)): of a
+    weight, a prediction, or one of several validation losses (if that also depends on the hyperparameters directly, add
+    its direct derivative).
 
     Arguments:
         train_loss: `loss(weights, hyper, batch)` -> scalar tensor.
         weights, hyper: any tree of real floating tensors, the weights at the minimum of the training loss.
         train_batch: passed on to the loss.
-        cotangents: the u_k, a tree like the weights of which each leaf has one more dimension, the first, of one
-            length: a stack, as `solve(..., batched=True)` takes it.
-        solver: default `ConjugateGradient(100)`; with damping where the Hessian is indefinite or nearly singular.
+        cotangents: the u_k, a tree like the weights whose leaves have an extra first dimension, as for
+            `solve(..., batched=True)`.
+        solver: default `ConjugateGradient(100)`; add damping if the Hessian is indefinite or nearly singular.
         engine: how products are executed: "auto", or a name from `hvp_engine.engines`.
 
     Returns a :class:`ResponseJacobian`. The caller's tensors, buffers and random state stay as they were.
@@ -72,7 +72,8 @@ def response_jacobian(
     Errors: `TypeError`/`ValueError` naming the argument; :class:`GraphError` if no hyperparameter reaches the training
     gradient; as :func:`solve`.
 
-    Source: Lorraine, Vicol, Duvenaud 2019, Theorem 1.
+    Source: Lorraine, Vicol and Duvenaud, Optimizing Millions of Hyperparameters by Implicit Differentiation, AISTATS
+    2020, Theorem 1.
 
     >>> import torch, hvp_engine as hvp
     >>> target = torch.tensor([1.0, 2.0])

@@ -24,7 +24,7 @@ Tangents = Sequence[Tensor | None]
 
 @dataclass(frozen=True)
 class End:
-    """Where the steps led (`weights`, `val_loss`), and what the first one saw; all detached."""
+    """Weights and validation loss after the last step, training loss and gradient norm before the first; detached."""
 
     weights: Tensors
     val_loss: Tensor
@@ -34,7 +34,7 @@ class End:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Steps of `rule`, one on each problem of `train`, then `val`; those from number `first` on are differentiated."""
+    """Steps of `rule`, one per problem in `train`, then `val`; steps from number `first` on are differentiated."""
 
     train: Sequence[Problem]
     val: Problem
@@ -45,7 +45,7 @@ class Trajectory:
         """Training step number `index`; `record` keeps its graph."""
         problem = self.train[index]
         loss = problem.evaluate(weights, hyper)
-        if record and index == self.first:  # refuses what all steps would get silently wrong
+        if record and index == self.first:  # checked once: refuses what would be silently wrong
             gradient = gradients(loss, weights, problem.name)
         elif loss.requires_grad:
             found = differentiate(loss, weights, retain_graph=record, create_graph=record)
@@ -66,14 +66,14 @@ class Trajectory:
 
 
 _NO_FORWARD_DERIVATIVE = ("forward AD", "forward mode AD", "ZeroTensors are immutable")
-"""What torch says where an operator has none; the last of `mse_loss`, whose second derivative in this mode fails."""
+"""torch's messages for an operator without one; the last is that of `mse_loss`, whose second derivative fails."""
 
 Step = tuple[Moved, Tensor, Tensors]
 """Weights and state after a step; the loss and its gradient before it, detached."""
 
 
 def reverse(trajectory: Trajectory, checkpointing: bool) -> tuple[Tensors, End]:
-    """Record the differentiated steps (with `checkpointing` only what lies between them), and go back through them."""
+    """Record the differentiated steps (with `checkpointing` only the states between them) and backpropagate."""
     val = trajectory.val
     hyper = leaves(val.hyperparameters)
     weights, state = leaves(val.weights), trajectory.rule.initial_state(val.weights)
@@ -129,7 +129,7 @@ def _along(trajectory: Trajectory, direction: Tangents) -> tuple[Tensor | None, 
     state_tangents: Tangents = [None] * len(state)
     seen = None
     for index in range(len(trajectory.train)):
-        with forward_ad.dual_level():  # a level holds every tangent made in it until it ends: one for each step
+        with forward_ad.dual_level():  # a level keeps its tangents alive until it ends: one per step
             moving = _dual(hyper, direction) if index >= trajectory.first else hyper
             (moved, rest), loss, gradient = trajectory.step(
                 index, _dual(leaves(weights), tangents), _dual(state, state_tangents), moving, record=False
@@ -156,7 +156,7 @@ def _parts(tensors: Sequence[Tensor]) -> tuple[Tensors, Tangents]:
 
 @contextlib.contextmanager
 def _forward_explained() -> Iterator[None]:
-    """torch's complaint about an operator without a forward derivative becomes ours."""
+    """Turn torch's error about an operator without a forward derivative into ours."""
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one

@@ -25,10 +25,10 @@ class UnrolledEstimate(Estimate):
 
     Attributes:
         grads: dL_V(lambda, w_i(lambda))/dlambda, in the container of the hyperparameters, detached.
-        train_loss: at the weights that were given, the first batch; 0-dim, detached.
+        train_loss: at the given weights, on the first batch; 0-dim, detached.
         val_loss: at the weights after the last step; 0-dim, detached.
-        gradient_norm: ||dL_T/dw|| at the weights that were given, a 0-dim float64 tensor.
-        weights: w_i, in the container of the weights, detached: a training loop may go on from there.
+        gradient_norm: ||dL_T/dw|| at the given weights, a 0-dim float64 tensor.
+        weights: w_i, in the container of the weights, detached: a training loop may continue from there.
     """
 
     weights: Any
@@ -38,37 +38,41 @@ class Unrolled(Estimator):
     """The hypergradient through i training steps from the given weights: dL_V(lambda, w_i(lambda))/dlambda.
 
     dL_V/dlambda - dL_V/dw sum_{i-L < j <= i} [prod_{j < k <= i} (I - eta H(w_{k-1}))] eta d2L_T/dw dlambda^T(w_{j-1})
-    for SGD with learning rate eta, L = i without truncation. From a minimum w* it equals the Neumann series of i - 1
-    products (alpha = eta).
+    for SGD with learning rate eta, where L = i without truncation. From a minimum w* it equals the Neumann
+    series of i - 1 products (alpha = eta).
 
     Arguments:
         train_loss, val_loss: `loss(weights, hyper, batch)` -> scalar tensor.
         steps: i >= 1.
-        rule: how a step moves the weights: `SGD(eta)`, `SGD(eta, momentum=0.9)`, `Adam(eta)`, from a cold state. Its
-            learning rate may depend on the hyperparameters, which implicit differentiation cannot do.
+        rule: how a step moves the weights: `SGD(eta)`, `SGD(eta, momentum=0.9)`, `Adam(eta)`, starting without
+            momentum. Its learning rate may depend on the hyperparameters, unlike in implicit differentiation.
         truncation: L in 1..i: only the last L steps are differentiated; None for all.
         mode: "reverse", or "forward" for few hyperparameters.
-        checkpointing: keep only the states between steps, and run each step again in the backward pass.
+        checkpointing: rematerialization: keep only the states between steps, and rerun each step in the backward pass.
         batch_per_step: `train_batch` is a sequence with one batch for each step (`Tuner(train_batches=steps)` passes
             one); otherwise all steps use the same batch.
 
-    Usable as `Tuner(estimator=...)`. Weights, hyperparameters, `.grad`, buffers and random state of the caller stay
-    as they were. Every step draws its own dropout masks, as training does; the passes of one call (a step that is run
-    again, the directions of forward mode) draw the same ones, the next call others.
+    Usable as `Tuner(estimator=...)`. It changes none of the caller's weights, hyperparameters, `.grad`, buffers and
+    random state. Every step draws its own dropout masks, as in training. All passes of one call (rerun steps,
+    directions of forward mode) draw the same masks; the next call draws others.
 
-    Cost, for P weights, H hyperparameters, and L for i where truncated:
-    reverse: i gradients recorded, and about 2 more each for going back; memory O(P i + H), the graphs of all steps;
-    reverse, checkpointing: about twice that time; memory one step's graph, and for each step one or two copies of the
-    weights and of the rule's state;
-    forward: H passes of i steps, each about three gradients; memory O(P + H), whatever i. (Carrying all H tangents at
-    once would take one pass and O(P H).)
+    Cost, for P weights and H hyperparameters (with truncation read L for i):
 
-    Errors: `TypeError`/`ValueError` naming the argument; :class:`GraphError` for losses that do not reach what they
-    should; :class:`SecondDerivativeError` for an operator without a second derivative (in forward mode: without a
-    forward derivative).
+    * reverse: i recorded gradients, and about 2 more each for the backward pass; memory O(P i + H), all steps' graphs.
+    * reverse with checkpointing: about twice that time; memory: one step's graph, and for each step one or two copies
+    of
+      the weights and of the rule's state.
+    * forward: H passes of i steps, each about three gradients; memory O(P + H) for any i. (Carrying all H tangents at
+      once would take one pass and O(P H).)
 
-    Source: Table 1 of Lorraine, Vicol, Duvenaud 2019; Domke 2012; Maclaurin et al. 2015; Franceschi et al. 2017
-    (both modes); Shaban et al. 2019 (truncation).
+    Errors: `TypeError`/`ValueError` naming the argument; :class:`GraphError` for losses without a graph to weights or
+    hyperparameters; :class:`SecondDerivativeError` for an operator without a second derivative (in forward mode:
+    without a forward derivative).
+
+    Source: Domke, Generic Methods for Optimization-Based Modeling, AISTATS 2012; Maclaurin, Duvenaud and Adams,
+    Gradient-based Hyperparameter Optimization through Reversible Learning, ICML 2015. Both modes: Franceschi, Donini,
+    Frasconi and Pontil, Forward and Reverse Gradient-Based Hyperparameter Optimization, ICML 2017. Truncation: Shaban,
+    Cheng, Hatch and Boots, Truncated Back-propagation for Bilevel Optimization, AISTATS 2019.
 
     >>> import torch, hvp_engine as hvp
     >>> from hvp_engine.hypergradients import SGD, Unrolled
@@ -96,12 +100,12 @@ class Unrolled(Estimator):
                 raise TypeError(
                     f"{name}: expected a function of (weights, hyper, batch); got {type(loss).__name__}: define one"
                 )
-        check_count(steps, "steps", what="the training steps that are unrolled")
+        check_count(steps, "steps", what="the training steps to unroll")
         truncation = steps if truncation is None else truncation
-        check_count(truncation, "truncation", what="the last steps that are differentiated")
+        check_count(truncation, "truncation", what="the last steps to differentiate")
         if truncation > steps:
             raise ValueError(f"truncation: expected at most steps={steps}; got {truncation}: unroll more steps")
-        if isinstance(rule, type) or not (hasattr(rule, "step") and hasattr(rule, "initial_state")):
+        if isinstance(rule, type) or not isinstance(rule, UpdateRule):
             raise TypeError(f"rule: expected an update rule such as SGD(0.1); got {rule!r}")
         if mode not in get_args(Mode):
             raise ValueError(f"mode: expected 'reverse' or 'forward'; got {mode!r}")
@@ -133,11 +137,9 @@ class Unrolled(Estimator):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to continue with the same numbers."""
         return {"draws": self.draws.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
         self.draws.load_state_dict(state["draws"])
 
     def _batches(self, train_batch: Any) -> Sequence[Any]:

@@ -1,4 +1,4 @@
-"""Training steps as functions that autograd can go through: SGD, with momentum, and Adam.
+"""Training steps that autograd can differentiate: SGD, with or without momentum, and Adam.
 
 A rule keeps its state (momenta, moments) in a flat list of tensors, so that a step maps tensors to tensors. The
 numbers are those of `torch.optim` with the same arguments.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ Moved = tuple[list[Tensor], list[Tensor]]
 """The weights and the state after a step."""
 
 
+@runtime_checkable
 class UpdateRule(Protocol):
     """One step of an optimizer, without side effects."""
 
@@ -38,7 +39,7 @@ class UpdateRule(Protocol):
         rate: float | Tensor,
         count: int,
     ) -> Moved:
-        """The step number `count` (from 1), with the learning rate `rate`."""
+        """Step number `count` (from 1), with learning rate `rate`."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Adam:
 
     Errors: `TypeError`/`ValueError` naming the argument.
 
-    Source: Kingma and Ba 2015.
+    Source: Kingma and Ba, Adam: A Method for Stochastic Optimization, ICLR 2015.
     """
 
     learning_rate: Rate
@@ -126,7 +127,7 @@ class Adam:
 
 
 def _root(square: Tensor) -> Tensor:
-    """sqrt with derivative zero, not infinite, at zero: there the mean is zero too, and so is the product of both."""
+    """sqrt with derivative 0 at 0 instead of infinity: there the mean is 0 too, and inf * 0 would be NaN."""
     positive = square > 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
 

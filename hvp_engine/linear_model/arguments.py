@@ -1,4 +1,4 @@
-"""What a linear model may be given: checks that name the argument, what was expected and what came."""
+"""Checks of a linear model's arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_weights(inputs: Any, weights: Sequence[Tensor], loss: Loss) -> None:
     if inputs.dim() != 2 or 0 in inputs.shape:
         raise ValueError(
             f"inputs: expected a non-empty tensor (samples, features); got shape {tuple(inputs.shape)}: "
-            "flatten what is left with .flatten(1)"
+            "flatten the other dimensions with .flatten(1)"
         )
     if len(weights) > 2:
         raise ValueError(f"weights: expected one tensor, or two with a bias; got {len(weights)}")
@@ -46,7 +46,7 @@ def check_weights(inputs: Any, weights: Sequence[Tensor], loss: Loss) -> None:
     if weight.dim() == 1 and loss == "softmax":
         raise ValueError(
             f"weights: expected shape (outputs, {inputs.shape[1]}) for the softmax loss; got {tuple(weight.shape)}: "
-            "for two classes and one output take loss='logistic'"
+            "for two classes and one output use loss='logistic'"
         )
     for bias in biases:
         shapes = [(len(weight),)] if weight.dim() == 2 else [(), (1,)]
@@ -82,7 +82,7 @@ def _check_device(tensor: Tensor, weight: Tensor, name: str) -> None:
 
 
 def check_targets(targets: Any, outputs: Tensor, loss: Loss) -> None:
-    """Raise unless the loss takes these targets for these outputs."""
+    """Raise unless the loss accepts these targets for these outputs."""
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets: expected a tensor or None; got {type(targets).__name__}")
     classes = loss == "softmax" and targets.dim() == 1
@@ -100,7 +100,7 @@ def check_targets(targets: Any, outputs: Tensor, loss: Loss) -> None:
     if low < 0 or high >= outputs.shape[1]:
         raise ValueError(
             f"targets: expected class indices from 0 to {outputs.shape[1] - 1}; got {low} to {high}: "
-            "leave out the samples without a class"
+            "leave out samples without a class"
         )
 
 

@@ -1,4 +1,4 @@
-"""The Hessian of a linear model, whose factors are known."""
+"""The Hessian of a linear model, by its factors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from torch.nn import functional
 
 from hvp_engine._support.flat_vector import FlatVector, Layout, padded
 from hvp_engine._support.pytree import flatten
-from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.linear_model import reference as linear_model_reference
 from hvp_engine.linear_model.arguments import Loss, Reduction, check_names, check_targets, check_weights, decays_of
-from hvp_engine.linear_model.engine import LinearModelEngine
+from hvp_engine.linear_model.engine import FactoredLinearization, LinearModelEngine, kernels_on
 from hvp_engine.linear_model.reference import Factors
 from hvp_engine.operators.hessian import CurvatureOperator
-from hvp_engine.ops import backend
 from hvp_engine.solvers.lanczos import Tridiagonalization
 
 _LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -28,7 +26,7 @@ _LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 class LinearModelOperator(CurvatureOperator):
-    """The Hessian of a linear model's loss in its weights, from the factors it is made of.
+    """The Hessian of a linear model's loss in its weights, by its factors.
 
     With outputs = inputs W^T + b, it is the second derivative in (W, b) of exactly
 
@@ -40,8 +38,8 @@ class LinearModelOperator(CurvatureOperator):
 
     plus sum(decay * W**2) / 2, and the same for b. (So "mean" divides the squared and the logistic loss by
     samples * outputs, the softmax loss by samples; the squared loss has no factor 1/2; the decay is never divided.) It
-    is H V = G(V X^T) X + decay * V, with G the loss's own curvature in the outputs, sample by sample. Which loss the
-    weights have is for the caller to say: nothing here looks at it.
+    is H V = G(V X^T) X + decay * V, with G the loss's own curvature in the outputs, sample by sample. The caller says
+    which loss it is; nothing here can check that.
 
     Arguments:
         inputs: X, (samples, features), in the weights' dtype or a narrower one (float32, bfloat16, float16).
@@ -50,33 +48,33 @@ class LinearModelOperator(CurvatureOperator):
             (outputs,), or for a W of shape (features,) 0-dim or (1,).
         loss: "squared", "logistic" or "softmax".
         targets: as the loss takes them: like the outputs; for "softmax" class indices (samples,), none of them
-            ignored, or probabilities like the outputs. Needed only for `.loss` and `.gradient`, and for "softmax" with
-            probabilities that do not add up to 1, by whose sums the curvature is multiplied.
-        decay: a number or 0-dim tensor, for all weights and the bias; or a tree like `weights` (of two leaves with a
-            bias) of such, or of tensors of the weights' shapes. It may be negative.
+            ignored, or probabilities like the outputs. Needed for `.loss` and `.gradient`, and for "softmax" with
+            probabilities that do not add up to 1, since their sums multiply the curvature.
+        decay: a number or 0-dim tensor, for all weights and the bias; or a tree like `weights` whose leaves are such,
+            or tensors of the weights' shapes. It may be negative.
         reduction: "mean" or "sum".
 
-    All others are float32 or all float64; all are on one device. They are read here, detached: later changes of
-    weights, decay or targets do not reach the operator; inputs must not be changed in place while it is in use.
+    Weights, targets and decay are all float32 or all float64, and everything is on one device. The operator copies all
+    but the inputs, which must not be changed in place while it is in use.
 
     Every solver works on it. With :class:`Neumann` (without a preconditioner) all terms run in one call, in C++ on a
-    CPU and in Triton on a GPU as far as they fit (`.engine.report()` says why not), for all right-hand sides of
-    `solve(..., batched=True)` together; so do, on a CPU, those of :class:`Chebyshev`, and for every solver the Lanczos
-    steps of automatic settings. The Neumann series takes the cheaper of two forms, the others the first:
+    CPU and in Triton on a GPU if they fit (`.engine.report()` says why if not), for all right-hand sides of `solve(...,
+    batched=True)` together. On a CPU so do the terms of :class:`Chebyshev` and the Lanczos steps of automatic settings.
+    The Neumann series takes the cheaper of two forms, the others the first:
 
     * direct: two products with the inputs for each term, 4 samples * features * outputs operations;
-    * dual, where all of W has the same decay (that of b may differ): every term is c v + S X, so the terms need
-      the samples x samples Gram matrix of the inputs and S only, 2 samples^2 * outputs operations, and the features
-      are met only at the beginning and at the end.
+    * dual, if all of W has the same decay (that of b may differ): every term is c v + S X, so the terms need only S and
+      the samples x samples Gram matrix of the inputs, 2 samples^2 * outputs operations; the features enter only at the
+      beginning and at the end.
 
-    `iterations` products are counted in both. Memory: two vectors of weights for each right-hand side and one product,
-    three matrices like the outputs; the Gram matrix, kept from the first dual solve on. A product by `@` costs
+    Both count `iterations` products. Memory: two vectors of weights for each right-hand side and one product,
+    three matrices like the outputs; the Gram matrix, kept after the first dual solve. A product by `@` costs
     4 samples * features * outputs operations.
 
     Errors: `TypeError`/`ValueError` naming the argument for a shape, dtype, device or name that does not fit;
     `ValueError` from `.gradient` without targets; in a solve as :func:`solve`.
 
-    Source: Bishop, Pattern Recognition and Machine Learning, 2006, sections 4.3.3 and 4.3.4, for the Hessians.
+    Source: Bishop, Pattern Recognition and Machine Learning, Springer 2006, sections 4.3.3 and 4.3.4, for the Hessians.
 
     >>> import torch, hvp_engine as hvp
     >>> x, w = torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.zeros(2)
@@ -107,7 +105,7 @@ class LinearModelOperator(CurvatureOperator):
         super().__init__(linearization, structure, LinearModelEngine())
 
 
-class LinearModelProducts(Linearization):
+class LinearModelProducts(FactoredLinearization):
     """The loss, its gradient and its products with vectors, at one point."""
 
     def __init__(
@@ -164,7 +162,6 @@ class LinearModelProducts(Linearization):
         ]
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """H times `tangents`."""
         factors = self.factors
         weight, *bias = tangents
         columns = bias[0].view(-1, 1) if bias else None
@@ -175,15 +172,15 @@ class LinearModelProducts(Linearization):
         ]
 
     def lanczos(self, start: FlatVector, steps: int) -> Tridiagonalization:
-        """So many steps of Lanczos, all in one call on a CPU."""
-        name, module = backend.select(self.layout.device, among=("cpp", "reference"))
-        kernels: Any = module if name == "cpp" else linear_model_reference
-        found: Tridiagonalization = kernels.linear_model_lanczos(start.data, self.factors, steps)
+        """`steps` of Lanczos, on a CPU in one call."""
+        name, kernels = kernels_on(self.layout.device)
+        lanczos = (kernels if name == "cpp" else linear_model_reference).linear_model_lanczos
+        found: Tridiagonalization = lanczos(start.data, self.factors, steps)
         return found
 
     @property
     def _scale(self) -> float:
-        """What the reduction multiplies the loss of one sample with."""
+        """The factor by which the reduction scales one sample's loss."""
         if self._reduction == "sum":
             return 1.0
         return 1.0 / (len(self._outputs) if self._loss == "softmax" else self._outputs.numel())

@@ -5,11 +5,10 @@ weights, and G(U) = C * (U - sum over outputs of (Q * U)) is the loss's own Hess
 with C and Q like the transposed outputs. A bias is the weight of one more input that is always 1.
 
 :func:`linear_model_direct`, :func:`linear_model_dual`, :func:`linear_model_chebyshev` and :func:`linear_model_lanczos`
-are the executable specification of the C++ kernels of the same names. In the first two `v` and `p` hold one flat vector
-(see :mod:`hvp_engine._support.flat_vector`) in each row, one for each right-hand side. On entry `v` holds the right-
-hand sides; on return it holds the residuals of the last sums but one, except in the Horner form, which leaves it as it
-was, and `p` holds alpha times the sums. What is returned are the figures of each row, as the iterations of
-:class:`hvp_engine.Neumann` have them."""
+are the executable specification of the C++ kernels of the same names. In the first two, each row of `v` and `p` is one
+right-hand side's flat vector (see :mod:`hvp_engine._support.flat_vector`). On entry `v` holds the right-hand sides. On
+return `p` holds alpha times the sums and `v` the residuals of the sums without their last terms; the Horner form leaves
+`v` as it was. Each returns one row of figures per right-hand side, as :class:`hvp_engine.Neumann`'s iterations do."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ from hvp_engine.solvers.lanczos import LanczosBasis, Tridiagonalization
 
 @dataclass(frozen=True)
 class Factors:
-    """What H is made of; all of one dtype (but for the inputs) and device, never changed.
+    """The factors of H, of one dtype (except the inputs) and on one device; never changed.
 
     Attributes:
         layout: of the weights, row-major: (outputs, features) or (features,), then the bias if there is one.
@@ -89,7 +88,7 @@ class Factors:
 def linear_model_direct(
     v: Tensor, p: Tensor, factors: Factors, alpha: float, damping: float, iterations: int, horner: bool
 ) -> Tensor:
-    """Every term by two products with the inputs."""
+    """Each term by two products with the inputs."""
     start, residual = v.clone(), v
     shift = factors.decay + damping
     p.copy_(v)
@@ -109,9 +108,10 @@ def linear_model_direct(
 def linear_model_dual(
     v: Tensor, p: Tensor, factors: Factors, alpha: float, damping: float, iterations: int, horner: bool
 ) -> Tensor:
-    """Every term by one product with the Gram matrix of the inputs; all weights must have the same decay.
+    """Each term by one product with the inputs' Gram matrix; all weights must have the same decay.
 
-    Every vector is c v + S X, its bias apart, with S of the size of the outputs: the terms change c, S and the bias.
+    Apart from its bias, every vector is c v + S X, with S of the outputs' shape; a term changes only c, S and the bias.
+    Without decay, the first is v - alpha G(v X^T) X: c = 1, S = -alpha G(v X^T); the next needs S X X^T, not S X.
     """
     start, residual = v.clone(), v
     samples = len(factors.inputs)
@@ -130,7 +130,7 @@ def linear_model_dual(
         if bias is not None and at.bias is not None and bias_shift is not None:
             product = curved.sum(-1, keepdim=True) + bias_shift * at.bias
             changed_bias = (bias if horner else at.bias) - alpha * product
-        c = (1.0 if horner else at.c) - alpha * shift.double() * at.c  # powers of one factor: its rounding adds up
+        c = (1.0 if horner else at.c) - alpha * shift.double() * at.c  # in float64: rounding errors of powers add up
         term = Combination(c, keep * at.s - alpha * (curved + shift * at.s), changed_bias)
         total = total + term
     total.expand(factors, start, p)
@@ -145,10 +145,10 @@ def linear_model_dual(
 def linear_model_chebyshev(
     residual: Tensor, direction: Tensor, x: Tensor, factors: Factors, coefficients: Tensor, damping: float
 ) -> Tensor:
-    """r <- r - A d; d <- beta d + alpha r; x <- x + d for each pair (alpha, beta) of `coefficients` (terms, 2) after
-    the first, which begins with d = x = alpha r.
+    """r <- r - A d; d <- beta d + alpha r; x <- x + d for each (alpha, beta) in `coefficients` (terms, 2), but for the
+    first, which sets d = x = alpha r.
 
-    On entry `residual` holds the right-hand sides, on return the residuals of the last x but one. Figures as above.
+    On entry `residual` holds the right-hand sides, on return the residuals of x without its last term.
     """
     start = residual.clone()
     torch.mul(residual, coefficients[0, 0].to(residual.dtype), out=direction)
@@ -161,7 +161,7 @@ def linear_model_chebyshev(
 
 
 def linear_model_lanczos(start: Tensor, factors: Factors, steps: int) -> Tridiagonalization:
-    """`steps` of Lanczos from the flat vector `start`, at most as many as there are weights."""
+    """`steps` of Lanczos from the flat vector `start`, but at most one per weight."""
     layout = factors.layout
 
     def product(tangents: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -185,7 +185,7 @@ class Combination:
         return Combination(self.c + other.c, self.s + other.s, bias)
 
     def expand(self, factors: Factors, v: Tensor, out: Tensor) -> None:
-        """Write it into the flat vectors `out`."""
+        """Write the combination into the flat vectors `out`."""
         torch.mul(v, self.c, out=out)
         weights, bias = factors.split(out)
         weights += self.s @ factors.wide_inputs
@@ -194,14 +194,14 @@ class Combination:
 
 
 def _finish(start: Tensor, residual: Tensor, p: Tensor, alpha: float) -> Tensor:
-    """Scale the sums; the figures."""
+    """The figures; scales the sums."""
     figures = _figures(start, residual, p)
     p *= alpha
     return figures
 
 
 def _figures(start: Tensor, residual: Tensor, p: Tensor) -> Tensor:
-    """(rows, 6)."""
+    """The figures (rows, 6) that `outcome_of` reads."""
     bad = (~torch.isfinite(residual) | ~torch.isfinite(p)).any(1).double()
     squares = [x.double().square().sum(1) for x in (start, residual, p)]
     bad_start = (~torch.isfinite(start)).any(1).double()
@@ -209,7 +209,7 @@ def _figures(start: Tensor, residual: Tensor, p: Tensor) -> Tensor:
 
 
 def _images(factors: Factors, state: Tensor) -> Tensor:
-    """H, its decay included, times the flat vectors in the rows of `state`."""
+    """H, including the decay, times the flat vectors in the rows of `state`."""
     images = factors.decay * state
     for part, data in zip(factors.split(images), factors.product(*factors.split(state)), strict=True):
         if part is not None:

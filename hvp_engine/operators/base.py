@@ -1,4 +1,4 @@
-"""Linear operators on trees: A @ v, sums and multiples, solves; and the function that solves with anything linear."""
+"""Linear operators on trees: A @ v, sums and multiples, solves; and :func:`solve`, which takes any linear callable."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class LinearOperator(LinearMap):
     """A linear map on trees like the weights.
 
     `A @ v` multiplies, `A.solve(v, solver)` solves; `A + B`, `A - B`, `2.0 * A` and `A + 0.1 * hvp.I` are operators
-    too. (In a solve `damping` does the same as adding a multiple of the identity, and keeps the fused update.)
+    too. (In a solve, the solver's `damping` does the same as adding a multiple of the identity, with fused updates.)
 
     Arguments:
         linear_map: what makes the products, on lists of tensors.
         structure: of the trees.
         engine: what runs the terms of a solve.
-        made_of: any tree with the caller's tensors that products read: one that has changed in place since makes them
-            wrong, so it is refused.
+        made_of: a tree of the caller's tensors that products read. Once one of them has changed in place, products
+            would be wrong, so they are refused.
 
     Attributes:
         symmetric: whether A = A^T.
         shape: (number of weights, number of weights).
-        spectrum: what is known of the eigenvalues, kept from solve to solve.
+        spectrum: the estimate of the extreme eigenvalues, kept from solve to solve.
 
     >>> import torch, hvp_engine as hvp
     >>> H = hvp.HessianOperator(lambda w: (w ** 3).sum(), torch.tensor([1.0, 2.0]))
@@ -60,22 +60,22 @@ class LinearOperator(LinearMap):
         self._versions = [(tensor, version_of(tensor)) for tensor in read if not tensor.is_inference()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_versions": []}  # a copy has tensors of its own
+        return {**self.__dict__, "_versions": []}  # a copy has its own tensors
 
     @property
     def linear_map(self) -> LinearMap:
-        """What makes the products; `ValueError` where a tensor that it reads has changed in place."""
+        """The map that makes the products; `ValueError` if a tensor that it reads has changed in place."""
         for tensor, version in self._versions:
             if version_of(tensor) != version:
                 raise ValueError(
                     "operator: expected weights and arguments as they were when it was made; got one of shape "
-                    f"{tuple(tensor.shape)} that was changed in place since: make a new operator, or clone it before"
+                    f"{tuple(tensor.shape)} that was changed in place since: make a new operator, or clone it first"
                 )
         return self._linear_map
 
     @cached_property
     def loss(self) -> Tensor | None:  # type: ignore[override]  # an attribute of most maps, computed by some
-        """The loss whose curvature A is, detached, if it is known."""
+        """The loss whose curvature A is, detached; None if it is not known."""
         return self._linear_map.loss
 
     @property
@@ -99,10 +99,10 @@ class LinearOperator(LinearMap):
         return self.linear_map.hold()
 
     def __matmul__(self, v: Any) -> Any:
-        """The operator times v, in the container of the weights; `v` is a tree like them, whose NaN propagate."""
+        """The operator times v, a tree like the weights, in the same container; NaN in v propagates."""
         leaves, structure = flatten(v, "v", sharded=True)
         check_like(leaves, self.layout, "v", "weights")
-        tangents = FlatVector.of(self.layout, leaves).tangents  # a trace relies on the strides of the weights
+        tangents = FlatVector.of(self.layout, leaves).tangents  # traces rely on the weights' strides
         return structure.rebuild([p.detach().clone() for p in self.product(tangents)])
 
     def __add__(self, other: LinearOperator | Identity) -> LinearOperator:
@@ -136,7 +136,7 @@ class LinearOperator(LinearMap):
         return LinearOperator(Combination(terms, shift), self._structure, EagerEngine())
 
     def solve(self, v: Any, solver: Solver, *, batched: bool = False, x0: Any = None) -> Solution:
-        """(A + damping I)^-1 v by `solver`, for several v with `batched`, from a first guess x0; see :func:`solve`."""
+        """(A + damping I)^-1 v by `solver`; `batched` for several v, `x0` for a warm start; see :func:`solve`."""
         return solve(self, v, solver, batched=batched, x0=x0)
 
     def dense(self) -> Tensor:
@@ -169,7 +169,7 @@ class LinearOperator(LinearMap):
 
 @dataclass(frozen=True)
 class Identity:
-    """A multiple of the identity, of whatever size is needed: `H + 0.1 * hvp.I`."""
+    """A multiple of the identity, of any size: `H + 0.1 * hvp.I`."""
 
     scale: float = 1.0
 
@@ -242,21 +242,21 @@ def solve(operator: Any, v: Any, solver: Solver, *, batched: bool = False, x0: A
             linear and symmetric and returns the container and shapes it is given.
         v: a tensor or any tree of tensors, finite, of the operator's shapes.
         solver: how, for example `Neumann(20)`, `Identity()`.
-        batched: every leaf of v has one more dimension, the first and of one length: several right-hand sides. They
-            are solved with one spectral estimate: in one call by a linear model; with one dense matrix by `Exact`
-            and one sketch by `Nystrom`;
-            with batched products where they are traced and it pays (up to 16,384 weights on a CPU); else one by one.
-        x0: a first guess like v, for example the solution of a similar system. What is solved for is the rest,
-            x = x0 + A^-1 (v - A x0), by one more product: a series continues where the guess stands, and a tolerance
-            is still relative to v. None is zero.
+        batched: every leaf of v has an extra first dimension, of the same length: multiple right-hand sides. All share
+            one spectral estimate. A linear model solves them in one call, `Exact` with one matrix, `Nystrom` with one
+            sketch; traced operators batch their products where that pays off (up to 16,384 weights on a CPU);
+            otherwise they are solved one by one.
+        x0: a warm start like v, for example the solution of a similar system; None is zero. The solver then finds
+            x - x0 = A^-1 (v - A x0), for one more product: a series continues from x0, and a tolerance stays relative
+            to v.
 
-    Returns a :class:`Solution`; its value is in the container of v. Of several right-hand sides, it has the values
-    stacked, the products of all, and the worst residual norm with its status.
+    Returns a :class:`Solution`; its value is in the container of v. For several right-hand sides it
+    has the stacked values, the products of all, and the largest residual norm with its status.
 
-    Cost: the solver's; see there.
+    Cost: that of the solver.
 
     Errors: `TypeError`/`ValueError` naming the argument for a v that does not fit or is not finite;
-    :class:`DivergenceError` for a solve that went to infinity.
+    :class:`DivergenceError` for a solve that diverges.
 
     >>> import torch, hvp_engine as hvp
     >>> A = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
@@ -282,7 +282,7 @@ def solve(operator: Any, v: Any, solver: Solver, *, batched: bool = False, x0: A
         check_like(vs[0], linear.layout, names[0], "weights")
     if not linear.fixed and solver.needs_fixed_operator:
         raise ValueError(
-            "solver: expected one for an operator that is another at every product, such as hvp.Neumann(100); got "
+            "solver: expected one for an operator that changes at every product, such as hvp.Neumann(100); got "
             f"{type(solver).__name__}, which needs a fixed one: use hvp.HessianOperator(hvp.Averaged(loss), weights, "
             "batches)"
         )

@@ -1,4 +1,4 @@
-"""Eigenvalues of curvature: the extreme ones with error bounds, and the density of all of them."""
+"""Eigenvalues of an operator: the extreme ones with error bounds, and the density of all."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hvp_engine.errors import NonFiniteError
 from hvp_engine.operators.base import CallableMap
 from hvp_engine.solvers.lanczos import LanczosBasis, RitzPairs, random_unit_vector, tridiagonalize
 
-_LOOK_EVERY = 5
-"""Products between two checks of the error bounds, each of which waits for the device."""
+_CHECK_EVERY = 5
+"""The error bounds are checked once per this many products, since each check waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ExtremeEigenvalues:
 
     Attributes:
         largest: the algebraically largest eigenvalues, descending.
-        largest_errors: for each a bound: the operator has an eigenvalue within it of the value.
+        largest_errors: a bound for each: an eigenvalue of the operator lies within it of the value.
         smallest: the algebraically smallest ones, ascending.
         smallest_errors: their bounds.
         converged: whether all bounds are below the tolerance.
@@ -53,15 +53,15 @@ def extreme_eigenvalues(
     Arguments:
         operator: a :class:`HessianOperator`, :class:`GaussNewtonOperator` or another operator of this package; or any
             callable v -> A v that is linear and symmetric, together with `like`.
-        count: how many at each end, >= 1.
+        count: how many at either end, >= 1.
         tol: stop when all bounds are below tol * max |eigenvalue|.
-        max_hvps: products at most; the bounds then tell how accurate the values are.
+        max_hvps: most products; the bounds tell how accurate the values are then.
         like: for a callable: a tensor or tree of tensors of the shapes it takes.
         seed: of the random start.
 
-    Validity: a repeated eigenvalue is found once, and no bound can exclude that one farther out was missed, although
-    that is improbable (the start would have to be almost orthogonal to its eigenvector). Small eigenvalues in a
-    dense cluster, such as those of networks near 0, converge slowly.
+    Validity: a repeated eigenvalue is found once. One farther out may have been missed, though only if the random start
+    is almost orthogonal to its eigenvector; no bound can exclude that. Small eigenvalues in a dense cluster, such as
+    those of networks near 0, converge slowly.
 
     Cost: at most `max_hvps` products, and as many flat vectors of weights.
 
@@ -83,7 +83,7 @@ def extreme_eigenvalues(
     count = min(count, max(1, linear.layout.numel))
     basis = LanczosBasis(linear.product, random_unit_vector(linear.layout, seed), max_hvps)
     while True:
-        basis.extend(min(_LOOK_EVERY, basis.capacity - basis.steps))
+        basis.extend(min(_CHECK_EVERY, basis.capacity - basis.steps))
         pairs = _finite(basis.tridiagonalization.ritz_pairs())
         size = float(pairs.values.abs().max())
         ends = [*range(min(count, len(pairs.values))), *range(max(0, len(pairs.values) - count), len(pairs.values))]
@@ -163,8 +163,8 @@ def spectral_density(
 
     Returns a :class:`SpectralDensity`: call it at points for the density, or use `.mean(function)`.
 
-    Validity: outlying eigenvalues appear as separate nodes, a bulk as its outline. A fraction below
-    1 / (probes * size) is not seen.
+    Validity: outliers appear as separate nodes, a bulk as its outline. A fraction of the eigenvalues below
+    1 / (probes * size) goes unnoticed.
 
     Cost: `probes` * `steps` products; `steps` + 2 flat vectors of weights.
 
@@ -192,7 +192,7 @@ def spectral_density(
         start = random_unit_vector(linear.layout, seed * probes + probe)
         pairs = _finite(tridiagonalize(linear, start, steps).ritz_pairs())
         found = len(pairs.values)
-        nodes[probe] = pairs.values[-1]  # an invariant subspace gives fewer nodes: the rest repeat it with weight 0
+        nodes[probe] = pairs.values[-1]  # after an invariant subspace, the missing nodes repeat the last with weight 0
         nodes[probe, :found], weights[probe, :found] = pairs.values, pairs.coordinates[0].square()
         hvps += steps
     return SpectralDensity(nodes, weights, linear.layout.numel, hvps)
@@ -213,5 +213,5 @@ def _linear_map(operator: Any, like: Any) -> LinearMap:
 
 def _finite(pairs: RitzPairs | None) -> RitzPairs:
     if pairs is None:
-        raise NonFiniteError("operator: expected finite products; got NaN or Inf: look at the weights and the loss")
+        raise NonFiniteError("operator: expected finite products; got NaN or Inf: check the weights and the loss")
     return pairs

@@ -25,10 +25,9 @@ from hvp_engine.operators.hessian import CurvatureOperator
 class GaussNewtonOperator(CurvatureOperator):
     """G = J^T (d2 loss / d outputs2) J, with J = d outputs / dw, as a symmetric linear operator.
 
-    It is the Hessian of `loss(model(weights, inputs), targets)` without the curvature of the model, and the Hessian
-    itself where the model is linear in the weights or the loss is at its minimum for each output. It is positive
-    semi-definite for a loss that is convex in the outputs, whatever the model: conjugate gradients, with some damping,
-    are then safe.
+    It is the Hessian of `loss(model(weights, inputs), targets)` without the curvature of the model, and equals
+    the Hessian if the model is linear in the weights or the loss is at its minimum for each output. For a loss that is
+    convex in the outputs it is positive semi-definite for any model, so conjugate gradients with some damping are safe.
 
     Arguments:
         model: `model(weights, inputs)` -> outputs, a tensor or any tree of floating tensors.
@@ -39,11 +38,12 @@ class GaussNewtonOperator(CurvatureOperator):
     The graphs are built once, here; random layers draw one mask for the lifetime of the operator. A product costs
     about three backward passes. Memory: the graphs of the model's forward and of its vector-Jacobian product.
 
-    Errors: `TypeError`/`ValueError` for outputs that are no tensors or a loss that is no scalar; :class:`GraphError`
-    for outputs that do not depend on the weights, or a loss that does not depend on the outputs;
+    Errors: `TypeError`/`ValueError` for outputs that are not tensors or a loss that is not a scalar;
+    :class:`GraphError` for outputs that do not depend on the weights, or a loss that does not depend on the outputs;
     :class:`SecondDerivativeError` for a model or a loss without a second derivative.
 
-    Source: Schraudolph 2002; J v by two backward passes: Townsend 2017.
+    Source: Schraudolph, Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent, Neural Computation
+    2002; J v by two backward passes: Townsend, A New Trick for Calculating Jacobian Vector Products, 2017.
 
     >>> import torch, hvp_engine as hvp
     >>> x, y = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 9.0])
@@ -65,12 +65,12 @@ class GaussNewtonOperator(CurvatureOperator):
         tensors, structure = flatten(weights, "weights", sharded=True)
         problem = Problem(loss, tensors, structure, [], None, (inputs, targets))
         with isolated(Draws().next_seed(), tensors[0].device):
-            linearization = for_loss(loss, _Maker(model)).linearize(problem)
+            linearization = for_loss(loss, _GaussNewtonEngine(model)).linearize(problem)
         super().__init__(linearization, structure, EagerEngine(), (tensors, inputs, targets))
 
 
-class _Maker(EagerEngine):
-    """Linearizes to products of the Gauss-Newton matrix."""
+class _GaussNewtonEngine(EagerEngine):
+    """Linearizes to products with the Gauss-Newton matrix."""
 
     def __init__(self, model: Callable[[Any, Any], Any]):
         super().__init__()
@@ -97,7 +97,7 @@ class _Maker(EagerEngine):
 class GaussNewtonProducts(Linearization):
     """Three tapes: v -> J v, the loss's Hessian in the outputs, and u -> J^T u.
 
-    Reverse mode alone gives J v as well: u -> J^T u is linear in u, and its transpose is v -> J v.
+    Reverse mode gives J v, too: u -> J^T u is linear, and its transpose, by a second backward pass, is v -> J v.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class GaussNewtonProducts(Linearization):
         if all(gradient is None for gradient in found):
             raise GraphError("loss: expected a loss that depends on the outputs; got one that uses none of them")
         gradient = filled(found, self._outputs)
-        # The value of u plays no part, but its graph does.
+        # J^T u is linear in u, so its derivative is the same at u = 0: only the graph matters.
         cotangents = leaves([torch.zeros_like(output) for output in reached])
         pulled = filled(differentiate(reached, self._weights, cotangents, create_graph=True), self._weights)
 
@@ -140,9 +140,8 @@ class GaussNewtonProducts(Linearization):
 
     @property
     def incomplete(self) -> bool:
-        """Whether some kernel has no second derivative."""
+        """Whether a kernel without a second derivative was met."""
         return self._push.incomplete or self._curvature.incomplete
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """G times `tangents`."""
         return self._pull.product(self._curvature.product(self._push.product(tangents)))

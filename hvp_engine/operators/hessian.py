@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -16,12 +18,23 @@ from hvp_engine.distributed import for_loss
 from hvp_engine.operators.base import LinearOperator
 
 _EXPECTED_PRODUCTS = 200
-"""Products that one operator is expected to make: "auto" traces only where that many repay it."""
+"""An operator is expected to make this many products: "auto" traces only if they repay the trace."""
+
+
+_shared: WeakKeyDictionary[Callable[..., Tensor], engines.AutoEngine] = WeakKeyDictionary()
+"""The automatic engine of each loss that is a function, as long as that lives: operators that are made anew, for each
+task or batch, choose and trace once."""
 
 
 def engine_for_operator(engine: str | engines.Engine, loss: Callable[..., Tensor]) -> engines.Engine:
-    """As `engines.create`, for an operator of `loss` that lives as long as one solve or a few."""
-    return for_loss(loss, engines.AutoEngine(_EXPECTED_PRODUCTS) if engine == "auto" else engines.create(engine))
+    """The engine of this name for an operator of `loss`, which lives for one solve or a few."""
+    if engine != "auto":
+        return for_loss(loss, engines.create(engine))
+    if not isinstance(loss, FunctionType):
+        return for_loss(loss, engines.AutoEngine(_EXPECTED_PRODUCTS))
+    if loss not in _shared:
+        _shared[loss] = engines.AutoEngine(_EXPECTED_PRODUCTS)
+    return _shared[loss]
 
 
 class CurvatureOperator(LinearOperator):
@@ -43,14 +56,14 @@ class HessianOperator(CurvatureOperator):
     Arguments:
         loss: `loss(weights, *args)` -> scalar tensor.
         weights: any tree of real floating tensors on one device; they are not modified and need not require grad.
-        *args: passed on to the loss; like the weights, not to be changed in place while the operator is used.
+        *args: passed on to the loss; like the weights, they must not be changed in place while the operator is used.
         engine: how products are executed, by name; see `hvp_engine.engines`.
 
     The gradient graph is built once, here; random layers draw one mask for the lifetime of the operator. Every
     product costs about two gradients. Memory: the graph, and per product one vector of weights.
 
-    Errors: `ValueError` for an unknown engine, a loss that is no scalar or has no graph to the weights, and in a
-    product for weights or arguments that were changed in place since; :class:`SecondDerivativeError` for a loss
+    Errors: `ValueError` for an unknown engine, a loss that is not a scalar or has no graph to the weights, and in
+    a product after weights or arguments were changed in place; :class:`SecondDerivativeError` for a loss
     without a second derivative.
 
     >>> import torch, hvp_engine as hvp

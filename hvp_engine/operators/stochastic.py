@@ -22,30 +22,31 @@ from hvp_engine.operators.hessian import engine_for_operator
 
 
 class StochasticHessianOperator(LinearOperator):
-    """The Hessian of the mean of a loss over batches, of which every product takes the next ones.
+    """The Hessian of a loss averaged over batches, with fresh batches for every product.
 
-    A solve with `Neumann(i)` multiplies by another Hessian H_s in each term, x <- v + (I - alpha (H_s + damping I)) x.
+    Each term of a solve with `Neumann(i)` has its own Hessian H_s, x <- v + (I - alpha (H_s + damping I)) x.
     With batches drawn independently, the mean over solves is the series of the mean Hessian, term by term; a single
-    solve scatters around it, the less the larger the batches and the smaller alpha. For the mean Hessian itself, of
-    batches that fit into memory together, use `HessianOperator(hvp.Averaged(loss), weights, batches)`.
+    solve scatters around it, less so with larger batches and a smaller alpha. If all batches fit into memory together,
+    `HessianOperator(hvp.Averaged(loss), weights, batches)` is the mean Hessian itself.
 
     Arguments:
         loss: `loss(weights, batch)` -> scalar tensor, a mean over the batch.
         weights: any tree of real floating tensors on one device; not modified.
-        batches: a loader that can be iterated again, shuffled for independent batches; taken from epoch after epoch.
-        batches_per_product: so many batches are averaged in each product.
-        engine: how products are executed, by name; a trace is reused for all batches of a shape.
+        batches: a loader, iterated epoch after epoch; let it shuffle, so that batches are independent.
+        batches_per_product: how many batches each product averages.
+        engine: how products are executed, by name; one trace serves all batches of a shape.
 
-    Solvers: :class:`Neumann` and :class:`Identity`; others suppose that the operator stays what it is, and are
-    refused. alpha="auto" is estimated on one draw, held for the estimate: give a smaller alpha where batches differ
-    much. A solve's residual norm is measured on the batches of its last product.
+    Solvers: :class:`Neumann` and :class:`Identity`; the others need the same operator at every product and are
+    refused. alpha="auto" is estimated on one draw of batches: give a smaller alpha if batches differ much. A solve's
+    residual norm is measured on the batches of its last product.
 
     Cost of a product: one gradient and one Hessian-vector product for each batch. Memory: the graph of
     `batches_per_product` batches.
 
     Errors: `TypeError`/`ValueError` naming the argument; as :class:`HessianOperator` at the first product.
 
-    Source: Agarwal, Bullins, Hazan 2017 (LiSSA).
+    Source: Agarwal, Bullins and Hazan, Second-Order Stochastic Optimization for Machine Learning in Linear Time, JMLR
+    2017 (LiSSA).
 
     >>> import torch, hvp_engine as hvp
     >>> loss = lambda w, batch: (batch * w**2).mean(0).sum() / 2            # the Hessian is the mean of the batch
@@ -75,11 +76,11 @@ class StochasticHessianOperator(LinearOperator):
         of_batches = loss if batches_per_product == 1 else averaged(loss)
         problem = Problem(of_batches, leaves, structure, [], None, ())
         draws = _Draws(problem, stream, batches_per_product, maker)
-        super().__init__(draws, structure, EagerEngine())  # it runs any solver on any map; `maker` makes the products
+        super().__init__(draws, structure, EagerEngine())  # runs the terms; `maker` linearizes
 
 
 class _Draws(LinearMap):
-    """A map that is another at every product."""
+    """A map that draws new batches for every product."""
 
     fixed = False
 
@@ -89,7 +90,7 @@ class _Draws(LinearMap):
         self._seeds = Draws()
 
     def hold(self) -> LinearMap:
-        """The Hessian on the next batches, as a map that stays."""
+        """The Hessian on the next batches, as a fixed map."""
         with isolated(self._seeds.next_seed(), self.layout.device):
             with together(self._problem.loss, self.layout.device):
                 batch = self._stream.next() if self._count == 1 else self._stream.take(self._count)

@@ -1,10 +1,10 @@
-"""The seam of all solves: a solver prepares for an operator once, then serves each right-hand side.
+"""How every solve runs: a solver prepares for an operator once, then solves for each right-hand side.
 
     prepared = solver.prepare(LinearSystem(operator, engine, spectrum))
     for value, solution in prepared.solve_all(vs, names): ...
 
-A new solver is one file: an :class:`Iteration` for :meth:`Solver.allocate` where it goes term by term, or a
-:class:`Prepared` of its own where it does not.
+A new solver is one file: its :meth:`Solver.allocate` returns an :class:`Iteration` if it works term by term, otherwise
+its `prepare` returns a :class:`Prepared` of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hvp_engine.solvers.spectrum import GROWTH, Estimates, SpectralEstimate, Spe
 
 Vector = Sequence[Tensor]
 Result = tuple[list[Tensor], Solution]
-"""The value as tensors like the weights, and the solution without its value filled in."""
+"""The value as tensors like the weights, and its :class:`Solution`, whose own `value` is still None."""
 
 AnySolver = TypeVar("AnySolver", bound="Solver")
 
@@ -48,31 +48,32 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class LinearSystem:
-    """A x = v for some v: the map A, the engine that runs the terms, and what is known of the spectrum."""
+    """The left-hand side of A x = v: the map A, the engine that runs the terms, and the estimate of A's spectrum."""
 
     operator: LinearMap
     engine: Runner
     spectrum: Spectrum
 
     def solve(self, v: Vector, solver: Solver, name: str = "v", x0: Vector | None = None) -> Result:
-        """The solution for one right-hand side, which messages call `name`, from the first guess `x0` or zero."""
+        """The solution for one right-hand side, called `name` in messages, started at `x0` or at zero."""
         [result] = self.solve_all([v], solver, [name], None if x0 is None else [x0])
         return result
 
     def solve_all(
         self, vs: Sequence[Vector], solver: Solver, names: Sequence[str], x0s: Sequence[Vector] | None = None
     ) -> Iterator[Result]:
-        """The solution for each right-hand side in turn; what preparing costs counts for the first."""
+        """The solution for each right-hand side in turn; the first one's `hvps` include those of the preparation."""
         return solver.prepare(self).solve_all(vs, names, x0s)
 
 
 class Solver:
-    """A method of solving (A + damping I) x = v for a symmetric and fixed A: a small frozen object.
+    """A method of solving (A + damping I) x = v: a small frozen object that holds its settings.
 
     Attributes:
         damping: added to the diagonal of A, >= 0.
         preconditioner: v -> M v, or None.
-        needs_symmetry, needs_fixed_operator: False says that the method takes any A, or another A at every product.
+        needs_symmetry: whether A has to be symmetric.
+        needs_fixed_operator: whether A has to be the same at every product.
     """
 
     damping: float
@@ -91,15 +92,18 @@ class Solver:
         return True
 
     def allocate(self, layout: Layout) -> Iteration:
-        """Room for a solve that goes term by term, with the ops bound to it; nothing in it moves from then on."""
-        raise TypeError(f"{type(self).__name__} does not go term by term: use solver.prepare(system)")
+        """The buffers of a term-by-term solve, with the ops bound to them; their addresses never change."""
+        raise TypeError(f"{type(self).__name__} does not work term by term: use solver.prepare(system)")
 
     def prepare(self, system: LinearSystem) -> Prepared:
-        """What serves each right-hand side of `system`."""
+        """The state that all right-hand sides of `system` share."""
         return IterativeSolve(self, system)
 
     def relaxed(self: AnySolver, layout: Layout, share: float) -> AnySolver | None:
-        """The same for a right-hand side that is `share` of what a tolerance refers to; None if nothing is left."""
+        """This solver for the residual, of norm `share` * ||v||, of a warm start; None if that is small enough.
+
+        Tolerances stay relative to ||v||: with share = 0.1, tol = 1e-3 becomes tol = 1e-2 of the residual.
+        """
         return self
 
 
@@ -111,7 +115,7 @@ class Prepared:
 
     @cached_property
     def estimates(self) -> Estimates:
-        """Of the operator as the solver sees it: made where one is wanted."""
+        """Spectral estimates of the operator as the solver sees it."""
         return Estimates(self.operator, self.system.spectrum, self.solver.damping, self.solver.preconditioner)
 
     def run(self, vs: Sequence[Vector], names: Sequence[str]) -> Iterator[Result]:
@@ -121,9 +125,9 @@ class Prepared:
     def solve_all(
         self, vs: Sequence[Vector], names: Sequence[str], x0s: Sequence[Vector] | None = None
     ) -> Iterator[Result]:
-        """The solution for each of `vs` in turn, from first guesses if there are any.
+        """The solution for each of `vs` in turn, warm-started if there are `x0s`.
 
-        From x0 it is x0 + A^-1 (v - A x0), for all of them to the tolerance of the one that is farthest.
+        A warm start gives x0 + A^-1 (v - A x0). The largest of the residuals v - A x0 sets the tolerance for all.
         """
         if x0s is None:
             yield from self.run(vs, names)
@@ -145,7 +149,7 @@ class Prepared:
         hvps: int,
         estimate: SpectralEstimate | None = None,
     ) -> Result:
-        """The value and the solution, after `hvps` products; or the error that says what went wrong."""
+        """The value and the solution after `hvps` products; raises the error that explains a failed solve."""
         operator = self.operator
         if outcome.failed:
             raise (
@@ -173,7 +177,7 @@ class Prepared:
 
 
 class IterativeSolve(Prepared):
-    """The state of solvers that go term by term: one spectral estimate for all right-hand sides, if they need any."""
+    """The state of a term-by-term solver: one spectral estimate for all right-hand sides, if it needs one."""
 
     def run(self, vs: Sequence[Vector], names: Sequence[str]) -> Iterator[Result]:
         operator, solver = self.operator, self.solver
@@ -206,12 +210,12 @@ class IterativeSolve(Prepared):
         hvps: int,
         estimate: SpectralEstimate | None,
     ) -> Result:
-        """The result of a finished iteration, which is tried once more where the estimate was too low."""
+        """The result of a finished iteration, which is run once more if the spectral estimate was too low."""
         outcome = iteration.outcome()
         hvps += iteration.steps
         if estimate is not None and outcome.grown > 1 and iteration.steps:
-            # A positive definite operator cannot grow the residual under a safe alpha: either the estimate was stale,
-            # or there is negative curvature. The residual that grew points at what was missed.
+            # With a safe alpha the residual of a positive definite system cannot grow: either the estimate was stale,
+            # or there is negative curvature. The residual that grew points along the missed eigenvector.
             fresh = self.estimates.restart(_start_after(iteration, self.operator.layout))
             hvps += fresh.hvps
             if fresh.finite:
@@ -225,7 +229,7 @@ class IterativeSolve(Prepared):
 
 
 def _start_after(iteration: FinishedIteration, layout: Layout) -> FlatVector:
-    """A start vector for an estimate: what grew in a failed iteration if that is finite, else random."""
+    """A start vector for a new estimate: the last direction of the failed iteration if it is finite, else random."""
     norm = iteration.direction.norm()
     if torch.isfinite(norm) and norm > 0:
         return FlatVector(layout, iteration.direction.data / norm)
@@ -233,7 +237,7 @@ def _start_after(iteration: FinishedIteration, layout: Layout) -> FlatVector:
 
 
 def worst_of(solutions: Sequence[Solution]) -> Solution:
-    """Several solves as one: products of all, and the worst residual norm with its status; no value."""
+    """One solution for several: the products of all, and the largest residual norm with its status; no value."""
     return replace(
         max(solutions, key=lambda solution: solution.residual_norm),
         value=None,
@@ -249,7 +253,7 @@ def check_solver(solver: Any) -> None:
 
 @dataclass(frozen=True)
 class KrylovSolver(Solver):
-    """The settings of conjugate gradients and MINRES, which need no estimate."""
+    """The settings of conjugate gradients and MINRES, which need no spectral estimate."""
 
     iterations: int
     tol: float | None = None

@@ -1,7 +1,7 @@
-"""Products with several vectors at once, where an operator can make them and where that pays.
+"""Products with several vectors at once, where the operator supports them and they are faster.
 
-Small problems spend their time between operations rather than in them, so that a product with 32 vectors costs
-little more than one with a single vector. Large ones gain nothing and go one after the other, with less memory.
+Small problems spend their time on launching operations rather than in them, so a product with 32 vectors costs
+little more than one with a single vector. Large problems gain nothing: one vector at a time takes less memory.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.linear_map import LinearMap
 
 MOST = 32
-"""Vectors in one product: more cost memory and gain nothing (measured on a CPU)."""
+"""At most this many vectors go into one product: more cost memory and gain nothing (measured on a CPU)."""
 
 _LEAST = 8
-"""Vectors from which a batched product is faster than single ones (measured: with 4, not for every network)."""
+"""A batched product needs at least this many vectors: with 4 it is slower for some networks (measured)."""
 
 _LARGEST = 1 << 14
-"""Weights up to which it is faster, on a CPU (measured: at 80,000 it is not any more)."""
+"""On a CPU, products are batched up to this many weights: at 80,000 that is no longer faster (measured)."""
 
 
 class Vectors(Protocol):
-    """Vectors that products are wanted of: one after another, or in blocks."""
+    """Vectors to multiply with, one after another or in blocks."""
 
     limit: int
     steps: int
@@ -48,7 +48,7 @@ def pays(operator: LinearMap, count: int) -> bool:
 
 
 def fill(vectors: Vectors, operator: LinearMap) -> None:
-    """Make all products that `vectors` wants, at most :data:`MOST` at once."""
+    """Multiply with all of `vectors`, at most :data:`MOST` at once."""
     while vectors.steps < vectors.limit:
         count = min(MOST, vectors.limit - vectors.steps)
         if pays(operator, count):
@@ -66,5 +66,5 @@ def stacked_views(layout: Layout, rows: Tensor) -> list[Tensor]:
 
 
 def stacked_tangents(layout: Layout, rows: Tensor) -> list[Tensor]:
-    """The same in the weights' dtypes, as products take them."""
+    """The vectors stacked as in :func:`stacked_views`, in the weights' dtypes, as products take them."""
     return [view.to(dtype) for view, dtype in zip(stacked_views(layout, rows), layout.dtypes, strict=True)]

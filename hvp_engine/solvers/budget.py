@@ -1,4 +1,4 @@
-"""A solver chosen by what the answer may cost or how good it has to be."""
+"""A solver chosen for a given cost or accuracy."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from hvp_engine.solvers.solution import Status
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 SMALL = 32
-"""Weights up to which the dense matrix costs less than an estimate and a solve."""
+"""Up to this many weights, the dense matrix costs less than an estimate and a solve."""
 
 _DENSE = 1000
-"""Weights up to which the dense matrix may be a choice at all."""
+"""Beyond this many weights, the dense matrix is never chosen."""
 
 _SHARE = 3
-"""An estimate may take one part in so many of the products."""
+"""An estimate may take at most 1 / _SHARE of the products."""
 
 
 @dataclass(frozen=True)
@@ -39,31 +39,31 @@ class Plan:
 
 @dataclass(frozen=True)
 class Budget(Solver):
-    """A number of products, an error, or both: the solver and its length follow from the spectrum.
+    """Choose a solver and its length from the spectrum, for a number of products, an error, or both.
 
-    * At most 32 weights, or fewer than the products that are expected to be needed: :class:`Exact`.
+    * At most 32 weights, or fewer weights than products expected of an iterative solver: :class:`Exact`.
     * A positive definite operator: :class:`ConjugateGradient`.
-    * An indefinite or a singular one, or one of which nothing is known: :class:`MINRES`; also where conjugate gradients
-      come upon negative curvature that the estimate missed.
+    * An indefinite, singular or unknown operator: :class:`MINRES`, which also takes over if conjugate gradients
+      meet negative curvature that the estimate missed.
 
-    Damping changes what is solved, so none is chosen unless asked for: the explanation names the damping that would
-    make the operator positive definite, and `damping="auto"` adds such a one. At a saddle the inverse Hessian is no
+    Damping changes the system, so none is added unless you ask for it: `explanation` names the damping that would make
+    the operator positive definite, and `damping="auto"` adds it. At a saddle the inverse Hessian does not describe the
     response of a minimum, however precisely it is solved.
 
     Arguments:
-        error: to reach, > 0: of the residual, ||v - A x|| <= error ||v||, and of the solution, x within error ||x|| of
-            A^-1 v, as far as x has settled. Both are checked: the status is CONVERGED only if the residual is below,
-            and x has moved by less over the last fifth of the products; else `explanation` has the figures. For an
-            operator that is singular in its precision only the residual counts.
-        hvps: most products, > 0, those of the estimate (8 cold, 3 later) counted; an estimate that would take more
-            than a third of them is not made.
-        damping: added to the diagonal of A, >= 0; or "auto": none where the estimate sees no negative curvature, else
-            twice its size, and as much again whenever conjugate gradients still come upon some. Then the error is that
-            of the damped system, and without an estimate none is added.
+        error: > 0, to be reached both by the residual, ||v - A x|| <= error ||v||, and by the solution,
+            ||x - A^-1 v|| <= error ||x||, as judged by how far x still moves. The status is CONVERGED only if the
+            residual is below `error` and x moved by less over the last fifth of the products; otherwise `explanation`
+            gives the figures. For an operator that is singular to working precision only the residual counts.
+        hvps: most products, > 0, including those of the estimate (8 cold, 3 later), which is skipped if it would take
+            more than a third of them.
+        damping: added to the diagonal of A, >= 0; or "auto": none if the estimate sees no negative curvature, else
+            twice its size, doubled whenever conjugate gradients still meet some. `error` is then that of the damped
+            system. Without an estimate, none is added.
 
     `Solution.explanation` says what was chosen and why, `Solution.damping` what was added.
 
-    Cost: of the chosen solver, and the estimate.
+    Cost: that of the estimate and of the chosen solver.
 
     Errors: `TypeError` or `ValueError` naming the argument, at construction.
 
@@ -73,7 +73,7 @@ class Budget(Solver):
     >>> solution.converged, solution.residual_norm <= 1e-6
     (True, True)
     >>> print(solution.explanation)
-    ConjugateGradient: eigenvalues between about ... and ..., all positive; ... products expected to error 1e-06
+    ConjugateGradient: eigenvalues between about ... and ..., all positive; ... products expected for error 1e-06
     """
 
     error: float | None = None
@@ -100,14 +100,14 @@ class Budget(Solver):
         return not small and (self.hvps is None or _SHARE * cost <= self.hvps)
 
     def plan(self, estimate: SpectralEstimate | None, layout: Layout, spent: int) -> Plan:
-        """The choice, from an estimate of A and the products it took."""
+        """The choice, given an estimate of A and the products `spent` on it."""
         size = layout.numel
         left = math.inf if self.hvps is None else self.hvps - spent
         damping = self._damping_for(estimate)
         if estimate is None and size <= min(SMALL, left):
             return Plan(Exact(damping=damping), f"Exact: the matrix of {size} weights takes {size} products")
         if estimate is None:
-            why = f"MINRES: {self.hvps} products are too few to spend some on an estimate, and it takes any signs"
+            why = f"MINRES: {self.hvps} products are too few for an estimate, and it takes any signs"
             return Plan(self._until_error(MINRES, int(left), damping), why)
         epsilon = torch.finfo(layout.state_dtype).eps
         lowest, highest = estimate.smallest + damping, estimate.bound(damping)
@@ -127,21 +127,21 @@ class Budget(Solver):
             hint = damping + abs(lowest) + estimate.smallest_margin
             seen += f", of both signs (damping={hint:.3g} would make them positive)"
         if size <= min(_DENSE, left) and (size <= SMALL or size < expected):
-            why = f"Exact: {seen}; the matrix of {size} weights takes {size} products, {expected} are expected else"
+            why = f"Exact: {seen}; the matrix of {size} weights takes {size} products, a solver about {expected}"
             return Plan(Exact(damping=damping), why)
-        # An estimate of the smallest eigenvalue is too large, so more may be needed; a solver stops by itself.
+        # A Ritz value overestimates the smallest eigenvalue, so more may be needed; the solver stops by itself.
         limit = int(min(left, 10 * expected + 100))
         kind: type[MINRES | ConjugateGradient] = ConjugateGradient if definite else MINRES
-        why = f"{kind.__name__}: {seen}; {expected} products expected to error {target:.3g}"
+        why = f"{kind.__name__}: {seen}; {expected} products expected for error {target:.3g}"
         return Plan(self._until_error(kind, limit, damping), why if limit >= expected else f"{why}, {limit} allowed")
 
     def after_negative_curvature(self, plan: Plan, estimate: SpectralEstimate | None, spent: int) -> Plan | None:
-        """What to do where conjugate gradients met a direction of negative curvature; None if nothing is left."""
+        """What to do after conjugate gradients met negative curvature; None if no products are left."""
         left = math.inf if self.hvps is None else self.hvps - spent
         method = plan.solver.method if isinstance(plan.solver, Settling) else plan.solver
         if not isinstance(method, ConjugateGradient) or left < 1:
             return None
-        missed = "negative curvature came up that the estimate missed"
+        missed = "the estimate had missed negative curvature"
         if self.damping == "auto" and estimate is not None:
             damping = max(2 * method.damping, estimate.smallest_margin)
             solver = self._until_error(ConjugateGradient, int(min(left, method.iterations)), damping)
@@ -161,9 +161,9 @@ class Budget(Solver):
 
 
 class BudgetSolve(Prepared):
-    """An estimate if it is affordable, the solver that it calls for, and another one where that met negative curvature.
+    """An estimate if affordable, the solver it calls for, and another solver if that one meets negative curvature.
 
-    Each right-hand side has the budget to itself; they share the estimate and the choice.
+    Every right-hand side has the whole budget; all share the estimate and the choice.
     """
 
     solver: Budget

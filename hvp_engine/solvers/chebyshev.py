@@ -1,4 +1,4 @@
-"""Chebyshev iteration: the Neumann series accelerated by what is known of the eigenvalues."""
+"""Chebyshev iteration: the Neumann series, accelerated by bounds on the eigenvalues."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import Iteration, Outcome, RightHandSide, scalar
 from hvp_engine.solvers.neumann import outcome_of
-from hvp_engine.solvers.preconditioning import MetricNorm, Preconditioner, check_preconditioner, precondition
+from hvp_engine.solvers.preconditioning import MNorm, Preconditioner, check_preconditioner, precondition
 from hvp_engine.solvers.spectrum import GROWTH, HEADROOM, SpectralEstimate
 
 Form = Literal["chebyshev", "heavy_ball"]
@@ -24,44 +24,45 @@ Coefficients = list[tuple[float, float]]
 """(alpha, beta) of each term: d <- beta d + alpha r; x <- x + d."""
 
 _RESOLVED, _BLURRED, _MANY = 1000.0, 10.0, 100
-"""By what the residual of an eigenvalue is divided that so many terms resolve, and that they only blur. Beyond _MANY
-terms the first grows with their square, so that more terms always bring the solution closer."""
+"""Terms resolve an eigenvalue if they divide its residual by _RESOLVED, and blur it if only by _BLURRED. Beyond _MANY
+terms _RESOLVED grows with the square of their number, so that more terms always bring the solution closer."""
 
 
 @dataclass(frozen=True)
 class Chebyshev(Solver):
     """Chebyshev iteration for a symmetric positive definite operator.
 
-    x_0 = 0, d = alpha_0 v; then, `iterations` times, r <- r - A d, d <- beta d + alpha r, x <- x + d: one product, and
-    no inner products, so that x is a fixed polynomial of A applied to v, as with :class:`Neumann`. i products and
-    i + 1 terms. With all eigenvalues in [a, b] and k = b / a
+    x_0 = 0, d = alpha_0 v; then, `iterations` times, r <- r - A d, d <- beta d + alpha r, x <- x + d: one product and
+    no inner product each, so x is a fixed polynomial of A applied to v, as with :class:`Neumann`: i products and i + 1
+    terms. If all eigenvalues lie in [a, b] and k = b / a,
 
         ||v - A x|| <= ||v|| / T_{i+1}((k + 1) / (k - 1)) <= 2 ((sqrt(k) - 1) / (sqrt(k) + 1))^(i+1) ||v||,
 
-    and so for the error in x: sqrt(k) products where the Neumann series takes k. An eigenvalue between 0 and a
-    converges too, more slowly; one above a + b is amplified.
+    and likewise for the error of x: sqrt(k) products where the Neumann series takes k. The residual of an eigenvalue
+    between 0 and a decreases more slowly; that of one above a + b is amplified.
 
     Arguments:
         iterations: number of products with A, >= 0.
         bounds: (a, b), a lower and an upper bound of the eigenvalues of A + damping I (of M (A + damping I)); or
-            "auto", from a Lanczos estimate (8 products cold, 3 to refresh): b with 5 % to spare; a where the
-            estimate is sure of it, else as small as `iterations` products can make use of.
-        form: "chebyshev" as above, best where `iterations` and both bounds are known; "heavy_ball" uses only b, and
-            coefficients that depend neither on a nor on `iterations`: at an eigenvalue lambda the residual is at most
+            "auto", from a Lanczos estimate (8 products cold, 3 to refresh): b with 5 % to spare; a if the estimate
+            is certain of it, else as small a bound as `iterations` products can exploit.
+        form: "chebyshev" as above, best if `iterations` and both bounds are known; "heavy_ball" uses b alone, with
+            coefficients that do not depend on `iterations` either: at an eigenvalue lambda the residual is at most
             1.35 / (1 + (i + 1)^2 lambda / b) of v's. It is the nu-method with nu = 1.
         damping: added to the diagonal of A, >= 0.
         preconditioner: v -> M v on the list of the weights' leaves, symmetric positive definite, near A^-1.
 
-    If the estimate sees negative curvature, and the polynomial would multiply its residual by more than 10, the Neumann
-    series runs in its place, with a step that keeps to that; the status says so in any case.
+    If the estimate sees negative curvature that the polynomial would amplify more than tenfold, the Neumann series runs
+    instead, with a step that stays below that. The status is NEGATIVE_CURVATURE either way.
 
     Cost: `iterations` products; three flat vectors of weights, four with a preconditioner.
 
-    Errors: `TypeError` or `ValueError` naming the argument, at construction; :class:`DivergenceError` in a solve with
-    given bounds of which the upper one is too low.
+    Errors: `TypeError` or `ValueError` naming the argument, at construction; :class:`DivergenceError` in a solve whose
+    given upper bound is too low.
 
-    Source: Golub and Varga 1961; Saad, Iterative Methods for Sparse Linear Systems, algorithm 12.1. Brakhage 1987 and
-    Hanke 1991 for the nu-method.
+    Source: Golub and Varga, Chebyshev Semi-Iterative Methods, Numerische Mathematik 1961; Saad, Iterative Methods for
+    Sparse Linear Systems, 2nd edition, SIAM 2003, algorithm 12.1. The nu-method: Hanke, Accelerated Landweber
+    Iterations for the Solution of Ill-Posed Equations, Numerische Mathematik 1991.
 
     >>> import torch, hvp_engine as hvp
     >>> A = torch.diag(torch.tensor([1.0, 2.0, 10.0]))
@@ -115,21 +116,26 @@ class Chebyshev(Solver):
 
 
 def bounds_of(estimate: SpectralEstimate, damping: float, terms: int) -> tuple[float, float]:
-    """Between which the damped eigenvalues are taken to be, for a polynomial of so many terms."""
+    """The interval assumed to hold the damped eigenvalues, for a polynomial of `terms` terms."""
     upper = HEADROOM * estimate.bound(damping)
     if upper <= 0:
         return 1.0, 1.0  # A = 0
     sure = estimate.smallest - estimate.smallest_margin + damping
-    # A Ritz value is too large; too low a bound costs less than one that is too high; and what lies far below the
-    # reach of so many terms had better be left alone.
+    # A Ritz value overestimates the smallest eigenvalue, and a lower bound that is too low costs less than one that is
+    # too high: hence half of it. Eigenvalues far below the reach of so many terms stay outside of the interval.
     likely = max(estimate.smallest, 0.0) / 2 + damping
     divisors = _RESOLVED * max(1.0, terms / _MANY) ** 2, _BLURRED
+    # m terms divide residuals on [a, b] by D = cosh(2 m sqrt(a / b)), nearly, so they reach a = b (acosh(D) / 2 m)^2:
+    # 20 terms divide by D = 1000 down to a = b (7.6 / 40)^2 = 0.036 b.
     resolved, blurred = (upper * min(1.0, (math.acosh(divisor) / (2 * terms)) ** 2) for divisor in divisors)
     return min(upper, max(sure, min(max(likely, blurred), resolved))), upper
 
 
 def chebyshev_coefficients(lower: float, upper: float, terms: int) -> Coefficients:
-    """Of the polynomial that is smallest on [lower, upper]; for lower = upper, of the Neumann series."""
+    """The coefficients of the polynomial that is smallest on [lower, upper]; for lower = upper, of the Neumann series.
+
+    On [1, 3] (center 2, squared radius 1): (1/2, 0); then alpha = 1 / (2 - 1/4) = 4/7, beta = 2 * 4/7 - 1 = 1/7; ...
+    """
     center, squared_radius = (upper + lower) / 2, ((upper - lower) / 2) ** 2
     alpha = 2 / center
     coefficients = [(1 / center, 0.0)]
@@ -140,7 +146,7 @@ def chebyshev_coefficients(lower: float, upper: float, terms: int) -> Coefficien
 
 
 def heavy_ball_coefficients(upper: float, terms: int) -> Coefficients:
-    """Of the nu-method with nu = 1, for eigenvalues in [0, upper]."""
+    """The coefficients of the nu-method with nu = 1, for eigenvalues in [0, upper]."""
     coefficients = [(6 / (5 * upper), 0.0)]
     for k in range(2, terms + 1):
         beta = (k - 1) * (2 * k - 3) * (2 * k + 1) / ((k + 1) * (2 * k + 3) * (2 * k - 1))
@@ -149,7 +155,7 @@ def heavy_ball_coefficients(upper: float, terms: int) -> Coefficients:
 
 
 def amplification(coefficients: Coefficients, eigenvalue: float) -> float:
-    """By what all terms multiply the residual of an eigenvector, without sign."""
+    """The factor by which all terms multiply the residual of an eigenvector, in absolute value."""
     residual, direction = 1.0, 0.0
     for alpha, beta in coefficients:
         direction = beta * direction + alpha * residual
@@ -169,13 +175,13 @@ def _check_bounds(bounds: tuple[float, float], form: Form) -> None:
     least = lower > 0 or (form == "heavy_ball" and lower == 0)
     if not (math.isfinite(upper) and least and upper > 0 and lower <= upper):
         raise ValueError(
-            f"bounds: expected finite 0 < lower <= upper; got {tuple(bounds)}: where only the largest eigenvalue is "
-            "known use form='heavy_ball', which takes (0, upper)"
+            f"bounds: expected finite 0 < lower <= upper; got {tuple(bounds)}: if you know only the largest eigenvalue "
+            "use form='heavy_ball', which takes (0, upper)"
         )
 
 
 class _Chebyshev(Iteration):
-    """r = v - A x of the x before the last term; d the direction, which is that term."""
+    """State: x, the direction d, which is its last term, and r = v - A x of the x before that term."""
 
     def __init__(self, solver: Chebyshev, layout: Layout):
         self.limit, self.steps = solver.iterations, 0
@@ -223,12 +229,12 @@ class _Chebyshev(Iteration):
 
 
 class _Preconditioned(_Chebyshev):
-    """The direction is made of z = M r in place of r."""
+    """With a preconditioner, the direction is built from z = M r instead of r."""
 
     def _bind(self, layout: Layout) -> None:
         assert self._solver.preconditioner is not None
         self._preconditioner, self._image = self._solver.preconditioner, FlatVector(layout)
-        self._metric = MetricNorm(self._residual, self._image)
+        self._m_norm = MNorm(self._residual, self._image)
         one, minus = scalar(1.0, layout.device), scalar(-1.0, layout.device)
         self._subtract = ops.bind("scale_accumulate", (self._residual.data,), layout, (minus, one), 0.0, self._partials)
         flat = Layout.of([self._image.data])
@@ -239,7 +245,7 @@ class _Preconditioned(_Chebyshev):
         self.steps = 0
         self._b.load(v)
         precondition(self._preconditioner, self._residual, self._image)
-        self._metric.start()
+        self._m_norm.start()
         torch.mul(self._image.data, self._table[0, 0], out=self.direction.data)
         self._begin()
 
@@ -255,4 +261,4 @@ class _Preconditioned(_Chebyshev):
         self.direction.refresh()
 
     def finish(self) -> Tensor:
-        return torch.cat([self._b.sums(), self._metric.sums(self._partials, self.value)])
+        return torch.cat([self._b.sums(), self._m_norm.sums(self._partials, self.value)])

@@ -1,4 +1,4 @@
-"""Conjugate gradients that never wait for the device: they stop themselves, and are asked only now and then."""
+"""Conjugate gradients that stop on the device, without a synchronization per step: the host asks only now and then."""
 
 from __future__ import annotations
 
@@ -19,41 +19,43 @@ from hvp_engine.solvers.preconditioning import precondition
 from hvp_engine.solvers.solution import Status
 
 CHECK_EVERY = 5
-"""Products between two questions to the device whether the tolerance is reached."""
+"""The host asks the device once per this many products whether the tolerance is reached."""
 
 REFRESH_EVERY = 50
-"""Products after which the residual, so far updated, is computed anew: rounding has drifted it from b - A x."""
+"""After this many updates the residual is recomputed as b - A x, from which rounding has let it drift."""
 
 
 @dataclass(frozen=True)
 class ConjugateGradient(KrylovSolver):
     """Conjugate gradients for a symmetric positive definite operator.
 
-    Of all x in the span of b, A b, A^2 b, ... (of M b, M A M b, ... with a preconditioner) that `iterations` products
-    reach, it finds the one with the smallest error in the norm of A: at least as good as any Neumann sum of as many
-    products, and exact after n products in n dimensions but for rounding. The error shrinks at least by the factor
-    (sqrt(k) - 1) / (sqrt(k) + 1) for each product, k being the condition number of A (of M A).
+    Of all x in the span of b, A b, A^2 b, ... (M b, M A M b, ... with a preconditioner) that `iterations` products
+    reach, it finds the one with the smallest error in the A-norm: at least as good as any Neumann sum of as many
+    products, and, up to rounding, exact after n products in n dimensions. Each product reduces the error at least by
+    the factor (sqrt(k) - 1) / (sqrt(k) + 1), where k is the condition number of A (of M A).
 
     Arguments:
-        iterations: number of products with A, >= 0; one in 51 is spent on computing the residual anew.
-        tol: stop where ||v - A x|| <= tol ||v||; 0 stops at rounding alone; None is eps^(2/3) of the dtype that is
+        iterations: number of products with A, >= 0; one in 51 recomputes the residual.
+        tol: stop when ||v - A x|| <= tol ||v||; 0 stops at rounding alone; None is eps^(2/3) of the dtype that is
             solved in: 2.4e-5 in float32, 3.7e-11 in float64.
         damping: added to the diagonal of A, >= 0.
         preconditioner: v -> M v on the list of the weights' leaves, symmetric positive definite, near A^-1; for
             example a :class:`DiagonalPreconditioner`.
 
-    An operator that is not positive definite shows itself by a direction of negative curvature. Nothing moves from
-    there on: the iterate reached before is returned, and the status says so.
+    A search direction of negative curvature reveals an operator that is not positive definite. The iterate reached
+    before it is then returned, with the status NEGATIVE_CURVATURE.
 
-    Cost: up to `iterations` products; three flat vectors of weights, one more with a preconditioner, and one more
-    for more than 50 products. The tolerance is looked at every 5 products, so up to 4 may be spent after it is reached,
-    without effect on x.
+    Cost: up to `iterations` products; three flat vectors of weights, one more with a preconditioner, and one more for
+    more than 50 products. The tolerance is checked every 5 products, so up to 4 may follow after it is reached; they do
+    not change x.
 
     Errors: `TypeError` or `ValueError` naming the argument, at construction; `ValueError` in a solve with a
-    preconditioner that is not positive definite, :class:`DivergenceError` in one whose residual grows beyond 1 / eps,
-    as with a singular operator.
+    preconditioner that is not positive definite, :class:`DivergenceError` if the residual grows beyond 1 / eps, as for
+    a singular operator.
 
-    Source: Hestenes and Stiefel 1952; Shewchuk 1994, appendix B3 (with preconditioning and recomputed residual).
+    Source: Hestenes and Stiefel, Methods of Conjugate Gradients for Solving Linear Systems, Journal of Research of
+    the National Bureau of Standards 1952; Shewchuk, An Introduction to the Conjugate Gradient Method Without the
+    Agonizing Pain, Carnegie Mellon 1994, appendix B3 (with preconditioning and recomputed residual).
 
     >>> import torch, hvp_engine as hvp
     >>> A = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
@@ -67,13 +69,13 @@ class ConjugateGradient(KrylovSolver):
 
 
 class _ConjugateGradient(Iteration):
-    """x, r = b - A x, z = M r, d the direction, rho = r . z, which is 0 where nothing is to move any more."""
+    """State: x, r = b - A x, z = M r, the direction d, and rho = r . z, which is set to 0 to stop."""
 
     def __init__(self, solver: ConjugateGradient, layout: Layout):
         self.limit, self.steps = solver.iterations, 0
         self._preconditioner, self._damping = solver.preconditioner, solver.damping
         self._tol = tolerance_of(solver.tol, layout)
-        # A residual of x rounded to 16 bits would be further off than the updated one.
+        # The product A x rounds x to 16 bits, which would make b - A x less accurate than the updated residual.
         self._refreshes = self.limit > REFRESH_EVERY and not layout.low_precision
         self._initial = RightHandSide(layout)
         self._residual = self._initial.vector
@@ -92,7 +94,7 @@ class _ConjugateGradient(Iteration):
             self._advance = partial(_fused_step, update, self._partials)
         else:
             vectors = self.value, self._residual, self._search, FlatVector(layout)
-            self._advance = partial(_step_of_parts, *vectors, self._rho, self._damping)
+            self._advance = partial(_sharded_step, *vectors, self._rho, self._damping)
         self._subtract = ops.bind("scale_accumulate", (states[1],), layout, (minus, one), 0.0, self._partials)
         flat = Layout.of([self._image.data])
         self._mix = ops.bind("scale_accumulate", (states[2],), flat, (one, self._beta), 0.0, flat.empty_partials())
@@ -107,7 +109,7 @@ class _ConjugateGradient(Iteration):
         self._squared_b, _, self._bad_b = self._initial.sums().unbind()
         self._squared = self._squared_b
         self._negative = self._bad = self._bad_metric = self._no
-        self._rho.zero_()  # so that the first beta is 0, and the old direction is not read
+        self._rho.zero_()  # so that the first beta is 0, and the old direction plays no part
         self._turn()
 
     def step(self, product: Sequence[Tensor]) -> None:
@@ -133,7 +135,7 @@ class _ConjugateGradient(Iteration):
         self.direction = self._search
 
     def _turn(self) -> None:
-        """z <- M r; d <- z + beta d; rho <- r . z, or 0 where the tolerance is reached or d has negative curvature."""
+        """z <- M r; d <- z + beta d; rho <- r . z, or 0 once the tolerance is reached or d had negative curvature."""
         rho = self._squared
         if self._preconditioner is not None:
             precondition(self._preconditioner, self._residual, self._image)
@@ -147,7 +149,7 @@ class _ConjugateGradient(Iteration):
         self._search.refresh()
 
     def finished(self) -> bool:
-        # Just after the first product and after every residual computed anew, among others.
+        # Products 1, 6, ..., 51, ...: right after the first one and after each one that recomputed the residual, too.
         return self.steps % CHECK_EVERY == 1 and not bool(self._rho > 0)
 
     def finish(self) -> Tensor:
@@ -162,20 +164,20 @@ class _ConjugateGradient(Iteration):
             status = Status.CONVERGED
         else:
             status = Status.NEGATIVE_CURVATURE if negative else Status.ITERATION_LIMIT
-        # The residual of a positive definite system may grow by the square root of its condition on the way; one of a
-        # condition above 1 / eps^2 is none to the arithmetic.
+        # The residual of a positive definite system may grow on the way, by up to the square root of its condition
+        # number; one with a condition number above 1 / eps^2 is singular in this arithmetic.
         limit = 1 / torch.finfo(self.value.data.dtype).eps
         residual_of = "returned" if self.steps else "none"
         return Outcome(residual, residual_of, status, math.isfinite(residual), bad_b == 0, growth_limit=limit)
 
 
 def _fused_step(update: Bound, partials: Tensor, product: Sequence[Tensor]) -> Tensor:
-    """The op "cg_step", and the sums over its partials."""
+    """The fused op, and the sums over its partials."""
     update(product)
     return partials.sum(0)
 
 
-def _step_of_parts(
+def _sharded_step(
     x: FlatVector,
     r: FlatVector,
     d: FlatVector,
@@ -184,7 +186,7 @@ def _step_of_parts(
     damping: float,
     product: Sequence[Tensor],
 ) -> Tensor:
-    """The same of parts of vectors: between its two passes a sum over the processes, so that no op does both."""
+    """The step on sharded vectors: a sum over processes comes between its two passes, so one op cannot do both."""
     image.copy_(product)
     image.data.add_(d.data, alpha=damping)
     curvature = d.dot(image).double()

@@ -1,4 +1,4 @@
-"""The dense solve: the matrix built by one product for each weight, and factorized."""
+"""The dense solve: the matrix is built by one product for each weight and factorized."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from hvp_engine.solvers.solution import Status
 
 @dataclass(frozen=True)
 class Exact(Solver):
-    """A + damping I as a matrix, and its exact solve.
+    """A direct solve with the dense matrix A + damping I.
 
-    The matrix is made symmetric by averaging it with its transpose. Positive definite ones are solved by Cholesky;
-    others, indefinite ones included, by their eigenvalues. Eigenvalues that are zero to 10 n eps of the largest are
-    left out: x is then the least-squares solution of smallest norm, and the status is SINGULAR.
+    The matrix is made symmetric, (A + A^T) / 2. A positive definite one is solved by Cholesky factorization, any other
+    by its eigendecomposition. Eigenvalues below 10 n eps of the largest count as zero and are left out: x is then the
+    least-squares solution of smallest norm, and the status is SINGULAR.
 
     Arguments:
-        dtype: what the matrix is stored and factorized in, torch.float32 or torch.float64; None is the dtype that the
-            weights are solved in. (Products are made in the weights' own dtype in any case.)
+        dtype: what the matrix is stored and factorized in, torch.float32 or torch.float64; None is the dtype in which
+            the other solvers work. (Products are always made in the weights' own dtype.)
         max_size: refuse more weights than that: memory grows as n^2, time as n^3.
         damping: added to the diagonal, >= 0.
 
-    Cost: n products for n weights, whatever v is and however many there are; 3 n^2 numbers of memory (4 n^2 unless
-    positive definite), n^3 / 3 operations (about 10 n^3).
+    Cost: n products for n weights, shared by all right-hand sides; 3 n^2 numbers of memory and n^3 / 3 operations
+    (4 n^2 and about 10 n^3 unless positive definite).
 
     Errors: `TypeError` or `ValueError` naming the argument, at construction; `ValueError` in a solve with more than
     `max_size` weights.
@@ -57,7 +57,7 @@ class Exact(Solver):
         return DenseSolve(self, system)
 
     def columns(self, layout: Layout) -> Columns:
-        """Room for the matrix; `ValueError` for more weights than `max_size`."""
+        """Buffers for the matrix; `ValueError` for more weights than `max_size`."""
         dtype = layout.state_dtype if self.dtype is None else self.dtype
         size = layout.numel
         if size > self.max_size:
@@ -69,7 +69,7 @@ class Exact(Solver):
 
 
 class Columns:
-    """An operator's matrix, one product with a unit vector after another.
+    """An operator's matrix, built by products with unit vectors.
 
     Rows and columns are the weights' elements, tensor after tensor, each in row-major order.
     """
@@ -106,7 +106,6 @@ class Columns:
         return stacked_tangents(layout, units)
 
     def step_block(self, products: Sequence[Tensor]) -> None:
-        """Advance by the products with :meth:`block`."""
         rows = torch.cat([product.flatten(1) if product.dim() > 1 else product[:, None] for product in products], 1)
         self._point(0.0)
         self._rows[self.steps : self.steps + len(rows)] = rows
@@ -114,7 +113,7 @@ class Columns:
         self._point(1.0)
 
     def _point(self, value: float) -> None:
-        """Put `value` where the unit vector of this step has its one."""
+        """Write `value` where the unit vector of this step is 1."""
         if self.steps < self.limit:
             self.direction.data[self._places[self.steps]] = value
             self.direction.refresh()
@@ -122,7 +121,7 @@ class Columns:
 
 @dataclass
 class DenseSolution(FinishedIteration):
-    """What the factorization gives for one right-hand side."""
+    """The solution for one right-hand side, from the factorization."""
 
     value: FlatVector
     direction: FlatVector
@@ -168,7 +167,8 @@ class DenseSolve(Prepared):
 
 
 def _factorize(matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
-    """The inverse of a symmetric matrix as a function, of smallest norm; and how many eigenvalues are zero."""
+    """A function b -> x that solves with a symmetric matrix (a singular one: least squares of smallest norm), and how
+    many of its eigenvalues are zero."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     threshold = 10 * len(matrix) * torch.finfo(matrix.dtype).eps
 
@@ -185,7 +185,7 @@ def _factorize(matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
 
 
 def _smallest(solve: Callable[[Tensor], Tensor], matrix: Tensor) -> float:
-    """The smallest eigenvalue, nearly, by inverse iteration: pivots can hide that a matrix is singular."""
+    """Roughly the smallest eigenvalue, by inverse iteration: Cholesky's pivots can hide that a matrix is singular."""
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(len(matrix), generator=generator, dtype=matrix.dtype, device="cpu").to(matrix.device)
     growth = 1.0

@@ -1,4 +1,4 @@
-"""What a failed solve says: whose fault it was, and what would have worked."""
+"""The errors of failed solves: each says what went wrong and which settings would have worked."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def any_bad(tensors: Sequence[Tensor]) -> bool:
 
 
 def refusal(operator: LinearMap, bad: str | None) -> NonFiniteError:
-    """The error for NaN or Inf that the solve did not make: in the argument named `bad`, or in the operator."""
+    """The error for NaN or Inf that was there before the solve: in the argument named `bad`, or in the operator."""
     if bad is not None:
-        return NonFiniteError(f"{bad}: expected finite values; got NaN or Inf: look at the loss it is the gradient of")
+        return NonFiniteError(f"{bad}: expected finite values; got NaN or Inf: check the loss whose gradient it is")
     loss = operator.loss
     what = "the product A v of a finite v is NaN or Inf"
     if loss is not None and not bool(torch.isfinite(loss)):
@@ -38,7 +38,7 @@ def refusal(operator: LinearMap, bad: str | None) -> NonFiniteError:
 def divergence(
     operator: LinearMap, outcome: Outcome, iteration: FinishedIteration, solver: object, estimates: Estimates
 ) -> DivergenceError:
-    """The error for a failed solve, with what would have worked."""
+    """The error for a failed solve, with settings that would have worked."""
     estimate = estimates.restart()
     if not estimate.finite:
         return refusal(operator, None)
@@ -56,8 +56,8 @@ def divergence(
     bound = estimate.bound(estimates.damping)
     if alpha is None and bounds is None and outcome.grown < math.inf:
         advice = (
-            "the operator is singular, and v has a part that no product reaches, as where the training loss does not "
-            "use a weight on which the validation loss depends: leave such weights out, or use hvp.MINRES or damping"
+            "the operator is singular and v is not in its range, as when the validation loss depends on a weight that "
+            "the training loss does not use: leave such weights out, or use hvp.MINRES or damping"
         )
     elif alpha is None and bounds is None:
         advice = "scale the loss, or use a wider dtype"
@@ -85,7 +85,7 @@ def overflow(operator: LinearMap, value: FlatVector) -> DivergenceError:
     largest = float(value.data.abs().max())
     return DivergenceError(
         f"{operator.name}: expected a solution that float16 can hold, of entries up to 65,504; got entries "
-        f"up to {largest:.3g}, since the curvature is small or v large; {_SCALE_OR_WIDEN}, or give a smaller "
+        f"up to {largest:.3g}, because the curvature is small or v is large; {_SCALE_OR_WIDEN}, or give a smaller "
         "fixed alpha"
     )
 
@@ -94,6 +94,6 @@ def underflow(operator: LinearMap, products: int) -> DivergenceError:
     """The error for curvature that float16 cannot hold."""
     return DivergenceError(
         f"{operator.name}: expected curvature that float16 can hold; got only zeros in {products} "
-        "products, so that alpha='auto' has nothing to go by: second derivatives below 6e-8 become zero in "
+        "products, so alpha='auto' cannot be determined: second derivatives below 6e-8 become zero in "
         f"float16; {_SCALE_OR_WIDEN}, or give a fixed alpha"
     )

@@ -1,13 +1,13 @@
-"""A solve in progress: start, step and finish bodies that an engine runs.
+"""A solve in progress: the start, step and finish functions that an engine runs.
 
 A solver's `allocate` gives an :class:`Iteration`, whose state lives in flat buffers that never move. An engine calls
 `iteration.adapt(estimate)` and `iteration.start(v)`, alternates `product(iteration.direction)` and
 `iteration.step(product)` at most `iteration.limit` times, then calls `iteration.finish()`; it may do so again for
 another v, which overwrites `value`.
 
-`start`, `step` and `finish` do not wait for the device, and read from it whatever differs between two solves,
-coefficients included: so they can be captured once and replayed. `adapt` sets those coefficients and runs outside of a
-capture. `finished` may wait, and is not called by an engine that captures the loop.
+`start`, `step` and `finish` never wait for the device. Whatever differs between two solves, coefficients included, they
+read from device memory, so they can be captured once and replayed. `adapt` sets the coefficients, outside of a capture.
+`finished` may wait for the device; an engine that captures the loop does not call it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from hvp_engine.solvers.solution import Status
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 GROWTH_LIMIT = 1e4
-"""A residual this many times the right-hand side is an error rather than a status."""
+"""A residual that is this many times the right-hand side raises an error; a smaller one is told by the status."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the norms of a finished iteration say, on the host.
+    """The status and the norms of a finished iteration, on the host.
 
-    `growth` is the last residual's norm by the first one's where the iteration contracts in another norm than the
-    2-norm of `residual_norm`, None where it is the same.
+    `growth` is the last residual's M-norm divided by the first one's, for an iteration that contracts in the M-norm;
+    None for one that contracts in the 2-norm, as which `residual_norm` is measured.
     """
 
     residual_norm: float
@@ -47,7 +47,7 @@ class Outcome:
 
     @property
     def grown(self) -> float:
-        """How many times larger the residual has become, in the norm that says whether the iteration converges."""
+        """How many times larger the residual has become, in the norm in which the iteration contracts."""
         return self.residual_norm if self.growth is None else self.growth
 
     @property
@@ -61,10 +61,10 @@ class FinishedIteration:
 
     Attributes:
         value: the solution, complete after :meth:`finish`.
-        direction: the vector that the last product was taken at, or the next one will be.
+        direction: the vector that the last product multiplied, or the next one will.
         steps: products made.
         alpha, bounds: the step, or the interval of the spectrum, that was used; None for solvers without one.
-        explanation: what an automatic choice chose and why; empty otherwise.
+        explanation: what an automatic setting chose, and why; empty otherwise.
     """
 
     value: FlatVector
@@ -75,15 +75,15 @@ class FinishedIteration:
     explanation: str = ""
 
     def finish(self) -> Tensor:
-        """Complete `value`; return the float64 figures on the device that :meth:`read` understands."""
+        """Complete `value`; return float64 figures, still on the device, for :meth:`read`."""
         raise NotImplementedError
 
     def read(self, figures: Sequence[float]) -> Outcome:
-        """The outcome, from the figures of :meth:`finish` on the host."""
+        """The outcome, from the figures of :meth:`finish`, now on the host."""
         raise NotImplementedError
 
     def outcome(self) -> Outcome:
-        """Finish, and read the figures: the one wait for the device."""
+        """Finish, and read the figures: the only time that a solve has to wait for the device."""
         return self.read(self.finish().tolist())
 
 
@@ -94,14 +94,14 @@ class Iteration(FinishedIteration):
 
     @property
     def accumulation(self) -> Accumulation | None:
-        """The step as an accumulation; None where it is not linear in the product."""
+        """The step as an :class:`Accumulation`; None if it is not linear in the product."""
         return None
 
     def adapt(self, estimate: SpectralEstimate | None) -> None:
         """Set the coefficients that depend on the spectrum, from the host."""
 
     def start(self, v: Sequence[Tensor]) -> None:
-        """Begin, or begin anew, with the right-hand side `v`."""
+        """Begin a solve with the right-hand side `v`."""
         raise NotImplementedError
 
     def step(self, product: Sequence[Tensor]) -> None:
@@ -109,22 +109,22 @@ class Iteration(FinishedIteration):
         raise NotImplementedError
 
     def finished(self) -> bool:
-        """Whether to stop before the limit; may wait for the device."""
+        """Whether to stop before the limit."""
         return False
 
 
 def tolerance_of(tol: float | None, layout: Layout) -> float:
-    """The relative residual to stop at: `tol`, by default eps^(2/3), and in no case below rounding."""
+    """The relative residual to stop at: `tol` (by default eps^(2/3)), but at least eps."""
     epsilon = torch.finfo(layout.state_dtype).eps
     return max(epsilon, epsilon ** (2 / 3) if tol is None else tol)
 
 
 def krylov_residual(squared_b: float, bad_b: float, squared: float, bad: float, bad_metric: float) -> float:
-    """||r|| / ||b||, infinite where something is not finite; `ValueError` for a preconditioner that is no metric."""
+    """||r|| / ||b||, infinite if anything is not finite; `ValueError` for a preconditioner not positive definite."""
     if bad_metric and not bad_b:
         raise ValueError(
             "preconditioner: expected a symmetric positive definite M; got r . M r <= 0, or not finite, for a "
-            "residual r: look at the signs of its diagonal"
+            "residual r: check the signs of its diagonal"
         )
     if bad or bad_b or not math.isfinite(squared):
         return math.inf
@@ -132,12 +132,12 @@ def krylov_residual(squared_b: float, bad_b: float, squared: float, bad: float, 
 
 
 def scalar(value: float, device: torch.device) -> Tensor:
-    """A 0-dim float64 tensor, as the ops take their coefficients."""
+    """A 0-dim float64 tensor, the form in which ops take coefficients."""
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
 class RightHandSide:
-    """A flat vector that right-hand sides are loaded into, and the partials of its squared norm, in one pass."""
+    """A flat vector for right-hand sides; loading one also computes the partial sums of its squared norm."""
 
     def __init__(self, layout: Layout):
         self.vector = FlatVector(layout)
@@ -151,5 +151,5 @@ class RightHandSide:
         self.vector.refresh()
 
     def sums(self) -> Tensor:
-        """Squared norm, another, and how much is not finite, of the vector loaded."""
+        """The totals of the partials: ||b||^2, an unused one, and a count that is zero if all of b is finite."""
         return self.vector.layout.total(self.partials.sum(0))

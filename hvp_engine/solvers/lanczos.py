@@ -17,7 +17,7 @@ Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 def random_unit_vector(layout: Layout, seed: int) -> FlatVector:
-    """A random direction, from a generator of its own."""
+    """A random direction; the caller's random state is not touched."""
     generator = layout.generator(seed)
     vector = FlatVector(layout)
     for view in vector.views:
@@ -28,12 +28,12 @@ def random_unit_vector(layout: Layout, seed: int) -> FlatVector:
 
 @dataclass(frozen=True)
 class RitzPairs:
-    """What a basis says about eigenvalues, on the host in float64.
+    """Approximate eigenvalues from a Lanczos basis, on the host in float64.
 
     Attributes:
         values: Ritz values, ascending.
-        coordinates: their vectors, as columns, in the basis.
-        bounds: norms of the residuals A y - theta y: within `bounds[k]` of `values[k]` there is an eigenvalue.
+        coordinates: the Ritz vectors in the basis, as columns.
+        bounds: residual norms ||A y - theta y||: within `bounds[k]` of `values[k]` there is an eigenvalue.
     """
 
     values: Tensor
@@ -43,12 +43,12 @@ class RitzPairs:
 
 @dataclass(frozen=True)
 class Tridiagonalization:
-    """What some steps of Lanczos give: Q^T A Q is tridiagonal, with orthonormal (with M: M-orthonormal) columns Q.
+    """The result of Lanczos: Q^T A Q is tridiagonal, and the columns of Q are orthonormal (with M: M-orthonormal).
 
     Attributes:
         basis: Q^T, one flat vector in each row; zero after an invariant subspace.
         diagonal: (steps,).
-        off_diagonal: (steps,): the last is the norm of what is left over.
+        off_diagonal: (steps,); the last entry is the norm of the next, unnormalized vector.
     """
 
     basis: Tensor
@@ -56,12 +56,13 @@ class Tridiagonalization:
     off_diagonal: Tensor
 
     def ritz_pairs(self) -> RitzPairs | None:
-        """By one wait for the device; None where something is not finite."""
+        """The Ritz pairs, by one wait for the device; None if something is not finite."""
         figures = torch.stack([self.diagonal, self.off_diagonal]).double().cpu()
         if not torch.isfinite(figures).all():
             return None
         alphas, betas = figures
-        found = int((betas > 0).cumprod(0).sum()) + 1  # the rows after an invariant subspace are zero, no Ritz values
+        # Rows after an invariant subspace are zero and give no Ritz values: of betas 2, 1, 0, 0 three rows count.
+        found = int((betas > 0).cumprod(0).sum()) + 1
         alphas, betas = alphas[:found], betas[:found]
         tridiagonal = torch.diag(alphas) + torch.diag(betas[:-1], 1) + torch.diag(betas[:-1], -1)
         values, coordinates = torch.linalg.eigh(tridiagonal)
@@ -75,7 +76,7 @@ class Tridiagonalization:
 def tridiagonalize(
     operator: LinearMap, start: FlatVector, steps: int, preconditioner: Preconditioner | None = None
 ) -> Tridiagonalization:
-    """`steps` of Lanczos from `start`, at most as many as there are weights."""
+    """`steps` of Lanczos from `start`, but at most one per weight."""
     steps = min(steps, max(1, start.layout.numel))
     found: Tridiagonalization | None = operator.lanczos(start, steps) if preconditioner is None else None
     if found is not None:
@@ -88,16 +89,17 @@ def tridiagonalize(
 class LanczosBasis:
     """Lanczos with full reorthogonalization, step by step.
 
-    With a preconditioner M, the values are those of M A, that is of the symmetric M^(1/2) A M^(1/2).
+    With a preconditioner M, the Ritz values are those of M A, or, equally, of the symmetric M^(1/2) A M^(1/2).
 
     Arguments:
         product: the operator A.
-        start: the first direction, of any length but zero.
-        capacity: how many steps there may be; capped by the number of weights.
+        start: the first direction, of any nonzero length.
+        capacity: most steps; capped by the number of weights.
 
     Memory: `capacity` + 2 flat vectors (2 `capacity` + 3 with a preconditioner).
 
-    Source: Golub and Van Loan, Matrix Computations, sections 10.1 and 11.5.
+    Source: Golub and Van Loan, Matrix Computations, 4th edition, Johns Hopkins University Press 2013, sections 10.1
+    and 11.5.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class LanczosBasis:
         self._divide(self._norm_of_work())
 
     def extend(self, steps: int) -> None:
-        """So many more steps, of one product each, as far as the capacity goes; nothing waits for the device."""
+        """`steps` more steps of one product each, up to the capacity, without waiting for the device."""
         work = self._work
         total = work.layout.total
         negligible = 100 * torch.finfo(work.data.dtype).eps
@@ -130,12 +132,12 @@ class LanczosBasis:
             self._direction.refresh()
             work.copy_(self._product(self._direction.tangents))
             basis, images = self._basis[: k + 1], self._images[: k + 1]
-            # Twice: one pass leaves rounding in float32.
+            # Orthogonalize twice: after a single pass, float32 leaves rounding errors.
             coefficients = total(images @ work.data)
             work.data.addmv_(basis.T, coefficients, alpha=-1)
             work.data.addmv_(basis.T, total(images @ work.data), alpha=-1)
             norm = self._norm_of_work()
-            # What is left of an invariant subspace is rounding, no direction: made one, it doubles an eigenvalue.
+            # After an invariant subspace only rounding is left; as a direction it would duplicate an eigenvalue.
             norm = norm * (norm > negligible * torch.hypot(norm, torch.linalg.vector_norm(coefficients)))
             self._diagonal.append(coefficients[k])
             self._off_diagonal.append(norm)
@@ -144,7 +146,7 @@ class LanczosBasis:
 
     @property
     def tridiagonalization(self) -> Tridiagonalization:
-        """Of all steps so far."""
+        """The result of all steps so far."""
         diagonal, off_diagonal = torch.stack(self._diagonal), torch.stack(self._off_diagonal)
         return Tridiagonalization(self._basis[: self.steps], diagonal, off_diagonal)
 

@@ -15,7 +15,7 @@ from hvp_engine.solvers.batched import stacked_tangents, stacked_views
 Kind = Literal["gaussian", "columns"]
 
 LowRank = tuple[Tensor, Tensor, Tensor]
-"""(U as rows, values >= 0, whether A has negative curvature)."""
+"""Eigenvectors U as rows, eigenvalues >= 0, and whether A has shown negative curvature."""
 
 
 def check_kind(kind: str) -> None:
@@ -24,16 +24,16 @@ def check_kind(kind: str) -> None:
 
 
 class Sketch:
-    """Test vectors T and their images Y = A T, made one by one or in blocks; from them the Nystrom approximation
-    Y (T^T Y)^+ Y^T, which is A itself on the span of T.
+    """Test vectors T and their images Y = A T, computed one by one or in blocks; from them the Nystrom
+    approximation Y (T^T Y)^+ Y^T, which equals A on the span of T.
 
     Arguments:
         layout: of the weights.
         rank: number of test vectors, capped by the number of weights.
-        kind: "gaussian" for random vectors, "columns" for different unit vectors, so that Y are columns of A.
-        seed: of a generator of its own.
+        kind: "gaussian" for random vectors, "columns" for distinct unit vectors, so that Y are columns of A.
+        seed: of the test vectors.
 
-    Memory: 2 `rank` flat vectors; two more ways of `rank` vectors while :meth:`low_rank` runs.
+    Memory: 2 `rank` flat vectors, twice that while :meth:`low_rank` runs.
     """
 
     def __init__(self, layout: Layout, rank: int, kind: Kind, seed: int):
@@ -58,12 +58,11 @@ class Sketch:
         self.restart()
 
     def restart(self) -> None:
-        """Begin, or begin anew, with the same test vectors."""
+        """Begin again with the same test vectors."""
         self.steps = 0
         self._point()
 
     def step(self, product: Sequence[Tensor]) -> None:
-        """Advance by one product, taken at `direction`."""
         self._image.copy_(product)
         self._images[self.steps].copy_(self._image.data)
         self.steps += 1
@@ -74,7 +73,6 @@ class Sketch:
         return stacked_tangents(self.direction.layout, self._tests[self.steps : self.steps + count])
 
     def step_block(self, products: Sequence[Tensor]) -> None:
-        """Advance by the products with :meth:`block`."""
         count = len(products[0])
         images = stacked_views(self.direction.layout, self._images[self.steps : self.steps + count])
         for image, product in zip(images, products, strict=True):
@@ -83,14 +81,14 @@ class Sketch:
         self._point()
 
     def low_rank(self) -> LowRank:
-        """(U as rows, values >= 0, whether A has negative curvature, on the device): A ~ U^T diag(values) U.
+        """A ~ U^T diag(values) U, all on the device.
 
-        In this orthonormal form (A + rho I)^-1 is safe for any rho: Woodbury's formula as it is printed subtracts two
-        terms of size 1 / rho. T^T Y is inverted as far as its eigenvalues rise above rounding; negative ones, for
-        which there is no safe inverse, are left out and reported.
+        In this orthonormal form (A + rho I)^-1 is accurate for any rho; Woodbury's formula as usually printed subtracts
+        two terms of size 1 / rho. Eigenvalues of T^T Y within rounding of zero are dropped, and so are negative ones,
+        which have no safe inverse; those are reported.
         """
-        if not bool(torch.isfinite(self._images).all()):  # LAPACK would fail, and not say at what
-            raise NonFiniteError("operator: expected finite products; got NaN or Inf: look at the weights and the loss")
+        if not bool(torch.isfinite(self._images).all()):  # LAPACK would fail without saying why
+            raise NonFiniteError("operator: expected finite products; got NaN or Inf: check the weights and the loss")
         epsilon = torch.finfo(self._images.dtype).eps
         core = (self._tests @ self._images.T).double()
         weights, vectors = torch.linalg.eigh((core + core.T) / 2)

@@ -17,13 +17,13 @@ from hvp_engine.solvers.preconditioning import precondition
 from hvp_engine.solvers.solution import Status
 
 CHECK_EVERY = 5
-"""Products between two questions to the device whether the tolerance is reached."""
+"""The host asks the device once per this many products whether the tolerance is reached."""
 
 _FLAT = {torch.float32: 6e-5, torch.float64: 1e-8}
-"""||A r|| / (||A|| ||r||) below which r is taken to be in the null space: rounding keeps it from falling further."""
+"""If ||A r|| / (||A|| ||r||) is below this, r counts as in the null space: rounding lets the ratio fall no further."""
 
 _STRAY = 0.01
-"""Share of the residual that the last step, along what is taken to be the null space, may change it by."""
+"""The last step, along the presumed null space, may change the residual by at most this share of it."""
 
 
 @dataclass(frozen=True)
@@ -31,31 +31,31 @@ class MINRES(KrylovSolver):
     """The minimal residual method for a symmetric operator, definite or not.
 
     Of all x in the span of b, A b, A^2 b, ... that `iterations` products reach, it finds the one with the smallest
-    ||b - A x||; so the residual never grows, whatever the signs of the eigenvalues. For a positive definite operator it
-    needs about as many products as conjugate gradients; for eigenvalues in [-b, -a] and [a, b] about b / a. A
-    singular system is solved where it has a solution; where it has none, the result is the least-squares
-    solution of smallest norm, and the status says SINGULAR.
+    ||b - A x||, so the residual never grows, whatever the signs of the eigenvalues. For a positive definite operator it
+    needs about as many products as conjugate gradients; for eigenvalues in [-b, -a] and [a, b] about b / a. If a
+    singular system has no solution, the result is the least-squares solution of smallest norm, and the status SINGULAR.
 
-    Mind what is solved: the exact inverse of an indefinite Hessian, which at a saddle is no response of a minimum. For
-    a hypergradient near a minimum, `damping` beyond the negative curvature may be what is meant.
+    This applies the exact inverse of an indefinite Hessian, which at a saddle does not describe the response of a
+    minimum. For a hypergradient near a minimum, `damping` larger than the negative curvature may be what you want.
 
     Arguments:
         iterations: number of products with A, >= 0.
-        tol: stop where ||v - A x|| <= tol ||v||; 0 stops at rounding alone; None is eps^(2/3) of the dtype that is
-            solved in, 2.4e-5 in float32 and 3.7e-11 in float64, or, if rounding stops it before, eps^(1/2).
+        tol: stop when ||v - A x|| <= tol ||v||; 0 stops at rounding alone; None is eps^(2/3) of the dtype that is
+            solved in, 2.4e-5 in float32 and 3.7e-11 in float64, or, if rounding stops it earlier, eps^(1/2).
         damping: added to the diagonal of A, >= 0.
-        preconditioner: v -> M v on the list of the weights' leaves, symmetric positive definite, near |A|^-1; the
-            residual that is smallest is then that in the norm of M, and so is the norm of a least-squares
-            solution in that of M^-1.
+        preconditioner: v -> M v on the list of the weights' leaves, symmetric positive definite, near |A|^-1. It
+            then minimizes the residual in the M-norm, and a least-squares solution is the one of smallest M^-1-norm.
 
-    Cost: up to `iterations` products; six flat vectors of weights, seven with a preconditioner. The tolerance is looked
-    at every 5 products, so up to 4 may be spent after it is reached, without effect on x.
+    Cost: up to `iterations` products; six flat vectors of weights, seven with a preconditioner. The tolerance is
+    checked every 5 products, so up to 4 may follow after it is reached; they do not change x.
 
     Errors: `TypeError` or `ValueError` naming the argument, at construction; `ValueError` in a solve with a
     preconditioner that is not positive definite.
 
-    Source: Paige and Saunders 1975; stopping on singular systems and the residual vector: Choi, Paige and Saunders
-    2011; the last step to the smallest norm: Liu, Milzarek and Roosta 2022.
+    Source: Paige and Saunders, Solution of Sparse Indefinite Systems of Linear Equations, SIAM Journal on Numerical
+    Analysis 1975; stopping on singular systems and the residual vector: Choi, Paige and Saunders, MINRES-QLP: A Krylov
+    Subspace Method for Indefinite or Singular Symmetric Systems, SIAM Journal on Scientific Computing 2011; the last
+    step to the smallest norm: Liu, Milzarek and Roosta, Obtaining Pseudo-inverse Solutions With MINRES, arXiv 2023.
 
     >>> import torch, hvp_engine as hvp
     >>> A = torch.tensor([[1.0, 2.0], [2.0, 1.0]])                  # eigenvalues 3 and -1
@@ -69,14 +69,14 @@ class MINRES(KrylovSolver):
 
 
 class _MINRES(Iteration):
-    """The Lanczos vectors u, with images z = M u; their tridiagonal matrix made triangular by reflections (c, s)."""
+    """State: Lanczos vectors u, z = M u, and reflections (c, s) that make their tridiagonal matrix triangular."""
 
     def __init__(self, solver: MINRES, layout: Layout):
         self.limit, self.steps = solver.iterations, 0
         self._preconditioner, self._damping = solver.preconditioner, solver.damping
         self._epsilon = torch.finfo(layout.state_dtype).eps
         self._tol = tolerance_of(solver.tol, layout)
-        self._stalled = self._tol if solver.tol is not None else math.sqrt(self._epsilon)
+        self._stagnation_tol = self._tol if solver.tol is not None else math.sqrt(self._epsilon)
         self._b = RightHandSide(layout)
         self._residual = self._b.vector
         self.value = FlatVector(layout)
@@ -96,7 +96,7 @@ class _MINRES(Iteration):
 
     def start(self, v: Sequence[Tensor]) -> None:
         self.steps = 0
-        for vector in self._vectors:  # gaps included, which the ops do not write
+        for vector in self._vectors:  # including the padding, which the ops do not write
             vector.data.zero_()
         self._b.load(v)
         self._squared_b, _, self._bad_b = self._b.sums().unbind()
@@ -105,7 +105,7 @@ class _MINRES(Iteration):
         zero = torch.zeros_like(self._squared_b)
         self._cosine, self._sine = zero - 1, zero
         self._delta_bar = self._epsilon_k = self._size = zero
-        self._slope = zero + math.inf  # of the iterate that is taken to be a least-squares solution
+        self._slope = zero + math.inf  # of the iterate accepted as a least-squares solution
         self._moving = self._squared_b > 0
         self._minus_beta.zero_()
         self._basis[0].data.copy_(self._residual.data)
@@ -124,7 +124,7 @@ class _MINRES(Iteration):
         alpha = following.dot(image).double()
         following.data.addcmul_(u.data, -alpha)
 
-        # The search direction takes z before its buffer is overwritten; its length follows.
+        # The search direction needs z before its buffer is overwritten; it is scaled further down.
         search, previous = self._searches[now], self._searches[other]
         delta = self._cosine * self._delta_bar + self._sine * alpha
         gamma_bar = self._sine * self._delta_bar - self._cosine * alpha
@@ -139,8 +139,8 @@ class _MINRES(Iteration):
         phi = self._cosine * self._phi_bar
         search.data.mul_(inverse)
 
-        # ||A r|| of the iterate so far is phi_bar times this: it is a least-squares solution where that vanishes. And
-        # a step so long that the rounding of its image hides the residual is one along the null space.
+        # ||A r|| of the current iterate is phi_bar * slope: where slope vanishes it is a least-squares solution. A step
+        # so long that the rounding error of its product exceeds the residual goes along the null space.
         slope = torch.hypot(gamma_bar, self._delta_bar)
         reach = phi.abs() * search.norm() + self.value.norm()
         flat = slope <= _FLAT[search.data.dtype] * self._size
@@ -156,7 +156,7 @@ class _MINRES(Iteration):
         shift = torch.where(self._moving, self._phi_bar * self._cosine, 0.0)
         self._residual.data.addcmul_(following.data, -shift)
         before, self._squared = self._squared, self._residual.norm().double().square()
-        if self._preconditioner is None:  # then it is this norm that falls, until rounding takes over
+        if self._preconditioner is None:  # then the 2-norm decreases until stagnation: rounding takes over
             self._lowest = torch.minimum(self._lowest, before)
             risen = self._squared > (1 + self._epsilon**0.5) ** 2 * self._lowest
             self._least, self._moving = self._least | (self._moving & risen), self._moving & ~risen
@@ -165,7 +165,7 @@ class _MINRES(Iteration):
         self._minus_beta.copy_(-beta)
 
     def _normalize(self, index: int, size: Tensor) -> Tensor:
-        """u <- u / beta and z <- M u, with beta = sqrt(u . M u), or 0 where u is only the rounding of what it was."""
+        """u <- u / beta and z <- M u, with beta = sqrt(u . M u), or 0 if only rounding is left of u."""
         u = self._basis[index]
         if self._preconditioner is None:
             self.direction = u
@@ -188,7 +188,7 @@ class _MINRES(Iteration):
         return self.steps % CHECK_EVERY == 1 and not bool(self._moving)
 
     def finish(self) -> Tensor:
-        # The part of x in the null space of a singular A is a multiple of (M times) the least-squares residual.
+        # The component of x in the null space of a singular A is a multiple of (M times) the least-squares residual.
         image = self._residual
         if self._preconditioner is not None:
             image = self._basis[0]
@@ -204,7 +204,7 @@ class _MINRES(Iteration):
     def read(self, figures: Sequence[float]) -> Outcome:
         squared_b, bad_b, squared, least, bad, bad_metric = figures
         residual = krylov_residual(squared_b, bad_b, squared, bad, bad_metric)
-        if residual <= (self._stalled if least else self._tol):
+        if residual <= (self._stagnation_tol if least else self._tol):
             status = Status.CONVERGED
         else:
             status = Status.SINGULAR if least else Status.ITERATION_LIMIT

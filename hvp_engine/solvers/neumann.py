@@ -17,7 +17,7 @@ from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.linear_map import Accumulation
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import Iteration, Outcome, RightHandSide, scalar
-from hvp_engine.solvers.preconditioning import MetricNorm, Preconditioner, check_preconditioner, precondition
+from hvp_engine.solvers.preconditioning import MNorm, Preconditioner, check_preconditioner, precondition
 from hvp_engine.solvers.solution import Status
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
@@ -29,27 +29,28 @@ class Neumann(Solver):
     """Truncated Neumann series.
 
     x = alpha * sum_{j=0..i} (I - alpha (A + damping I))^j v, with i = `iterations`: i products and i + 1 terms.
-    It tends to (A + damping I)^-1 v if A + damping I is positive definite and 0 < alpha < 2 / lambda_max; an
-    indefinite A has no such alpha, and the sum is then only as good as it is short.
+    It converges to (A + damping I)^-1 v if A + damping I is positive definite and 0 < alpha < 2 / lambda_max. For an
+    indefinite A no alpha converges: the terms grow, so only a short sum is of use.
 
     Arguments:
         iterations: number of products with A, >= 0; 0 gives alpha * v and makes no product.
         alpha: the step > 0, or "auto": 1 / lambda_max from a Lanczos estimate (8 products cold, 3 to refresh);
-            smaller under negative curvature, so that `iterations` products grow the residual no more than tenfold.
+            smaller under negative curvature, so that `iterations` products let the residual grow at most tenfold.
         form: "accumulate" keeps the term and the sum (v <- v - alpha A v; p <- p + v); "horner" keeps the sum
-            alone (p <- p + v_0 - alpha A p): less memory traffic, and as accurate or more so in float32, bfloat16
-            and float16 (bench/results/precision.csv), so it is the default. In float16 with a loss scaled by 1000 and
+            alone (p <- p + v_0 - alpha A p): the default, with less memory traffic and at least as accurate in
+            float32, bfloat16 and float16 (bench/results/precision.csv). In float16 with a loss scaled by 1000 and
             100 terms its sum can overflow where "accumulate" does not.
         damping: added to the diagonal of A, >= 0.
-        preconditioner: v -> M v on the list of the weights' leaves, symmetric positive definite, near A^-1; for
-            example a :class:`DiagonalPreconditioner`. The sum is then that of M A and M v in place of A and v, with the
-            same limit, and converges for 0 < alpha < 2 / lambda_max(M A).
+        preconditioner: v -> M v on the list of the weights' leaves, symmetric positive definite, near A^-1; for example
+            a :class:`DiagonalPreconditioner`. The sum then has M A and M v in place of A and v, and converges to the
+            same limit for 0 < alpha < 2 / lambda_max(M A).
 
-    Cost: `iterations` products; two flat vectors of weights, whatever `iterations` is; three with a preconditioner.
+    Cost: `iterations` products; two flat vectors of weights, three with a preconditioner, for any `iterations`.
 
     Errors: `TypeError` or `ValueError` naming the argument, at construction.
 
-    Source: Lorraine, Vicol, Duvenaud 2019, Algorithm 3 and Eq. 8 (which omits the final factor alpha).
+    Source: Lorraine, Vicol and Duvenaud, Optimizing Millions of Hyperparameters by Implicit Differentiation, AISTATS
+    2020, Algorithm 3 and Eq. 8 (which omits the final factor alpha).
 
     >>> import torch, hvp_engine as hvp
     >>> hvp.solve(lambda v: 4.0 * v, torch.ones(2), hvp.Neumann(30, alpha=0.2)).value
@@ -149,7 +150,7 @@ class _Horner(_Accumulate):
 
 
 class _Preconditioned(_Accumulate):
-    """r <- r - alpha A z; z <- M r; p <- p + z. r is the residual of alpha p before the step."""
+    """r <- r - alpha A z; z <- M r; p <- p + z, where r is the residual of x = alpha p before the step."""
 
     @property
     def accumulation(self) -> Accumulation | None:
@@ -159,7 +160,7 @@ class _Preconditioned(_Accumulate):
         assert self._solver.preconditioner is not None
         self._preconditioner = self._solver.preconditioner
         self._residual, self._image = self._b.vector, FlatVector(layout)
-        self._metric = MetricNorm(self._residual, self._image)
+        self._m_norm = MNorm(self._residual, self._image)
         self.value, self.direction = FlatVector(layout), self._image
         self._minus, one = scalar(math.nan, layout.device), scalar(1.0, layout.device)
         states, scales = (self._residual.data,), (self._minus, one)
@@ -173,7 +174,7 @@ class _Preconditioned(_Accumulate):
         self.steps = 0
         self._b.load(v)
         precondition(self._preconditioner, self._residual, self._image)
-        self._metric.start()
+        self._m_norm.start()
         self.value.assign(self._image)
 
     def step(self, product: Sequence[Tensor]) -> None:
@@ -186,7 +187,7 @@ class _Preconditioned(_Accumulate):
 
     def finish(self) -> Tensor:
         self.value.data.mul_(self._alpha)
-        return torch.cat([self._b.sums(), self._metric.sums(self._partials, self.value)])
+        return torch.cat([self._b.sums(), self._m_norm.sums(self._partials, self.value)])
 
 
 class _PreconditionedHorner(_Preconditioned):
@@ -207,17 +208,17 @@ class _PreconditionedHorner(_Preconditioned):
 
 
 def outcome_of(figures: Sequence[float], steps: int, dtype: torch.dtype) -> Outcome:
-    """What the squared norms of v, of the last residual and of the sum say, each pair followed by its flag; after them
-    those of v and of the last residual in a preconditioner's norm, where there is one."""
-    squared_v, _, bad_v, squared_residual, squared_sum, bad, *in_metric = figures
+    """The outcome, from the figures ||v||^2, an unused one, flag; ||r||^2 (last residual), ||p||^2 (sum), flag; and,
+    with a preconditioner, the squared M-norms of v and r. A flag is zero if everything is finite."""
+    squared_v, _, bad_v, squared_residual, squared_sum, bad, *m_norms = figures
     epsilon = torch.finfo(dtype).eps
     if steps == 0:
         return Outcome(float(squared_v > 0), "none", Status.ITERATION_LIMIT, bad_v == 0, bad_v == 0)
     finite = bad == 0 and math.isfinite(squared_residual) and math.isfinite(squared_sum)
     residual = math.sqrt(squared_residual / squared_v) if squared_v and finite else 0.0 if finite else math.inf
     growth = residual
-    if in_metric and min(in_metric) > 0 and math.isfinite(sum(in_metric)):  # else M is no metric
-        growth = math.sqrt(in_metric[1] / in_metric[0])
+    if m_norms and min(m_norms) > 0 and math.isfinite(sum(m_norms)):  # otherwise M is not positive definite
+        growth = math.sqrt(m_norms[1] / m_norms[0])
     if residual <= math.sqrt(epsilon):
         status = Status.CONVERGED
     else:
@@ -235,14 +236,14 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class Identity(Solver):
-    """x = v / (1 + damping): the solution if the Hessian were the identity (T1-T2).
+    """x = v / (1 + damping): the solution if A were the identity, as in the T1-T2 method.
 
     Arguments:
-        damping: >= 0; by default x = v.
+        damping: added to the diagonal, >= 0; with 0, x = v.
 
     Cost: no product; exact only for A = I.
 
-    Source: Luketina, Berglund, Greff, Raiko, Scalable Gradient-Based Tuning of Continuous Regularization
+    Source: Luketina, Berglund, Greff and Raiko, Scalable Gradient-Based Tuning of Continuous Regularization
     Hyperparameters, ICML 2016.
 
     >>> import torch, hvp_engine as hvp

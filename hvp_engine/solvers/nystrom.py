@@ -22,35 +22,36 @@ from hvp_engine.solvers.solution import Status
 
 @dataclass(frozen=True)
 class Nystrom(Solver):
-    """x = (A_k + (rho + damping) I)^-1 v, with A_k = Y (T^T Y)^+ Y^T, Y = A T: A as seen by `rank` test vectors T.
+    """x = (A_k + (rho + damping) I)^-1 v, with A_k = Y (T^T Y)^+ Y^T, Y = A T, for `rank` test vectors T.
 
-    With A_k = U L U^T in orthonormal U, x = U (L + s)^-1 U^T v + r / s, where r = v - U U^T v is what of v was not seen
-    and s = rho + damping: Woodbury's identity without its differences of large terms. It solves well in the eigenvalues
-    that stand out and treats all others as rho. A fixed rho that is small beside those which matter for v makes r / s,
-    and so x, wrong by the factor between. With rho = "auto" they are treated as the one number that fits them best, the
-    Rayleigh quotient of A at r: s = r . A r / r . r + damping for r and s = damping for what was seen. Of all multiples
-    of r that is the one closest to A^-1 r in the norm of A. Where the eigenvalues are not few, x is still a rough
-    answer; the residual says so, and conjugate gradients with a :class:`NystromPreconditioner` go on from there.
+    With A_k = U L U^T, orthonormal U and s = rho + damping, x = U (L + s)^-1 U^T v + r / s, where r = v - U U^T v is
+    the part of v that the test vectors missed: Woodbury's identity without its differences of large terms. It inverts
+    the eigenvalues that stand out and replaces all others by rho. A fixed rho that is much smaller than those that
+    matter for v makes r / s, and so x, too large by their ratio. rho = "auto" replaces them by the Rayleigh quotient of
+    A at r: s = r . A r / r . r + damping for r, and s = damping in the first term. Of all multiples of r that is the
+    closest to A^-1 r in the A-norm. If many eigenvalues are large, x is a rough answer, as the residual shows; refine
+    it by conjugate gradients with a :class:`NystromPreconditioner`.
 
     Arguments:
         rank: number of test vectors, >= 1, at most the number of weights.
-        rho: > 0, what the rest of the spectrum is taken to be (the paper's default is 0.01), or "auto".
+        rho: > 0, the value assumed for the rest of the spectrum (the paper's default is 0.01), or "auto".
         damping: added to the diagonal of A, >= 0.
-        sketch: "gaussian" test vectors; or "columns", as in the paper: T are unit vectors, Y columns of A. A
-            single column sees little of a matrix whose rows are alike in size, so random vectors are the default.
+        sketch: "gaussian" test vectors; or "columns", as in the paper: T are unit vectors, Y columns of A.
+            A few columns say little about a matrix whose rows are alike in size, so random vectors are the default.
         seed: of the test vectors; the same ones in every solve.
 
-    Negative curvature has no place in it: negative eigenvalues of T^T Y are left out, and the status says so. With
-    "auto" so is r where A has no positive curvature along it; if A is zero there, x is the least-squares solution of
-    smallest norm.
+    Negative eigenvalues of T^T Y are dropped, and the status is NEGATIVE_CURVATURE. With rho = "auto", r is dropped too
+    if A has no positive curvature along it; if A is zero there, x is the least-squares solution of smallest norm.
 
-    Cost: `rank` products, one for the residual, and one for rho = "auto". The first depend neither on each other nor on
-    v: they are made once for several right-hand sides, up to 32 at a time where they are traced and it pays (up to
-    16,384 weights on a CPU). 3 `rank` flat vectors of weights, which is `rank` times as many as other solvers need.
+    Cost: `rank` products, one for the residual, and one for rho = "auto". The first do not depend on v or on each
+    other: several right-hand sides share them, and traced operators make up to 32 of them at a time where that pays off
+    (up to 16,384 weights on a CPU). Memory: 3 `rank` flat vectors of weights, `rank` times what other solvers need.
 
     Errors: `TypeError` or `ValueError` naming the argument, at construction.
 
-    Source: Hataya and Yamada 2023, equation 6; numerics: Frangella, Tropp and Udell 2023.
+    Source: Hataya and Yamada, Nystrom Method for Accurate and Scalable Implicit Differentiation, AISTATS 2023, equation
+    6; numerics: Frangella, Tropp and Udell, Randomized Nystrom Preconditioning, SIAM Journal on Matrix Analysis and
+    Applications 2023.
 
     >>> import torch, hvp_engine as hvp
     >>> A = torch.diag(torch.tensor([4.0, 2.0, 0.0, 0.0]))
@@ -76,7 +77,7 @@ class Nystrom(Solver):
 
 
 class NystromSolve(Prepared):
-    """The sketch and its low-rank form; each right-hand side takes one product more for its residual, and one for an
+    """The sketch and its low-rank form; each right-hand side takes one more product for its residual, and one for an
     automatic rho."""
 
     def __init__(self, solver: Nystrom, system: LinearSystem):
@@ -84,7 +85,7 @@ class NystromSolve(Prepared):
         self._rho, self._damping, self._layout = solver.rho, solver.damping, self.operator.layout
         sketch = Sketch(self._layout, solver.rank, solver.sketch, solver.seed)
         fill(sketch, self.operator)
-        self._steps = sketch.steps  # they count for the first right-hand side
+        self._steps = sketch.steps  # counted for the first right-hand side
         self._basis, self._values, self._negative = sketch.low_rank()
 
     def run(self, vs: Sequence[Sequence[Tensor]], names: Sequence[str]) -> Iterator[Result]:
@@ -96,7 +97,7 @@ class NystromSolve(Prepared):
 
 
 class _NystromIteration(FinishedIteration):
-    """x for one right-hand side, from the low-rank form, and the residual of it."""
+    """x for one right-hand side, from the low-rank form, and its residual."""
 
     def __init__(self, rho: float | Literal["auto"], damping: float, layout: Layout, steps: int):
         self._rho, self._damping, self._layout, self.steps = rho, damping, layout, steps
@@ -111,7 +112,7 @@ class _NystromIteration(FinishedIteration):
         coordinates = basis @ b
         rest.copy_(b)
         rest.addmv_(basis.T, coordinates, alpha=-1)
-        rest.addmv_(basis.T, basis @ rest, alpha=-1)  # once more: rounding along U would be divided by the shift
+        rest.addmv_(basis.T, basis @ rest, alpha=-1)  # again: rounding errors along U would be divided by the shift
         if isinstance(self._rho, float | int):
             shift = self._rho + self._damping
             torch.div(rest, shift, out=self.value.data)
@@ -130,7 +131,7 @@ class _NystromIteration(FinishedIteration):
         return operator.product(vector.tangents)
 
     def _add_rest(self, product: Sequence[Tensor], values: Tensor) -> None:
-        """Add the multiple of the rest of v that is best in the norm of A, from the product at it."""
+        """Add the multiple of r, the rest of v, that is closest to A^-1 r in the A-norm; `product` is A r."""
         rest, image = self._residual, FlatVector.of(self._layout, product)
         squared = rest.dot(rest)
         curvature = torch.where(squared > 0, rest.dot(image) / squared, 0.0)
@@ -160,7 +161,7 @@ class _NystromIteration(FinishedIteration):
 
 
 def _negligible(values: Tensor) -> Tensor:
-    """Below this an eigenvalue is rounding."""
+    """Eigenvalues below this are rounding errors."""
     return 10 * len(values) * torch.finfo(values.dtype).eps * values.max()
 
 

@@ -1,4 +1,4 @@
-"""What a preconditioner M is, how a solver applies one, and the norm in which a preconditioned series contracts."""
+"""Preconditioners M as solvers apply them, and the M-norm, in which a preconditioned series contracts."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def check_preconditioner(preconditioner: Any) -> None:
 
 
 def precondition(preconditioner: Preconditioner, source: FlatVector, target: FlatVector) -> None:
-    """target <- M source; `TypeError` or `ValueError` for a result that does not fit."""
+    """target <- M source; `TypeError` or `ValueError` if the result is not like the source."""
     with torch.no_grad():
         result = preconditioner(list(source.views))
     check_like(result, source.layout, "preconditioner(v)", "v", widest=torch.float64)
     target.copy_(result)
 
 
-class MetricNorm:
-    """sqrt(r . M r) of a residual r with its image M r, at the start and at the end of a solve.
+class MNorm:
+    """The M-norm sqrt(r . M r) of a residual r, given its image M r, at the start and at the end of a solve.
 
-    The residuals of a series with a preconditioner are p(A M) v. In the norm of M they are those of the symmetric
-    M^(1/2) A M^(1/2), so a polynomial that is at most 1 at its eigenvalues makes none larger. In the 2-norm they may
-    grow by the square root of M's condition and converge all the same.
+    The residuals of a preconditioned series are p(A M) v. Their M-norms are 2-norms of p(M^(1/2) A M^(1/2)) M^(1/2) v,
+    so they cannot grow if |p| <= 1 at the eigenvalues. In the 2-norm they may grow by the square root of M's condition
+    number and still converge.
     """
 
     def __init__(self, residual: FlatVector, image: FlatVector):
@@ -47,8 +47,8 @@ class MetricNorm:
         self._first.copy_(self._squared())
 
     def sums(self, partials: Tensor, value: FlatVector) -> Tensor:
-        """What :func:`outcome_of` reads after the figures of v: those of the last residual, of which `partials` has
-        the 2-norm, and of the sum, and the squared norms of the first and the last residual here."""
+        """The figures that :func:`outcome_of` reads after those of v: ||r||^2 of the last residual (from `partials`),
+        ||value||^2, a flag, and the squared M-norms of the first and of the last residual."""
         _, squared, bad = partials.sum(0).unbind()
         sums = [squared, value.data.double().square().sum(), bad, self._first, self._squared()]
         return value.layout.total(torch.stack(sums))

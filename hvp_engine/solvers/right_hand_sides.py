@@ -1,4 +1,4 @@
-"""The right-hand sides of a call, and first guesses: from x0, what is solved for is A^-1 (v - A x0)."""
+"""Multiple right-hand sides, and warm starts: from a first guess x0, a solve looks for A^-1 (v - A x0)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hvp_engine.solvers.solution import Solution, Status
 class WarmStart:
     """One right-hand side with a first guess, at the cost of one product.
 
-    `residual` is v - (A + damping I) x0, what is left to be solved for; `share` its norm, relative to v's.
+    `residual` is v - (A + damping I) x0, the right-hand side that is left; `share` is its norm divided by ||v||.
     """
 
     def __init__(self, operator: LinearMap, v: Sequence[Tensor], x0: Sequence[Tensor], damping: float):
@@ -34,7 +34,7 @@ class WarmStart:
         of_v, of_residual = norms.double().tolist()
         self.residual = [view.to(dtype) for view, dtype in zip(residual.views, layout.dtypes, strict=True)]
         share = of_residual / of_v if of_v > 0 else 1.0
-        self.share = share if math.isfinite(share) else 1.0  # the solve will find what is not finite
+        self.share = share if math.isfinite(share) else 1.0  # the solve reports what is not finite
 
     def complete(self, value: Sequence[Tensor], solution: Solution) -> tuple[list[Tensor], Solution]:
         """x0 + value, and the solution with its figures relative to v."""
@@ -45,7 +45,7 @@ class WarmStart:
         return total, replace(solution, hvps=solution.hvps + 1, residual_norm=solution.residual_norm * self.share)
 
     def unchanged(self) -> tuple[list[Tensor], Solution]:
-        """x0 itself, where it is good enough."""
+        """x0 itself, if it is good enough."""
         layout = self._start.layout
         nothing = [
             torch.zeros_like(view, dtype=dtype) for view, dtype in zip(self._start.views, layout.dtypes, strict=True)
@@ -71,7 +71,7 @@ def guesses(
 
 
 def unstacked(leaves: Sequence[Tensor], name: str) -> list[list[Tensor]]:
-    """The right-hand sides of a batch."""
+    """The right-hand sides of a batch, one by one."""
     lengths = [len(leaf) if leaf.dim() else None for leaf in leaves]
     if lengths[0] is None or any(length != lengths[0] for length in lengths) or lengths[0] == 0:
         raise ValueError(

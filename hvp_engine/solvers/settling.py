@@ -1,4 +1,4 @@
-"""Conjugate gradients or MINRES until the solution has settled, and not only until the residual is small."""
+"""Conjugate gradients or MINRES, run until x has settled and not only until the residual is small."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from hvp_engine.solvers.minres import MINRES
 from hvp_engine.solvers.solution import Status
 
 LEAST, SHARE = 5, 4
-"""x is compared with what it was at least so many products ago, and one part in so many of them all."""
+"""x is compared with its value LEAST products ago, later with that 1 / SHARE of all products ago."""
 
 
 @dataclass(frozen=True)
 class Settling(Solver):
-    """`method`, stopped where the residual is at most `error` and x has moved by at most `error` of its norm lately.
+    """`method`, stopped when the residual is at most `error` and x has recently moved by at most `error` of its norm.
 
-    A small residual says little about x: relative to the norms of both, the error of x may be larger by the condition
-    of A. What x was a fifth of the products ago is off by what it has moved since, and by what x is still off, which is
-    much less unless convergence stands still; so x itself is closer than the move tells.
+    A small residual says little about x: its relative error may be larger by the condition number of A. The error that
+    x had a fifth of the products ago is at most the distance it has moved since plus today's error, which is much
+    smaller unless the method stagnates; so x is now closer than the move suggests.
 
     Arguments:
         method: :class:`ConjugateGradient` or :class:`MINRES`; its tolerance still ends the solve.
         error: > 0.
 
-    Cost: that of `method`, one flat vector, and about a third more products than the error would have needed (measured
-    on 190 random cases; none of them missed the error).
+    Cost: that of `method`, one flat vector, and about a third more products than the error needs (measured on 190
+    random cases, none of which missed the error).
     """
 
     method: ConjugateGradient | MINRES
@@ -50,7 +50,7 @@ class Settling(Solver):
 
 
 class _Settling(Iteration):
-    """The iteration of the method, watched; nothing waits for the device but `finished`."""
+    """The method's iteration, watched; only `finished` waits for the device."""
 
     def __init__(self, solver: Settling, iteration: Iteration, layout: Layout):
         self._error, self._iteration, self._layout = solver.error, iteration, layout

@@ -11,7 +11,7 @@ class Status(enum.Enum):
     """How a solve ended; the value is the message."""
 
     CONVERGED = "converged: the relative residual is below the tolerance"
-    ITERATION_LIMIT = "iteration limit: the sum is truncated, as the paper's is; more iterations bring it closer"
+    ITERATION_LIMIT = "iteration limit: the result is truncated, as in the paper; more iterations bring it closer"
     DIVERGED = (
         "diverged: the residual is larger than the right-hand side; use a smaller alpha, or damping if the "
         "Hessian is indefinite"
@@ -21,7 +21,7 @@ class Status(enum.Enum):
         "a Gauss-Newton operator"
     )
     SINGULAR = (
-        "singular, as far as the precision tells: the value is the least-squares solution of smallest norm; use "
+        "singular to working precision: the value is the least-squares solution of smallest norm; use "
         "damping, or a wider dtype if the operator should have an inverse"
     )
 
@@ -33,17 +33,17 @@ class Solution:
     Attributes:
         value: x, in the container of v.
         iterations: terms or steps that the solver made.
-        hvps: products with A in all, those of the estimate of alpha included. What a preconditioner was made from,
-            once and maybe for many solves, is its own `hvps`.
+        hvps: all products with A, including those of the spectral estimate. Those that a preconditioner was made from,
+            maybe for many solves, are its own `hvps`.
         residual_norm: ||v - A x'|| / ||v||, damping included, for the iterate x' that `residual_of` names.
         residual_of: "previous" (the iterate before the returned one: free), "returned", or "none" (no product was
             made, so the residual is that of x = 0).
         status: a :class:`Status`; its value is the message. Whether a series with a preconditioner M diverged is judged
-            in the norm in which it contracts, sqrt(r . M r): its residual_norm may be above 1 on the way.
+            in the M-norm, sqrt(r . M r), in which it contracts: its residual_norm may exceed 1 on the way.
         alpha: the step that was used, None for solvers without one.
         lambda_max: the largest |eigenvalue| seen by the estimate, None if none was made.
         damping: what was added to the diagonal of A.
-        explanation: what an automatic choice chose and why; empty otherwise.
+        explanation: what an automatic setting chose, and why; empty otherwise.
     """
 
     value: Any

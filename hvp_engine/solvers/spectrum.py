@@ -1,4 +1,4 @@
-"""How large the eigenvalues are: a short Lanczos run, kept warm between calls."""
+"""Estimates of the extreme eigenvalues by short Lanczos runs, warm-started from call to call."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from hvp_engine.solvers.lanczos import random_unit_vector, tridiagonalize
 from hvp_engine.solvers.preconditioning import Preconditioner
 
 COLD_STEPS = 8
-"""Products of a first estimate: two miss an outlier eigenvalue by more than half, five suffice."""
+"""A first estimate takes this many products: two underestimate an outlier by more than half, five suffice."""
 
 REFRESH_STEPS = 3
-"""Products of an estimate that starts from the last one's eigenvectors."""
+"""An estimate that starts from the last one's eigenvectors takes this many products."""
 
 GROWTH = 10.0
-"""What a truncated series may make of the residual where the estimate has seen negative curvature."""
+"""A truncated series may let the residual grow to this multiple if the estimate has seen negative curvature."""
 
 HEADROOM = 1.05
-"""Of an upper bound of a polynomial's interval above the estimate: what lies beyond the interval is amplified."""
+"""A polynomial's upper bound is the estimate times this, since eigenvalues beyond the bound are amplified."""
 
 _FRESH_SHARE = 0.3
-"""Norm of the random part that a refresh adds to the old eigenvectors, so that a new largest one is found."""
+"""A refresh adds a random part of this norm to the old eigenvectors, so as to find a new largest one."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,18 @@ class SpectralEstimate:
         return self.smallest + damping < -1e-6 * self.largest
 
     def bound(self, damping: float = 0.0) -> float:
-        """What the largest |eigenvalue| of the damped operator is taken to be."""
+        """The value assumed to bound all |eigenvalues| of the damped operator."""
         return self.largest + self.margin + damping
 
     def joined(self, other: SpectralEstimate) -> SpectralEstimate:
-        """What this and another estimate of the same operator have seen together."""
+        """This estimate merged with another one of the same operator."""
         top = max(self, other, key=SpectralEstimate.bound)
         bottom = min(self, other, key=lambda estimate: estimate.smallest)
         hvps = self.hvps + other.hvps
         return SpectralEstimate(top.largest, bottom.smallest, top.margin, hvps, bottom.smallest_margin)
 
     def safe_alpha(self, damping: float = 0.0, iterations: int = 0) -> float:
-        """1 / bound: converges even if the estimate is too low by almost one half.
+        """1 / bound: converges even if the estimate is too low by almost a half.
 
         Under negative curvature no alpha converges, and `iterations` products multiply the residual by up to
         (1 + alpha |smallest|)^iterations: alpha is then small enough to keep that below :data:`GROWTH`.
@@ -83,7 +83,7 @@ class SpectralEstimate:
 def lanczos(
     operator: LinearMap, start: FlatVector, steps: int, preconditioner: Preconditioner | None = None
 ) -> tuple[SpectralEstimate, FlatVector]:
-    """`steps` of Lanczos from `start`: the estimate, and the sum of the Ritz vectors of its largest and smallest value.
+    """The estimate by `steps` of Lanczos, and the sum of the Ritz vectors of the largest and the smallest value.
 
     Cost: `steps` products, one wait for the device; memory as :class:`LanczosBasis`.
     """
@@ -101,18 +101,18 @@ def lanczos(
 class Spectrum:
     """The spectral estimate of one operator or hypergradient, refreshed at every call from its last eigenvectors.
 
-    Holds one flat vector: two steps from the sum of two eigenvectors find both. Randomness comes from its own
-    generator; the caller's is not touched.
+    Holds one flat vector, the sum of two eigenvectors: two steps from it find both. The caller's random state is not
+    touched.
     """
 
     def __init__(self) -> None:
         self.estimate: SpectralEstimate | None = None
         self.vector: FlatVector | None = None
-        self._loaded: Tensor | None = None  # of a checkpoint, until a call brings the layout
+        self._loaded: Tensor | None = None  # from a checkpoint, until a call supplies the layout
         self._calls = 0
 
     def random(self, layout: Layout) -> FlatVector:
-        """A start vector, the same for each call of the same number."""
+        """A random start vector that depends only on the number of calls so far."""
         return random_unit_vector(layout, self._calls)
 
     def refresh(self, operator: LinearMap, preconditioner: Preconditioner | None = None) -> SpectralEstimate:
@@ -137,7 +137,7 @@ class Spectrum:
     def restart(
         self, operator: LinearMap, start: FlatVector, preconditioner: Preconditioner | None = None
     ) -> SpectralEstimate:
-        """A new estimate from `start` with as many products as a first one."""
+        """A new estimate from `start`, with as many products as a first one."""
         return self._run(operator, start, COLD_STEPS, preconditioner)
 
     def _run(
@@ -153,12 +153,12 @@ class Spectrum:
         return {"calls": self._calls, "vector": self._loaded if self.vector is None else self.vector.data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state; its vector is used if it fits the operator of the next call."""
+        """Continue from a saved state; its vector is used if it fits the next call's operator."""
         self._calls, self._loaded, self.vector = state["calls"], state["vector"], None
 
 
 class Estimates:
-    """The spectral estimates that one solve asks for: of A, or with a preconditioner M of M (A + damping I)."""
+    """The spectral estimates that one solve asks for: of A, or, with a preconditioner M, of M (A + damping I)."""
 
     def __init__(self, operator: LinearMap, spectrum: Spectrum, damping: float, preconditioner: Preconditioner | None):
         self._operator, self._spectrum, self._preconditioner = operator, spectrum, preconditioner
@@ -166,18 +166,18 @@ class Estimates:
         self.preconditioned = preconditioner is not None
         self._inside = damping if self.preconditioned else 0.0
         self.damping = damping - self._inside
-        """What the estimates do not contain yet."""
+        """The damping that is not part of the estimated operator."""
 
     def refresh(self) -> SpectralEstimate:
-        return self._spectrum.refresh(self._seen(), self._preconditioner)
+        return self._spectrum.refresh(self._estimated(), self._preconditioner)
 
     def restart(self, start: FlatVector | None = None) -> SpectralEstimate:
         """A cold estimate, from a random start unless one is given."""
         start = self._spectrum.random(self._operator.layout) if start is None else start
-        return self._spectrum.restart(self._seen(), start, self._preconditioner)
+        return self._spectrum.restart(self._estimated(), start, self._preconditioner)
 
-    def _seen(self) -> LinearMap:
-        if self._map is None:  # of a map that changes, one draw serves all products of the estimates
+    def _estimated(self) -> LinearMap:
+        if self._map is None:  # of a stochastic operator, one draw serves all products
             held = self._operator.hold()
             self._map = Shifted(held, self._inside) if self._inside else held
         return self._map

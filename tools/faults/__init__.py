@@ -5,7 +5,8 @@ from tools.faults.hypergradients import FAULTS as HYPERGRADIENTS
 from tools.faults.ops import FAULTS as OPS
 from tools.faults.solvers import FAULTS as SOLVERS
 from tools.faults.support import FAULTS as SUPPORT
+from tools.faults.tuning import FAULTS as TUNING
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: list[Fault] = [*OPS, *SUPPORT, *SOLVERS, *HYPERGRADIENTS]
+FAULTS: list[Fault] = [*OPS, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING]

@@ -51,9 +51,9 @@ FAULTS = [
     Fault(
         "csrc/cpu_kernels.cpp",
         "row[2] = first * 0.0 + second * 0.0 == 0 ? 0.0 : 1.0;",
-        "row[2] = second * 0.0 == 0 ? 0.0 : 1.0;",
+        "row[2] = first * 0.0 == 0 ? 0.0 : 1.0;",
         f"{OPS} 'flag and cpp'",
-        "the flag looks at one of the two norms",
+        "the flag does not look at the norm of the sum",
     ),
     Fault(
         "csrc/cpu_kernels.cpp",

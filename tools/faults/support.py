@@ -14,8 +14,8 @@ FAULTS = [
     ),
     Fault(
         "hvp_engine/_support/flat_vector.py",
-        "            torch._foreach_copy_(self.views, [t.detach() for t in tensors])\n        self.refresh()",
-        "            torch._foreach_copy_(self.views, [t.detach() for t in tensors])",
+        "            foreach_copy_(self.views, [t.detach() for t in tensors])\n        self.refresh()",
+        "            foreach_copy_(self.views, [t.detach() for t in tensors])",
         "tests/test_vectors.py",
         "bfloat16 tangents keep the vector before",
     ),

@@ -42,7 +42,7 @@ def check(
 
     For random directions d, <hypergradient, d> is compared with
     (L_V(w*(h + e d), h + e d) - L_V(w*(h - e d), h - e d)) / 2e, where w*(h) minimizes the training loss anew. If
-    they disagree, the error is split into what the weights, the solve and the derivatives account for.
+    they disagree, the error is split into the parts that come from the weights, the solve and the derivatives.
 
     Arguments:
         train_loss, val_loss: `loss(weights, hyper, batch)` -> scalar tensor, as for :class:`Hypergradient`.
@@ -122,7 +122,7 @@ def _two_values(pair: Pair) -> str | None:
 
 
 def _compare(experiment: Experiment, pair: Pair, precise: Pair, directions: int, tolerance: float) -> CheckResult:
-    """Measure, split the error into its causes, and judge."""
+    """Measure, split the error into its causes, and decide."""
     base = experiment.refit(precise)
     own, refitted = experiment.solve(pair), experiment.solve(base)
     given = own if precise is pair else experiment.solve(precise)
@@ -133,7 +133,7 @@ def _compare(experiment: Experiment, pair: Pair, precise: Pair, directions: int,
     rows = [experiment.difference(base, solve.value) for _ in range(directions)]
     along = torch.stack([row.direction for row in rows])
     truth, coarse, bend, fit_error, rounding = torch.tensor([row.figures for row in rows], dtype=torch.float64).T
-    # A derivative below what the second one changes within a step is zero as far as differences can tell.
+    # Differences cannot tell a derivative from zero if it is smaller than its own change within a step.
     scale = max(*(float(t.square().mean().sqrt()) for t in (truth, along @ reference, bend)), 1e-300)
 
     def error(difference: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def _compare(experiment: Experiment, pair: Pair, precise: Pair, directions: int,
 
 
 def _judge(fatal: dict[Verdict, bool], causes: dict[Verdict, float], tolerance: float) -> list[Verdict]:
-    """The verdict and what else is to be said: one that makes the other figures meaningless, or the largest causes."""
+    """The verdict, then other causes worth mentioning; a fatal one stands alone."""
     if found := [verdict for verdict, present in fatal.items() if present]:
         return found[:1]
     order = sorted(causes, key=lambda verdict: -causes[verdict])
@@ -198,7 +198,7 @@ def _judge(fatal: dict[Verdict, bool], causes: dict[Verdict, float], tolerance: 
 
 
 def _of_divergence(failure: str, given: Point, refitted: Point) -> CheckResult:
-    """The result where the solve diverged, so that there is nothing to compare."""
+    """The result if the solve diverged, which leaves nothing to compare."""
     verdict = Verdict.DIVERGED
     if refitted.indefinite:
         verdict = Verdict.INDEFINITE
@@ -208,7 +208,7 @@ def _of_divergence(failure: str, given: Point, refitted: Point) -> CheckResult:
 
 
 def _of_solve(solved: Solved, tolerance: float) -> Verdict:
-    """What a wrong solve at a minimum is to be called."""
+    """The verdict about a wrong solve at a minimum."""
     if solved.solution is None:
         return Verdict.DIVERGED
     if solved.solution.damping > 0 and solved.solution.residual_norm <= tolerance:

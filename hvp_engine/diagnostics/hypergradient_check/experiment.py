@@ -30,7 +30,7 @@ _LANCZOS_STEPS = 30
 
 @dataclass(frozen=True)
 class Solved:
-    """A hypergradient (flat) and its solve; or why there is none."""
+    """A flat hypergradient and its solve, or the reason why there is none."""
 
     grads: Tensor | None
     solution: Solution | None
@@ -41,8 +41,9 @@ class Solved:
 class Difference:
     """The validation loss along one direction, weights re-solved.
 
-    `value` is the central difference and `coarse` the same at twice the step; `bend` is what the second derivative
-    adds to a one-sided difference; `fit_error` and `rounding` are what imperfect fits and rounding do to `value`.
+    `value` is the central difference and `coarse` the one at twice the step; `bend` is the contribution of the second
+    derivative to a one-sided difference; `fit_error` and `rounding` are the errors that imperfect fits and rounding
+    make in `value`.
     """
 
     direction: Tensor
@@ -59,7 +60,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What every measurement of one check needs."""
+    """The settings that all measurements of one check share."""
 
     fit: Fit | None
     solver: Solver

@@ -47,7 +47,7 @@ def wrong_derivatives(pair: Pair, tolerance: float, generator: torch.Generator) 
     found = []
 
     def difference(of: Callable[[Pair], Tensor], move_weights: bool) -> tuple[Tensor, float]:
-        """The central difference of `of`, and how well it is known: rounding, and a share of the second derivative."""
+        """The central difference of `of` and its uncertainty: rounding, and a fraction of the second derivative."""
 
         def at(multiple: int) -> Tensor:
             if move_weights:

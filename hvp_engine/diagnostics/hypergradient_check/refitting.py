@@ -1,4 +1,4 @@
-"""Two losses at a point, and the minimum of the first by Newton's method: what :func:`hvp_engine.check` compares with.
+"""Two losses at a point, and the minimum of the first by Newton's method, as a reference for :func:`hvp_engine.check`.
 
 The solves here share no code with the package's solvers, which are what is being checked.
 """
@@ -26,7 +26,7 @@ _PRODUCTS = 500
 _REFERENCE_PRODUCTS = 2000
 _SUFFICIENT_DECREASE = 1e-4
 _CLOSE = 1e-6
-"""Share of the loss's rounding below which what Newton's method predicts to gain does not move a difference."""
+"""A predicted gain below this fraction of the loss's rounding is too small to change a finite difference."""
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

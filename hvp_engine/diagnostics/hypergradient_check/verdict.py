@@ -1,4 +1,4 @@
-"""What a check of a hypergradient found: the verdict, the figures behind it, and advice."""
+"""The result of checking a hypergradient: the verdict, the figures behind it, and advice."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Point:
 
     Attributes:
         gradient_norm: ||dL_T/dw||.
-        largest, smallest: the largest eigenvalue by magnitude and the smallest one of the Hessian, as far as 30
-            steps of Lanczos see them.
+        largest, smallest: the Hessian's largest eigenvalue by magnitude and its smallest one, as found by 30 steps of
+            Lanczos.
         residual: ||v - H x|| / ||v|| of the solver's x, without damping; NaN where the solver diverged.
     """
 
@@ -103,7 +103,8 @@ _FIGURES = {
 
 @dataclass(frozen=True)
 class Evidence:
-    """What advice is derived from: the two points, the solve at the re-solved one, and a reference solve there."""
+    """The measurements from which advice is derived: at both points, of the solve at the re-solved one, and of a
+    reference solve there."""
 
     given: Point
     refitted: Point
@@ -163,7 +164,7 @@ class Evidence:
         return []
 
     def _more_iterations(self) -> list[str]:
-        """How many products would do, for the series and for conjugate gradients."""
+        """How many products would be enough, for the series and for conjugate gradients."""
         sentence = f"the residual is {self.refitted.residual:.2g} after {self.hvps} products"
         largest, smallest = self.refitted.largest, self.refitted.smallest
         best = 1 / largest if largest > 0 else 1.0

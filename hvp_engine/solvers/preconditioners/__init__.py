@@ -1,4 +1,4 @@
-"""Preconditioners: cheap symmetric positive definite approximations M of an inverse, as a solver applies them."""
+"""Preconditioners: cheap, symmetric positive definite approximations M of A^-1."""
 
 from hvp_engine.solvers.preconditioners.diagonal import DiagonalPreconditioner, JacobiPreconditioner
 from hvp_engine.solvers.preconditioners.kfac import KFACPreconditioner

@@ -1,4 +1,4 @@
-"""Diagonal preconditioners: known weight decays, and Jacobi's with an estimated diagonal."""
+"""Diagonal preconditioners: one from known weight decays, and Jacobi's from an estimated diagonal."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from hvp_engine._support.pytree import Tree, flatten
 from hvp_engine.differentiation.linear_map import LinearMap, check_operator
 
 _FLOOR = 0.1
-"""Of the norm of a row: a smaller estimate of its diagonal entry, or one below zero, is mostly noise."""
+"""A diagonal estimate below this share of its row's norm, or below zero, is mostly noise."""
 
 
 class DiagonalPreconditioner:
     """M = 1 / (diagonal + shift), element by element.
 
-    A decay of its own for each weight, sum(decay * w**2) / 2, adds `decay` to the Hessian's diagonal: the part of
-    the curvature that differs most between weights, known for free. `shift` stands for the rest of the Hessian.
+    A decay per weight, sum(decay * w**2) / 2, adds `decay` to the Hessian's diagonal: often the part of the curvature
+    that differs most between weights, and known for free. `shift` stands for the rest of the Hessian.
 
     Arguments:
         diagonal: a tree of tensors like the weights (or that broadcasts to them), or a function without arguments
-            that returns one and is called whenever M is applied, for a diagonal that changes between solves.
-        shift: added to the diagonal, >= 0: about the typical eigenvalue of the rest of the Hessian; 0 where there is
+            that returns one and is called at each application, for a diagonal that changes between solves.
+        shift: added to the diagonal, >= 0: roughly the typical eigenvalue of the rest of the Hessian; 0 if there is
             no rest.
 
     Cost: one pass over the weights for each application.
 
-    Errors: `ValueError` where diagonal + shift is not finite and positive, or shift < 0; `TypeError` for leaves that
-    are no tensors.
+    Errors: `ValueError` if diagonal + shift is not finite and positive, or shift < 0; `TypeError` for leaves that
+    are not tensors.
 
     >>> import torch, hvp_engine as hvp
     >>> decay = torch.tensor([1.0, 100.0, 1e4])
@@ -70,7 +70,8 @@ def hutchinson_diagonal(operator: LinearMap, probes: int, seed: int = 0) -> tupl
     The diagonal's standard deviation in an entry is the norm of the rest of that row, over sqrt(probes); a diagonal
     operator needs one probe.
 
-    Source: Bekas, Kokiopoulou and Saad 2007, equation 5.
+    Source: Bekas, Kokiopoulou and Saad, An Estimator for the Diagonal of a Matrix, Applied Numerical Mathematics 2007,
+    equation 5.
     """
     layout: Layout = operator.layout
     generator = layout.generator(seed)
@@ -89,9 +90,9 @@ def hutchinson_diagonal(operator: LinearMap, probes: int, seed: int = 0) -> tupl
 class JacobiPreconditioner(DiagonalPreconditioner):
     """M = 1 / (d + shift), with d a Hutchinson estimate of an operator's diagonal.
 
-    An entry below a tenth of the norm of its row is raised to it: so small a value, or one below zero, is noise. With
-    few probes the noise of the others may cost more products than the diagonal saves, as it does for softmax
-    regression (bench/results/products.csv): known decays need no probes.
+    An estimate below a tenth of its row's norm, or below zero, is noise and is raised to a tenth. With few probes, the
+    noise in the other entries can cost more products than the diagonal saves, as for softmax regression
+    (bench/results/products.csv); known decays need no probes.
 
     Arguments:
         operator: a :class:`HessianOperator`, a :class:`GaussNewtonOperator` or another operator of this package.
@@ -100,9 +101,9 @@ class JacobiPreconditioner(DiagonalPreconditioner):
         seed: of the random signs.
 
     Attributes:
-        hvps: products spent. The solution of a solve does not count them.
+        hvps: products spent here; a solve does not count them.
 
-    Cost: `probes` products, once; one flat vector. It stays as it is when the operator's weights change.
+    Cost: `probes` products, once; one flat vector. It is not updated when the operator's weights change.
 
     Errors: `TypeError` or `ValueError` naming the argument; `ValueError` for a zero or non-finite diagonal.
 

@@ -18,7 +18,7 @@ from hvp_engine.errors import NonFiniteError
 
 @dataclass(frozen=True)
 class _Block:
-    """The block A (x) G of a layer: the eigenvalues and eigenvectors of both factors, and the places of its leaves."""
+    """The block A (x) G of a layer: eigenvalues and eigenvectors of both factors, and the indices of its leaves."""
 
     weight: int
     bias: int | None
@@ -32,18 +32,18 @@ class _Block:
 
 
 class KFACPreconditioner:
-    """M = (A (x) G + shift I)^-1 for each layer: its Gauss-Newton block is approximated by a Kronecker product.
+    """M = (A (x) G + shift I)^-1 for each layer, whose Gauss-Newton block a Kronecker product approximates.
 
     For a layer with inputs a (with a 1 for the bias) and outputs z, A is the mean of a a^T over the samples, and G the
     sum of g g^T over samples and outputs, with g = (dz / d outputs)^T s and s s^T the loss's Hessian in the outputs, in
-    full: no labels are sampled. The block is exact for a single sample, and if g is the same for all samples, as in
+    full: no labels are sampled. The block is exact for a single sample, or if g is the same for all samples, as in
     a deep linear network with squared error. In a convolution every position counts as a sample: A is a sum over
     positions, G a mean. Other parameters (of normalizations, grouped convolutions, layers that are used more than
     once) get one number for each tensor, an estimate of the mean of its diagonal.
 
-    A Neumann series or Chebyshev iteration of a few terms gains most: directions of every scale move at once. The
+    A short Neumann series or Chebyshev iteration gains most, since directions of every scale move at once. The
     condition number need not decrease, least of all in convolutions, whose positions are not independent; conjugate
-    gradients, which cope with a few large eigenvalues by themselves, gain less or nothing.
+    gradients, which cope with a few large eigenvalues anyway, gain less or nothing.
 
     Arguments:
         module: the network, with `torch.nn.Linear` and `torch.nn.Conv2d` layers.
@@ -55,12 +55,12 @@ class KFACPreconditioner:
 
     Attributes:
         hvps: products spent with the Hessian: 0.
-        gradients: backward passes spent, one for each output. The solution of a solve does not count them.
+        gradients: backward passes spent, one for each output; a solve does not count them.
 
     Cost: one forward pass, one backward pass for each output, and the eigenvalue decompositions of the factors, square
-    matrices that stay in memory. It does not follow changes of the weights.
+    matrices that stay in memory. It is not updated when the weights change.
 
-    Errors: `TypeError` or `ValueError` naming the argument; `ValueError` if no layer is of a known kind;
+    Errors: `TypeError` or `ValueError` naming the argument; `ValueError` if no layer is supported;
     :class:`NonFiniteError` for activations or curvature with NaN or Inf.
 
     Source: Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, ICML 2015; for
@@ -124,7 +124,7 @@ def _factors(
     targets: Any,
     places: dict[str, int],
 ) -> tuple[list[_Block], dict[int, float], int]:
-    """The blocks, the mean curvature of each weight outside of them by its place, the number of backward passes."""
+    """The blocks, the mean curvature of each other weight by its index, and the number of backward passes."""
     layers = {name: layer for name, layer in module.named_modules() if _path(name, "weight") in places}
     layers = {name: layer for name, layer in layers.items() if _is_known(layer)}
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
@@ -217,7 +217,7 @@ def _output_rows(layer: nn.Module, gradient: Tensor) -> Tensor:
 
 
 def _hessian_roots(loss: Callable[[Tensor, Any], Tensor], outputs: Tensor, targets: Any) -> Tensor:
-    """For each sample s with s s^T the loss's Hessian in its outputs: (samples, outputs, outputs), columns last."""
+    """For each sample a matrix s such that s s^T is the loss's Hessian in the outputs: (samples, outputs, outputs)."""
     if not isinstance(outputs, Tensor) or outputs.dim() != 2:
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(f"module: expected outputs of shape (samples, outputs); got {got}")
@@ -235,10 +235,10 @@ def _hessian_roots(loss: Callable[[Tensor, Any], Tensor], outputs: Tensor, targe
 
 
 def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, negative ones as zero, and eigenvectors of symmetric matrices."""
+    """Eigenvalues (negative ones set to zero) and eigenvectors of symmetric matrices."""
     if not bool(torch.isfinite(matrix).all()):
         raise NonFiniteError(
-            "inputs: expected finite activations and curvature; got NaN or Inf: look at the inputs, the targets and "
+            "inputs: expected finite activations and curvature; got NaN or Inf: check the inputs, the targets and "
             "the weights"
         )
     values, vectors = torch.linalg.eigh(matrix)

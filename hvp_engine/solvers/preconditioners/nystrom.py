@@ -15,26 +15,27 @@ from hvp_engine.solvers.low_rank import Sketch
 
 
 class NystromPreconditioner:
-    """M = (I + U ((l_k + rho) / (L + rho) - I) U^T) / (l_k + rho), with U L U^T ~ A of rank k, l_k its smallest value.
+    """M = (I + U ((l_k + rho) / (L + rho) - I) U^T) / (l_k + rho), U L U^T ~ A of rank k, l_k the smallest of L.
 
-    The large eigenvalues of A + rho I are brought down to about l_k + rho; what is left of the condition is
-    that of the small ones. It pays where a few eigenvalues stand out, as they do in trained networks.
+    It brings the large eigenvalues of A + rho I down to about l_k + rho, so that the small ones determine the condition
+    number. That pays off if a few eigenvalues stand out, as they do in trained networks.
 
     Arguments:
         operator: a :class:`HessianOperator`, a :class:`GaussNewtonOperator` or another operator of this package.
         rank: products to spend, >= 1.
-        rho: > 0; the solver's damping, where there is one.
+        rho: > 0; the solver's damping, if it has one.
         sketch: "gaussian" or "columns"; see :class:`Nystrom`.
         seed: of the test vectors.
 
     Attributes:
-        hvps: products spent. The solution of a solve does not count them.
+        hvps: products spent here; a solve does not count them.
 
     Cost: `rank` products, once; `rank` flat vectors; two passes over them for each application.
 
     Errors: `TypeError` or `ValueError` naming the argument.
 
-    Source: Frangella, Tropp and Udell 2023, equation 5.
+    Source: Frangella, Tropp and Udell, Randomized Nystrom Preconditioning, SIAM Journal on Matrix Analysis and
+    Applications 2023, equation 5.
 
     >>> import torch, hvp_engine as hvp
     >>> d = torch.tensor([1.0, 2.0, 1.0, 2.0, 1e4, 1e5])
@@ -61,6 +62,7 @@ class NystromPreconditioner:
         self._layout = operator.layout
         self._basis, values, _ = columns.low_rank()
         self._least = values.amin(0) + rho if len(values) else values.new_tensor(rho)
+        # M v = (v + U gains U^T v) / least: an eigenvector with eigenvalue l gets (1 + gain) / least = 1 / (l + rho).
         self._gains = self._least / (values + rho) - 1
 
     def __call__(self, v: list[Tensor]) -> list[Tensor]:

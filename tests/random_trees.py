@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from cases import DTYPE, flat, generator
+from fused_op_oracles import BF16, F16, F32, F64
 from hypothesis import strategies as st
-from op_cases import BF16, F16, F32, F64
+from problems_with_known_answers import DTYPE, flat, generator
 from torch import Tensor
 from torch.utils import _pytree as pytree
 

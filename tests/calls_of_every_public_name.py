@@ -1,6 +1,6 @@
 """A call, or several, of everything public, that works and where it makes sense one that fails in the middle.
 
-Each is prepared from a :class:`caller.Caller`; only what is prepared is the call.
+Each is prepared from a :class:`callers_state.Caller`; only what is prepared is the call.
 """
 
 from __future__ import annotations
@@ -12,9 +12,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from caller import Caller
-from prepared_calls import Call, failing
-from public_calls_losses import (
+from call_descriptions import Call, failing
+from callers_state import Caller
+from calls_of_operators import (
+    averaged,
+    compiled,
+    data_parallel,
+    density,
+    eigenvalues,
+    gauss_newton,
+    hessian,
+    kfac,
+    linear_model,
+    preconditioner,
+    solved,
+    stochastic,
+)
+from calls_that_take_losses import (
     TRAINING,
     backward_of_response,
     checked,
@@ -29,20 +43,6 @@ from public_calls_losses import (
     tape,
     tuned,
     verdict,
-)
-from public_calls_operators import (
-    averaged,
-    compiled,
-    data_parallel,
-    density,
-    eigenvalues,
-    gauss_newton,
-    hessian,
-    kfac,
-    linear_model,
-    preconditioner,
-    solved,
-    stochastic,
 )
 from torch import Tensor
 

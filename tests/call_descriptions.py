@@ -1,11 +1,11 @@
-"""A call as what is prepared from a :class:`caller.Caller`, and what is expected of it."""
+"""A call as what is prepared from a :class:`callers_state.Caller`, and what is expected of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from caller import Caller
+from callers_state import Caller
 
 Prepare = Callable[[Caller], Callable[[], object]]
 

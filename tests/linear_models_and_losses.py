@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from cases import DTYPE, flat, generator, randn, unflat
+from problems_with_known_answers import DTYPE, flat, generator, randn, unflat
 from torch import Tensor
 from torch.nn import functional
 

@@ -1,10 +1,10 @@
-"""hvp.check on a problem of tests/cases.py."""
+"""hvp.check on a problem of tests/problems_with_known_answers.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from cases import Bilevel
+from problems_with_known_answers import Bilevel
 
 import hvp_engine as hvp
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import DTYPE
+from problems_with_known_answers import DTYPE
 from torch import Tensor
 
 import hvp_engine as hvp

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from caller import DTYPE, Caller
-from prepared_calls import Call, Prepare, failing
+from call_descriptions import Call, Prepare, failing
+from callers_state import DTYPE, Caller
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 

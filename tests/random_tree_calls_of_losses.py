@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import DTYPE, randn, truncated_sum
+from fused_op_oracles import F32, F64
 from hypothesis import strategies as st
-from op_cases import F32, F64
+from losses_on_random_trees import ALPHA, TERMS, Found, Losses, Subject, World
+from problems_with_known_answers import DTYPE, randn, truncated_sum
+from random_trees import ANYWHERE, FLAT, SILENT, TOLERANCES, UNLIKE, Sample, joined, like, numbers, split
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from tree_cases import ANYWHERE, FLAT, SILENT, TOLERANCES, UNLIKE, Sample, joined, like, numbers, split
-from tree_world import ALPHA, TERMS, Found, Losses, Subject, World
 
 import hvp_engine as hvp
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import DTYPE, randn, truncated_sum
+from fused_op_oracles import F32, F64
 from hypothesis import strategies as st
-from op_cases import F32, F64
+from losses_on_random_trees import ALPHA, TERMS, Found, Subject, World
+from problems_with_known_answers import DTYPE, randn, truncated_sum
+from random_tree_calls_of_losses import rows_of
+from random_trees import ANYWHERE, CONTAINERS, SILENT, UNLIKE, Sample, joined, like, numbers, split
 from torch import Tensor, nn
-from tree_calls_losses import rows_of
-from tree_cases import ANYWHERE, CONTAINERS, SILENT, UNLIKE, Sample, joined, like, numbers, split
-from tree_world import ALPHA, TERMS, Found, Subject, World
 
 import hvp_engine as hvp
 

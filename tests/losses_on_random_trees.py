@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from cases import DTYPE, matrix_with, randn
+from fused_op_oracles import F64
 from hypothesis import strategies as st
-from op_cases import F64
+from problems_with_known_answers import DTYPE, matrix_with, randn
+from random_trees import CONTAINERS, SILENT, TOLERANCES, Sample, flawed, joined, like, samples
 from torch import Tensor
-from tree_cases import CONTAINERS, SILENT, TOLERANCES, Sample, flawed, joined, like, samples
 
 import hvp_engine as hvp
 

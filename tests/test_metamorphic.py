@@ -1,0 +1,187 @@
+"""One loss in many writings: on every engine each has plain double backward's numbers, and none falls back."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import metamorphic_losses as losses
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import hvp_engine as hvp
+from hvp_engine._support.pytree import flatten
+from hvp_engine.differentiation.linear_map import Linearization
+from hvp_engine.differentiation.problem import Problem
+from hvp_engine.engines import Engine, create
+from hvp_engine.engines.traced import TracedLinearization
+
+pytestmark = [
+    pytest.mark.filterwarnings("error:.*is replaced by"),
+    pytest.mark.filterwarnings("ignore:.*a kernel in it has no second derivative"),
+    pytest.mark.filterwarnings("ignore:the weights are far from a minimum"),
+]
+
+ITERATIONS, ALPHA = 3, 0.05
+
+COVERING = list(losses.covering())
+UNMENDED = ("one-hot", "entropy: einsum", "soft labels", "kl_div", "gaussian_nll_loss")
+"""Writings that ask a tensor in Python, `F.one_hot` the most, and cannot be traced yet."""
+TRACED = [loss for loss in COVERING if not any(name in str(loss) for name in UNMENDED)]
+CELLS = [(loss, "eager") for loss in COVERING] + [(loss, "linearized") for loss in TRACED]
+SOAK = 5000
+CHUNK = 50
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What is compared: each a vector."""
+
+    gradient: Tensor
+    product: Tensor
+    mixed: Tensor
+    hypergradient: Tensor
+
+    def differences(self, truth: Numbers) -> dict[str, float]:
+        """Of each its relative difference."""
+        pairs = {name: (value, getattr(truth, name)) for name, value in vars(self).items()}
+        return {name: float((value - true).norm() / true.norm()) for name, (value, true) in pairs.items()}
+
+
+def flat(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
+    found = [torch.zeros_like(t) if part is None else part for part, t in zip(tensors, like, strict=True)]
+    return torch.cat([part.detach().flatten() for part in found])
+
+
+def tangents_like(weights: Sequence[Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in weights]
+
+
+def plain(loss: losses.Loss) -> Numbers:
+    """By torch alone: `autograd.grad` of `autograd.grad`."""
+    weights, hyper, batch = loss.draw()
+    ws, hs = ([t.clone().requires_grad_() for t in tensors] for tensors in (weights, hyper))
+    _, _, val_batch = loss.draw(1)
+
+    def pulled(of: Sequence[Tensor], to: Sequence[Tensor], by: Sequence[Tensor]) -> list[Tensor]:
+        return list(torch.autograd.grad(of, to, by, retain_graph=True, allow_unused=True, materialize_grads=True))
+
+    with sdpa_kernel(SDPBackend.MATH):
+        f = torch.autograd.grad(loss(ws, hs, batch), ws, create_graph=True)
+        value = loss(ws, hs, val_batch)
+        direct, v = (torch.autograd.grad(value, to, retain_graph=True) for to in (hs, ws))
+        p = total = [ALPHA * t for t in v]
+        for _ in range(ITERATIONS):
+            p = [t - ALPHA * h for t, h in zip(p, pulled(f, ws, p), strict=True)]
+            total = [t + s for t, s in zip(total, p, strict=True)]
+        grads = [d - m for d, m in zip(direct, pulled(f, hs, total), strict=True)]
+        t = tangents_like(weights)
+        found = Numbers(flat(f, ws), flat(pulled(f, ws, t), ws), flat(pulled(f, hs, t), hs), flat(grads, hs))
+    assert all(torch.isfinite(vector).all() for vector in vars(found).values()), "a poor example"
+    return found
+
+
+def linearized(engine: Engine, loss: losses.Loss) -> Linearization:
+    weights, hyper, batch = loss.draw()
+    (ws, structure), (hs, hyper_structure) = flatten(weights, "weights"), flatten(hyper, "hyper")
+    return engine.linearize(Problem(loss, ws, structure, hs, hyper_structure, (batch,), "train_loss"))
+
+
+def ours(name: str, loss: losses.Loss) -> Numbers:
+    """By an engine, which must not have handed over to eager."""
+    engine = create(name)
+    weights, hyper, batch = loss.draw()
+    result = hvp.Hypergradient(loss, loss, hvp.Neumann(ITERATIONS, ALPHA), engine)(
+        weights, hyper, batch, loss.draw(1)[2]
+    )
+    made = linearized(engine, loss)
+    assert isinstance(made, TracedLinearization) == (name != "eager"), f"{name} fell back: {engine.report()}"
+    t = tangents_like(weights)
+    vectors = [flat(made.gradient, weights), flat(made.product(t), weights), flat(made.mixed(t), hyper)]
+    return Numbers(*vectors, flat(result.grads, hyper))
+
+
+def compare(engine: str, loss: losses.Loss) -> None:
+    truth, found = plain(loss), ours(engine, loss)
+    assert max(found.differences(truth).values()) < 1e-10, found.differences(truth)
+    first = plain(losses.Loss(loss.skeleton, loss.skeleton.first_writing))
+    assert max(found.differences(first).values()) < 1e-9, found.differences(first)
+
+
+@pytest.mark.parametrize(("loss", "engine"), CELLS, ids=str)
+def test_writing(loss: losses.Loss, engine: str) -> None:
+    compare(engine, loss)
+
+
+@pytest.mark.parametrize("loss", TRACED[::60], ids=str)
+def test_compiled(loss: losses.Loss) -> None:
+    compare("compiled", loss)
+
+
+KINDS = {
+    "layer": losses.LAYERS,
+    "end": losses.ENDS,
+    "penalty": losses.PENALTIES,
+}
+UNROLLED = ("loop", "comprehension", "of a list", "buffer", "assigned", "mv", "stack", "unbind", "means of slices")
+"""Writings that are Python loops: a trace has all their operations, and is as long as they are."""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("part", "kind"), [(part, kind) for part, kinds in KINDS.items() for kind in kinds])
+def test_a_rewriting_costs_no_more(part: str, kind: str) -> None:
+    """Products of each writing that is no loop take at most 1.3 times as long as those of the fastest."""
+    layer, end, penalty = ("tanh", "squared error", "decay")
+    layer, end, penalty = {"layer": (kind, end, penalty), "end": (layer, kind, penalty)}.get(part, (layer, end, kind))
+    skeleton = losses.Skeleton(((layer, False),), end, penalty)
+    first = skeleton.first_writing
+    written = {
+        "layer": lambda how: replace(first, layers=((how, "none"),)),
+        "end": lambda how: replace(first, end=how),
+        "penalty": lambda how: replace(first, penalty=how),
+    }[part]
+    names = [how for how in KINDS[part][kind].writings if not any(word in how for word in UNROLLED)]
+    products: dict[str, Callable[[], object]] = {}
+    for how in names:
+        loss = losses.Loss(skeleton, written(how))
+        made, t = linearized(create("linearized"), loss), tangents_like(loss.draw()[0])
+        products[how] = lambda made=made, t=t: made.product(t)  # type: ignore[misc]
+    seconds: dict[str, list[float]] = {how: [] for how in names}
+    for _ in range(15):
+        for how, product in products.items():
+            start = time.process_time()
+            for _ in range(100):
+                product()
+            seconds[how].append(time.process_time() - start)
+    medians = {how: statistics.median(samples) for how, samples in seconds.items()}
+    fastest = min(medians.values())
+    slow = {how: round(median / fastest, 2) for how, median in medians.items() if median > 1.3 * fastest}
+    assert not slow, f"{kind}: {slow}"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("start", range(0, SOAK, CHUNK))
+def test_many_writings(start: int) -> None:
+    """Each is tried, so that one run names all that fail; one in a hundred is compiled."""
+    failures = []
+    for seed in range(start, start + CHUNK):
+        loss = losses.drawn(seed)
+        for engine in ("eager", "linearized", *(["compiled"] if seed % 100 == 0 else [])):
+            try:
+                compare(engine, loss)
+            except Exception as error:
+                failures.append(f"{engine}, seed {seed}: {loss}: {type(error).__name__}: {error}"[:500])
+    assert not failures, "\n".join(failures)
