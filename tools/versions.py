@@ -1,4 +1,4 @@
-"""Does the package work with the versions of torch and Python that it names? Makes each environment and runs tests there.
+"""Does the package work with the torch and Python versions that it names? Makes each environment, runs tests there.
 
     python -m tools.versions [--only TEXT] [--fresh]
 
@@ -39,11 +39,32 @@ PAIRS = (
 )
 """Versions of torch and of Python: every torch on one Python, and every Python on one torch."""
 
+ENGINES = ("eager", "linearized", "compiled", "finite_difference", "cudagraph", "auto", "side_by_side")
+
 TESTS = {
-    "private names of torch, and what guards expect of it": "tests/test_torch_compat.py",
-    "the registered ops: opcheck, torch.compile": "tests/test_ops_registered.py",
+    "private names of torch, and what guards expect of it": ["tests/test_torch_compat.py"],
+    "the registered ops: opcheck and torch.compile; Triton": ["tests/test_ops_registered.py", "tests/test_kernels.py"],
+    "every engine on several networks": [f"tests/test_engines_{name}.py" for name in ENGINES],
+    "traces and their rewrites": [f"tests/test_trace_{name}.py" for name in ("functionalize", "rewriting", "regions")],
+    "100 models against plain double backward": ["tests/test_hard_models.py", "tests/test_differentiable_kernels.py"],
+    "solvers": [f"tests/test_solvers_{name}.py" for name in ("base", "exact", "minres", "nystrom")],
+    "hypergradients in every style": ["tests/test_implicit.py", "tests/test_products.py"],
+    "Algorithm 1, stopped and resumed": [
+        "tests/test_tuner.py",
+        "tests/test_resume.py::test_stopped_and_continued_at_every_step",
+        "tests/test_resume.py::test_killed_in_the_middle_of_a_step",
+    ],
+    "backends, and `doctor`": ["tests/test_backend.py", "tests/test_doctor.py"],
 }
-"""What is tested, and where. Five minutes of one core."""
+"""What is tested, and where: about six minutes of one core."""
+
+CHANGES = {
+    "2.14": "The double backward of evaluation-mode BatchNorm has `pow_` in it. Traces find the functional form of any "
+    "in-place operator by its schema.",
+    "2.15": "The derivative of `clamp` at a bound is 0; it was 1 (pytorch pull request 191142). A loss with values at "
+    "the bound has another gradient.",
+}
+"""What torch changed that a hypergradient can notice, by the version, and what becomes of it."""
 
 LIMIT = 3600
 """Seconds for the tests of one pair."""
@@ -98,7 +119,7 @@ def install(torch: str, python: str, log: Path) -> str:
     subprocess.run([interpreter(python), "-m", "venv", str(ENVIRONMENT)], check=True)
     executable = str(ENVIRONMENT / "bin" / "python")
     packages = [f"torch=={torch}", "--editable", f"{TREE}[test,triton]"]
-    command = [executable, "-m", "pip", "install", "--progress-bar=off", "--disable-pip-version-check", *packages]
+    command = [executable, "-m", "pip", "install", "--progress-bar=off", "--no-compile", *packages]
     with log.open("w") as output:
         environment = os.environ | {"HVP_ENGINE_CUDA": "OFF"}
         done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
@@ -111,7 +132,8 @@ def run_tests(executable: str, log: Path) -> Result:
     """Run the tests in the environment of `executable`."""
     report = FOLDER / "report.xml"
     report.unlink(missing_ok=True)
-    command = [executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *TESTS.values()]
+    command = [executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command += [where for files in TESTS.values() for where in files]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     with log.open("a") as output:
         try:
@@ -164,17 +186,30 @@ def result_of(report: str, versions: dict[str, str]) -> Result:
 
 def page(results: Mapping[str, Result]) -> str:
     """docs/versions.md: a row for each pair, then what differs and what failed."""
-    lines = ["# Versions", "", "Written by `make versions`, which makes each of these environments anew and runs there:"]
-    lines += ["", *(f"- {what} (`{where}`)" for what, where in TESTS.items())]
-    lines += ["", "| torch | Python | Triton | NumPy | passed | failed | skipped | date |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "# Versions",
+        "",
+        "Written by `make versions`, which makes each of these environments anew and runs there:",
+    ]
+    lines += ["", *(f"- {what}: {', '.join(f'`{where}`' for where in files)}" for what, files in TESTS.items())]
+    lines += [
+        "",
+        "| torch | Python | Triton | NumPy | passed | failed | skipped | date |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     found = [results[key(*pair)] for pair in PAIRS]
     for result in found:
         names = [result.versions.get(name, "-") for name in ("torch", "python", "triton", "numpy")]
         counts = [result.passed, len(result.failed), result.skipped, result.date]
         lines.append("| " + " | ".join(map(str, [*names, *counts])) + " |")
-    lines += ["", "Skipped are tests that need a GPU or another package, and those that depend on the version of torch:", ""]
+    lines += [
+        "",
+        "Skipped are tests that need a GPU or another package, and those that depend on the version of torch:",
+        "",
+    ]
     reasons = sorted({reason for result in found for reason in result.differences})
     lines += [f"- {reason}" for reason in reasons] or ["- none"]
+    lines += ["", "What else changed in torch:", "", *(f"- {version}: {what}" for version, what in CHANGES.items())]
     broken = [
         f"- torch {result.versions['torch']}, Python {result.versions['python']}: `{name}`"
         for result in found
@@ -194,7 +229,9 @@ def key(torch: str, python: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", metavar="TEXT", help='pairs whose name has this text: "torch 2.15", "3.10"')
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help='pairs whose name has this text: "torch 2.15", "3.10"'
+    )
     parser.add_argument("--fresh", action="store_true", help="try again what has a result already")
     options = parser.parse_args()
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
