@@ -1,5 +1,5 @@
-# make demo | test | docs | lint | bench | soak | field | sanitize | mutations | wheel | clean. Needs Python >= 3.10, a C++
-# compiler and make.
+# make demo | test | docs | lint | bench | soak | field | sanitize | mutations | versions | wheel | clean. Needs
+# Python >= 3.10, a C++ compiler and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # A waiting OpenMP thread must not hold a core that somebody else could use.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test docs lint format bench soak field sanitize mutations wheel build clean
+.PHONY: demo test docs lint format bench soak field sanitize mutations versions wheel build clean
 
 demo: build
 	$(BIN)/python -m hvp_engine demo $(ARGS)
@@ -49,6 +49,11 @@ sanitize: build
 mutations: build
 	$(BIN)/python -m tools.mutations $(ARGS)
 
+# Every torch and Python that the package names, each in an environment of its own. ARGS="--only 2.15" tries some of
+# them; an interrupted run continues.
+versions: build
+	$(BIN)/python -m tools.versions $(ARGS)
+
 # Correctness first: nothing is timed where a test of a timed path fails.
 bench: build $(PEERS)
 	$(BIN)/python -m pytest -q -x tests/test_kernels*.py tests/test_native.py tests/test_implicit.py tests/test_engines*.py \
@@ -80,10 +85,10 @@ $(INSTALLED): $(TOOLS) pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 	$(BIN)/python -c "import hvp_engine.ops.cpp"
 	@touch $@
 
-# What the build itself needs comes first, since the package is built without isolation.
+# What the build itself needs, as pyproject.toml names it, comes first, since the package is built without isolation.
 $(TOOLS): constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools wheel pybind11 cmake ninja
+	$(PIP) 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.24' ninja wheel
 	@touch $@
 
 $(DOCS): $(INSTALLED)

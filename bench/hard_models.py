@@ -151,11 +151,16 @@ MODELS: dict[str, HardModel] = {
             "scan, which has no second derivative; remedy: write it as a Python loop",
             *(engine for engine in ENGINES if engine != "finite_difference"),
         ),
-        note="torch 2.13 has a wrong second derivative of it, without a word; so of `map`, `while_loop` and `cond`",
+        note="torch has a wrong second derivative of it, without a word; so of `map`, `while_loop` and `cond`; before "
+        "torch 2.13 its gradient is wrong too (pytorch issue 184528)",
     ),
     "`nn.MaxPool2d`": HardModel(pooled, images),
-    "`grid_sample`, weights in the image": HardModel(lambda: modules.SpatialTransformer(True), images),
-    "`grid_sample`, weights in the grid": HardModel(lambda: modules.SpatialTransformer(False), images),
+    "`grid_sample`, weights in the image": HardModel(
+        lambda: modules.SpatialTransformer(True), images, note="from torch 2.12 on"
+    ),
+    "`grid_sample`, weights in the grid": HardModel(
+        lambda: modules.SpatialTransformer(False), images, note="from torch 2.12 on"
+    ),
     "`nn.Embedding`": HardModel(modules.Words, words),
     "`nn.Embedding(sparse=True)`": HardModel(
         lambda: modules.Words(sparse=True), words, modules.Words, note="products come out dense"

@@ -81,9 +81,11 @@ print(hvp_engine.__file__)
 print(backend.select(torch.device("cpu"))[0], "|", backend.why_not("cpp", "cpu"))
 print(doctor.examine())
 """
-    output = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
-    ).stdout.splitlines()
+    )
+    assert done.stderr.count("UserWarning: backend 'auto' runs the slower 'reference' on cpu") == 1
+    output = done.stdout.splitlines()
     assert output[0].startswith(str(site))
     assert output[1].startswith("reference | ImportError")
     assert "C++ compiler" in output[1]

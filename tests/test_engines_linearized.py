@@ -356,3 +356,22 @@ def test_same_draws_as_eager_and_fresh_ones_at_every_call() -> None:
     second = hypergradient(weights, hyper, batch, batch).solution.value
     assert not torch.allclose(flat(first), flat(second))
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.filterwarnings("error")
+def test_parameters_that_require_grad_draw_no_warning() -> None:
+    """Torch warns, once in a process, when such a tensor becomes a number."""
+    weights = nn.Linear(3, 2, dtype=DTYPE)
+    x = torch.ones(4, 3, dtype=DTYPE)
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        for engine in ("eager", "linearized"):
+            operator = hvp.HessianOperator(
+                lambda w: F.linear(x, w["weight"], w["bias"]).square().sum(),
+                dict(weights.named_parameters()),
+                engine=engine,
+            )
+            assert operator.dense().shape == (8, 8)
+    finally:
+        torch.set_warn_always(always)

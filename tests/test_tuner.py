@@ -165,7 +165,7 @@ def failing(where: str, bad_calls: set[int], value: float) -> dict[str, Callable
         if where == "train" and bad:
             return shrink(w, h, batch) * value
         if where == "mixed" and bad:
-            root = (h - h.detach()).clamp(min=0).sqrt()  # zero, with an infinite derivative
+            root = (h - h.detach()).sqrt()  # zero, with an infinite derivative
             return shrink(w, h, batch) + (root * w).sum()
         return shrink(w, h, batch)
 

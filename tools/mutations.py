@@ -29,8 +29,8 @@ from datetime import date
 from pathlib import Path
 
 from tools.faults import FAULTS, Fault
+from tools.tree import ROOT, copy_tree
 
-ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "mutations"
 RESULTS, TREE = FOLDER / "results.json", FOLDER / "tree"
 TABLE = ROOT / "CONTRIBUTING.md"
@@ -39,23 +39,14 @@ LIMIT = 900
 """Seconds for the tests of one fault; more means that the fault made them hang, which is noticed too."""
 
 
-def copy_tree() -> None:
-    """The working tree as it is, with the compiled extension; build/ inside stays, for incremental builds."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True
-    )
-    names = [name for name in listed.stdout.decode().splitlines() if (ROOT / name).is_file()]
-    extensions = [str(path.relative_to(ROOT)) for path in ROOT.glob("hvp_engine/_C*.so")]
+def prepare() -> None:
+    """Copy the working tree with the compiled extension."""
+    extensions = list(ROOT.glob("hvp_engine/_C*.so"))
     if not extensions:
         raise SystemExit("hvp_engine/_C*.so: expected a built extension; got none: run `make build`")
-    if TREE.exists():
-        for path in TREE.iterdir():
-            if path.name != "build":
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    for name in (*names, *extensions):
-        target = TREE / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, target)  # the time too, which tells ninja what has changed
+    copy_tree(TREE)
+    for path in extensions:
+        shutil.copy2(path, TREE / "hvp_engine")
     (TREE / "hvp_engine" / "kernels").symlink_to(Path("..") / "kernels")
 
 
@@ -139,7 +130,7 @@ def main() -> int:
     chosen.sort(key=lambda fault: fault.compiled)  # these last: their builds follow each other
     FOLDER.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[str]] = json.loads(RESULTS.read_text()) if RESULTS.exists() and not options.fresh else {}
-    copy_tree()
+    prepare()
     sound: dict[tuple[str, bool], tuple[str, str]] = {}
     for fault in chosen:
         key = key_of(fault)

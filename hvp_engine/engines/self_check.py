@@ -91,4 +91,4 @@ def _present(tensors: Sequence[Tensor | None]) -> Iterator[Tensor]:
 def _norm(tensors: Sequence[Tensor]) -> float:
     if not tensors:
         return 0.0
-    return float(norm_of(tensors))
+    return float(norm_of(tensors).detach())
