@@ -7,7 +7,7 @@ tests named below, and the environment is deleted, since it takes up to 6 GB. pi
 decide where packages come from; interpreters are looked for on PATH as `python3.12` and so on.
 
 Results are kept in build/versions/results.json: a pair that has one is left out the next time, unless `--fresh` asks
-for it. Once every pair has a result, docs/versions.md is written anew. The exit status is 1 if a test failed or a pair
+for it. docs/versions.md is written anew from what is there; it names the pairs that have none. The exit status is 1 if a test failed or a pair
 could not be tried.
 
 A test that depends on the version of torch is skipped for a reason that begins with "torch"; the table repeats it.
@@ -197,8 +197,11 @@ def page(results: Mapping[str, Result]) -> str:
         "| torch | Python | Triton | NumPy | passed | failed | skipped | date |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    found = [results[key(*pair)] for pair in PAIRS]
-    for result in found:
+    for pair in PAIRS:
+        result = results.get(key(*pair))
+        if result is None:
+            lines.append(f"| {pair[0]} | {pair[1]} | - | - | not run yet | | | |")
+            continue
         names = [result.versions.get(name, "-") for name in ("torch", "python", "triton", "numpy")]
         counts = [result.passed, len(result.failed), result.skipped, result.date]
         lines.append("| " + " | ".join(map(str, [*names, *counts])) + " |")
@@ -207,6 +210,7 @@ def page(results: Mapping[str, Result]) -> str:
         "Skipped are tests that need a GPU or another package, and those that depend on the version of torch:",
         "",
     ]
+    found = [results[key(*pair)] for pair in PAIRS if key(*pair) in results]
     reasons = sorted({reason for result in found for reason in result.differences})
     lines += [f"- {reason}" for reason in reasons] or ["- none"]
     lines += ["", "What else changed in torch:", "", *(f"- {version}: {what}" for version, what in CHANGES.items())]
@@ -256,7 +260,7 @@ def main() -> int:
         print(f"{name}: {result.passed} passed, {len(result.failed)} failed, {result.skipped} skipped", flush=True)
         for test in result.failed:
             print(f"  {test}")
-    if all(key(*pair) in results for pair in PAIRS):
+    if results:
         write(PAGE, page(results))
     return 0 if complete and not any(results[key(*pair)].failed for pair in chosen) else 1
 
