@@ -7,8 +7,8 @@ tests named below, and the environment is deleted, since it takes up to 6 GB. pi
 decide where packages come from; interpreters are looked for on PATH as `python3.12` and so on.
 
 Results are kept in build/versions/results.json: a pair that has one is left out the next time, unless `--fresh` asks
-for it. docs/versions.md is written anew from what is there; it names the pairs that have none. The exit status is 1 if a test failed or a pair
-could not be tried.
+for it. docs/versions.md is written anew from what is there, and names the pairs that have no result. The exit status
+is 1 if a test failed or a pair could not be tried.
 
 A test that depends on the version of torch is skipped for a reason that begins with "torch"; the table repeats it.
 """
