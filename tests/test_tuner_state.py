@@ -181,3 +181,10 @@ def test_a_restored_count_of_failures_goes_on(failures: int) -> None:
             assert other.hyper_step(None, None) is None
         with pytest.raises(hvp.DivergenceError):
             other.hyper_step(None, None)
+
+
+def test_the_optimizers_of_a_tuner_cannot_be_replaced_without_a_word() -> None:
+    made = tuner()
+    for name in ("weight_optimizer", "hyper_optimizer", "failures"):
+        with pytest.raises(AttributeError):
+            setattr(made, name, None)

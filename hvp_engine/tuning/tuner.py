@@ -121,8 +121,7 @@ class Tuner:
         )  # fmt: skip
         self.weights, self.weight_names = problem.weights.tensors, problem.weights.names
         self.hyper, self.hyper_names = problem.hyper.tensors, problem.hyper.names
-        self.weight_side, self.weight_optimizer = problem.weight_side, problem.weight_side.optimizer
-        self.hyper_side, self.hyper_optimizer = problem.hyper_side, problem.hyper_side.optimizer
+        self.weight_side, self.hyper_side = problem.weight_side, problem.hyper_side
         self.estimator, self.processes, self.device = problem.given_estimator, problem.processes, self.weights[0].device
         self.initial_weights, self.initial_buffers = problem.initial_weights, problem.initial_buffers
         self.history, self.streams, self.hyper_steps = History(), Streams(self.device), 0
@@ -132,10 +131,9 @@ class Tuner:
         """Buffers of the module, and of the hyperparameters if they are a module's."""
         return self.problem.buffers()
 
-    @property
-    def failures(self) -> int:
-        """Hypergradients in a row that have failed."""
-        return self.problem.failures
+    weight_optimizer = property(lambda self: self.weight_side.optimizer, doc="The optimizer of the weights.")
+    hyper_optimizer = property(lambda self: self.hyper_side.optimizer, doc="The optimizer of the hyperparameters.")
+    failures = property(lambda self: self.problem.failures, doc="Hypergradients in a row that have failed.")
 
     def fit(
         self,
