@@ -78,16 +78,21 @@ def test_as_list(tensors: Any) -> None:
     assert result[0] is A and len(result) in (1, 2)
 
 
+def test_as_list_takes_dicts_and_modules_in_their_order() -> None:
+    module = nn.Linear(2, 2)
+    assert [id(tensor) for tensor in as_list(module, "x")] == [id(module.weight), id(module.bias)]
+    assert [id(tensor) for tensor in as_list({"b": B, "a": A}, "x")] == [id(B), id(A)]
+
+
 @pytest.mark.parametrize(
     ("tensors", "error", "message"),
     [
         (3, TypeError, r"^x: expected a tensor or a sequence of tensors; got int"),
         (None, TypeError, r"^x: expected a tensor or a sequence of tensors; got NoneType"),
-        (nn.Linear(2, 2), TypeError, r"^x: expected a tensor or a sequence of tensors; got Linear"),
         ([[A], [B]], TypeError, r"^x: expected a flat sequence"),
         ([[A, B]], TypeError, r"^x: expected a flat sequence"),
         ([], ValueError, r"^x: expected at least one tensor"),
-        ({"a": A}, TypeError, r"^x"),
+        ({"a": [A]}, TypeError, r"^x"),
     ],
 )
 def test_as_list_refuses(tensors: Any, error: type[Exception], message: str) -> None:
