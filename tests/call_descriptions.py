@@ -1,4 +1,4 @@
-"""A call as what is prepared from a :class:`callers_state.Caller`, and what is expected of it."""
+"""A call, prepared from a :class:`callers_state.Caller`, and what is expected of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A caller with much that our calls could disturb, and a snapshot of all of it."""
+"""A caller with much state that our calls could disturb, and a snapshot of it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Caller:
         return {name: torch.ones_like(weight) for name, weight in self.weights.items()}
 
     def counted(self) -> None:
-        """A loss is evaluated."""
+        """Count an evaluation of a loss."""
         self.evaluations += 1
         if self.evaluations == self.fails_at:
             raise KeyError("from the loss")
@@ -78,7 +78,7 @@ class Caller:
         return self.train_loss(weights, self.hyper.detach(), batch)
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything that is the caller's, by what it is."""
+        """All of the caller's state, by name."""
         parameters, buffers = dict(self.module.named_parameters()), dict(self.module.named_buffers())
         tensors = {**parameters, **buffers, "hyper": self.hyper, "x": self.x, "y": self.y}
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_parameters")
@@ -101,7 +101,7 @@ class Caller:
 
 
 def settings() -> dict[str, Any]:
-    """What holds for the whole process or thread."""
+    """Settings of the whole process or thread."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return {
         "grad mode": torch.is_grad_enabled(),
@@ -138,7 +138,7 @@ def settings() -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
-    """What has changed."""
+    """The names of what has changed."""
     return {name for name, value in before.items() if not _equal(value, after[name])}
 
 
@@ -152,7 +152,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 @contextlib.contextmanager
 def unusual_settings() -> Iterator[None]:
-    """Each other than by default, so that what is set anew instead of put back is seen."""
+    """Every setting differs from its default, so resetting it instead of restoring it is noticed."""
     before = settings()
     sys.excepthook = lambda *_: None
     signal.signal(signal.SIGTERM, lambda *_: None)

@@ -1,6 +1,6 @@
-"""A call, or several, of everything public, that works and where it makes sense one that fails in the middle.
+"""Calls of everything public: some that work, and some that fail in the middle.
 
-Each is prepared from a :class:`callers_state.Caller`; only what is prepared is the call.
+Each is prepared from a :class:`callers_state.Caller`; preparing is not part of the call.
 """
 
 from __future__ import annotations

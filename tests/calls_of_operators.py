@@ -1,4 +1,4 @@
-"""Calls of operators, of what solves with them, and of what is built on them."""
+"""Calls of operators, of solvers on them, and of what is built on them."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def hypergradients() -> list[Call]:
 def of_tensors(
     function: Callable[..., object], alpha: float = 0.05, graph: bool = True, weights: Any = None
 ) -> Prepare:
-    """A call with losses that were computed before."""
+    """A call with losses that are already computed."""
 
     def prepare(caller: Caller) -> Callable[[], object]:
         tensors = list(caller.weights.values())

@@ -1,5 +1,4 @@
-"""What test bodies are run over: the CPU, and on a machine with a GPU also that (`-m gpu` runs only those); backends;
-problems."""
+"""Fixtures: devices (the CPU and, if there is one, a GPU; `-m gpu` runs only GPU tests), backends, problems."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ if torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU its tests are not there."""
+    """Leave out the GPU tests if there is no GPU."""
     if not torch.cuda.is_available():
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
@@ -58,7 +57,7 @@ def problem(request: pytest.FixtureRequest) -> Bilevel:
 
 @pytest.fixture(params=[name for name in ("reference", "cpp", "triton") if why_not(name, "cpu") is None])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A backend with the terms of a linear model."""
+    """A backend that runs the terms of a linear model."""
     with use_backend(request.param):
         yield request.param
 

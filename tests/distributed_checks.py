@@ -49,7 +49,7 @@ SOLVERS = {
 def _hypergradients(
     rank: int, count: int, solver: Any, engine: str
 ) -> tuple[hvp.HypergradientResult, hvp.HypergradientResult]:
-    """Of this process's part of the data with the others, and of all data in one process."""
+    """The result from this process's part of the data, with the others', and from all data in one process."""
     module, train, val = network(), batch(1), batch(2)
     weights, hyper = weights_of(module), decays()
     together = hvp.Hypergradient(*parallel(module), solver=solver, engine=engine)
@@ -236,7 +236,7 @@ def check_one_engine_is_chosen(rank: int, count: int, folder: Path) -> None:
 
 
 def check_precisions(rank: int, count: int, folder: Path) -> None:
-    """float32 and bfloat16 weights: as near to the float64 result as one process is."""
+    """float32 and bfloat16 weights: as close to the float64 result as one process gets."""
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
         module = network().to(dtype)
         train, val = ((inputs.to(dtype), targets) for inputs, targets in (batch(1), batch(2)))

@@ -50,7 +50,7 @@ class _BrokenBackward(torch.autograd.Function):
 
 
 def _failing(rank: int, what: Callable[[Tensor], Tensor]) -> tuple[hvp.DataParallel, hvp.DataParallel]:
-    """Losses of which the training loss is changed by `what` in the last process."""
+    """Losses; `what` changes the training loss in the last process."""
     train, val = losses(network())
 
     def broken(weights: Any, hyper: Any, batch: Any) -> Tensor:
@@ -115,7 +115,7 @@ def check_different_weights_are_refused(rank: int, count: int, folder: Path) -> 
 
 
 def check_an_agreed_engine_that_fails(rank: int, count: int, folder: Path) -> None:
-    """The processes agree on eager, which process 0 has to build anew, and there that fails."""
+    """The processes agree on eager, which process 0 has to build again; that fails."""
     arguments = weights_of(network()), decays(), shard(batch(1), rank, count), shard(batch(2), rank, count)
 
     def measured(contenders: Any) -> list[float]:

@@ -1,4 +1,4 @@
-"""What every process of a test knows: a small network, decays, and batches of which each process holds a part."""
+"""A small network, decays, and batches of which each process of a test holds a part."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def network_of_any_device() -> nn.Sequential:
 
 
 def network() -> nn.Sequential:
-    """The same in every process; its size is no multiple of anything."""
+    """The same in every process; its size is not a multiple of the number of processes."""
     module = network_of_any_device()
     with torch.no_grad():
         for seed, weight in enumerate(module.parameters()):
@@ -40,7 +40,7 @@ def decays() -> dict[str, Tensor]:
 
 
 def losses(module: nn.Module) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Training and validation loss of one process; means over the batch, both with a part that has no batch."""
+    """Training and validation loss of one process: means over the batch, each plus a term without a batch."""
     net = hvp.functional(module)
 
     def data(weights: Any, batch: Any) -> Tensor:
@@ -66,7 +66,7 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def shard(whole: tuple[Tensor, Tensor], rank: int, count: int) -> tuple[Tensor, Tensor]:
-    """The examples of one process, equally many for each."""
+    """The examples of one process; all processes have equally many."""
     return whole[0][rank::count], whole[1][rank::count]
 
 
@@ -77,7 +77,7 @@ def parallel(module: nn.Module, **arguments: Any) -> tuple[hvp.DataParallel, hvp
 
 
 def gathered(value: Any) -> list[Any]:
-    """What every process has."""
+    """One value from every process."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found

@@ -33,7 +33,7 @@ from hvp_engine.diagnostics.memory import peak_memory
 
 
 def _cut(tree: dict[str, Tensor], dims: tuple[int, ...] = (0, 0, 1, 0)) -> dict[str, Tensor]:
-    """DTensors; their sizes are no multiples of the number of processes, and of four processes some get nothing."""
+    """DTensors whose sizes are not multiples of the number of processes; with four, some hold nothing."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return {
         name: distribute_tensor(leaf, mesh, [Shard(dim)]) for (name, leaf), dim in zip(tree.items(), dims, strict=True)
@@ -55,7 +55,7 @@ SOLVERS_OF_SHARDS = {
 
 
 def check_sharded_solvers(rank: int, count: int, folder: Path) -> None:
-    """Weights as shards, hyperparameters whole or as shards: the numbers of one process."""
+    """Sharded weights, replicated or sharded hyperparameters: the numbers are those of one process."""
     module, train, val = network(), batch(1), batch(2)
     parts = shard(train, rank, count), shard(val, rank, count)
     for solver in SOLVERS_OF_SHARDS.values():
@@ -77,7 +77,7 @@ def check_sharded_solvers(rank: int, count: int, folder: Path) -> None:
 
 
 def check_sharded_estimates(rank: int, count: int, folder: Path) -> None:
-    """alpha='auto' estimates from another random start than one process; both see the same spectrum."""
+    """alpha='auto' starts its estimate elsewhere than with one process; both see the same spectrum."""
     module, train = network(), batch(1)
     part, _ = losses(module)
     hyper = decays()
@@ -102,7 +102,7 @@ def check_sharded_estimates(rank: int, count: int, folder: Path) -> None:
 
 
 def check_sharded_memory(rank: int, count: int, folder: Path) -> None:
-    """What a solver keeps shrinks with the number of processes."""
+    """A solver's memory shrinks with the number of processes."""
     loss = hvp.DataParallel(lambda weights, batch: (batch.mean() * weights["w"] ** 2).sum())
     weights = {"w": torch.ones(1024, 64)}
     mesh = init_device_mesh("cpu", (count,))
@@ -140,7 +140,7 @@ def check_sharded_refusals(rank: int, count: int, folder: Path) -> None:
 
 
 def check_fully_sharded_modules(rank: int, count: int, folder: Path) -> None:
-    """FSDP2 has no second derivatives: its modules are refused, and its parameters taken."""
+    """FSDP2 has no second derivatives: its modules are refused, its parameters accepted."""
     module, train, val = network(), batch(1), batch(2)
     managed = fully_shard(twin(module), mesh=init_device_mesh("cpu", (count,)))
     with pytest.raises(TypeError, match="under fully_shard"):

@@ -173,10 +173,20 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(squares > 0, torch.where(squares > 0, squares, 1.0).sqrt(), 0.0)
 
 
-REFUSED = {"ctc_loss": "ctc_loss"}
-"""Losses without a second derivative, and what the message names."""
+def alignments(scores: Tensor, first: int, second: int) -> Tensor:
+    """-log of the probability of two different labels: of all blank^a first^b blank^c second^d blank^e, one by one."""
+    sums = F.pad(scores.cumsum(0), (0, 0, 1, 0))
+    a, b, c, d = torch.combinations(torch.arange(len(sums) + 1), 4).unbind(1)
+    c, d = c - 1, d - 1  # so that the blanks between the labels may be none
+    blank, one, two = sums[:, 0], sums[:, first], sums[:, second]
+    total = blank[a] + one[b] - one[a] + blank[c] - blank[b] + two[d] - two[c] + blank[-1] - blank[d]
+    return -total.logsumexp(0)
+
 
 TWINS: dict[str, Loss] = {
+    "ctc_loss": lambda w, x: sum(
+        alignments(maps(w, x)[row].flatten(1).T.log_softmax(-1), row + 1, row + 2) / 4 for row in range(2)
+    ),
     "multi_margin": lambda w, x: (
         ((1 - (z := logits(w, x)).gather(1, x["c"][:, None]) + z).clamp(min=0) * (1 - one_hot(x))).sum() / (3 * ROWS)
     ),

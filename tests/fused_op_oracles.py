@@ -1,4 +1,4 @@
-"""One fused op at a time, with its arguments and what straight mathematics makes of them in extended precision."""
+"""One fused op at a time: arguments, and the result by straightforward mathematics in extended precision."""
 
 from __future__ import annotations
 

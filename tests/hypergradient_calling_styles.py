@@ -35,7 +35,7 @@ def best_response_style(problem: Bilevel, solver: Any, w: Tensor | None = None) 
 
 
 def by_hand(problem: Bilevel, solver: Any, w: Tensor | None = None) -> Tensor:
-    """Put together from approx_inverse_hvp, as public training scripts do."""
+    """Assembled from approx_inverse_hvp, as in public training scripts."""
     w = (problem.weights if w is None else w).clone().requires_grad_()
     h = problem.hyper.clone().requires_grad_()
     f = torch.autograd.grad(problem.train_loss(w, h, None), w, create_graph=True)

@@ -1,4 +1,4 @@
-"""What a call with random trees is made of: losses with closed forms, arguments with flaws, solvers that solve."""
+"""The parts of a call with random trees: losses with closed forms, arguments with flaws, solvers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Losses:
         return self.alone(weights) - w @ self.b.to(w) @ h.to(w)
 
     def alone(self, weights: Any, factor: Any = 1.0) -> Tensor:
-        """The part that has curvature, times a number."""
+        """The part with curvature, times a number."""
         w = joined(weights)
         return factor * (w @ self.a.to(w) @ w / 2 + self.bend * w.pow(4).sum() / 12)
 
@@ -115,7 +115,7 @@ class World:
         return self.flaw is None or self.flaw in SILENT or self.where not in ("weights", "hyper")
 
     def sample(self, name: str) -> Sample:
-        """A tree without a flaw, drawn once."""
+        """A tree without flaws, drawn once."""
         return getattr(self, f"_{name}")
 
     def shaped(self, sample: Sample) -> None:

@@ -1,6 +1,6 @@
 """Problems with known answers, in float64: losses whose Hessians, minima and hypergradients are written out by hand.
 
-Nothing in the closed forms here uses autograd, so they can judge what does. Networks have no closed form; for them
+The closed forms do not use autograd, so they can judge code that does. Networks have no closed form; for them
 :func:`dense_hessian` asks `torch.autograd.functional.hessian`, which shares no code with the package.
 """
 

@@ -35,7 +35,7 @@ def recorded(world: World) -> tuple[Any, Any, Tensor]:
 
 
 def losses_of(world: World, weights: Any, hyper: Any) -> tuple[Tensor, Tensor]:
-    """At the arguments, or where these cannot be computed with, at what they should have been."""
+    """Losses at the arguments or, where those cannot be computed with, at what they should have been."""
     if not world.computable:
         good = [world.sample("weights"), world.sample("hyper")]
         weights, hyper = ([leaf.requires_grad_() for leaf in sample.leaves] for sample in good)
@@ -156,7 +156,7 @@ def tuner(world: World) -> Found:
 
 
 def functional(world: World) -> Found:
-    """A linear layer of some of whose parameters the weights are."""
+    """A linear layer; the weights are some of its parameters."""
     dtype = world.draw(st.sampled_from(list(TOLERANCES)))
     module, x = nn.Linear(3, 2, dtype=dtype), randn(2, 3, seed=6).to(dtype)
     names = world.draw(st.sampled_from([["weight", "bias"], ["bias"], []]))

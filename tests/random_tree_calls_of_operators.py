@@ -51,7 +51,7 @@ def stochastic(world: World) -> Found:
 
 
 def gauss_newton(world: World) -> Found:
-    """Outputs X (w + w^3 / 3), taken apart, with half their squares: G = J^T J, J = X diag(1 + w^2)."""
+    """Outputs X (w + w^3 / 3), as a tree, and half their squares as loss: G = J^T J, J = X diag(1 + w^2)."""
     world.propagates = True
     size = len(world.sample("weights").numbers)
     x = randn(size + 2, size, seed=1)
@@ -123,7 +123,7 @@ def product(world: World) -> Callable[[Any], Any]:
 
 
 def solve(world: World) -> Found:
-    """Several right-hand sides, from first guesses."""
+    """Multiple right-hand sides with warm starts."""
     v, a = world.v, world.losses.a
     matrix = a + world.damping * torch.eye(len(a), dtype=DTYPE)
     start = world.argument("x0", world.draw(like(v))) if world.where == "x0" or world.draw(st.booleans()) else None
@@ -181,7 +181,7 @@ def diagonal(world: World, operator: Any) -> Any:
 
 
 def kfac(world: World) -> Found:
-    """Of one sample it is (G + shift I)^-1 itself, with G = I (x) x' x'^T for half the squared error."""
+    """For one sample it equals (G + shift I)^-1, with G = I (x) x' x'^T for half the squared error."""
     dtype, shift = world.draw(st.sampled_from([F64, F32])), 0.5
     module = nn.Linear(3, 2, dtype=dtype)
     weights = dict(module.named_parameters())

@@ -1,4 +1,4 @@
-"""Random trees of tensors of every shape, memory, dtype and container, and what can be wrong with them."""
+"""Random trees of tensors of every shape, memory layout, dtype and container, and the flaws they can have."""
 
 from __future__ import annotations
 

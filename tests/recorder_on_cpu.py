@@ -1,4 +1,4 @@
-"""A recorder that works on a CPU, to test what is built on recordings: it notes the operations that torch dispatches,
+"""A recorder for a CPU, to test what uses recordings: it notes the operations that torch dispatches,
 with their arguments, and replays them into the same memory. As with a CUDA graph, Python numbers and the path through
 the code are baked in, nothing may wait for the device, outputs hold nothing before a replay, and a replay destroys
 the outputs of later recordings. Ops of the extension are not seen, so the reference backend has to be selected.
@@ -27,7 +27,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 
 class Calls(TorchDispatchMode):
-    """The operations inside the block: with their arguments, results, and which of the results are new memory."""
+    """Notes the operations inside the block, their arguments and results, and which results are new memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Calls(TorchDispatchMode):
         return result
 
     def poison(self) -> None:
-        """Overwrite everything that was computed, in memory that an allocator could give to others."""
+        """Overwrite all results, as an allocator might that gives their memory to others."""
         for *_, new in self.calls:
             for _, tensor in new:
                 if tensor.is_floating_point():

@@ -1,4 +1,4 @@
-"""A small problem, and a check that a call which is refused leaves it as it was."""
+"""A small problem, and a check that a refused call does not change it."""
 
 from __future__ import annotations
 

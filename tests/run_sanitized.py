@@ -1,4 +1,4 @@
-"""The tests of the compiled ops with the extension that was built with sanitizers: `make sanitize`."""
+"""Run the tests of the compiled ops on the extension built with sanitizers: `make sanitize`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load_extension(folder: Path) -> None:
 
 
 def overflow() -> None:
-    """Give an op that trusts its caller too little room for what it writes."""
+    """Give an op that trusts its caller too small an output buffer."""
     from hvp_engine.ops import cpp as native
 
     numbers = torch.ones(1, 16)

@@ -1,4 +1,4 @@
-"""Running checks in several processes that talk by gloo."""
+"""Run checks in several processes that communicate by gloo."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PATIENCE = timedelta(seconds=20)
 
 
 def run(checks: Sequence[Check], count: int, folder: Path) -> dict[str, str]:
-    """All checks in `count` processes, started once: what is wrong with each, by name; "" for nothing."""
+    """Run all checks in `count` processes, started once: the failure of each check by name, "" if it passed."""
     try:
         mp.start_processes(_work, (list(checks), count, folder), nprocs=count, start_method="spawn")
     except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:  # what led to it is in the results
@@ -32,7 +32,7 @@ def run(checks: Sequence[Check], count: int, folder: Path) -> dict[str, str]:
 
 
 def collected(count: int, folder: Path) -> dict[str, str]:
-    """What the processes wrote."""
+    """The output of the processes."""
     results: dict[str, str] = {}
     for rank in range(count):
         for name, text in torch.load(folder / f"results-{rank}.pt").items():

@@ -98,7 +98,7 @@ SOLVERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "iterations": (lambda: hvp.Neumann(-3), ValueError, r"^iterations: expected .*>= 0; got -3"),
     "iterations type": (lambda: hvp.Neumann("20"), TypeError, r"^iterations: expected an int >= 0; got str"),
     "alpha": (lambda: hvp.Neumann(3, alpha=-1), ValueError, r"^alpha: expected a finite number > 0; got -1"),
-    "alpha type": (lambda: hvp.Neumann(3, alpha=torch.tensor(0.1)), TypeError, r"^alpha: .*got Tensor"),
+    "alpha type": (lambda: hvp.Neumann(3, alpha=torch.tensor([0.1, 0.2])), TypeError, r"^alpha: .*got Tensor"),
     "form": (
         lambda: hvp.Neumann(3, form="nested"),
         ValueError,

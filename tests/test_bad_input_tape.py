@@ -56,7 +56,11 @@ INVERSE_HVP: dict[str, tuple[Callable[[World], dict[str, Any]], type[Exception],
     # w
     "w empty": (lambda a: {"w": []}, ValueError, r"^w: expected at least one tensor; got an empty list"),
     "w integer": (lambda a: {"w": [a.w[0].long(), a.w[1]]}, TypeError, r"^w\[0\]: .*floating dtype"),
-    "w module": (lambda a: {"w": nn.Linear(2, 2)}, TypeError, r"^w: expected a tensor or a sequence.*got Linear"),
+    "w module": (
+        lambda a: {"w": nn.Linear(2, 2).double()},
+        ValueError,
+        r"^v\[0\]: expected shape \(2, 2\) as w.*got \(3,\)",
+    ),
     "w too short": (lambda a: {"w": a.w[:1]}, ValueError, r"^v: expected 1 tensors, one for each of w; got 2"),
     "w devices": (lambda a: {"w": [a.w[0], a.w[1].to("meta")]}, ValueError, r"^w: expected all tensors on one device"),
     "w all frozen": (

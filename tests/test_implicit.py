@@ -173,13 +173,22 @@ def test_hyperparameter_in_the_validation_loss_alone_warns() -> None:
 @pytest.mark.parametrize("style", ["tape", "functional", "best_response"])
 def test_hyperparameter_that_is_nowhere_is_refused(style: str) -> None:
     w, h = randn(3, seed=32).requires_grad_(), randn(3, seed=33).requires_grad_()
+    other = randn(3, seed=34).requires_grad_()
     with pytest.raises(hvp.GraphError, match="hyperparameters: expected at least one"):
         if style == "functional":
             hvp.Hypergradient(lambda w, h, b: w.square().sum(), lambda w, h, b: w.sum())(w, h, None, None)
         elif style == "tape":
-            hvp.hypergradient(w.square().sum(), w.sum(), w, h)
+            hvp.hypergradient((w * other).square().sum(), w.sum(), w, h)
         else:
             hvp.best_response(w.square().sum(), w, h)[0].sum().backward()
+
+
+def test_of_losses_that_depend_on_the_weights_alone_the_hypergradient_is_zero_and_a_warning_says_so() -> None:
+    w, h = randn(3, seed=32).requires_grad_(), randn(2, 2, seed=33).requires_grad_()
+    frozen = randn(3, seed=34)
+    with pytest.warns(UserWarning, match="neither loss depends on any of them, or on anything but the weights"):
+        (found,) = hvp.hypergradient((w * frozen).square().sum(), w.sum(), w, h)
+    assert torch.equal(found, torch.zeros_like(h))
 
 
 def test_without_products_nothing_is_traced():

@@ -1,4 +1,4 @@
-"""A tuning problem with a known optimum: the h for which w* = data / (1 + e^h) is the target."""
+"""A tuning problem with a known optimum: the h at which w* = data / (1 + e^h) equals the target."""
 
 from __future__ import annotations
 

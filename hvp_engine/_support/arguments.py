@@ -1,35 +1,68 @@
-"""Checks of numbers that callers pass: `TypeError` for another type, `ValueError` for a number out of range."""
+"""Checks of numbers that callers pass, as Python's own, NumPy's or in a tensor of one element.
+
+Each check returns the plain Python number: `TypeError` for another type, `ValueError` for a number out of range.
+"""
 
 from __future__ import annotations
 
 import math
+import operator
+from numbers import Real
 from typing import Any
 
 
 def check_count(value: Any, name: str, least: int = 1, what: str = "") -> int:
-    """Return `value` if it is an int >= `least`; `what` tells in the message what it counts."""
+    """`value` as an int >= `least`; `what` tells in the message what it counts."""
     expected = f"{name}: expected an int >= {least}{f', {what}' if what else ''}"
-    if isinstance(value, bool) or not isinstance(value, int):
+    plain = _plain(value)
+    try:
+        count = operator.index(plain)
+    except TypeError:
+        raise TypeError(f"{expected}; got {type(value).__name__}") from None
+    if isinstance(plain, bool):
         raise TypeError(f"{expected}; got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{expected}; got {value}")
-    return value
+    if count < least:
+        raise ValueError(f"{expected}; got {count}")
+    return count
 
 
-def check_positive(value: Any, name: str) -> None:
-    """Raise unless `value` is a finite number > 0."""
-    _check_kind(value, name, "> 0")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a finite number > 0; got {value}")
+def check_positive(value: Any, name: str) -> float:
+    """`value` as a finite number > 0."""
+    number = _number(value, name, "> 0")
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name}: expected a finite number > 0; got {number}")
+    return number
 
 
-def check_not_negative(value: Any, name: str) -> None:
-    """Raise unless `value` is a finite number >= 0."""
-    _check_kind(value, name, ">= 0")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected a finite number >= 0; got {value}")
+def check_not_negative(value: Any, name: str) -> float:
+    """`value` as a finite number >= 0."""
+    number = _number(value, name, ">= 0")
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name}: expected a finite number >= 0; got {number}")
+    return number
 
 
-def _check_kind(value: Any, name: str, range_of: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a finite number {range_of}; got {type(value).__name__}")
+def replace_fields(frozen: Any, **values: Any) -> None:
+    """Set fields of a frozen dataclass, in its `__post_init__`, to what their checks returned."""
+    for name, value in values.items():
+        object.__setattr__(frozen, name, value)
+
+
+def _plain(value: Any) -> Any:
+    """The number in a tensor or a NumPy scalar or array of one element; anything else as it is."""
+    return value.item() if hasattr(value, "item") and math.prod(value.shape) == 1 else value
+
+
+def as_number(value: Any) -> float:
+    """`value` as an int or a float; `TypeError` if it is no real number."""
+    plain = _plain(value)
+    if isinstance(plain, bool) or not isinstance(plain, Real):
+        raise TypeError(f"expected a number; got {type(value).__name__}")
+    return plain if isinstance(plain, int | float) else float(plain)
+
+
+def _number(value: Any, name: str, range_of: str) -> float:
+    try:
+        return as_number(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a finite number {range_of}; got {type(value).__name__}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,19 @@ class Structure:
             ]
         return pytree.tree_unflatten(list(leaves), self.spec)
 
+    def of_autograd(self, tree: Tree, inputs: Sequence[Tensor] = ()) -> Tree:
+        """What `torch.autograd.grad` returned, put into this container; any other tree as it is.
+
+        Its tuple becomes a list or a single tensor, and None (of `allow_unused=True`) zeros like the one of `inputs`.
+        """
+        kind = self.spec.type  # None: a single tensor
+        alone = kind is None and type(tree) is tuple and len(tree) == 1
+        if not alone and (type(tree) not in (tuple, list) or kind not in (tuple, list)):
+            return tree
+        if len(tree) == len(inputs):
+            tree = [torch.zeros_like(x) if part is None else part for part, x in zip(tree, inputs, strict=True)]
+        return tree[0] if kind is None else kind(tree)
+
     @property
     def whole(self) -> Structure:
         """The same tree of whole tensors."""
@@ -54,8 +67,8 @@ def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor],
     if any(is_sharded(leaf) for leaf in leaves):
         if not sharded:
             raise TypeError(
-                f"{name}: expected tensors that this process has whole; got DTensors, which are supported as weights "
-                "and hyperparameters of hvp.Hypergradient and hvp.HessianOperator with hvp.DataParallel losses"
+                f"{name}: expected tensors that are whole in this process; got DTensors, which are supported as "
+                "weights and hyperparameters of hvp.Hypergradient and hvp.HessianOperator with hvp.DataParallel losses"
             )
         shards = tuple(Shard.of(leaf, name) if is_sharded(leaf) else None for leaf in leaves)
         leaves = [local_part(leaf.detach()) if is_sharded(leaf) else leaf for leaf in leaves]
@@ -106,19 +119,70 @@ def _unusable_leaf(tree: Tree, name: str) -> TypeError:
     return TypeError(f"{where}: expected a dense tensor; got layout {leaf.layout}: use .to_dense()")
 
 
-def as_list(tensors: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
-    """A tensor or a flat sequence of tensors, as functions of recorded losses take them, as a checked list."""
-    if not isinstance(tensors, Tensor):
-        try:
-            tensors = list(tensors)
-        except TypeError:
-            raise TypeError(
-                f"{name}: expected a tensor or a sequence of tensors; got {type(tensors).__name__}"
-            ) from None
-    leaves, _ = flatten(tensors, name)
-    if not isinstance(tensors, Tensor) and not all(isinstance(tensor, Tensor) for tensor in tensors):
+Tensors = Tensor | Sequence[Tensor] | Mapping[Any, Tensor] | torch.nn.Module
+"""How functions of recorded losses take weights: without nesting. A module stands for its parameters that require
+grad."""
+
+
+def as_list(tensors: Tensors, name: str) -> list[Tensor]:
+    """The tensors in a checked list, those of a dict or a module in its order."""
+    flat = _unnested(tensors, name)
+    leaves, _ = flatten(flat, name)
+    parts = [flat] if isinstance(flat, Tensor) else list(flat.values() if isinstance(flat, dict) else flat)
+    if not all(isinstance(part, Tensor) for part in parts):
         raise TypeError(f"{name}: expected a flat sequence of tensors; got nested containers")
     return leaves
+
+
+def as_list_like(tensors: Any, weights: Sequence[Tensor], given: Tensors, name: str, like: str) -> list[Tensor]:
+    """What belongs to each of `weights`: `tensors` in any form that public code uses, as a checked list.
+
+    * in a container like the weights' own, `given`: by position, or by key where both have keys;
+    * flat: one vector with the elements of all weights, one after another;
+    * with None for a weight that is not used, as from `torch.autograd.grad(..., allow_unused=True)`: zeros.
+
+    Errors: as :func:`check_like`; `name` and `like` are the arguments that messages name.
+    """
+    layout, found, keys = Layout.of(weights), _unnested(tensors, name), trainable(given)
+    if is_flat_for(found, weights):
+        parts = found.split(layout.numels)
+        found = [part.reshape(shape) for part, shape in zip(parts, layout.shapes, strict=True)]
+    elif isinstance(found, Tensor) and len(weights) > 1:
+        raise ValueError(
+            f"{name}: expected {len(weights)} tensors, one for each of {like}, or one flat vector of their "
+            f"{layout.numel} elements; got 1 of shape {tuple(found.shape)}"
+        )
+    elif isinstance(found, dict):
+        if isinstance(keys, Mapping) and found.keys() != keys.keys():
+            differing = ", ".join(sorted(map(repr, found.keys() ^ keys.keys())))
+            raise ValueError(f"{name}: expected the keys of {like}; these are in one of them only: {differing}")
+        found = [found[key] for key in (keys if isinstance(keys, Mapping) else found)]
+    if isinstance(found, list) and len(found) == len(weights):
+        found = [torch.zeros_like(w) if part is None else part for part, w in zip(found, weights, strict=True)]
+    leaves = as_list(found, name)
+    check_like(leaves, layout, name, like)
+    return leaves
+
+
+def is_flat_for(tensors: Any, weights: Sequence[Tensor]) -> bool:
+    """Whether `tensors` is one vector for all weights rather than the tensor of the only one."""
+    if not isinstance(tensors, Tensor) or tensors.dim() != 1 or tensors.layout is not torch.strided:
+        return False
+    single = len(weights) == 1 and weights[0].shape == tensors.shape
+    return not single and len(tensors) == sum(weight.numel() for weight in weights)
+
+
+def _unnested(tensors: Any, name: str) -> Any:
+    """A module's parameters and any mapping as a dict, other containers as a list; a tensor as it is."""
+    tensors = trainable(tensors)
+    if isinstance(tensors, Tensor):
+        return tensors
+    if isinstance(tensors, Mapping):
+        return dict(tensors)
+    try:
+        return list(tensors)
+    except TypeError:
+        raise TypeError(f"{name}: expected a tensor or a sequence of tensors; got {type(tensors).__name__}") from None
 
 
 def check_like(tensors: Any, layout: Layout, name: str, like: str, widest: torch.dtype | None = None) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C._functorch import TransformType
 from torch._prims_common import suggest_memory_format as suggest_memory_format
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node
@@ -105,6 +107,30 @@ def one_fake_mode() -> contextlib.AbstractContextManager[Any]:
     return torch._guards.tracing(torch._guards.TracingContext(mode))
 
 
+REVERSE_IN_FORWARD = "torch.func.grad inside torch.func.jvp"
+"""Reverse mode inside forward mode (also as jacfwd of grad or jacrev, which `torch.func.hessian` is)."""
+
+
+@contextlib.contextmanager
+def reverse_in_forward_refused() -> Iterator[None]:
+    """Raise a `RuntimeError` of this text where this thread comes to it: under `make_fx` it ends the whole process with
+    a segmentation fault, jvp of grad always, the hessian under vmap. Seen in 2.13."""
+    transforms, thread = torch._functorch.eager_transforms, threading.get_ident()
+    original = transforms.grad_increment_nesting
+
+    def guarded() -> Any:
+        levels = torch._C._functorch.get_interpreter_stack() or ()
+        if threading.get_ident() == thread and any(level.key() == TransformType.Jvp for level in levels):
+            raise RuntimeError(REVERSE_IN_FORWARD)
+        return original()
+
+    transforms.grad_increment_nesting = guarded
+    try:
+        yield
+    finally:
+        transforms.grad_increment_nesting = original
+
+
 def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor], size_asserts: bool) -> Callable[..., Any]:
     """The graph through inductor."""
     return torch._inductor.compile(module, list(arguments), options={"size_asserts": size_asserts})
@@ -151,8 +177,13 @@ def says_data_dependent(error: Exception) -> bool:
 ERROR_NODE = "torch::autograd::Error"
 """Stands for the backward of a once-differentiable function; autograd returns zeros through it without a word."""
 
-NOT_IMPLEMENTED_NODE = "torch::autograd::NotImplemented"
-"""Stands for a backward kernel without a derivative: raises where it is reached."""
+NOT_IMPLEMENTED_NODES = {
+    "torch::autograd::NotImplemented",
+    "CdistBackwardBackward0",
+    "PdistBackwardBackward0",
+    "EmbeddingBagBackwardBackward0",
+}
+"""Stand for backward kernels without a derivative: they raise where they are reached."""
 
 WEIGHT_NORM_NODE = "WeightNormInterfaceBackward0"
 """The node of :data:`fused_weight_norm`."""

@@ -13,11 +13,13 @@ from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
 
 from hvp_engine._support.torch_compat import fused_weight_norm, without_onednn
+from hvp_engine.differentiation.formulas import FORMULAS
 
 
 @contextlib.contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Attention, recurrent layers, embeddings and weight normalization with the right second derivatives."""
+    """Attention, recurrent layers, embeddings, weight normalization and :data:`FORMULAS`, with the right second
+    derivatives."""
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), _PlainFunctions():
         yield
 
@@ -49,4 +51,5 @@ _PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
     fused_weight_norm: _weight_norm,
     embedding: _embedding,
     torch.lstm: _lstm,
+    **FORMULAS,
 }

@@ -15,6 +15,7 @@ from hvp_engine._support.flat_vector import Layout
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.errors import GraphError, SecondDerivativeError
 
+_AS_FUNCTION = "hand over the loss as a function (hvp.Hypergradient, hvp.HessianOperator), which uses a formula for it"
 _REMEDIES = {
     "_MeanLoss": "pass the hvp.DataParallel itself to hvp.Hypergradient or an operator, with hvp.Averaged inside it",
     "_scaled_dot_product": "run the forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
@@ -25,6 +26,18 @@ _REMEDIES = {
     "torch.compile": "hand the original module or function to the loss, as hvp.functional does with a compiled module",
     torch_compat.CONTROL_FLOW: "write it as a Python loop (cond: with torch.where), or use engine='finite_difference'",
     "_weight_norm": "compute the weight as v * (g / torch.norm_except_dim(v, 2, dim)), as calls with loss functions do",
+    "hardsigmoid": f"{_AS_FUNCTION}, or write hardtanh(x + 3, 0.0, 6.0) / 6",
+    "cdist": f"{_AS_FUNCTION}, or write (x1.unsqueeze(-2) - x2.unsqueeze(-3)).square().sum(-1).sqrt()",
+    "pdist": f"{_AS_FUNCTION}, or write the norms of x[i] - x[j], with i, j = torch.triu_indices(len(x), len(x), 1)",
+    "embedding_bag": f"{_AS_FUNCTION}, or sum the rows of torch.nn.functional.embedding by Tensor.index_add",
+    "multi_margin_loss": f"{_AS_FUNCTION}, or write out its sum with torch.relu",
+    "multilabel_margin_loss": f"{_AS_FUNCTION}, or write out its sum with torch.relu",
+    "ctc_loss": f"{_AS_FUNCTION}, or write out its forward recursion with torch.logsumexp",
+    "segment_reduce": "use Tensor.index_add (sums, means) or Tensor.scatter_reduce (amax, amin)",
+    "sparse": "use dense tensors (Tensor.to_dense())",
+    "mkldnn": "use dense tensors (Tensor.to_dense(), or the module as it was before to_mkldnn)",
+    "fake_quantize_learnable": "use torch.fake_quantize_per_tensor_affine, with a scale that is not learned",
+    "standard_gamma": "draw without a derivative (Distribution.sample in place of rsample)",
     "once_differentiable": "write its backward with differentiable operations and drop once_differentiable",
 }
 
@@ -148,7 +161,7 @@ class Tape(Linearization):
             must be computed as it was in the forward pass.
 
     Attributes:
-        reaches_weights: whether f depends on some weight; if not, the Hessian is zero.
+        reaches_weights, reaches_hyperparameters: whether f depends on some; if on no weight, the Hessian is zero.
         incomplete: whether some kernel of the forward has no second derivative; a product through it raises.
     """
 
@@ -176,8 +189,11 @@ class Tape(Linearization):
             _refuse_control_flow(node)
         if torch_compat.ERROR_NODE in names:  # autograd would return zeros without a word
             raise second_derivative_error("a function whose backward is marked once_differentiable")
-        self.incomplete = torch_compat.NOT_IMPLEMENTED_NODE in names
-        self.reaches_weights = any(get_gradient_edge(w).node in nodes for w in weights if w.requires_grad)
+        self.incomplete = not torch_compat.NOT_IMPLEMENTED_NODES.isdisjoint(names)
+        self.reaches_weights, self.reaches_hyperparameters = (
+            any(get_gradient_edge(tensor).node in nodes for tensor in tensors if tensor.requires_grad)
+            for tensors in (weights, hyperparameters)
+        )
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t; a weight that f does not depend on gets zeros."""
@@ -200,6 +216,12 @@ def _walk(outputs: Sequence[Tensor]) -> set[Node]:
             seen.add(node)
             stack.extend(following for following, _ in node.next_functions if following is not None)
     return seen
+
+
+def other_leaves(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
+    """Whether `outputs` depend on leaves that require grad and are none of the `known` ones."""
+    leaf_nodes = {node for node in _walk(outputs) if not node.next_functions}
+    return not leaf_nodes <= {get_gradient_edge(tensor).node for tensor in known if tensor.requires_grad}
 
 
 def _refuse_without_second_derivative(loss: Tensor) -> None:

@@ -48,7 +48,8 @@ class EagerEngine(Engine):
             self._plain = True
             warnings.warn(
                 f"{problem.name}: a kernel in it has no second derivative; it is evaluated on plain kernels from "
-                "now on (math attention, no cuDNN, no fused weight normalization, no sparse gradients)",
+                "now on (math attention, no cuDNN, no fused weight normalization, no sparse gradients, formulas for "
+                "hardsigmoid, distances, embedding bags, margin and CTC losses)",
                 stacklevel=4,
             )
         with plain_kernels():

@@ -17,9 +17,9 @@ _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, t
 _LEAST_MOVE = 0.01
 """What weights are taken to be in size, at least, where they are zero."""
 
-_ROUNDING = 100.0
-"""Units in the last place of the loss, for tangents of length 1, that a product may be off: where the loss is constant
-its terms cancel, and the product is rounding."""
+_ROUNDING = 10.0
+"""Units in the last place of the loss, for tangents of length 1: a smaller product is rounding, as where the loss is
+constant and all terms cancel."""
 
 _COARSEST = max(_TOLERANCES.values())
 
@@ -53,7 +53,8 @@ def disagreement(
         "product": (candidate.product(tangents), product, 0.0),
         "mixed product": (list(_present(candidate.mixed(tangents))), list(_present(eager.mixed(tangents))), 0.0),
     }
-    noise = _ROUNDING * (abs(float(eager.loss)) if eager.loss is not None else 0.0) * _norm(tangents)
+    loss = 0.0 if eager.loss is None else abs(float(eager.loss))
+    noise = _ROUNDING * torch.finfo(eager.layout.state_dtype).eps * loss * _norm(tangents)
     for name, (ours, theirs, terms) in compared.items():
         if len(ours) != len(theirs):
             return f"the {name} has paths to {len(ours)} tensors, eager's to {len(theirs)}"
@@ -71,12 +72,14 @@ def difference(
     noise: float = 0.0,
 ) -> float | None:
     """The relative difference of two lists, by the global norm, if it is beyond the tolerance of the coarsest of
-    `dtypes`; None if it is not, or if `theirs` is not finite. `terms`, if larger, is the norm it is relative to;
-    a distance of `noise` units in the last place is none."""
+    `dtypes`; None if it is not, or if `theirs` is not finite. `terms`, if larger, is the norm it is relative to; where
+    all is at most `noise`, nothing differs."""
     tolerance = max(_TOLERANCES.get(dtype, _COARSEST) for dtype in dtypes)
-    distance, norm = _norm([a - b for a, b in zip(ours, theirs, strict=True)]), max(_norm(theirs), terms)
-    epsilon = max(torch.finfo(dtype).eps for dtype in dtypes)
-    if not math.isfinite(norm) or distance <= tolerance * norm + epsilon * noise + torch.finfo(torch.float32).tiny:
+    distance, size = _norm([a - b for a, b in zip(ours, theirs, strict=True)]), _norm(theirs)
+    norm = max(size, terms)
+    if max(distance, size) <= noise:
+        return None
+    if not math.isfinite(norm) or distance <= tolerance * norm + torch.finfo(torch.float32).tiny:
         return None
     return distance / norm if norm else distance
 

@@ -6,15 +6,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
 
-from hvp_engine._support.flat_vector import Layout, detached
-from hvp_engine._support.pytree import as_list, check_like, check_scalar
-from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, gradients
+from hvp_engine._support.flat_vector import detached
+from hvp_engine._support.pytree import Tensors, as_list, as_list_like, check_scalar, is_flat_for
+from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, gradients, other_leaves
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import GraphError, SecondDerivativeError
 from hvp_engine.hypergradients.implicit import implicit_gradient
@@ -22,29 +23,32 @@ from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import LinearSystem, check_solver
 from hvp_engine.solvers.spectrum import Spectrum
 
-TensorOrTensors = Tensor | Sequence[Tensor]
+OptionalTensors = Tensors | Sequence[Tensor | None] | Mapping[Any, Tensor | None]
 
 
 def approx_inverse_hvp(
-    v: TensorOrTensors,
-    f: TensorOrTensors,
-    w: TensorOrTensors,
+    v: OptionalTensors,
+    f: OptionalTensors,
+    w: Tensors,
     iterations: int,
     alpha: float | Literal["auto"],
     *,
     damping: float = 0.0,
-) -> tuple[Tensor, ...]:
+) -> Tensor | tuple[Tensor, ...]:
     """[df/dw + damping I]^-1 v, approximately: alpha * sum_{j=0..iterations} (I - alpha (df/dw + damping I))^j v.
 
     Arguments:
-        v: the vector, a tensor or a sequence like `w`.
-        f: dL_T/dw with its graph (`create_graph=True`), a sequence like `w`; or the 0-dim loss L_T itself.
-        w: the weights, a tensor or a sequence of tensors on one device, the ones `f` was computed from.
+        v: the vector, in a sequence like `w`, or in a dict with the keys of `w`; None in it, as from
+            `allow_unused=True`, is zero. Or one flat vector, the elements of all weights one after another.
+        f: dL_T/dw with its graph (`create_graph=True`), in any of the forms of `v`; or the 0-dim loss L_T itself.
+        w: the weights that `f` was computed from, on one device: a tensor, a sequence or a dict of tensors, or a
+            module, for its parameters that require grad.
         iterations: Hessian-vector products, i; the sum has i + 1 terms. 0 gives alpha * v.
         alpha: the step, 0 < alpha < 2 / lambda_max for convergence; "auto" estimates it by 8 more products.
         damping: added to the diagonal of the Hessian, >= 0.
 
-    Returns a tuple like `w`, detached. The graph of `f` is kept.
+    Returns a tuple like `w`, in the order of its dict or module, detached; a flat vector where `v` is one. The graph of
+    `f` is kept.
 
     Cost: `iterations` Hessian-vector products (8 more for "auto"); two flat copies of the weights.
 
@@ -61,23 +65,22 @@ def approx_inverse_hvp(
     """
     solver = Neumann(iterations, alpha, damping=damping)
     weights = as_list(w, "w")
-    vector = as_list(v, "v")
-    check_like(vector, Layout.of(weights), "v", "w")
-    tape = Tape(_gradient_of(f, weights), weights, loss=f if _is_loss(f) else None, name="f")
+    vector = as_list_like(v, weights, w, "v", "w")
+    tape = Tape(_gradient_of(f, weights, w), weights, loss=f if _is_loss(f) else None, name="f")
     if not tape.reaches_weights:
         raise GraphError(
             "f: expected gradients that depend on w; got a graph that reaches none of w: pass the tensors that "
             "the forward used (of a loss linear in w the Hessian is zero and has no inverse)"
         )
     value, _ = _system(tape).solve(detached(vector), solver)
-    return tuple(value)
+    return torch.cat([part.reshape(-1) for part in value]) if is_flat_for(v, weights) else tuple(value)
 
 
 def hypergradient(
     train_loss: Tensor,
     val_loss: Tensor,
-    weights: TensorOrTensors,
-    hyperparameters: TensorOrTensors,
+    weights: Tensors,
+    hyperparameters: Tensors,
     solver: Solver | None = None,
     *,
     create_graph: bool = False,
@@ -86,16 +89,19 @@ def hypergradient(
 
     Arguments:
         train_loss, val_loss: scalar tensors with their graphs; both graphs are kept.
-        weights: a tensor or sequence, at (approximately) a minimum of the training loss.
-        hyperparameters: a tensor or sequence of tensors that require grad.
+        weights: a tensor, a sequence or a dict of tensors, or a module (for its parameters that require grad), at
+            (approximately) a minimum of the training loss.
+        hyperparameters: tensors that require grad, in any of these forms.
         solver: how to invert the Hessian; default `Neumann(20)`, alpha estimated.
         create_graph: not supported; True raises.
 
-    Returns a tuple like `hyperparameters`, detached; zeros for one that neither loss uses.
+    Returns a tuple like `hyperparameters`, in the order of their dict or module, detached; zeros for one that neither
+    loss uses.
 
     Cost: two gradients, the solver's products, one mixed product.
 
-    Errors: :class:`GraphError` for a loss without a graph, or if no hyperparameter is reachable; else as
+    Errors: :class:`GraphError` for a loss without a graph, or if no hyperparameter is reachable although a loss depends
+    on something beside the weights (if it does not, zeros are right, and a warning says so); else as
     :func:`approx_inverse_hvp`.
 
     Source: Algorithm 2 and Theorem 1 (implicit function theorem) of Lorraine, Vicol, Duvenaud 2019.
@@ -125,14 +131,22 @@ def hypergradient(
     count = len(active)
     vector = filled(found[:count], active)
     tape = Tape(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
+    unused = not tape.reaches_hyperparameters and all(direct is None for direct in found[count:])
+    if unused and not other_leaves([train_loss, val_loss], weight_list):
+        warnings.warn(
+            "hyperparameters: neither loss depends on any of them, or on anything but the weights: the "
+            "hypergradient is zero; compute the losses from the hyperparameters, without .detach() or .item()",
+            stacklevel=2,
+        )
+        return tuple(torch.zeros_like(hyperparameter) for hyperparameter in hyper_list)
     grads, _ = implicit_gradient(_system(tape), vector, found[count:], hyper_list, solver)
     return tuple(grads)
 
 
 def best_response(
     train_loss: Tensor,
-    weights: TensorOrTensors,
-    hyperparameters: TensorOrTensors,
+    weights: Tensors,
+    hyperparameters: Tensors,
     solver: Solver | None = None,
 ) -> tuple[Tensor, ...]:
     """The weights as a function w*(lambda): the identity forward, the implicit function theorem backward.
@@ -200,13 +214,12 @@ def _is_loss(f: Any) -> TypeGuard[Tensor]:
     return isinstance(f, Tensor) and f.dim() == 0
 
 
-def _gradient_of(f: TensorOrTensors, weights: list[Tensor]) -> list[Tensor]:
+def _gradient_of(f: OptionalTensors, weights: list[Tensor], given: Tensors) -> list[Tensor]:
     """The gradient with its graph, from the gradient or the loss that the caller passed."""
     if _is_loss(f):
         check_scalar(f, "f")
         return gradients(f, weights, "f")
-    gradient = as_list(f, "f")
-    check_like(gradient, Layout.of(weights), "f", "w")
+    gradient = as_list_like(f, weights, given, "f", "w")
     if not any(g.requires_grad for g in gradient):
         raise GraphError(
             "f: expected gradients with an autograd graph; got tensors that do not require grad: compute them by "

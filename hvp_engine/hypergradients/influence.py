@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,7 +96,7 @@ def influence_matrix(
             [ 2.0000]])
     """
     solver = ConjugateGradient(100) if solver is None else solver
-    check_count(chunk, "chunk")
+    chunk = check_count(chunk, "chunk")
     weight_list, structure = flatten(weights, "weights")
     train = _Gradients(train_loss, weight_list, structure, train_examples, "train")
     test = _Gradients(test_loss, weight_list, structure, test_examples, "test")
@@ -124,6 +124,11 @@ class _Gradients:
             raise TypeError(f"{name}_loss: expected a function of (weights, batch); got {type(loss).__name__}")
         self._loss, self._weights, self._structure, self._name = loss, weights, structure, name
         self._leaves, self._spec = pytree.tree_flatten(examples)
+        if len(self._leaves) == 1 and isinstance(examples, Mapping) and self._leaves[0] is examples:
+            raise TypeError(
+                f"{name}_examples: expected a tensor or a tree of tuples, lists, dicts and registered classes; got "
+                f"{type(examples).__name__}, as a tokenizer returns it: pass dict(batch)"
+            )
         self._tensors = [index for index, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         lengths = {len(leaf) if leaf.dim() else 0 for leaf in map(self._leaves.__getitem__, self._tensors)}
         if len(lengths) != 1 or 0 in lengths:

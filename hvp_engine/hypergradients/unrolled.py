@@ -100,9 +100,9 @@ class Unrolled(Estimator):
                 raise TypeError(
                     f"{name}: expected a function of (weights, hyper, batch); got {type(loss).__name__}: define one"
                 )
-        check_count(steps, "steps", what="the training steps to unroll")
+        steps = check_count(steps, "steps", what="the training steps to unroll")
         truncation = steps if truncation is None else truncation
-        check_count(truncation, "truncation", what="the last steps to differentiate")
+        truncation = check_count(truncation, "truncation", what="the last steps to differentiate")
         if truncation > steps:
             raise ValueError(f"truncation: expected at most steps={steps}; got {truncation}: unroll more steps")
         if isinstance(rule, type) or not isinstance(rule, UpdateRule):

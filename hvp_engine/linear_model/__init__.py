@@ -1,1 +1,1 @@
-"""The Hessian of a linear model from its factors, whole series in one call."""
+"""The Hessian of a linear model by its factors; whole series run in one call."""

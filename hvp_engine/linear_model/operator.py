@@ -58,8 +58,8 @@ class LinearModelOperator(CurvatureOperator):
     but the inputs, which must not be changed in place while it is in use.
 
     Every solver works on it. With :class:`Neumann` (without a preconditioner) all terms run in one call, in C++ on a
-    CPU and in Triton on a GPU if they fit (`.engine.report()` says why if not), for all right-hand sides of `solve(...,
-    batched=True)` together. On a CPU so do the terms of :class:`Chebyshev` and the Lanczos steps of automatic settings.
+    CPU and in Triton on a GPU if they fit (`.engine.report()` says why if not), for all right-hand sides of a
+    batched solve together. On a CPU so do the terms of :class:`Chebyshev` and the Lanczos steps of automatic settings.
     The Neumann series takes the cheaper of two forms, the others the first:
 
     * direct: two products with the inputs for each term, 4 samples * features * outputs operations;

@@ -31,7 +31,7 @@ class Factors:
         layout: of the weights, row-major: (outputs, features) or (features,), then the bias if there is one.
         inputs: X, (samples, features), its rows contiguous; of a dtype no wider than the others'.
         curvature: C, (outputs, samples padded with zeros).
-        probabilities: Q, like C; None where the outputs are not coupled.
+        probabilities: Q, like C; None if the outputs are not coupled.
         decay: one flat vector, zero in the gaps.
         uniform: whether all weights have the same decay (the bias may have another).
     """

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hvp_engine._support.arguments import as_number
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine._support.pytree import Structure, check_like, flatten
 from hvp_engine._support.torch_compat import pytree, version_of
@@ -119,9 +120,11 @@ class LinearOperator(LinearMap):
         return self + (-1.0) * other
 
     def __mul__(self, scale: float) -> LinearOperator:
-        if not isinstance(scale, int | float):
+        try:
+            factor = float(as_number(scale))
+        except TypeError:
             return NotImplemented
-        return self._combined([(float(scale), self)])
+        return self._combined([(factor, self)])
 
     def __rmul__(self, scale: float) -> LinearOperator:
         return self * scale
@@ -224,7 +227,8 @@ class CallableMap(LinearMap):
         self._structure = structure
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        result, structure = flatten(self._function(self._structure.rebuild(tangents)), "operator(v)")
+        product = self._structure.of_autograd(self._function(self._structure.rebuild(tangents)), tangents)
+        result, structure = flatten(product, "operator(v)")
         if structure != self._structure:
             raise ValueError(f"operator(v): expected the container of v, {self._structure.spec}; got {structure.spec}")
         check_like(result, self.layout, "operator(v)", "v", widest=torch.float64)

@@ -77,10 +77,8 @@ def extreme_eigenvalues(
     ([6.0, -2.0], True)
     """
     linear = _linear_map(operator, like)
-    check_count(count, "count")
-    check_count(max_hvps, "max_hvps")
-    check_positive(tol, "tol")
-    count = min(count, max(1, linear.layout.numel))
+    max_hvps, tol = check_count(max_hvps, "max_hvps"), check_positive(tol, "tol")
+    count = min(check_count(count, "count"), max(1, linear.layout.numel))
     basis = LanczosBasis(linear.product, random_unit_vector(linear.layout, seed), max_hvps)
     while True:
         basis.extend(min(_CHECK_EVERY, basis.capacity - basis.steps))
@@ -126,8 +124,7 @@ class SpectralDensity:
             points = torch.linspace(density.nodes.min(), density.nodes.max(), 1000)
             axes.semilogy(points, density(points))
         """
-        width = self._width() if width is None else width
-        check_positive(width, "width")
+        width = check_positive(self._width() if width is None else width, "width")
         distances = (points.double().reshape(-1, 1) - self.nodes.reshape(1, -1)) / width
         smoothed = torch.exp(-distances.square() / 2) @ self.weights.reshape(-1)
         return (smoothed / (width * math.sqrt(2 * math.pi) * len(self.nodes))).reshape(points.shape)
@@ -183,9 +180,8 @@ def spectral_density(
     tensor([0.0000, 3.9890], dtype=torch.float64)
     """
     linear = _linear_map(operator, like)
-    check_count(probes, "probes")
-    check_count(steps, "steps")
-    steps = min(steps, max(1, linear.layout.numel))
+    probes = check_count(probes, "probes")
+    steps = min(check_count(steps, "steps"), max(1, linear.layout.numel))
     nodes, weights = torch.zeros(2, probes, steps, dtype=torch.float64, device="cpu")
     hvps = 0
     for probe in range(probes):

@@ -86,7 +86,7 @@ class _GaussNewtonEngine(EagerEngine):
         if found.incomplete:
             warnings.warn(
                 "model: a kernel in it has no second derivative; it is evaluated on plain kernels (math "
-                "attention, no cuDNN)",
+                "attention, no cuDNN, formulas for hardsigmoid, distances and embedding bags)",
                 stacklevel=4,
             )
             with plain_kernels():

@@ -67,7 +67,7 @@ class StochasticHessianOperator(LinearOperator):
         batches_per_product: int = 1,
         engine: str | engines.Engine = "auto",
     ):
-        check_count(batches_per_product, "batches_per_product")
+        batches_per_product = check_count(batches_per_product, "batches_per_product")
         if not callable(loss):
             raise TypeError(f"loss: expected a function of (weights, batch); got {type(loss).__name__}")
         leaves, structure = flatten(weights, "weights")

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from hvp_engine._support.arguments import check_count, check_not_negative
+from hvp_engine._support.arguments import check_count, check_not_negative, replace_fields
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.solvers.failures import any_bad, divergence, overflow, refusal, underflow
@@ -99,10 +99,10 @@ class Solver:
         """The state that all right-hand sides of `system` share."""
         return IterativeSolve(self, system)
 
-    def relaxed(self: AnySolver, layout: Layout, share: float) -> AnySolver | None:
-        """This solver for the residual, of norm `share` * ||v||, of a warm start; None if that is small enough.
+    def relaxed(self: AnySolver, layout: Layout, share: float, norm: float) -> AnySolver | None:
+        """This solver for the residual of a warm start, of norm `norm` = `share` * ||v||; None if that is small.
 
-        Tolerances stay relative to ||v||: with share = 0.1, tol = 1e-3 becomes tol = 1e-2 of the residual.
+        Relative tolerances stay relative to ||v||: with share = 0.1, tol = 1e-3 becomes tol = 1e-2 of the residual.
         """
         return self
 
@@ -133,7 +133,8 @@ class Prepared:
             yield from self.run(vs, names)
             return
         starts = [WarmStart(self.operator, v, x0, self.solver.damping) for v, x0 in zip(vs, x0s, strict=True)]
-        rest = self.solver.relaxed(self.operator.layout, max(start.share for start in starts))
+        share, norm = max(start.share for start in starts), max(start.norm for start in starts)
+        rest = self.solver.relaxed(self.operator.layout, share, norm)
         if rest is None:
             yield from (start.unchanged() for start in starts)
             return
@@ -259,21 +260,26 @@ class KrylovSolver(Solver):
     tol: float | None = None
     damping: float = 0.0
     preconditioner: Preconditioner | None = None
+    atol: float = 0.0
 
     def __post_init__(self) -> None:
-        check_count(self.iterations, "iterations", least=0)
-        if self.tol is not None:
-            check_not_negative(self.tol, "tol")
-        check_not_negative(self.damping, "damping")
+        tol = None if self.tol is None else check_not_negative(self.tol, "tol")
+        replace_fields(
+            self,
+            iterations=check_count(self.iterations, "iterations", least=0),
+            tol=tol,
+            damping=check_not_negative(self.damping, "damping"),
+            atol=check_not_negative(self.atol, "atol"),
+        )
         check_preconditioner(self.preconditioner)
 
     @property
     def makes_products(self) -> bool:
         return self.iterations > 0
 
-    def relaxed(self: AnyKrylovSolver, layout: Layout, share: float) -> AnyKrylovSolver | None:
+    def relaxed(self: AnyKrylovSolver, layout: Layout, share: float, norm: float) -> AnyKrylovSolver | None:
         tol = tolerance_of(self.tol, layout)
-        return None if share <= tol else replace(self, tol=tol / share)
+        return None if share <= tol or norm <= self.atol else replace(self, tol=tol / share)
 
 
 AnyKrylovSolver = TypeVar("AnyKrylovSolver", bound=KrylovSolver)

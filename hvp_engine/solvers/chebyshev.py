@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine import ops
-from hvp_engine._support.arguments import check_count, check_not_negative
+from hvp_engine._support.arguments import as_number, check_count, check_not_negative, replace_fields
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import Iteration, Outcome, RightHandSide, scalar
@@ -77,12 +77,12 @@ class Chebyshev(Solver):
     preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
-        check_count(self.iterations, "iterations", least=0)
+        iterations = check_count(self.iterations, "iterations", least=0)
         if self.form not in ("chebyshev", "heavy_ball"):
             raise ValueError(f"form: expected 'chebyshev' or 'heavy_ball'; got {self.form!r}")
         if self.bounds != "auto":
-            _check_bounds(self.bounds, self.form)
-        check_not_negative(self.damping, "damping")
+            replace_fields(self, bounds=_check_bounds(self.bounds, self.form))
+        replace_fields(self, iterations=iterations, damping=check_not_negative(self.damping, "damping"))
         check_preconditioner(self.preconditioner)
 
     @property
@@ -165,19 +165,20 @@ def amplification(coefficients: Coefficients, eigenvalue: float) -> float:
     return abs(residual)
 
 
-def _check_bounds(bounds: tuple[float, float], form: Form) -> None:
+def _check_bounds(bounds: tuple[float, float], form: Form) -> tuple[float, float]:
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise TypeError(f"bounds: expected 'auto' or a pair (lower, upper); got {bounds!r}")
-    for bound in bounds:
-        if isinstance(bound, bool) or not isinstance(bound, (int, float)):
-            raise TypeError(f"bounds: expected two numbers; got {bounds!r}")
-    lower, upper = bounds
+    try:
+        lower, upper = (as_number(bound) for bound in bounds)
+    except TypeError:
+        raise TypeError(f"bounds: expected two numbers; got {bounds!r}") from None
     least = lower > 0 or (form == "heavy_ball" and lower == 0)
     if not (math.isfinite(upper) and least and upper > 0 and lower <= upper):
         raise ValueError(
             f"bounds: expected finite 0 < lower <= upper; got {tuple(bounds)}: if you know only the largest eigenvalue "
             "use form='heavy_ball', which takes (0, upper)"
         )
+    return lower, upper
 
 
 class _Chebyshev(Iteration):

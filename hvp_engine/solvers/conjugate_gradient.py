@@ -14,7 +14,15 @@ from hvp_engine import ops
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.ops.backend import Bound
 from hvp_engine.solvers.base import KrylovSolver
-from hvp_engine.solvers.iteration import Iteration, Outcome, RightHandSide, krylov_residual, scalar, tolerance_of
+from hvp_engine.solvers.iteration import (
+    Iteration,
+    Outcome,
+    RightHandSide,
+    Tolerance,
+    krylov_residual,
+    scalar,
+    tolerance_of,
+)
 from hvp_engine.solvers.preconditioning import precondition
 from hvp_engine.solvers.solution import Status
 
@@ -36,11 +44,13 @@ class ConjugateGradient(KrylovSolver):
 
     Arguments:
         iterations: number of products with A, >= 0; one in 51 recomputes the residual.
-        tol: stop when ||v - A x|| <= tol ||v||; 0 stops at rounding alone; None is eps^(2/3) of the dtype that is
-            solved in: 2.4e-5 in float32, 3.7e-11 in float64.
+        tol: stop when ||v - A x|| <= max(tol ||v||, atol); with 0 for both, at rounding alone; None is eps^(2/3) of
+            the dtype that is solved in: 2.4e-5 in float32, 3.7e-11 in float64.
         damping: added to the diagonal of A, >= 0.
         preconditioner: v -> M v on the list of the weights' leaves, symmetric positive definite, near A^-1; for
             example a :class:`DiagonalPreconditioner`.
+        atol: the absolute tolerance of the residual in the 2-norm, >= 0, without the preconditioner and in the units of
+            v; `atol=1e-5, tol=0.0` is an absolute tolerance alone.
 
     A search direction of negative curvature reveals an operator that is not positive definite. The iterate reached
     before it is then returned, with the status NEGATIVE_CURVATURE.
@@ -74,7 +84,7 @@ class _ConjugateGradient(Iteration):
     def __init__(self, solver: ConjugateGradient, layout: Layout):
         self.limit, self.steps = solver.iterations, 0
         self._preconditioner, self._damping = solver.preconditioner, solver.damping
-        self._tol = tolerance_of(solver.tol, layout)
+        self._tolerance = Tolerance(tolerance_of(solver.tol, layout), solver.atol)
         # The product A x rounds x to 16 bits, which would make b - A x less accurate than the updated residual.
         self._refreshes = self.limit > REFRESH_EVERY and not layout.low_precision
         self._initial = RightHandSide(layout)
@@ -107,7 +117,7 @@ class _ConjugateGradient(Iteration):
             self._b.data.copy_(self._residual.data)
         self.value.data.zero_()
         self._squared_b, _, self._bad_b = self._initial.sums().unbind()
-        self._squared = self._squared_b
+        self._squared, self._enough = self._squared_b, self._tolerance.squared(self._squared_b)
         self._negative = self._bad = self._bad_metric = self._no
         self._rho.zero_()  # so that the first beta is 0, and the old direction plays no part
         self._turn()
@@ -142,7 +152,7 @@ class _ConjugateGradient(Iteration):
             rho = torch.dot(self._residual.data.double(), self._image.data.double())
             rho = self.value.layout.total(rho)
             self._bad_metric = self._bad_metric | ((self._squared > 0) & ~(rho > 0) & ~self._bad)
-        moving = (self._squared > self._tol**2 * self._squared_b) & ~self._negative
+        moving = (self._squared > self._enough) & ~self._negative
         self._beta.copy_(torch.where(self._rho > 0, rho / self._rho, 0.0))
         self._rho.copy_(torch.where(moving, rho, 0.0))
         self._mix([self._image.data])
@@ -160,7 +170,7 @@ class _ConjugateGradient(Iteration):
     def read(self, figures: Sequence[float]) -> Outcome:
         squared_b, bad_b, squared, negative, bad, bad_metric = figures
         residual = krylov_residual(squared_b, bad_b, squared, bad, bad_metric)
-        if residual <= self._tol:
+        if self._tolerance.reached(residual, squared_b):
             status = Status.CONVERGED
         else:
             status = Status.NEGATIVE_CURVATURE if negative else Status.ITERATION_LIMIT

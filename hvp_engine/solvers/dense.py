@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvp_engine._support.arguments import check_count, check_not_negative
+from hvp_engine._support.arguments import check_count, check_not_negative, replace_fields
 from hvp_engine._support.flat_vector import STATE_DTYPES, FlatVector, Layout
 from hvp_engine.solvers.base import LinearSystem, Prepared, Result, Solver
 from hvp_engine.solvers.batched import fill, stacked_tangents
@@ -50,8 +50,8 @@ class Exact(Solver):
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in STATE_DTYPES:
             raise ValueError(f"dtype: expected torch.float32, torch.float64 or None; got {self.dtype}")
-        check_count(self.max_size, "max_size", what="the number of weights")
-        check_not_negative(self.damping, "damping")
+        max_size = check_count(self.max_size, "max_size", what="the number of weights")
+        replace_fields(self, max_size=max_size, damping=check_not_negative(self.damping, "damping"))
 
     def prepare(self, system: LinearSystem) -> DenseSolve:
         return DenseSolve(self, system)

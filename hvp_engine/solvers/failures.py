@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector
-from hvp_engine.differentiation.linear_map import LinearMap
+from hvp_engine.differentiation.linear_map import Linearization, LinearMap
 from hvp_engine.errors import DivergenceError, NonFiniteError
 from hvp_engine.solvers.iteration import FinishedIteration, Outcome
 from hvp_engine.solvers.spectrum import HEADROOM, Estimates
 
 _SCALE_OR_WIDEN = "multiply the training loss by a constant such as 1024 (loss scaling), use bfloat16 or float32"
+
+_CHECK = "check the inputs and weights for NaN and Inf, or lower the learning rates that led here"
+_AT_A_POINT = "as of norm, sqrt or a power below 2 at zero"
+_SMOOTHED = (
+    f"add a small constant under the root, as in sqrt(x.square().sum() + 1e-12), or square the norm; otherwise {_CHECK}"
+)
 
 
 def any_bad(tensors: Sequence[Tensor]) -> bool:
@@ -26,13 +32,19 @@ def refusal(operator: LinearMap, bad: str | None) -> NonFiniteError:
     if bad is not None:
         return NonFiniteError(f"{bad}: expected finite values; got NaN or Inf: check the loss whose gradient it is")
     loss = operator.loss
-    what = "the product A v of a finite v is NaN or Inf"
+    what, remedy = "the product A v of a finite v is NaN or Inf", _CHECK
     if loss is not None and not bool(torch.isfinite(loss)):
         what = f"the loss is {float(loss)} at these weights"
-    return NonFiniteError(
-        f"{operator.name}: expected finite products; {what}: check the inputs and weights "
-        "for NaN and Inf, or lower the learning rates that led here"
-    )
+    elif isinstance(operator, Linearization):
+        if any_bad(operator.gradient):
+            what, remedy = f"the loss is finite, but its gradient is NaN or Inf, {_AT_A_POINT}", _SMOOTHED
+        else:
+            what = (
+                "the loss and its gradient are finite, but some operator in the loss has no finite second derivative "
+                f"at this point, {_AT_A_POINT}"
+            )
+            remedy = _SMOOTHED
+    return NonFiniteError(f"{operator.name}: expected finite products; {what}: {remedy}")
 
 
 def divergence(

@@ -26,7 +26,7 @@ from hvp_engine.solvers.solution import Status
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 GROWTH_LIMIT = 1e4
-"""A residual that is this many times the right-hand side raises an error; a smaller one is told by the status."""
+"""A residual of more than this many times the right-hand side raises an error instead of setting a status."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Outcome:
     """The status and the norms of a finished iteration, on the host.
 
     `growth` is the last residual's M-norm divided by the first one's, for an iteration that contracts in the M-norm;
-    None for one that contracts in the 2-norm, as which `residual_norm` is measured.
+    None for one that contracts in the 2-norm, the norm of `residual_norm`.
     """
 
     residual_norm: float
@@ -83,7 +83,7 @@ class FinishedIteration:
         raise NotImplementedError
 
     def outcome(self) -> Outcome:
-        """Finish, and read the figures: the only time that a solve has to wait for the device."""
+        """Finish, and read the figures: here every solve waits for the device."""
         return self.read(self.finish().tolist())
 
 
@@ -117,6 +117,22 @@ def tolerance_of(tol: float | None, layout: Layout) -> float:
     """The relative residual to stop at: `tol` (by default eps^(2/3)), but at least eps."""
     epsilon = torch.finfo(layout.state_dtype).eps
     return max(epsilon, epsilon ** (2 / 3) if tol is None else tol)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Where a residual is small enough: ||r|| <= max(relative ||b||, absolute)."""
+
+    relative: float
+    absolute: float
+
+    def squared(self, squared_b: Tensor) -> Tensor:
+        """The squared bound, on the device, from ||b||^2."""
+        return (self.relative**2 * squared_b).clamp_min(self.absolute**2)
+
+    def reached(self, residual: float, squared_b: float) -> bool:
+        """Whether a residual, relative to ||b||, is within the bound."""
+        return residual <= self.relative or residual * math.sqrt(squared_b) <= self.absolute
 
 
 def krylov_residual(squared_b: float, bad_b: float, squared: float, bad: float, bad_metric: float) -> float:

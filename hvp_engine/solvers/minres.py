@@ -12,7 +12,15 @@ from torch import Tensor
 from hvp_engine import ops
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.solvers.base import KrylovSolver
-from hvp_engine.solvers.iteration import Iteration, Outcome, RightHandSide, krylov_residual, scalar, tolerance_of
+from hvp_engine.solvers.iteration import (
+    Iteration,
+    Outcome,
+    RightHandSide,
+    Tolerance,
+    krylov_residual,
+    scalar,
+    tolerance_of,
+)
 from hvp_engine.solvers.preconditioning import precondition
 from hvp_engine.solvers.solution import Status
 
@@ -40,11 +48,14 @@ class MINRES(KrylovSolver):
 
     Arguments:
         iterations: number of products with A, >= 0.
-        tol: stop when ||v - A x|| <= tol ||v||; 0 stops at rounding alone; None is eps^(2/3) of the dtype that is
-            solved in, 2.4e-5 in float32 and 3.7e-11 in float64, or, if rounding stops it earlier, eps^(1/2).
+        tol: stop when ||v - A x|| <= max(tol ||v||, atol); with 0 for both, at rounding alone; None is eps^(2/3) of
+            the dtype that is solved in, 2.4e-5 in float32 and 3.7e-11 in float64, or, if rounding stops it earlier,
+            eps^(1/2).
         damping: added to the diagonal of A, >= 0.
         preconditioner: v -> M v on the list of the weights' leaves, symmetric positive definite, near |A|^-1. It
             then minimizes the residual in the M-norm, and a least-squares solution is the one of smallest M^-1-norm.
+        atol: the absolute tolerance of the residual in the 2-norm, >= 0, without the preconditioner and in the units of
+            v; `atol=1e-5, tol=0.0` is an absolute tolerance alone.
 
     Cost: up to `iterations` products; six flat vectors of weights, seven with a preconditioner. The tolerance is
     checked every 5 products, so up to 4 may follow after it is reached; they do not change x.
@@ -75,8 +86,9 @@ class _MINRES(Iteration):
         self.limit, self.steps = solver.iterations, 0
         self._preconditioner, self._damping = solver.preconditioner, solver.damping
         self._epsilon = torch.finfo(layout.state_dtype).eps
-        self._tol = tolerance_of(solver.tol, layout)
-        self._stagnation_tol = self._tol if solver.tol is not None else math.sqrt(self._epsilon)
+        self._tolerance = Tolerance(tolerance_of(solver.tol, layout), solver.atol)
+        stagnation = self._tolerance.relative if solver.tol is not None else math.sqrt(self._epsilon)
+        self._stagnation_tolerance = Tolerance(stagnation, solver.atol)
         self._b = RightHandSide(layout)
         self._residual = self._b.vector
         self.value = FlatVector(layout)
@@ -96,17 +108,18 @@ class _MINRES(Iteration):
 
     def start(self, v: Sequence[Tensor]) -> None:
         self.steps = 0
-        for vector in self._vectors:  # including the padding, which the ops do not write
+        for vector in self._vectors:  # including the gaps, which the ops do not write
             vector.data.zero_()
         self._b.load(v)
         self._squared_b, _, self._bad_b = self._b.sums().unbind()
         self._squared = self._lowest = self._squared_b
+        self._enough = self._tolerance.squared(self._squared_b)
         self._bad = self._bad_metric = self._least = self._no
         zero = torch.zeros_like(self._squared_b)
         self._cosine, self._sine = zero - 1, zero
         self._delta_bar = self._epsilon_k = self._size = zero
         self._slope = zero + math.inf  # of the iterate accepted as a least-squares solution
-        self._moving = self._squared_b > 0
+        self._moving = (self._squared_b > 0) & (self._squared_b > self._tolerance.absolute**2)
         self._minus_beta.zero_()
         self._basis[0].data.copy_(self._residual.data)
         self._beta, self._phi_bar = zero, self._normalize(0, zero)
@@ -160,7 +173,7 @@ class _MINRES(Iteration):
             self._lowest = torch.minimum(self._lowest, before)
             risen = self._squared > (1 + self._epsilon**0.5) ** 2 * self._lowest
             self._least, self._moving = self._least | (self._moving & risen), self._moving & ~risen
-        self._moving = self._moving & (self._squared > self._tol**2 * self._squared_b)
+        self._moving = self._moving & (self._squared > self._enough)
         self._beta = beta
         self._minus_beta.copy_(-beta)
 
@@ -204,7 +217,7 @@ class _MINRES(Iteration):
     def read(self, figures: Sequence[float]) -> Outcome:
         squared_b, bad_b, squared, least, bad, bad_metric = figures
         residual = krylov_residual(squared_b, bad_b, squared, bad, bad_metric)
-        if residual <= (self._stagnation_tol if least else self._tol):
+        if (self._stagnation_tolerance if least else self._tolerance).reached(residual, squared_b):
             status = Status.CONVERGED
         else:
             status = Status.SINGULAR if least else Status.ITERATION_LIMIT

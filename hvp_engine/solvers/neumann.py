@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine import ops
-from hvp_engine._support.arguments import check_count, check_not_negative, check_positive
+from hvp_engine._support.arguments import check_count, check_not_negative, check_positive, replace_fields
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.linear_map import Accumulation
 from hvp_engine.solvers.base import Solver
@@ -67,11 +67,10 @@ class Neumann(Solver):
     needs_fixed_operator: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_count(self.iterations, "iterations", least=0)
+        alpha = self.alpha if self.alpha == "auto" else check_positive(self.alpha, "alpha")
+        iterations = check_count(self.iterations, "iterations", least=0)
+        replace_fields(self, iterations=iterations, alpha=alpha, damping=check_not_negative(self.damping, "damping"))
         check_preconditioner(self.preconditioner)
-        if self.alpha != "auto":
-            check_positive(self.alpha, "alpha")
-        check_not_negative(self.damping, "damping")
         if self.form not in ("accumulate", "horner"):
             raise ValueError(f"form: expected 'accumulate' or 'horner'; got {self.form!r}")
 
@@ -258,7 +257,7 @@ class Identity(Solver):
     needs_fixed_operator: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_not_negative(self.damping, "damping")
+        replace_fields(self, damping=check_not_negative(self.damping, "damping"))
 
     @property
     def makes_products(self) -> bool:

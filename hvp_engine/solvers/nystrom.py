@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hvp_engine._support.arguments import check_count, check_not_negative, check_positive
+from hvp_engine._support.arguments import check_count, check_not_negative, check_positive, replace_fields
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.solvers.base import LinearSystem, Prepared, Result, Solver
@@ -66,10 +66,9 @@ class Nystrom(Solver):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_count(self.rank, "rank", what="the number of test vectors")
-        if self.rho != "auto":
-            check_positive(self.rho, "rho")
-        check_not_negative(self.damping, "damping")
+        rank = check_count(self.rank, "rank", what="the number of test vectors")
+        rho = self.rho if self.rho == "auto" else check_positive(self.rho, "rho")
+        replace_fields(self, rank=rank, rho=rho, damping=check_not_negative(self.damping, "damping"))
         check_kind(self.sketch)
 
     def prepare(self, system: LinearSystem) -> NystromSolve:

@@ -20,7 +20,8 @@ from hvp_engine.solvers.solution import Solution, Status
 class WarmStart:
     """One right-hand side with a first guess, at the cost of one product.
 
-    `residual` is v - (A + damping I) x0, the right-hand side that is left; `share` is its norm divided by ||v||.
+    `residual` is v - (A + damping I) x0, the right-hand side that is left; `norm` is its norm, `share` that divided by
+    ||v||.
     """
 
     def __init__(self, operator: LinearMap, v: Sequence[Tensor], x0: Sequence[Tensor], damping: float):
@@ -35,6 +36,7 @@ class WarmStart:
         self.residual = [view.to(dtype) for view, dtype in zip(residual.views, layout.dtypes, strict=True)]
         share = of_residual / of_v if of_v > 0 else 1.0
         self.share = share if math.isfinite(share) else 1.0  # the solve reports what is not finite
+        self.norm = of_residual if math.isfinite(of_residual) else math.inf
 
     def complete(self, value: Sequence[Tensor], solution: Solution) -> tuple[list[Tensor], Solution]:
         """x0 + value, and the solution with its figures relative to v."""
@@ -57,7 +59,7 @@ def guesses(
     x0: Any, structure: Structure, vs: Sequence[Sequence[Tensor]], layout: Layout, batched: bool
 ) -> list[list[Tensor]]:
     """The first guesses, one for each right-hand side."""
-    leaves, found = flatten(x0, "x0", sharded=not batched)
+    leaves, found = flatten(structure.of_autograd(x0), "x0", sharded=not batched)
     if found != structure:
         raise ValueError(f"x0: expected the container of v, {structure.spec}; got {found.spec}")
     x0s = unstacked(leaves, "x0") if batched else [[leaf.detach() for leaf in leaves]]

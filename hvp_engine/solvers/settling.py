@@ -42,7 +42,7 @@ class Settling(Solver):
     def __post_init__(self) -> None:
         object.__setattr__(self, "damping", self.method.damping)
 
-    def relaxed(self, layout: Layout, share: float) -> Settling | None:
+    def relaxed(self, layout: Layout, share: float, norm: float) -> Settling | None:
         return None if share <= self.error else replace(self, error=self.error / share)
 
     def allocate(self, layout: Layout) -> Iteration:

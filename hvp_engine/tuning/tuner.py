@@ -186,9 +186,9 @@ class Tuner:
         ten hypergradients in a row fail; up to then their hyper steps are left out, with a warning.
         """
         refuse_inference_mode("fit")
-        check_count(hyper_steps, "hyper_steps", least=0)
-        check_count(checkpoint_every, "checkpoint_every")
-        check_count(evaluate_every, "evaluate_every")
+        hyper_steps = check_count(hyper_steps, "hyper_steps", least=0)
+        checkpoint_every = check_count(checkpoint_every, "checkpoint_every")
+        evaluate_every = check_count(evaluate_every, "evaluate_every")
         if not (checkpoint_minutes is None or checkpoint_minutes >= 0):
             raise ValueError(f"checkpoint_minutes: expected a number >= 0 or None; got {checkpoint_minutes!r}")
         attached: list[Callback] = []
@@ -253,7 +253,7 @@ class Tuner:
 
     def train(self, train_loader: Iterable[Any], steps: int, *, progress: bool = True) -> list[float]:
         """Make `steps` training steps at these hyperparameters, in the loader's current epoch; returns the losses."""
-        check_count(steps, "steps", least=0)
+        steps = check_count(steps, "steps", least=0)
         stream = self.streams.open("train", train_loader, "train_loader")
         losses = []
         for _ in tqdm(range(steps), disable=not progress, desc="training", unit="step"):

@@ -81,8 +81,7 @@ def check(
     """
     solver = Neumann(20) if solver is None else solver
     check_solver(solver)
-    check_positive(tolerance, "tolerance")
-    check_count(directions, "directions")
+    tolerance, directions = check_positive(tolerance, "tolerance"), check_count(directions, "directions")
     if fit is not None and not callable(fit):
         raise TypeError(f"fit: expected a function of (weights, hyper) or None; got {type(fit).__name__}")
     if not (isinstance(batches, Sequence) and len(batches) == 2):
@@ -100,7 +99,7 @@ def check(
     precise = (pair.widened() if fit is None else None) or pair
     if step is None:
         step = step_of(precise.weights[0].dtype)
-    check_positive(step, "step")
+    step = check_positive(step, "step")
     experiment = Experiment(fit, solver, engine, step, torch.Generator().manual_seed(seed))
     return _compare(experiment, pair, precise, directions, tolerance)
 

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hvp_engine._support.torch_compat import FAKE_AND_REAL, REGISTER_PYTREE, one_fake_mode, pytree, says_data_dependent
+from hvp_engine._support.torch_compat import (
+    FAKE_AND_REAL,
+    REGISTER_PYTREE,
+    REVERSE_IN_FORWARD,
+    one_fake_mode,
+    pytree,
+    reverse_in_forward_refused,
+    says_data_dependent,
+)
+from hvp_engine._support.user_code import innermost_line
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
 from hvp_engine.differentiation.double_backward import Pullback, Tape, explained, gradients, leaves
 from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
@@ -116,6 +125,7 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
             one_fake_mode(),
             plain_kernels(),
             torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS),
+            reverse_in_forward_refused(),
             explained(),
         ):
             root = make_fx(function)(*arguments)
@@ -131,8 +141,8 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
         with torch.enable_grad():  # it names an operator without a second derivative
             gradients(problem.evaluate(here, leaves(problem.hyperparameters)), here, problem.name)
         raise TraceError(
-            f"{problem.name}: expected a loss without control-flow operators (scan, map, while_loop, cond); got one, "
-            "which torch cannot trace here: write it as a Python loop, or use engine='eager'"
+            f"{problem.name}: expected a loss without control-flow operators (scan, map, while_loop, cond); got one at "
+            f"{innermost_line(error)}, which torch cannot trace here: write it as a Python loop, or use engine='eager'"
         ) from error
     except RuntimeError as error:
         if str(error) == _HOOKS:
@@ -140,10 +150,16 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
                 f"{problem.name}: expected a loss without saved-tensor hooks; got some: {_HOOKS}: "
                 "switch checkpointing off, since a trace keeps what it needs anyway, or use engine='eager'"
             ) from error
+        if str(error) == REVERSE_IN_FORWARD:
+            raise TraceError(
+                f"{problem.name}: expected derivatives inside the loss that a trace can follow; got {error}: write "
+                "it with reverse mode alone (torch.func.jacrev), or use engine='eager'"
+            ) from error
         if says_data_dependent(error):
             raise TraceError(
-                f"{problem.name}: expected a loss without control flow that depends on tensor values; tracing said: "
-                f"{error}; use engine='eager'"
+                f"{problem.name}: expected a loss without control flow that depends on tensor values; Python asks for "
+                f"the value of a tensor at {innermost_line(error)}: keep it a tensor (torch.where in place of if), or "
+                "use engine='eager'"
             ) from error
         raise
     return Trace(graph, root, count_w, tuple(arguments), tuple(attempts.undone))

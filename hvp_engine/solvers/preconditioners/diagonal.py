@@ -41,7 +41,7 @@ class DiagonalPreconditioner:
     """
 
     def __init__(self, diagonal: Tree | Callable[[], Tree], shift: float = 0.0):
-        check_not_negative(shift, "shift")
+        shift = check_not_negative(shift, "shift")
         self.diagonal, self.shift = diagonal, shift
         for index, leaf in enumerate(self._leaves()):
             total = leaf.detach() + shift
@@ -116,7 +116,7 @@ class JacobiPreconditioner(DiagonalPreconditioner):
 
     def __init__(self, operator: LinearMap, probes: int = 10, shift: float = 0.0, seed: int = 0):
         check_operator(operator, "operator")
-        check_count(probes, "probes")
+        probes = check_count(probes, "probes")
         diagonal, squares = hutchinson_diagonal(operator, probes, seed)
         estimate = FlatVector(operator.layout, torch.maximum(diagonal.data, _FLOOR * squares.data.sqrt()))
         super().__init__(estimate.views, shift)

@@ -89,7 +89,7 @@ class KFACPreconditioner:
     ):
         if not isinstance(module, nn.Module):
             raise TypeError(f"module: expected a torch.nn.Module; got {type(module).__name__}")
-        check_positive(shift, "shift")
+        shift = check_positive(shift, "shift")
         if not isinstance(weights, Mapping):
             raise TypeError(f"weights: expected a dict of named parameters; got {type(weights).__name__}")
         self._layout = Layout.of(flatten(dict(weights), "weights")[0])

@@ -54,8 +54,7 @@ class NystromPreconditioner:
         seed: int = 0,
     ):
         check_operator(operator, "operator")
-        check_count(rank, "rank")
-        check_positive(rho, "rho")
+        rank, rho = check_count(rank, "rank"), check_positive(rho, "rho")
         columns = Sketch(operator.layout, rank, sketch, seed)
         fill(columns, operator.linear_map)
         self.hvps = columns.steps
