@@ -71,10 +71,15 @@ format: build
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*
 
-wheel: build  # the wheel is built from the sdist, which shows that the sdist is complete
-	rm -rf dist
+# The wheel is built from the sdist, which shows that the sdist is complete. auditwheel finds the oldest glibc that it
+# runs on and names it accordingly; libgomp stays outside, since the one that torch brings is to be shared.
+wheel: build
+	rm -rf dist build/dist
 	mkdir -p build
-	$(BIN)/python -m build --no-isolation --outdir dist > build/wheel.log 2>&1 || { cat build/wheel.log; false; }
+	{ $(BIN)/python -m build --no-isolation --outdir build/dist && PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel \
+		repair --exclude libgomp.so.1 --wheel-dir dist build/dist/*.whl; } > build/wheel.log 2>&1 \
+		|| { cat build/wheel.log; false; }
+	mv build/dist/*.tar.gz dist
 	@ls dist
 
 build: $(INSTALLED)

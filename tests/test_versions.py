@@ -80,7 +80,7 @@ def test_pairs_with_a_result_are_left_out_and_the_page_names_those_without(
         "2.13.0 | 3 | - | - | 5 | 0 | 1 | 2026-01-01 |",
     ]
     assert "- torch 2.11.0 has no x\n- torch 2.13.0 has no x\n" in text
-    assert "Failed:\n\n- torch 2.11.0, Python 3: `test_a::test_b`\n" in text
+    assert "Failed:\n\n- torch 2.11.0, Python 3.11: `test_a::test_b`\n" in text
     assert call("--only", "2.11", "--fresh") == 1
     assert tried[3:] == [("2.11.0", "3.11")]
     assert not list(tmp_path.glob("*.part"))
