@@ -72,6 +72,13 @@ def test_warm_up_comes_once_and_before_everything() -> None:
     assert [record.weight_steps for record in history] == [6, 8]
 
 
+def test_the_tolerance_waits_for_the_end_of_the_warm_up() -> None:
+    """However small the gradient: the warm-up is made in full, and then no training step at all."""
+    tuner = tuner_of(zeros(3), zeros(3), warmup_steps=4, inner_steps=2, inner_tolerance=1e9)
+    history = tuner.fit([DATA], [TARGET], 2, progress=False)
+    assert [record.weight_steps for record in history] == [4, 4]
+
+
 def test_inner_training_to_a_tolerance() -> None:
     """Each step halves the gradient; the round ends at the first gradient that is small enough, or at the maximum."""
     w, h = zeros(), zeros()
