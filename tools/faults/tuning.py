@@ -28,7 +28,7 @@ FAULTS = [
         "hvp_engine/tuning/bilevel.py",
         '        self.failures = state["counters"]["failures"]\n',
         "",
-        "tests/test_resume.py tests/test_checkpoint.py tests/test_tuner_steps.py",
+        "tests/test_tuner_state.py",
         "a resumed run forgets how many hypergradients in a row have failed",
     ),
     Fault(
