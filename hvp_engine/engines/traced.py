@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +15,14 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import Layout, detached
 from hvp_engine._support.isolation import recorded_modules
 from hvp_engine._support.random_state import random_state_kept
-from hvp_engine._support.torch_compat import below_autograd
-from hvp_engine.differentiation.linear_map import Accumulation, Linearization
+from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
-from hvp_engine.differentiation.trace.fused_update import AccumulatingTerm
+from hvp_engine.differentiation.trace.evaluated import PartitionedLinearization, PartitionFunctions
 from hvp_engine.differentiation.trace.partial_evaluation import Partition, partition
 from hvp_engine.differentiation.trace.tracing import trace
 from hvp_engine.engines.base import Engine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.self_check import disagreement
-from hvp_engine.solvers.batched import pays
-
-Function = Callable[..., Sequence[Tensor]]
 
 _MOST_TRACES = 16
 """Traces that one engine keeps; one of a small recurrent net takes about 20 MB."""
@@ -46,16 +42,11 @@ class Schedule:
         return power == self.calls
 
 
-class Functions:
-    """The callables of a partition, and the module modes that the trace saw. Subclasses compile them."""
+class Functions(PartitionFunctions):
+    """The callables of a traced loss, and the module modes that the trace saw."""
 
     def __init__(self, parts: Partition, modules: Sequence[torch.nn.Module]):
-        self.partition = parts
-        self.primal: Function = parts.primal.forward
-        self.tangent: Function = parts.tangent.in_place.forward
-        self.mixed: Function = parts.mixed.in_place.forward
-        self.accumulating: Function = parts.accumulating.in_place.forward
-        self.unbatched = ""
+        super().__init__(parts)
         self.schedule = Schedule()
         self.distrust: str | None = None
         self.modules = list(modules)
@@ -84,74 +75,16 @@ class Refused:
         return True
 
 
-class TracedLinearization(Linearization):
-    """A partition, evaluated at one point: residuals held, products by the tangent graph alone.
+class TracedLinearization(PartitionedLinearization):
+    """A traced loss at one point. `values` are what the primal part gave there."""
 
-    `values` are what the primal part gave there.
-    """
+    functions: Functions
 
     def __init__(self, functions: Functions, layout: Layout, name: str, values: Sequence[Tensor]):
-        self.layout = layout
-        self.name = name
-        self.functions = functions
         count = 1 + len(layout.shapes)
+        super().__init__(functions, layout, name, values[count:])
         self.loss = values[0]
         self.gradient = list(values[1:count])
-        self._residuals = values[count:]
-        self._tangent_residuals = [self._residuals[index] for index in functions.partition.tangent.residuals]
-        self._mixed_residuals = [self._residuals[index] for index in functions.partition.mixed.residuals]
-        self._complete = all(functions.partition.tangent.outputs)
-
-    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """H t."""
-        with below_autograd():
-            products = self.functions.tangent(*self._tangent_residuals, *tangents)
-        if self._complete:
-            return products
-        found = iter(products)
-        present = self.functions.partition.tangent.outputs
-        return [next(found) if there else torch.zeros_like(t) for there, t in zip(present, tangents, strict=True)]
-
-    @property
-    def batches(self) -> bool:
-        return not self.functions.unbatched
-
-    def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
-        """H t for several t, by vmap; one by one where it has no rule for some operation, which the report names."""
-        if not pays(self, len(stacked[0])):
-            return super().products(stacked)
-        try:
-            return self._at_once(stacked)
-        except Exception as error:  # of whatever library an operation comes from
-            self.functions.unbatched = f"{type(error).__name__}: {error}".splitlines()[0]
-            return super().products(stacked)
-
-    def _at_once(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
-        known, present = self._tangent_residuals, self.functions.partition.tangent.outputs
-        function = self.functions.partition.tangent.module.forward
-        with torch.no_grad():
-            batched = torch.func.vmap(function, (None,) * len(known) + (0,) * len(stacked))
-            found = iter(batched(*known, *stacked))
-        return [next(found) if there else torch.zeros_like(t) for there, t in zip(present, stacked, strict=True)]
-
-    def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """(df/dlambda)^T t."""
-        with below_autograd():
-            found = iter(self.functions.mixed(*self._mixed_residuals, *tangents))
-        return [next(found) if there else None for there in self.functions.partition.mixed.outputs]
-
-    def accumulating_term(self, accumulation: Accumulation, damping: float) -> Callable[[], None] | None:
-        parts = self.functions.partition
-        if not parts.accumulates or self.layout.low_precision:
-            return None
-        residuals = [self._residuals[index] for index in parts.accumulating.residuals]
-        return AccumulatingTerm(
-            lambda tangents: self.functions.accumulating(*residuals, *tangents),
-            parts.terms,
-            [[self._residuals[index] for index in diagonals] for diagonals in parts.diagonals],
-            accumulation,
-            damping,
-        )
 
 
 class LinearizedEngine(Engine):

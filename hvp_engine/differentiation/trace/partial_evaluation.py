@@ -41,7 +41,8 @@ class Part:
 class Partition:
     """Graphs of a linearization.
 
-    `primal`: (weights, hyperparameters, batch tensors) -> (loss, gradient..., residuals...).
+    `primal`: known tensors -> (values..., residuals...), for a loss (weights, hyperparameters, batch tensors) -> (loss,
+    gradient..., residuals...).
     `tangent`: the product with H. `mixed`: the mixed product. `accumulating`: the summands of the product with H,
     `terms` of them for each weight, with the residuals that are its `diagonals`.
     """
@@ -93,7 +94,7 @@ def _partition(trace: Trace) -> Partition:
     tangents = inputs[-trace.weights :]
     linear = dependents(graph, set(tangents))
     outputs: list[Any] = list(_output(graph).args[0])  # type: ignore[arg-type]  # our traces return a list
-    first = 1 + trace.weights
+    first = trace.values
     values, products, mixed = outputs[:first], outputs[first : first + trace.weights], outputs[first + trace.weights :]
 
     known = _live(products, lambda node: node not in linear) - linear

@@ -53,14 +53,16 @@ _HOOKS = (
 
 @dataclass(frozen=True)
 class Trace:
-    """The traced graph.
+    """A graph of operations on known tensors and tangents.
 
-    Inputs, in order: weights, hyperparameters, batch tensors, tangents. Outputs, in order: loss, gradient, products
-    with H, mixed products; None for a product that is zero because there is no path.
+    Inputs, in order: known tensors (of a loss: weights, hyperparameters, batch tensors), tangents. Outputs, in order:
+    values that do not depend on the tangents (of a loss: itself and its gradient), products with H, mixed products;
+    None for a product that is zero because there is no path.
 
     Attributes:
         root: holds the tensors that the graph takes as attributes.
-        weights: how many inputs are weights, and how many tangents.
+        weights: how many of the last inputs are tangents, one for each weight.
+        values: how many outputs come before the products.
         arguments: the inputs that were recorded.
         undone: steps that failed and were undone, each with the reason.
     """
@@ -68,8 +70,9 @@ class Trace:
     graph: fx.Graph
     root: fx.GraphModule
     weights: int
+    values: int
     arguments: tuple[Tensor, ...]
-    undone: tuple[str, ...]
+    undone: tuple[str, ...] = ()
 
 
 def trace(problem: Problem) -> Trace:
@@ -162,7 +165,7 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
                 "use engine='eager'"
             ) from error
         raise
-    return Trace(graph, root, count_w, tuple(arguments), tuple(attempts.undone))
+    return Trace(graph, root, count_w, 1 + count_w, tuple(arguments), tuple(attempts.undone))
 
 
 def _retraced(recorded: fx.GraphModule, arguments: list[Tensor], name: str) -> fx.GraphModule:

@@ -1,0 +1,92 @@
+"""A partition evaluated at one point: the residuals are held, and products run the tangent part alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import Layout
+from hvp_engine._support.torch_compat import below_autograd
+from hvp_engine.differentiation.linear_map import Accumulation, Linearization
+from hvp_engine.differentiation.trace.fused_update import AccumulatingTerm
+from hvp_engine.differentiation.trace.partial_evaluation import Partition
+
+Function = Callable[..., Sequence[Tensor]]
+
+
+class PartitionFunctions:
+    """The callables of a partition. Subclasses compile them.
+
+    Attributes:
+        unbatched: why right-hand sides go one by one, once that has turned out.
+    """
+
+    def __init__(self, parts: Partition):
+        self.partition = parts
+        self.primal: Function = parts.primal.forward
+        self.tangent: Function = parts.tangent.in_place.forward
+        self.mixed: Function = parts.mixed.in_place.forward
+        self.accumulating: Function = parts.accumulating.in_place.forward
+        self.unbatched = ""
+
+
+class PartitionedLinearization(Linearization):
+    """Products by the tangent part of a partition, on `residuals` that its primal part gave."""
+
+    def __init__(self, functions: PartitionFunctions, layout: Layout, name: str, residuals: Sequence[Tensor]):
+        self.layout = layout
+        self.name = name
+        self.functions = functions
+        parts = functions.partition
+        self._residuals = residuals
+        self._tangent_residuals = [residuals[index] for index in parts.tangent.residuals]
+        self._mixed_residuals = [residuals[index] for index in parts.mixed.residuals]
+        self._complete = all(parts.tangent.outputs)
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """H t."""
+        with below_autograd():
+            products = self.functions.tangent(*self._tangent_residuals, *tangents)
+        return products if self._complete else self._filled(products, tangents)
+
+    def _filled(self, products: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
+        found = iter(products)
+        present = self.functions.partition.tangent.outputs
+        return [next(found) if there else torch.zeros_like(t) for there, t in zip(present, tangents, strict=True)]
+
+    @property
+    def batches(self) -> bool:
+        return not self.functions.unbatched
+
+    def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
+        """H t for several t, by vmap; one by one where it has no rule for some operation, which the report names."""
+        function = self.functions.partition.tangent.module.forward
+        known = self._tangent_residuals
+        try:
+            with torch.no_grad():
+                batched = torch.func.vmap(function, (None,) * len(known) + (0,) * len(stacked))
+                return self._filled(batched(*known, *stacked), stacked)
+        except Exception as error:  # of whatever library an operation comes from
+            self.functions.unbatched = f"{type(error).__name__}: {error}".splitlines()[0]
+            return super().products(stacked)
+
+    def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """(df/dlambda)^T t."""
+        with below_autograd():
+            found = iter(self.functions.mixed(*self._mixed_residuals, *tangents))
+        return [next(found) if there else None for there in self.functions.partition.mixed.outputs]
+
+    def accumulating_term(self, accumulation: Accumulation, damping: float) -> Callable[[], None] | None:
+        parts = self.functions.partition
+        if not parts.accumulates or self.layout.low_precision:
+            return None
+        residuals = [self._residuals[index] for index in parts.accumulating.residuals]
+        return AccumulatingTerm(
+            lambda tangents: self.functions.accumulating(*residuals, *tangents),
+            parts.terms,
+            [[self._residuals[index] for index in diagonals] for diagonals in parts.diagonals],
+            accumulation,
+            damping,
+        )
