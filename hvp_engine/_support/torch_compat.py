@@ -11,6 +11,7 @@ import contextlib
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,6 +62,63 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+@dataclass(frozen=True)
+class NodeFields:
+    """The attributes of a class of autograd nodes: names of saved tensors, and of plain values."""
+
+    tensors: tuple[str, ...]
+    plain: tuple[str, ...]
+
+
+_GENERATED_NODE = re.compile(r"[A-Z]\w*Backward\d+")
+
+HIDING_NODES = re.compile(r"AsStrided|BlockDiag|Foreach|NativeDropout|ToDense|Miopen")
+"""Generated nodes that keep strides or flags to themselves. Others hide fields too, but only dtypes and shapes of
+arguments, which the metadata of the following nodes show. Seen in 2.13; a test reads torch's Functions.h."""
+
+
+def fields_of(node: Node) -> NodeFields | str:
+    """What nodes of this class show of what they hold; a description of the class if they do not show everything."""
+    name = node.name()
+    if name == "torch::autograd::AccumulateGrad":
+        return NodeFields((), ())
+    if not _GENERATED_NODE.fullmatch(name) or HIDING_NODES.match(name) or hasattr(node, "_forward_cls"):
+        return f"a {name}, of which the graph does not show what it holds"
+    names = dir(node)
+    saved = [attribute for attribute in names if attribute.startswith("_saved_")]
+    return NodeFields(
+        tuple(attribute for attribute in saved if f"_raw{attribute}" in names),
+        tuple(attribute for attribute in saved if f"_raw{attribute}" not in names),
+    )
+
+
+def has_unpack_hook(saved: Any) -> bool:
+    """Whether a saved tensor, or one of a list of them, is unpacked by Python code."""
+    if type(saved) in (tuple, list):
+        return any(one.unpack_hook is not None for one in saved)
+    return saved.unpack_hook is not None
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether Python code sees, and may change, the tensor's gradient."""
+    return bool(tensor._backward_hooks)
+
+
+def input_metadata(node: Any) -> tuple[Any, ...]:
+    """(dtype, shape...) of each gradient that a node takes."""
+    metadata = node._input_metadata
+    if len(metadata) == 1:
+        (one,) = metadata
+        return one.dtype, *one.shape
+    return tuple([(one.dtype, *one.shape) for one in metadata])
+
+
+def shares_storage(tensor: Tensor) -> bool:
+    """Whether another tensor that is alive shows the same memory."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor's own use and the one made here
+
+
 # Kernels.
 
 fused_weight_norm = torch._weight_norm
@@ -94,6 +152,15 @@ def end_allocation_to_pool(device: int, pool: Any) -> None:
 def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor has a shape and no values."""
     return isinstance(tensor, FakeTensor)
+
+
+FakeMode = FakeTensorMode
+
+
+def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A tensor with the shape, strides, dtype and device of `tensor`, and no values."""
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def one_fake_mode() -> contextlib.AbstractContextManager[Any]:

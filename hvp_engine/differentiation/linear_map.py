@@ -50,6 +50,11 @@ class LinearMap:
         return False
 
     @property
+    def learning(self) -> bool:
+        """Whether the next product shows the map a faster way for those after it."""
+        return False
+
+    @property
     def linear_map(self) -> LinearMap:
         """The map that makes the products: this one, unless it wraps another."""
         return self

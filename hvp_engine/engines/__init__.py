@@ -10,10 +10,12 @@ from hvp_engine.engines.compiled import CompiledEngine
 from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.finite_difference import FiniteDifferenceEngine
+from hvp_engine.engines.recorded import RecordedEngine
 from hvp_engine.engines.traced import LinearizedEngine
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "eager": EagerEngine,
+    "recorded": RecordedEngine,
     "linearized": LinearizedEngine,
     "compiled": CompiledEngine,
     "cudagraph": CudaGraphEngine,
@@ -41,5 +43,6 @@ __all__ = [
     "Engine",
     "FiniteDifferenceEngine",
     "LinearizedEngine",
+    "RecordedEngine",
     "create",
 ]

@@ -18,11 +18,11 @@ from torch import Tensor
 from hvp_engine._support.random_state import random_state_kept
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
 from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
+from hvp_engine.differentiation.self_check import probe
 from hvp_engine.engines.base import Engine
 from hvp_engine.engines.compiled import CompiledEngine, estimated_seconds
 from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.eager import EagerEngine
-from hvp_engine.engines.self_check import probe
 from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization, signature
 from hvp_engine.errors import BackendError
 from hvp_engine.solvers.base import Solver

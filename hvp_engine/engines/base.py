@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,13 +25,17 @@ def begin(operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: Sp
     return iteration
 
 
-def advance(iteration: Iteration, operator: LinearMap, term: Callable[[], None] | None = None) -> None:
-    """Alternate products and steps until the solver is done; `term`, if given, stands for all of them but the last.
+def advance(
+    iteration: Iteration, operator: LinearMap, term: Callable[[], None] | None = None, limit: float = math.inf
+) -> None:
+    """Alternate products and steps until the solver is done, or has made `limit` steps; `term`, if given, stands for
+    all of them but the last.
 
     A product is kept until the next one exists: freed at once, its memory would return to the system and come back page
     by page, which tripled the page faults of a solve and cost up to a third of its time on a CPU.
     """
-    while iteration.steps < iteration.limit and not iteration.finished():
+    limit = min(limit, iteration.limit)
+    while iteration.steps < limit and not iteration.finished():
         if term is not None and iteration.steps < iteration.limit - 1:
             term()
             iteration.steps += 1
@@ -56,6 +61,8 @@ class Engine:
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
         iteration = begin(operator, v, solver, estimate)
+        if operator.learning:
+            advance(iteration, operator, limit=1)
         accumulation = iteration.accumulation if iteration.limit > 1 else None
         term = None if accumulation is None else operator.accumulating_term(accumulation, solver.damping)
         advance(iteration, operator, term)

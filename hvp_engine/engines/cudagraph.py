@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
 from hvp_engine.differentiation.problem import Problem, split_inputs
+from hvp_engine.differentiation.self_check import difference
 from hvp_engine.engines.graphs import CapturedLinearization, Graphs, Solved, Tally
 from hvp_engine.engines.recording import CaptureError, CudaRecorder, Recorder
-from hvp_engine.engines.self_check import difference
 from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused
 from hvp_engine.errors import TraceError
 from hvp_engine.solvers.base import Solver

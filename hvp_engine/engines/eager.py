@@ -26,6 +26,8 @@ class EagerEngine(Engine):
 
     name = "eager"
 
+    _linearization: type[Tape] = Tape
+
     def __init__(self) -> None:
         self._plain = False
         self._complete: Hashable = None
@@ -62,4 +64,4 @@ class EagerEngine(Engine):
         with torch.enable_grad():
             loss = problem.evaluate(weights, hyperparameters)
             gradient = gradients(loss, weights, problem.name)
-        return Tape(gradient, weights, hyperparameters, loss, problem.name, inside=inside)
+        return self._linearization(gradient, weights, hyperparameters, loss, problem.name, inside=inside)

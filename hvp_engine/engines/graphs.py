@@ -15,8 +15,9 @@ from hvp_engine._support.flat_vector import FlatVector, Layout, detached
 from hvp_engine._support.torch_compat import foreach_copy_
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
 from hvp_engine.differentiation.problem import Problem
+from hvp_engine.differentiation.self_check import Schedule
 from hvp_engine.engines.recording import Body, CaptureError, Recorder, Recording
-from hvp_engine.engines.traced import Functions, Schedule, TracedLinearization
+from hvp_engine.engines.traced import Functions, TracedLinearization
 from hvp_engine.ops import backend
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import FinishedIteration, Outcome

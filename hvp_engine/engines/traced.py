@@ -17,29 +17,15 @@ from hvp_engine._support.isolation import recorded_modules
 from hvp_engine._support.random_state import random_state_kept
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
+from hvp_engine.differentiation.self_check import Schedule, disagreement
 from hvp_engine.differentiation.trace.evaluated import PartitionedLinearization, PartitionFunctions
 from hvp_engine.differentiation.trace.partial_evaluation import Partition, partition
 from hvp_engine.differentiation.trace.tracing import trace
 from hvp_engine.engines.base import Engine
 from hvp_engine.engines.eager import EagerEngine
-from hvp_engine.engines.self_check import disagreement
 
 _MOST_TRACES = 16
 """Traces that one engine keeps; one of a small recurrent net takes about 20 MB."""
-
-
-class Schedule:
-    """Call numbers at which an engine is checked: the first, the tenth, the hundredth, and so on."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def due(self) -> bool:
-        self.calls += 1
-        power = 1
-        while power < self.calls:
-            power *= 10
-        return power == self.calls
 
 
 class Functions(PartitionFunctions):

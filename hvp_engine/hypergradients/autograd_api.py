@@ -16,6 +16,7 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import detached
 from hvp_engine._support.pytree import Tensors, as_list, as_list_like, check_scalar, is_flat_for
 from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, gradients, other_leaves
+from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import GraphError, SecondDerivativeError
 from hvp_engine.hypergradients.implicit import implicit_gradient
@@ -24,6 +25,9 @@ from hvp_engine.solvers.base import LinearSystem, check_solver
 from hvp_engine.solvers.spectrum import Spectrum
 
 OptionalTensors = Tensors | Sequence[Tensor | None] | Mapping[Any, Tensor | None]
+
+Products = Literal["recorded", "eager"]
+"""Who makes the products: a program that the gradient's graph is turned into, or autograd every time."""
 
 
 def approx_inverse_hvp(
@@ -34,6 +38,7 @@ def approx_inverse_hvp(
     alpha: float | Literal["auto"],
     *,
     damping: float = 0.0,
+    engine: Products = "recorded",
 ) -> Tensor | tuple[Tensor, ...]:
     """[df/dw + damping I]^-1 v, approximately: alpha * sum_{j=0..iterations} (I - alpha (df/dw + damping I))^j v.
 
@@ -46,6 +51,9 @@ def approx_inverse_hvp(
         iterations: Hessian-vector products, i; the sum has i + 1 terms. 0 gives alpha * v.
         alpha: the step, 0 < alpha < 2 / lambda_max for convergence; "auto" estimates it by 8 more products.
         damping: added to the diagonal of the Hessian, >= 0.
+        engine: "recorded" turns the graph of `f` into a program the second time that it sees one of its kind, and runs
+            that in place of autograd, with the same numbers up to rounding; "eager" leaves all products to autograd,
+            which takes less memory where the forward was checkpointed.
 
     Returns a tuple like `w`, in the order of its dict or module, detached; a flat vector where `v` is one. The graph of
     `f` is kept.
@@ -66,7 +74,7 @@ def approx_inverse_hvp(
     solver = Neumann(iterations, alpha, damping=damping)
     weights = as_list(w, "w")
     vector = as_list_like(v, weights, w, "v", "w")
-    tape = Tape(_gradient_of(f, weights, w), weights, loss=f if _is_loss(f) else None, name="f")
+    tape = _kind(engine)(_gradient_of(f, weights, w), weights, loss=f if _is_loss(f) else None, name="f")
     if not tape.reaches_weights:
         raise GraphError(
             "f: expected gradients that depend on w; got a graph that reaches none of w: pass the tensors that "
@@ -84,6 +92,7 @@ def hypergradient(
     solver: Solver | None = None,
     *,
     create_graph: bool = False,
+    engine: Products = "recorded",
 ) -> tuple[Tensor, ...]:
     """dL_V/dlambda - (d2L_T/dlambda dw^T) [d2L_T/dw dw^T]^-1 dL_V/dw at the weights the losses were computed at.
 
@@ -94,6 +103,7 @@ def hypergradient(
         hyperparameters: tensors that require grad, in any of these forms.
         solver: how to invert the Hessian; default `Neumann(20)`, alpha estimated.
         create_graph: not supported; True raises.
+        engine: as of :func:`approx_inverse_hvp`.
 
     Returns a tuple like `hyperparameters`, in the order of their dict or module, detached; zeros for one that neither
     loss uses.
@@ -115,6 +125,7 @@ def hypergradient(
     """
     if create_graph:
         raise _no_second_derivative("hypergradient")
+    kind = _kind(engine)
     solver = Neumann(20) if solver is None else solver
     check_solver(solver)
     weight_list, hyper_list = as_list(weights, "weights"), as_list(hyperparameters, "hyperparameters")
@@ -130,7 +141,7 @@ def hypergradient(
     found = differentiate(val_loss, [*active, *hyper_list])
     count = len(active)
     vector = filled(found[:count], active)
-    tape = Tape(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
+    tape = kind(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
     unused = not tape.reaches_hyperparameters and all(direct is None for direct in found[count:])
     if unused and not other_leaves([train_loss, val_loss], weight_list):
         warnings.warn(
@@ -148,6 +159,8 @@ def best_response(
     weights: Tensors,
     hyperparameters: Tensors,
     solver: Solver | None = None,
+    *,
+    engine: Products = "recorded",
 ) -> tuple[Tensor, ...]:
     """The weights as a function w*(lambda): the identity forward, the implicit function theorem backward.
 
@@ -177,13 +190,14 @@ def best_response(
     >>> decay.grad, w.grad
     (tensor(-0.6250), None)
     """
+    kind = _kind(engine)
     solver = Neumann(20) if solver is None else solver
     check_solver(solver)
     weight_list, hyper_list = as_list(weights, "weights"), as_list(hyperparameters, "hyperparameters")
     check_scalar(train_loss, "train_loss")
     _require_grad(hyper_list)
     active = _active(weight_list)
-    tape = Tape(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
+    tape = kind(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
     return _BestResponse.apply(tape, weight_list, solver, *hyper_list)
 
 
@@ -208,6 +222,17 @@ class _BestResponse(torch.autograd.Function):
 
 def _system(tape: Tape) -> LinearSystem:
     return LinearSystem(tape, EagerEngine(), Spectrum())
+
+
+def _kind(engine: str) -> type[Tape]:
+    """The linearization whose products the engine of this name makes."""
+    kinds: dict[str, type[Tape]] = {"recorded": RecordedLinearization, "eager": Tape}
+    if engine not in kinds:
+        raise ValueError(
+            f"engine: expected 'recorded' or 'eager' for a loss that autograd has recorded already; got {engine!r}: "
+            "the other engines need the loss as a function (hvp.Hypergradient, hvp.HessianOperator)"
+        )
+    return kinds[engine]
 
 
 def _is_loss(f: Any) -> TypeGuard[Tensor]:

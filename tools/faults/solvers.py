@@ -95,7 +95,7 @@ FAULTS = [
         "central differences are twice as large",
     ),
     Fault(
-        "hvp_engine/engines/self_check.py",
+        "hvp_engine/differentiation/self_check.py",
         "if not math.isfinite(norm) or distance <= tolerance * norm + torch.finfo(torch.float32).tiny:",
         "if True:",
         "tests/test_engines_everyday.py -k fault",

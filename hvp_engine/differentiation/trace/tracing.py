@@ -42,7 +42,7 @@ from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
 
-_TRACING = threading.RLock()
+TRACING = threading.RLock()
 """One thread traces at a time: `make_fx` patches modules for all threads."""
 
 _HOOKS = (
@@ -124,7 +124,7 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
     attempts = Attempts()
     try:
         with (
-            _TRACING,
+            TRACING,
             one_fake_mode(),
             plain_kernels(),
             torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS),

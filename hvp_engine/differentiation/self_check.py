@@ -24,6 +24,20 @@ constant and all terms cancel."""
 _COARSEST = max(_TOLERANCES.values())
 
 
+class Schedule:
+    """Call numbers at which an engine is checked: the first, the tenth, the hundredth, and so on."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def due(self) -> bool:
+        self.calls += 1
+        power = 1
+        while power < self.calls:
+            power *= 10
+        return power == self.calls
+
+
 def probe(layout: Layout) -> list[Tensor]:
     """The same random tangents every time, from a generator of their own."""
     generator = torch.Generator(device=layout.device).manual_seed(0)

@@ -1,0 +1,1 @@
+"""Products recorded from the graph of a gradient, and run again as programs without autograd."""

@@ -1,0 +1,247 @@
+"""Programs of products, by what they are made from, and the decision when one is worth making."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine.differentiation.recorded.graph_contents import GraphContents
+from hvp_engine.differentiation.recorded.product_recorder import Constant, Entry, RecordedProduct, constant_of
+from hvp_engine.differentiation.recorded.programs import Program, literals
+
+aten = torch.ops.aten
+
+_SECONDS_PER_NODE = 1e-3
+"""What it takes to build a program for each operation that was written down, roughly (on a 2.4 GHz core)."""
+
+_CREDIT, _SHARE = 10.0, 0.25
+"""Building may take so many seconds, and such a share of the time that plain products have taken."""
+
+_MOST_GRAPHS, _MOST_NODES = 1024, 1 << 18
+"""Graphs that are remembered, and operations in all programs that are kept, the latest used."""
+
+_FEW_ADOPTIONS, _MEASURE_AGAIN = 4, 32
+"""Solves by a program before it may be found slow, and graphs of a kind after which it is tried again."""
+
+MOST_VALUES = 4
+"""Programs of one graph that differ in a number."""
+
+_TENSOR_FORMS = {
+    aten.mul.Tensor: aten.mul.Tensor,
+    aten.mul.Scalar: aten.mul.Tensor,
+    aten.div.Tensor: aten.div.Tensor,
+    aten.div.Scalar: aten.div.Tensor,
+}
+"""Operations whose second argument may be a number, in the form that takes a tensor."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a graph keeps a constant: which of its tensors; with a dtype, the number that the tensor stands for."""
+
+    place: int
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """A program whose constants the graph itself holds, so that no product needs to be written down.
+
+    Attributes:
+        guards: numbers that the program has taken as they are, by their place in the graph.
+        entries: what was written down, for comparison with another that differs in a number.
+    """
+
+    program: Program
+    sources: tuple[Source, ...]
+    guards: dict[int, Any]
+    entries: tuple[Entry, ...]
+
+    def fits(self, contents: GraphContents) -> bool:
+        """Whether the graph has the numbers that are part of the program."""
+        return all(contents.tensors[place].item() == value for place, value in self.guards.items())
+
+    def constants(self, contents: GraphContents) -> list[Tensor]:
+        """The constants of a graph of the same text."""
+        tensors = [contents.tensors[source.place].detach() for source in self.sources]
+        return [
+            t if source.dtype is None else t.to(source.dtype) for t, source in zip(tensors, self.sources, strict=True)
+        ]
+
+
+@dataclass
+class Known:
+    """What is known of graphs of one text.
+
+    Attributes:
+        sights: how many there were.
+        products: how many the last one was asked for.
+        hidden: why the graph does not show all constants, so that each solve has to write down a product.
+        refused: why there is no program at all.
+        adoptions: solves that a program has served.
+        plain_seconds, program_seconds: the fastest product by autograd, and by the program.
+        fixed_seconds: the least that a solve spent before its first product by the program.
+    """
+
+    sights: int = 0
+    products: int = 0
+    hidden: str = ""
+    refused: str = ""
+    shortcuts: list[Shortcut] = field(default_factory=list)
+    adoptions: int = 0
+    plain_seconds: float = math.inf
+    program_seconds: float = math.inf
+    fixed_seconds: float = math.inf
+
+    @property
+    def breaks_even(self) -> float:
+        """Products from which a solve is faster by the program; 0 until that has been measured often enough.
+
+        Now and then it is measured again, since a busy moment may have made the program look slow.
+        """
+        if self.adoptions < _FEW_ADOPTIONS or self.sights % _MEASURE_AGAIN == 0 or self.plain_seconds == math.inf:
+            return 0.0
+        gain = self.plain_seconds - self.program_seconds
+        return self.fixed_seconds / gain if gain > 0 else math.inf
+
+    def fitting(self, contents: GraphContents) -> Shortcut | None:
+        """A program for such a graph."""
+        return next((shortcut for shortcut in self.shortcuts if shortcut.fits(contents)), None)
+
+
+class Library:
+    """Programs by the text of the graph, and by the text of what was written down. Threads may share one."""
+
+    def __init__(self) -> None:
+        self._graphs: OrderedDict[Hashable, Known] = OrderedDict()
+        self._programs: OrderedDict[Hashable, Program | str] = OrderedDict()
+        self._lock = threading.RLock()
+        self._nodes = 0
+        self.built = 0
+        self.build_seconds = 0.0
+        self.plain_seconds = 0.0
+        self.solves = 0
+
+    def known(self, text: Hashable) -> Known:
+        """What is known of graphs of this text."""
+        with self._lock:
+            found = self._graphs.setdefault(text, Known())
+            self._graphs.move_to_end(text)
+            if len(self._graphs) > _MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+        return found
+
+    def affords(self, nodes: int) -> bool:
+        """Whether a program of so many operations may be built by now."""
+        return self.build_seconds + _SECONDS_PER_NODE * nodes <= _CREDIT + _SHARE * self.plain_seconds
+
+    def program(self, product: RecordedProduct, tangents: Sequence[Tensor]) -> Program | str | None:
+        """The program of what was written down; why there is none; or None, as long as building takes too long."""
+        text = product.text()
+        with self._lock:
+            found = self._programs.get(text)
+            if found is None and self.affords(len(product.entries)):
+                try:
+                    found = Program(product, tangents)
+                    self.built += 1
+                    self.build_seconds += found.seconds
+                    self._nodes += found.nodes
+                except Exception as error:  # our own fault, and no reason to stop: autograd goes on
+                    found = f"a program could not be built: {type(error).__name__}: {error}"
+                self._programs[text] = found
+                self._forget()
+            if found is not None:
+                self._programs.move_to_end(text)
+        return found
+
+    def refuse(self, product: RecordedProduct, reason: str) -> None:
+        """Never use the program of this product again."""
+        with self._lock:
+            self._programs[product.text()] = reason
+
+    def _forget(self) -> None:
+        while self._nodes > _MOST_NODES and len(self._programs) > 1:
+            _, dropped = self._programs.popitem(last=False)
+            if isinstance(dropped, Program):
+                self._nodes -= dropped.nodes
+                for known in self._graphs.values():
+                    known.shortcuts = [shortcut for shortcut in known.shortcuts if shortcut.program is not dropped]
+
+    def report(self) -> str:
+        """What was built, and what was not and why, in a line."""
+        text = f"{self.built} programs built in {self.build_seconds:.2f} s"
+        reasons = {known.refused for known in self._graphs.values() if known.refused}
+        hidden = {known.hidden for known in self._graphs.values() if known.hidden and not known.refused}
+        text += "".join(f"; one product of each solve written down: {reason}" for reason in sorted(hidden))
+        return text + "".join(f"; by autograd: {reason}" for reason in sorted(reasons))
+
+
+LIBRARY = Library()
+"""The programs of this process: they belong to no loss, but to what autograd has recorded."""
+
+
+def place_constants(product: RecordedProduct, contents: GraphContents) -> list[Source] | None:
+    """Where the graph keeps the constants; None if it does not show one of them."""
+    places: dict[Any, int] = {}
+    for place, tensor in enumerate(contents.tensors):
+        places.setdefault(_whereabouts(tensor), place)
+    found = [places.get(_whereabouts(tensor)) for tensor in product.constants]
+    return None if None in found else [Source(place) for place in found if place is not None]
+
+
+def _whereabouts(tensor: Tensor) -> Hashable:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def numbers_taken(product: RecordedProduct, sources: Sequence[Source], contents: GraphContents) -> dict[int, Any]:
+    """Numbers of the graph that occur in what was written down, by place: autograd hands them on as Python numbers."""
+    read = {source.place for source in sources}
+    written = set[Any]().union(*(literals((entry.arguments, entry.keywords)) for entry in product.entries))
+    values = {place: contents.tensors[place].item() for place in contents.numbers if place not in read}
+    return {place: value for place, value in values.items() if value in written}
+
+
+def with_numbers_as_constants(
+    product: RecordedProduct, contents: GraphContents, other: Shortcut
+) -> tuple[RecordedProduct, list[Source]] | None:
+    """`product` with those numbers as constants in which it differs from `other`; None if it differs otherwise.
+
+    mul(t, 0.5) now and mul(t, 0.7) then, where the graph keeps 0.5 now and kept 0.7 then in the same place, becomes
+    mul(t, constant): a schedule's number changes from call to call.
+    """
+    now = {place: contents.tensors[place].item() for place in other.guards}
+    changed = {place for place, value in other.guards.items() if now[place] != value}
+    entries: list[Entry] = []
+    constants, fills = list(product.constants), list(product.fills)
+    sources: list[Source] = []
+    if len(product.entries) != len(other.entries):
+        return None
+    for ours, theirs in zip(product.entries, other.entries, strict=True):
+        if ours.text == theirs.text:
+            entries.append(ours)
+            continue
+        form = _TENSOR_FORMS.get(ours.operation)
+        place = next((p for p in sorted(changed) if _differs_by(ours, theirs, now[p], other.guards[p])), None)
+        if form is None or place is None:
+            return None
+        constant = constant_of(len(constants))
+        constants.append(contents.tensors[place].detach().to(ours.dtype))
+        fills.append(None)
+        sources.append(Source(place, ours.dtype))
+        entries.append(replace(ours, operation=form, arguments=(ours.arguments[0], constant)))
+    return RecordedProduct(entries, constants, fills, product.outputs), sources
+
+
+def _differs_by(ours: Entry, theirs: Entry, now: Any, then: Any) -> bool:
+    """Whether two entries are the same but for their second argument, which is `now` in ours and `then` in theirs."""
+    if len(ours.arguments) != 2 or len(theirs.arguments) != 2 or isinstance(ours.arguments[1], Constant):
+        return False
+    same = replace(theirs, arguments=(theirs.arguments[0], ours.arguments[1])).text == ours.text
+    return same and ours.arguments[1] == now and theirs.arguments[1] == then

@@ -1,0 +1,291 @@
+"""A gradient with its graph, whose products learn: the first ones by autograd, the others by a program.
+
+Three levels, each of which falls back to the next:
+
+1. The graph shows all that a product depends on, and its program is known: it runs on the tensors that autograd saved.
+2. The graph hides something (checkpointing, a Python function): the first product of each solve is written down while
+   autograd computes it, and its program, if known, serves the others.
+3. Neither can be followed: every product is autograd's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from torch import Tensor
+
+from hvp_engine.differentiation.double_backward import Pullback, Tape, filled
+from hvp_engine.differentiation.linear_map import Accumulation
+from hvp_engine.differentiation.recorded.graph_contents import GraphContents, HiddenContentsError, read_graph
+from hvp_engine.differentiation.recorded.library import (
+    LIBRARY,
+    MOST_VALUES,
+    Known,
+    Library,
+    Shortcut,
+    numbers_taken,
+    place_constants,
+    with_numbers_as_constants,
+)
+from hvp_engine.differentiation.recorded.product_recorder import RecordedProduct, record
+from hvp_engine.differentiation.recorded.programs import Program
+from hvp_engine.differentiation.self_check import difference, probe
+from hvp_engine.differentiation.trace.evaluated import PartitionedLinearization
+
+_MANY = 50
+"""Products of one gradient after which a program is made at first sight."""
+
+
+class RecordedLinearization(Tape):
+    """A :class:`Tape` whose products run a program, where there is one; its numbers are those of autograd, to rounding.
+
+    Arguments:
+        library: where programs are kept.
+        other arguments: as of :class:`Tape`.
+
+    Cost: reading the graph, 3 to 6 us for each node; at the second sight of a kind of graph, building the program,
+    about 1 ms for each operation of a product.
+    """
+
+    def __init__(
+        self,
+        gradient: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        hyperparameters: Sequence[Tensor] = (),
+        loss: Tensor | None = None,
+        name: str = "loss",
+        symmetric: bool = True,
+        inside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        library: Library = LIBRARY,
+    ):
+        super().__init__(gradient, weights, hyperparameters, loss, name, symmetric, inside)
+        self._inputs = (*weights, *hyperparameters)
+        self._both = Pullback(gradient, self._inputs)
+        self._library = library
+        self._known: Known | None = None
+        self._contents: GraphContents | None = None
+        self._program: PartitionedLinearization | None = None
+        self._record_at: float = float("inf")
+        self._adopt_at: float = float("inf")
+        self._shortcut: Shortcut | None = None
+        self._asked = 0
+
+    @property
+    def program(self) -> PartitionedLinearization | None:
+        """What runs in place of autograd by now, if anything does."""
+        return self._program
+
+    @property
+    def learning(self) -> bool:
+        self._read()
+        return self._program is None and min(self._record_at, self._adopt_at) <= self._asked
+
+    def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """H t; a weight that f does not depend on gets zeros."""
+        known = self._read()
+        if self._program is None and self._asked >= self._adopt_at and self._shortcut is not None:
+            self._run_on_graph(self._shortcut)
+        self._asked += 1
+        known.products = self._asked
+        start = time.perf_counter()
+        if self._program is not None:
+            products = self._program.product(tangents)
+            known.program_seconds = min(known.program_seconds, time.perf_counter() - start)
+        elif self._asked > self._record_at:
+            products = self._written_down(tangents)
+        else:
+            products = super().product(tangents)
+            seconds = time.perf_counter() - start
+            self._library.plain_seconds += seconds
+            known.plain_seconds = min(known.plain_seconds, seconds)
+        return products
+
+    @property
+    def batches(self) -> bool:
+        self._read()
+        return self._program is not None and self._program.batches
+
+    def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
+        """H t for several t."""
+        return super().products(stacked) if self._program is None else self._program.products(stacked)
+
+    def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """(df/dlambda)^T t."""
+        return super().mixed(tangents) if self._program is None else self._program.mixed(tangents)
+
+    def accumulating_term(self, accumulation: Accumulation, damping: float) -> Callable[[], None] | None:
+        known = self._read()
+        term = None if self._program is None else self._program.accumulating_term(accumulation, damping)
+        if term is None:
+            return None
+
+        def counted() -> None:
+            self._asked += 1
+            known.products = self._asked
+            start = time.perf_counter()
+            term()
+            known.program_seconds = min(known.program_seconds, time.perf_counter() - start)
+
+        return counted
+
+    def _read(self) -> Known:
+        """Look at the graph, once, before the first product, and decide how products will be made."""
+        if self._known is not None:
+            return self._known
+        start = time.perf_counter()
+        active = [x for x in self._inputs if x.requires_grad]
+        contents: GraphContents | None = None
+        try:
+            contents = read_graph(self._both.outputs, active)
+            known = self._library.known(contents.text)
+        except HiddenContentsError as reason:
+            kinds = tuple((x.shape, x.stride(), x.dtype, x.device) for x in active)
+            known = self._library.known((str(reason), self.nodes, kinds))
+            known.hidden = str(reason)
+        self._known = known
+        expected = known.products
+        known.sights += 1
+        if known.refused or not self._both.outputs or not active:
+            self.fallback = known.refused or None
+            return known
+        if contents is not None and not known.hidden:
+            self._contents = contents
+            self._shortcut = known.fitting(contents)
+        if self._shortcut is not None:
+            self._adopt_at = 0 if expected >= known.breaks_even else known.breaks_even
+            if self._adopt_at == 0:
+                self._run_on_graph(self._shortcut, start)
+        elif len(known.shortcuts) >= MOST_VALUES:
+            known.refused = self.fallback = "a number in the loss changes from call to call"
+        elif known.sights == 1:
+            self._record_at = _MANY
+        elif self._library.affords(self.nodes):
+            self._record_at = 0 if expected >= known.breaks_even else known.breaks_even
+        return known
+
+    def _run_on_graph(self, shortcut: Shortcut, start: float | None = None) -> None:
+        """Adopt a program whose constants the graph holds."""
+        assert self._contents is not None and self._known is not None
+        self._adopt(shortcut.program, shortcut.constants(self._contents))
+        if start is not None:
+            self._measured(time.perf_counter() - start)
+        self._contents = self._shortcut = None
+        if not shortcut.program.schedule.due() or self._check(shortcut.program):
+            self._settle()
+
+    def _adopt(self, program: Program, constants: Sequence[Tensor]) -> None:
+        assert self._known is not None
+        self._known.adoptions += 1
+        residuals = program.residuals(constants)
+        self._program = PartitionedLinearization(program.functions, self.layout, self.name, residuals)
+
+    def _settle(self) -> None:
+        """What remains to be done when a program has been adopted, and checked."""
+
+    def _measured(self, seconds: float) -> None:
+        assert self._known is not None
+        self._known.fixed_seconds = min(self._known.fixed_seconds, seconds)
+
+    def _written_down(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The product by autograd, written down; a program for the next ones, if possible."""
+        known, contents = self._known, self._contents
+        assert known is not None
+        self._record_at, self._contents = float("inf"), None
+        start = time.perf_counter()
+        try:
+            with self._inside():
+                products, written = record(self._both, tangents, whole=contents is not None)
+        except Exception as error:  # if it is not the recorder's, autograd's own product raises it again
+            products, written = [], f"{type(error).__name__}: {error}"
+        count = len(self.weights)
+        if isinstance(written, str):
+            self._refuse(written, contents)
+            return filled(products[:count], self.weights) if products else super().product(tangents)
+        if contents is None:
+            self._learn(written, tangents)
+        else:
+            self._learn_from_graph(written, contents, tangents)
+        if self._program is not None:
+            if contents is None:
+                self._measured(time.perf_counter() - start)
+            self._settle()
+        return filled(products[:count], self.weights)
+
+    def _refuse(self, reason: str, contents: GraphContents | None) -> None:
+        """Remember why a product could not be written down; one of a whole graph may still be in part."""
+        assert self._known is not None
+        if contents is None:
+            self._known.refused = self.fallback = reason
+        else:
+            self._known.hidden = reason
+
+    def _learn(self, written: RecordedProduct, tangents: Sequence[Tensor]) -> None:
+        """A program for the rest of this solve, on the constants that were met."""
+        program = self._library.program(written, tangents)
+        if isinstance(program, str):
+            self._refuse(program, None)
+        elif program is not None:
+            self._adopt(program, written.constants)
+            if program.schedule.due() and not self._check(program):
+                self._library.refuse(written, "a program that disagreed with autograd")
+
+    def _learn_from_graph(self, written: RecordedProduct, contents: GraphContents, tangents: Sequence[Tensor]) -> None:
+        """A program for this solve and for every other one whose graph has the same text."""
+        known = self._known
+        assert known is not None
+        sources = place_constants(written, contents)
+        if sources is None:
+            known.hidden = "a tensor that the graph does not show"
+            return
+        entries = tuple(written.entries)
+        for other in known.shortcuts:
+            changed = with_numbers_as_constants(written, contents, other)
+            if changed is not None and changed[1]:
+                written, sources = changed[0], [*sources, *changed[1]]
+                break
+        program = self._library.program(written, tangents)
+        if isinstance(program, str):
+            known.hidden = program
+        elif program is not None:
+            guards = numbers_taken(written, sources, contents)
+            shortcut = Shortcut(program, tuple(sources), guards, entries)
+            self._adopt(program, shortcut.constants(contents))
+            program.schedule.due()
+            if self._check(program):
+                known.shortcuts.append(shortcut)
+
+    def _check(self, program: Program) -> bool:
+        """Compare the program with autograd on random tangents, and give it up where they disagree."""
+        evaluated, known = self._program, self._known
+        assert evaluated is not None and known is not None
+        tangents = probe(self.layout)
+        with self._inside():
+            theirs = self._both(tangents)
+        ours = [*evaluated.product(tangents), *evaluated.mixed(tangents)]
+        full = [*filled(theirs[: len(self.weights)], self.weights), *theirs[len(self.weights) :]]
+        reason = None
+        if [t is None for t in ours] != [t is None for t in full]:
+            reason = "it has paths to other hyperparameters"
+        else:
+            pairs = [(a, b) for a, b in zip(ours, full, strict=True) if a is not None and b is not None]
+            found = difference([a for a, _ in pairs], [b for _, b in pairs], program.functions.partition.dtypes)
+            if found is not None:
+                reason = f"it differs by {found:.2g} (relative)"
+        if reason is None:
+            return True
+        known.refused = self.fallback = f"a recorded product does not agree with autograd's: {reason}"
+        warnings.warn(f"{self.name}: {known.refused}; autograd makes the products from now on", stacklevel=2)
+        self._program = None
+        known.shortcuts = [shortcut for shortcut in known.shortcuts if shortcut.program is not program]
+        return False
+
+
+class OwnedLinearization(RecordedLinearization):
+    """One whose graph nobody else needs: it is freed as soon as a program has taken over."""
+
+    def _settle(self) -> None:
+        self._product = self._mixed = self._both = Pullback((), ())

@@ -1,0 +1,297 @@
+"""Writes a product down while autograd computes it.
+
+A dispatch mode sees every operation of a backward pass. Those that depend on the tangents are written down as entries;
+what they take from elsewhere are the constants. For f = 3 x^2 and a tangent t the product is H t = 6 x t, computed as
+t * 3 * (2 x): the entries are mul(t, 3) and mul(that, constant), and 2 x is a constant, which is computed as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.torch_compat import TorchDispatchMode, schema_of, shares_storage, version_of
+
+aten = torch.ops.aten
+
+_MARK = "_hvp_engine_value"
+"""Attribute of a tensor that an entry gave or that is a tangent: (the recorder's token, the value's number)."""
+
+_FILL = "_hvp_engine_fill"
+"""Attribute of a known tensor that is filled with one number: (the recorder's token, the number)."""
+
+_TRANSPOSED = "_hvp_engine_transposed"
+"""Attribute of a known tensor that is another one transposed: (the recorder's token, the operation, its arguments)."""
+
+_FILLS = {
+    packet.default: number
+    for number, packets in {
+        0: (aten.zeros, aten.zeros_like, aten.new_zeros),
+        1: (aten.ones, aten.ones_like, aten.new_ones),
+    }.items()
+    for packet in packets
+}
+
+_METADATA = {aten.is_same_size.default, aten.sym_size.default, aten.sym_stride.default, aten.sym_numel.default}
+"""Operations that give no tensors and read no values."""
+
+_SIZED_BY_KNOWN_VALUES = {aten.index.Tensor, aten.masked_select.default}
+"""Operations whose result's shape is decided by known values; it is written down with them."""
+
+_TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
+"""Views of known tensors that are written down where they are used, since rewrites look for them."""
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor is what its shape, strides and dtype say: no subclass, not sparse, not lazily conjugate."""
+    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+    return plain and tensor.layout is torch.strided and not tensor.is_neg() and not tensor.is_conj()
+
+
+class Value:
+    """A tangent or an entry's result, by its number; there is one object for each number."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+class Constant(Value):
+    """A constant, by its number."""
+
+    __slots__ = ()
+
+
+value_of = cache(Value)
+constant_of = cache(Constant)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One operation.
+
+    Attributes:
+        arguments: :class:`Value`, :class:`Constant`, tuples in place of lists, or anything plain.
+        size: of a result whose shape known values decide.
+        dtype: of a result that is a single tensor.
+    """
+
+    operation: Any
+    arguments: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...] = ()
+    size: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def text(self) -> Hashable:
+        """What distinguishes this entry from others; 1, 1.0 and True are told apart by their types."""
+        return self.operation, self.arguments, tuple(map(type, self.arguments)), self.keywords, self.size
+
+
+@dataclass(frozen=True)
+class RecordedProduct:
+    """A product that was written down.
+
+    Attributes:
+        entries: the operations, in order. The tangents are the first values, the entries' results follow.
+        constants: tensors that entries take, `fills` the number that one is filled with, if it is.
+        outputs: for each product and mixed product its value, None where there is no path.
+    """
+
+    entries: list[Entry]
+    constants: list[Tensor]
+    fills: list[int | None]
+    outputs: list[Value | None]
+
+    def text(self) -> Hashable:
+        """What the function of (constants, tangents) depends on."""
+        kinds = [(t.shape, t.stride(), t.dtype, t.device) for t in self.constants]
+        texts = tuple([entry.text for entry in self.entries])
+        return texts, tuple(kinds), tuple(self.fills), tuple(self.outputs)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a recorder has to know of an operator."""
+
+    mutates: bool
+    sized: bool
+    refused: str
+
+
+@cache
+def _kind(operation: Any) -> _Kind:
+    schema = schema_of(operation)
+    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments]
+    sized = operation in _SIZED_BY_KNOWN_VALUES
+    refused = ""
+    if schema.is_mutable and written != [True] + [False] * (len(written) - 1):
+        refused = f"{operation} writes to several arguments"
+    if torch.Tag.nondeterministic_seeded in operation.tags:
+        refused = f"{operation} draws random numbers"
+    if not sized and {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags):
+        refused = f"{operation} looks at values"
+    return _Kind(schema.is_mutable, sized, refused)
+
+
+class ProductRecorder(TorchDispatchMode):
+    """Writes down what depends on the tangents; with `whole`, everything that happens.
+
+    Attributes:
+        refused: why the product cannot be written down; its numbers are right all the same.
+    """
+
+    supports_higher_order_operators = False
+
+    def __init__(self, tangents: Sequence[Tensor], whole: bool):
+        super().__init__()
+        self.refused = ""
+        self._whole = whole
+        self._entries: list[Entry] = []
+        self._constants: list[Tensor] = []
+        self._fills: list[int | None] = []
+        self._versions: list[int] = []
+        self._places: dict[Any, Value] = {}
+        self._kept: list[Tensor] = []
+        self._token = object()
+        self._count = 0
+        for tangent in tangents:
+            self._mark(tangent)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        keywords = kwargs or {}
+        if not self._whole and not (self._varies(args) or self._varies(keywords.values())):
+            result = func(*args, **keywords)
+            if func in _FILLS:
+                setattr(result, _FILL, (self._token, _FILLS[func]))
+            elif func in _TRANSPOSES:
+                setattr(result, _TRANSPOSED, (self._token, func, args))
+            return result
+        kind = _kind(func)
+        if kind.refused:
+            self.refused = self.refused or kind.refused
+        if self.refused:
+            return func(*args, **keywords)
+        if kind.mutates:
+            self._prepare_write(args[0])
+        encode = self._encode
+        arguments = tuple([encode(argument) for argument in args])
+        named = tuple([(name, encode(argument)) for name, argument in keywords.items()]) if keywords else ()
+        result = func(*args, **keywords)
+        if func in _METADATA:
+            return result
+        if isinstance(result, Tensor):
+            size = tuple(result.shape) if kind.sized else None
+            self._entries.append(Entry(func, arguments, named, size, result.dtype))
+            self._mark(result)
+        elif isinstance(result, (tuple, list)):
+            self._entries.append(Entry(func, arguments, named))
+            for tensor in result:
+                if isinstance(tensor, Tensor):
+                    self._mark(tensor)
+                else:
+                    self._count += 1
+        else:
+            self.refused = f"{func} gives Python something to look at"
+        return result
+
+    def finish(self, products: Sequence[Tensor | None]) -> RecordedProduct | None:
+        """What was written down; None if the product was refused."""
+        if any(version_of(t) != version for t, version in zip(self._constants, self._versions, strict=True)):
+            self.refused = self.refused or "a known tensor was changed in place after it had been used"
+        outputs = [None if product is None else self._value(product) for product in products]
+        if any(product is not None and value is None for product, value in zip(products, outputs, strict=True)):
+            self.refused = self.refused or "a product does not seem to depend on the tangents"
+        return None if self.refused else RecordedProduct(self._entries, self._constants, self._fills, outputs)
+
+    def _mark(self, tensor: Tensor) -> None:
+        setattr(tensor, _MARK, (self._token, self._count))
+        self._count += 1
+
+    def _value(self, tensor: Tensor) -> Value | None:
+        mark = getattr(tensor, _MARK, None)
+        return value_of(mark[1]) if mark is not None and mark[0] is self._token else None
+
+    def _varies(self, arguments: Any) -> bool:
+        """Whether one of `arguments`, or of lists among them, depends on the tangents."""
+        token = self._token
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                mark = getattr(argument, _MARK, None)
+                if mark is not None and mark[0] is token:
+                    return True
+            elif type(argument) in (list, tuple) and argument and self._varies(argument):
+                return True
+        return False
+
+    def _prepare_write(self, target: Tensor) -> None:
+        """Make sure that what overwrites `target` can be written down.
+
+        A known tensor is replaced by a value that is a copy of it, so that the constant stays as it is: z.add_(t) with
+        a known z becomes clone(z).add_(t).
+        """
+        value = self._value(target)
+        if value is not None:
+            return
+        if shares_storage(target):
+            self.refused = "a known tensor that others show is changed in place"
+            return
+        constant = self._constant(target.clone(), new=True)
+        self._entries.append(Entry(aten.clone.default, (constant,), dtype=target.dtype))
+        self._mark(target)
+
+    def _encode(self, argument: Any) -> Any:
+        if isinstance(argument, Tensor):
+            value = self._value(argument)
+            return self._constant(argument) if value is None else value
+        if type(argument) in (list, tuple):
+            return tuple([self._encode(part) for part in argument])
+        return argument
+
+    def _constant(self, tensor: Tensor, new: bool = False) -> Value:
+        """The constant, or the value that is one transposed."""
+        known = self._places.get(id(tensor))
+        if known is not None:
+            return known
+        transposed = getattr(tensor, _TRANSPOSED, None)
+        if transposed is not None and transposed[0] is self._token:
+            _, operation, (base, *rest) = transposed
+            self._entries.append(Entry(operation, (self._constant(base), *map(self._encode, rest)), dtype=tensor.dtype))
+            self._kept.append(tensor)
+            self._places[id(tensor)] = value = value_of(self._count)
+            self._count += 1
+            return value
+        self._kept.append(tensor)  # so that its id stays its own
+        if not is_plain(tensor):
+            self.refused = self.refused or f"a {type(tensor).__name__} that is not strided, or is a lazy view"
+            return constant_of(0)
+        fill = getattr(tensor, _FILL, None)
+        number = fill[1] if fill is not None and fill[0] is self._token and version_of(tensor) == 0 else None
+        # autograd makes a new tensor each time that it unpacks a saved one
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, number)
+        constant = None if new else self._places.get(place)
+        if constant is None:
+            constant = self._places[place] = constant_of(len(self._constants))
+            self._constants.append(tensor)
+            self._fills.append(number)
+            self._versions.append(version_of(tensor))
+        self._places[id(tensor)] = constant
+        return constant
+
+
+def record(
+    pullback: Callable[[Sequence[Tensor]], Sequence[Tensor | None]], tangents: Sequence[Tensor], whole: bool
+) -> tuple[Sequence[Tensor | None], RecordedProduct | str]:
+    """The products at `tangents`, and what was written down, or why not."""
+    fresh = [tangent.detach() for tangent in tangents]
+    recorder = ProductRecorder(fresh, whole)
+    with recorder:
+        products = pullback(fresh)
+    found = recorder.finish(products)
+    return products, recorder.refused if found is None else found
