@@ -43,14 +43,14 @@ def test_products_by_hand() -> None:
     torch.testing.assert_close(list(tape.gradient), [h * matrix @ w])
     torch.testing.assert_close(list(tape.product([t])), [h * matrix @ t])
     torch.testing.assert_close(tape.mixed([t]), [(matrix @ w) @ t])
-    assert tape.reaches_weights and not tape.incomplete
+    assert tape.facts.reaches_weights and not tape.facts.incomplete
 
 
 def test_constant_gradient() -> None:
     tape, _, _ = tape_of(lambda w, h: w[0].sum(), [randn(3, seed=4)], [randn(2, seed=5)])
     assert torch.equal(tape.product([torch.ones(3, dtype=DTYPE)])[0], torch.zeros(3, dtype=DTYPE))
     assert tape.mixed([torch.ones(3, dtype=DTYPE)]) == [None]
-    assert not tape.reaches_weights
+    assert not tape.facts.reaches_weights
 
 
 def test_some_gradients_constant() -> None:
@@ -68,7 +68,7 @@ def test_gradient_that_is_a_weight() -> None:
     tape = Tape([w], [w])
     t = randn(3, seed=11)
     torch.testing.assert_close(list(tape.product([t])), [t])
-    assert tape.reaches_weights
+    assert tape.facts.reaches_weights
 
 
 def test_weights_that_are_no_leaves() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -147,6 +148,23 @@ def gradients(loss: Tensor, weights: Sequence[Tensor], name: str) -> list[Tensor
     return filled(found, weights)
 
 
+@dataclass(frozen=True)
+class GraphFacts:
+    """What a walk through a gradient's graph finds.
+
+    Attributes:
+        nodes: how many there are.
+        reaches_weights, reaches_hyperparameters: whether the gradient depends on some; if on no weight, the Hessian is
+            zero.
+        incomplete: whether some kernel of the forward has no second derivative; a product through it raises.
+    """
+
+    nodes: int
+    reaches_weights: bool
+    reaches_hyperparameters: bool
+    incomplete: bool
+
+
 class Tape(Linearization):
     """The linearization that autograd's own graph is: products by `torch.autograd.grad`, graph retained.
 
@@ -161,8 +179,7 @@ class Tape(Linearization):
             must be computed as it was in the forward pass.
 
     Attributes:
-        reaches_weights, reaches_hyperparameters: whether f depends on some; if on no weight, the Hessian is zero.
-        incomplete: whether some kernel of the forward has no second derivative; a product through it raises.
+        facts: what its graph is like.
     """
 
     def __init__(
@@ -182,18 +199,23 @@ class Tape(Linearization):
         self.name = name
         self._product = Pullback(gradient, weights)
         self._mixed = Pullback(gradient, hyperparameters)
+        self.facts = self._examined(hyperparameters)
+        self.nodes = self.facts.nodes
+
+    def _examined(self, hyperparameters: Sequence[Tensor]) -> GraphFacts:
+        """Walk through the graph; raise for a part whose second derivative is known to be missing or wrong."""
         nodes = _walk(self._product.outputs)
-        self.nodes = len(nodes)
         names = {node.name(): node for node in nodes}
         for node in names.values():
             _refuse_control_flow(node)
         if torch_compat.ERROR_NODE in names:  # autograd would return zeros without a word
             raise second_derivative_error("a function whose backward is marked once_differentiable")
-        self.incomplete = not torch_compat.NOT_IMPLEMENTED_NODES.isdisjoint(names)
-        self.reaches_weights, self.reaches_hyperparameters = (
+        reaches_weights, reaches_hyperparameters = (
             any(get_gradient_edge(tensor).node in nodes for tensor in tensors if tensor.requires_grad)
-            for tensors in (weights, hyperparameters)
+            for tensors in (self.weights, hyperparameters)
         )
+        incomplete = not torch_compat.NOT_IMPLEMENTED_NODES.isdisjoint(names)
+        return GraphFacts(len(nodes), reaches_weights, reaches_hyperparameters, incomplete)
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t; a weight that f does not depend on gets zeros."""

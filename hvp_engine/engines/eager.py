@@ -40,7 +40,7 @@ class EagerEngine(Engine):
             before = RandomState.now(device) if self._complete != problem.identity else None
             try:
                 tape = self._record(problem)
-                if not tape.incomplete:
+                if not tape.facts.incomplete:
                     self._complete = problem.identity
                     return tape
             except FastKernelError:

@@ -75,7 +75,7 @@ def approx_inverse_hvp(
     weights = as_list(w, "w")
     vector = as_list_like(v, weights, w, "v", "w")
     tape = _kind(engine)(_gradient_of(f, weights, w), weights, loss=f if _is_loss(f) else None, name="f")
-    if not tape.reaches_weights:
+    if not tape.facts.reaches_weights:
         raise GraphError(
             "f: expected gradients that depend on w; got a graph that reaches none of w: pass the tensors that "
             "the forward used (of a loss linear in w the Hessian is zero and has no inverse)"
@@ -142,7 +142,7 @@ def hypergradient(
     count = len(active)
     vector = filled(found[:count], active)
     tape = kind(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
-    unused = not tape.reaches_hyperparameters and all(direct is None for direct in found[count:])
+    unused = not tape.facts.reaches_hyperparameters and all(direct is None for direct in found[count:])
     if unused and not other_leaves([train_loss, val_loss], weight_list):
         warnings.warn(
             "hyperparameters: neither loss depends on any of them, or on anything but the weights: the "

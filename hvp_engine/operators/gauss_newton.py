@@ -141,7 +141,7 @@ class GaussNewtonProducts(Linearization):
     @property
     def incomplete(self) -> bool:
         """Whether a kernel without a second derivative was met."""
-        return self._push.incomplete or self._curvature.incomplete
+        return self._push.facts.incomplete or self._curvature.facts.incomplete
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         return self._pull.product(self._curvature.product(self._push.product(tangents)))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine.differentiation.double_backward import GraphFacts
 from hvp_engine.differentiation.recorded.graph_contents import GraphContents
 from hvp_engine.differentiation.recorded.product_recorder import Constant, Entry, RecordedProduct, constant_of
 from hvp_engine.differentiation.recorded.programs import Program, literals
@@ -81,6 +82,7 @@ class Known:
     """What is known of graphs of one text.
 
     Attributes:
+        facts: what a walk through one of them found.
         sights: how many there were.
         products: how many the last one was asked for.
         hidden: why the graph does not show all constants, so that each solve has to write down a product.
@@ -90,6 +92,7 @@ class Known:
         fixed_seconds: the least that a solve spent before its first product by the program.
     """
 
+    facts: GraphFacts | None = None
     sights: int = 0
     products: int = 0
     hidden: str = ""

@@ -11,6 +11,7 @@ Three levels, each of which falls back to the next:
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,13 +19,13 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from hvp_engine.differentiation.double_backward import Pullback, Tape, filled
+from hvp_engine._support.torch_compat import version_of
+from hvp_engine.differentiation.double_backward import GraphFacts, Pullback, Tape, filled
 from hvp_engine.differentiation.linear_map import Accumulation
 from hvp_engine.differentiation.recorded.graph_contents import GraphContents, HiddenContentsError, read_graph
 from hvp_engine.differentiation.recorded.library import (
     LIBRARY,
     MOST_VALUES,
-    Known,
     Library,
     Shortcut,
     numbers_taken,
@@ -62,17 +63,38 @@ class RecordedLinearization(Tape):
         inside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         library: Library = LIBRARY,
     ):
-        super().__init__(gradient, weights, hyperparameters, loss, name, symmetric, inside)
         self._inputs = (*weights, *hyperparameters)
         self._both = Pullback(gradient, self._inputs)
         self._library = library
-        self._known: Known | None = None
         self._contents: GraphContents | None = None
         self._program: PartitionedLinearization | None = None
-        self._record_at: float = float("inf")
-        self._adopt_at: float = float("inf")
-        self._shortcut: Shortcut | None = None
+        self._watched: list[tuple[Tensor, int]] = []
+        self._begun = False
         self._asked = 0
+        self._record_at = self._adopt_at = math.inf
+        self._shortcut: Shortcut | None = None
+        super().__init__(gradient, weights, hyperparameters, loss, name, symmetric, inside)
+
+    def _examined(self, hyperparameters: Sequence[Tensor]) -> GraphFacts:
+        """Read the graph; what a walk through it finds is known of an earlier one of the same text."""
+        start = time.perf_counter()
+        active = [x for x in self._inputs if x.requires_grad]
+        try:
+            contents = read_graph(self._both.outputs, active)
+        except HiddenContentsError as reason:
+            facts = super()._examined(hyperparameters)
+            kinds = tuple((x.shape, x.stride(), x.dtype, x.device) for x in active)
+            self._known = self._library.known((str(reason), facts.nodes, kinds))
+            self._known.hidden = str(reason)
+        else:
+            self._known = self._library.known((contents.text, len(self._inputs), len(self.weights)))
+            facts = self._known.facts or super()._examined(hyperparameters)
+            self._known.facts = facts
+            if not self._known.hidden and not self._known.refused:
+                self._contents = contents
+                self._watched = [(tensor, version_of(tensor)) for tensor in contents.tensors]
+        self._reading_seconds = time.perf_counter() - start
+        return facts
 
     @property
     def program(self) -> PartitionedLinearization | None:
@@ -81,14 +103,16 @@ class RecordedLinearization(Tape):
 
     @property
     def learning(self) -> bool:
-        self._read()
+        self._begin()
         return self._program is None and min(self._record_at, self._adopt_at) <= self._asked
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t; a weight that f does not depend on gets zeros."""
-        known = self._read()
+        if not self._begun:
+            self._begin()
         if self._program is None and self._asked >= self._adopt_at and self._shortcut is not None:
             self._run_on_graph(self._shortcut)
+        known = self._known
         self._asked += 1
         known.products = self._asked
         start = time.perf_counter()
@@ -106,7 +130,7 @@ class RecordedLinearization(Tape):
 
     @property
     def batches(self) -> bool:
-        self._read()
+        self._begin()
         return self._program is not None and self._program.batches
 
     def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -118,7 +142,8 @@ class RecordedLinearization(Tape):
         return super().mixed(tangents) if self._program is None else self._program.mixed(tangents)
 
     def accumulating_term(self, accumulation: Accumulation, damping: float) -> Callable[[], None] | None:
-        known = self._read()
+        self._begin()
+        known = self._known
         term = None if self._program is None else self._program.accumulating_term(accumulation, damping)
         if term is None:
             return None
@@ -132,53 +157,44 @@ class RecordedLinearization(Tape):
 
         return counted
 
-    def _read(self) -> Known:
-        """Look at the graph, once, before the first product, and decide how products will be made."""
-        if self._known is not None:
-            return self._known
-        start = time.perf_counter()
-        active = [x for x in self._inputs if x.requires_grad]
-        contents: GraphContents | None = None
-        try:
-            contents = read_graph(self._both.outputs, active)
-            known = self._library.known(contents.text)
-        except HiddenContentsError as reason:
-            kinds = tuple((x.shape, x.stride(), x.dtype, x.device) for x in active)
-            known = self._library.known((str(reason), self.nodes, kinds))
-            known.hidden = str(reason)
-        self._known = known
+    def _begin(self) -> None:
+        """Before a solve: decide once how products will be made; give up a program whose tensors have changed since,
+        so that autograd explains what is wrong."""
+        if any(version_of(tensor) != version for tensor, version in self._watched):
+            self._program = self._shortcut = self._contents = None
+            self._watched = []
+        if self._begun:
+            return
+        self._begun, known = True, self._known
         expected = known.products
         known.sights += 1
-        if known.refused or not self._both.outputs or not active:
+        if known.refused or not self._both.outputs:
             self.fallback = known.refused or None
-            return known
-        if contents is not None and not known.hidden:
-            self._contents = contents
-            self._shortcut = known.fitting(contents)
+            return
+        if self._contents is not None:
+            self._shortcut = known.fitting(self._contents)
         if self._shortcut is not None:
             self._adopt_at = 0 if expected >= known.breaks_even else known.breaks_even
             if self._adopt_at == 0:
-                self._run_on_graph(self._shortcut, start)
+                self._run_on_graph(self._shortcut)
         elif len(known.shortcuts) >= MOST_VALUES:
             known.refused = self.fallback = "a number in the loss changes from call to call"
         elif known.sights == 1:
             self._record_at = _MANY
         elif self._library.affords(self.nodes):
             self._record_at = 0 if expected >= known.breaks_even else known.breaks_even
-        return known
 
-    def _run_on_graph(self, shortcut: Shortcut, start: float | None = None) -> None:
+    def _run_on_graph(self, shortcut: Shortcut) -> None:
         """Adopt a program whose constants the graph holds."""
-        assert self._contents is not None and self._known is not None
+        assert self._contents is not None
+        start = time.perf_counter()
         self._adopt(shortcut.program, shortcut.constants(self._contents))
-        if start is not None:
-            self._measured(time.perf_counter() - start)
+        self._measured(time.perf_counter() - start + self._reading_seconds)
         self._contents = self._shortcut = None
         if not shortcut.program.schedule.due() or self._check(shortcut.program):
             self._settle()
 
     def _adopt(self, program: Program, constants: Sequence[Tensor]) -> None:
-        assert self._known is not None
         self._known.adoptions += 1
         residuals = program.residuals(constants)
         self._program = PartitionedLinearization(program.functions, self.layout, self.name, residuals)
@@ -187,14 +203,12 @@ class RecordedLinearization(Tape):
         """What remains to be done when a program has been adopted, and checked."""
 
     def _measured(self, seconds: float) -> None:
-        assert self._known is not None
         self._known.fixed_seconds = min(self._known.fixed_seconds, seconds)
 
     def _written_down(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """The product by autograd, written down; a program for the next ones, if possible."""
-        known, contents = self._known, self._contents
-        assert known is not None
-        self._record_at, self._contents = float("inf"), None
+        contents = self._contents
+        self._record_at, self._contents = math.inf, None
         start = time.perf_counter()
         try:
             with self._inside():
@@ -217,7 +231,6 @@ class RecordedLinearization(Tape):
 
     def _refuse(self, reason: str, contents: GraphContents | None) -> None:
         """Remember why a product could not be written down; one of a whole graph may still be in part."""
-        assert self._known is not None
         if contents is None:
             self._known.refused = self.fallback = reason
         else:
@@ -236,7 +249,6 @@ class RecordedLinearization(Tape):
     def _learn_from_graph(self, written: RecordedProduct, contents: GraphContents, tangents: Sequence[Tensor]) -> None:
         """A program for this solve and for every other one whose graph has the same text."""
         known = self._known
-        assert known is not None
         sources = place_constants(written, contents)
         if sources is None:
             known.hidden = "a tensor that the graph does not show"
@@ -261,7 +273,7 @@ class RecordedLinearization(Tape):
     def _check(self, program: Program) -> bool:
         """Compare the program with autograd on random tangents, and give it up where they disagree."""
         evaluated, known = self._program, self._known
-        assert evaluated is not None and known is not None
+        assert evaluated is not None
         tangents = probe(self.layout)
         with self._inside():
             theirs = self._both(tangents)
@@ -289,3 +301,4 @@ class OwnedLinearization(RecordedLinearization):
 
     def _settle(self) -> None:
         self._product = self._mixed = self._both = Pullback((), ())
+        self._watched = []
