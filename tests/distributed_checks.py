@@ -224,7 +224,7 @@ def check_one_engine_is_chosen(rank: int, count: int, folder: Path) -> None:
         return true(self, name, problem)
 
     with (
-        mock.patch.object(auto, "_seconds_per_term", measured),
+        mock.patch.object(auto, "seconds_per_term", measured),
         mock.patch.object(auto.AutoEngine, "linearize_by", noting),
     ):
         for _ in range(2):

@@ -126,7 +126,7 @@ def check_an_agreed_engine_that_fails(rank: int, count: int, folder: Path) -> No
         raise RuntimeError("out of memory, say")
 
     with (
-        mock.patch.object(auto, "_seconds_per_term", measured),
+        mock.patch.object(auto, "seconds_per_term", measured),
         mock.patch.object(auto.AutoEngine, "linearize_by", failing if rank == 0 else auto.AutoEngine.linearize_by),
         pytest.raises(RuntimeError if rank == 0 else hvp.DistributedError, match="out of memory, say"),
     ):

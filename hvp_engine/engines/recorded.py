@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hvp_engine.differentiation.recorded.library import LIBRARY
-from hvp_engine.differentiation.recorded.linearization import OwnedLinearization
+from hvp_engine.differentiation.recorded.owned import OwnedLinearization
 from hvp_engine.engines.eager import EagerEngine
 
 

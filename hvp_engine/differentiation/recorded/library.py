@@ -145,12 +145,12 @@ class Library:
         """Whether a program of so many operations may be built by now."""
         return self.build_seconds + _SECONDS_PER_NODE * nodes <= _CREDIT + _SHARE * self.plain_seconds
 
-    def program(self, product: RecordedProduct, tangents: Sequence[Tensor]) -> Program | str | None:
-        """The program of what was written down; why there is none; or None, as long as building takes too long."""
+    def program(self, product: RecordedProduct, tangents: Sequence[Tensor], waits: bool) -> Program | str | None:
+        """The program of what was written down; why there is none; or None, if that `waits` until it is affordable."""
         text = product.text()
         with self._lock:
             found = self._programs.get(text)
-            if found is None and self.affords(len(product.entries)):
+            if found is None and (not waits or self.affords(len(product.entries))):
                 try:
                     found = Program(product, tangents)
                     self.built += 1

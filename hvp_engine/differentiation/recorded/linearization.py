@@ -26,6 +26,7 @@ from hvp_engine.differentiation.recorded.graph_contents import GraphContents, Hi
 from hvp_engine.differentiation.recorded.library import (
     LIBRARY,
     MOST_VALUES,
+    Known,
     Library,
     Shortcut,
     numbers_taken,
@@ -51,6 +52,9 @@ class RecordedLinearization(Tape):
     Cost: reading the graph, 3 to 6 us for each node; at the second sight of a kind of graph, building the program,
     about 1 ms for each operation of a product.
     """
+
+    _waits = True
+    """Whether a program waits until the time that building takes has been earned."""
 
     def __init__(
         self,
@@ -174,15 +178,25 @@ class RecordedLinearization(Tape):
         if self._contents is not None:
             self._shortcut = known.fitting(self._contents)
         if self._shortcut is not None:
-            self._adopt_at = 0 if expected >= known.breaks_even else known.breaks_even
+            self._adopt_at = self._hesitation(known, expected)
             if self._adopt_at == 0:
                 self._run_on_graph(self._shortcut)
         elif len(known.shortcuts) >= MOST_VALUES:
             known.refused = self.fallback = "a number in the loss changes from call to call"
-        elif known.sights == 1:
-            self._record_at = _MANY
-        elif self._library.affords(self.nodes):
-            self._record_at = 0 if expected >= known.breaks_even else known.breaks_even
+        else:
+            self._record_at = self._patience(known, expected)
+
+    def _hesitation(self, known: Known, expected: int) -> float:
+        """Products by autograd before a known program is taken."""
+        return 0 if expected >= known.breaks_even else known.breaks_even
+
+    def _patience(self, known: Known, expected: int) -> float:
+        """Products by autograd before one is written down, where a solve is expected to need so many."""
+        if known.sights == 1:
+            return _MANY
+        if not self._library.affords(self.nodes):
+            return math.inf
+        return self._hesitation(known, expected)
 
     def _run_on_graph(self, shortcut: Shortcut) -> None:
         """Adopt a program whose constants the graph holds."""
@@ -227,6 +241,8 @@ class RecordedLinearization(Tape):
             if contents is None:
                 self._measured(time.perf_counter() - start)
             self._settle()
+            if contents is not None:  # from now on the program's numbers, whenever it was made
+                return self._program.product(tangents)
         return filled(products[:count], self.weights)
 
     def _refuse(self, reason: str, contents: GraphContents | None) -> None:
@@ -235,10 +251,11 @@ class RecordedLinearization(Tape):
             self._known.refused = self.fallback = reason
         else:
             self._known.hidden = reason
+            self._record_at = self._asked  # the next one, in part
 
     def _learn(self, written: RecordedProduct, tangents: Sequence[Tensor]) -> None:
         """A program for the rest of this solve, on the constants that were met."""
-        program = self._library.program(written, tangents)
+        program = self._library.program(written, tangents, self._waits)
         if isinstance(program, str):
             self._refuse(program, None)
         elif program is not None:
@@ -251,7 +268,7 @@ class RecordedLinearization(Tape):
         known = self._known
         sources = place_constants(written, contents)
         if sources is None:
-            known.hidden = "a tensor that the graph does not show"
+            self._refuse("a tensor that the graph does not show", contents)
             return
         entries = tuple(written.entries)
         for other in known.shortcuts:
@@ -259,9 +276,9 @@ class RecordedLinearization(Tape):
             if changed is not None and changed[1]:
                 written, sources = changed[0], [*sources, *changed[1]]
                 break
-        program = self._library.program(written, tangents)
+        program = self._library.program(written, tangents, self._waits)
         if isinstance(program, str):
-            known.hidden = program
+            self._refuse(program, contents)
         elif program is not None:
             guards = numbers_taken(written, sources, contents)
             shortcut = Shortcut(program, tuple(sources), guards, entries)
@@ -294,11 +311,3 @@ class RecordedLinearization(Tape):
         self._program = None
         known.shortcuts = [shortcut for shortcut in known.shortcuts if shortcut.program is not program]
         return False
-
-
-class OwnedLinearization(RecordedLinearization):
-    """One whose graph nobody else needs: it is freed as soon as a program has taken over."""
-
-    def _settle(self) -> None:
-        self._product = self._mixed = self._both = Pullback((), ())
-        self._watched = []
