@@ -31,7 +31,7 @@ def flatten_batch(batch: Any) -> tuple[list[Any], pytree.TreeSpec]:
     that an object holds, such as a tokenizer's encodings, is not in the new one.
     """
     leaves, spec = pytree.tree_flatten(batch)
-    if any(isinstance(leaf, Mapping) for leaf in leaves):
+    if any(not isinstance(leaf, Tensor) and isinstance(leaf, Mapping) for leaf in leaves):
         leaves, spec = pytree.tree_flatten(opened(batch))
     return leaves, spec
 
