@@ -91,3 +91,10 @@ def test_the_page_is_what_the_committed_results_say() -> None:
     results = {name: versions.Result(**fields) for name, fields in json.loads(versions.RESULTS.read_text()).items()}
     assert versions.page(results) == versions.PAGE.read_text()
     assert set(results) <= {versions.key(*pair) for pair in versions.PAIRS}
+
+
+def test_the_package_names_the_pythons_whose_tests_passed() -> None:
+    results = [versions.Result(**fields) for fields in json.loads(versions.RESULTS.read_text()).values()]
+    passed = {".".join(result.versions["python"].split(".")[:2]) for result in results if not result.failed}
+    named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (versions.ROOT / "pyproject.toml").read_text())
+    assert named == sorted(passed)
