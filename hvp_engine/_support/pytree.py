@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,8 +243,3 @@ def check_scalar(loss: Any, name: str) -> None:
         )
     if not loss.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating dtype; got {loss.dtype}")
-
-
-def map_leaves(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
-    """`tree` with `function` applied to every tensor in it; other leaves are kept."""
-    return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
