@@ -201,9 +201,9 @@ class AutoEngine(Engine):
             began = time.perf_counter()
             remarks += self._trace(problem, contenders)
             self._losses[problem.identity] = max(cost, time.perf_counter() - began + TRIAL_SECONDS - first)
+        traced = next((made for engine, made in contenders if engine is self._linearized), None)
         choice = self._fastest(problem, contenders, remarks)
         choice.setup_seconds, choice.trace_seconds = time.perf_counter() - start, put_off
-        traced = next((made for engine, made in contenders if engine is self._linearized), None)
         if isinstance(traced, TracedLinearization):
             made = self._compiled.known(problem) is not None
             expected = 0.0 if made else estimated_seconds(traced.functions.partition)
@@ -228,7 +228,7 @@ class AutoEngine(Engine):
         return []
 
     def _fastest(
-        self, problem: Problem, contenders: Sequence[tuple[Engine, Linearization]], remarks: Sequence[str]
+        self, problem: Problem, contenders: list[tuple[Engine, Linearization]], remarks: Sequence[str]
     ) -> Choice:
         """The engine that is fastest for a solve of :data:`_TERMS_OF_A_SOLVE` terms, set-up for each solve included."""
         if len(contenders) == 1:

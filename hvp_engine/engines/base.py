@@ -96,7 +96,8 @@ def _side_by_side(
         group = [begin(operator, v, solver, estimate) for v in vs[start : start + MOST]]
         while active := [one for one in group if one.steps < one.limit and not one.finished()]:
             stacked = [torch.stack(parts) for parts in zip(*(one.direction.tangents for one in active), strict=True)]
-            images = operator.products(stacked)
+            together = pays(operator, len(active))
+            images = operator.products(stacked) if together else LinearMap.products(operator, stacked)
             for index, one in enumerate(active):
                 one.step([image[index] for image in images])
         yield from group

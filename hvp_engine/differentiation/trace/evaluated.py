@@ -62,15 +62,19 @@ class PartitionedLinearization(Linearization):
 
     def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t for several t, by vmap; one by one where it has no rule for some operation, which the report names."""
-        function = self.functions.partition.tangent.module.forward
-        known = self._tangent_residuals
         try:
-            with torch.no_grad():
-                batched = torch.func.vmap(function, (None,) * len(known) + (0,) * len(stacked))
-                return self._filled(batched(*known, *stacked), stacked)
+            return self._at_once(stacked)
         except Exception as error:  # of whatever library an operation comes from
             self.functions.unbatched = f"{type(error).__name__}: {error}".splitlines()[0]
             return super().products(stacked)
+
+    def _at_once(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
+        known = self._tangent_residuals
+        with torch.no_grad():
+            batched = torch.func.vmap(
+                self.functions.partition.tangent.module.forward, (None,) * len(known) + (0,) * len(stacked)
+            )
+            return self._filled(batched(*known, *stacked), stacked)
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t."""
