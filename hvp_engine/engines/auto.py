@@ -234,13 +234,13 @@ class AutoEngine(Engine):
         if len(contenders) == 1:
             return Choice(self._eager, "; ".join(remarks))
         terms = seconds_per_term(contenders)
-        seconds = dict(zip((engine.name for engine, _ in contenders), terms, strict=True))
-        totals = {
-            engine.name: seconds_around(engine, problem, seconds[engine.name])
-            + _TERMS_OF_A_SOLVE * seconds[engine.name]
-            for engine, _ in contenders
-        }
         engines = [engine for engine, _ in contenders]
+        contenders.clear()  # what they hold, such as buffers of recorded graphs, is free for the next linearization
+        seconds = dict(zip((engine.name for engine in engines), terms, strict=True))
+        totals = {
+            engine.name: seconds_around(engine, problem, term) + _TERMS_OF_A_SOLVE * term
+            for engine, term in zip(engines, terms, strict=True)
+        }
         fastest = min(engines, key=lambda e: totals[e.name] * (_TIE if e is self._eager else 1.0))
         return Choice(fastest, "; ".join(["measured fastest", *remarks]), seconds)
 
