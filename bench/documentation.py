@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from baselines import methods
-from bench import demo, field, hard_models, precision, products, report, results
+from bench import demo, field, hard_models, precision, products, report, results, scripts
 
 
 def plots(files: list[Path]) -> str:
@@ -40,6 +40,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods": methods.markdown,
     "precision": precision.markdown,
     "products": products.markdown,
+    "scripts": scripts.markdown,
     "product curves": lambda: named("product-curves"),
 }
 """Each by its name."""

@@ -28,7 +28,7 @@ from bench import results, script_problems
 from bench.interleave import threads
 from bench.methods import foreach_loop, list_loop
 from bench.problems import Batch, Problem
-from bench.report import grid
+from bench.report import README, grid, put
 from bench.results import Environment, Row
 
 FILE = results.FOLDER / "scripts.csv"
@@ -218,6 +218,8 @@ def main() -> None:
         for terms in sorted({size for _, size in medians}):
             loop, ours = medians["list loop", terms], medians[DROP_IN, terms]
             print(f"{name}: {terms} terms, list loop {1e3 * loop:.2f} ms, drop-in {loop / ours:.2f}x", flush=True)
+    if given.out == FILE and README.exists():
+        put(markdown(), "scripts", README)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,13 @@ def read_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphCont
 
     Cost: some 3 us for each node.
     """
+    try:
+        return _read(outputs, inputs)
+    except (RuntimeError, TypeError) as error:  # a freed or changed tensor, about which autograd itself will say more
+        raise HiddenContentsError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+
+def _read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphContents:
     if any(has_hooks(x) for x in inputs):
         raise HiddenContentsError("hooks on the weights")
     order: list[Any] = []
