@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine._support.torch_compat import TorchDispatchMode, schema_of, shares_storage, version_of
+from hvp_engine._support.torch_compat import DispatchMode, schema_of, shares_storage, version_of
 
 aten = torch.ops.aten
 
@@ -140,7 +140,7 @@ def _kind(operation: Any) -> _Kind:
     return _Kind(schema.is_mutable, sized, refused)
 
 
-class ProductRecorder(TorchDispatchMode):
+class ProductRecorder(DispatchMode):
     """Writes down what depends on the tangents; with `whole`, everything that happens.
 
     Attributes:
