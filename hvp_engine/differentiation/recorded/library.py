@@ -19,7 +19,7 @@ from hvp_engine.differentiation.recorded.programs import Program, literals
 
 aten = torch.ops.aten
 
-_SECONDS_PER_NODE = 1e-3
+_SECONDS_PER_NODE = 5e-4
 """What it takes to build a program for each operation that was written down, roughly (on a 2.4 GHz core)."""
 
 _CREDIT, _SHARE = 10.0, 0.25
