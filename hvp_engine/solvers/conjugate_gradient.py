@@ -13,8 +13,10 @@ from torch import Tensor
 from hvp_engine import ops
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.ops.backend import Bound
-from hvp_engine.solvers.base import KrylovSolver
+from hvp_engine.solvers.base import KrylovSolver, LinearSystem, Prepared
+from hvp_engine.solvers.block_conjugate_gradient import BlockConjugateGradientSolve
 from hvp_engine.solvers.iteration import (
+    REFRESH_EVERY,
     Iteration,
     Outcome,
     RightHandSide,
@@ -28,9 +30,6 @@ from hvp_engine.solvers.solution import Status
 
 CHECK_EVERY = 5
 """The host asks the device once per this many products whether the tolerance is reached."""
-
-REFRESH_EVERY = 50
-"""After this many updates the residual is recomputed as b - A x, from which rounding has let it drift."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,9 @@ class ConjugateGradient(KrylovSolver):
 
     def allocate(self, layout: Layout) -> Iteration:
         return _ConjugateGradient(self, layout)
+
+    def prepare(self, system: LinearSystem) -> Prepared:
+        return BlockConjugateGradientSolve(self, system)
 
 
 class _ConjugateGradient(Iteration):
