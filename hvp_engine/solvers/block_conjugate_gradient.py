@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ _MOST_COLUMNS = 128
 
 _MOST_ELEMENTS = 1 << 25
 """A block has at most this many elements. About seven of its size exist at once, in float32 1 GB."""
+
+_PIECE = 1 << 16
+"""Elements of each row that are converted to float64 at once."""
 
 _DEPENDENT = {torch.float32: 1e-4, torch.float64: 1e-7}
 """A direction of which the others leave no more than this share counts as a combination of them. It is not lost: what
@@ -39,13 +43,14 @@ class BlockConjugateGradientSolve(IterativeSolve):
     def run(self, vs: Sequence[Vector], names: Sequence[str]) -> Iterator[Result]:
         layout = self.operator.layout
         most = max(1, min(_MOST_COLUMNS, _MOST_ELEMENTS // max(1, layout.size)))
-        width = -(-len(vs) // -(-len(vs) // most))  # blocks of nearly the same size: 130 columns are 65 + 65
         whole = layout.whole is None and not layout.low_precision
-        if width == 1 or not whole or not self.solver.makes_products:
+        if most == 1 or len(vs) == 1 or not whole or not self.solver.makes_products:
             yield from super().run(vs, names)
             return
-        for start in range(0, len(vs), width):
-            yield from self._solve_together(vs[start : start + width], names[start : start + width])
+        count = -(-len(vs) // most)  # blocks of nearly the same size, so none of a single column: 130 are 65 + 65
+        bounds = [len(vs) * index // count for index in range(count + 1)]
+        for start, end in pairwise(bounds):
+            yield from self._solve_together(vs[start:end], names[start:end])
 
     def _solve_together(self, vs: Sequence[Vector], names: Sequence[str]) -> Iterator[Result]:
         block = _Block(self.solver, self.system, vs)
@@ -155,12 +160,11 @@ class _Block:
         s = p if self._solver.preconditioner is None else combine @ s
         q = self._multiplied(p)
         curvature = _inner(p, q)
-        if not bool(torch.isfinite(curvature).all()):
+        factor, failed = torch.linalg.cholesky_ex((curvature + curvature.T) / 2)
+        pivots = factor.diagonal().square()
+        if failed or not bool(pivots.min() > torch.finfo(z.dtype).eps * pivots.max()):  # of NaN, too
             return None
-        values, vectors = torch.linalg.eigh((curvature + curvature.T) / 2)
-        if not bool(values[0] > torch.finfo(z.dtype).eps * values[-1]):
-            return None
-        return _Directions(p, s, q, (vectors / values) @ vectors.T)
+        return _Directions(p, s, q, torch.cholesky_inverse(factor))
 
     def _deflate(self) -> None:
         """Update the residual norms; columns that have converged keep their x, and r loses their rows."""
@@ -216,4 +220,7 @@ class _Block:
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:
     """The inner products of rows, in float64."""
-    return left.double() @ right.double().T
+    total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
+    for a, b in zip(left.split(_PIECE, 1), right.split(_PIECE, 1), strict=True):
+        total.addmm_(a.double(), b.double().T)
+    return total
