@@ -91,7 +91,9 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "dependent": lambda vs: randn(len(vs), 2, seed=5) @ vs[:2] if len(vs) > 2 else vs,
     "nearly dependent": lambda vs: vs[:1] + 1e-6 * vs,
     "a zero": lambda vs: torch.cat([vs[:-1], torch.zeros_like(vs[:1])]),
-    "smooth and rough": lambda vs: torch.stack([torch.linalg.matrix_power(SPREAD, i % 3) @ v for i, v in enumerate(vs)]),
+    "smooth and rough": lambda vs: torch.stack(
+        [torch.linalg.matrix_power(SPREAD, i % 3) @ v for i, v in enumerate(vs)]
+    ),
 }
 
 
@@ -208,7 +210,7 @@ def test_a_converged_column_leaves_the_block() -> None:
     singles = columns(SPREAD, vs, hvp.ConjugateGradient(400, tol=1e-8))
     assert [one.iterations for _, one in singles][:2] == [1, 1]
     assert all(one.iterations > 5 for _, one in singles[2:])
-    assert operator.calls == solution.hvps == sum(one.iterations for _, one in singles)
+    assert operator.calls == solution.hvps <= 2 + 3 * solution.iterations
 
 
 def test_tolerances_hold_for_each_column() -> None:
@@ -373,7 +375,7 @@ def test_what_is_not_finite_is_named() -> None:
 
 
 def test_memory_bounds_the_block(blocks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    vs, solver = randn(7, SIZE, seed=31), hvp.ConjugateGradient(100, tol=1e-9)
+    vs, solver = randn(7, SIZE, seed=31), hvp.ConjugateGradient(400, tol=1e-9)
     whole = hvp.solve(Matrix(SPREAD), vs, solver, batched=True)
     monkeypatch.setattr(block_conjugate_gradient, "_MOST_ELEMENTS", 3 * 64)  # 60 weights take 64 elements
     parts = hvp.solve(Matrix(SPREAD), vs, solver, batched=True)

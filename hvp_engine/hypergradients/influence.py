@@ -76,7 +76,7 @@ def influence_matrix(
     positive definite A, and the numbers rank rather than measure. Losses that mix examples (BatchNorm in training
     mode) see batches of one.
 
-    Cost: one solve for each test example (side by side, as `solve(..., batched=True)` does); one gradient for each
+    Cost: one solve for each test example (in blocks, as `solve(..., batched=True)` does); one gradient for each
     test example, and one for each training example and chunk of test examples: by `vmap` where the loss allows, else
     in a loop. Memory: about 2 `chunk` vectors of weights, beside the solver's.
 
