@@ -70,7 +70,7 @@ def test_it_is_the_inverse_of_the_gauss_newton_matrix(name: str, loss: str, kind
     module, weights, x, y = problem(name, loss)
     diagonals: dict[str, Any] = {
         "number": 0.3,
-        "a number for each tensor": {key: torch.tensor(0.1 + index) for index, key in enumerate(weights)},
+        "a number for each tensor": {key: torch.tensor(0.1 + index, dtype=DTYPE) for index, key in enumerate(weights)},
         "for each output": {
             key: randn(len(w), *[1] * (w.dim() - 1), seed=index).abs() + 0.1
             for index, (key, w) in enumerate(weights.items())
@@ -79,8 +79,8 @@ def test_it_is_the_inverse_of_the_gauss_newton_matrix(name: str, loss: str, kind
     }
     diagonal = diagonals[kind]
     made = hvp.WoodburyPreconditioner(module, LOSSES[loss], weights, x, y, diagonal)
-    entries = [torch.as_tensor(diagonal if kind == "number" else diagonal[key]) for key in weights]
-    spread = flat([entry.to(DTYPE).expand(w.shape) for entry, w in zip(entries, weights.values(), strict=True)])
+    entries = [torch.as_tensor(diagonal if kind == "number" else diagonal[key], dtype=DTYPE) for key in weights]
+    spread = flat([entry.expand(w.shape) for entry, w in zip(entries, weights.values(), strict=True)])
     matrix = gauss_newton(module, LOSSES[loss], weights, x, y) + torch.diag(spread)
     found = as_matrix(made, weights)
     assert relative_error(found, torch.linalg.inv(matrix)) < 1e-10
@@ -89,7 +89,7 @@ def test_it_is_the_inverse_of_the_gauss_newton_matrix(name: str, loss: str, kind
 
 
 def test_some_of_the_weights_and_layers_that_it_does_not_know() -> None:
-    """Weights outside of `weights` do not count; those of unknown layers, and of layers used twice, get 1 / diagonal."""
+    """Weights outside of `weights` do not count; those of layers that it does not know get 1 / diagonal."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
     x, y = randn(6, 4, seed=1), torch.arange(6) % 3
@@ -183,18 +183,15 @@ def test_it_is_no_inverse_of_a_network_that_is_not_linear() -> None:
         (
             ValueError,
             r"diagonal: expected a shape that broadcasts to \(3, 4\)",
-            {"diagonal": [torch.ones(4, 3, 4)] * 2},
+            {"diagonal": [torch.ones(2, 3, 4)] * 2},
         ),
         (hvp.NonFiniteError, "inputs: expected finite", {"inputs": torch.full((6, 4), math.nan, dtype=DTYPE)}),
     ],
 )
 def test_bad_arguments(error: type[Exception], match: str, changes: dict[str, Any]) -> None:
     module, weights, x, y = problem("linear", "softmax")
-    if "module" in changes and isinstance(changes["module"], nn.Module):
-        weights, changes = (
-            dict(changes["module"].named_parameters()),
-            {**changes, "loss": lambda o, t: o.square().sum()},
-        )
+    if isinstance(changes.get("module"), nn.Module):
+        weights = dict(changes["module"].named_parameters())
     arguments: dict[str, Any] = {
         "module": module, "loss": cross_entropy, "weights": weights, "inputs": x, "targets": y, "diagonal": 0.1,
     }  # fmt: skip
