@@ -1,4 +1,4 @@
-"""An influence matrix by blocks of right-hand sides, against pyDVL's and against one solve after another.
+"""An influence matrix by blocks of right-hand sides, against pyDVL's blocks and against solves side by side.
 
     python -m bench.influence [--out FILE.csv]
 
@@ -31,6 +31,7 @@ import hvp_engine as hvp
 from bench.report import grid
 from bench.results import FOLDER, Environment, version
 from hvp_engine.demo.images import digits
+from hvp_engine.solvers.base import IterativeSolve, LinearSystem, Prepared
 
 FILE = FOLDER / "influence.csv"
 DAMPING, ERRORS, MOST = 1e-2, (1e-1, 1e-2, 1e-3), 60
@@ -86,18 +87,12 @@ class Problem:
         hessian = hvp.HessianOperator(self.loss, self.weights, self.train, engine=self._engine)
         return hvp.influence_matrix(hessian, self.loss, self.loss, self.weights, self.train, self.test, solver).matrix
 
-    def one_by_one(self, iterations: int) -> Tensor:
-        """By our solver for one test example after another."""
-        hessian = hvp.HessianOperator(self.loss, self.weights, self.train, engine=self._engine)
-        tests = [(self.test[0][index, None], self.test[1][index, None]) for index in range(len(self.test[1]))]
-        solver = conjugate_gradient(iterations)
-        losses = (self.loss, self.loss, self.weights, self.train)
-        return torch.cat([hvp.influence_matrix(hessian, *losses, test, solver).matrix for test in tests], 1)
 
+class SideBySide(hvp.ConjugateGradient):
+    """Conjugate gradients that share products, one batched product for each step, but no Krylov space."""
 
-def conjugate_gradient(iterations: int) -> hvp.ConjugateGradient:
-    """As many iterations as are asked for."""
-    return hvp.ConjugateGradient(iterations, tol=0.0, damping=DAMPING)
+    def prepare(self, system: LinearSystem) -> Prepared:
+        return IterativeSolve(self, system)
 
 
 def pydvl(problem: Problem) -> Method:
@@ -116,9 +111,9 @@ def pydvl(problem: Problem) -> Method:
     return method
 
 
-def fewest(method: Method, truth: Tensor, wanted: float) -> tuple[int, float]:
-    """The iterations that are enough, and the error that they leave."""
-    for iterations in range(1, MOST + 1):
+def fewest(method: Method, truth: Tensor, wanted: float, least: int) -> tuple[int, float]:
+    """The iterations that are enough, `least` or more, and the error that they leave."""
+    for iterations in range(least, MOST + 1):
         error = float((method(iterations).double() - truth).norm() / truth.norm())
         if error <= wanted:
             return iterations, error
@@ -130,14 +125,15 @@ def measure(rounds: int) -> list[Row]:
     problem = Problem()
     truth = Problem(torch.float64).matrix(hvp.Exact(damping=DAMPING))
     methods: dict[str, Method] = {
-        "hvp_engine": lambda iterations: problem.matrix(conjugate_gradient(iterations)),
-        "hvp_engine, one by one": problem.one_by_one,
+        "hvp_engine": lambda iterations: problem.matrix(hvp.ConjugateGradient(iterations, 0.0, DAMPING)),
+        "hvp_engine, side by side": lambda iterations: problem.matrix(SideBySide(iterations, 0.0, DAMPING)),
     }
     if importlib.util.find_spec("pydvl") is not None:
         methods["pydvl"] = pydvl(problem)
     environment, rows = Environment.of(torch.device("cpu")), []
+    needed = dict.fromkeys(methods, (1, 1.0))
     for wanted in ERRORS:
-        needed = {name: fewest(method, truth, wanted) for name, method in methods.items()}
+        needed = {name: fewest(method, truth, wanted, needed[name][0]) for name, method in methods.items()}
         samples: dict[str, list[float]] = {name: [] for name in methods}
         for _ in range(rounds):
             for name, method in methods.items():
@@ -155,10 +151,25 @@ def measure(rounds: int) -> list[Row]:
     return rows
 
 
-def markdown(rows: list[Row]) -> str:
-    """A table."""
-    head = ["error", "method", "iterations", "CPU time"]
-    return grid(head, [[f"{row.wanted:g}", row.method, str(row.iterations), f"{row.p50_ms:.0f} ms"] for row in rows])
+def read(file: Path = FILE) -> list[Row]:
+    """The rows of a file; none where there is no file."""
+    if not file.exists():
+        return []
+    types = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(Row)}
+    with file.open(newline="") as lines:
+        return [Row(**{name: types[name](value) for name, value in row.items()}) for row in csv.DictReader(lines)]
+
+
+def markdown(rows: list[Row] | None = None) -> str:
+    """A table, of the committed results by default."""
+    rows = read() if rows is None else rows
+    if not rows:
+        return "No results have been committed yet."
+    head = ["error of the matrix", "method", "iterations", "CPU time"]
+    body = [[f"{row.wanted:g}", row.method, str(row.iterations), f"{row.p50_ms:.0f} ms"] for row in rows]
+    last = rows[-1]
+    made = f"{last.device}, torch {last.torch}, {', '.join(sorted({row.package for row in rows}))}; {last.date}."
+    return f"{grid(head, body)}\n\n{made}"
 
 
 def main() -> None:
