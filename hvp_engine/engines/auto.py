@@ -169,7 +169,7 @@ class AutoEngine(Engine):
             return Choice(self._engine(remembered), "as before the checkpoint")
         known = self._losses.get(problem.identity)
         if known is not None and not at_once and self._linearized.known(problem) is None:
-            reason = f"another shape of a loss: a program takes about {known:.2g} s, and waits until terms have taken as much"
+            reason = f"another shape of a loss: a program takes about {known:.2g} s, and waits for terms to take that"
             return Choice(self._eager, reason, trace_seconds=known)
         with random_state_kept(problem.weights[0].device):
             return self._measured_choice(problem, self._eager.linearize(problem), trace_too)

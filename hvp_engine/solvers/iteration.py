@@ -28,6 +28,9 @@ from hvp_engine.solvers.spectrum import SpectralEstimate
 GROWTH_LIMIT = 1e4
 """A residual of more than this many times the right-hand side raises an error instead of setting a status."""
 
+REFRESH_EVERY = 50
+"""After this many updates conjugate gradients recompute b - A x, from which rounding lets their residual drift."""
+
 
 @dataclass(frozen=True)
 class Outcome:
