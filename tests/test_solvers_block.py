@@ -109,7 +109,7 @@ def test_every_column_is_solved(kind: str, count: int, dtype: torch.dtype, alone
     for v, expected, (value, solution) in zip(vs, truth, results, strict=True):
         assert solution.converged and solution.residual_norm <= claimed
         assert relative_error(value.double(), expected) < loss_of_digits if v.any() else not value.any()
-    if kind != "dependent":  # whose rounding errors are independent
+    if kind not in ("dependent", "nearly dependent"):  # whose rounding errors are independent
         assert not any(alone), "the blocks need no help"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -29,6 +30,11 @@ _DEPENDENT = {torch.float32: 1e-4, torch.float64: 1e-7}
 """A direction of which the others leave no more than this share counts as a combination of them. It is not lost: what
 is left of it grows, relative to the residual, until it counts. Eigenvalues of a Gram matrix are the squares of these
 shares, and float64 resolves no smaller ones than 1e-14."""
+
+
+_STAGNANT = 50
+"""Steps without a smaller residual after which a block is given up: nearly dependent right-hand sides may leave
+directions that are mostly rounding."""
 
 
 class BlockConjugateGradientSolve(IterativeSolve):
@@ -112,9 +118,15 @@ class _Block:
     def solve(self) -> None:
         """Step until each column is solved, or left, or at the limit."""
         self._deflate()
-        directions = None
+        directions, best, reached = None, math.inf, 0
         for count in range(1, self._solver.iterations + 1):
             if not self._active:
+                return
+            largest = max(self._residuals[column] for column in self._active)
+            if largest < best:
+                best, reached = largest, count
+            if count > reached + _STAGNANT:
+                self.left.update(self._active)
                 return
             if count % (REFRESH_EVERY + 1) == 0:
                 self._refresh()
