@@ -33,8 +33,8 @@ shares, and float64 resolves no smaller ones than 1e-14."""
 
 
 _STAGNANT = 50
-"""Steps without a smaller residual after which a block is given up: nearly dependent right-hand sides may leave
-directions that are mostly rounding."""
+"""Steps without a smaller residual after which a block is given up, as it is after four steps for each unknown: nearly
+dependent right-hand sides may leave directions that are mostly rounding."""
 
 
 class BlockConjugateGradientSolve(IterativeSolve):
@@ -125,7 +125,7 @@ class _Block:
             largest = max(self._residuals[column] for column in self._active)
             if largest < best:
                 best, reached = largest, count
-            if count > reached + _STAGNANT:
+            if count > min(reached + _STAGNANT, 4 * self._layout.numel):
                 self.left.update(self._active)
                 return
             if count % (REFRESH_EVERY + 1) == 0:
