@@ -184,7 +184,10 @@ def test_compiled_graphs() -> None:
 
 def test_compiled_modules_keep_the_original() -> None:
     module = nn.Linear(2, 2)
-    assert getattr(torch.compile(module), torch_compat.COMPILED_MODULE) is module
+    name, original = torch_compat.compiled_from(torch.compile(module)) or ("", None)
+    assert original is module
+    assert all(key.startswith(f"{name}.") for key, _ in torch.compile(module).named_parameters())
+    assert torch_compat.compiled_from(module) is None
 
 
 ARGUMENTS = {
@@ -218,6 +221,23 @@ def test_arguments_of_operations(name: str) -> None:
     schema = torch_compat.schema_of(getattr(getattr(torch.ops.aten, packet), overload))
     assert [argument.name for argument in schema.arguments] == ARGUMENTS[name].split()
     assert torch_compat.schema_of(torch.sin) is None
+
+
+def test_collectives_on_single_tensors() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for collective in (torch_compat.all_gather_single, torch_compat.reduce_scatter_single):
+            found = torch.zeros_like(W)
+            collective(found, W)
+            torch.testing.assert_close(found, W)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_tags() -> None:
+    assert torch.Tag.pointwise in torch_compat.tags_of(torch.ops.aten.sin.default)
+    assert torch.Tag.nondeterministic_seeded in torch_compat.tags_of(torch.ops.aten.bernoulli.default)
+    assert not torch_compat.tags_of(torch.sin)
 
 
 # Canaries: torch says what the guards match, and the guards refuse.
