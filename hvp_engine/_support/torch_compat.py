@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch._C._functorch import TransformType
 from torch._prims_common import suggest_memory_format as suggest_memory_format
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -157,11 +157,6 @@ def end_allocation_to_pool(device: int, pool: Any) -> None:
 
 
 # Graphs.
-
-
-def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape and no values."""
-    return isinstance(tensor, FakeTensor)
 
 
 FakeMode = FakeTensorMode
