@@ -112,7 +112,7 @@ class Tuner:
         if not (inner_tolerance is None or inner_tolerance >= 0):
             raise ValueError(f"inner_tolerance: expected a number >= 0 or None; got {inner_tolerance!r}")
         self.inner_tolerance, self.train_loss = inner_tolerance, train_loss
-        self.module, self.hyper_module = module, hyper
+        self.module = module
         losses, batches = (train_loss, val_loss), (self.train_batches, self.val_batches)
         estimator = estimator_for(estimator, losses, batches, solver, engine)
         weight_moves = weight_optimizer, weight_scheduler, weight_clip
@@ -123,7 +123,6 @@ class Tuner:
         self.hyper, self.hyper_names = problem.hyper.tensors, problem.hyper.names
         self.weight_side, self.hyper_side = problem.weight_side, problem.hyper_side
         self.estimator, self.processes, self.device = problem.given_estimator, problem.processes, self.weights[0].device
-        self.initial_weights, self.initial_buffers = problem.initial_weights, problem.initial_buffers
         self.history, self.streams, self.hyper_steps = History(), Streams(self.device), 0
         self.steps_to_go = self.warmup_steps + self.inner_steps
 
