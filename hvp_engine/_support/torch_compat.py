@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch._C._functorch import TransformType
 from torch._prims_common import suggest_memory_format as suggest_memory_format
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
