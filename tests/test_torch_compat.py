@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -145,9 +146,8 @@ def test_fake_tensors() -> None:
     with torch_compat.one_fake_mode():
         module = make_fx(function)(W)
     values = [node.meta["val"] for node in module.graph.nodes if "val" in node.meta]
-    assert values and all(torch_compat.is_fake(value) for value in values)
+    assert values and all(isinstance(value, FakeTensor) for value in values)
     assert len({value.fake_mode for value in values}) == 1
-    assert not torch_compat.is_fake(W)
     torch.testing.assert_close(module(W), W.sin() + 1)
 
 
@@ -184,7 +184,10 @@ def test_compiled_graphs() -> None:
 
 def test_compiled_modules_keep_the_original() -> None:
     module = nn.Linear(2, 2)
-    assert getattr(torch.compile(module), torch_compat.COMPILED_MODULE) is module
+    name, original = torch_compat.compiled_from(torch.compile(module)) or ("", None)
+    assert original is module
+    assert all(key.startswith(f"{name}.") for key, _ in torch.compile(module).named_parameters())
+    assert torch_compat.compiled_from(module) is None
 
 
 ARGUMENTS = {
@@ -218,6 +221,23 @@ def test_arguments_of_operations(name: str) -> None:
     schema = torch_compat.schema_of(getattr(getattr(torch.ops.aten, packet), overload))
     assert [argument.name for argument in schema.arguments] == ARGUMENTS[name].split()
     assert torch_compat.schema_of(torch.sin) is None
+
+
+def test_collectives_on_single_tensors() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for collective in (torch_compat.all_gather_single, torch_compat.reduce_scatter_single):
+            found = torch.zeros_like(W)
+            collective(found, W)
+            torch.testing.assert_close(found, W)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_tags() -> None:
+    assert torch.Tag.pointwise in torch_compat.tags_of(torch.ops.aten.sin.default)
+    assert torch.Tag.nondeterministic_seeded in torch_compat.tags_of(torch.ops.aten.bernoulli.default)
+    assert not torch_compat.tags_of(torch.sin)
 
 
 # Canaries: torch says what the guards match, and the guards refuse.

@@ -36,12 +36,12 @@ class Batches:
     """
 
     def __init__(self, loader: Iterable[Any], device: torch.device, name: str):
-        if isinstance(loader, Tensor) or not hasattr(loader, "__iter__"):
+        if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
             raise TypeError(
                 f"{name}: expected a loader (an iterable of batches); got {type(loader).__name__}: "
                 "for a full batch pass [batch]"
             )
-        if hasattr(loader, "__next__"):
+        if isinstance(loader, Iterator):
             raise TypeError(f"{name}: expected a loader that can be iterated again; got an iterator: pass a list")
         self.loader, self.device, self.name = loader, device, name
         self.epoch, self.taken = -1, 0

@@ -64,7 +64,7 @@ def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor],
     tree = trainable(tree)
     leaves, spec = pytree.tree_flatten(tree)
     shards = None
-    if any(is_sharded(leaf) for leaf in leaves):
+    if not _PLAIN.issuperset(map(type, leaves)) and any(map(is_sharded, leaves)):
         if not sharded:
             raise TypeError(
                 f"{name}: expected tensors that are whole in this process; got DTensors, which are supported as "
@@ -83,6 +83,10 @@ def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor],
             "move them together"
         )
     return leaves, Structure(spec, shards)
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+"""Types of which no leaf is a DTensor."""
 
 
 def trainable(tree: Tree) -> Tree:

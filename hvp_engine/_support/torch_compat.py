@@ -159,11 +159,6 @@ def end_allocation_to_pool(device: int, pool: Any) -> None:
 # Graphs.
 
 
-def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape and no values."""
-    return isinstance(tensor, FakeTensor)
-
-
 FakeMode = FakeTensorMode
 
 
@@ -221,8 +216,22 @@ def schema_of(operation: Any) -> Any:
     return getattr(operation, "_schema", None)
 
 
-COMPILED_MODULE = "_orig_mod"
-"""The attribute in which the module that `torch.compile` returns keeps the original."""
+def tags_of(operation: Any) -> Sequence[torch.Tag]:
+    """The tags of an operator of `torch.ops`; none for anything else."""
+    return getattr(operation, "tags", ())
+
+
+def compiled_from(module: torch.nn.Module) -> tuple[str, torch.nn.Module] | None:
+    """The attribute in which a module that `torch.compile` returned keeps the original, and that; else None."""
+    original = getattr(module, "_orig_mod", None)
+    return None if original is None else ("_orig_mod", original)
+
+
+# torch 2.13 renamed them.
+all_gather_single = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
+reduce_scatter_single = (
+    getattr(torch.distributed, "reduce_scatter_single", None) or torch.distributed.reduce_scatter_tensor
+)
 
 
 # Texts that autograd's and make_fx's errors hold.

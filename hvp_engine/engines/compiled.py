@@ -14,10 +14,12 @@ from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.torch_compat import compile_graph
 from hvp_engine.differentiation.linear_map import Accumulation, Linearization
 from hvp_engine.differentiation.problem import Problem
+from hvp_engine.differentiation.trace.evaluated import Function
 from hvp_engine.differentiation.trace.functionalize import is_random
 from hvp_engine.differentiation.trace.inplace import written_over
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.differentiation.trace.regions import Regions, distinct, lazily
+from hvp_engine.differentiation.trace.rewriting import Attempts
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.traced import Functions, LinearizedEngine, TracedLinearization
 from hvp_engine.errors import BackendError
@@ -65,10 +67,18 @@ class CompiledFunctions(Functions):
             if not any(_miscompiled(node) for node in parts.primal.graph.nodes):
                 self.primal = lazily(self._compile, parts.primal)
         else:
-            regions = Regions(self._compile)
-            self.tangent = written_over(regions.outline(parts.tangent.module)).forward
-            self.accumulating = written_over(regions.outline(parts.accumulating.module)).forward
-            self.primal = regions.outline(parts.primal).forward
+            attempts, outline = Attempts(), Regions(self._compile).outline
+
+            def outlined(module: fx.GraphModule) -> fx.GraphModule:
+                return attempts.call(outline, module, otherwise=module)
+
+            def reusing(module: fx.GraphModule) -> Function:
+                return attempts.call(written_over, module, otherwise=module).forward
+
+            self.tangent = reusing(outlined(parts.tangent.module))
+            self.accumulating = reusing(outlined(parts.accumulating.module))
+            self.primal = outlined(parts.primal).forward
+            self.undone = (*parts.undone, *attempts.undone)
         self._terms: dict[tuple[bool, float], Callable[..., Any]] = {}
 
     def _compile(self, module: fx.GraphModule, arguments: Sequence[Tensor]) -> Callable[..., Any]:

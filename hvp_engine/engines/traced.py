@@ -33,6 +33,7 @@ class Functions(PartitionFunctions):
 
     def __init__(self, parts: Partition, modules: Sequence[torch.nn.Module]):
         super().__init__(parts)
+        self.undone = parts.undone
         self.schedule = Schedule()
         self.distrust: str | None = None
         self.modules = list(modules)
@@ -131,7 +132,7 @@ class LinearizedEngine(Engine):
         text = f"{self.traces} traces in {self.trace_seconds:.2f} s"
         if self._forgotten:
             text += f", {self._forgotten} of them forgotten: at most {_MOST_TRACES} are kept, the latest used"
-        undone = {u for f in self._cache.values() if isinstance(f, Functions) for u in f.partition.undone}
+        undone = {u for f in self._cache.values() if isinstance(f, Functions) for u in f.undone}
         text += "".join(f"; rewrite undone: {reason}" for reason in sorted(undone))
         reasons = {f.unbatched for f in self._cache.values() if isinstance(f, Functions) and f.unbatched}
         return text + "".join(f"; right-hand sides one by one, since vmap failed: {reason}" for reason in reasons)

@@ -161,6 +161,4 @@ def _for_nonsymmetric(solver: Solver) -> Solver:
             "solver: expected one that does not need a symmetric operator, such as hvp.Neumann(20); got "
             f"{type(solver).__name__}, while the Jacobian of a map is not symmetric in general"
         )
-    if isinstance(solver, Neumann) and solver.alpha == "auto":
-        return replace(solver, alpha=1 / (1 + solver.damping))
-    return solver
+    return solver.without_estimate()

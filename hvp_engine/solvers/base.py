@@ -99,6 +99,10 @@ class Solver:
         """The state that all right-hand sides of `system` share."""
         return IterativeSolve(self, system)
 
+    def without_estimate(self: AnySolver) -> AnySolver:
+        """This solver for an operator that is not symmetric, whose spectrum Lanczos cannot estimate."""
+        return self
+
     def relaxed(self: AnySolver, layout: Layout, share: float, norm: float) -> AnySolver | None:
         """This solver for the residual of a warm start, of norm `norm` = `share` * ||v||; None if that is small.
 

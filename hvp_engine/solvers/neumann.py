@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -81,6 +81,10 @@ class Neumann(Solver):
     @property
     def makes_products(self) -> bool:
         return self.iterations > 0
+
+    def without_estimate(self) -> Neumann:
+        """With alpha = 1 / (1 + damping): a map that contracts makes of I - J a matrix near I."""
+        return replace(self, alpha=1 / (1 + self.damping)) if self.alpha == "auto" else self
 
     def allocate(self, layout: Layout) -> Iteration:
         return _FORMS[self.form, self.preconditioner is not None](self, layout)
