@@ -129,6 +129,12 @@ def shares_storage(tensor: Tensor) -> bool:
     return torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor's own use and the one made here
 
 
+def is_zero_tensor(tensor: Tensor) -> bool:
+    """Whether the tensor is zero and has no memory. Forward mode makes such; an operation on one that a dispatch mode
+    hands on ends the process with a segmentation fault. Seen in 2.13."""
+    return tensor._is_zerotensor()
+
+
 # Kernels.
 
 fused_weight_norm = torch._weight_norm

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine._support.torch_compat import DispatchMode, schema_of, shares_storage, version_of
+from hvp_engine._support.torch_compat import DispatchMode, is_zero_tensor, schema_of, shares_storage, version_of
 
 aten = torch.ops.aten
 
@@ -50,7 +50,8 @@ _TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is what its shape, strides and dtype say: no subclass, not sparse, not lazily conjugate."""
     plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-    return plain and tensor.layout is torch.strided and not tensor.is_neg() and not tensor.is_conj()
+    lazy = tensor.is_neg() or tensor.is_conj() or is_zero_tensor(tensor)
+    return plain and tensor.layout is torch.strided and not lazy
 
 
 class Value:
@@ -166,6 +167,8 @@ class ProductRecorder(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         keywords = kwargs or {}
+        if any(isinstance(argument, Tensor) and is_zero_tensor(argument) for argument in args):
+            args = tuple([_with_memory(argument) for argument in args])
         if not self._whole and not (self._varies(args) or self._varies(keywords.values())):
             result = func(*args, **keywords)
             if func in _FILLS:
@@ -283,6 +286,13 @@ class ProductRecorder(DispatchMode):
             self._versions.append(version_of(tensor))
         self._places[id(tensor)] = constant
         return constant
+
+
+def _with_memory(argument: Any) -> Any:
+    """A tensor of zeros that has memory, in place of one that has none."""
+    if isinstance(argument, Tensor) and is_zero_tensor(argument):
+        return torch.zeros(argument.shape, dtype=argument.dtype, device=argument.device)
+    return argument
 
 
 def record(
