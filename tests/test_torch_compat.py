@@ -7,7 +7,9 @@ or has mended what it guards against.
 from __future__ import annotations
 
 import ast
+import ctypes
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -413,3 +415,10 @@ def test_reverse_mode_inside_forward_mode_is_refused_in_a_trace() -> None:
         hvp.HessianOperator(by_reverse, W, engine="linearized") @ W,
         hvp.HessianOperator(by_hessian, W, engine="eager") @ W,
     )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no symbols are looked up there")
+def test_torch_loads_the_library_that_has_blas() -> None:
+    path = Path(torch_compat.loaded_library("torch_cpu"))
+    assert path.exists()
+    assert hasattr(ctypes.CDLL(str(path)), "sgemm_") and hasattr(ctypes.CDLL(str(path)), "dgemm_")

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,6 +165,12 @@ def end_allocation_to_pool(device: int, pool: Any) -> None:
 
 
 # Graphs.
+
+
+def loaded_library(name: str) -> str:
+    """The file of one of torch's own libraries, which are loaded with it."""
+    suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+    return str(Path(torch.__file__).parent / "lib" / f"{'' if suffix == 'dll' else 'lib'}{name}.{suffix}")
 
 
 FakeMode = FakeTensorMode

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvp_engine.differentiation.linear_map import Linearization, LinearMap
+from hvp_engine.differentiation.linear_map import Linearization, LinearMap, Terms
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.batched import MOST, pays
@@ -25,23 +25,20 @@ def begin(operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: Sp
     return iteration
 
 
-def advance(
-    iteration: Iteration, operator: LinearMap, term: Callable[[], None] | None = None, limit: float = math.inf
-) -> None:
-    """Alternate products and steps until the solver is done, or has made `limit` steps; `term`, if given, stands for
-    all of them but the last.
+def advance(iteration: Iteration, operator: LinearMap, terms: Terms | None = None, limit: float = math.inf) -> None:
+    """Alternate products and steps until the solver is done, or has made `limit` steps; `terms`, if given, make all of
+    them but the last.
 
     A product is kept until the next one exists: freed at once, its memory would return to the system and come back page
     by page, which tripled the page faults of a solve and cost up to a third of its time on a CPU.
     """
+    if terms is not None and iteration.steps < iteration.limit - 1:
+        terms(range(iteration.steps, iteration.limit - 1))
+        iteration.steps = iteration.limit - 1
     limit = min(limit, iteration.limit)
     while iteration.steps < limit and not iteration.finished():
-        if term is not None and iteration.steps < iteration.limit - 1:
-            term()
-            iteration.steps += 1
-        else:
-            product = operator.product(iteration.direction.tangents)
-            iteration.step(product)
+        product = operator.product(iteration.direction.tangents)
+        iteration.step(product)
 
 
 class Engine:
@@ -64,8 +61,8 @@ class Engine:
         if operator.learning:
             advance(iteration, operator, limit=1)
         accumulation = iteration.accumulation if iteration.limit > 1 else None
-        term = None if accumulation is None else operator.accumulating_term(accumulation, solver.damping)
-        advance(iteration, operator, term)
+        terms = None if accumulation is None else operator.accumulating_terms(accumulation, solver.damping)
+        advance(iteration, operator, terms)
         return iteration
 
     def run_all(

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.torch_compat import compile_graph
-from hvp_engine.differentiation.linear_map import Accumulation, Linearization
+from hvp_engine.differentiation.linear_map import Accumulation, Linearization, Terms
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.trace.evaluated import Function
 from hvp_engine.differentiation.trace.functionalize import is_random
@@ -133,9 +133,9 @@ class CompiledLinearization(TracedLinearization):
         ]
         return super().product(laid_out)
 
-    def accumulating_term(self, accumulation: Accumulation, damping: float) -> Callable[[], None] | None:
+    def accumulating_terms(self, accumulation: Accumulation, damping: float) -> Terms | None:
         if not self.functions.whole:
-            return super().accumulating_term(accumulation, damping)
+            return super().accumulating_terms(accumulation, damping)
         if self.layout.low_precision:
             return None
         in_place = accumulation.target is accumulation.direction
@@ -145,10 +145,11 @@ class CompiledLinearization(TracedLinearization):
         arguments.append(scale)
         term = self.functions.term(in_place, damping, arguments, len(self._tangent_residuals))
 
-        def run() -> None:
-            with torch.no_grad():
-                term(*arguments)
-            accumulation.complete()
+        def run(steps: range) -> None:
+            for step in steps:
+                with torch.no_grad():
+                    term(*arguments)
+                accumulation.complete(step)
 
         return run
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hvp_engine._support.torch_compat import version_of
 from hvp_engine.differentiation.double_backward import GraphFacts, Pullback, Tape, filled
-from hvp_engine.differentiation.linear_map import Accumulation
+from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.recorded.graph_contents import GraphContents, HiddenContentsError, read_graph
 from hvp_engine.differentiation.recorded.library import (
     LIBRARY,
@@ -145,19 +145,19 @@ class RecordedLinearization(Tape):
         """(df/dlambda)^T t."""
         return super().mixed(tangents) if self._program is None else self._program.mixed(tangents)
 
-    def accumulating_term(self, accumulation: Accumulation, damping: float) -> Callable[[], None] | None:
+    def accumulating_terms(self, accumulation: Accumulation, damping: float) -> Terms | None:
         self._begin()
         known = self._known
-        term = None if self._program is None else self._program.accumulating_term(accumulation, damping)
-        if term is None:
+        terms = None if self._program is None else self._program.accumulating_terms(accumulation, damping)
+        if terms is None:
             return None
 
-        def counted() -> None:
-            self._asked += 1
+        def counted(steps: range) -> None:
+            self._asked += len(steps)
             known.products = self._asked
             start = time.perf_counter()
-            term()
-            known.program_seconds = min(known.program_seconds, time.perf_counter() - start)
+            terms(steps)
+            known.program_seconds = min(known.program_seconds, (time.perf_counter() - start) / max(len(steps), 1))
 
         return counted
 
