@@ -14,12 +14,13 @@ from hvp_engine.differentiation.problem import Problem
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.batched import MOST, pays
 from hvp_engine.solvers.iteration import FinishedIteration, Iteration
+from hvp_engine.solvers.spare_iterations import allocated
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
 def begin(operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None) -> Iteration:
     """A new iteration of `solver` on `operator`, ready for its first step."""
-    iteration = solver.allocate(operator.layout)
+    iteration = allocated(solver, operator.layout)
     iteration.adapt(estimate)
     iteration.start(v)
     return iteration

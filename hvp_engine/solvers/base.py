@@ -25,6 +25,7 @@ from hvp_engine.solvers.iteration import FinishedIteration, Iteration, Outcome, 
 from hvp_engine.solvers.preconditioning import Preconditioner, check_preconditioner
 from hvp_engine.solvers.right_hand_sides import WarmStart
 from hvp_engine.solvers.solution import Solution, Status
+from hvp_engine.solvers.spare_iterations import released
 from hvp_engine.solvers.spectrum import GROWTH, Estimates, SpectralEstimate, Spectrum
 
 Vector = Sequence[Tensor]
@@ -178,7 +179,7 @@ class Prepared:
         value = finished.value.in_dtypes()
         if torch.float16 in operator.layout.dtypes and any_bad(value):
             raise overflow(operator, finished.value)
-        return value, solution
+        return released(finished, value), solution
 
 
 class IterativeSolve(Prepared):

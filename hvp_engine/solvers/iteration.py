@@ -13,7 +13,7 @@ read from device memory, so they can be captured once and replayed. `adapt` sets
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,7 @@ class FinishedIteration:
         steps: products made.
         alpha, bounds: the step, or the interval of the spectrum, that was used; None for solvers without one.
         explanation: what an automatic setting chose, and why; empty otherwise.
+        spare_key: what solves the buffers may serve after this one; None if no other.
     """
 
     value: FlatVector
@@ -76,6 +77,7 @@ class FinishedIteration:
     alpha: float | None = None
     bounds: tuple[float, float] | None = None
     explanation: str = ""
+    spare_key: Hashable = None
 
     def finish(self) -> Tensor:
         """Complete `value`; return float64 figures, still on the device, for :meth:`read`."""

@@ -81,7 +81,7 @@ class RecordedLinearization(Tape):
 
     def _examined(self, hyperparameters: Sequence[Tensor]) -> GraphFacts:
         """Read the graph; what a walk through it finds is known of an earlier one of the same text."""
-        start = time.perf_counter()
+        start = time.thread_time()
         active = [x for x in self._inputs if x.requires_grad]
         try:
             contents = read_graph(self._both.outputs, active)
@@ -97,7 +97,7 @@ class RecordedLinearization(Tape):
             if not self._known.hidden and not self._known.refused:
                 self._contents = contents
                 self._watched = [(tensor, version_of(tensor)) for tensor in contents.tensors]
-        self._reading_seconds = time.perf_counter() - start
+        self._reading_seconds = time.thread_time() - start
         return facts
 
     @property
@@ -119,15 +119,15 @@ class RecordedLinearization(Tape):
         known = self._known
         self._asked += 1
         known.products = self._asked
-        start = time.perf_counter()
+        start = time.thread_time()
         if self._program is not None:
             products = self._program.product(tangents)
-            known.program_seconds = min(known.program_seconds, time.perf_counter() - start)
+            known.program_seconds = min(known.program_seconds, time.thread_time() - start)
         elif self._asked > self._record_at:
             products = self._written_down(tangents)
         else:
             products = super().product(tangents)
-            seconds = time.perf_counter() - start
+            seconds = time.thread_time() - start
             self._library.plain_seconds += seconds
             known.plain_seconds = min(known.plain_seconds, seconds)
         return products
@@ -155,9 +155,9 @@ class RecordedLinearization(Tape):
         def counted(steps: range) -> None:
             self._asked += len(steps)
             known.products = self._asked
-            start = time.perf_counter()
+            start = time.thread_time()
             terms(steps)
-            known.program_seconds = min(known.program_seconds, (time.perf_counter() - start) / max(len(steps), 1))
+            known.program_seconds = min(known.program_seconds, (time.thread_time() - start) / max(len(steps), 1))
 
         return counted
 
@@ -201,9 +201,9 @@ class RecordedLinearization(Tape):
     def _run_on_graph(self, shortcut: Shortcut) -> None:
         """Adopt a program whose constants the graph holds."""
         assert self._contents is not None
-        start = time.perf_counter()
+        start = time.thread_time()
         self._adopt(shortcut.program, shortcut.constants(self._contents))
-        self._measured(time.perf_counter() - start + self._reading_seconds)
+        self._measured(time.thread_time() - start + self._reading_seconds)
         self._contents = self._shortcut = None
         if not shortcut.program.schedule.due() or self._check(shortcut.program):
             self._settle()
@@ -223,7 +223,7 @@ class RecordedLinearization(Tape):
         """The product by autograd, written down; a program for the next ones, if possible."""
         contents = self._contents
         self._record_at, self._contents = math.inf, None
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             with self._inside():
                 products, written = record(self._both, tangents, whole=contents is not None)
@@ -239,7 +239,7 @@ class RecordedLinearization(Tape):
             self._learn_from_graph(written, contents, tangents)
         if self._program is not None:
             if contents is None:
-                self._measured(time.perf_counter() - start)
+                self._measured(time.thread_time() - start)
             self._settle()
             if contents is not None:  # from now on the program's numbers, whenever it was made
                 return self._program.product(tangents)
