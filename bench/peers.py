@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from bench import peers_jax
 from bench.methods import Preparation, Run, Tape, taped_hypergradient, taped_inverse_hvp
 from bench.problems import Problem, Tensors
 
@@ -23,6 +24,7 @@ PACKAGES = {
     "curvlinops": "curvlinops-for-pytorch",
     "hypergrad": "hypergrad",
     "higher": "higher",
+    "jax": "jax",
 }
 """Where the first word of a method's name is a package: its name in the package index."""
 
@@ -156,6 +158,7 @@ def inverse_hvps() -> dict[str, Preparation]:
         "torchopt": lambda problem: taped_inverse_hvp(_torchopt(), problem),
         "curvlinops": partial(_curvlinops, False),
         "curvlinops, compiled": partial(_curvlinops, True),
+        "jax, jitted": peers_jax.inverse_hvp,
     }
 
 
@@ -165,6 +168,7 @@ def hypergradients() -> dict[str, Preparation]:
         "betty": _betty_hypergradient,
         "torchopt": lambda problem: taped_hypergradient(_torchopt(), problem),
         "hypergrad": _hypergrad,
+        "jax, jitted": peers_jax.hypergradient,
     }
 
 
