@@ -23,6 +23,7 @@ from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["TorchDispatchMode", "is_traceable_wrapper_subclass", "pytree", "suggest_memory_format"]
 
@@ -55,6 +56,10 @@ _run_backward = torch.autograd.Variable._execution_engine.run_backward
 def in_backward_pass() -> bool:
     """Whether this thread is inside autograd's backward pass."""
     return torch._C._current_graph_task_id() != -1
+
+
+without_torch_functions = torch._C.DisableTorchFunction
+"""A context in which no `TorchFunctionMode` sees what Python calls."""
 
 
 def version_of(tensor: Tensor) -> int:
@@ -111,6 +116,21 @@ def input_metadata(node: Any) -> tuple[Any, ...]:
         (one,) = metadata
         return one.dtype, *one.shape
     return tuple([(one.dtype, *one.shape) for one in metadata])
+
+
+def hooks_registered() -> int:
+    """How many hooks this process has registered so far, on tensors, nodes, modules and optimizers."""
+    return RemovableHandle.next_id
+
+
+def sequence_number() -> int:
+    """The number that this thread's next autograd node gets."""
+    return torch.autograd._get_sequence_nr()
+
+
+def sequence_number_of(node: Any) -> int:
+    """A number that grows from node to node in one thread; huge for a leaf's node."""
+    return node._sequence_nr()
 
 
 def shares_storage(tensor: Tensor) -> bool:

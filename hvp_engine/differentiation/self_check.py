@@ -98,6 +98,16 @@ def difference(
     return distance / norm if norm else distance
 
 
+def difference_of_products(
+    ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None], dtypes: Iterable[torch.dtype]
+) -> str | None:
+    """As :func:`difference`, in words, of lists that have None where there is no path."""
+    if [t is None for t in ours] != [t is None for t in theirs]:
+        return "it has paths to other tensors"
+    found = difference(list(_present(ours)), list(_present(theirs)), dtypes)
+    return None if found is None else f"it differs by {found:.2g} (relative)"
+
+
 def _present(tensors: Sequence[Tensor | None]) -> Iterator[Tensor]:
     return (tensor for tensor in tensors if tensor is not None)
 

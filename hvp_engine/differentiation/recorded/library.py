@@ -58,16 +58,21 @@ class Shortcut:
     Attributes:
         guards: numbers that the program has taken as they are, by their place in the graph.
         entries: what was written down, for comparison with another that differs in a number.
+        equal: places of numbers of which the program takes the first for all, since they have been the same.
     """
 
     program: Program
     sources: tuple[Source, ...]
     guards: dict[int, Any]
     entries: tuple[Entry, ...]
+    equal: tuple[tuple[int, ...], ...] = ()
 
     def fits(self, contents: GraphContents) -> bool:
-        """Whether the graph has the numbers that are part of the program."""
-        return all(contents.tensors[place].item() == value for place, value in self.guards.items())
+        """Whether the graph has the numbers that are part of the program, and the same ones where it has had those."""
+        number = contents.number
+        return all(number(place) == value for place, value in self.guards.items()) and all(
+            number(place) == number(places[0]) for places in self.equal for place in places
+        )
 
     def constants(self, contents: GraphContents) -> list[Tensor]:
         """The constants of a graph of the same text."""
@@ -207,23 +212,27 @@ def numbers_taken(product: RecordedProduct, sources: Sequence[Source], contents:
     """Numbers of the graph that occur in what was written down, by place: autograd hands them on as Python numbers."""
     read = {source.place for source in sources}
     written = set[Any]().union(*(literals((entry.arguments, entry.keywords)) for entry in product.entries))
-    values = {place: contents.tensors[place].item() for place in contents.numbers if place not in read}
+    values = {place: contents.number(place) for place in contents.numbers if place not in read}
     return {place: value for place, value in values.items() if value in written}
 
 
 def with_numbers_as_constants(
     product: RecordedProduct, contents: GraphContents, other: Shortcut
-) -> tuple[RecordedProduct, list[Source]] | None:
+) -> tuple[RecordedProduct, list[Source], tuple[tuple[int, ...], ...]] | None:
     """`product` with those numbers as constants in which it differs from `other`; None if it differs otherwise.
 
     mul(t, 0.5) now and mul(t, 0.7) then, where the graph keeps 0.5 now and kept 0.7 then in the same place, becomes
-    mul(t, constant): a schedule's number changes from call to call.
+    mul(t, constant): a schedule's number changes from call to call. Where several numbers were 0.5 and are 0.7, which
+    of them this one is cannot be told: the first is taken, and the program fits as long as they are equal.
+
+    Returns the product, where its new constants are, and the places of numbers that must be equal.
     """
-    now = {place: contents.tensors[place].item() for place in other.guards}
+    now = {place: contents.number(place) for place in other.guards}
     changed = {place for place, value in other.guards.items() if now[place] != value}
     entries: list[Entry] = []
     constants, fills = list(product.constants), list(product.fills)
     sources: list[Source] = []
+    equal: set[tuple[int, ...]] = set()
     if len(product.entries) != len(other.entries):
         return None
     for ours, theirs in zip(product.entries, other.entries, strict=True):
@@ -231,15 +240,16 @@ def with_numbers_as_constants(
             entries.append(ours)
             continue
         form = _TENSOR_FORMS.get(ours.operation)
-        place = next((p for p in sorted(changed) if _differs_by(ours, theirs, now[p], other.guards[p])), None)
-        if form is None or place is None:
+        places = tuple(p for p in sorted(changed) if _differs_by(ours, theirs, now[p], other.guards[p]))
+        if form is None or not places:
             return None
+        equal.add(places)
         constant = constant_of(len(constants))
-        constants.append(contents.tensors[place].detach().to(ours.dtype))
+        constants.append(contents.tensors[places[0]].detach().to(ours.dtype))
         fills.append(None)
-        sources.append(Source(place, ours.dtype))
+        sources.append(Source(places[0], ours.dtype))
         entries.append(replace(ours, operation=form, arguments=(ours.arguments[0], constant)))
-    return RecordedProduct(entries, constants, fills, product.outputs), sources
+    return replace(product, entries=entries, constants=constants, fills=fills), sources, tuple(equal)
 
 
 def _differs_by(ours: Entry, theirs: Entry, now: Any, then: Any) -> bool:
