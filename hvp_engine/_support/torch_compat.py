@@ -118,6 +118,12 @@ def input_metadata(node: Any) -> tuple[Any, ...]:
     return tuple([(one.dtype, *one.shape) for one in metadata])
 
 
+def is_zero_tensor(tensor: Tensor) -> bool:
+    """Whether the tensor is zeros without memory, as forward mode makes them. Its product with a number ends the
+    process with a segmentation fault under a dispatch mode. Seen in 2.11, 2.13 and 2.15."""
+    return tensor._is_zerotensor()
+
+
 def hooks_registered() -> int:
     """How many hooks this process has registered so far, on tensors, nodes, modules and optimizers."""
     return RemovableHandle.next_id

@@ -274,6 +274,7 @@ class RecordedLinearization(Tape):
             self._refuse(program, None)
         elif program is not None:
             self._adopt(program, written.constants)
+            self._watched = [(x, version_of(x)) for x in self._inputs]
             if program.schedule.due() and not self._check(program):
                 self._library.refuse(written, "a program that disagreed with autograd")
 
@@ -284,7 +285,8 @@ class RecordedLinearization(Tape):
         if sources is None:
             self._refuse("a tensor that the graph does not show", contents)
             return
-        entries, equal = tuple(written.entries), ()
+        entries = tuple(written.entries)
+        equal: tuple[tuple[int, ...], ...] = ()
         for other in known.shortcuts:
             changed = with_numbers_as_constants(written, contents, other)
             if changed is not None and changed[1]:

@@ -19,6 +19,9 @@ FILLS: dict[Any, int | None] = {
     **dict.fromkeys((aten.new_empty.default, aten.new_empty_strided.default, aten.empty_permuted.default)),
 }
 
+WITH_MEMORY = {aten._efficientzerotensor.default: aten.zeros.default}
+"""What is done instead, with the same arguments: zeros without memory crash some operations under a dispatch mode."""
+
 METADATA = {aten.is_same_size.default, aten.sym_size.default, aten.sym_stride.default, aten.sym_numel.default}
 """Operations that give no tensors and read no values."""
 

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from hvp_engine._support.torch_compat import (
     TorchDispatchMode,
+    is_zero_tensor,
     shares_storage,
     version_of,
     without_torch_functions,
 )
-from hvp_engine.differentiation.recorded.operations import FILLS, METADATA, TRANSPOSES, kind_of_operation
+from hvp_engine.differentiation.recorded.operations import FILLS, METADATA, TRANSPOSES, WITH_MEMORY, kind_of_operation
 from hvp_engine.differentiation.recorded.python_watch import HANDED_OUT, PythonWatch
 
 aten = torch.ops.aten
@@ -150,6 +151,9 @@ class ProductRecorder(TorchDispatchMode):
 
     def _written(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         keywords = kwargs or {}
+        func = WITH_MEMORY.get(func, func)
+        if any(isinstance(argument, Tensor) and is_zero_tensor(argument) for argument in args):
+            args = tuple([self._with_memory(argument) for argument in args])
         if not self._whole and not (self._varies(args) or self._varies(keywords.values())):
             result = func(*args, **keywords)
             if func in FILLS:
@@ -268,6 +272,14 @@ class ProductRecorder(TorchDispatchMode):
             self._versions.append(version_of(tensor))
         self._places[id(tensor)] = constant
         return constant
+
+    def _with_memory(self, argument: Any) -> Any:
+        """Zeros in place of a zero tensor that is known."""
+        if not isinstance(argument, Tensor) or not is_zero_tensor(argument):
+            return argument
+        zeros = torch.zeros(argument.shape, dtype=argument.dtype, device=argument.device)
+        setattr(zeros, _FILL, (self._token, 0))
+        return zeros
 
     def _fill(self, tensor: Tensor) -> int | None:
         """The number that all of a constant is, if it has been made so; memory may have been written unseen since."""
