@@ -205,7 +205,8 @@ class _Contents:
             self.tensors.append(x)
             shape = x.shape
             add(_NUMBERS[shape, x.stride(), x.dtype, x.device])
-            add(self._places.setdefault(x.data_ptr(), place))
+            address = x.data_ptr()  # 0: zeros without memory, or nothing
+            add(self._places.setdefault(address, place) if address else -1)
             if not shape and x.device.type == "cpu":
                 self.numbers.append(place)
         elif type(x) in (tuple, list):

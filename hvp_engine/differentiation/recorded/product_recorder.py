@@ -274,11 +274,16 @@ class ProductRecorder(TorchDispatchMode):
         return constant
 
     def _with_memory(self, argument: Any) -> Any:
-        """Zeros in place of a zero tensor that is known."""
+        """Zeros in place of a zero tensor; that a graph has one is part of its text."""
         if not isinstance(argument, Tensor) or not is_zero_tensor(argument):
             return argument
         zeros = torch.zeros(argument.shape, dtype=argument.dtype, device=argument.device)
-        setattr(zeros, _FILL, (self._token, 0))
+        if self._whole:
+            keywords = ("dtype", argument.dtype), ("device", argument.device)
+            self._entries.append(Entry(aten.zeros.default, (tuple(argument.shape),), keywords, dtype=argument.dtype))
+            self._mark(zeros)
+        else:
+            setattr(zeros, _FILL, (self._token, 0))
         return zeros
 
     def _fill(self, tensor: Tensor) -> int | None:
