@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -208,24 +208,43 @@ def _whereabouts(tensor: Tensor) -> Hashable:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def numbers_taken(product: RecordedProduct, sources: Sequence[Source], contents: GraphContents) -> dict[int, Any]:
-    """Numbers of the graph that occur in what was written down, by place: autograd hands them on as Python numbers."""
-    read = {source.place for source in sources}
+def numbers_taken(
+    product: RecordedProduct, sources: Sequence[Source], contents: GraphContents, free: Collection[int] = ()
+) -> dict[int, Any]:
+    """Numbers of the graph that occur in what was written down, by place: autograd hands them on as Python numbers.
+
+    Those at the places `free` do not, whatever their values.
+    """
+    read = {*(source.place for source in sources), *free}
     written = set[Any]().union(*(literals((entry.arguments, entry.keywords)) for entry in product.entries))
     values = {place: contents.number(place) for place in contents.numbers if place not in read}
     return {place: value for place, value in values.items() if value in written}
 
 
-def with_numbers_as_constants(
-    product: RecordedProduct, contents: GraphContents, other: Shortcut
-) -> tuple[RecordedProduct, list[Source], tuple[tuple[int, ...], ...]] | None:
+@dataclass(frozen=True)
+class Loosened:
+    """A product with numbers as constants.
+
+    Attributes:
+        sources: where the new constants are.
+        equal: places of numbers that must be equal.
+        free: places of numbers that may have any value, as far as no constant is read there.
+    """
+
+    product: RecordedProduct
+    sources: tuple[Source, ...] = ()
+    equal: tuple[tuple[int, ...], ...] = ()
+    free: frozenset[int] = frozenset()
+
+
+def with_numbers_as_constants(product: RecordedProduct, contents: GraphContents, other: Shortcut) -> Loosened | None:
     """`product` with those numbers as constants in which it differs from `other`; None if it differs otherwise.
 
     mul(t, 0.5) now and mul(t, 0.7) then, where the graph keeps 0.5 now and kept 0.7 then in the same place, becomes
     mul(t, constant): a schedule's number changes from call to call. Where several numbers were 0.5 and are 0.7, which
     of them this one is cannot be told: the first is taken, and the program fits as long as they are equal.
 
-    Returns the product, where its new constants are, and the places of numbers that must be equal.
+    A number of the graph that has changed, while an operation has the same 0.5 as then, is not what that one takes.
     """
     now = {place: contents.number(place) for place in other.guards}
     changed = {place for place, value in other.guards.items() if now[place] != value}
@@ -249,7 +268,8 @@ def with_numbers_as_constants(
         fills.append(None)
         sources.append(Source(places[0], ours.dtype))
         entries.append(replace(ours, operation=form, arguments=(ours.arguments[0], constant)))
-    return replace(product, entries=entries, constants=constants, fills=fills), sources, tuple(equal)
+    loosened = replace(product, entries=entries, constants=constants, fills=fills)
+    return Loosened(loosened, tuple(sources), tuple(equal), frozenset(changed)) if sources else None
 
 
 def _differs_by(ours: Entry, theirs: Entry, now: Any, then: Any) -> bool:

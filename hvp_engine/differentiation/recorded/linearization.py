@@ -29,6 +29,7 @@ from hvp_engine.differentiation.recorded.library import (
     MOST_VALUES,
     Known,
     Library,
+    Loosened,
     Shortcut,
     numbers_taken,
     place_constants,
@@ -285,19 +286,15 @@ class RecordedLinearization(Tape):
         if sources is None:
             self._refuse("a tensor that the graph does not show", contents)
             return
-        entries = tuple(written.entries)
-        equal: tuple[tuple[int, ...], ...] = ()
-        for other in known.shortcuts:
-            changed = with_numbers_as_constants(written, contents, other)
-            if changed is not None and changed[1]:
-                written, sources, equal = changed[0], [*sources, *changed[1]], changed[2]
-                break
-        program = self._library.program(written, tangents, self._waits)
+        found = (with_numbers_as_constants(written, contents, other) for other in known.shortcuts)
+        taken = next((loosened for loosened in found if loosened is not None), Loosened(written))
+        sources = [*sources, *taken.sources]
+        program = self._library.program(taken.product, tangents, self._waits)
         if isinstance(program, str):
             self._refuse(program, contents)
         elif program is not None:
-            guards = numbers_taken(written, sources, contents)
-            shortcut = Shortcut(program, tuple(sources), guards, entries, equal)
+            guards = numbers_taken(taken.product, sources, contents, taken.free)
+            shortcut = Shortcut(program, tuple(sources), guards, tuple(written.entries), taken.equal)
             self._adopt(program, shortcut.constants(contents))
             program.schedule.due()
             if self._check(program):
