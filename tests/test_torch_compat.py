@@ -28,7 +28,10 @@ ROOT = Path(__file__).parent.parent
 DTYPE = torch.float64
 W = torch.tensor([0.5, -1.0, 2.0], dtype=DTYPE)
 
-PRIVATE_NAMES = {"_version", "_execution_engine", "_forward_cls", "_orig_mod", "_schema", "_pytree", "_python_dispatch"}
+PRIVATE_NAMES = {
+    *("_version", "_execution_engine", "_forward_cls", "_orig_mod", "_schema", "_pytree", "_python_dispatch"),
+    *("_input_metadata", "_backward_hooks", "_sequence_nr", "_is_zerotensor", "_cdata"),
+}
 """Attributes of torch's objects; other private attributes are our own."""
 
 PRIVATE_TEXT = re.compile(r"torch\._|torch::|is not implemented|differentiate twice|WeightNorm|FakeTensors|donated")
