@@ -20,8 +20,8 @@ HIDDEN = {
 }
 """Why some are at level 2; with an empty reason, only some of their parameters are."""
 
-WITHOUT = {"cdist"}
-"""Those without a second derivative."""
+WITHOUT = {"cdist", *(["grid_sample"] if torch.__version__ < "2.12" else [])}
+"""Those without a second derivative; torch 2.11 has none of grid_sample (pytorch issue 34704)."""
 
 COARSE = {"dtype"}
 """Those that are computed in float32."""

@@ -30,7 +30,7 @@ W = torch.tensor([0.5, -1.0, 2.0], dtype=DTYPE)
 
 PRIVATE_NAMES = {
     *("_version", "_execution_engine", "_forward_cls", "_orig_mod", "_schema", "_pytree", "_python_dispatch"),
-    *("_input_metadata", "_backward_hooks", "_sequence_nr", "_is_zerotensor", "_cdata"),
+    *("_input_metadata", "_backward_hooks", "_sequence_nr", "_is_zerotensor"),
 }
 """Attributes of torch's objects; other private attributes are our own."""
 

@@ -1,8 +1,8 @@
 """What the package uses of torch beyond its public interface: private names, and texts and names that guards match.
 
-Nothing else in the package names any of them, and `tests/test_torch_compat*.py` have a test for each: that it exists and
-does what is said here, and for each guard a graph that it must refuse. So a new version of torch is judged by one file
-of tests. "Seen in" is where the behaviour was observed; a version that mends it lets its canary fail.
+Nothing else in the package names any of them, and `tests/test_torch_compat*.py` have a test for each: that it exists
+and does what is said here, and for each guard a graph that it must refuse. So a new version of torch is judged by two
+files of tests. "Seen in" is where the behaviour was observed; a version that mends it lets its canary fail.
 """
 
 from __future__ import annotations
