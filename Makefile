@@ -31,7 +31,8 @@ soak: build
 
 # Models of other packages; `python tools/field.py` times them and writes bench/results/field.csv.
 field: build $(FIELD)
-	$(BIN)/python -m pytest -q -m field $(ARGS) tests/test_field.py
+	$(BIN)/python -m pytest -q -m field --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS) \
+		tests/test_field.py tests/test_examples_adapters.py
 
 # The extension built once more, with sanitizers, in a folder of its own. libasan must come before everything else, and
 # libstdc++ with it, whose exceptions it watches; Python's own leaks at its end are not ours.

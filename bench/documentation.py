@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from baselines import methods
-from bench import demo, field, hard_models, precision, products, report, results
+from bench import demo, field, hard_models, influence, precision, products, report, results, scripts
 
 
 def plots(files: list[Path]) -> str:
@@ -37,9 +37,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo.block,
     "field": field.markdown,
     "hard models": hard_models.markdown,
+    "influence": influence.markdown,
     "methods": methods.markdown,
     "precision": precision.markdown,
     "products": products.markdown,
+    "scripts": scripts.markdown,
     "product curves": lambda: named("product-curves"),
 }
 """Each by its name."""

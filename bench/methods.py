@@ -203,13 +203,13 @@ def own_engines() -> dict[str, engines.Engine]:
 
 
 def settle(made: Mapping[str, engines.Engine], run: Run) -> None:
-    """Let `auto` come to its final choice: it puts off compiling until terms have taken as long as compiling would."""
+    """Let `auto` come to its final choice: it puts off a trace, and compiling, until that can repay itself."""
     for engine in made.values():
         if isinstance(engine, AutoEngine):
-            for choice in engine.choices.values():
-                if choice.trace_seconds is not None:
-                    choice.trace_seconds = 0.0
-            run(1)
+            while any(choice.trace_seconds is not None for choice in engine.choices.values()):
+                for choice in engine.choices.values():
+                    choice.trace_seconds = None if choice.trace_seconds is None else 0.0
+                run(1)
             for choice in engine.choices.values():
                 if choice.compile_seconds is not None:
                     choice.compile_seconds = 0.0

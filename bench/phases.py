@@ -15,7 +15,7 @@ from torch.profiler import record_function
 
 from hvp_engine import engines
 from hvp_engine._support.flat_vector import Layout
-from hvp_engine.differentiation.linear_map import Linearization, LinearMap
+from hvp_engine.differentiation.linear_map import Linearization, LinearMap, Terms
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import FinishedIteration, Iteration
@@ -89,13 +89,21 @@ class PhasedEngine(engines.Engine):
             linearization: Any = self._engine.linearize(problem)
         linearization.product = _within(self._next_term, linearization.product)
         linearization.mixed = _within(lambda: MIXED, linearization.mixed)
-        bind = linearization.accumulating_term
+        bind = linearization.accumulating_terms
 
-        def accumulating_term(*arguments: Any) -> Callable[[], None] | None:
-            term = bind(*arguments)
-            return None if term is None else _within(self._next_term, term)
+        def accumulating_terms(*arguments: Any) -> Terms | None:
+            terms = bind(*arguments)
+            if terms is None:
+                return None
 
-        linearization.accumulating_term = accumulating_term
+            def one_by_one(steps: range) -> None:
+                for step in steps:
+                    with phase(self._next_term()):
+                        terms(range(step, step + 1))
+
+            return one_by_one
+
+        linearization.accumulating_terms = accumulating_terms
         return linearization
 
     def run(

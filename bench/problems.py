@@ -192,7 +192,11 @@ def names_for(device: torch.device) -> list[str]:
 
 def build(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Problem:
     """The problem `name`: the same numbers at every call, rounded to `dtype`."""
-    recipe = PROBLEMS[name]
+    return built(name, PROBLEMS[name], device, dtype)
+
+
+def built(name: str, recipe: Recipe, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Problem:
+    """The problem of a recipe."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         module = recipe.module().to(device, dtype).train()

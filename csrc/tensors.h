@@ -8,7 +8,7 @@
 namespace hvp::dlpack {
 
 enum DeviceType : int32_t { kCpu = 1, kCuda = 2 };
-enum TypeCode : uint8_t { kFloat = 2, kBFloat = 4 };
+enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBFloat = 4 };
 
 struct Device {
   int32_t type;

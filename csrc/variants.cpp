@@ -1,5 +1,7 @@
 #include "variants.h"
 
+#include "tile_products.h"
+
 namespace hvp {
 namespace {
 
@@ -9,10 +11,14 @@ namespace {
    name::linear_model_direct,    \
    name::linear_model_dual,      \
    name::linear_model_chebyshev, \
-   name::linear_model_lanczos}
+   name::linear_model_lanczos,   \
+   name::run_program}
 
 constexpr Variant kBaseline = HVP_VARIANT_OF(baseline);
 const Variant* chosen = &kBaseline;
+#ifdef HVP_HAS_X86
+bool tiles = false;
+#endif
 
 }  // namespace
 
@@ -22,8 +28,19 @@ void choose_variant([[maybe_unused]] const std::string& capability) {
 #ifdef HVP_HAS_X86
   static constexpr Variant kAvx2 = HVP_VARIANT_OF(avx2);  // kernels with AVX512 were no faster
   const bool allowed = capability == "AVX2" || capability == "AVX512";
+  choose_tiles(capability == "AVX512");
   if (allowed && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) chosen = &kAvx2;
 #endif
 }
+
+#ifdef HVP_HAS_X86
+bool tiles_in_use() { return tiles; }
+
+void choose_tiles(bool allowed) {
+  tiles = allowed && __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f") &&
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl");
+}
+#endif
 
 }  // namespace hvp

@@ -6,6 +6,7 @@
 
 #include "linear_model.h"
 #include "ops.h"
+#include "program.h"
 
 namespace hvp {
 
@@ -21,6 +22,7 @@ struct Variant {
   LinearModelKernel linear_model_direct, linear_model_dual;
   ChebyshevKernel linear_model_chebyshev;
   LanczosKernel linear_model_lanczos;
+  ProgramKernel run_program;
 };
 
 // The kernels in use.
@@ -41,6 +43,7 @@ void choose_variant(const std::string& capability);
                               void* x, double* figures, int threads);                                     \
   void linear_model_lanczos(const LinearModel&, void* basis, double* diagonal, double* off_diagonal,      \
                             int64_t steps, int threads);                                                  \
+  bool run_program(const Program&, void* const* slots, const double* row, int threads);                   \
   }
 HVP_DECLARE_VARIANT(baseline)
 HVP_DECLARE_VARIANT(avx2)

@@ -38,6 +38,7 @@ from hvp_engine.solvers.preconditioners import (
     JacobiPreconditioner,
     KFACPreconditioner,
     NystromPreconditioner,
+    WoodburyPreconditioner,
 )
 from hvp_engine.solvers.solution import Solution, Status
 from hvp_engine.tuning import History, Record, Tuner
@@ -90,6 +91,7 @@ __all__ = [
     "TraceError",
     "Tuner",
     "Verdict",
+    "WoodburyPreconditioner",
     "approx_inverse_hvp",
     "best_response",
     "check",

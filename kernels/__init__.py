@@ -9,13 +9,9 @@ All terms of a linear model's series in one launch are in :mod:`hvp_engine.kerne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
-from torch import Tensor
 
-from hvp_engine._support.flat_vector import Layout
 from hvp_engine.kernels.accumulate import scale_accumulate
 from hvp_engine.kernels.chebyshev import chebyshev_step
 from hvp_engine.kernels.conjugate_gradient import cg_curvature, cg_step
@@ -25,7 +21,7 @@ from hvp_engine.kernels.linear_dual import linear_model_dual
 from hvp_engine.kernels.linear_model import linear_model_limit
 from hvp_engine.kernels.neumann import neumann_step, neumann_step_horner
 from hvp_engine.ops import OPS
-from hvp_engine.ops.backend import Bound
+from hvp_engine.ops.backend import Binding, Bound
 
 __all__ = [
     "INTERPRETED",
@@ -60,15 +56,9 @@ def missing(device_type: str) -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
-def bind(
-    name: str,
-    states: Sequence[Tensor],
-    layout: Layout,
-    scalars: Sequence[Tensor],
-    damping: float,
-    partials: Tensor,
-) -> Bound:
-    """The op `name` bound to its arguments, all checked already; see :func:`hvp_engine.ops.schemas.bind`."""
+def bind(given: Binding) -> Bound:
+    """The op `given.name`, bound."""
+    name, states, layout, scalars, damping, partials = given
     op, arguments = OPS[name], list(scalars)
     if op.damped:
         # In device memory, since Triton passes a Python float in 32 bits.

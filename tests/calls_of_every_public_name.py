@@ -22,8 +22,8 @@ from calls_of_operators import (
     eigenvalues,
     gauss_newton,
     hessian,
-    kfac,
     linear_model,
+    of_layers,
     preconditioner,
     solved,
     stochastic,
@@ -137,7 +137,7 @@ CALLS: dict[str, list[Call]] = {
     "JacobiPreconditioner": failing(
         partial(preconditioner, lambda _, operator: hvp.JacobiPreconditioner(operator, probes=2, shift=1.0)), 1
     ),
-    "KFACPreconditioner": failing(kfac, 1),
+    "KFACPreconditioner": failing(partial(of_layers, hvp.KFACPreconditioner), 1),
     "LinearModelOperator": [
         Call(partial(linear_model, 0.1), returns=hvp.Solution),
         Call(partial(linear_model, 1e9), hvp.DivergenceError),
@@ -157,6 +157,7 @@ CALLS: dict[str, list[Call]] = {
         Call(tuned, changes=TRAINING),
         *(Call(tuned, KeyError, number, changes=TRAINING) for number in (1, 3, 4)),
     ],
+    "WoodburyPreconditioner": failing(partial(of_layers, hvp.WoodburyPreconditioner), 1),
     "approx_inverse_hvp": [
         *tape(hvp.approx_inverse_hvp),
         Call(of_tensors(hvp.approx_inverse_hvp, alpha=1e9), hvp.DivergenceError),

@@ -109,13 +109,13 @@ def preconditioner(make: Callable[[Caller, Any], Any], caller: Caller) -> Callab
     return call
 
 
-def kfac(caller: Caller) -> Callable[[], object]:
+def of_layers(make: Callable[..., Any], caller: Caller) -> Callable[[], object]:
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         caller.counted()
         return cross_entropy(outputs, targets)
 
     module = nn.Sequential(caller.module[0], nn.Tanh(), caller.module[4])
     weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    return lambda: hvp.KFACPreconditioner(module, loss, weights, caller.x, caller.y, shift=0.1)(
+    return lambda: make(module, loss, weights, caller.x, caller.y, 0.1)(
         [torch.ones_like(weight) for weight in weights.values()]
     )

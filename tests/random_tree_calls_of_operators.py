@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -180,15 +181,15 @@ def diagonal(world: World, operator: Any) -> Any:
     return hvp.DiagonalPreconditioner(world.argument("diagonal", Sample(leaves, sample.container)).tree)
 
 
-def kfac(world: World) -> Found:
-    """For one sample it equals (G + shift I)^-1, with G = I (x) x' x'^T for half the squared error."""
+def of_layers(make: Callable[..., Any], world: World) -> Found:
+    """For one sample KFAC and Woodbury equal (G + shift I)^-1, with G = I (x) x' x'^T for half the squared error."""
     dtype, shift = world.draw(st.sampled_from([F64, F32])), 0.5
     module = nn.Linear(3, 2, dtype=dtype)
     weights = dict(module.named_parameters())
     world.shaped(Sample([weight.detach() for weight in weights.values()], "list"))
     inputs = world.argument("inputs", Sample([randn(1, 3, seed=4).to(dtype)], "bare"))
     targets = torch.zeros(1, 2, dtype=dtype)
-    made = hvp.KFACPreconditioner(module, lambda o, y: (o - y).square().sum() / 2, weights, inputs.tree, targets, shift)
+    made = make(module, lambda o, y: (o - y).square().sum() / 2, weights, inputs.tree, targets, shift)
     x = torch.cat([inputs.numbers, torch.ones(1, dtype=DTYPE)])
     matrix = torch.outer(x, x)
 
@@ -229,6 +230,9 @@ FACTORS = [flaw for flaw in ANYWHERE if flaw not in ("a whole number", "no leave
 """Of a single tensor that is cast to the dtype of the weights if that is wider."""
 
 
+LAYERS = {"v": [*ANYWHERE, "another shape"], "inputs": list(SILENT)}
+
+
 def plain(call: Callable[[World], Found]) -> Subject:
     """A solver on an operator that is a function."""
     return Subject(call, {"v": ANYWHERE})
@@ -246,13 +250,14 @@ OPERATOR_CALLS: dict[str, Subject] = {
     "HessianOperator": Subject(hessian_operator, AT),
     "Identity": plain(identity),
     "JacobiPreconditioner": Subject(preconditioned(lambda world, H: hvp.JacobiPreconditioner(H)), AT),
-    "KFACPreconditioner": Subject(kfac, {"v": [*ANYWHERE, "another shape"], "inputs": list(SILENT)}, ["list"]),
+    "KFACPreconditioner": Subject(partial(of_layers, hvp.KFACPreconditioner), LAYERS, ["list"]),
     "LinearModelOperator": Subject(linear_model, {**AT, "inputs": FACTORS}),
     "MINRES": plain(by(lambda world: hvp.MINRES(60, damping=world.damping))),
     "Neumann": plain(by(lambda world: hvp.Neumann(TERMS, ALPHA, damping=world.damping), exact=False)),
     "Nystrom": plain(nystrom),
     "NystromPreconditioner": Subject(preconditioned(lambda world, H: hvp.NystromPreconditioner(H, 2, 0.5)), AT),
     "StochasticHessianOperator": Subject(stochastic, AT),
+    "WoodburyPreconditioner": Subject(partial(of_layers, hvp.WoodburyPreconditioner), LAYERS, ["list"]),
     "extreme_eigenvalues": Subject(eigenvalues, {"like": ANYWHERE}),
     "influence_matrix": Subject(
         influence_matrix, {"weights": ANYWHERE, "train_examples": EXAMPLES, "test_examples": EXAMPLES}

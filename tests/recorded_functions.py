@@ -128,7 +128,7 @@ def _jacobian() -> Problem:
     return list(net.parameters()), loss
 
 
-@model("jvp inside")
+@model("jvp inside", level=2)
 def _tangent() -> Problem:
     net = nn.Sequential(nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 10))
 

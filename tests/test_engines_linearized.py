@@ -189,7 +189,7 @@ def test_accumulating_terms_equal_plain_ones(solver: hvp.Neumann, damping: float
     assert first.residual_norm == pytest.approx(second.residual_norm, rel=1e-10)
 
 
-@pytest.mark.parametrize("loss", ["swapped", "square", "transposed", "constant times"])
+@pytest.mark.parametrize("loss", ["swapped", "square", "transposed", "constant times", "product"])
 def test_products_that_are_views_of_the_tangent(loss: str) -> None:
     """Accumulating in place must not overwrite what it still has to read."""
     torch.manual_seed(0)
@@ -200,6 +200,7 @@ def test_products_that_are_views_of_the_tangent(loss: str) -> None:
         "square": lambda w: (w[0].square() + w[1].square()).sum() / 2,
         "transposed": lambda w: (w[0] * w[0].t()).sum() + (w[0] * w[1].t()).sum(),
         "constant times": lambda w: ((matrix @ w[0]) * w[0]).sum() + (w[1] @ matrix * w[0]).sum(),
+        "product": lambda w: (w[0] @ w[1] * matrix).sum(),  # H t = (matrix t[1]^T, t[0]^T matrix)
     }
     v = [torch.randn_like(w) for w in weights]
     solutions = [

@@ -52,7 +52,7 @@ def batched_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 SOLVERS = [
     hvp.Neumann(6, alpha=0.02),
     hvp.Neumann(6, form="accumulate", damping=0.5),
-    hvp.ConjugateGradient(9, damping=3.0),
+    hvp.MINRES(9, damping=3.0),
 ]
 
 

@@ -19,20 +19,7 @@ pytestmark = [
 
 ITERATIONS, ALPHA = 3, 0.02
 
-UNMENDED = {
-    ("BERT, gradient checkpointing", "eager"): "the call is begun twice, and the first part's masks are drawn again",
-    ("BERT, gradient checkpointing", "auto"): "as eager",
-    ("timm MobileNetV3", "eager"): "hardsigmoid has no second derivative",
-    ("timm MobileNetV3", "auto"): "as eager",
-}
-"""Models that do not give the right numbers yet, by engine, and why."""
-
-CELLS = [
-    (name, engine)
-    for name in MODELS
-    for engine in ("eager", "auto")
-    if MODELS[name].installed and (name, engine) not in UNMENDED
-]
+CELLS = [(name, engine) for name in MODELS for engine in ("eager", "auto") if MODELS[name].installed]
 
 
 @pytest.mark.parametrize(("name", "engine"), CELLS)

@@ -22,6 +22,7 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.ops import cpp as native
 from hvp_engine.ops import reference
+from hvp_engine.ops.backend import Binding
 
 TESTS = Path(__file__).parent
 F64 = torch.float64
@@ -43,7 +44,7 @@ class Neumann:
             vector.copy_([torch.randn(shape, dtype=F64) for shape in self.layout.shapes])
         self.partials = self.layout.empty_partials()
         self.step = backend.bind(
-            "neumann_step", [self.v.data, self.p.data], self.layout, [scalar(ALPHA)], DAMPING, self.partials
+            Binding("neumann_step", [self.v.data, self.p.data], self.layout, [scalar(ALPHA)], DAMPING, self.partials)
         )
 
     def assert_close(self, other: Neumann) -> None:
@@ -259,7 +260,7 @@ def test_a_plan_keeps_its_memory_whatever_happens_to_the_tensors():
     weights = [torch.empty(1000)]
     layout = Layout.of(weights)
     v, p, partials = FlatVector(layout), FlatVector(layout), layout.empty_partials()
-    step = native.bind("neumann_step", [v.data, p.data], layout, [scalar(-1.0)], 0.0, partials)
+    step = native.bind(Binding("neumann_step", [v.data, p.data], layout, [scalar(-1.0)], 0.0, partials))
     view = v.views[0]
     v.data.set_(torch.zeros(1))
     p.data.set_(torch.zeros(1))
@@ -272,7 +273,7 @@ def test_bound_memory_cannot_be_resized(size: int):
     """Which would free it, whoever else shares it."""
     layout = Layout.of([torch.empty(1000)])
     v, p, alpha, partials = FlatVector(layout).data, FlatVector(layout).data, scalar(-1.0), layout.empty_partials()
-    step = native.bind("neumann_step", [v, p], layout, [alpha], 0.0, partials)
+    step = native.bind(Binding("neumann_step", [v, p], layout, [alpha], 0.0, partials))
     for tensor in (v, p, alpha, partials):
         with pytest.raises(RuntimeError, match="resize"):
             tensor.untyped_storage().resize_(size)
@@ -287,7 +288,9 @@ def test_a_plan_after_everything_else_is_gone():
     layout = Layout.of([torch.empty(5000)])
     vectors = [Watched(layout), Watched(layout)]
     watch = weakref.ref(vectors[0])
-    step = native.bind("neumann_step", [x.data for x in vectors], layout, [scalar(-1.0)], 0.0, layout.empty_partials())
+    step = native.bind(
+        Binding("neumann_step", [x.data for x in vectors], layout, [scalar(-1.0)], 0.0, layout.empty_partials())
+    )
     del vectors, layout
     gc.collect()
     assert watch() is None
@@ -301,7 +304,7 @@ def test_alpha_is_read_at_every_call():
     weights = [torch.empty(3)]
     layout = Layout.of(weights)
     p, alpha, beta = FlatVector(layout), scalar(2.0), scalar(0.0)
-    step = native.bind("scale_accumulate", [p.data], layout, [alpha, beta], 0.0, layout.empty_partials())
+    step = native.bind(Binding("scale_accumulate", [p.data], layout, [alpha, beta], 0.0, layout.empty_partials()))
     step([torch.ones(3)])
     alpha.fill_(5.0)
     beta.fill_(1.0)

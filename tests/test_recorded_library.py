@@ -6,7 +6,7 @@ import gc
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from hvp_engine.differentiation.recorded import graph_contents, library, lineari
 from hvp_engine.differentiation.recorded.library import Known, Library
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
 from hvp_engine.differentiation.recorded.owned import OwnedLinearization
+from hvp_engine.differentiation.trace.evaluated import PartitionedLinearization
 
 
 @pytest.fixture(autouse=True)
@@ -185,15 +186,11 @@ def test_a_builder_that_raises_leaves_products_to_autograd(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("hidden", [False, True], ids=["level 1", "level 2"])
 def test_a_wrong_program_is_found_and_told_once(hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    partition = programs.partition
+    class Wrong(PartitionedLinearization):
+        def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+            return [1.001 * t for t in super().product(tangents)]
 
-    def wrong(trace: Any) -> Any:
-        parts = partition(trace)
-        right = parts.tangent.in_place.forward
-        parts.tangent.in_place.forward = lambda *arguments: [1.001 * t for t in right(*arguments)]
-        return parts
-
-    monkeypatch.setattr(programs, "partition", wrong)
+    monkeypatch.setattr(linearization, "PartitionedLinearization", Wrong)
     net, kept = Net(hidden), Library()
     with pytest.warns(
         UserWarning, match="a recorded product does not agree with autograd's: it differs by 0.001"

@@ -33,7 +33,11 @@ def double() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("name", MODELS)
+UNPLACED = pytest.mark.xfail(reason="native programs: a region without a place in the workspace", strict=True)
+CELLS = [pytest.param(name, marks=[UNPLACED] if name == "gradient penalty" else []) for name in MODELS]
+
+
+@pytest.mark.parametrize("name", CELLS)
 def test_products(name: str) -> None:
     weights, loss = MODELS[name]()
     library = Library()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hvp_engine as hvp
-from hvp_engine._support.torch_compat import TorchDispatchMode
+from hvp_engine._support.torch_compat import DispatchMode
 from hvp_engine.differentiation.recorded.library import Library
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
 from hvp_engine.differentiation.recorded.owned import OwnedLinearization
@@ -199,7 +199,7 @@ def test_autocast_around_products(order: str) -> None:
         assert level(made) == 1
 
 
-class Counting(TorchDispatchMode):
+class Counting(DispatchMode):
     operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -398,7 +398,7 @@ def test_retraining_after_a_resume_begins_at_the_first_runs_weights(tmp_path: Pa
     expected = run.tuner.retrain(run.train_loader, 3, progress=False)
     other = TuningRun()
     with torch.no_grad():
-        for initial in other.tuner.initial_weights:
+        for initial in other.tuner.problem.initial_weights:
             initial.zero_()
     other.tuner.load(tmp_path / "run.pt")
     torch.manual_seed(7)

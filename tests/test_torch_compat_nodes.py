@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hvp_engine._support import torch_compat
-from hvp_engine._support.torch_compat import NodeFields
+from hvp_engine._support import torch_compat, torch_compat_nodes
+from hvp_engine._support.torch_compat_nodes import NodeFields
 from hvp_engine.differentiation.recorded.library import Library
 
 HEADER = Path(torch.__path__[0]) / "include/torch/csrc/autograd/generated/Functions.h"
@@ -73,9 +73,9 @@ def test_classes_that_hide_more_than_dtypes_and_shapes_are_known() -> None:
     unknown = {
         name: fields
         for name, fields in hiding.items()
-        if fields and not torch_compat.HIDING_NODES.match(name) and name not in ASKED_FOR
+        if fields and not torch_compat_nodes.HIDING_NODES.match(name) and name not in ASKED_FOR
     }
-    assert not unknown, "name them in torch_compat.HIDING_NODES"
+    assert not unknown, "name them in torch_compat_nodes.HIDING_NODES"
     assert {"AsStridedBackward0", "CatBackward0", "NativeDropoutBackward0"} <= {n for n, f in hiding.items() if f}
 
 
@@ -84,23 +84,23 @@ def test_classes_without_a_python_side_are_known() -> None:
     names = re.findall(r"struct TORCH_API (\w+) : public", HEADER.read_text())
     assert len(names) > 500
     missing = {name for name in names if not hasattr(torch._C._functions, name)}
-    assert not {name for name in missing if not torch_compat.HIDING_NODES.match(name)}
+    assert not {name for name in missing if not torch_compat_nodes.HIDING_NODES.match(name)}
 
 
 def test_fields() -> None:
     w = weights()
-    product = torch_compat.fields_of((w * w).grad_fn)
+    product = torch_compat_nodes.fields_of((w * w).grad_fn)
     assert product == NodeFields(("_saved_other", "_saved_self"), ())
-    power = torch_compat.fields_of((w**3).grad_fn)
+    power = torch_compat_nodes.fields_of((w**3).grad_fn)
     assert power == NodeFields(("_saved_self",), ("_saved_exponent",))
     leaf = (w * w).grad_fn.next_functions[0][0]
-    assert torch_compat.fields_of(leaf) == NodeFields((), ())
+    assert torch_compat_nodes.fields_of(leaf) == NodeFields((), ())
     for node in (torch.as_strided(w, (2,), (1,), 0).grad_fn, torch.block_diag(w, w).grad_fn):
-        assert torch_compat.HIDING_NODES.match(node.name())
-        assert "does not show what it holds" in torch_compat.fields_of(node)
+        assert torch_compat_nodes.HIDING_NODES.match(node.name())
+        assert "does not show what it holds" in torch_compat_nodes.fields_of(node)
     z = torch.zeros(3, dtype=torch.float64)
     z[:2] = w[:2]
-    assert "CopySlices" in torch_compat.fields_of(z.grad_fn)
+    assert "CopySlices" in torch_compat_nodes.fields_of(z.grad_fn)
 
 
 class Twice(torch.autograd.Function):
@@ -123,34 +123,34 @@ class MulBackward0(torch.autograd.Function):
 
 @pytest.mark.parametrize("function", [Twice, Twice0, MulBackward0])
 def test_functions_of_users_show_nothing(function: type[torch.autograd.Function]) -> None:
-    assert "does not show" in torch_compat.fields_of(function.apply(weights()).grad_fn)
+    assert "does not show" in torch_compat_nodes.fields_of(function.apply(weights()).grad_fn)
 
 
 def test_unpack_hooks() -> None:
     w = weights()
-    assert not torch_compat.has_unpack_hook(w.exp().grad_fn._raw_saved_result)
+    assert not torch_compat_nodes.has_unpack_hook(w.exp().grad_fn._raw_saved_result)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         hooked, several = w.exp(), w[torch.tensor([0, 2])]
-    assert torch_compat.has_unpack_hook(hooked.grad_fn._raw_saved_result)
-    assert torch_compat.has_unpack_hook(several.grad_fn._raw_saved_indices)
+    assert torch_compat_nodes.has_unpack_hook(hooked.grad_fn._raw_saved_result)
+    assert torch_compat_nodes.has_unpack_hook(several.grad_fn._raw_saved_indices)
     inside = checkpoint(torch.exp, w, use_reentrant=False)
-    assert torch_compat.has_unpack_hook(inside.grad_fn._raw_saved_result)
+    assert torch_compat_nodes.has_unpack_hook(inside.grad_fn._raw_saved_result)
 
 
 def test_numbers_are_saved_without_hooks() -> None:
     """So the first tensor of a node does not tell of the others, if it is a number."""
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         node = (weights() * 2.0).grad_fn
-    assert node._saved_other.shape == () and not torch_compat.has_unpack_hook(node._raw_saved_other)
+    assert node._saved_other.shape == () and not torch_compat_nodes.has_unpack_hook(node._raw_saved_other)
 
 
 def test_hooks() -> None:
     w = weights()
-    assert not torch_compat.has_hooks(w)
+    assert not torch_compat_nodes.has_hooks(w)
     handle = w.register_hook(lambda g: g)
-    assert torch_compat.has_hooks(w)
+    assert torch_compat_nodes.has_hooks(w)
     handle.remove()
-    assert not torch_compat.has_hooks(w)
+    assert not torch_compat_nodes.has_hooks(w)
 
 
 def test_registered_hooks_are_counted() -> None:
@@ -162,28 +162,28 @@ def test_registered_hooks_are_counted() -> None:
         lambda: nn.Linear(2, 2).register_full_backward_hook(lambda *_: None),
     )
     for register in registrations:
-        before = torch_compat.hooks_registered()
+        before = torch_compat_nodes.hooks_registered()
         register()
-        assert torch_compat.hooks_registered() > before
+        assert torch_compat_nodes.hooks_registered() > before
 
 
 def test_nodes_are_numbered_as_they_are_made() -> None:
     w = weights()
-    before = torch_compat.sequence_number()
+    before = torch_compat_nodes.sequence_number()
     first, second = w * 2, w * 3
-    after = torch_compat.sequence_number()
-    numbers = [torch_compat.sequence_number_of(y.grad_fn) for y in (first, second)]
+    after = torch_compat_nodes.sequence_number()
+    numbers = [torch_compat_nodes.sequence_number_of(y.grad_fn) for y in (first, second)]
     assert before <= numbers[0] < numbers[1] < after
-    assert torch_compat.sequence_number_of(first.grad_fn.next_functions[0][0]) > after  # of a leaf
+    assert torch_compat_nodes.sequence_number_of(first.grad_fn.next_functions[0][0]) > after  # of a leaf
 
 
 def test_metadata_of_inputs() -> None:
     w = weights()
-    assert torch_compat.input_metadata(w.view(3, 1).grad_fn) == (torch.float64, 3, 1)
-    assert torch_compat.input_metadata(w.float().grad_fn) == (torch.float32, 3)
-    assert torch_compat.input_metadata(w.unbind(0)[1].grad_fn) == ((torch.float64,),) * 3
+    assert torch_compat_nodes.input_metadata(w.view(3, 1).grad_fn) == (torch.float64, 3, 1)
+    assert torch_compat_nodes.input_metadata(w.float().grad_fn) == (torch.float32, 3)
+    assert torch_compat_nodes.input_metadata(w.unbind(0)[1].grad_fn) == ((torch.float64,),) * 3
     leaf = (w * w).grad_fn.next_functions[0][0]
-    assert torch_compat.input_metadata(leaf) == (torch.float64, 3)
+    assert torch_compat_nodes.input_metadata(leaf) == (torch.float64, 3)
 
 
 def test_storages_that_are_shared() -> None:
@@ -201,7 +201,7 @@ def test_fake_tensors_are_like_real_ones() -> None:
     mode = torch_compat.FakeMode()
     for x in (torch.ones(3, 4).t(), torch.ones(3).expand(2, 3), torch.ones(2, dtype=torch.bool), torch.ones(())):
         fake = torch_compat.fake_like(mode, x)
-        assert torch_compat.is_fake(fake)
+        assert isinstance(fake, torch_compat.FakeTensor)
         assert (fake.shape, fake.stride(), fake.dtype, fake.device) == (x.shape, x.stride(), x.dtype, x.device)
 
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, fx
 
 import hvp_engine as hvp
-from hvp_engine.differentiation.trace import partial_evaluation, rewriting, tracing
+from hvp_engine.differentiation.trace import partial_evaluation, regions, rewriting, tracing
 from hvp_engine.differentiation.trace.rewriting import WrongRewriteError
+from hvp_engine.engines import compiled
 from hvp_engine.engines.auto import AutoEngine
+from hvp_engine.engines.compiled import CompiledEngine
 from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
 
 aten = torch.ops.aten
@@ -96,6 +98,23 @@ def test_a_step_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, step: st
     torch.testing.assert_close(product, torch.autograd.functional.hvp(loss, W, W)[1], rtol=1e-12, atol=1e-12)
     assert all("IndexError: step" in undone for undone in operator.linear_map.functions.partition.undone)
     assert operator.linear_map.functions.partition.undone
+
+
+@pytest.mark.parametrize("step", ["outline", "written_over"])
+def test_a_step_of_compiling_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def fails(*arguments: object) -> None:
+        raise IndexError("step")
+
+    fails.__name__ = step
+    monkeypatch.setattr(compiled, "_LARGEST_WHOLE", 0)
+    monkeypatch.setattr(regions.Regions if step == "outline" else compiled, step, fails)
+    engine = CompiledEngine()
+    with unverified():
+        operator = hvp.HessianOperator(loss, W, engine=engine)
+        assert isinstance(operator.linear_map, compiled.CompiledLinearization)
+        product = operator @ W
+    torch.testing.assert_close(product, torch.autograd.functional.hvp(loss, W, W)[1], rtol=1e-12, atol=1e-12)
+    assert f"rewrite undone: {step}: IndexError: step" in engine.report()
 
 
 @pytest.mark.parametrize("place", range(len(partial_evaluation.REWRITES) + 1))

@@ -10,7 +10,8 @@ from problems_with_known_answers import DTYPE, randn
 from torch import Tensor, nn
 
 from hvp_engine._support.flat_vector import Layout
-from hvp_engine._support.pytree import as_list, check_like, check_scalar, flatten, map_leaves
+from hvp_engine._support.mappings import map_leaves
+from hvp_engine._support.pytree import as_list, check_like, check_scalar, flatten
 
 
 class Pair(NamedTuple):

@@ -85,3 +85,16 @@ def test_pairs_with_a_result_are_left_out_and_the_page_names_those_without(
     assert tried[3:] == [("2.11.0", "3.11")]
     assert not list(tmp_path.glob("*.part"))
     assert call("--only", "no such pair") == 1
+
+
+def test_the_page_is_what_the_committed_results_say() -> None:
+    results = {name: versions.Result(**fields) for name, fields in json.loads(versions.RESULTS.read_text()).items()}
+    assert versions.page(results) == versions.PAGE.read_text()
+    assert set(results) <= {versions.key(*pair) for pair in versions.PAIRS}
+
+
+def test_the_package_names_the_pythons_whose_tests_passed() -> None:
+    results = [versions.Result(**fields) for fields in json.loads(versions.RESULTS.read_text()).values()]
+    passed = {".".join(result.versions["python"].split(".")[:2]) for result in results if not result.failed}
+    named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (versions.ROOT / "pyproject.toml").read_text())
+    assert named == sorted(passed)

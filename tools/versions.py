@@ -6,9 +6,10 @@ For each pair of versions: a virtual environment with that torch and the package
 tests named below, and the environment is deleted, since it takes up to 6 GB. pip's own settings (such as PIP_INDEX_URL)
 decide where packages come from; interpreters are looked for on PATH as `python3.12` and so on.
 
-Results are kept in build/versions/results.json: a pair that has one is left out the next time, unless `--fresh` asks
-for it. docs/versions.md is written anew from what is there, and names the pairs that have no result. The exit status
-is 1 if a test failed or a pair could not be tried.
+Results are kept in bench/results/versions.json, which is committed: a pair that has one is left out the next time,
+unless `--fresh` asks for it, and a run of some pairs loses nothing of the others. docs/versions.md is written anew from
+what is there, and names the pairs that have no result. The exit status is 1 if a test failed or a pair could not be
+tried.
 
 A test that depends on the version of torch is skipped for a reason that begins with "torch"; the table repeats it.
 """
@@ -30,7 +31,8 @@ from xml.etree import ElementTree
 from tools.tree import ROOT, copy_tree
 
 FOLDER = ROOT / "build" / "versions"
-RESULTS, TREE, ENVIRONMENT = FOLDER / "results.json", FOLDER / "tree", FOLDER / "environment"
+TREE, ENVIRONMENT = FOLDER / "tree", FOLDER / "environment"
+RESULTS = ROOT / "bench" / "results" / "versions.json"
 PAGE = ROOT / "docs" / "versions.md"
 
 PAIRS = (
@@ -272,7 +274,7 @@ def main() -> int:
                 continue
             finally:
                 shutil.rmtree(ENVIRONMENT, ignore_errors=True)
-            write(RESULTS, json.dumps({name: asdict(result) for name, result in results.items()}, indent=1))
+            write(RESULTS, json.dumps({name: asdict(result) for name, result in results.items()}, indent=1) + "\n")
         result = results[name]
         print(f"{name}: {result.passed} passed, {len(result.failed)} failed, {result.skipped} skipped", flush=True)
         for test in result.failed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -85,7 +86,7 @@ class GaussNewtonEngine(EagerEngine):
             predicted, weights = outputs
             return self.loss(predicted, weights, hyper, batch)
 
-        curvature = GaussNewtonProducts(outputs, loss, problem.weights, problem.weight_structure, batch, batch)
+        curvature = GaussNewtonProducts(outputs, replace(problem, loss=loss, inputs=(batch, batch)))
         return _Linearization(whole, curvature)
 
 

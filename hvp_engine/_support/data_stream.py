@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine._support.pytree import map_leaves
+from hvp_engine._support.mappings import flatten_batch, map_leaves
 from hvp_engine._support.random_state import RandomState, random_state_kept, seed_everything
-from hvp_engine._support.torch_compat import pytree
 from hvp_engine.errors import CheckpointError
 
 _END = object()
@@ -37,12 +36,12 @@ class Batches:
     """
 
     def __init__(self, loader: Iterable[Any], device: torch.device, name: str):
-        if isinstance(loader, Tensor) or not hasattr(loader, "__iter__"):
+        if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
             raise TypeError(
                 f"{name}: expected a loader (an iterable of batches); got {type(loader).__name__}: "
                 "for a full batch pass [batch]"
             )
-        if hasattr(loader, "__next__"):
+        if isinstance(loader, Iterator):
             raise TypeError(f"{name}: expected a loader that can be iterated again; got an iterator: pass a list")
         self.loader, self.device, self.name = loader, device, name
         self.epoch, self.taken = -1, 0
@@ -209,7 +208,7 @@ def _generators_of(loader: Any) -> list[torch.Generator]:
 def _checksum(batch: Any) -> int:
     """A checksum of all dense tensors of a batch."""
     checksum = 0
-    for leaf in pytree.tree_leaves(batch):
+    for leaf in flatten_batch(batch)[0]:
         if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
             data = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             checksum = zlib.crc32(data.numpy().tobytes(), checksum)

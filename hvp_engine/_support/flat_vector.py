@@ -182,6 +182,11 @@ class Layout:
             rows.append(row.clone() if row.untyped_storage().data_ptr() in taken else row)
         return rows
 
+    def places(self) -> Tensor:
+        """Where the elements of the tensors, each in row-major order, are in a flat buffer; int64 (numel,)."""
+        index = torch.arange(self.size, device=self.device)
+        return torch.cat([index[:0], *(view.reshape(-1) for view in self.views(index))])
+
     def views(self, buffer: Tensor) -> list[Tensor]:
         """Views of `buffer` with the shapes and strides of the layout."""
         return [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor],
     tree = trainable(tree)
     leaves, spec = pytree.tree_flatten(tree)
     shards = None
-    if any(is_sharded(leaf) for leaf in leaves):
+    if not _PLAIN.issuperset(map(type, leaves)) and any(map(is_sharded, leaves)):
         if not sharded:
             raise TypeError(
                 f"{name}: expected tensors that are whole in this process; got DTensors, which are supported as "
@@ -83,6 +83,10 @@ def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor],
             "move them together"
         )
     return leaves, Structure(spec, shards)
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+"""Types of which no leaf is a DTensor."""
 
 
 def trainable(tree: Tree) -> Tree:
@@ -243,8 +247,3 @@ def check_scalar(loss: Any, name: str) -> None:
         )
     if not loss.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating dtype; got {loss.dtype}")
-
-
-def map_leaves(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
-    """`tree` with `function` applied to every tensor in it; other leaves are kept."""
-    return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)

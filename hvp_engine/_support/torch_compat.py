@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +22,23 @@ from torch._prims_common import suggest_memory_format as suggest_memory_format
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
-from torch.utils.hooks import RemovableHandle
 
-__all__ = ["TorchDispatchMode", "is_traceable_wrapper_subclass", "pytree", "suggest_memory_format"]
+__all__ = ["is_traceable_wrapper_subclass", "pytree", "suggest_memory_format"]
 
 REGISTER_PYTREE = "torch.utils._pytree.register_pytree_node"
 """What messages tell users to call: torch has no public name for it."""
+
+
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode that torch.compile is not told to skip: the wrapper that tells it imports all of torch.compile at
+    its first call, which takes 1 s, and costs microseconds at every operation. Seen in 2.13."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
 
 # Lists of tensors, in one call.
 
@@ -67,76 +77,10 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
-@dataclass(frozen=True)
-class NodeFields:
-    """The attributes of a class of autograd nodes: names of saved tensors, and of plain values."""
-
-    tensors: tuple[str, ...]
-    plain: tuple[str, ...]
-
-
-_GENERATED_NODE = re.compile(r"[A-Z]\w*Backward\d+")
-
-HIDING_NODES = re.compile(r"AsStrided|BlockDiag|Foreach|NativeDropout|ToDense|Miopen")
-"""Generated nodes that keep strides or flags to themselves. Others hide fields too, but only dtypes and shapes of
-arguments, which the metadata of the following nodes show. Seen in 2.13; a test reads torch's Functions.h."""
-
-
-def fields_of(node: Node) -> NodeFields | str:
-    """What nodes of this class show of what they hold; a description of the class if they do not show everything."""
-    name = node.name()
-    if name == "torch::autograd::AccumulateGrad":
-        return NodeFields((), ())
-    if not _GENERATED_NODE.fullmatch(name) or HIDING_NODES.match(name) or hasattr(node, "_forward_cls"):
-        return f"a {name}, of which the graph does not show what it holds"
-    names = dir(node)
-    saved = [attribute for attribute in names if attribute.startswith("_saved_")]
-    return NodeFields(
-        tuple(attribute for attribute in saved if f"_raw{attribute}" in names),
-        tuple(attribute for attribute in saved if f"_raw{attribute}" not in names),
-    )
-
-
-def has_unpack_hook(saved: Any) -> bool:
-    """Whether a saved tensor, or one of a list of them, is unpacked by Python code."""
-    if type(saved) in (tuple, list):
-        return any(one.unpack_hook is not None for one in saved)
-    return saved.unpack_hook is not None
-
-
-def has_hooks(tensor: Tensor) -> bool:
-    """Whether Python code sees, and may change, the tensor's gradient."""
-    return bool(tensor._backward_hooks)
-
-
-def input_metadata(node: Any) -> tuple[Any, ...]:
-    """(dtype, shape...) of each gradient that a node takes."""
-    metadata = node._input_metadata
-    if len(metadata) == 1:
-        (one,) = metadata
-        return one.dtype, *one.shape
-    return tuple([(one.dtype, *one.shape) for one in metadata])
-
-
 def is_zero_tensor(tensor: Tensor) -> bool:
     """Whether the tensor is zeros without memory, as forward mode makes them. Its product with a number ends the
     process with a segmentation fault under a dispatch mode. Seen in 2.11, 2.13 and 2.15."""
     return tensor._is_zerotensor()
-
-
-def hooks_registered() -> int:
-    """How many hooks this process has registered so far, on tensors, nodes, modules and optimizers."""
-    return RemovableHandle.next_id
-
-
-def sequence_number() -> int:
-    """The number that this thread's next autograd node gets."""
-    return torch.autograd._get_sequence_nr()
-
-
-def sequence_number_of(node: Any) -> int:
-    """A number that grows from node to node in one thread; huge for a leaf's node."""
-    return node._sequence_nr()
 
 
 def shares_storage(tensor: Tensor) -> bool:
@@ -175,18 +119,22 @@ def end_allocation_to_pool(device: int, pool: Any) -> None:
 # Graphs.
 
 
-def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape and no values."""
-    return isinstance(tensor, FakeTensor)
+def loaded_library(name: str) -> str:
+    """The file of one of torch's own libraries, which are loaded with it."""
+    suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+    return str(Path(torch.__file__).parent / "lib" / f"{'' if suffix == 'dll' else 'lib'}{name}.{suffix}")
 
 
 FakeMode = FakeTensorMode
 
 
 def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-    """A tensor with the shape, strides, dtype and device of `tensor`, and no values."""
-    with mode:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    """A tensor with the shape, strides, dtype and device of `tensor`, and no values.
+
+    Made directly, which takes 8 us; an `empty_strided` inside the mode takes 50.
+    """
+    shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return FakeTensor(mode, shape, tensor.device)
 
 
 def one_fake_mode() -> contextlib.AbstractContextManager[Any]:
@@ -234,8 +182,22 @@ def schema_of(operation: Any) -> Any:
     return getattr(operation, "_schema", None)
 
 
-COMPILED_MODULE = "_orig_mod"
-"""The attribute in which the module that `torch.compile` returns keeps the original."""
+def tags_of(operation: Any) -> Sequence[torch.Tag]:
+    """The tags of an operator of `torch.ops`; none for anything else."""
+    return getattr(operation, "tags", ())
+
+
+def compiled_from(module: torch.nn.Module) -> tuple[str, torch.nn.Module] | None:
+    """The attribute in which a module that `torch.compile` returned keeps the original, and that; else None."""
+    original = getattr(module, "_orig_mod", None)
+    return None if original is None else ("_orig_mod", original)
+
+
+# torch 2.13 renamed them.
+all_gather_single = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
+reduce_scatter_single = (
+    getattr(torch.distributed, "reduce_scatter_single", None) or torch.distributed.reduce_scatter_tensor
+)
 
 
 # Texts that autograd's and make_fx's errors hold.

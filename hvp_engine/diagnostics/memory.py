@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine._support.torch_compat import TorchDispatchMode, is_traceable_wrapper_subclass, pytree
+from hvp_engine._support.torch_compat import DispatchMode, is_traceable_wrapper_subclass, pytree
 
 
 class Meter:
@@ -71,7 +71,7 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Meter]:
         raise ValueError(f"device: expected a CPU or CUDA device; got {device}")
 
 
-class _LiveStorages(TorchDispatchMode):
+class _LiveStorages(DispatchMode):
     """Adds up the CPU storages that are alive, relative to the beginning of the block.
 
     The result of an operation is either in the storage of one of its arguments or new. So a storage that first appears

@@ -13,8 +13,26 @@ from hvp_engine._support.flat_vector import FlatVector, Layout
 
 
 @dataclass(frozen=True)
+class Mixing:
+    """target <- own target + factor source, with the pair (own, factor) of each step; without factors, their sum."""
+
+    target: FlatVector
+    source: FlatVector
+    factors: Sequence[tuple[float, float]] | None = None
+
+    def factors_at(self, step: int) -> tuple[float, float]:
+        return (1.0, 1.0) if self.factors is None else self.factors[step]
+
+    def __call__(self, step: int) -> None:
+        own, factor = self.factors_at(step)
+        if own != 1.0:
+            self.target.data.mul_(own)
+        self.target.data.add_(self.source.data, alpha=factor)
+
+
+@dataclass(frozen=True)
 class Accumulation:
-    """A step that is linear in the product: target <- target - scale (A direction + damping direction); complete().
+    """A step linear in the product: target <- target - scale (A direction + damping direction); then each mixing.
 
     A map that can subtract a product without forming it does this instead of `Iteration.step`. Such a step computes no
     norms, so the last step of a solve is always an ordinary one.
@@ -23,7 +41,16 @@ class Accumulation:
     direction: FlatVector
     target: FlatVector
     scale: float
-    complete: Callable[[], object]
+    mixings: tuple[Mixing, ...]
+
+    def complete(self, step: int) -> None:
+        """What follows the product of this step, counted from 0."""
+        for mixing in self.mixings:
+            mixing(step)
+
+
+Terms = Callable[[range], None]
+"""Makes the steps of a range, counted from the beginning of a solve."""
 
 
 class LinearMap:
@@ -76,8 +103,8 @@ class LinearMap:
         """The tridiagonalization by `steps` of Lanczos if the map has a faster way than by products, else None."""
         return None
 
-    def accumulating_term(self, accumulation: Accumulation, damping: float) -> Callable[[], None] | None:
-        """One term of a solve, without forming the product; None if the map has no such term or it is no faster."""
+    def accumulating_terms(self, accumulation: Accumulation, damping: float) -> Terms | None:
+        """The terms of a solve, without forming products; None if the map has no such terms or they are no faster."""
         return None
 
 

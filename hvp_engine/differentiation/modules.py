@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hvp_engine._support.isolation import is_isolated, record_module
 from hvp_engine._support.random_state import kept_torch_state, one_thread
-from hvp_engine._support.torch_compat import COMPILED_MODULE
+from hvp_engine._support.torch_compat import compiled_from
 
 _HOOKS = "saved-tensor hooks in a functional call"
 
@@ -26,11 +26,9 @@ class FunctionalModule:
             raise TypeError(f"module: expected a torch.nn.Module; got {type(module).__name__}")
         _refuse_fully_sharded(module)
         self._prefix = ""
-        while isinstance(module, DistributedDataParallel) or hasattr(module, COMPILED_MODULE):
-            # DDP reduces only .grad, and its forward communicates; compiled code has no second derivatives.
-            part = "module" if isinstance(module, DistributedDataParallel) else COMPILED_MODULE
-            self._prefix += f"{part}."
-            module = getattr(module, part)
+        while inner := _wrapped(module):
+            name, module = inner
+            self._prefix += f"{name}."
         self.module = module
         self._names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
 
@@ -109,6 +107,14 @@ class FunctionalModule:
 
     def __repr__(self) -> str:
         return f"functional({type(self.module).__name__})"
+
+
+def _wrapped(module: torch.nn.Module) -> tuple[str, torch.nn.Module] | None:
+    """The module inside a wrapper, and its name there; None for any other module.
+
+    DDP reduces only .grad, and its forward communicates; compiled code has no second derivatives.
+    """
+    return ("module", module.module) if isinstance(module, DistributedDataParallel) else compiled_from(module)
 
 
 def _refuse_fully_sharded(module: torch.nn.Module) -> None:

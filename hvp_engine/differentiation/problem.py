@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine._support.mappings import flatten_batch
 from hvp_engine._support.pytree import Structure, check_scalar
 from hvp_engine._support.torch_compat import pytree
 
@@ -96,7 +97,7 @@ class Averaged:
 
 def split_inputs(problem: Problem) -> tuple[list[Tensor], list[Any], pytree.TreeSpec]:
     """The batch's tensors, its other leaves (None in place of each tensor), and the spec to rebuild it."""
-    leaves, spec = pytree.tree_flatten(problem.inputs)
+    leaves, spec = flatten_batch(problem.inputs)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     return tensors, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
 

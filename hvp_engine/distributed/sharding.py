@@ -12,13 +12,10 @@ from torch import Tensor
 
 from hvp_engine._support.dtensor import Shard
 from hvp_engine._support.flat_vector import Layout, offsets_of
+from hvp_engine._support.torch_compat import all_gather_single, reduce_scatter_single
 from hvp_engine.distributed.collectives import NOTHING, Processes, Summands
 
 T = TypeVar("T")
-
-# torch 2.13 renamed them.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class ShardedList:
         for offset, index in zip(self._offsets, self._sharded, strict=True):
             mine[offset : offset + found[index].numel()].view(found[index].shape).copy_(found[index])
         buffer = mine.new_empty(self._processes.count * self._step)
-        _all_gather(buffer, mine, group=self._processes.group)
+        all_gather_single(buffer, mine, group=self._processes.group)
         self._processes.count_message(mine.nbytes)
         for offset, index in zip(self._offsets, self._sharded, strict=True):
             shard = self._shards[index]
@@ -135,7 +132,7 @@ class ShardedList:
                 self._scatter(buffer, step, offset, index, *summands)
         buffer.view(count, step)[:, self._step :] = numbers  # every process receives all numbers
         mine = buffer.new_empty(step)
-        _reduce_scatter(mine, buffer, group=self._processes.group)
+        reduce_scatter_single(mine, buffer, group=self._processes.group)
         self._processes.count_message(mine.nbytes)
         self._processes.check(mine)
         sums = {

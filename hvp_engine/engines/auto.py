@@ -21,7 +21,7 @@ from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.recorded import RecordedEngine
 from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization, signature
-from hvp_engine.engines.trial import TRIAL_SECONDS, seconds_around, seconds_per_term
+from hvp_engine.engines.trial import seconds_around, seconds_per_term
 from hvp_engine.errors import BackendError
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import FinishedIteration
@@ -33,7 +33,7 @@ _TRACE_SECONDS_PER_NODE = 4e-3
 _FIRST_TRACE_SECONDS = 3.0
 """What the first trace of a process costs on top: torch imports sympy and more."""
 
-_BUILD_SECONDS_PER_NODE = 1.5e-3
+_BUILD_SECONDS_PER_NODE = 1e-3
 """What turning the gradient's graph into a program costs for each of its nodes, roughly."""
 
 _TERMS_OF_A_SOLVE = 10
@@ -95,12 +95,13 @@ class AutoEngine(Engine):
             if all(is_constant(leaf) for leaf in others):
                 choice = self._first_choice(problem, self._remembered.get(description))
             else:  # untried, since a batch that is an iterator could be read once only
-                choice = Choice(self._eager, "a trace cannot follow what is in the batch beside tensors")
+                choice = Choice(self._recorded, "untried: what is in the batch beside tensors may be read once only")
             self.choices[key] = choice
             if len(self.choices) > _MOST_CHOICES:
                 self._descriptions.pop(self.choices.popitem(last=False)[0])
         elif choice.trace_is_due():
-            choice = self.choices[key] = self._first_choice(problem, None, at_once=True)
+            trace_too = choice.engine is not self._eager
+            choice = self.choices[key] = self._first_choice(problem, None, at_once=True, trace_too=trace_too)
         elif choice.compiling_is_due():
             self._try_compiled(problem, choice)
         self.choices.move_to_end(key)
@@ -159,26 +160,30 @@ class AutoEngine(Engine):
     def _engines(self) -> tuple[Engine, ...]:
         return self._eager, self._recorded, self._linearized, self._cudagraph, self._compiled
 
-    def _first_choice(self, problem: Problem, remembered: str | None, at_once: bool = False) -> Choice:
+    def _first_choice(
+        self, problem: Problem, remembered: str | None, at_once: bool = False, trace_too: bool = False
+    ) -> Choice:
+        """The engine for a problem that is met for the first time or, `at_once`, of which something was put off; where
+        a program is there already, that is the trace."""
         if remembered is not None:
             return Choice(self._engine(remembered), "as before the checkpoint")
         known = self._losses.get(problem.identity)
         if known is not None and not at_once and self._linearized.known(problem) is None:
-            reason = (
-                f"another shape of a loss: a trace takes about {known:.2g} s, and waits until terms have taken as much"
-            )
+            reason = f"another shape of a loss: a program takes about {known:.2g} s, and waits for terms to take that"
             return Choice(self._eager, reason, trace_seconds=known)
         with random_state_kept(problem.weights[0].device):
-            return self._measured_choice(problem, self._eager.linearize(problem), at_once)
+            return self._measured_choice(problem, self._eager.linearize(problem), trace_too)
 
-    def _measured_choice(self, problem: Problem, eager: Linearization, at_once: bool) -> Choice:
+    def _measured_choice(self, problem: Problem, eager: Linearization, trace_too: bool) -> Choice:
         start = time.perf_counter()
         eager.product(probe(eager.layout))
         affordable = self.expected_products * (time.perf_counter() - start)
         contenders: list[tuple[Engine, Linearization]] = [(self._eager, eager)]
         remarks: list[str] = []
         start = time.perf_counter()
-        if _BUILD_SECONDS_PER_NODE * eager.nodes <= affordable:
+        building = _BUILD_SECONDS_PER_NODE * eager.nodes
+        self._losses.setdefault(problem.identity, building)
+        if building <= affordable:
             recorded = self._recorded.linearize(problem)
             for _ in range(2):  # a graph that hides something is recorded in part at the second product
                 recorded.product(probe(recorded.layout))
@@ -188,22 +193,19 @@ class AutoEngine(Engine):
                 remarks.append(f"products cannot be recorded: {recorded.fallback}")
         cost = _TRACE_SECONDS_PER_NODE * eager.nodes
         first = 0.0 if "sympy" in sys.modules else _FIRST_TRACE_SECONDS
-        self._losses.setdefault(problem.identity, cost)
         put_off = None
         if cost + first > affordable:
             remarks.append(
                 f"a trace would take about {cost + first:.1g} s, more than {self.expected_products} products do"
             )
-        elif not at_once and cost > _SHORT_SECONDS:
+        elif not trace_too and cost > _SHORT_SECONDS:
             put_off = cost
             remarks.append(f"a trace takes about {cost:.2g} s, and waits until it can repay itself")
         else:
-            began = time.perf_counter()
             remarks += self._trace(problem, contenders)
-            self._losses[problem.identity] = max(cost, time.perf_counter() - began + TRIAL_SECONDS - first)
+        traced = next((made for engine, made in contenders if engine is self._linearized), None)
         choice = self._fastest(problem, contenders, remarks)
         choice.setup_seconds, choice.trace_seconds = time.perf_counter() - start, put_off
-        traced = next((made for engine, made in contenders if engine is self._linearized), None)
         if isinstance(traced, TracedLinearization):
             made = self._compiled.known(problem) is not None
             expected = 0.0 if made else estimated_seconds(traced.functions.partition)
@@ -228,19 +230,19 @@ class AutoEngine(Engine):
         return []
 
     def _fastest(
-        self, problem: Problem, contenders: Sequence[tuple[Engine, Linearization]], remarks: Sequence[str]
+        self, problem: Problem, contenders: list[tuple[Engine, Linearization]], remarks: Sequence[str]
     ) -> Choice:
         """The engine that is fastest for a solve of :data:`_TERMS_OF_A_SOLVE` terms, set-up for each solve included."""
         if len(contenders) == 1:
             return Choice(self._eager, "; ".join(remarks))
         terms = seconds_per_term(contenders)
-        seconds = dict(zip((engine.name for engine, _ in contenders), terms, strict=True))
-        totals = {
-            engine.name: seconds_around(engine, problem, seconds[engine.name])
-            + _TERMS_OF_A_SOLVE * seconds[engine.name]
-            for engine, _ in contenders
-        }
         engines = [engine for engine, _ in contenders]
+        contenders.clear()  # what they hold, such as buffers of recorded graphs, is free for the next linearization
+        seconds = dict(zip((engine.name for engine in engines), terms, strict=True))
+        totals = {
+            engine.name: seconds_around(engine, problem, term) + _TERMS_OF_A_SOLVE * term
+            for engine, term in zip(engines, terms, strict=True)
+        }
         fastest = min(engines, key=lambda e: totals[e.name] * (_TIE if e is self._eager else 1.0))
         return Choice(fastest, "; ".join(["measured fastest", *remarks]), seconds)
 

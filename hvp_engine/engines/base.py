@@ -3,45 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvp_engine.differentiation.linear_map import Linearization, LinearMap
+from hvp_engine.differentiation.linear_map import Linearization, LinearMap, Terms
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.batched import MOST, pays
 from hvp_engine.solvers.iteration import FinishedIteration, Iteration
+from hvp_engine.solvers.spare_iterations import allocated
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 
 def begin(operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None) -> Iteration:
     """A new iteration of `solver` on `operator`, ready for its first step."""
-    iteration = solver.allocate(operator.layout)
+    iteration = allocated(solver, operator.layout)
     iteration.adapt(estimate)
     iteration.start(v)
     return iteration
 
 
-def advance(
-    iteration: Iteration, operator: LinearMap, term: Callable[[], None] | None = None, limit: float = math.inf
-) -> None:
-    """Alternate products and steps until the solver is done, or has made `limit` steps; `term`, if given, stands for
-    all of them but the last.
+def advance(iteration: Iteration, operator: LinearMap, terms: Terms | None = None, limit: float = math.inf) -> None:
+    """Alternate products and steps until the solver is done, or has made `limit` steps; `terms`, if given, make all of
+    them but the last.
 
     A product is kept until the next one exists: freed at once, its memory would return to the system and come back page
     by page, which tripled the page faults of a solve and cost up to a third of its time on a CPU.
     """
+    if terms is not None and iteration.steps < iteration.limit - 1:
+        terms(range(iteration.steps, iteration.limit - 1))
+        iteration.steps = iteration.limit - 1
     limit = min(limit, iteration.limit)
     while iteration.steps < limit and not iteration.finished():
-        if term is not None and iteration.steps < iteration.limit - 1:
-            term()
-            iteration.steps += 1
-        else:
-            product = operator.product(iteration.direction.tangents)
-            iteration.step(product)
+        product = operator.product(iteration.direction.tangents)
+        iteration.step(product)
 
 
 class Engine:
@@ -64,8 +62,8 @@ class Engine:
         if operator.learning:
             advance(iteration, operator, limit=1)
         accumulation = iteration.accumulation if iteration.limit > 1 else None
-        term = None if accumulation is None else operator.accumulating_term(accumulation, solver.damping)
-        advance(iteration, operator, term)
+        terms = None if accumulation is None else operator.accumulating_terms(accumulation, solver.damping)
+        advance(iteration, operator, terms)
         return iteration
 
     def run_all(
@@ -96,7 +94,8 @@ def _side_by_side(
         group = [begin(operator, v, solver, estimate) for v in vs[start : start + MOST]]
         while active := [one for one in group if one.steps < one.limit and not one.finished()]:
             stacked = [torch.stack(parts) for parts in zip(*(one.direction.tangents for one in active), strict=True)]
-            images = operator.products(stacked)
+            together = pays(operator, len(active))
+            images = operator.products(stacked) if together else LinearMap.products(operator, stacked)
             for index, one in enumerate(active):
                 one.step([image[index] for image in images])
         yield from group

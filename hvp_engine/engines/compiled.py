@@ -12,12 +12,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.torch_compat import compile_graph
-from hvp_engine.differentiation.linear_map import Accumulation, Linearization
+from hvp_engine.differentiation.linear_map import Accumulation, Linearization, Terms
 from hvp_engine.differentiation.problem import Problem
+from hvp_engine.differentiation.trace.evaluated import Function
 from hvp_engine.differentiation.trace.functionalize import is_random
 from hvp_engine.differentiation.trace.inplace import written_over
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.differentiation.trace.regions import Regions, distinct, lazily
+from hvp_engine.differentiation.trace.rewriting import Attempts
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.traced import Functions, LinearizedEngine, TracedLinearization
 from hvp_engine.errors import BackendError
@@ -65,10 +67,18 @@ class CompiledFunctions(Functions):
             if not any(_miscompiled(node) for node in parts.primal.graph.nodes):
                 self.primal = lazily(self._compile, parts.primal)
         else:
-            regions = Regions(self._compile)
-            self.tangent = written_over(regions.outline(parts.tangent.module)).forward
-            self.accumulating = written_over(regions.outline(parts.accumulating.module)).forward
-            self.primal = regions.outline(parts.primal).forward
+            attempts, outline = Attempts(), Regions(self._compile).outline
+
+            def outlined(module: fx.GraphModule) -> fx.GraphModule:
+                return attempts.call(outline, module, otherwise=module)
+
+            def reusing(module: fx.GraphModule) -> Function:
+                return attempts.call(written_over, module, otherwise=module).forward
+
+            self.tangent = reusing(outlined(parts.tangent.module))
+            self.accumulating = reusing(outlined(parts.accumulating.module))
+            self.primal = outlined(parts.primal).forward
+            self.undone = (*parts.undone, *attempts.undone)
         self._terms: dict[tuple[bool, float], Callable[..., Any]] = {}
 
     def _compile(self, module: fx.GraphModule, arguments: Sequence[Tensor]) -> Callable[..., Any]:
@@ -123,9 +133,9 @@ class CompiledLinearization(TracedLinearization):
         ]
         return super().product(laid_out)
 
-    def accumulating_term(self, accumulation: Accumulation, damping: float) -> Callable[[], None] | None:
+    def accumulating_terms(self, accumulation: Accumulation, damping: float) -> Terms | None:
         if not self.functions.whole:
-            return super().accumulating_term(accumulation, damping)
+            return super().accumulating_terms(accumulation, damping)
         if self.layout.low_precision:
             return None
         in_place = accumulation.target is accumulation.direction
@@ -135,10 +145,11 @@ class CompiledLinearization(TracedLinearization):
         arguments.append(scale)
         term = self.functions.term(in_place, damping, arguments, len(self._tangent_residuals))
 
-        def run() -> None:
-            with torch.no_grad():
-                term(*arguments)
-            accumulation.complete()
+        def run(steps: range) -> None:
+            for step in steps:
+                with torch.no_grad():
+                    term(*arguments)
+                accumulation.complete(step)
 
         return run
 

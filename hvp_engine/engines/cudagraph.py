@@ -11,6 +11,7 @@ from torch import Tensor
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
 from hvp_engine.differentiation.problem import Problem, split_inputs
 from hvp_engine.differentiation.self_check import difference
+from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.engines.graphs import CapturedLinearization, Graphs, Solved, Tally
 from hvp_engine.engines.recording import CaptureError, CudaRecorder, Recorder
 from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused
@@ -108,6 +109,9 @@ class CudaGraphEngine(LinearizedEngine):
             return super()._trace(problem)
         except TraceError as error:
             return Refused(str(error))
+
+    def _functions(self, parts: Partition, modules: Sequence[torch.nn.Module]) -> Functions:
+        return Functions(parts, modules)
 
     def _why_not(self, problem: Problem) -> str | None:
         """Why the inputs alone rule out recording, if they do."""

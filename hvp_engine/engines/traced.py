@@ -16,6 +16,7 @@ from hvp_engine._support.flat_vector import Layout, detached
 from hvp_engine._support.isolation import recorded_modules
 from hvp_engine._support.random_state import random_state_kept
 from hvp_engine.differentiation.linear_map import Linearization
+from hvp_engine.differentiation.native.partition_programs import PartitionPrograms
 from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
 from hvp_engine.differentiation.self_check import Schedule, disagreement
 from hvp_engine.differentiation.trace.evaluated import PartitionedLinearization, PartitionFunctions
@@ -33,6 +34,7 @@ class Functions(PartitionFunctions):
 
     def __init__(self, parts: Partition, modules: Sequence[torch.nn.Module]):
         super().__init__(parts)
+        self.undone = parts.undone
         self.schedule = Schedule()
         self.distrust: str | None = None
         self.modules = list(modules)
@@ -131,8 +133,12 @@ class LinearizedEngine(Engine):
         text = f"{self.traces} traces in {self.trace_seconds:.2f} s"
         if self._forgotten:
             text += f", {self._forgotten} of them forgotten: at most {_MOST_TRACES} are kept, the latest used"
-        undone = {u for f in self._cache.values() if isinstance(f, Functions) for u in f.partition.undone}
+        undone = {u for f in self._cache.values() if isinstance(f, Functions) for u in f.undone}
         text += "".join(f"; rewrite undone: {reason}" for reason in sorted(undone))
+        native = [f.native for f in self._cache.values() if isinstance(f, Functions) and f.native is not None]
+        text += "".join(f"; {words}" for words in sorted({one.describe() for one in native} - {""}))
+        made = [one.seconds for one in native if one.program is not None]
+        text += f" ({len(made)} native programs, made in {sum(made):.2f} s)" if made else ""
         reasons = {f.unbatched for f in self._cache.values() if isinstance(f, Functions) and f.unbatched}
         return text + "".join(f"; right-hand sides one by one, since vmap failed: {reason}" for reason in reasons)
 
@@ -155,7 +161,9 @@ class LinearizedEngine(Engine):
         return TracedLinearization(functions, layout, problem.name, functions.at(problem, tensors))
 
     def _functions(self, parts: Partition, modules: Sequence[torch.nn.Module]) -> Functions:
-        return Functions(parts, modules)
+        functions = Functions(parts, modules)
+        functions.native = PartitionPrograms(parts)
+        return functions
 
 
 def signature(problem: Problem, tensors: Sequence[Tensor], others: Sequence[Any], spec: Any) -> Hashable:

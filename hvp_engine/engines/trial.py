@@ -17,7 +17,7 @@ from hvp_engine.solvers.neumann import Neumann
 _TERMS = 3
 """Terms of the trial solve that engines are compared on."""
 
-TRIAL_SECONDS = 0.3
+_TRIAL_SECONDS = 0.3
 _FEWEST_TRIALS, _MOST_TRIALS = 4, 50
 """Trials go on for the fewest rounds, the first one to warm up, and until one of the others is reached."""
 
@@ -40,7 +40,7 @@ def seconds_per_term(contenders: Sequence[tuple[Engine, Linearization]]) -> list
                 torch.cuda.synchronize(device)
             if trial > 0:  # the first one warms up
                 best[index] = min(best[index], (time.perf_counter() - start) / _TERMS)
-        if trial + 1 >= _FEWEST_TRIALS and time.perf_counter() - started > TRIAL_SECONDS:
+        if trial + 1 >= _FEWEST_TRIALS and time.perf_counter() - started > _TRIAL_SECONDS:
             break
     return best
 

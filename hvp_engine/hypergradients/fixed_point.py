@@ -17,8 +17,9 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import norm_of
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import Structure, flatten
-from hvp_engine.differentiation.double_backward import Tape, leaves
+from hvp_engine.differentiation.double_backward import leaves
 from hvp_engine.differentiation.problem import Problem
+from hvp_engine.differentiation.recorded.owned import OwnedLinearization
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import DivergenceError, NonFiniteError
 from hvp_engine.hypergradients.estimator import Estimator
@@ -133,7 +134,7 @@ class FixedPointHypergradient(Estimator):
         hyper_list: list[Tensor],
         hyper_structure: Structure,
         batch: Any,
-    ) -> Tape:
+    ) -> OwnedLinearization:
         weights, hyperparameters = leaves(weight_list), leaves(hyper_list)
         with torch.enable_grad():
             image = self.phi(weight_structure.rebuild(weights), hyper_structure.rebuild(hyperparameters), batch)
@@ -149,7 +150,7 @@ class FixedPointHypergradient(Estimator):
                         f"got {tuple(tensor.shape)} and {tensor.dtype}"
                     )
             differences = [weight - tensor for weight, tensor in zip(weights, images, strict=True)]
-        return Tape(differences, weights, hyperparameters, name="phi", symmetric=False)
+        return OwnedLinearization(differences, weights, hyperparameters, name="phi", symmetric=False)
 
 
 def _for_nonsymmetric(solver: Solver) -> Solver:
@@ -160,6 +161,4 @@ def _for_nonsymmetric(solver: Solver) -> Solver:
             "solver: expected one that does not need a symmetric operator, such as hvp.Neumann(20); got "
             f"{type(solver).__name__}, while the Jacobian of a map is not symmetric in general"
         )
-    if isinstance(solver, Neumann) and solver.alpha == "auto":
-        return replace(solver, alpha=1 / (1 + solver.damping))
-    return solver
+    return solver.without_estimate()

@@ -76,7 +76,7 @@ def influence_matrix(
     positive definite A, and the numbers rank rather than measure. Losses that mix examples (BatchNorm in training
     mode) see batches of one.
 
-    Cost: one solve for each test example (side by side, as `solve(..., batched=True)` does); one gradient for each
+    Cost: one solve for each test example (in blocks, as `solve(..., batched=True)` does); one gradient for each
     test example, and one for each training example and chunk of test examples: by `vmap` where the loss allows, else
     in a loop. Memory: about 2 `chunk` vectors of weights, beside the solver's.
 
@@ -104,8 +104,8 @@ def influence_matrix(
     for gradients in test.chunks(chunk):
         solution = solve(operator, structure.rebuild(gradients), solver, batched=True)
         solutions.append(replace(solution, value=None))
-        directions = _rows(flatten(solution.value, "solution")[0])
-        columns.append(torch.cat([-_rows(of_train) @ directions.T for of_train in train.chunks(chunk)]))
+        directions = flatten(solution.value, "solution")[0]
+        columns.append(torch.cat([-_inner_products(of_train, directions) for of_train in train.chunks(chunk)]))
     matrix = torch.cat(columns, 1)
     bad = (~torch.isfinite(matrix)).any(1).nonzero()
     if len(bad):
@@ -181,6 +181,7 @@ class _Gradients:
         return value.reshape(())
 
 
-def _rows(stacked: Sequence[Tensor]) -> Tensor:
-    """One row for each example."""
-    return torch.cat([tensor.reshape(len(tensor), -1) for tensor in stacked], 1)
+def _inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Those of stacked vectors: one row for each of `left`, one column for each of `right`."""
+    parts = [a.reshape(len(a), -1) @ b.reshape(len(b), -1).T for a, b in zip(left, right, strict=True)]
+    return torch.stack(parts).sum(0)

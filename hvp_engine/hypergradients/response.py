@@ -66,8 +66,8 @@ def response_jacobian(
 
     Validity: as a hypergradient's, at a minimum w* of the training loss with a positive definite Hessian.
 
-    Cost: one solve for each cotangent, side by side with one spectral estimate or one dense matrix, and one mixed
-    product for each. Memory: one vector of weights for each cotangent, beside the solver's.
+    Cost: one solve for each cotangent, as `solve(..., batched=True)` does it, and one mixed product for each.
+    Memory: one vector of weights for each cotangent, beside the solver's.
 
     Errors: `TypeError`/`ValueError` naming the argument; :class:`GraphError` if no hyperparameter reaches the training
     gradient; as :func:`solve`.

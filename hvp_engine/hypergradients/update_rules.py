@@ -17,6 +17,8 @@ from torch import Tensor
 Rate = float | Callable[[Any], Tensor]
 """A learning rate: a number, or a function of the hyperparameters that gives a 0-dim tensor."""
 
+Tensors = Sequence[Tensor]
+
 Moved = tuple[list[Tensor], list[Tensor]]
 """The weights and the state after a step."""
 
@@ -28,17 +30,10 @@ class UpdateRule(Protocol):
     @property
     def learning_rate(self) -> Rate: ...
 
-    def initial_state(self, weights: Sequence[Tensor]) -> list[Tensor]:
+    def initial_state(self, weights: Tensors) -> list[Tensor]:
         """The state before the first step."""
 
-    def step(
-        self,
-        weights: Sequence[Tensor],
-        gradient: Sequence[Tensor],
-        state: Sequence[Tensor],
-        rate: float | Tensor,
-        count: int,
-    ) -> Moved:
+    def step(self, weights: Tensors, gradient: Tensors, state: Tensors, rate: float | Tensor, count: int) -> Moved:
         """Step number `count` (from 1), with learning rate `rate`."""
 
 
@@ -60,17 +55,10 @@ class SGD:
         _check_rate(self.learning_rate)
         _check_fraction(self.momentum, "momentum")
 
-    def initial_state(self, weights: Sequence[Tensor]) -> list[Tensor]:
+    def initial_state(self, weights: Tensors) -> list[Tensor]:
         return [torch.zeros_like(weight) for weight in weights] if self.momentum else []
 
-    def step(
-        self,
-        weights: Sequence[Tensor],
-        gradient: Sequence[Tensor],
-        state: Sequence[Tensor],
-        rate: float | Tensor,
-        count: int,
-    ) -> Moved:
+    def step(self, weights: Tensors, gradient: Tensors, state: Tensors, rate: float | Tensor, count: int) -> Moved:
         change = gradient
         if self.momentum:
             change = [self.momentum * b + g for b, g in zip(state, gradient, strict=True)]
@@ -105,17 +93,10 @@ class Adam:
         if not (_is_number(self.eps) and self.eps > 0):
             raise ValueError(f"eps: expected a finite number > 0; got {self.eps!r}")
 
-    def initial_state(self, weights: Sequence[Tensor]) -> list[Tensor]:
+    def initial_state(self, weights: Tensors) -> list[Tensor]:
         return [torch.zeros_like(weight) for weight in (*weights, *weights)]
 
-    def step(
-        self,
-        weights: Sequence[Tensor],
-        gradient: Sequence[Tensor],
-        state: Sequence[Tensor],
-        rate: float | Tensor,
-        count: int,
-    ) -> Moved:
+    def step(self, weights: Tensors, gradient: Tensors, state: Tensors, rate: float | Tensor, count: int) -> Moved:
         first, second = self.betas
         size = len(weights)
         means = [first * m + (1 - first) * g for m, g in zip(state[:size], gradient, strict=True)]

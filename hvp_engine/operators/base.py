@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hvp_engine._support.arguments import as_number
 from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine._support.mappings import flatten_batch
 from hvp_engine._support.pytree import Structure, check_like, flatten
-from hvp_engine._support.torch_compat import pytree, version_of
+from hvp_engine._support.torch_compat import version_of
 from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.engines import EagerEngine, Engine
 from hvp_engine.solvers import Solver
@@ -57,7 +58,7 @@ class LinearOperator(LinearMap):
         self.layout, self.name = linear_map.layout, linear_map.name
         self.symmetric, self.fixed = linear_map.symmetric, linear_map.fixed
         self.spectrum = Spectrum()
-        read = [leaf for leaf in pytree.tree_leaves(made_of) if isinstance(leaf, Tensor)]
+        read = [leaf for leaf in flatten_batch(made_of)[0] if isinstance(leaf, Tensor)]
         self._versions = [(tensor, version_of(tensor)) for tensor in read if not tensor.is_inference()]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -248,8 +249,8 @@ def solve(operator: Any, v: Any, solver: Solver, *, batched: bool = False, x0: A
         solver: how, for example `Neumann(20)`, `Identity()`.
         batched: every leaf of v has an extra first dimension, of the same length: multiple right-hand sides. All share
             one spectral estimate. A linear model solves them in one call, `Exact` with one matrix, `Nystrom` with one
-            sketch; traced operators batch their products where that pays off (up to 16,384 weights on a CPU);
-            otherwise they are solved one by one.
+            sketch, `ConjugateGradient` in blocks that share their Krylov spaces; otherwise they are solved one by one,
+            or side by side. Traced operators batch their products where that pays off (up to 16,384 weights on a CPU).
         x0: a warm start like v, for example the solution of a similar system; None is zero. The solver then finds
             x - x0 = A^-1 (v - A x0), for one more product: a series continues from x0, and a tolerance stays relative
             to v.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.isolation import Draws, isolated
-from hvp_engine._support.pytree import Structure, check_scalar, flatten
+from hvp_engine._support.pytree import check_scalar, flatten
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
 from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, leaves
 from hvp_engine.differentiation.linear_map import Linearization
@@ -77,12 +77,7 @@ class _GaussNewtonEngine(EagerEngine):
         self._model = model
 
     def linearize(self, problem: Problem) -> GaussNewtonProducts:
-        def products() -> GaussNewtonProducts:
-            return GaussNewtonProducts(
-                self._model, problem.loss, problem.weights, problem.weight_structure, *problem.inputs
-            )
-
-        found = products()
+        found = GaussNewtonProducts(self._model, problem)
         if found.incomplete:
             warnings.warn(
                 "model: a kernel in it has no second derivative; it is evaluated on plain kernels (math "
@@ -90,7 +85,7 @@ class _GaussNewtonEngine(EagerEngine):
                 stacklevel=4,
             )
             with plain_kernels():
-                found = products()
+                found = GaussNewtonProducts(self._model, problem)
         return found
 
 
@@ -100,18 +95,11 @@ class GaussNewtonProducts(Linearization):
     Reverse mode gives J v, too: u -> J^T u is linear, and its transpose, by a second backward pass, is v -> J v.
     """
 
-    def __init__(
-        self,
-        model: Callable[[Any, Any], Any],
-        loss: Callable[[Any, Any], Tensor],
-        weights: Sequence[Tensor],
-        structure: Structure,
-        inputs: Any,
-        targets: Any,
-    ):
-        self.layout = Layout.of(weights)
-        self._weights = leaves(weights)
-        outputs, output_structure = flatten(model(structure.rebuild(self._weights), inputs), "model(weights, inputs)")
+    def __init__(self, model: Callable[[Any, Any], Any], problem: Problem):
+        self.layout, self._weights = Layout.of(problem.weights), leaves(problem.weights)
+        inputs, targets = problem.inputs
+        outputs = model(problem.weight_structure.rebuild(self._weights), inputs)
+        outputs, output_structure = flatten(outputs, "model(weights, inputs)")
         reached = [output for output in outputs if output.requires_grad]
         if not reached:
             raise GraphError(
@@ -120,9 +108,8 @@ class GaussNewtonProducts(Linearization):
             )
         self._outputs = leaves(reached)
         points = iter(self._outputs)
-        value = loss(
-            output_structure.rebuild([next(points) if output.requires_grad else output for output in outputs]), targets
-        )
+        differentiated = [next(points) if output.requires_grad else output for output in outputs]
+        value = problem.loss(output_structure.rebuild(differentiated), targets)
         check_scalar(value, "loss")
         found = differentiate(value, self._outputs, create_graph=True) if value.requires_grad else [None]
         if all(gradient is None for gradient in found):

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,22 +33,25 @@ Bound = Callable[[Sequence[Tensor]], None]
 """A bound op: takes the list of products that autograd returned and updates the state to which it is bound."""
 
 
+class Binding(NamedTuple):
+    """What an op is bound to, checked already; see :func:`hvp_engine.ops.schemas.bind`."""
+
+    name: str
+    states: Sequence[Tensor]
+    layout: Layout
+    scalars: Sequence[Tensor]
+    damping: float
+    partials: Tensor
+
+
 class Backend(Protocol):
     """The functions of a backend's module."""
 
     def missing(self, device_type: str) -> str | None:
         """Why this backend cannot run on a device of this type, or None if it can."""
 
-    def bind(
-        self,
-        name: str,
-        states: Sequence[Tensor],
-        layout: Layout,
-        scalars: Sequence[Tensor],
-        damping: float,
-        partials: Tensor,
-    ) -> Bound:
-        """The op `name` bound to its arguments, all checked already; see :func:`hvp_engine.ops.schemas.bind`."""
+    def bind(self, given: Binding) -> Bound:
+        """The op `given.name`, bound."""
 
 
 _MODULES = {

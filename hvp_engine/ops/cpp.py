@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.pytree import check_leaf_like
-from hvp_engine.ops.backend import Bound
+from hvp_engine.ops.backend import Binding, Bound
 from hvp_engine.ops.schemas import OPS
 
 try:
@@ -35,15 +35,9 @@ def missing(device_type: str) -> str | None:
     return f"the extension does not run on device type {device_type!r}"
 
 
-def bind(
-    name: str,
-    states: Sequence[Tensor],
-    layout: Layout,
-    scalars: Sequence[Tensor],
-    damping: float,
-    partials: Tensor,
-) -> Bound:
-    """The op `name` bound to its arguments, all checked already; see :func:`hvp_engine.ops.schemas.bind`."""
+def bind(given: Binding) -> Bound:
+    """The op `given.name`, bound."""
+    name, states, layout, scalars, damping, partials = given
     states = [_kept(state) for state in states]
     partials = _kept(partials)
     return _C.Plan(

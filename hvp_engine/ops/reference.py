@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hvp_engine._support.flat_vector import CHUNK, Layout, offsets_of
+from hvp_engine._support.flat_vector import CHUNK, offsets_of
 from hvp_engine._support.pytree import check_like
-from hvp_engine.ops.backend import Bound
+from hvp_engine.ops.backend import Binding, Bound
 from hvp_engine.ops.schemas import OPS
 
 
@@ -129,15 +129,9 @@ def missing(device_type: str) -> str | None:
     return None
 
 
-def bind(
-    name: str,
-    states: Sequence[Tensor],
-    layout: Layout,
-    scalars: Sequence[Tensor],
-    damping: float,
-    partials: Tensor,
-) -> Bound:
-    """The op `name` bound to its arguments, all checked already; see :func:`hvp_engine.ops.schemas.bind`."""
+def bind(given: Binding) -> Bound:
+    """The op `given.name`, bound."""
+    name, states, layout, scalars, damping, partials = given
     op, step = OPS[name], STEPS[name]
     trailing = (*scalars, damping, partials) if op.damped else (*scalars, partials)
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import INPUT_DTYPES, STATE_DTYPES, Layout, partial_rows
-from hvp_engine._support.torch_compat import is_fake
 from hvp_engine.ops import backend
 
 
@@ -74,8 +73,6 @@ def check(op: Op, states: Sequence[Tensor], layout: Layout, scalars: Sequence[Te
             )
         if state.device != layout.device and layout.numels:
             raise ValueError(f"{where}: expected device {layout.device} as {op.product}; got {state.device}")
-    if not torch.compiler.is_compiling() and not is_fake(first):
-        _check_overlap(op, states, scalars, partials)
     for index, dtype in enumerate(layout.dtypes):
         if dtype not in INPUT_DTYPES or (dtype == torch.float64 and first.dtype != torch.float64):
             raise TypeError(
@@ -140,8 +137,9 @@ def bind(
     """
     op = OPS[name]
     check(op, states, layout, scalars, partials)
+    _check_overlap(op, states, scalars, partials)
     _, module = backend.select(states[0].device)
-    return module.bind(name, states, layout, scalars, damping, partials)
+    return module.bind(backend.Binding(name, states, layout, scalars, damping, partials))
 
 
 def _register(library: torch.library.Library, op: Op) -> None:

@@ -25,6 +25,7 @@ from hvp_engine.solvers.iteration import FinishedIteration, Iteration, Outcome, 
 from hvp_engine.solvers.preconditioning import Preconditioner, check_preconditioner
 from hvp_engine.solvers.right_hand_sides import WarmStart
 from hvp_engine.solvers.solution import Solution, Status
+from hvp_engine.solvers.spare_iterations import released
 from hvp_engine.solvers.spectrum import GROWTH, Estimates, SpectralEstimate, Spectrum
 
 Vector = Sequence[Tensor]
@@ -98,6 +99,10 @@ class Solver:
     def prepare(self, system: LinearSystem) -> Prepared:
         """The state that all right-hand sides of `system` share."""
         return IterativeSolve(self, system)
+
+    def without_estimate(self: AnySolver) -> AnySolver:
+        """This solver for an operator that is not symmetric, whose spectrum Lanczos cannot estimate."""
+        return self
 
     def relaxed(self: AnySolver, layout: Layout, share: float, norm: float) -> AnySolver | None:
         """This solver for the residual of a warm start, of norm `norm` = `share` * ||v||; None if that is small.
@@ -174,7 +179,7 @@ class Prepared:
         value = finished.value.in_dtypes()
         if torch.float16 in operator.layout.dtypes and any_bad(value):
             raise overflow(operator, finished.value)
-        return value, solution
+        return released(finished, value), solution
 
 
 class IterativeSolve(Prepared):

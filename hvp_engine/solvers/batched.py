@@ -57,6 +57,20 @@ def fill(vectors: Vectors, operator: LinearMap) -> None:
             vectors.step(operator.product(vectors.direction.tangents))
 
 
+def multiply(operator: LinearMap, rows: Tensor, products: Tensor) -> None:
+    """Overwrite the rows of `products` by A times those of `rows`, flat vectors with zeros in their gaps."""
+    layout, count = operator.layout, len(rows)
+    blocks = -(-count // MOST)
+    if pays(operator, count // blocks):
+        for part, target in zip(rows.tensor_split(blocks), products.tensor_split(blocks), strict=True):
+            found = operator.products(stacked_tangents(layout, part))
+            for view, product in zip(stacked_views(layout, target), found, strict=True):
+                view.copy_(product.detach())
+        return
+    for row, target in zip(rows, products, strict=True):
+        FlatVector(layout, target).copy_(operator.product(FlatVector(layout, row).tangents))
+
+
 def stacked_views(layout: Layout, rows: Tensor) -> list[Tensor]:
     """Views of the flat vectors in `rows`, stacked along a first dimension of each weight's tensor."""
     return [

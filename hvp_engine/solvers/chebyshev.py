@@ -13,6 +13,7 @@ from torch import Tensor
 from hvp_engine import ops
 from hvp_engine._support.arguments import as_number, check_count, check_not_negative, replace_fields
 from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine.differentiation.linear_map import Accumulation, Mixing
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import Iteration, Outcome, RightHandSide, scalar
 from hvp_engine.solvers.neumann import outcome_of
@@ -194,6 +195,7 @@ class _Chebyshev(Iteration):
         self._table = torch.zeros(self.limit + 1, 2, dtype=torch.float64, device=layout.device)
         self._current = torch.zeros(2, dtype=torch.float64, device=layout.device)
         self._alpha, self._beta = self._current.unbind()
+        self._factors: list[tuple[float, float]] = []
         self._partials = layout.empty_partials()
         self._bind(layout)
 
@@ -202,9 +204,15 @@ class _Chebyshev(Iteration):
         scalars, damping = (self._alpha, self._beta), self._solver.damping
         self._update = ops.bind("chebyshev_step", states, layout, scalars, damping, self._partials)
 
+    @property
+    def accumulation(self) -> Accumulation | None:
+        turned = Mixing(self.direction, self._residual, self._factors)
+        return Accumulation(self.direction, self._residual, 1.0, (turned, Mixing(self.value, self.direction)))
+
     def adapt(self, estimate: SpectralEstimate | None) -> None:
         self.bounds, coefficients = self._solver.coefficients_for(estimate)
         self._table.copy_(torch.tensor(coefficients, dtype=torch.float64, device="cpu"))
+        self._factors = [(beta, alpha) for alpha, beta in coefficients[1:]]
 
     def start(self, v: Sequence[Tensor]) -> None:
         self.steps = 0
@@ -241,6 +249,10 @@ class _Preconditioned(_Chebyshev):
         flat = Layout.of([self._image.data])
         scales = (self._alpha, self._beta)
         self._mix = ops.bind("scale_accumulate", (self.direction.data,), flat, scales, 0.0, flat.empty_partials())
+
+    @property
+    def accumulation(self) -> Accumulation | None:
+        return None
 
     def start(self, v: Sequence[Tensor]) -> None:
         self.steps = 0

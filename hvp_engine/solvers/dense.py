@@ -78,10 +78,8 @@ class Columns:
         layout.refuse_parts("a dense matrix")
         self.limit, self.steps = layout.numel, 0
         self.direction = FlatVector(layout)
-        index = torch.arange(layout.size, device="cpu")
-        places = torch.cat([index[:0], *(view.reshape(-1) for view in layout.views(index))])
-        self.places = places.to(layout.device)
-        self._places = places.tolist()
+        self.places = layout.places()
+        self._places = self.places.tolist()
         self._work = FlatVector(layout)
         self._rows = torch.zeros(self.limit, self.limit, dtype=dtype, device=layout.device)
         self._point(1.0)

@@ -13,7 +13,7 @@ read from device memory, so they can be captured once and replayed. `adapt` sets
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,9 @@ from hvp_engine.solvers.spectrum import SpectralEstimate
 
 GROWTH_LIMIT = 1e4
 """A residual of more than this many times the right-hand side raises an error instead of setting a status."""
+
+REFRESH_EVERY = 50
+"""After this many updates conjugate gradients recompute b - A x, from which rounding lets their residual drift."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class FinishedIteration:
         steps: products made.
         alpha, bounds: the step, or the interval of the spectrum, that was used; None for solvers without one.
         explanation: what an automatic setting chose, and why; empty otherwise.
+        spare_key: what solves the buffers may serve after this one; None if no other.
     """
 
     value: FlatVector
@@ -73,6 +77,7 @@ class FinishedIteration:
     alpha: float | None = None
     bounds: tuple[float, float] | None = None
     explanation: str = ""
+    spare_key: Hashable = None
 
     def finish(self) -> Tensor:
         """Complete `value`; return float64 figures, still on the device, for :meth:`read`."""

@@ -47,10 +47,8 @@ class Sketch:
         self._images = torch.zeros_like(self._tests)
         generator = layout.generator(seed)
         if kind == "columns":
-            index = torch.arange(layout.size, device=layout.device)
-            places = torch.cat([index[:0], *(view.reshape(-1) for view in layout.views(index))])
             chosen = torch.randperm(size, generator=generator, device=layout.device)[: self.limit]
-            self._tests[torch.arange(len(chosen), device=layout.device), places[chosen]] = 1.0
+            self._tests[torch.arange(len(chosen), device=layout.device), layout.places()[chosen]] = 1.0
         else:
             for row in self._tests:
                 for view in layout.views(row):

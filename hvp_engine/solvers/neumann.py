@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from hvp_engine import ops
 from hvp_engine._support.arguments import check_count, check_not_negative, check_positive, replace_fields
 from hvp_engine._support.flat_vector import FlatVector, Layout
-from hvp_engine.differentiation.linear_map import Accumulation
+from hvp_engine.differentiation.linear_map import Accumulation, Mixing
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import Iteration, Outcome, RightHandSide, scalar
 from hvp_engine.solvers.preconditioning import MNorm, Preconditioner, check_preconditioner, precondition
@@ -82,6 +81,10 @@ class Neumann(Solver):
     def makes_products(self) -> bool:
         return self.iterations > 0
 
+    def without_estimate(self) -> Neumann:
+        """With alpha = 1 / (1 + damping): a map that contracts makes of I - J a matrix near I."""
+        return replace(self, alpha=1 / (1 + self.damping)) if self.alpha == "auto" else self
+
     def allocate(self, layout: Layout) -> Iteration:
         return _FORMS[self.form, self.preconditioner is not None](self, layout)
 
@@ -113,9 +116,7 @@ class _Accumulate(Iteration):
 
     @property
     def accumulation(self) -> Accumulation | None:
-        return Accumulation(
-            self.direction, self.direction, self.alpha, partial(self.value.data.add_, self._b.vector.data)
-        )
+        return Accumulation(self.direction, self.direction, self.alpha, (Mixing(self.value, self._b.vector),))
 
     def adapt(self, estimate: SpectralEstimate | None) -> None:
         self.alpha = self._solver.alpha_for(estimate)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.arguments import check_count, check_not_negative, check_positive, replace_fields
-from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine._support.flat_vector import FlatVector
 from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.solvers.base import LinearSystem, Prepared, Result, Solver
 from hvp_engine.solvers.batched import fill
@@ -79,18 +79,19 @@ class NystromSolve(Prepared):
     """The sketch and its low-rank form; each right-hand side takes one more product for its residual, and one for an
     automatic rho."""
 
+    solver: Nystrom
+
     def __init__(self, solver: Nystrom, system: LinearSystem):
         super().__init__(solver, system)
-        self._rho, self._damping, self._layout = solver.rho, solver.damping, self.operator.layout
-        sketch = Sketch(self._layout, solver.rank, solver.sketch, solver.seed)
+        sketch = Sketch(self.operator.layout, solver.rank, solver.sketch, solver.seed)
         fill(sketch, self.operator)
         self._steps = sketch.steps  # counted for the first right-hand side
-        self._basis, self._values, self._negative = sketch.low_rank()
+        self._low_rank = sketch.low_rank()
 
     def run(self, vs: Sequence[Sequence[Tensor]], names: Sequence[str]) -> Iterator[Result]:
         for v, name in zip(vs, names, strict=True):
-            iteration = _NystromIteration(self._rho, self._damping, self._layout, self._steps)
-            iteration.solve(v, self.operator, self._basis, self._values, self._negative)
+            iteration = _NystromIteration(self.solver, self.operator, self._steps)
+            iteration.solve(v, *self._low_rank)
             yield self.conclude(name, iteration, iteration.outcome(), iteration.steps)
             self._steps = 0
 
@@ -98,13 +99,14 @@ class NystromSolve(Prepared):
 class _NystromIteration(FinishedIteration):
     """x for one right-hand side, from the low-rank form, and its residual."""
 
-    def __init__(self, rho: float | Literal["auto"], damping: float, layout: Layout, steps: int):
-        self._rho, self._damping, self._layout, self.steps = rho, damping, layout, steps
-        self._b = RightHandSide(layout)
-        self.value, self._residual = FlatVector(layout), FlatVector(layout)
+    def __init__(self, solver: Nystrom, operator: LinearMap, steps: int):
+        self._rho, self._damping, self._operator, self.steps = solver.rho, solver.damping, operator, steps
+        layout = operator.layout
+        self._b, self._residual = RightHandSide(layout), FlatVector(layout)
+        self.value = self.direction = FlatVector(layout)
         self._singular = torch.zeros((), dtype=torch.bool, device=layout.device)
 
-    def solve(self, v: Sequence[Tensor], operator: LinearMap, basis: Tensor, values: Tensor, negative: Tensor) -> None:
+    def solve(self, v: Sequence[Tensor], basis: Tensor, values: Tensor, negative: Tensor) -> None:
         self._b.load(v)
         self._negative = negative
         b, rest = self._b.vector.data, self._residual.data
@@ -119,19 +121,18 @@ class _NystromIteration(FinishedIteration):
         else:
             torch.mv(basis.T, coordinates * _inverse(values, self._damping, _negligible(values)), out=self.value.data)
             self._residual.refresh()
-            self._add_rest(self._product(operator, self._residual), values)
+            self._add_rest(self._product(self._residual), values)
         self.value.refresh()
-        self.direction = self.value
-        self._residual.copy_(self._product(operator, self.value))
+        self._residual.copy_(self._product(self.value))
         self._residual.data.add_(self.value.data, alpha=self._damping).sub_(self._b.vector.data)
 
-    def _product(self, operator: LinearMap, vector: FlatVector) -> Sequence[Tensor]:
+    def _product(self, vector: FlatVector) -> Sequence[Tensor]:
         self.steps += 1
-        return operator.product(vector.tangents)
+        return self._operator.product(vector.tangents)
 
     def _add_rest(self, product: Sequence[Tensor], values: Tensor) -> None:
         """Add the multiple of r, the rest of v, that is closest to A^-1 r in the A-norm; `product` is A r."""
-        rest, image = self._residual, FlatVector.of(self._layout, product)
+        rest, image = self._residual, FlatVector.of(self._operator.layout, product)
         squared = rest.dot(rest)
         curvature = torch.where(squared > 0, rest.dot(image) / squared, 0.0)
         least = _negligible(values)

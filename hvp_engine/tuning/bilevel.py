@@ -25,6 +25,9 @@ from hvp_engine.tuning.processes import processes_of
 
 Loss = Callable[[Any, Any, Any], Tensor]
 
+Moves = tuple[OptimizerLike, SchedulerLike | None, float | None]
+"""How tensors move: by which optimizer, scheduler, and clipping to which norm."""
+
 _MAX_FAILURES = 10
 """The run stops at this many failed hypergradients in a row."""
 
@@ -71,7 +74,12 @@ class Variables:
 class BilevelProblem:
     """Weights and hyperparameters with their losses and optimizers, and the two steps of Algorithm 1.
 
-    The arguments are those of :class:`hvp_engine.Tuner`, which decides when to make which step.
+    :class:`hvp_engine.Tuner` decides when to make which step.
+
+    Arguments:
+        module, hyper, train_loss, bounds: as of the tuner.
+        estimator: from :func:`estimator_for`.
+        weight_moves, hyper_moves: how the two sides move.
 
     Attributes:
         weights, hyper: the :class:`Variables`.
@@ -87,39 +95,20 @@ class BilevelProblem:
         module: Any,
         hyper: Any,
         train_loss: Loss,
-        val_loss: Loss,
-        *,
-        weight_optimizer: OptimizerLike,
-        hyper_optimizer: OptimizerLike,
-        solver: Solver | None,
-        engine: str,
-        train_batches: int,
-        val_batches: int,
-        weight_scheduler: SchedulerLike | None,
-        hyper_scheduler: SchedulerLike | None,
-        weight_clip: float | None,
-        hyper_clip: float | None,
+        estimator: EstimatorLike,
+        weight_moves: Moves,
+        hyper_moves: Moves,
         bounds: Any,
-        estimator: EstimatorLike | None,
     ):
         self.weights, self.hyper = Variables(module, "module"), Variables(hyper, "hyper")
         weights, hypers, hyper_structure = self.weights.tensors, self.hyper.tensors, self.hyper.structure
-        if estimator is None:
-            train, val = _averaged(train_loss, train_batches), _averaged(val_loss, val_batches)
-            estimator = Hypergradient(train, val, solver=solver, engine=engine)
-        elif solver is not None:
-            raise ValueError("solver: expected None beside an estimator, which has its own; got both")
         self.given_estimator, self.estimator = estimator, as_estimator(estimator)
         self.processes = processes_of(train_loss, weights[0].device)
         self._weight_norm = self.processes.norm_of(weights, self.weights.structure.shards)
         self._hyper_norm = self.processes.norm_of(hypers, hyper_structure.shards)
         limits = None if bounds is None else Bounds(bounds, hypers, hyper_structure)
-        self.weight_side = Descent(
-            weights, weight_optimizer, weight_scheduler, weight_clip, "weight", self._weight_norm
-        )
-        self.hyper_side = Descent(
-            hypers, hyper_optimizer, hyper_scheduler, hyper_clip, "hyper", self._hyper_norm, limits
-        )
+        self.weight_side = Descent(weights, *weight_moves, "weight", self._weight_norm)
+        self.hyper_side = Descent(hypers, *hyper_moves, "hyper", self._hyper_norm, limits)
         if self.hyper_side.needs_closure:
             raise TypeError(
                 "hyper_optimizer: expected an optimizer that takes one gradient a step; got "
@@ -235,6 +224,18 @@ class BilevelProblem:
             "estimator": self.estimator.state_dict(),
             "buffers": {name: buffer.clone() for name, buffer in self.buffers().items()},
         }
+
+
+def estimator_for(
+    given: EstimatorLike | None, losses: tuple[Loss, Loss], batches: tuple[int, int], solver: Solver | None, engine: str
+) -> EstimatorLike:
+    """The given estimator, or the hypergradient of the training and the validation loss, each averaged over batches."""
+    if given is None:
+        train, val = map(_averaged, losses, batches)
+        return Hypergradient(train, val, solver=solver, engine=engine)
+    if solver is not None:
+        raise ValueError("solver: expected None beside an estimator, which has its own; got both")
+    return given
 
 
 def _averaged(loss: Loss, batches: int) -> Loss:

@@ -85,9 +85,6 @@ class EarlyStopping(Callback):
 
     def on_hyper_step(self, tuner: Any, record: Record) -> bool:
         value = self._metric(record) if callable(self._metric) else record.row().get(self._metric, math.nan)
-        if (
-            self._best_step is None or value < self._best
-        ):  # the count begins at the first record, with or without a value
-            self._best_step = record.hyper_step
-            self._best = value if value < self._best else self._best
+        if value < self._best:
+            self._best, self._best_step = value, record.hyper_step
         return record.hyper_step - self._best_step >= self._patience

@@ -145,7 +145,7 @@ def _scheduler(given: SchedulerLike, optimizer: torch.optim.Optimizer, name: str
             f"{name}: expected a torch scheduler or a function that makes one from the optimizer; "
             f"got {type(scheduler).__name__}"
         )
-    if getattr(scheduler, "optimizer", None) is not optimizer:
+    if scheduler.optimizer is not optimizer:
         raise ValueError(
             f"{name}: expected a scheduler of the tuner's optimizer; got one of another optimizer: pass a function, "
             "as in lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10)"

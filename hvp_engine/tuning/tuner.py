@@ -18,7 +18,7 @@ from hvp_engine.hypergradients.estimator import Estimate, EstimatorLike
 from hvp_engine.solvers import Solver
 from hvp_engine.tuning import checkpoint as checkpoints
 from hvp_engine.tuning.autosave import Autosave
-from hvp_engine.tuning.bilevel import BilevelProblem, Loss
+from hvp_engine.tuning.bilevel import BilevelProblem, Loss, estimator_for
 from hvp_engine.tuning.callbacks import Callback, Callbacks, Evaluation, Function
 from hvp_engine.tuning.history import History, Record
 from hvp_engine.tuning.monitor import EarlyStopping, ProgressBar, TensorBoard
@@ -112,18 +112,17 @@ class Tuner:
         if not (inner_tolerance is None or inner_tolerance >= 0):
             raise ValueError(f"inner_tolerance: expected a number >= 0 or None; got {inner_tolerance!r}")
         self.inner_tolerance, self.train_loss = inner_tolerance, train_loss
-        self.module, self.hyper_module = module, hyper
-        self.problem = problem = BilevelProblem(
-            module, hyper, train_loss, val_loss,
-            weight_optimizer=weight_optimizer, weight_scheduler=weight_scheduler, weight_clip=weight_clip,
-            hyper_optimizer=hyper_optimizer, hyper_scheduler=hyper_scheduler, hyper_clip=hyper_clip, bounds=bounds,
-            estimator=estimator, solver=solver, engine=engine, train_batches=train_batches, val_batches=val_batches,
-        )  # fmt: skip
+        self.module = module
+        losses, batches = (train_loss, val_loss), (self.train_batches, self.val_batches)
+        estimator = estimator_for(estimator, losses, batches, solver, engine)
+        weight_moves = weight_optimizer, weight_scheduler, weight_clip
+        hyper_moves = hyper_optimizer, hyper_scheduler, hyper_clip
+        problem = BilevelProblem(module, hyper, train_loss, estimator, weight_moves, hyper_moves, bounds)
+        self.problem = problem
         self.weights, self.weight_names = problem.weights.tensors, problem.weights.names
         self.hyper, self.hyper_names = problem.hyper.tensors, problem.hyper.names
         self.weight_side, self.hyper_side = problem.weight_side, problem.hyper_side
         self.estimator, self.processes, self.device = problem.given_estimator, problem.processes, self.weights[0].device
-        self.initial_weights, self.initial_buffers = problem.initial_weights, problem.initial_buffers
         self.history, self.streams, self.hyper_steps = History(), Streams(self.device), 0
         self.steps_to_go = self.warmup_steps + self.inner_steps
 

@@ -2,6 +2,7 @@
 
 from tools.faults.base import Fault
 from tools.faults.hypergradients import FAULTS as HYPERGRADIENTS
+from tools.faults.native import FAULTS as NATIVE
 from tools.faults.ops import FAULTS as OPS
 from tools.faults.solvers import FAULTS as SOLVERS
 from tools.faults.support import FAULTS as SUPPORT
@@ -9,4 +10,4 @@ from tools.faults.tuning import FAULTS as TUNING
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: list[Fault] = [*OPS, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING]
+FAULTS: list[Fault] = [*OPS, *NATIVE, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING]

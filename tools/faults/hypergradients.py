@@ -25,8 +25,8 @@ FAULTS = [
         "a resumed run starts its first solve cold",
     ),
     Fault(
-        "hvp_engine/hypergradients/fixed_point.py",
-        "alpha=1 / (1 + solver.damping)",
+        "hvp_engine/solvers/neumann.py",
+        "alpha=1 / (1 + self.damping)",
         "alpha=1.0",
         "tests/test_fixed_point.py",
         "the automatic step of a fixed point ignores the damping",

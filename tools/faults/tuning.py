@@ -63,7 +63,7 @@ FAULTS = [
         "hvp_engine/tuning/optimizer_step.py",
         "state = copy.deepcopy(state)",
         "state = dict(state)",
-        "tests/test_checkpoint.py tests/test_resume.py",
+        "tests/test_tuner_state.py",
         "a loaded state changes while the run goes on",
     ),
 ]

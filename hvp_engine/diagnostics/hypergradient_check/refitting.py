@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.isolation import isolated
-from hvp_engine._support.pytree import map_leaves
+from hvp_engine._support.mappings import map_leaves
 from hvp_engine.differentiation.double_backward import differentiate, filled, leaves
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from hvp_engine._support.torch_compat import (
+from hvp_engine._support.torch_compat_nodes import (
     NodeFields,
     fields_of,
     has_hooks,
@@ -131,6 +131,13 @@ def read_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphCont
 
     Cost: some 3 us for each node.
     """
+    try:
+        return _read(outputs, inputs)
+    except (RuntimeError, TypeError) as error:  # a freed or changed tensor, about which autograd itself will say more
+        raise HiddenContentsError("a saved tensor that cannot be read any more") from error
+
+
+def _read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphContents:
     if any(has_hooks(x) for x in inputs):
         raise HiddenContentsError("hooks on the weights")
     order: list[Any] = []
@@ -172,10 +179,7 @@ def read_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphCont
         for name, raw in reader.tensors:
             if not checked and has_unpack_hook(getattr(node, raw)):
                 raise HiddenContentsError("saved-tensor hooks, as of gradient checkpointing")
-            try:
-                saved = getattr(node, name)
-            except RuntimeError as error:  # freed, or changed in place: autograd tells, if products need it
-                raise HiddenContentsError("a saved tensor that cannot be read any more") from error
+            saved = getattr(node, name)
             checked = isinstance(saved, Tensor) and saved.dim() > 0  # all of a node's are packed alike, but numbers
             hold(saved)
         if reader.plain is not None:

@@ -19,7 +19,7 @@ from hvp_engine.differentiation.recorded.programs import Program, literals
 
 aten = torch.ops.aten
 
-_SECONDS_PER_NODE = 1e-3
+_SECONDS_PER_NODE = 5e-4
 """What it takes to build a program for each operation that was written down, roughly (on a 2.4 GHz core)."""
 
 _CREDIT, _SHARE = 10.0, 0.25
@@ -94,7 +94,8 @@ class Known:
         refused: why there is no program at all.
         adoptions: solves that a program has served.
         plain_seconds, program_seconds: the fastest product by autograd, and by the program.
-        fixed_seconds: the least that a solve spent before its first product by the program.
+        fixed_seconds: the least that a solve spent before its first product by the program. Seconds are those of this
+            thread's processor time, which a busy machine does not change much.
     """
 
     facts: GraphFacts | None = None

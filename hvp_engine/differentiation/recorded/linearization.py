@@ -22,7 +22,7 @@ from torch import Tensor
 from hvp_engine._support.precision import without_autocast
 from hvp_engine._support.torch_compat import version_of
 from hvp_engine.differentiation.double_backward import GraphFacts, Pullback, Tape, filled
-from hvp_engine.differentiation.linear_map import Accumulation
+from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.recorded.graph_contents import GraphContents, HiddenContentsError, read_graph
 from hvp_engine.differentiation.recorded.library import (
     LIBRARY,
@@ -86,7 +86,7 @@ class RecordedLinearization(Tape):
 
     def _examined(self, hyperparameters: Sequence[Tensor]) -> GraphFacts:
         """Read the graph; what a walk through it finds is known of an earlier one of the same text."""
-        start = time.perf_counter()
+        start = time.thread_time()
         active = [x for x in self._inputs if x.requires_grad]
         try:
             contents = read_graph(self._both.outputs, active)
@@ -102,7 +102,7 @@ class RecordedLinearization(Tape):
             if not self._known.hidden and not self._known.refused:
                 self._contents = contents
                 self._watched = [(tensor, version_of(tensor)) for tensor in contents.tensors]
-        self._reading_seconds = time.perf_counter() - start
+        self._reading_seconds = time.thread_time() - start
         return facts
 
     @property
@@ -124,17 +124,17 @@ class RecordedLinearization(Tape):
         known = self._known
         self._asked += 1
         known.products = self._asked
-        start = time.perf_counter()
+        start = time.thread_time()
         if self._program is not None:
             with without_autocast(self.layout.device):
                 products = self._program.product(tangents)
-            known.program_seconds = min(known.program_seconds, time.perf_counter() - start)
+            known.program_seconds = min(known.program_seconds, time.thread_time() - start)
         elif self._asked > self._record_at:
             with without_autocast(self.layout.device):
                 products = self._written_down(tangents)
         else:
             products = super().product(tangents)
-            seconds = time.perf_counter() - start
+            seconds = time.thread_time() - start
             self._library.plain_seconds += seconds
             known.plain_seconds = min(known.plain_seconds, seconds)
         return products
@@ -158,20 +158,20 @@ class RecordedLinearization(Tape):
         with without_autocast(self.layout.device):
             return self._program.mixed(tangents)
 
-    def accumulating_term(self, accumulation: Accumulation, damping: float) -> Callable[[], None] | None:
+    def accumulating_terms(self, accumulation: Accumulation, damping: float) -> Terms | None:
         self._begin()
         known = self._known
-        term = None if self._program is None else self._program.accumulating_term(accumulation, damping)
-        if term is None:
+        terms = None if self._program is None else self._program.accumulating_terms(accumulation, damping)
+        if terms is None:
             return None
 
-        def counted() -> None:
-            self._asked += 1
+        def counted(steps: range) -> None:
+            self._asked += len(steps)
             known.products = self._asked
-            start = time.perf_counter()
+            start = time.thread_time()
             with without_autocast(self.layout.device):
-                term()
-            known.program_seconds = min(known.program_seconds, time.perf_counter() - start)
+                terms(steps)
+            known.program_seconds = min(known.program_seconds, (time.thread_time() - start) / max(len(steps), 1))
 
         return counted
 
@@ -215,10 +215,10 @@ class RecordedLinearization(Tape):
     def _run_on_graph(self, shortcut: Shortcut) -> None:
         """Adopt a program whose constants the graph holds."""
         assert self._contents is not None
-        start = time.perf_counter()
+        start = time.thread_time()
         with without_autocast(self.layout.device):
             self._adopt(shortcut.program, shortcut.constants(self._contents))
-            self._measured(time.perf_counter() - start + self._reading_seconds)
+            self._measured(time.thread_time() - start + self._reading_seconds)
             self._contents = self._shortcut = None
             if not shortcut.program.schedule.due() or self._check(shortcut.program):
                 self._settle()
@@ -238,7 +238,7 @@ class RecordedLinearization(Tape):
         """The product by autograd, written down; a program for the next ones, if possible."""
         contents = self._contents
         self._record_at, self._contents = math.inf, None
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             with self._inside():
                 products, written = record(self._both, tangents, whole=contents is not None)
@@ -254,7 +254,7 @@ class RecordedLinearization(Tape):
             self._learn_from_graph(written, contents, tangents)
         if self._program is not None:
             if contents is None:
-                self._measured(time.perf_counter() - start)
+                self._measured(time.thread_time() - start)
             self._settle()
             if contents is not None:  # from now on the program's numbers, whenever it was made
                 return self._program.product(tangents)

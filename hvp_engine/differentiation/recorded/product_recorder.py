@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.torch_compat import (
-    TorchDispatchMode,
+    DispatchMode,
     is_zero_tensor,
     shares_storage,
     version_of,
@@ -40,7 +40,8 @@ _TRANSPOSED = "_hvp_engine_transposed"
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is what its shape, strides and dtype say: no subclass, not sparse, not lazily conjugate."""
     plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-    return plain and tensor.layout is torch.strided and not tensor.is_neg() and not tensor.is_conj()
+    lazy = tensor.is_neg() or tensor.is_conj() or is_zero_tensor(tensor)
+    return plain and tensor.layout is torch.strided and not lazy
 
 
 def kind_of(tensor: Tensor) -> Hashable:
@@ -113,7 +114,7 @@ class RecordedProduct:
         return self.tangents, texts, kinds, tuple(self.fills), tuple(self.outputs)
 
 
-class ProductRecorder(TorchDispatchMode):
+class ProductRecorder(DispatchMode):
     """Writes down what depends on the tangents; with `whole`, everything that happens.
 
     Attributes:
@@ -152,7 +153,7 @@ class ProductRecorder(TorchDispatchMode):
     def _written(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         keywords = kwargs or {}
         func = WITH_MEMORY.get(func, func)
-        if any(isinstance(argument, Tensor) and is_zero_tensor(argument) for argument in args):
+        if _has_zero_tensor(args):
             args = tuple([self._with_memory(argument) for argument in args])
         if not self._whole and not (self._varies(args) or self._varies(keywords.values())):
             result = func(*args, **keywords)
@@ -274,16 +275,13 @@ class ProductRecorder(TorchDispatchMode):
         return constant
 
     def _with_memory(self, argument: Any) -> Any:
-        """Zeros in place of a zero tensor; that a graph has one is part of its text."""
+        """`argument` with memory, if it is a tensor of zeros that has none, which would crash some operations."""
+        if type(argument) in (list, tuple):
+            return [self._with_memory(part) for part in argument]
         if not isinstance(argument, Tensor) or not is_zero_tensor(argument):
             return argument
         zeros = torch.zeros(argument.shape, dtype=argument.dtype, device=argument.device)
-        if self._whole:
-            keywords = ("dtype", argument.dtype), ("device", argument.device)
-            self._entries.append(Entry(aten.zeros.default, (tuple(argument.shape),), keywords, dtype=argument.dtype))
-            self._mark(zeros)
-        else:
-            setattr(zeros, _FILL, (self._token, 0))
+        setattr(zeros, _FILL, (self._token, 0))
         return zeros
 
     def _fill(self, tensor: Tensor) -> int | None:
@@ -295,6 +293,16 @@ class ProductRecorder(TorchDispatchMode):
         if number is None and tensor.numel() or number is not None and bool(tensor.ne(number).any()):
             self.refused = self.refused or "memory that is filled by code which autograd does not see"
         return number
+
+
+def _has_zero_tensor(arguments: Any) -> bool:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if is_zero_tensor(argument):
+                return True
+        elif type(argument) in (list, tuple) and _has_zero_tensor(argument):
+            return True
+    return False
 
 
 def record(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.torch_compat import below_autograd
-from hvp_engine.differentiation.linear_map import Accumulation, Linearization
-from hvp_engine.differentiation.trace.fused_update import AccumulatingTerm
+from hvp_engine.differentiation.linear_map import Accumulation, Linearization, Terms
+from hvp_engine.differentiation.native.partition_programs import BoundPrograms, PartitionPrograms
+from hvp_engine.differentiation.trace.fused_update import AccumulatingTerms
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 
 Function = Callable[..., Sequence[Tensor]]
@@ -20,6 +22,7 @@ class PartitionFunctions:
     """The callables of a partition. Subclasses compile them.
 
     Attributes:
+        native: programs of the extension, which then make products and terms, where there are any.
         unbatched: why right-hand sides go one by one, once that has turned out.
     """
 
@@ -30,6 +33,7 @@ class PartitionFunctions:
         self.mixed: Function = parts.mixed.in_place.forward
         self.accumulating: Function = parts.accumulating.in_place.forward
         self.unbatched = ""
+        self.native: PartitionPrograms | None = None
 
 
 class PartitionedLinearization(Linearization):
@@ -47,9 +51,16 @@ class PartitionedLinearization(Linearization):
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t."""
+        if self._native is not None:
+            return self._native.product(tangents, self.layout)
         with below_autograd():
             products = self.functions.tangent(*self._tangent_residuals, *tangents)
         return products if self._complete else self._filled(products, tangents)
+
+    @cached_property
+    def _native(self) -> BoundPrograms | None:
+        native = self.functions.native
+        return None if native is None else native.bind(self._residuals)
 
     def _filled(self, products: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
         found = iter(products)
@@ -62,15 +73,19 @@ class PartitionedLinearization(Linearization):
 
     def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t for several t, by vmap; one by one where it has no rule for some operation, which the report names."""
-        function = self.functions.partition.tangent.module.forward
-        known = self._tangent_residuals
         try:
-            with torch.no_grad():
-                batched = torch.func.vmap(function, (None,) * len(known) + (0,) * len(stacked))
-                return self._filled(batched(*known, *stacked), stacked)
+            return self._at_once(stacked)
         except Exception as error:  # of whatever library an operation comes from
             self.functions.unbatched = f"{type(error).__name__}: {error}".splitlines()[0]
             return super().products(stacked)
+
+    def _at_once(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
+        known = self._tangent_residuals
+        with torch.no_grad():
+            batched = torch.func.vmap(
+                self.functions.partition.tangent.module.forward, (None,) * len(known) + (0,) * len(stacked)
+            )
+            return self._filled(batched(*known, *stacked), stacked)
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t."""
@@ -78,12 +93,14 @@ class PartitionedLinearization(Linearization):
             found = iter(self.functions.mixed(*self._mixed_residuals, *tangents))
         return [next(found) if there else None for there in self.functions.partition.mixed.outputs]
 
-    def accumulating_term(self, accumulation: Accumulation, damping: float) -> Callable[[], None] | None:
+    def accumulating_terms(self, accumulation: Accumulation, damping: float) -> Terms | None:
+        if self._native is not None:
+            return self._native.terms(accumulation, damping)
         parts = self.functions.partition
         if not parts.accumulates or self.layout.low_precision:
             return None
         residuals = [self._residuals[index] for index in parts.accumulating.residuals]
-        return AccumulatingTerm(
+        return AccumulatingTerms(
             lambda tangents: self.functions.accumulating(*residuals, *tangents),
             parts.terms,
             [[self._residuals[index] for index in diagonals] for diagonals in parts.diagonals],

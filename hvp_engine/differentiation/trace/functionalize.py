@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hvp_engine._support.torch_compat import schema_of
+from hvp_engine._support.torch_compat import schema_of, tags_of
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
@@ -146,7 +146,7 @@ def refuse_side_effects(graph: fx.Graph) -> None:
 
 def is_random(node: fx.Node) -> bool:
     """Whether two evaluations of the operation differ."""
-    return node.target is draw or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return node.target is draw or torch.Tag.nondeterministic_seeded in tags_of(node.target)
 
 
 def mutates(node: fx.Node) -> bool:

@@ -79,8 +79,8 @@ def _shows(node: fx.Node, tangents: Sequence[fx.Node]) -> bool:
     return node in tangents
 
 
-class AccumulatingTerm:
-    """One term of a solve, bound to a linearization and an iteration, without the norms of the last term.
+class AccumulatingTerms:
+    """The terms of a solve, bound to a linearization and an iteration, without the norms of the last one.
 
     Arguments:
         compute: gives the nodes of all `terms`, for the direction.
@@ -116,7 +116,11 @@ class AccumulatingTerm:
         scaled = diagonal * -self._accumulation.scale
         return scaled + 1.0 if self._in_place else scaled
 
-    def __call__(self) -> None:
+    def __call__(self, steps: range) -> None:
+        for step in steps:
+            self._term(step)
+
+    def _term(self, step: int) -> None:
         scale = -self._accumulation.scale
         with below_autograd():
             values = iter(self._compute(self._direction.tangents))
@@ -130,4 +134,4 @@ class AccumulatingTerm:
                     target.addmm_(summands[2 * k], summands[2 * k + 1], alpha=scale)
                 for other in summands[2 * pairs :]:
                     target.add_(other, alpha=scale)
-            self._accumulation.complete()
+            self._accumulation.complete(step)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hvp_engine.differentiation.trace.broadcasting import expand_last
 from hvp_engine.differentiation.trace.combining import combine_sums, share_factors
 from hvp_engine.differentiation.trace.fused_update import Terms, decompose
 from hvp_engine.differentiation.trace.inplace import written_over
@@ -70,6 +71,7 @@ REWRITES: tuple[Rewrite, ...] = (
     combine_sums,
     accumulate,
     compact_factors,
+    expand_last,
 )
 
 
@@ -103,7 +105,8 @@ def _partition(trace: Trace) -> Partition:
     residuals: list[fx.Node] = []
     tangent_part = _part(root, graph, products, every_term, tangents, residuals, attempts)
     mixed_part = _part(root, graph, mixed, every_term, tangents, residuals, attempts)
-    terms = attempts.call(_terms, products, tangents, linear, otherwise=[Terms((), (), ())] * len(products))
+    whole = [Terms((), (), (output,) if isinstance(output, fx.Node) else ()) for output in products]
+    terms = attempts.call(_terms, products, tangents, linear, otherwise=whole)
     summands = [node for term in terms for node in term.nodes]
     accumulating_part = _part(root, graph, summands, every_term, tangents, residuals, attempts)
     diagonals = tuple(tuple(_index(residuals, node) for node in term.diagonals) for term in terms)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from hvp_engine._support.torch_compat import tags_of
 from hvp_engine.differentiation.trace.functionalize import is_random
 from hvp_engine.differentiation.trace.patterns import result_bytes
 
@@ -189,7 +190,7 @@ def _is_elementwise(node: fx.Node) -> bool:
         return _is_elementwise(node.args[0])  # type: ignore[arg-type]  # of several results
     if node.target in _VIEWS:
         return any(argument.op != "placeholder" for argument in node.all_input_nodes)
-    return node.target in _OTHERS or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return node.target in _OTHERS or torch.Tag.pointwise in tags_of(node.target)
 
 
 def _boundary(nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:

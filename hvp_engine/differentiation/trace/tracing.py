@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hvp_engine._support.mappings import flatten_batch
 from hvp_engine._support.torch_compat import (
     FAKE_AND_REAL,
     REGISTER_PYTREE,
@@ -99,7 +100,7 @@ def trace(problem: Problem) -> Trace:
 def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor]]) -> Trace:
     """The trace of the loss on `laid_out(weights)`, and of its products on tangents that are laid out alike."""
     tensors, others, spec = split_inputs(problem)
-    places = [index for index, leaf in enumerate(pytree.tree_leaves(problem.inputs)) if isinstance(leaf, Tensor)]
+    places = [index for index, leaf in enumerate(flatten_batch(problem.inputs)[0]) if isinstance(leaf, Tensor)]
     count_w, count_h, count_x = len(problem.weights), len(problem.hyperparameters), len(tensors)
 
     def function(*arguments: Tensor) -> list[Tensor | None]:

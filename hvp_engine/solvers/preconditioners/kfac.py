@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from hvp_engine._support.arguments import check_positive
 from hvp_engine._support.flat_vector import Layout
-from hvp_engine._support.pytree import check_like, check_scalar, flatten
+from hvp_engine._support.pytree import check_like, flatten
 from hvp_engine._support.torch_compat import pytree
-from hvp_engine.errors import NonFiniteError
+from hvp_engine.solvers.preconditioners.layers import eigen, hessian_roots, path, recorded_layers
 
 
 @dataclass(frozen=True)
@@ -125,35 +125,19 @@ def _factors(
     places: dict[str, int],
 ) -> tuple[list[_Block], dict[int, float], int]:
     """The blocks, the mean curvature of each other weight by its index, and the number of backward passes."""
-    layers = {name: layer for name, layer in module.named_modules() if _path(name, "weight") in places}
-    layers = {name: layer for name, layer in layers.items() if _is_known(layer)}
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
-
-    def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda layer, arguments, output: calls[name].append((arguments[0].detach(), output))
-
-    hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
-    try:
-        with torch.enable_grad():
-            state = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-            buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-            outputs = torch.func.functional_call(module, state | buffers, (inputs,))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    once = {name: found[0] for name, found in calls.items() if len(found) == 1}
-    covered = {_path(name, kind) for name in once for kind in ("weight", "bias")}
+    layers, once, outputs, state = recorded_layers(module, weights, inputs, places)
+    covered = {path(name, kind) for name in once for kind in ("weight", "bias")}
     rest = [name for name in state if name not in covered]
-    roots = _hessian_roots(loss, outputs, targets)
+    roots = hessian_roots(loss, outputs, targets)
     sums, means = _covariances(outputs, roots, layers, once, [state[n] for n in rest])
     blocks = []
     for (name, (x, _)), covariance in zip(once.items(), sums, strict=True):
-        bias = places.get(_path(name, "bias"))
+        bias = places.get(path(name, "bias"))
         rows = _input_rows(layers[name], x)
         if bias is not None:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
         a, g = rows.T @ rows / len(outputs), covariance * (len(outputs) / len(rows))
-        blocks.append(_Block(places[_path(name, "weight")], bias, _eigen(a), _eigen(g)))
+        blocks.append(_Block(places[path(name, "weight")], bias, eigen(a), eigen(g)))
     return blocks, {places[name]: mean for name, mean in zip(rest, means, strict=True)}, roots.shape[2]
 
 
@@ -186,18 +170,8 @@ def _covariances(
     return sums, means
 
 
-def _path(layer: str, kind: str) -> str:
-    return f"{layer}.{kind}" if layer else kind
-
-
 def _width(layer: nn.Module) -> int:
     return layer.out_channels if isinstance(layer, nn.Conv2d) else cast(nn.Linear, layer).out_features
-
-
-def _is_known(layer: nn.Module) -> bool:
-    if isinstance(layer, nn.Conv2d):
-        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return isinstance(layer, nn.Linear)
 
 
 def _input_rows(layer: nn.Module, x: Tensor) -> Tensor:
@@ -214,32 +188,3 @@ def _output_rows(layer: nn.Module, gradient: Tensor) -> Tensor:
     if isinstance(layer, nn.Conv2d):
         return gradient.flatten(2).transpose(1, 2).flatten(0, 1)
     return gradient.reshape(-1, gradient.shape[-1])
-
-
-def _hessian_roots(loss: Callable[[Tensor, Any], Tensor], outputs: Tensor, targets: Any) -> Tensor:
-    """For each sample a matrix s such that s s^T is the loss's Hessian in the outputs: (samples, outputs, outputs)."""
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(f"module: expected outputs of shape (samples, outputs); got {got}")
-    with torch.enable_grad():
-        points = outputs.detach().requires_grad_()
-        value = loss(points, targets)
-        check_scalar(value, "loss")
-        (gradient,) = torch.autograd.grad(value, points, create_graph=True)
-        if not gradient.requires_grad:
-            return outputs.new_zeros(*outputs.shape, outputs.shape[1])
-        columns = [torch.autograd.grad(column.sum(), points, retain_graph=True)[0] for column in gradient.unbind(1)]
-    hessians = torch.stack(columns, 2)
-    values, vectors = _eigen((hessians + hessians.mT) / 2)
-    return vectors * values.sqrt()[:, None, :]
-
-
-def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (negative ones set to zero) and eigenvectors of symmetric matrices."""
-    if not bool(torch.isfinite(matrix).all()):
-        raise NonFiniteError(
-            "inputs: expected finite activations and curvature; got NaN or Inf: check the inputs, the targets and "
-            "the weights"
-        )
-    values, vectors = torch.linalg.eigh(matrix)
-    return values.clamp_min(0), vectors

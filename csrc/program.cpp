@@ -1,0 +1,259 @@
+#include "program.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+namespace hvp {
+namespace {
+
+[[noreturn]] void fail(const std::string& what) { throw ProgramError("program: " + what); }
+
+// Reads words one after another, and checks what they say.
+class Reader {
+ public:
+  Reader(Program& program, const std::vector<int64_t>& words) : program_(program), words_(words) {}
+
+  bool more() const { return next_ < words_.size(); }
+
+  int64_t word() {
+    if (next_ >= words_.size()) fail("ends in the middle of an operation");
+    return words_[next_++];
+  }
+
+  int64_t word(int64_t least, int64_t most, const char* name) {
+    const int64_t value = word();
+    if (value < least || value > most) {
+      fail(std::string(name) + ": expected a number from " + std::to_string(least) + " to " +
+           std::to_string(most) + "; got " + std::to_string(value));
+    }
+    return value;
+  }
+
+  int64_t extents() { return word(0, kMaxExtents, "extents"); }
+
+  int64_t size() { return word(0, kLargest, "size"); }
+
+  template <size_t N>
+  void sizes(std::array<int64_t, N>& sizes, int64_t count) {
+    for (int64_t d = 0; d < count; ++d) sizes[d] = size();
+  }
+
+  // A place of `count` elements along each extent, all of which must be inside its slot.
+  template <size_t N>
+  Place place(const std::array<int64_t, N>& sizes, int64_t count, Element element = Element::kNumber) {
+    Place place;
+    place.slot = word(0, static_cast<int64_t>(program_.slots.size()) - 1, "slot");
+    place.offset = word(0, kLargest, "offset");
+    const SlotSpec& slot = program_.slots[place.slot];
+    if (slot.element != element) fail("slot " + std::to_string(place.slot) + " has another type of element");
+    int64_t last = place.offset;
+    bool empty = false;
+    for (int64_t d = 0; d < count; ++d) {
+      place.strides[d] = word(0, kLargest, "stride");
+      empty |= sizes[d] == 0;
+      if (sizes[d] > 1) last += (sizes[d] - 1) * place.strides[d];
+      if (last > kLargest) fail("a place is too large");
+    }
+    if (!empty && last >= slot.numel) {
+      fail("slot " + std::to_string(place.slot) + " has " + std::to_string(slot.numel) +
+           " elements; element " + std::to_string(last) + " is asked for");
+    }
+    program_.used[place.slot] = true;
+    return place;
+  }
+
+  int64_t constant() {
+    return word(-static_cast<int64_t>(program_.constants.size()), program_.parameters - 1, "constant");
+  }
+
+ private:
+  static constexpr int64_t kLargest = std::numeric_limits<int32_t>::max() * int64_t{1024};
+  Program& program_;
+  const std::vector<int64_t>& words_;
+  size_t next_ = 0;
+};
+
+int operands_of(Code code) {
+  switch (code) {
+    case Code::kFill:
+      return 0;
+    case Code::kScale:
+    case Code::kShift:
+      return 1;
+    case Code::kMultiplyAdd:
+      return 3;
+    default:
+      return 2;
+  }
+}
+
+bool has_constant(Code code) {
+  return code == Code::kScale || code == Code::kShift || code == Code::kFill || code == Code::kSelectAbove;
+}
+
+// Whether a register that is stored may be the memory itself: where no later instruction reads that memory as
+// an input, and nothing else writes it.
+bool can_be_direct(const Elementwise& operation, const Output& output) {
+  if (output.source < static_cast<int64_t>(operation.inputs.size())) return false;
+  int count = 0;
+  for (const Output& other : operation.outputs) count += other.source == output.source;
+  if (count > 1) return false;
+  bool written = false;
+  for (const Instruction& instruction : operation.instructions) {
+    const int64_t operands[] = {instruction.a, instruction.b, instruction.c};
+    for (int i = 0; i < operands_of(instruction.code) && written; ++i) {
+      if (operands[i] < static_cast<int64_t>(operation.inputs.size()) &&
+          operation.inputs[operands[i]].slot == output.place.slot) {
+        return false;
+      }
+    }
+    written |= instruction.to == output.source;
+  }
+  for (const Output& other :
+       operation.outputs) {  // stored at the end, where an input must still be what it was
+    if (other.source < static_cast<int64_t>(operation.inputs.size()) &&
+        operation.inputs[other.source].slot == output.place.slot) {
+      return false;
+    }
+  }
+  return true;
+}
+
+Elementwise read_elementwise(Reader& reader) {
+  Elementwise operation;
+  operation.extents = reader.extents();
+  reader.sizes(operation.sizes, operation.extents);
+  const int64_t inputs = reader.word(0, kMaxInputs, "inputs");
+  for (int64_t i = 0; i < inputs; ++i) {
+    operation.inputs.push_back(reader.place(operation.sizes, operation.extents));
+  }
+  const int64_t count = reader.word(0, kMaxRegisters, "instructions");
+  std::vector<bool> known(kMaxRegisters, false);
+  std::fill(known.begin(), known.begin() + inputs, true);
+  const auto source = [&] {
+    const int64_t register_ = reader.word(0, kMaxRegisters - 1, "register");
+    if (!known[register_]) fail("register " + std::to_string(register_) + " is read before it is written");
+    return register_;
+  };
+  operation.registers = inputs;
+  for (int64_t i = 0; i < count; ++i) {
+    Instruction instruction{};
+    instruction.code = static_cast<Code>(reader.word(0, static_cast<int64_t>(Code::kCount) - 1, "code"));
+    instruction.to = reader.word(inputs, kMaxRegisters - 1, "register");
+    int64_t* const operands[] = {&instruction.a, &instruction.b, &instruction.c};
+    for (int j = 0; j < operands_of(instruction.code); ++j) *operands[j] = source();
+    if (has_constant(instruction.code)) instruction.constant = reader.constant();
+    known[instruction.to] = true;
+    operation.registers = std::max(operation.registers, instruction.to + 1);
+    operation.instructions.push_back(instruction);
+  }
+  const int64_t outputs = reader.word(1, kMaxInputs, "outputs");
+  for (int64_t i = 0; i < outputs; ++i) {
+    Output output{};
+    output.source = source();
+    output.place = reader.place(operation.sizes, operation.extents);
+    operation.outputs.push_back(output);
+  }
+  for (Output& output : operation.outputs) output.direct = can_be_direct(operation, output);
+  return operation;
+}
+
+// One matrix of a product, columns first: `rows` x `columns` of them are read.
+Place read_matrix(Reader& reader, int64_t batch, int64_t rows, int64_t columns, int64_t leading) {
+  const std::array<int64_t, 3> sizes = {batch, columns, rows};
+  const Place place = reader.place(sizes, 3);
+  if (place.strides[1] != leading || (rows > 1 && place.strides[2] != 1))
+    fail("a matrix is not laid out for BLAS");
+  return place;
+}
+
+MatrixProduct read_product(Reader& reader) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  MatrixProduct product{};
+  product.batch = reader.size();
+  product.m = reader.word(0, kMost, "m");
+  product.n = reader.word(0, kMost, "n");
+  product.k = reader.word(0, kMost, "k");
+  product.transpose_a = reader.word(0, 1, "transpose");
+  product.transpose_b = reader.word(0, 1, "transpose");
+  const int64_t rows_a = product.transpose_a ? product.k : product.m;
+  const int64_t rows_b = product.transpose_b ? product.n : product.k;
+  product.lda = reader.word(std::max<int64_t>(1, rows_a), kMost, "lda");
+  product.ldb = reader.word(std::max<int64_t>(1, rows_b), kMost, "ldb");
+  product.ldc = reader.word(std::max<int64_t>(1, product.m), kMost, "ldc");
+  product.alpha = reader.constant();
+  product.beta = reader.constant();
+  product.a =
+      read_matrix(reader, product.batch, rows_a, product.transpose_a ? product.m : product.k, product.lda);
+  product.b =
+      read_matrix(reader, product.batch, rows_b, product.transpose_b ? product.k : product.n, product.ldb);
+  product.c = read_matrix(reader, product.batch, product.m, product.n, product.ldc);
+  return product;
+}
+
+Sum read_sum(Reader& reader) {
+  Sum sum{};
+  sum.extents = reader.word(2, kMaxExtents, "extents");
+  sum.kept = reader.word(0, sum.extents - 1, "kept");
+  reader.sizes(sum.sizes, sum.extents);
+  sum.from = reader.place(sum.sizes, sum.extents);
+  std::array<int64_t, kMaxExtents> kept = sum.sizes;
+  for (int64_t d = sum.kept; d < sum.extents - 1; ++d) kept[d] = 1;
+  sum.to = reader.place(kept, sum.extents);
+  return sum;
+}
+
+Lookup read_lookup(Reader& reader) {
+  Lookup lookup{};
+  lookup.scatter = reader.word(0, 1, "scatter");
+  reader.sizes(lookup.sizes, 3);
+  lookup.rows = reader.size();
+  lookup.skipped = reader.word(-1, std::numeric_limits<int64_t>::max(), "skipped");
+  const std::array<int64_t, 1> count = {lookup.sizes[1]};
+  std::array<int64_t, 3> table = lookup.sizes;
+  table[1] = lookup.rows;
+  lookup.index = reader.place(count, 1, Element::kIndex);
+  lookup.from = reader.place(lookup.scatter ? lookup.sizes : table, 3);
+  lookup.to = reader.place(lookup.scatter ? table : lookup.sizes, 3);
+  return lookup;
+}
+
+template <class T>
+void add(Program& program, Kind kind, std::vector<T>& list, T&& operation) {
+  program.steps.push_back({kind, list.size()});
+  list.push_back(std::move(operation));
+}
+
+}  // namespace
+
+Program Program::parse(bool wide, int64_t parameters, std::vector<SlotSpec> slots,
+                       std::vector<double> constants, const std::vector<int64_t>& words) {
+  Program program;
+  program.wide = wide;
+  program.parameters = parameters;
+  program.slots = std::move(slots);
+  program.constants = std::move(constants);
+  program.used.assign(program.slots.size(), false);
+  Reader reader(program, words);
+  while (reader.more()) {
+    const Kind kind = static_cast<Kind>(reader.word(0, static_cast<int64_t>(Kind::kLookup), "kind"));
+    switch (kind) {
+      case Kind::kElementwise:
+        add(program, kind, program.elementwise, read_elementwise(reader));
+        break;
+      case Kind::kMatrixProduct:
+        add(program, kind, program.products, read_product(reader));
+        break;
+      case Kind::kSum:
+        add(program, kind, program.sums, read_sum(reader));
+        break;
+      case Kind::kLookup:
+        add(program, kind, program.lookups, read_lookup(reader));
+        break;
+    }
+  }
+  return program;
+}
+
+}  // namespace hvp

@@ -1,0 +1,341 @@
+// The interpreter of programs, compiled for each instruction set.
+#include <algorithm>
+#include <cstring>
+
+#include "blas.h"
+#include "dtypes.h"
+#include "tile_products.h"
+#include "variants.h"
+
+namespace hvp {
+namespace HVP_VARIANT {
+namespace {
+
+constexpr int64_t kRegisterBytes = 2048;
+// Below this many elements, or multiplications of a matrix product, one thread is faster than waking others.
+constexpr int64_t kParallelElements = int64_t{1} << 18;
+constexpr int64_t kParallelProducts = int64_t{1} << 22;
+
+template <class T>
+class Interpreter {
+ public:
+  Interpreter(const Program& program, void* const* slots, const double* row, int threads)
+      : program_(program), slots_(slots), row_(row), threads_(threads), gemm_(blas().gemm<T>()) {}
+
+  bool run() const {
+    bool in_range = true;
+    for (const Program::Step& step : program_.steps) {
+      switch (step.kind) {
+        case Kind::kElementwise:
+          elementwise(program_.elementwise[step.index]);
+          break;
+        case Kind::kMatrixProduct:
+          product(program_.products[step.index]);
+          break;
+        case Kind::kSum:
+          sum(program_.sums[step.index]);
+          break;
+        case Kind::kLookup:
+          in_range &= lookup(program_.lookups[step.index]);
+          break;
+      }
+    }
+    return in_range;
+  }
+
+ private:
+  static constexpr int64_t kBlock = kRegisterBytes / static_cast<int64_t>(sizeof(T));
+
+  T* at(const Place& place) const { return static_cast<T*>(slots_[place.slot]) + place.offset; }
+
+  double constant(int64_t index) const { return index >= 0 ? row_[index] : program_.constants[-1 - index]; }
+
+  // One instruction on `n` elements. A register may be the memory of an input, but then it begins where that
+  // does.
+  static void execute(const Instruction& instruction, T value, T* to, const T* a, const T* b, const T* c,
+                      int64_t n) {
+    switch (instruction.code) {
+      case Code::kMultiply:
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = a[i] * b[i];
+        break;
+      case Code::kAdd:
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = a[i] + b[i];
+        break;
+      case Code::kSubtract:
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = a[i] - b[i];
+        break;
+      case Code::kDivide:
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = a[i] / b[i];
+        break;
+      case Code::kMultiplyAdd:
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = a[i] * b[i] + c[i];
+        break;
+      case Code::kScale:
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = a[i] * value;
+        break;
+      case Code::kShift:
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = a[i] + value;
+        break;
+      case Code::kFill:
+        std::fill(to, to + n, value);
+        break;
+      case Code::kSelect:
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = b[i] != T(0) ? a[i] : T(0);
+        break;
+      case Code::kSelectAbove:
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = b[i] <= value ? T(0) : a[i];
+        break;
+      case Code::kTanhGradient:
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = a[i] * (T(1) - b[i] * b[i]);
+        break;
+      case Code::kSigmoidGradient:
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = a[i] * ((T(1) - b[i]) * b[i]);
+        break;
+      case Code::kCount:
+        break;
+    }
+  }
+
+  static HVP_INLINE void load(const T* from, int64_t stride, T* to, int64_t n) {
+    if (stride == 0) {
+      std::fill(to, to + n, *from);
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];
+    }
+  }
+
+  static HVP_INLINE void store(const T* from, T* to, int64_t stride, int64_t n) {
+    if (stride == 1) {
+      if (from != to) std::memmove(to, from, static_cast<size_t>(n) * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i * stride] = from[i];
+    }
+  }
+
+  void elementwise(const Elementwise& operation) const {
+    int64_t rows = 1;
+    for (int64_t d = 0; d + 1 < operation.extents; ++d) rows *= operation.sizes[d];
+    const int64_t width = operation.extents == 0 ? 1 : operation.sizes[operation.extents - 1];
+    if (rows * width == 0) return;
+    const int64_t blocks = (width + kBlock - 1) / kBlock;
+    const int64_t tasks = rows * blocks;
+    if (threads_ == 1 || rows * width < kParallelElements) {
+      run_blocks(operation, 0, tasks, blocks, width);
+      return;
+    }
+#pragma omp parallel for schedule(static) num_threads(threads_)
+    for (int64_t share = 0; share < threads_; ++share) {
+      run_blocks(operation, tasks * share / threads_, tasks * (share + 1) / threads_, blocks, width);
+    }
+  }
+
+  // Blocks [begin, end), counted row by row.
+  void run_blocks(const Elementwise& operation, int64_t begin, int64_t end, int64_t blocks,
+                  int64_t width) const {
+    alignas(64) T scratch[kMaxRegisters][kBlock];
+    T* registers[kMaxRegisters];
+    T* inputs[kMaxInputs];
+    T* outputs[kMaxInputs];
+    T values[kMaxRegisters];
+    const int64_t inner = operation.extents - 1;
+    const size_t input_count = operation.inputs.size(), output_count = operation.outputs.size();
+    const size_t count = operation.instructions.size();
+    for (int64_t r = 0; r < operation.registers; ++r) registers[r] = scratch[r];
+    for (size_t i = 0; i < count; ++i) {
+      const Code code = operation.instructions[i].code;
+      const bool used =
+          code == Code::kScale || code == Code::kShift || code == Code::kFill || code == Code::kSelectAbove;
+      values[i] = used ? static_cast<T>(constant(operation.instructions[i].constant)) : T(0);
+    }
+    int64_t row = begin / blocks, block = begin % blocks;
+    for (int64_t task = begin; task < end;) {
+      std::array<int64_t, kMaxExtents> position{};
+      for (int64_t d = inner - 1, rest = row; d >= 0; --d) {
+        position[d] = rest % operation.sizes[d];
+        rest /= operation.sizes[d];
+      }
+      for (size_t i = 0; i < input_count; ++i) inputs[i] = start(operation.inputs[i], position, inner);
+      for (size_t i = 0; i < output_count; ++i)
+        outputs[i] = start(operation.outputs[i].place, position, inner);
+      for (; block < blocks && task < end; ++block, ++task) {
+        const int64_t first = block * kBlock, n = std::min(kBlock, width - first);
+        for (size_t i = 0; i < input_count; ++i) {
+          const int64_t stride = inner < 0 ? 0 : operation.inputs[i].strides[inner];
+          T* const from = inputs[i] + first * stride;
+          if (stride == 1 || n == 1) {
+            registers[i] = from;
+          } else {
+            registers[i] = scratch[i];
+            load(from, stride, scratch[i], n);
+          }
+        }
+        for (size_t i = 0; i < output_count; ++i) {
+          const Output& output = operation.outputs[i];
+          if (output.direct && (inner < 0 || output.place.strides[inner] == 1 || n == 1)) {
+            registers[output.source] = outputs[i] + first * (inner < 0 ? 0 : output.place.strides[inner]);
+          }
+        }
+        for (size_t i = 0; i < count; ++i) {
+          const Instruction& next = operation.instructions[i];
+          execute(next, values[i], registers[next.to], registers[next.a], registers[next.b],
+                  registers[next.c], n);
+        }
+        for (size_t i = 0; i < output_count; ++i) {
+          const Output& output = operation.outputs[i];
+          const int64_t stride = inner < 0 ? 1 : output.place.strides[inner];
+          store(registers[output.source], outputs[i] + first * stride, stride, n);
+        }
+      }
+      block = 0;
+      ++row;
+    }
+  }
+
+  T* start(const Place& place, const std::array<int64_t, kMaxExtents>& position, int64_t extents) const {
+    T* pointer = at(place);
+    for (int64_t d = 0; d < extents; ++d) pointer += position[d] * place.strides[d];
+    return pointer;
+  }
+
+  void product(const MatrixProduct& product) const {
+    if (product.m == 0 || product.n == 0) return;
+    const int m = static_cast<int>(product.m), n = static_cast<int>(product.n),
+              k = static_cast<int>(product.k);
+    const int lda = static_cast<int>(product.lda), ldb = static_cast<int>(product.ldb);
+    const int ldc = static_cast<int>(product.ldc);
+    const char *const a = product.transpose_a ? "T" : "N", *const b = product.transpose_b ? "T" : "N";
+    const T alpha = static_cast<T>(constant(product.alpha)), beta = static_cast<T>(constant(product.beta));
+    const bool small =
+        threads_ > 1 && product.m * product.n * std::max<int64_t>(1, product.k) < kParallelProducts;
+    const bool alone = small && blas().set_threads != nullptr;
+    const int before = alone ? blas().set_threads(1) : 0;
+    for (int64_t i = 0; i < product.batch; ++i) {
+#ifdef HVP_HAS_X86
+      if (tiles_in_use() && tile_product({product.transpose_a, product.transpose_b, product.m, product.n,
+                                          product.k, alpha, at(product.a) + i * product.a.strides[0],
+                                          product.lda, at(product.b) + i * product.b.strides[0], product.ldb,
+                                          beta, at(product.c) + i * product.c.strides[0], product.ldc},
+                                         small ? 1 : threads_)) {
+        continue;
+      }
+#endif
+      gemm_(a, b, &m, &n, &k, &alpha, at(product.a) + i * product.a.strides[0], &lda,
+            at(product.b) + i * product.b.strides[0], &ldb, &beta, at(product.c) + i * product.c.strides[0],
+            &ldc);
+    }
+    if (alone) blas().set_threads(before);
+  }
+
+  // For each index of the kept extents but the last: the sums of a block of the last extent at once.
+  void sum(const Sum& sum) const {
+    const int64_t last = sum.extents - 1, width = sum.sizes[last];
+    int64_t kept = 1, summed = 1;
+    for (int64_t d = 0; d < sum.kept; ++d) kept *= sum.sizes[d];
+    for (int64_t d = sum.kept; d < last; ++d) summed *= sum.sizes[d];
+    const int64_t from_stride = sum.from.strides[last], to_stride = sum.to.strides[last];
+    // Along one line of memory where a line is what is summed; otherwise line by line.
+    const bool along = width == 1 && summed > 0;
+    const int64_t length = along ? sum.sizes[last - 1] : 1, line = along ? sum.from.strides[last - 1] : 0;
+    const int64_t lines = along && length > 0 ? summed / length : summed;
+    const int64_t outer = along ? last - 1 : last;
+    for (int64_t i = 0; i < kept; ++i) {
+      const T* from = at(sum.from);
+      T* to = at(sum.to);
+      for (int64_t d = sum.kept - 1, rest = i; d >= 0; --d) {
+        from += rest % sum.sizes[d] * sum.from.strides[d];
+        to += rest % sum.sizes[d] * sum.to.strides[d];
+        rest /= sum.sizes[d];
+      }
+      for (int64_t first = 0; first < width; first += kColumns) {
+        const int64_t n = std::min(kColumns, width - first);
+        double totals[kColumns] = {};
+        for (int64_t j = 0; j < lines; ++j) {
+          const T* here = from + first * from_stride;
+          for (int64_t d = outer - 1, rest = j; d >= sum.kept; --d) {
+            here += rest % sum.sizes[d] * sum.from.strides[d];
+            rest /= sum.sizes[d];
+          }
+          if (along) {
+            totals[0] += total(here, line, length);
+          } else {
+            add(here, from_stride, totals, n);
+          }
+        }
+        for (int64_t j = 0; j < n; ++j) to[(first + j) * to_stride] = static_cast<T>(totals[j]);
+      }
+    }
+  }
+
+  static HVP_INLINE void add(const T* from, int64_t stride, double* totals, int64_t n) {
+    if (stride == 1) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) totals[i] += static_cast<double>(from[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) totals[i] += static_cast<double>(from[i * stride]);
+    }
+  }
+
+  static HVP_INLINE double total(const T* from, int64_t stride, int64_t n) {
+    double sum = 0;
+    if (stride == 1) {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(from[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(from[i * stride]);
+    }
+    return sum;
+  }
+
+  bool lookup(const Lookup& lookup) const {
+    const auto* const index = static_cast<const int64_t*>(slots_[lookup.index.slot]) + lookup.index.offset;
+    bool in_range = true;
+    for (int64_t i = 0; i < lookup.sizes[0]; ++i) {
+      for (int64_t j = 0; j < lookup.sizes[1]; ++j) {
+        const int64_t row = index[j * lookup.index.strides[0]];
+        if (row < 0 || row >= lookup.rows) {
+          in_range = false;
+          continue;
+        }
+        const int64_t from_row = lookup.scatter ? j : row, to_row = lookup.scatter ? row : j;
+        const T* const from =
+            at(lookup.from) + i * lookup.from.strides[0] + from_row * lookup.from.strides[1];
+        T* const to = at(lookup.to) + i * lookup.to.strides[0] + to_row * lookup.to.strides[1];
+        const int64_t a = lookup.from.strides[2], b = lookup.to.strides[2];
+        if (!lookup.scatter) {
+          for (int64_t k = 0; k < lookup.sizes[2]; ++k) to[k * b] = from[k * a];
+        } else if (row != lookup.skipped) {
+          for (int64_t k = 0; k < lookup.sizes[2]; ++k) to[k * b] += from[k * a];
+        }
+      }
+    }
+    return in_range;
+  }
+
+  static constexpr int64_t kColumns = 256;
+  const Program& program_;
+  void* const* const slots_;
+  const double* const row_;
+  const int threads_;
+  const Gemm<T> gemm_;
+};
+
+}  // namespace
+
+bool run_program(const Program& program, void* const* slots, const double* row, int threads) {
+  return program.wide ? Interpreter<double>(program, slots, row, threads).run()
+                      : Interpreter<float>(program, slots, row, threads).run();
+}
+
+}  // namespace HVP_VARIANT
+}  // namespace hvp

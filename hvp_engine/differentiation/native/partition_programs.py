@@ -1,0 +1,122 @@
+"""The native programs of a partition: for products and short solves, and in the space of the batch for long ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import cached_property
+
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import Layout
+from hvp_engine.differentiation.linear_map import Accumulation, Terms
+from hvp_engine.differentiation.native.batch_space import FEWEST_TERMS, Factor, factors
+from hvp_engine.differentiation.native.operations import UnsupportedError
+from hvp_engine.differentiation.native.program import BoundProgram, NativeProgram
+from hvp_engine.differentiation.trace.partial_evaluation import Partition
+from hvp_engine.differentiation.trace.rewriting import Attempts
+
+
+class PartitionPrograms:
+    """Makes the programs of a partition when they are first asked for.
+
+    Attributes:
+        program: for products and terms; None before, and where `reason` says why there is none.
+        factored: with factored weights, for many terms; None where no weight qualifies.
+        seconds: that making them took.
+    """
+
+    def __init__(self, parts: Partition):
+        self._parts = parts
+        self.program: NativeProgram | None = None
+        self.factored: NativeProgram | None = None
+        self.reason = ""
+        self.seconds = 0.0
+        self._factors_sought = False
+
+    def __getstate__(self) -> Partition:
+        """A copy makes programs of its own."""
+        return self._parts
+
+    def __setstate__(self, parts: Partition) -> None:
+        self.__init__(parts)  # type: ignore[misc]  # as a new one
+
+    def bind(self, residuals: Sequence[Tensor]) -> BoundPrograms | None:
+        """The programs on the residuals of the partition's primal part; None if there are none."""
+        return None if self.for_products(residuals) is None else BoundPrograms(self, residuals)
+
+    def for_products(self, residuals: Sequence[Tensor]) -> NativeProgram | None:
+        """The program without factored weights."""
+        if self.program is None and not self.reason:
+            self.program, self.reason = self._made(residuals, [])
+        return self.program
+
+    def in_batch_space(self, residuals: Sequence[Tensor]) -> NativeProgram | None:
+        """The program with factored weights."""
+        if not self._factors_sought:
+            found = factors(self._parts, residuals)
+            self.factored, _ = self._made(residuals, found) if found else (None, "")
+            self._factors_sought = True
+        return self.factored
+
+    def _made(self, residuals: Sequence[Tensor], found: Sequence[Factor]) -> tuple[NativeProgram | None, str]:
+        """A program, or why there is none."""
+        start = time.perf_counter()
+        try:
+            return NativeProgram(self._parts, residuals, found), ""
+        except UnsupportedError as error:
+            return None, f"since the extension lacks: {error}"
+        except Exception as error:  # our own fault, which the operators of PyTorch make good
+            Attempts().record(self._made, error)
+            return None, f"since making a native program failed: {type(error).__name__}: {error}"
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def describe(self) -> str:
+        """What there is, or why there is nothing; empty before the first use."""
+        if self.reason:
+            return f"by PyTorch's operators, {self.reason}"
+        if self.program is None:
+            return ""
+        text = "products and terms by the extension"
+        if self.factored is not None:
+            text += f", {len(self.factored.factors)} of {self.factored.count} weights in the space of the batch"
+        return text
+
+
+class BoundPrograms:
+    """The programs of a partition at one point."""
+
+    def __init__(self, programs: PartitionPrograms, residuals: Sequence[Tensor]):
+        self._programs, self._residuals = programs, residuals
+
+    def __getstate__(self) -> tuple[PartitionPrograms, Sequence[Tensor]]:
+        """A copy is bound anew."""
+        return self._programs, self._residuals
+
+    def __setstate__(self, state: tuple[PartitionPrograms, Sequence[Tensor]]) -> None:
+        self._programs, self._residuals = state
+
+    def product(self, tangents: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+        """H t, in new memory."""
+        return self._bound.product(tangents, layout)
+
+    def terms(self, accumulation: Accumulation, damping: float) -> Terms:
+        """Terms by the program that is the faster one for so many."""
+
+        def run(steps: range) -> None:
+            factored = self._factored if len(steps) >= FEWEST_TERMS else None
+            (self._bound if factored is None else factored).terms(accumulation, damping)(steps)
+
+        return run
+
+    @cached_property
+    def _bound(self) -> BoundProgram:
+        program = self._programs.for_products(self._residuals)
+        assert program is not None  # as when it was bound
+        return program.bind(self._residuals)
+
+    @cached_property
+    def _factored(self) -> BoundProgram | None:
+        program = self._programs.in_batch_space(self._residuals)
+        return None if program is None else program.bind(self._residuals)

@@ -1,0 +1,132 @@
+"""What follows a partition's summands in a program: their sum, or a solver's update with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hvp_engine.differentiation.native.builder import Builder, Operand
+from hvp_engine.differentiation.native.operations import Code, Operation
+from hvp_engine.differentiation.native.places import Place
+
+SCALE, DAMPED, FIRST_FACTOR = 0, 1, 2
+"""Columns of the table of a run: minus the scale; what a term without curvature multiplies by; the mixes' factors."""
+
+
+@dataclass(frozen=True)
+class Summands:
+    """One weight's product: the diagonals times its own tangent, the matrix products, and the rest."""
+
+    tangent: Place
+    diagonals: tuple[Place, ...]
+    products: tuple[tuple[Place, Place], ...]
+    rest: Place | None
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """target <- own target + factor source, or target + source where it is plain; each is a group of places."""
+
+    target: int
+    source: int
+    plain: bool
+
+
+def _diagonal(builder: Builder, summands: Summands) -> Operand | None:
+    total: Operand | None = None
+    for known in summands.diagonals:
+        total = known if total is None else builder.combined(Code.ADD, [total, known], summands.tangent.sizes)
+    return total
+
+
+def product(builder: Builder, weights: Sequence[Summands], results: Sequence[Place]) -> list[Operation]:
+    """results <- the sum of the summands."""
+    operations: list[Operation] = []
+    builder.operations = operations
+    for summands, result in zip(weights, results, strict=True):
+        sizes = result.sizes
+        diagonal, total = _diagonal(builder, summands), summands.rest
+        value: Operand | None = total
+        if diagonal is not None and total is not None:
+            value = builder.combined(Code.MULTIPLY_ADD, [diagonal, summands.tangent, total], sizes)
+        elif diagonal is not None:
+            value = builder.combined(Code.MULTIPLY, [diagonal, summands.tangent], sizes)
+        elif not summands.products and value is None:
+            value = builder.filled(sizes, 0.0)
+        if value is not None:
+            builder.chain([(value, result)])
+        beta = 0.0 if value is None else 1.0
+        for left, right in summands.products:
+            builder.accumulate(result, left, right, 1.0, beta)
+            beta = 1.0
+    return operations
+
+
+def update(
+    builder: Builder,
+    weights: Sequence[Summands],
+    groups: Sequence[Sequence[Place]],
+    target: int,
+    damped: bool,
+    mixings: Sequence[Mixing],
+) -> list[Operation]:
+    """target <- target - scale (A + damping) direction; then the mixings. Group 0 is the direction."""
+    operations: list[Operation] = []
+    builder.operations = operations
+    for j, summands in enumerate(weights):
+        place = groups[target][j]
+        value: Operand = _advanced(builder, summands, place, damped)
+        later = list(mixings)
+        # A sum with a vector that stays as it is can come before the matrix products, in the same pass.
+        while later and later[0].plain and later[0].target == target and later[0].source != target:
+            value = builder.combined(Code.ADD, [value, groups[later.pop(0).source][j]], place.sizes)
+        stores: list[tuple[Operand, Place]] = []
+        if summands.products:
+            if not isinstance(value, Place):
+                builder.chain([(value, place)])
+            for left, right in summands.products:
+                builder.accumulate(place, left, right, SCALE, 1.0)
+        else:
+            stores.append((value, place))
+        for k, mixing in enumerate(later, start=len(mixings) - len(later)):
+            onto, source = groups[mixing.target][j], groups[mixing.source][j]
+            stores.append((_mixed(builder, mixing, FIRST_FACTOR + 2 * k, onto, source), onto))
+        for group in _independent(stores):
+            builder.chain(group)
+    return operations
+
+
+def _advanced(builder: Builder, summands: Summands, place: Place, damped: bool) -> Operand:
+    """The target without its matrix products."""
+    sizes, combined = place.sizes, builder.combined
+    diagonal, in_place = _diagonal(builder, summands), place == summands.tangent
+    value: Operand = place
+    if diagonal is not None:
+        factor = combined(Code.SHIFT, [combined(Code.SCALE, [diagonal], sizes, SCALE)], sizes, DAMPED)
+        operands: list[Operand] = [place, factor] if in_place else [summands.tangent, factor, place]
+        value = combined(Code.MULTIPLY if in_place else Code.MULTIPLY_ADD, operands, sizes)
+    elif damped:
+        scaled = combined(Code.SCALE, [summands.tangent], sizes, DAMPED)
+        value = scaled if in_place else combined(Code.ADD, [place, scaled], sizes)
+    if summands.rest is not None:
+        value = combined(Code.ADD, [value, combined(Code.SCALE, [summands.rest], sizes, SCALE)], sizes)
+    return value
+
+
+def _mixed(builder: Builder, mixing: Mixing, column: int, onto: Place, source: Place) -> Operand:
+    if mixing.plain:
+        return builder.combined(Code.ADD, [onto, source], onto.sizes)
+    own = builder.combined(Code.SCALE, [onto], onto.sizes, column)
+    return builder.combined(Code.ADD, [own, builder.combined(Code.SCALE, [source], onto.sizes, column + 1)], onto.sizes)
+
+
+def _independent(stores: Sequence[tuple[Operand, Place]]) -> list[list[tuple[Operand, Place]]]:
+    """Stores that one operation can make: each place once. A place stored in itself is left out."""
+    passes: list[list[tuple[Operand, Place]]] = [[]]
+    for value, place in stores:
+        if value == place:
+            continue
+        if any(place == other for _, other in passes[-1]):
+            passes.append([])
+        passes[-1].append((value, place))
+    return [one for one in passes if one]

@@ -1,0 +1,68 @@
+"""Iterations of small problems, kept for the next solve: to allocate and bind one takes 70 us, as long as two products.
+
+A solve that has ended hands over a copy of its value and leaves its buffers to the next one with the same settings and
+layout. A few are kept, of at most :data:`_LARGEST` elements, so they hold a few megabytes at most.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import Layout
+from hvp_engine.ops import backend
+from hvp_engine.solvers.iteration import FinishedIteration, Iteration
+
+
+class Allocates(Protocol):
+    """What is asked of a solver."""
+
+    preconditioner: Any
+
+    def allocate(self, layout: Layout) -> Iteration:
+        """A new iteration."""
+
+
+_LARGEST = 1 << 14
+_MOST = 8
+
+_spare: OrderedDict[Hashable, list[Iteration]] = OrderedDict()
+_lock = threading.Lock()
+
+
+def allocated(solver: Allocates, layout: Layout) -> Iteration:
+    """An iteration of `solver`, allocated now or left by an earlier solve."""
+    if layout.size > _LARGEST or layout.whole is not None or solver.preconditioner is not None:
+        return solver.allocate(layout)
+    key = solver, layout, backend.select(layout.device)[0], torch.get_num_threads()
+    try:
+        with _lock:
+            kept = _spare.get(key)
+            iteration = kept.pop() if kept else None
+    except TypeError:  # a solver of somebody else's that has no hash
+        return solver.allocate(layout)
+    if iteration is None:
+        iteration = solver.allocate(layout)
+        iteration.spare_key = key
+    return iteration
+
+
+def released(iteration: FinishedIteration, value: list[Tensor]) -> list[Tensor]:
+    """`value`, which may be views of the iteration's buffers; copies of them if those are kept."""
+    if iteration.spare_key is None:
+        return value
+    value = [part.clone() for part in value]
+    assert isinstance(iteration, Iteration)
+    with _lock:
+        kept = _spare.setdefault(iteration.spare_key, [])
+        _spare.move_to_end(iteration.spare_key)
+        if len(kept) < _MOST:
+            kept.append(iteration)
+        if len(_spare) > _MOST:
+            _spare.popitem(last=False)
+    return value

@@ -1,0 +1,108 @@
+"""Faults of native programs: their interpreter, how graphs become operations, the space of the batch."""
+
+from tools.faults.base import Fault
+
+OPERATIONS, ENGINE = "tests/test_native_operations.py", "tests/test_engines_native.py"
+BATCH = "tests/test_native_batch_space.py"
+FOLDER = "hvp_engine/differentiation/native"
+
+FAULTS = [
+    Fault(
+        "csrc/tile_products.cpp",
+        "if (p.beta != T(0)) result += p.beta * load(to);",
+        "if (p.beta != T(0)) result += load(to) * p.alpha;",
+        f"{OPERATIONS} -k larger_products",
+        "a product onto something scales that; noticed where AVX-512 tiles are in use",
+    ),
+    Fault(
+        "csrc/program.cpp",
+        "if (!empty && last >= slot.numel) {",
+        "if (!empty && last > slot.numel) {",
+        f"{ENGINE} -k leave_their_memory",
+        "a program may read one element behind its memory",
+    ),
+    Fault(
+        "csrc/program_kernels.cpp",
+        "if (row < 0 || row >= lookup.rows) {",
+        "if (row >= lookup.rows) {",
+        f"{ENGINE} -k out_of_range",
+        "a negative index reads in front of the table",
+    ),
+    Fault(
+        "csrc/program_kernels.cpp",
+        "} else if (row != lookup.skipped) {",
+        "} else {",
+        f"{OPERATIONS} -k embedding",
+        "the gradient of an embedding's padding is not zero",
+    ),
+    Fault(
+        "csrc/program.cpp",
+        "    written |= instruction.to == output.source;",
+        "",
+        f"{ENGINE} {OPERATIONS} -k 'solver or random'",
+        "an operation overwrites an input that it reads again",
+    ),
+    Fault(
+        f"{FOLDER}/memory_plan.py",
+        "if last[root] == now and",
+        "if last[root] >= now and",
+        OPERATIONS,
+        "a result is written over an operand that is read later",
+    ),
+    Fault(
+        f"{FOLDER}/memory_plan.py",
+        "if when < now",
+        "if when <= now",
+        OPERATIONS,
+        "memory is given back while its last reader still reads",
+    ),
+    Fault(
+        f"{FOLDER}/conversion.py",
+        "        if place.region.tangent:\n            place = self.builder.copied(place)\n",
+        "",
+        "tests/test_engines_linearized.py tests/test_engines_native.py -k 'views or solver'",
+        "an update overwrites a tangent that is a summand of another weight's product",
+    ),
+    Fault(
+        f"{FOLDER}/updates.py",
+        "and later[0].target == target and later[0].source != target:",
+        "and later[0].target == target:",
+        f"{ENGINE} -k solver",
+        "a vector is added to itself before the product is subtracted from it",
+    ),
+    Fault(
+        f"{FOLDER}/batch_space.py",
+        "if len(tangent.users) != 1 or",
+        "if",
+        f"{BATCH} -k otherwise",
+        "a weight that something else reads, too, is kept in the space of the batch",
+    ),
+    Fault(
+        f"{FOLDER}/batch_space.py",
+        " and all(decay.expand(n, m).stride(1) == 0 for decay in decays)",
+        "",
+        f"{BATCH} -k dense",
+        "a decay that differs along a row is taken for one number",
+    ),
+    Fault(
+        f"{FOLDER}/batch_space.py",
+        "            coefficients.zero_()\n",
+        "",
+        f"{BATCH} -k eager",
+        "a solve begins with the combinations of the one before",
+    ),
+    Fault(
+        f"{FOLDER}/program.py",
+        "            done += bad\n",
+        "            done += bad + 1\n",
+        f"{ENGINE} -k strides",
+        "a tangent of other strides is left out",
+    ),
+    Fault(
+        "hvp_engine/differentiation/trace/broadcasting.py",
+        "        if any(value.dtype != result.dtype for value in values):\n            continue",
+        "        if False:\n            continue",
+        "tests/test_trace_broadcasting.py",
+        "a factor without dimensions changes the type of a result",
+    ),
+]
