@@ -61,7 +61,7 @@ def test_inference_mode_is_refused_or_makes_no_difference(call: Call) -> None:
             assert differences(before, caller.snapshot()) <= call.changes
 
 
-@pytest.mark.parametrize("engine", ["eager", "linearized"])
+@pytest.mark.parametrize("engine", ["eager", "recorded", "linearized"])
 def test_weights_made_in_inference_mode_are_refused(engine: str) -> None:
     with torch.inference_mode():
         w = torch.ones(3)

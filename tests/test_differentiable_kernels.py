@@ -25,7 +25,7 @@ def loss(weights: list[Tensor], dim: int, normalize: Callable[[Tensor, Tensor, i
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("engine", ["eager", "linearized"])
+@pytest.mark.parametrize("engine", ["eager", "recorded", "linearized"])
 @pytest.mark.filterwarnings("ignore:.*a kernel in it has no second derivative")
 def test_weight_normalization(engine: str, dim: int) -> None:
     v = randn(4, 3, seed=2)

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hvp_engine as hvp
 from hvp_engine._support.isolation import Draws
+from hvp_engine.differentiation.recorded.owned import OwnedLinearization
 from hvp_engine.engines.traced import TracedLinearization
 
 pytestmark = [
@@ -27,7 +28,7 @@ pytestmark = [
 
 SEED = 7
 
-ENGINES, NOT_TRACED = ("eager", "linearized"), ("linearized",)
+ENGINES, NOT_TRACED = ("eager", "linearized", "recorded"), ("linearized",)
 UNMENDED: dict[str, tuple[str, ...]] = {
     # Python asks a tensor
     "one_hot": NOT_TRACED,
@@ -54,10 +55,15 @@ UNMENDED: dict[str, tuple[str, ...]] = {
 }
 """Engines that do not have the right numbers yet, by loss or module."""
 
+BY_AUTOGRAD: dict[str, str] = {}
+"""Losses and modules of which the recorded engine makes no program, and why."""
 
-def cells(names: Iterable[str]) -> list[tuple[str, str]]:
+
+def cells(names: Iterable[str]) -> list[Any]:
     """Each name with each engine."""
-    return [(name, engine) for name in names for engine in ENGINES if engine not in UNMENDED.get(name, ())]
+    found = [(name, engine) for name in names for engine in ENGINES if engine not in UNMENDED.get(name, ())]
+    unplaced = pytest.mark.xfail(reason="native programs: a region without a place in the workspace", strict=True)
+    return [pytest.param(*cell, marks=[unplaced] if cell == ("gradient penalty", "recorded") else []) for cell in found]
 
 
 @pytest.fixture(autouse=True)
@@ -94,21 +100,29 @@ def plain(loss: Callable[[Tensors], Tensor], w: Tensors) -> tuple[Tensor, Tensor
     return found
 
 
-def compare(engine: str, loss: Callable[..., Tensor], truth: tuple[Tensor, Tensor], w: Tensors, *args: Any) -> None:
+def compare(
+    name: str, engine: str, loss: Callable[..., Tensor], truth: tuple[Tensor, Tensor], w: Tensors, *args: Any
+) -> None:
     torch.manual_seed(SEED)
     operator = hvp.HessianOperator(loss, w, *args, engine=engine)
-    found = flat(list(operator.gradient.values())), flat(list((operator @ tangents(w)).values()))
-    for ours, true in zip(found, truth, strict=True):
-        assert (ours - true).norm() <= 1e-9 * true.norm()
+    gradient = flat(list(operator.gradient.values()))
+    for _ in range(2):  # the recorded engine's second product is by a program
+        product = flat(list((operator @ tangents(w)).values()))
+        for ours, true in zip((gradient, product), truth, strict=True):
+            assert (ours - true).norm() <= 1e-9 * true.norm()
     made = operator.linear_map
-    assert isinstance(made, TracedLinearization) == (engine != "eager"), f"{engine} fell back"
+    assert isinstance(made, TracedLinearization) == (engine == "linearized"), f"{engine} fell back"
+    if engine == "recorded":
+        assert isinstance(made, OwnedLinearization)
+        assert (made.program is None) == (name in BY_AUTOGRAD), made.fallback
+        assert BY_AUTOGRAD.get(name, "") in (made.fallback or "")
 
 
 @pytest.mark.parametrize(("name", "engine"), cells(LOSSES))
 def test_loss(name: str, engine: str) -> None:
     w, x = weights(), batch()
     twin = TWINS.get(name, LOSSES[name])
-    compare(engine, LOSSES[name], plain(lambda leaves: twin(leaves, x), w), w, x)
+    compare(name, engine, LOSSES[name], plain(lambda leaves: twin(leaves, x), w), w, x)
 
 
 @pytest.mark.parametrize(("name", "engine"), cells(MODULES))
@@ -120,4 +134,4 @@ def test_module(name: str, engine: str) -> None:
     own, twin = copy.deepcopy(module), everyday_modules.TWINS.get(name, everyday_modules.call)
     net = hvp.functional(module)
     truth = plain(lambda leaves: twin(own, leaves, x).square().mean(), w)
-    compare(engine, lambda w, x: net(w, x).square().mean(), truth, w, x)
+    compare(name, engine, lambda w, x: net(w, x).square().mean(), truth, w, x)

@@ -19,7 +19,7 @@ pytestmark = [
 
 ITERATIONS, ALPHA = 3, 0.02
 
-CELLS = [(name, engine) for name in MODELS for engine in ("eager", "auto") if MODELS[name].installed]
+CELLS = [(name, engine) for name in MODELS for engine in ("eager", "recorded", "auto") if MODELS[name].installed]
 
 
 @pytest.mark.parametrize(("name", "engine"), CELLS)

@@ -138,7 +138,7 @@ def test_an_impossible_alignment_costs_infinity() -> None:
         assert F.ctc_loss(*arguments).isinf() and F.ctc_loss(*arguments, zero_infinity=True) == 0
 
 
-@pytest.mark.parametrize("engine", ["eager", "linearized"])
+@pytest.mark.parametrize("engine", ["eager", "recorded", "linearized"])
 @pytest.mark.parametrize("name", [name for name in CASES if name != "cdist p 0"])
 @pytest.mark.filterwarnings("ignore:.*a kernel in it has no second derivative")
 def test_in_an_engine(name: str, engine: str) -> None:

@@ -14,6 +14,10 @@ from torch.nn.functional import cross_entropy
 import hvp_engine as hvp
 from bench.hard_models import ENGINES, MODELS, HardModel
 from hvp_engine._support.isolation import Draws
+from hvp_engine.differentiation.linear_map import Linearization
+from hvp_engine.differentiation.problem import Problem
+from hvp_engine.differentiation.recorded.owned import OwnedLinearization
+from hvp_engine.engines import RecordedEngine
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the weights are far from a minimum"),
@@ -37,10 +41,28 @@ UPSTREAM = {
 """The torch version from which on models whose names begin so work on these engines, and what is wrong before."""
 
 
+BY_AUTOGRAD: dict[str, str] = {}
+"""Models of which the recorded engine makes no program, and why."""
+
+
+class Watched(RecordedEngine):
+    """Keeps the linearizations that it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tapes: list[OwnedLinearization] = []
+
+    def linearize(self, problem: Problem) -> Linearization:
+        tape = super().linearize(problem)
+        assert isinstance(tape, OwnedLinearization)
+        self.tapes.append(tape)
+        return tape
+
+
 def cells() -> list[Any]:
     found = []
     for name in MODELS:
-        for engine in (*ENGINES, "cudagraph"):
+        for engine in (*ENGINES, "recorded", "cudagraph"):
             refused = MODELS[name].outcome(engine).kind == "refused"
             slow = (engine == "compiled" and not refused) or (engine == "auto" and name not in CHOSEN)
             marks = [pytest.mark.soak] if slow else []
@@ -142,7 +164,9 @@ def test_hypergradient(name: str, engine: str, device: torch.device) -> None:
     net = hvp.functional(module)
     train, val = losses(net, model.loss_scale)
     torch.manual_seed(SEED)
-    hypergradient = hvp.Hypergradient(train, val, hvp.Neumann(ITERATIONS, ALPHA / model.loss_scale), engine)
+    recorded = Watched()
+    chosen = recorded if engine == "recorded" else engine
+    hypergradient = hvp.Hypergradient(train, val, hvp.Neumann(ITERATIONS, ALPHA / model.loss_scale), chosen)
     values = {key: t.clone() for key, t in module.state_dict().items()}
     before = settings(module)
     if expected.kind == "refused":
@@ -155,6 +179,10 @@ def test_hypergradient(name: str, engine: str, device: torch.device) -> None:
     assert all(torch.equal(t, values[key]) for key, t in module.state_dict().items())
     if expected.kind == "refused":
         return
+    if engine == "recorded":
+        (tape,) = recorded.tapes
+        assert (tape.program is None) == (name in BY_AUTOGRAD), tape.fallback
+        assert BY_AUTOGRAD.get(name, "") in (tape.fallback or "")
     truth = oracle(model, device)
     difference = float((found - truth).norm() / truth.norm())
     tolerance = max(model.tolerance, 1e-6) if engine == "finite_difference" else model.tolerance

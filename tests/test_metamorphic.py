@@ -17,6 +17,7 @@ import hvp_engine as hvp
 from hvp_engine._support.pytree import flatten
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
+from hvp_engine.differentiation.recorded.owned import OwnedLinearization
 from hvp_engine.engines import Engine, create
 from hvp_engine.engines.traced import TracedLinearization
 
@@ -32,7 +33,9 @@ COVERING = list(losses.covering())
 UNMENDED = ("one-hot", "entropy: einsum", "soft labels", "kl_div", "gaussian_nll_loss")
 """Writings that ask a tensor in Python, `F.one_hot` the most, and cannot be traced yet."""
 TRACED = [loss for loss in COVERING if not any(name in str(loss) for name in UNMENDED)]
-CELLS = [(loss, "eager") for loss in COVERING] + [(loss, "linearized") for loss in TRACED]
+CELLS = [(loss, engine) for loss in COVERING for engine in ("eager", "recorded")]
+CELLS += [(loss, "linearized") for loss in TRACED]
+TRACING = ("linearized", "compiled")
 SOAK = 5000
 CHUNK = 50
 
@@ -108,9 +111,12 @@ def ours(name: str, loss: losses.Loss) -> Numbers:
         weights, hyper, batch, loss.draw(1)[2]
     )
     made = linearized(engine, loss)
-    assert isinstance(made, TracedLinearization) == (name != "eager"), f"{name} fell back: {engine.report()}"
+    assert isinstance(made, TracedLinearization) == (name in TRACING), f"{name} fell back: {engine.report()}"
     t = tangents_like(weights)
+    made.product(t)  # the recorded engine's second product is by a program
     vectors = [flat(made.gradient, weights), flat(made.product(t), weights), flat(made.mixed(t), hyper)]
+    if isinstance(made, OwnedLinearization):
+        assert made.program is not None, f"{name} fell back: {made.fallback}"
     return Numbers(*vectors, flat(result.grads, hyper))
 
 
@@ -184,7 +190,7 @@ def test_many_writings(start: int) -> None:
     failures = []
     for seed in range(start, start + CHUNK):
         loss = losses.drawn(seed)
-        for engine in ("eager", "linearized", *(["compiled"] if seed % 100 == 0 else [])):
+        for engine in ("eager", "recorded", "linearized", *(["compiled"] if seed % 100 == 0 else [])):
             try:
                 compare(engine, loss)
             except Exception as error:

@@ -54,7 +54,7 @@ def live_tensors() -> int:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("style", ["tape", "eager", "linearized", "auto"])
+@pytest.mark.parametrize("style", ["tape", "eager", "recorded", "linearized", "auto"])
 def test_live_tensors_stay_as_many_without_the_collector(style: str, solver: str) -> None:
     run = tape(SOLVERS[solver]) if style == "tape" else functional(SOLVERS[solver], style)
     for _ in range(2):

@@ -26,7 +26,7 @@ FIRST: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("engine", ["eager", "linearized"])
+@pytest.mark.parametrize("engine", ["eager", "recorded", "linearized"])
 @pytest.mark.parametrize("solver", [hvp.Neumann(5), hvp.Neumann(5, 0.1), hvp.ConjugateGradient(5)], ids=repr)
 @pytest.mark.parametrize("name", [*SECOND, *FIRST])
 def test_the_message_says_so(name: str, solver: Any, engine: str) -> None:

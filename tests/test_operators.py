@@ -311,7 +311,7 @@ def test_applying_twice_gives_the_same(case: Case) -> None:
     assert torch.equal(flat(operator.solve(v, solver).value), flat(operator.solve(v, solver).value))
 
 
-@pytest.mark.parametrize("engine", ["eager", "linearized"])
+@pytest.mark.parametrize("engine", ["eager", "recorded", "linearized"])
 def test_product_with_a_vector_in_other_memory(engine: str) -> None:
     weights, v = torch.ones(2, 3, dtype=torch.float64), torch.arange(6.0, dtype=torch.float64).view(3, 2).T
     operator = hvp.HessianOperator(lambda w: w.reshape(-1).pow(3).sum(), weights, engine=engine)
@@ -358,7 +358,7 @@ def two_operators() -> tuple[hvp.HessianOperator, hvp.HessianOperator, dict[str,
     return first, second, weights
 
 
-@pytest.mark.parametrize("engine", ["eager", "linearized"])
+@pytest.mark.parametrize("engine", ["eager", "recorded", "linearized"])
 def test_sums_and_multiples_are_those_of_the_matrices(engine: str) -> None:
     weights = {"a": randn(2, 3, seed=1), "b": randn(4, seed=2)}
     A = hvp.HessianOperator(lambda w: (w["a"] ** 4).sum() + w["a"].sum() * (w["b"] ** 3).sum(), weights, engine=engine)

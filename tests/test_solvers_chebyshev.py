@@ -231,7 +231,7 @@ def test_preconditioned_by_the_identity_is_plain(form: str) -> None:
 # --- in use ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["eager", "linearized"])
+@pytest.mark.parametrize("engine", ["eager", "recorded", "linearized"])
 @pytest.mark.parametrize("name", BILEVEL)
 def test_hypergradient_is_the_closed_form(name: str, engine: str) -> None:
     problem = BILEVEL[name]()

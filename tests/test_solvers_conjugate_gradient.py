@@ -300,7 +300,7 @@ def test_at_most_one_read_for_each_check_interval(iterations: int, preconditione
 # --- in use ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["eager", "linearized"])
+@pytest.mark.parametrize("engine", ["eager", "recorded", "linearized"])
 @pytest.mark.parametrize("name", BILEVEL)
 def test_hypergradient_is_the_closed_form(name: str, engine: str) -> None:
     problem = BILEVEL[name]()

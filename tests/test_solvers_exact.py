@@ -146,7 +146,7 @@ def test_low_precision_weights() -> None:
     torch.testing.assert_close(solution.value, (v.float() / diagonal.float()).bfloat16())
 
 
-@pytest.mark.parametrize("engine", ["eager", "linearized"])
+@pytest.mark.parametrize("engine", ["eager", "recorded", "linearized"])
 @pytest.mark.parametrize("name", BILEVEL)
 def test_hypergradient_is_the_closed_form(name: str, engine: str) -> None:
     problem = BILEVEL[name]()

@@ -249,7 +249,7 @@ def test_several_tensors_and_low_precision() -> None:
     assert relative_error(solution.value.double(), v.double() / diagonal.double()) < 3e-2
 
 
-@pytest.mark.parametrize("engine", ["eager", "linearized"])
+@pytest.mark.parametrize("engine", ["eager", "recorded", "linearized"])
 @pytest.mark.parametrize("name", BILEVEL)
 def test_hypergradient_is_the_closed_form(name: str, engine: str) -> None:
     problem = BILEVEL[name]()

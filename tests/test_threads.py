@@ -47,7 +47,7 @@ def same(found: list[Tensor], expected: list[Tensor]) -> bool:
     return all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("engine", ["eager", "linearized"])
+@pytest.mark.parametrize("engine", ["eager", "recorded", "linearized"])
 def test_threads_with_a_hypergradient_each(engine: str) -> None:
     """Traced at the same time, and called at the same time."""
     expected = []
@@ -88,7 +88,7 @@ def test_a_backward_pass_in_another_thread_waits_for_nobody() -> None:
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("engine", ["eager", "linearized"])
+@pytest.mark.parametrize("engine", ["eager", "recorded", "linearized"])
 def test_threads_that_share_a_hypergradient(engine: str) -> None:
     """And the module in its losses, and the process's generators."""
     hypergradient, call = problem(0, engine)
@@ -135,7 +135,7 @@ def large_solve() -> list[Tensor]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("engine", ["eager", "linearized"])
+@pytest.mark.parametrize("engine", ["eager", "recorded", "linearized"])
 def test_a_fork_after_use(engine: str, threads: int) -> None:
     """The child goes on with what the parent had bound and traced, on one thread; so does the parent, on all."""
     hypergradient, call = problem(0, engine)

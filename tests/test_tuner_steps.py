@@ -33,7 +33,7 @@ def test_accumulation_is_the_step_on_the_average() -> None:
     torch.testing.assert_close(seen[0], expected - 0.1 * (2 * expected - torch.stack(batches[:3]).mean(0)))
 
 
-@pytest.mark.parametrize("engine", ["eager", "linearized"])
+@pytest.mark.parametrize("engine", ["eager", "recorded", "linearized"])
 def test_averaged_hypergradients_are_those_of_one_large_batch(engine: str) -> None:
     """Averages over batches equal one batch that holds all of them, up to rounding."""
     x, y = randn(12, 3, seed=60), randn(12, seed=61)

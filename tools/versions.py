@@ -44,7 +44,13 @@ PAIRS = (
 ENGINES = ("eager", "linearized", "compiled", "finite_difference", "cudagraph", "auto", "side_by_side")
 
 TESTS = {
-    "private names of torch, and what guards expect of it": ["tests/test_torch_compat.py"],
+    "private names of torch, and what guards expect of it": [
+        "tests/test_torch_compat.py",
+        "tests/test_torch_compat_nodes.py",
+    ],
+    "products recorded from autograd's graph": [
+        f"tests/test_recorded_{name}.py" for name in ("models", "look_alikes", "states", "places", "unseen", "library")
+    ],
     "the registered ops: opcheck and torch.compile; Triton": ["tests/test_ops_registered.py", "tests/test_kernels.py"],
     "every engine on several networks": [f"tests/test_engines_{name}.py" for name in ENGINES],
     "traces and their rewrites": [f"tests/test_trace_{name}.py" for name in ("functionalize", "rewriting", "regions")],

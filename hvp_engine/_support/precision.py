@@ -14,6 +14,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -40,3 +42,13 @@ def float32_arithmetic(device_type: str) -> str:
     if not reduced:
         return "full precision"
     return f'{", ".join(reduced)} (torch.backends.fp32_precision = "ieee" makes it full precision)'
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Operations on `device` keep the dtypes of their arguments; where autocast is off anyway, this takes 0.2 us."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()

@@ -1,8 +1,8 @@
 """What the package uses of torch beyond its public interface: private names, and texts and names that guards match.
 
-Nothing else in the package names any of them, and `tests/test_torch_compat.py` has a test for each: that it exists and
-does what is said here, and for each guard a graph that it must refuse. So a new version of torch is judged by one file
-of tests. "Seen in" is where the behaviour was observed; a version that mends it lets its canary fail.
+Nothing else in the package names any of them, and `tests/test_torch_compat*.py` have a test for each: that it exists
+and does what is said here, and for each guard a graph that it must refuse. So a new version of torch is judged by two
+files of tests. "Seen in" is where the behaviour was observed; a version that mends it lets its canary fail.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,72 +68,25 @@ def in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+without_torch_functions = torch._C.DisableTorchFunction
+"""A context in which no `TorchFunctionMode` sees what Python calls."""
+
+
 def version_of(tensor: Tensor) -> int:
     """How often the tensor has been changed in place; `RuntimeError` for one made in inference mode."""
     return tensor._version
 
 
-@dataclass(frozen=True)
-class NodeFields:
-    """The attributes of a class of autograd nodes: names of saved tensors, and of plain values."""
-
-    tensors: tuple[str, ...]
-    plain: tuple[str, ...]
-
-
-_GENERATED_NODE = re.compile(r"[A-Z]\w*Backward\d+")
-
-HIDING_NODES = re.compile(r"AsStrided|BlockDiag|Foreach|NativeDropout|ToDense|Miopen")
-"""Generated nodes that keep strides or flags to themselves. Others hide fields too, but only dtypes and shapes of
-arguments, which the metadata of the following nodes show. Seen in 2.13; a test reads torch's Functions.h."""
-
-
-def fields_of(node: Node) -> NodeFields | str:
-    """What nodes of this class show of what they hold; a description of the class if they do not show everything."""
-    name = node.name()
-    if name == "torch::autograd::AccumulateGrad":
-        return NodeFields((), ())
-    if not _GENERATED_NODE.fullmatch(name) or HIDING_NODES.match(name) or hasattr(node, "_forward_cls"):
-        return f"a {name}, of which the graph does not show what it holds"
-    names = dir(node)
-    saved = [attribute for attribute in names if attribute.startswith("_saved_")]
-    return NodeFields(
-        tuple(attribute for attribute in saved if f"_raw{attribute}" in names),
-        tuple(attribute for attribute in saved if f"_raw{attribute}" not in names),
-    )
-
-
-def has_unpack_hook(saved: Any) -> bool:
-    """Whether a saved tensor, or one of a list of them, is unpacked by Python code."""
-    if type(saved) in (tuple, list):
-        return any(one.unpack_hook is not None for one in saved)
-    return saved.unpack_hook is not None
-
-
-def has_hooks(tensor: Tensor) -> bool:
-    """Whether Python code sees, and may change, the tensor's gradient."""
-    return bool(tensor._backward_hooks)
-
-
-def input_metadata(node: Any) -> tuple[Any, ...]:
-    """(dtype, shape...) of each gradient that a node takes."""
-    metadata = node._input_metadata
-    if len(metadata) == 1:
-        (one,) = metadata
-        return one.dtype, *one.shape
-    return tuple([(one.dtype, *one.shape) for one in metadata])
+def is_zero_tensor(tensor: Tensor) -> bool:
+    """Whether the tensor is zeros without memory, as forward mode makes them. Its product with a number ends the
+    process with a segmentation fault under a dispatch mode. Seen in 2.11, 2.13 and 2.15."""
+    return tensor._is_zerotensor()
 
 
 def shares_storage(tensor: Tensor) -> bool:
     """Whether another tensor that is alive shows the same memory."""
     storage = tensor.untyped_storage()
     return torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor's own use and the one made here
-
-
-def is_zero_tensor(tensor: Tensor) -> bool:
-    """Whether the tensor is zero and has no memory. Forward mode makes such; an operation on one that a dispatch mode
-    hands on ends the process with a segmentation fault. Seen in 2.13."""
-    return tensor._is_zerotensor()
 
 
 # Kernels.

@@ -106,6 +106,7 @@ class Pullback:
 
     Attributes:
         outputs: those that depend on anything.
+        pattern: which of all outputs do, and which inputs are not frozen.
     """
 
     def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]):
@@ -113,6 +114,7 @@ class Pullback:
         self._varying = tuple(index for index, output in enumerate(outputs) if output.requires_grad)
         self.outputs = tuple(outputs[index] for index in self._varying)
         self._active = tuple(x for x in inputs if x.requires_grad)
+        self.pattern = self._varying, tuple(x.requires_grad for x in inputs)
 
     def __call__(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """The product, dense; None for an input that is frozen or that the outputs do not depend on."""

@@ -14,6 +14,9 @@ from hvp_engine.differentiation.linear_map import Linearization
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Relative difference of a product, by the coarsest dtype that it is computed in."""
 
+PROBE_SEED = 20_191_106
+"""Not 0, by which people draw weights: H w = 0 for a loss such as ||w||, and two roundings of 0 would be compared."""
+
 _LEAST_MOVE = 0.01
 """What weights are taken to be in size, at least, where they are zero."""
 
@@ -39,11 +42,12 @@ class Schedule:
 
 
 def probe(layout: Layout) -> list[Tensor]:
-    """The same random tangents every time, from a generator of their own."""
-    generator = torch.Generator(device=layout.device).manual_seed(0)
+    """The same random tangents every time, from a generator of their own, laid out as solvers' vectors are."""
+    generator = torch.Generator(device=layout.device).manual_seed(PROBE_SEED)
     tangents = []
-    for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True):
-        tangents.append(torch.randn(shape, generator=generator, device=layout.device, dtype=torch.float32).to(dtype))
+    for shape, stride, dtype in zip(layout.shapes, layout.strides, layout.dtypes, strict=True):
+        drawn = torch.randn(shape, generator=generator, device=layout.device, dtype=torch.float32)
+        tangents.append(torch.empty_strided(shape, stride, device=layout.device, dtype=dtype).copy_(drawn))
     return tangents
 
 
@@ -96,6 +100,16 @@ def difference(
     if not math.isfinite(norm) or distance <= tolerance * norm + torch.finfo(torch.float32).tiny:
         return None
     return distance / norm if norm else distance
+
+
+def difference_of_products(
+    ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None], dtypes: Iterable[torch.dtype]
+) -> str | None:
+    """As :func:`difference`, in words, of lists that have None where there is no path."""
+    if [t is None for t in ours] != [t is None for t in theirs]:
+        return "it has paths to other tensors"
+    found = difference(list(_present(ours)), list(_present(theirs)), dtypes)
+    return None if found is None else f"it differs by {found:.2g} (relative)"
 
 
 def _present(tensors: Sequence[Tensor | None]) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ Example: of f = 3 x^2 the text says "a product with 3 of a power of 2 of the lea
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,16 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from hvp_engine._support.torch_compat import NodeFields, fields_of, has_hooks, has_unpack_hook, input_metadata
+from hvp_engine._support.torch_compat_nodes import (
+    NodeFields,
+    fields_of,
+    has_hooks,
+    has_unpack_hook,
+    hooks_registered,
+    input_metadata,
+    sequence_number,
+    sequence_number_of,
+)
 from hvp_engine.differentiation.recorded.product_recorder import is_plain
 
 
@@ -40,6 +50,10 @@ class GraphContents:
     text: Hashable
     tensors: list[Tensor]
     numbers: list[int]
+
+    def number(self, place: int) -> Any:
+        """The number that a tensor stands for."""
+        return self.tensors[place].item()
 
 
 class _Numbers(dict[Hashable, int]):
@@ -76,10 +90,12 @@ class _Reader:
 
 _READERS: dict[type, _Reader] = {}
 
+_READER_NUMBERS = count()
+
 
 def _reader(node: Any) -> _Reader:
     fields: NodeFields | str = fields_of(node)
-    number = len(_READERS)
+    number = next(_READER_NUMBERS)  # two threads never get the same
     if isinstance(fields, str):
         return _Reader(number, hidden=fields)
     return _Reader(
@@ -90,6 +106,26 @@ def _reader(node: Any) -> _Reader:
     )
 
 
+class _Hooks(threading.local):
+    """Which graphs of this thread may have hooks: those with a node from before the last hook that was registered.
+
+    A hook on an inner tensor changes products, and autograd does not show it. So graphs that may have one have another
+    text, and what they hold is not taken to be what graphs without hooks do.
+    """
+
+    def __init__(self) -> None:
+        self._registered = hooks_registered()
+        self._since = 0
+
+    def possible(self, nodes: Sequence[Any]) -> bool:
+        if self._registered != hooks_registered():
+            self._registered, self._since = hooks_registered(), sequence_number()
+        return self._since > 0 and min(map(sequence_number_of, nodes), default=0) < self._since
+
+
+_HOOKS = _Hooks()
+
+
 def read_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphContents:
     """The contents of the graph from `outputs` back to `inputs`; :class:`HiddenContentsError` where it hides some.
 
@@ -98,7 +134,7 @@ def read_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphCont
     try:
         return _read(outputs, inputs)
     except (RuntimeError, TypeError) as error:  # a freed or changed tensor, about which autograd itself will say more
-        raise HiddenContentsError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        raise HiddenContentsError("a saved tensor that cannot be read any more") from error
 
 
 def _read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphContents:
@@ -122,6 +158,7 @@ def _read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphContents:
                 stack.append(after)
     contents = _Contents()
     add, hold, text = contents.text.append, contents.hold, contents.text
+    add(_HOOKS.possible(order))
     for edge in roots:
         text += index[edge.node], edge.output_nr
     for x in inputs:
@@ -143,7 +180,7 @@ def _read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphContents:
             if not checked and has_unpack_hook(getattr(node, raw)):
                 raise HiddenContentsError("saved-tensor hooks, as of gradient checkpointing")
             saved = getattr(node, name)
-            checked = saved is not None  # all of a node's tensors are packed alike
+            checked = isinstance(saved, Tensor) and saved.dim() > 0  # all of a node's are packed alike, but numbers
             hold(saved)
         if reader.plain is not None:
             add(_NUMBERS[_hashable(reader.plain(node))])
@@ -172,7 +209,8 @@ class _Contents:
             self.tensors.append(x)
             shape = x.shape
             add(_NUMBERS[shape, x.stride(), x.dtype, x.device])
-            add(self._places.setdefault(x.data_ptr(), place))
+            address = x.data_ptr()  # 0: zeros without memory, or nothing
+            add(self._places.setdefault(address, place) if address else -1)
             if not shape and x.device.type == "cpu":
                 self.numbers.append(place)
         elif type(x) in (tuple, list):

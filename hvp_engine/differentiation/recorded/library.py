@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,16 +58,21 @@ class Shortcut:
     Attributes:
         guards: numbers that the program has taken as they are, by their place in the graph.
         entries: what was written down, for comparison with another that differs in a number.
+        equal: places of numbers of which the program takes the first for all, since they have been the same.
     """
 
     program: Program
     sources: tuple[Source, ...]
     guards: dict[int, Any]
     entries: tuple[Entry, ...]
+    equal: tuple[tuple[int, ...], ...] = ()
 
     def fits(self, contents: GraphContents) -> bool:
-        """Whether the graph has the numbers that are part of the program."""
-        return all(contents.tensors[place].item() == value for place, value in self.guards.items())
+        """Whether the graph has the numbers that are part of the program, and the same ones where it has had those."""
+        number = contents.number
+        return all(number(place) == value for place, value in self.guards.items()) and all(
+            number(place) == number(places[0]) for places in self.equal for place in places
+        )
 
     def constants(self, contents: GraphContents) -> list[Tensor]:
         """The constants of a graph of the same text."""
@@ -204,27 +209,50 @@ def _whereabouts(tensor: Tensor) -> Hashable:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def numbers_taken(product: RecordedProduct, sources: Sequence[Source], contents: GraphContents) -> dict[int, Any]:
-    """Numbers of the graph that occur in what was written down, by place: autograd hands them on as Python numbers."""
-    read = {source.place for source in sources}
+def numbers_taken(
+    product: RecordedProduct, sources: Sequence[Source], contents: GraphContents, free: Collection[int] = ()
+) -> dict[int, Any]:
+    """Numbers of the graph that occur in what was written down, by place: autograd hands them on as Python numbers.
+
+    Those at the places `free` do not, whatever their values.
+    """
+    read = {*(source.place for source in sources), *free}
     written = set[Any]().union(*(literals((entry.arguments, entry.keywords)) for entry in product.entries))
-    values = {place: contents.tensors[place].item() for place in contents.numbers if place not in read}
+    values = {place: contents.number(place) for place in contents.numbers if place not in read}
     return {place: value for place, value in values.items() if value in written}
 
 
-def with_numbers_as_constants(
-    product: RecordedProduct, contents: GraphContents, other: Shortcut
-) -> tuple[RecordedProduct, list[Source]] | None:
+@dataclass(frozen=True)
+class Loosened:
+    """A product with numbers as constants.
+
+    Attributes:
+        sources: where the new constants are.
+        equal: places of numbers that must be equal.
+        free: places of numbers that may have any value, as far as no constant is read there.
+    """
+
+    product: RecordedProduct
+    sources: tuple[Source, ...] = ()
+    equal: tuple[tuple[int, ...], ...] = ()
+    free: frozenset[int] = frozenset()
+
+
+def with_numbers_as_constants(product: RecordedProduct, contents: GraphContents, other: Shortcut) -> Loosened | None:
     """`product` with those numbers as constants in which it differs from `other`; None if it differs otherwise.
 
     mul(t, 0.5) now and mul(t, 0.7) then, where the graph keeps 0.5 now and kept 0.7 then in the same place, becomes
-    mul(t, constant): a schedule's number changes from call to call.
+    mul(t, constant): a schedule's number changes from call to call. Where several numbers were 0.5 and are 0.7, which
+    of them this one is cannot be told: the first is taken, and the program fits as long as they are equal.
+
+    A number of the graph that has changed, while an operation has the same 0.5 as then, is not what that one takes.
     """
-    now = {place: contents.tensors[place].item() for place in other.guards}
+    now = {place: contents.number(place) for place in other.guards}
     changed = {place for place, value in other.guards.items() if now[place] != value}
     entries: list[Entry] = []
     constants, fills = list(product.constants), list(product.fills)
     sources: list[Source] = []
+    equal: set[tuple[int, ...]] = set()
     if len(product.entries) != len(other.entries):
         return None
     for ours, theirs in zip(product.entries, other.entries, strict=True):
@@ -232,15 +260,17 @@ def with_numbers_as_constants(
             entries.append(ours)
             continue
         form = _TENSOR_FORMS.get(ours.operation)
-        place = next((p for p in sorted(changed) if _differs_by(ours, theirs, now[p], other.guards[p])), None)
-        if form is None or place is None:
+        places = tuple(p for p in sorted(changed) if _differs_by(ours, theirs, now[p], other.guards[p]))
+        if form is None or not places:
             return None
+        equal.add(places)
         constant = constant_of(len(constants))
-        constants.append(contents.tensors[place].detach().to(ours.dtype))
+        constants.append(contents.tensors[places[0]].detach().to(ours.dtype))
         fills.append(None)
-        sources.append(Source(place, ours.dtype))
+        sources.append(Source(places[0], ours.dtype))
         entries.append(replace(ours, operation=form, arguments=(ours.arguments[0], constant)))
-    return RecordedProduct(entries, constants, fills, product.outputs), sources
+    loosened = replace(product, entries=entries, constants=constants, fills=fills)
+    return Loosened(loosened, tuple(sources), tuple(equal), frozenset(changed)) if sources else None
 
 
 def _differs_by(ours: Entry, theirs: Entry, now: Any, then: Any) -> bool:

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
+from hvp_engine._support.precision import without_autocast
 from hvp_engine._support.torch_compat import version_of
 from hvp_engine.differentiation.double_backward import GraphFacts, Pullback, Tape, filled
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
@@ -28,6 +29,7 @@ from hvp_engine.differentiation.recorded.library import (
     MOST_VALUES,
     Known,
     Library,
+    Loosened,
     Shortcut,
     numbers_taken,
     place_constants,
@@ -35,7 +37,7 @@ from hvp_engine.differentiation.recorded.library import (
 )
 from hvp_engine.differentiation.recorded.product_recorder import RecordedProduct, record
 from hvp_engine.differentiation.recorded.programs import Program
-from hvp_engine.differentiation.self_check import difference, probe
+from hvp_engine.differentiation.self_check import difference_of_products, probe
 from hvp_engine.differentiation.trace.evaluated import PartitionedLinearization
 
 _MANY = 50
@@ -51,6 +53,9 @@ class RecordedLinearization(Tape):
 
     Cost: reading the graph, 3 to 6 us for each node; at the second sight of a kind of graph, building the program,
     about 1 ms for each operation of a product.
+
+    Where autocast is on around products, it is off for the program and for what it is made from: what the forward cast
+    is cast in the graph.
     """
 
     _waits = True
@@ -91,7 +96,7 @@ class RecordedLinearization(Tape):
             self._known = self._library.known((str(reason), facts.nodes, kinds))
             self._known.hidden = str(reason)
         else:
-            self._known = self._library.known((contents.text, len(self._inputs), len(self.weights)))
+            self._known = self._library.known((contents.text, self._both.pattern, len(self.weights)))
             facts = self._known.facts or super()._examined(hyperparameters)
             self._known.facts = facts
             if not self._known.hidden and not self._known.refused:
@@ -121,10 +126,12 @@ class RecordedLinearization(Tape):
         known.products = self._asked
         start = time.thread_time()
         if self._program is not None:
-            products = self._program.product(tangents)
+            with without_autocast(self.layout.device):
+                products = self._program.product(tangents)
             known.program_seconds = min(known.program_seconds, time.thread_time() - start)
         elif self._asked > self._record_at:
-            products = self._written_down(tangents)
+            with without_autocast(self.layout.device):
+                products = self._written_down(tangents)
         else:
             products = super().product(tangents)
             seconds = time.thread_time() - start
@@ -139,11 +146,17 @@ class RecordedLinearization(Tape):
 
     def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t for several t."""
-        return super().products(stacked) if self._program is None else self._program.products(stacked)
+        if self._program is None:
+            return super().products(stacked)
+        with without_autocast(self.layout.device):
+            return self._program.products(stacked)
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t."""
-        return super().mixed(tangents) if self._program is None else self._program.mixed(tangents)
+        if self._program is None:
+            return super().mixed(tangents)
+        with without_autocast(self.layout.device):
+            return self._program.mixed(tangents)
 
     def accumulating_terms(self, accumulation: Accumulation, damping: float) -> Terms | None:
         self._begin()
@@ -156,7 +169,8 @@ class RecordedLinearization(Tape):
             self._asked += len(steps)
             known.products = self._asked
             start = time.thread_time()
-            terms(steps)
+            with without_autocast(self.layout.device):
+                terms(steps)
             known.program_seconds = min(known.program_seconds, (time.thread_time() - start) / max(len(steps), 1))
 
         return counted
@@ -202,11 +216,12 @@ class RecordedLinearization(Tape):
         """Adopt a program whose constants the graph holds."""
         assert self._contents is not None
         start = time.thread_time()
-        self._adopt(shortcut.program, shortcut.constants(self._contents))
-        self._measured(time.thread_time() - start + self._reading_seconds)
-        self._contents = self._shortcut = None
-        if not shortcut.program.schedule.due() or self._check(shortcut.program):
-            self._settle()
+        with without_autocast(self.layout.device):
+            self._adopt(shortcut.program, shortcut.constants(self._contents))
+            self._measured(time.thread_time() - start + self._reading_seconds)
+            self._contents = self._shortcut = None
+            if not shortcut.program.schedule.due() or self._check(shortcut.program):
+                self._settle()
 
     def _adopt(self, program: Program, constants: Sequence[Tensor]) -> None:
         self._known.adoptions += 1
@@ -260,6 +275,7 @@ class RecordedLinearization(Tape):
             self._refuse(program, None)
         elif program is not None:
             self._adopt(program, written.constants)
+            self._watched = [(x, version_of(x)) for x in self._inputs]
             if program.schedule.due() and not self._check(program):
                 self._library.refuse(written, "a program that disagreed with autograd")
 
@@ -270,18 +286,15 @@ class RecordedLinearization(Tape):
         if sources is None:
             self._refuse("a tensor that the graph does not show", contents)
             return
-        entries = tuple(written.entries)
-        for other in known.shortcuts:
-            changed = with_numbers_as_constants(written, contents, other)
-            if changed is not None and changed[1]:
-                written, sources = changed[0], [*sources, *changed[1]]
-                break
-        program = self._library.program(written, tangents, self._waits)
+        found = (with_numbers_as_constants(written, contents, other) for other in known.shortcuts)
+        taken = next((loosened for loosened in found if loosened is not None), Loosened(written))
+        sources = [*sources, *taken.sources]
+        program = self._library.program(taken.product, tangents, self._waits)
         if isinstance(program, str):
             self._refuse(program, contents)
         elif program is not None:
-            guards = numbers_taken(written, sources, contents)
-            shortcut = Shortcut(program, tuple(sources), guards, entries)
+            guards = numbers_taken(taken.product, sources, contents, taken.free)
+            shortcut = Shortcut(program, tuple(sources), guards, tuple(written.entries), taken.equal)
             self._adopt(program, shortcut.constants(contents))
             program.schedule.due()
             if self._check(program):
@@ -296,14 +309,7 @@ class RecordedLinearization(Tape):
             theirs = self._both(tangents)
         ours = [*evaluated.product(tangents), *evaluated.mixed(tangents)]
         full = [*filled(theirs[: len(self.weights)], self.weights), *theirs[len(self.weights) :]]
-        reason = None
-        if [t is None for t in ours] != [t is None for t in full]:
-            reason = "it has paths to other hyperparameters"
-        else:
-            pairs = [(a, b) for a, b in zip(ours, full, strict=True) if a is not None and b is not None]
-            found = difference([a for a, _ in pairs], [b for _, b in pairs], program.functions.partition.dtypes)
-            if found is not None:
-                reason = f"it differs by {found:.2g} (relative)"
+        reason = difference_of_products(ours, full, program.functions.partition.dtypes)
         if reason is None:
             return True
         known.refused = self.fallback = f"a recorded product does not agree with autograd's: {reason}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from hvp_engine._support.precision import without_autocast
 from hvp_engine.differentiation.double_backward import Pullback
 from hvp_engine.differentiation.recorded.library import Known
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
+from hvp_engine.differentiation.self_check import probe
 
 
 class OwnedLinearization(RecordedLinearization):
@@ -21,6 +23,15 @@ class OwnedLinearization(RecordedLinearization):
 
     def _patience(self, known: Known, expected: int) -> float:
         return 0
+
+    @property
+    def learning(self) -> bool:
+        """A product of a random tangent is written down first: a process's first solve rounds as all that follow do."""
+        self._begin()
+        if self._program is None and self._contents is not None and self._record_at <= self._asked:
+            with without_autocast(self.layout.device):
+                self._written_down(probe(self.layout))
+        return super().learning
 
     def _settle(self) -> None:
         self._product = self._mixed = self._both = Pullback((), ())

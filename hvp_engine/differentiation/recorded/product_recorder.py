@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine._support.torch_compat import DispatchMode, is_zero_tensor, schema_of, shares_storage, version_of
+from hvp_engine._support.torch_compat import (
+    DispatchMode,
+    is_zero_tensor,
+    shares_storage,
+    version_of,
+    without_torch_functions,
+)
+from hvp_engine.differentiation.recorded.operations import FILLS, METADATA, TRANSPOSES, WITH_MEMORY, kind_of_operation
+from hvp_engine.differentiation.recorded.python_watch import HANDED_OUT, PythonWatch
 
 aten = torch.ops.aten
 
@@ -23,28 +31,10 @@ _MARK = "_hvp_engine_value"
 """Attribute of a tensor that an entry gave or that is a tangent: (the recorder's token, the value's number)."""
 
 _FILL = "_hvp_engine_fill"
-"""Attribute of a known tensor that is filled with one number: (the recorder's token, the number)."""
+"""Attribute of a known tensor that is filled with one number: (the recorder's token, the number; None if not yet)."""
 
 _TRANSPOSED = "_hvp_engine_transposed"
 """Attribute of a known tensor that is another one transposed: (the recorder's token, the operation, its arguments)."""
-
-_FILLS = {
-    packet.default: number
-    for number, packets in {
-        0: (aten.zeros, aten.zeros_like, aten.new_zeros),
-        1: (aten.ones, aten.ones_like, aten.new_ones),
-    }.items()
-    for packet in packets
-}
-
-_METADATA = {aten.is_same_size.default, aten.sym_size.default, aten.sym_stride.default, aten.sym_numel.default}
-"""Operations that give no tensors and read no values."""
-
-_SIZED_BY_KNOWN_VALUES = {aten.index.Tensor, aten.masked_select.default}
-"""Operations whose result's shape is decided by known values; it is written down with them."""
-
-_TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
-"""Views of known tensors that are written down where they are used, since rewrites look for them."""
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -52,6 +42,11 @@ def is_plain(tensor: Tensor) -> bool:
     plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
     lazy = tensor.is_neg() or tensor.is_conj() or is_zero_tensor(tensor)
     return plain and tensor.layout is torch.strided and not lazy
+
+
+def kind_of(tensor: Tensor) -> Hashable:
+    """All that a program depends on of a tensor whose values it is given."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 class Value:
@@ -92,7 +87,7 @@ class Entry:
     @property
     def text(self) -> Hashable:
         """What distinguishes this entry from others; 1, 1.0 and True are told apart by their types."""
-        return self.operation, self.arguments, tuple(map(type, self.arguments)), self.keywords, self.size
+        return self.operation, self.arguments, tuple(map(type, self.arguments)), self.keywords, self.size, self.dtype
 
 
 @dataclass(frozen=True)
@@ -100,11 +95,13 @@ class RecordedProduct:
     """A product that was written down.
 
     Attributes:
+        tangents: shape, strides, dtype and device of each.
         entries: the operations, in order. The tangents are the first values, the entries' results follow.
         constants: tensors that entries take, `fills` the number that one is filled with, if it is.
         outputs: for each product and mixed product its value, None where there is no path.
     """
 
+    tangents: tuple[Hashable, ...]
     entries: list[Entry]
     constants: list[Tensor]
     fills: list[int | None]
@@ -112,33 +109,9 @@ class RecordedProduct:
 
     def text(self) -> Hashable:
         """What the function of (constants, tangents) depends on."""
-        kinds = [(t.shape, t.stride(), t.dtype, t.device) for t in self.constants]
+        kinds = tuple([kind_of(constant) for constant in self.constants])
         texts = tuple([entry.text for entry in self.entries])
-        return texts, tuple(kinds), tuple(self.fills), tuple(self.outputs)
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What a recorder has to know of an operator."""
-
-    mutates: bool
-    sized: bool
-    refused: str
-
-
-@cache
-def _kind(operation: Any) -> _Kind:
-    schema = schema_of(operation)
-    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments]
-    sized = operation in _SIZED_BY_KNOWN_VALUES
-    refused = ""
-    if schema.is_mutable and written != [True] + [False] * (len(written) - 1):
-        refused = f"{operation} writes to several arguments"
-    if torch.Tag.nondeterministic_seeded in operation.tags:
-        refused = f"{operation} draws random numbers"
-    if not sized and {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags):
-        refused = f"{operation} looks at values"
-    return _Kind(schema.is_mutable, sized, refused)
+        return self.tangents, texts, kinds, tuple(self.fills), tuple(self.outputs)
 
 
 class ProductRecorder(DispatchMode):
@@ -154,6 +127,7 @@ class ProductRecorder(DispatchMode):
         super().__init__()
         self.refused = ""
         self._whole = whole
+        self._tangents = tuple([kind_of(tangent) for tangent in tangents])
         self._entries: list[Entry] = []
         self._constants: list[Tensor] = []
         self._fills: list[int | None] = []
@@ -166,17 +140,29 @@ class ProductRecorder(DispatchMode):
             self._mark(tangent)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        with without_torch_functions():
+            return self._written(func, args, kwargs)
+
+    def python_calls(self, name: str, args: tuple[Any, ...]) -> None:
+        """Python code takes part: what it does another time, the graph does not show."""
+        if self._whole:
+            self.refused = self.refused or "Python code that takes part in products, as a hook on an inner tensor does"
+        elif name in HANDED_OUT and self._varies(args):
+            self.refused = self.refused or f"Tensor.{name} of a tangent, in Python code that takes part in products"
+
+    def _written(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         keywords = kwargs or {}
-        if any(isinstance(argument, Tensor) and is_zero_tensor(argument) for argument in args):
-            args = tuple([_with_memory(argument) for argument in args])
+        func = WITH_MEMORY.get(func, func)
+        if _has_zero_tensor(args):
+            args = tuple([self._with_memory(argument) for argument in args])
         if not self._whole and not (self._varies(args) or self._varies(keywords.values())):
             result = func(*args, **keywords)
-            if func in _FILLS:
-                setattr(result, _FILL, (self._token, _FILLS[func]))
-            elif func in _TRANSPOSES:
+            if func in FILLS:
+                setattr(result, _FILL, (self._token, FILLS[func]))
+            elif func in TRANSPOSES:
                 setattr(result, _TRANSPOSED, (self._token, func, args))
             return result
-        kind = _kind(func)
+        kind = kind_of_operation(func)
         if kind.refused:
             self.refused = self.refused or kind.refused
         if self.refused:
@@ -187,7 +173,7 @@ class ProductRecorder(DispatchMode):
         arguments = tuple([encode(argument) for argument in args])
         named = tuple([(name, encode(argument)) for name, argument in keywords.items()]) if keywords else ()
         result = func(*args, **keywords)
-        if func in _METADATA:
+        if func in METADATA:
             return result
         if isinstance(result, Tensor):
             size = tuple(result.shape) if kind.sized else None
@@ -211,7 +197,9 @@ class ProductRecorder(DispatchMode):
         outputs = [None if product is None else self._value(product) for product in products]
         if any(product is not None and value is None for product, value in zip(products, outputs, strict=True)):
             self.refused = self.refused or "a product does not seem to depend on the tangents"
-        return None if self.refused else RecordedProduct(self._entries, self._constants, self._fills, outputs)
+        if self.refused:
+            return None
+        return RecordedProduct(self._tangents, self._entries, self._constants, self._fills, outputs)
 
     def _mark(self, tensor: Tensor) -> None:
         setattr(tensor, _MARK, (self._token, self._count))
@@ -274,8 +262,7 @@ class ProductRecorder(DispatchMode):
         if not is_plain(tensor):
             self.refused = self.refused or f"a {type(tensor).__name__} that is not strided, or is a lazy view"
             return constant_of(0)
-        fill = getattr(tensor, _FILL, None)
-        number = fill[1] if fill is not None and fill[0] is self._token and version_of(tensor) == 0 else None
+        number = self._fill(tensor)
         # autograd makes a new tensor each time that it unpacks a saved one
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, number)
         constant = None if new else self._places.get(place)
@@ -287,12 +274,35 @@ class ProductRecorder(DispatchMode):
         self._places[id(tensor)] = constant
         return constant
 
+    def _with_memory(self, argument: Any) -> Any:
+        """`argument` with memory, if it is a tensor of zeros that has none, which would crash some operations."""
+        if type(argument) in (list, tuple):
+            return [self._with_memory(part) for part in argument]
+        if not isinstance(argument, Tensor) or not is_zero_tensor(argument):
+            return argument
+        zeros = torch.zeros(argument.shape, dtype=argument.dtype, device=argument.device)
+        setattr(zeros, _FILL, (self._token, 0))
+        return zeros
 
-def _with_memory(argument: Any) -> Any:
-    """A tensor of zeros that has memory, in place of one that has none."""
-    if isinstance(argument, Tensor) and is_zero_tensor(argument):
-        return torch.zeros(argument.shape, dtype=argument.dtype, device=argument.device)
-    return argument
+    def _fill(self, tensor: Tensor) -> int | None:
+        """The number that all of a constant is, if it has been made so; memory may have been written unseen since."""
+        fill = getattr(tensor, _FILL, None)
+        if fill is None or fill[0] is not self._token or version_of(tensor):
+            return None
+        number: int | None = fill[1]
+        if number is None and tensor.numel() or number is not None and bool(tensor.ne(number).any()):
+            self.refused = self.refused or "memory that is filled by code which autograd does not see"
+        return number
+
+
+def _has_zero_tensor(arguments: Any) -> bool:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if is_zero_tensor(argument):
+                return True
+        elif type(argument) in (list, tuple) and _has_zero_tensor(argument):
+            return True
+    return False
 
 
 def record(
@@ -301,7 +311,7 @@ def record(
     """The products at `tangents`, and what was written down, or why not."""
     fresh = [tangent.detach() for tangent in tangents]
     recorder = ProductRecorder(fresh, whole)
-    with recorder:
+    with recorder, PythonWatch(recorder.python_calls):
         products = pullback(fresh)
     found = recorder.finish(products)
     return products, recorder.refused if found is None else found

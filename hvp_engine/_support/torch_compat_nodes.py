@@ -1,0 +1,81 @@
+"""What the package uses of autograd's nodes beyond torch's public interface: what they hold, and what hooks there are.
+
+As in `torch_compat`, each name has a test, in `tests/test_torch_compat_nodes.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(frozen=True)
+class NodeFields:
+    """The attributes of a class of autograd nodes: names of saved tensors, and of plain values."""
+
+    tensors: tuple[str, ...]
+    plain: tuple[str, ...]
+
+
+_GENERATED_NODE = re.compile(r"[A-Z]\w*Backward\d+")
+
+HIDING_NODES = re.compile(r"AsStrided|BlockDiag|Foreach|NativeDropout|ToDense|Miopen")
+"""Generated nodes that keep strides or flags to themselves. Others hide fields too, but only dtypes and shapes of
+arguments, which the metadata of the following nodes show. Seen in 2.13; a test reads torch's Functions.h."""
+
+
+def fields_of(node: Node) -> NodeFields | str:
+    """What nodes of this class show of what they hold; a description of the class if they do not show everything."""
+    name = node.name()
+    if name == "torch::autograd::AccumulateGrad":
+        return NodeFields((), ())
+    if not _GENERATED_NODE.fullmatch(name) or HIDING_NODES.match(name) or hasattr(node, "_forward_cls"):
+        return f"a {name}, of which the graph does not show what it holds"
+    names = dir(node)
+    saved = [attribute for attribute in names if attribute.startswith("_saved_")]
+    return NodeFields(
+        tuple(attribute for attribute in saved if f"_raw{attribute}" in names),
+        tuple(attribute for attribute in saved if f"_raw{attribute}" not in names),
+    )
+
+
+def has_unpack_hook(saved: Any) -> bool:
+    """Whether a saved tensor, or one of a list of them, is unpacked by Python code."""
+    if type(saved) in (tuple, list):
+        return any(one.unpack_hook is not None for one in saved)
+    return saved.unpack_hook is not None
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether Python code sees, and may change, the tensor's gradient."""
+    return bool(tensor._backward_hooks)
+
+
+def input_metadata(node: Any) -> tuple[Any, ...]:
+    """(dtype, shape...) of each gradient that a node takes."""
+    metadata = node._input_metadata
+    if len(metadata) == 1:
+        (one,) = metadata
+        return one.dtype, *one.shape
+    return tuple([(one.dtype, *one.shape) for one in metadata])
+
+
+def hooks_registered() -> int:
+    """How many hooks this process has registered so far, on tensors, nodes, modules and optimizers."""
+    return RemovableHandle.next_id
+
+
+def sequence_number() -> int:
+    """The number that this thread's next autograd node gets."""
+    return torch.autograd._get_sequence_nr()
+
+
+def sequence_number_of(node: Any) -> int:
+    """A number that grows from node to node in one thread; huge for a leaf's node."""
+    return node._sequence_nr()
