@@ -62,8 +62,7 @@ BY_AUTOGRAD: dict[str, str] = {}
 def cells(names: Iterable[str]) -> list[Any]:
     """Each name with each engine."""
     found = [(name, engine) for name in names for engine in ENGINES if engine not in UNMENDED.get(name, ())]
-    unplaced = pytest.mark.xfail(reason="native programs: a region without a place in the workspace", strict=True)
-    return [pytest.param(*cell, marks=[unplaced] if cell == ("gradient penalty", "recorded") else []) for cell in found]
+    return [pytest.param(*cell) for cell in found]
 
 
 @pytest.fixture(autouse=True)

@@ -33,11 +33,7 @@ def double() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-UNPLACED = pytest.mark.xfail(reason="native programs: a region without a place in the workspace", strict=True)
-CELLS = [pytest.param(name, marks=[UNPLACED] if name == "gradient penalty" else []) for name in MODELS]
-
-
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", MODELS)
 def test_products(name: str) -> None:
     weights, loss = MODELS[name]()
     library = Library()

@@ -194,7 +194,7 @@ class Builder:
 
     def product(self, a: Operand, b: Operand, onto: Operand | None = None, alpha: float = 1.0) -> Place:
         """alpha a b + onto; `onto` is a place that is free to be overwritten, or an expression, or None."""
-        left, right = (self._for_blas(self.stored(operand)) for operand in (a, b))
+        left, right = (self.blas_operand(self.stored(operand)) for operand in (a, b))
         sizes = (*left.sizes[:-1], right.sizes[-1])
         if isinstance(onto, Place) and onto.sizes == sizes and for_blas(onto) and 0 not in _needed(onto):
             result = onto
@@ -209,7 +209,7 @@ class Builder:
 
     def accumulate(self, result: Place, a: Place, b: Place, alpha: Constant, beta: Constant) -> None:
         """result <- alpha a b + beta result, in place."""
-        a, b = self._for_blas(a), self._for_blas(b)
+        a, b = self.blas_operand(a), self.blas_operand(b)
         if for_blas(result):
             self.operations.append(MatrixProduct(result, a, b, alpha, beta))
             return
@@ -245,7 +245,8 @@ class Builder:
         self.operations.append(Lookup(index, source, result, True, skipped))
         return result
 
-    def _for_blas(self, place: Place) -> Place:
+    def blas_operand(self, place: Place) -> Place:
+        """The place, or a copy with strides that BLAS takes."""
         return place if for_blas(place) else self.copied(place)
 
     def _place_for(self, sizes: tuple[int, ...], leaves: Sequence[Place]) -> Place:

@@ -171,7 +171,9 @@ def _summands(parts: Partition, converted: Conversion, known: dict[int, Place], 
     outputs = iter(converted.outputs)
     found = []
     for tangent, (pairs, others), diagonals in zip(converted.tangents, parts.terms, parts.diagonals, strict=True):
-        products = tuple((next(outputs), next(outputs)) for _ in range(pairs))
+        # Copied here, if at all: what follows for each solver finds no room for copies.
+        given = [builder.blas_operand(builder.stored(next(outputs))) for _ in range(2 * pairs)]
+        products = tuple(zip(given[::2], given[1::2], strict=True))
         rest: Operand | None = None
         for other in [next(outputs) for _ in range(others)]:
             rest = other if rest is None else builder.combined(Code.ADD, [rest, other], tangent.sizes)
