@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout, norm_of
+from hvp_engine._support.precision import float32_settings
 from hvp_engine.differentiation.linear_map import Linearization
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Relative difference of a product, by the coarsest dtype that it is computed in."""
+
+_REDUCED = {"tf32": torch.float16, "bf16": torch.bfloat16}
+"""What float32 is as coarse as where torch lets its operations round their inputs: TF32 keeps as many bits as
+float16."""
 
 _LEAST_MOVE = 0.01
 """What weights are taken to be in size, at least, where they are zero."""
@@ -88,7 +93,8 @@ def difference(
     """The relative difference of two lists, by the global norm, if it is beyond the tolerance of the coarsest of
     `dtypes`; None if it is not, or if `theirs` is not finite. `terms`, if larger, is the norm it is relative to; where
     all is at most `noise`, nothing differs."""
-    tolerance = max(_TOLERANCES.get(dtype, _COARSEST) for dtype in dtypes)
+    device_type = theirs[0].device.type if theirs else "cpu"
+    tolerance = max(_tolerance(dtype, device_type) for dtype in dtypes)
     distance, size = _norm([a - b for a, b in zip(ours, theirs, strict=True)]), _norm(theirs)
     norm = max(size, terms)
     if max(distance, size) <= noise:
@@ -96,6 +102,14 @@ def difference(
     if not math.isfinite(norm) or distance <= tolerance * norm + torch.finfo(torch.float32).tiny:
         return None
     return distance / norm if norm else distance
+
+
+def _tolerance(dtype: torch.dtype, device_type: str) -> float:
+    """That of a dtype; that of what float32 is reduced to on this type of device, under the settings in force."""
+    coarse = [dtype]
+    if dtype == torch.float32:
+        coarse += [_REDUCED.get(setting, torch.bfloat16) for setting in float32_settings(device_type).values()]
+    return max(_TOLERANCES.get(one, _COARSEST) for one in coarse)
 
 
 def _present(tensors: Sequence[Tensor | None]) -> Iterator[Tensor]:
