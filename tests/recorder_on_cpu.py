@@ -75,6 +75,12 @@ class CallRecorder:
         self._device = device
         self._all: list[Calls] = []
 
+    def order(self) -> None:
+        """A CPU has no streams."""
+
+    def retire(self) -> None:
+        """A CPU has no streams."""
+
     def record(self, body: Body) -> CallRecording:
         calls = Calls()
         try:
