@@ -160,7 +160,11 @@ class Graphs:
         self._recorder.order()
         key = solver, backend.select(self.layout.device)[0]
         if key not in self._solves:
-            self._solves[key] = Solve(solver, self._traced, self._tangents, self._recorder, self._tally)
+            try:
+                self._solves[key] = Solve(solver, self._traced, self._tangents, self._recorder, self._tally)
+            except torch.OutOfMemoryError as error:
+                self._refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                return None
             if len(self._solves) > _MOST_SOLVES:
                 self._recorder.retire()
                 self._solves.popitem(last=False)
