@@ -43,9 +43,7 @@ def _row_tables(
             entry = (tensor, chunk, (offset + begin) // ALIGNMENT, min(CHUNK, numel - begin), row)
             entries.setdefault(dtype, []).append(entry)
             row += 1
-    return [
-        (TYPES[dtype], torch.tensor(rows, dtype=torch.int64, device=device)) for dtype, rows in entries.items()
-    ]
+    return [(TYPES[dtype], torch.tensor(rows, dtype=torch.int64, device=device)) for dtype, rows in entries.items()]
 
 
 class MultiTensorLaunch:

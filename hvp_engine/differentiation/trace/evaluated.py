@@ -10,7 +10,7 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.torch_compat import below_autograd
 from hvp_engine.differentiation.linear_map import Accumulation, Linearization
-from hvp_engine.differentiation.trace.fused_update import AccumulatingTerm
+from hvp_engine.differentiation.trace.fused_update import AccumulatingTerm, accumulating_pays
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 
 Function = Callable[..., Sequence[Tensor]]
@@ -80,7 +80,7 @@ class PartitionedLinearization(Linearization):
 
     def accumulating_term(self, accumulation: Accumulation, damping: float) -> Callable[[], None] | None:
         parts = self.functions.partition
-        if not parts.accumulates or self.layout.low_precision:
+        if not parts.accumulates or self.layout.low_precision or not accumulating_pays(self.layout):
             return None
         residuals = [self._residuals[index] for index in parts.accumulating.residuals]
         return AccumulatingTerm(
