@@ -30,8 +30,8 @@ WHOLE, GRADIENT, LINEARIZE, TERM, STEP, MIXED = (
 class Phases:
     """Marks phases, and times them on the device that computes.
 
-    A profiler knows which thread launched a kernel. On a GPU autograd launches those of a backward pass from a thread of
-    its own, so that none would be in a range of the caller's. What lies between two points of the device's own timeline
+    A profiler knows which thread launched a kernel. On a GPU autograd launches those of a backward pass from its own
+    thread, so that none would be in a range of the caller. What lies between two points of the device's own timeline
     is a phase's, whoever launched it.
     """
 

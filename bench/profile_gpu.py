@@ -12,8 +12,8 @@ profiler must then be off (`--ranges-only`), since only one tool at a time can l
         python -m bench.profile_gpu --problem lenet --ranges-only
     nsys stats --report nvtx_gpu_proj_sum,cuda_gpu_kern_sum,cuda_api_sum hypergradient.nsys-rep
 
-    # Everything about the fused step: bandwidth, occupancy, sectors per request. By the kernel's name (step_kernel; with
-    # Triton that of the op, such as neumann_step), since a range holds only what its own thread launches.
+    # Everything about the fused step: bandwidth, occupancy, sectors per request. By the kernel's name (step_kernel;
+    # with Triton that of the op, such as neumann_step), since a range holds only what its own thread launches.
     ncu --kernel-name regex:step_kernel --launch-skip 6 --launch-count 3 --set full --export step \
         python -m bench.profile_gpu --problem mlp --engine linearized --ranges-only
 
