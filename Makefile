@@ -71,12 +71,12 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/clang-format --dry-run -Werror csrc/* tests/cuda_on_cpu/*
 
 format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i csrc/* tests/cuda_on_cpu/*
 
 # The wheel is built from the sdist, which shows that the sdist is complete. auditwheel finds the oldest glibc that it
 # runs on and names it accordingly; libgomp stays outside, since the one that torch brings is to be shared.

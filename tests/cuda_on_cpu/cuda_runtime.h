@@ -1,5 +1,5 @@
-// A stand-in for the CUDA runtime: kernels run on the CPU, one block after another. Barriers and shuffles are real, and
-// every thread has to reach them; runtime.cpp says how.
+// A stand-in for the CUDA runtime: kernels run on the CPU, one block after another. Barriers and shuffles are
+// real, and every thread has to reach them; runtime.cpp says how.
 #pragma once
 
 #include <algorithm>
@@ -58,4 +58,5 @@ cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t);
-cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t);
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                             cudaStream_t);

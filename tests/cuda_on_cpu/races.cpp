@@ -1,4 +1,5 @@
-// Every op with real threads, for ThreadSanitizer: tensors of more than one chunk, once aligned and float, once neither.
+// Every op with real threads, for ThreadSanitizer: tensors of more than one chunk, once aligned and float,
+// once neither.
 #include "runtime.cpp"
 
 int main() {
@@ -21,7 +22,8 @@ int main() {
       }
       std::vector<std::vector<double>> states(3, std::vector<double>(size + 16));
       for (auto& state : states) {
-        for (int64_t i = 0; i < size; ++i) wide ? state[i] = 0.25 : reinterpret_cast<float*>(state.data())[i] = 0.25f;
+        for (int64_t i = 0; i < size; ++i)
+          wide ? state[i] = 0.25 : reinterpret_cast<float*>(state.data())[i] = 0.25f;
       }
       std::vector<double> partials(3 * rows);
       const double values[] = {0.1, 0.3};

@@ -1,9 +1,9 @@
 // csrc/cuda.cu, unchanged, over the stand-in for the CUDA runtime, and one function to call it from Python.
 //
-// A block's threads are fibers: each runs until its next barrier or shuffle, and goes on when all threads of the block,
-// or of the warp, have come to the same one; anything else ends the program. Threads and blocks run in order, reversed or
-// shuffled, as `cuda_on_cpu_order` says: what depends on the order is a race. With -DSYSTEM_THREADS a block's threads are
-// threads of the system, for ThreadSanitizer.
+// A block's threads are fibers: each runs until its next barrier or shuffle, and goes on when all threads of
+// the block, or of the warp, have come to the same one; anything else ends the program. Threads and blocks
+// run in order, reversed or shuffled, as `cuda_on_cpu_order` says: what depends on the order is a race. With
+// -DSYSTEM_THREADS a block's threads are threads of the system, for ThreadSanitizer.
 #include "cuda_runtime.h"
 #include CUDA_SOURCE
 
@@ -159,7 +159,7 @@ void enter() {
 void prepare(Fiber& fiber) {
   if (fiber.stack == nullptr) fiber.stack = static_cast<char*>(std::aligned_alloc(64, kStack));
   auto** top = reinterpret_cast<void**>(fiber.stack + kStack);
-  *--top = nullptr;                          // as if called: the stack is 16 bytes aligned before the return address
+  *--top = nullptr;  // as if called: the stack is 16 bytes aligned before the return address
   *--top = reinterpret_cast<void*>(&enter);  // where the first switch returns to
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   fiber.stack_pointer = top;
@@ -190,7 +190,8 @@ void run_block(const Body& body) {
       done += active->state == kDone;
       moved = true;
     }
-    for (unsigned warp = 0; warp < threads_of_block; warp += kWarp) moved |= released(warp, warp + kWarp, kAtWarp);
+    for (unsigned warp = 0; warp < threads_of_block; warp += kWarp)
+      moved |= released(warp, warp + kWarp, kAtWarp);
     moved |= released(0, threads_of_block, kAtBlock);
     if (!moved) fail("threads wait for others that have ended, or that wait elsewhere");
   }
@@ -226,11 +227,11 @@ std::map<const void*, Kernel> all_kernels() {
       }
     }
   }
-  found[reinterpret_cast<const void*>(total_kernel)] = {
-      [](void** arguments) {
-        total_kernel(*static_cast<double**>(arguments[0]), *static_cast<int64_t*>(arguments[1]));
-      },
-      sizeof(double*) + sizeof(int64_t)};
+  found[reinterpret_cast<const void*>(total_kernel)] = {[](void** arguments) {
+                                                          total_kernel(*static_cast<double**>(arguments[0]),
+                                                                       *static_cast<int64_t*>(arguments[1]));
+                                                        },
+                                                        sizeof(double*) + sizeof(int64_t)};
   return found;
 }
 
@@ -253,7 +254,8 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t)
   return cudaSuccess;
 }
 
-cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t,
+                             cudaStream_t) {
   using namespace cuda_on_cpu;
   static const std::map<const void*, Kernel> kernels = all_kernels();
   const auto found = kernels.find(kernel);
@@ -279,9 +281,9 @@ void cuda_on_cpu_order(int order) { cuda_on_cpu::order_of_threads = static_cast<
 int64_t cuda_on_cpu_launches() { return cuda_on_cpu::launches; }
 
 // Runs an op on `count` tensors; an error's text goes to `error`, empty if there is none.
-void cuda_on_cpu_run(int op, int wide, void** states, const double** scalars, double damping, double* partials,
-                     int64_t count, const int64_t* numels, const int64_t* offsets, const void** products,
-                     const int* dtypes, char* error, size_t error_size) {
+void cuda_on_cpu_run(int op, int wide, void** states, const double** scalars, double damping,
+                     double* partials, int64_t count, const int64_t* numels, const int64_t* offsets,
+                     const void** products, const int* dtypes, char* error, size_t error_size) {
   std::vector<hvp::Part> parts;
   std::vector<hvp::Product> read;
   int64_t rows = 0;

@@ -23,7 +23,7 @@ FAULTS = [
     ),
     Fault(KERNELS, "min(i + kVector, count)", "i + kVector", QUICK, "the last thread of a tail goes beyond the tensor"),
     Fault(KERNELS, "int distance = 16;", "int distance = 8;", QUICK, "half of each warp is left out of the sums"),
-    Fault(KERNELS, "int w = 1; w < kWarps", "int w = 1; w < kWarps - 1", QUICK, "the last warp is left out of the sums"),
+    Fault(KERNELS, "int w = 1; w < kWarps", "int w = 1; w < kWarps - 1", QUICK, "the last warp is not summed"),
     Fault(
         KERNELS,
         "sums.nonfinite = __syncthreads_or(sums.nonfinite);",
@@ -67,7 +67,7 @@ FAULTS = [
         "a first launch has the blocks of those that follow",
     ),
     Fault(
-        LAUNCHES, "shared.first_row = step.parts[begin].row;", "shared.first_row = 0;", QUICK, "every launch starts at row 0"
+        LAUNCHES, "shared.first_row = step.parts[begin].row;", "shared.first_row = 0;", QUICK, "all launches start at row 0"
     ),
     Fault(LAUNCHES, "if (count <= kSmall) {", "if (count <= kSmall + 1) {", QUICK, "65 tensors go into a table of 64"),
     Fault(
