@@ -67,7 +67,11 @@ FAULTS = [
         "a first launch has the blocks of those that follow",
     ),
     Fault(
-        LAUNCHES, "shared.first_row = step.parts[begin].row;", "shared.first_row = 0;", QUICK, "all launches start at row 0"
+        LAUNCHES,
+        "shared.first_row = step.parts[begin].row;",
+        "shared.first_row = 0;",
+        QUICK,
+        "every launch starts at row 0",
     ),
     Fault(LAUNCHES, "if (count <= kSmall) {", "if (count <= kSmall + 1) {", QUICK, "65 tensors go into a table of 64"),
     Fault(
