@@ -34,17 +34,23 @@ field: build $(FIELD)
 	$(BIN)/python -m pytest -q -m field --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS) \
 		tests/test_field.py tests/test_examples_adapters.py
 
-# The extension built once more, with sanitizers, in a folder of its own. libasan must come before everything else, and
-# libstdc++ with it, whose exceptions it watches; Python's own leaks at its end are not ours.
+# The extension built once more, with sanitizers, in a folder of its own; then the CUDA kernels on the CPU, also with a
+# thread of the system for each of a block's, where races show. libasan must come before everything else, and libstdc++
+# with it, whose exceptions it watches; Python's own leaks at its end are not ours.
 SANITIZED := build/sanitize
+WITH_LIBASAN := LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 sanitize: build
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DHVP_ENGINE_SANITIZE=ON \
 		-DHVP_ENGINE_CUDA=OFF -DCMAKE_CXX_COMPILER=g++ -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 		-Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > /dev/null
 	$(BIN)/cmake --build $(SANITIZED)
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/python tests/run_sanitized.py $(SANITIZED) $(ARGS)
+	$(WITH_LIBASAN) $(BIN)/python tests/run_sanitized.py $(SANITIZED) $(ARGS)
+	$(BIN)/python tests/run_cuda_on_cpu.py build address $(SANITIZED)/cuda_on_cpu.so
+	$(BIN)/python tests/run_cuda_on_cpu.py build races $(SANITIZED)/cuda_races
+	$(WITH_LIBASAN) PYTHONPATH=. $(BIN)/python tests/run_cuda_on_cpu.py in-order $(SANITIZED)/cuda_on_cpu.so \
+		tests/test_ops.py -k "cpu-cpp and (mixed or state or unaligned) and not threads"
+	$(SANITIZED)/cuda_races
 
 # Would the tests notice a fault? ARGS="--only kernels/" tries some of them; an interrupted run continues.
 mutations: build
@@ -65,12 +71,12 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/clang-format --dry-run -Werror csrc/* tests/cuda_on_cpu/*
 
 format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i csrc/* tests/cuda_on_cpu/*
 
 # The wheel is built from the sdist, which shows that the sdist is complete. auditwheel finds the oldest glibc that it
 # runs on and names it accordingly; libgomp stays outside, since the one that torch brings is to be shared.

@@ -39,6 +39,18 @@ def peak_of(run: Run, iterations: int, device: torch.device) -> int:
     return min(peaks)
 
 
+def reserved_of(run: Run, iterations: int, device: torch.device) -> int:
+    """Bytes that torch holds of a CUDA device at the highest point of a run beyond the tensors alive before it: what
+    :func:`peak_of` counts, and the pools of CUDA graphs, which it misses (those of other methods too)."""
+    run(iterations)
+    torch.cuda.empty_cache()
+    level = torch.cuda.memory_allocated(device)
+    with peak_memory(device) as meter:
+        run(iterations)
+    assert meter.reserved_bytes is not None
+    return meter.reserved_bytes - level
+
+
 def peak_of_fresh_process(problem: str, method: str, iterations: int) -> int:
     """Bytes by which a run raised the resident set of a new process, after one of a single product."""
     command = [sys.executable, "-m", "bench.memory", problem, method, str(iterations)]

@@ -15,6 +15,7 @@ from torch.profiler import record_function
 
 from hvp_engine import engines
 from hvp_engine._support.flat_vector import Layout
+from hvp_engine._support.timing import Moment
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap, Terms
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.solvers.base import Solver
@@ -26,27 +27,54 @@ WHOLE, GRADIENT, LINEARIZE, TERM, STEP, MIXED = (
 )  # fmt: skip
 
 
-@contextlib.contextmanager
-def phase(name: str) -> Iterator[None]:
-    """A range with this name."""
-    nvtx = torch.cuda.nvtx.range(name) if torch.cuda.is_available() else contextlib.nullcontext()
-    with nvtx, record_function(name):
-        yield
+class Phases:
+    """Marks phases, and times them on the device that computes.
 
+    A profiler knows which thread launched a kernel. On a GPU autograd launches those of a backward pass from its own
+    thread, so that none would be in a range of the caller. What lies between two points of the device's own timeline
+    is a phase's, whoever launched it.
+    """
 
-def _within(name: Callable[[], str], function: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapped(*arguments: Any) -> Any:
-        with phase(name()):
-            return function(*arguments)
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._spans: list[tuple[str, Moment, Moment]] = []
 
-    return wrapped
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """A range with this name."""
+        on_gpu = self.device.type == "cuda"
+        nvtx = torch.cuda.nvtx.range(name) if on_gpu else contextlib.nullcontext()
+        with nvtx, record_function(name):
+            if on_gpu and torch.cuda.is_current_stream_capturing():
+                yield  # what a graph replays later is no part of this moment
+                return
+            begin = Moment(self.device)
+            yield
+            self._spans.append((name, begin, Moment(self.device)))
+
+    def forget(self) -> None:
+        """Forget the ranges so far."""
+        self._spans.clear()
+
+    def seconds(self) -> list[tuple[str, float]]:
+        """The name of each range that has ended, and how long the device was in it."""
+        return [(name, end.seconds_since(begin)) for name, begin, end in self._spans]
+
+    def within(self, name: Callable[[], str], function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, each call of which is a range."""
+
+        def wrapped(*arguments: Any) -> Any:
+            with self(name()):
+                return function(*arguments)
+
+        return wrapped
 
 
 class PhasedSolver(Solver):
     """A solver whose steps are ranges."""
 
-    def __init__(self, solver: Solver):
-        self._solver = solver
+    def __init__(self, solver: Solver, phases: Phases):
+        self._solver, self._phases = solver, phases
         self.damping = solver.damping
 
     @property
@@ -55,7 +83,7 @@ class PhasedSolver(Solver):
 
     def allocate(self, layout: Layout) -> Iteration:
         iteration = self._solver.allocate(layout)
-        iteration.step = _within(lambda: STEP, iteration.step)  # type: ignore[method-assign]
+        iteration.step = self._phases.within(lambda: STEP, iteration.step)  # type: ignore[method-assign]
         return iteration
 
 
@@ -66,8 +94,8 @@ class PhasedEngine(engines.Engine):
     :meth:`hypergradient` and closed here.
     """
 
-    def __init__(self, engine: engines.Engine):
-        self._engine = engine
+    def __init__(self, engine: engines.Engine, phases: Phases):
+        self._engine, self._phases = engine, phases
         self.name = engine.name
         self._before = contextlib.ExitStack()
         self._terms = 0
@@ -76,8 +104,8 @@ class PhasedEngine(engines.Engine):
     def hypergradient(self) -> Iterator[None]:
         """The range of one call, to be made inside."""
         self._terms = 0
-        with phase(WHOLE), self._before:
-            self._before.enter_context(phase(GRADIENT))
+        with self._phases(WHOLE), self._before:
+            self._before.enter_context(self._phases(GRADIENT))
             yield
 
     def report(self) -> str:
@@ -85,10 +113,10 @@ class PhasedEngine(engines.Engine):
 
     def linearize(self, problem: Problem) -> Linearization:
         self._before.close()
-        with phase(LINEARIZE):
+        with self._phases(LINEARIZE):
             linearization: Any = self._engine.linearize(problem)
-        linearization.product = _within(self._next_term, linearization.product)
-        linearization.mixed = _within(lambda: MIXED, linearization.mixed)
+        linearization.product = self._phases.within(self._next_term, linearization.product)
+        linearization.mixed = self._phases.within(lambda: MIXED, linearization.mixed)
         bind = linearization.accumulating_terms
 
         def accumulating_terms(*arguments: Any) -> Terms | None:
@@ -98,7 +126,7 @@ class PhasedEngine(engines.Engine):
 
             def one_by_one(steps: range) -> None:
                 for step in steps:
-                    with phase(self._next_term()):
+                    with self._phases(self._next_term()):
                         terms(range(step, step + 1))
 
             return one_by_one

@@ -12,13 +12,14 @@ profiler must then be off (`--ranges-only`), since only one tool at a time can l
         python -m bench.profile_gpu --problem lenet --ranges-only
     nsys stats --report nvtx_gpu_proj_sum,cuda_gpu_kern_sum,cuda_api_sum hypergradient.nsys-rep
 
-    # Everything about the fused step: bandwidth, occupancy, sectors per request.
-    ncu --nvtx --nvtx-include "step/" --set full --launch-count 3 --export step \
-        python -m bench.profile_gpu --problem mlp --engine eager --ranges-only
+    # Everything about the fused step: bandwidth, occupancy, sectors per request. By the kernel's name (step_kernel;
+    # with Triton that of the op, such as neumann_step), since a range holds only what its own thread launches.
+    ncu --kernel-name regex:step_kernel --launch-skip 6 --launch-count 3 --set full --export step \
+        python -m bench.profile_gpu --problem mlp --engine linearized --ranges-only
 
-    # Which kernels a term is made of, and what bounds each.
+    # Which kernels a term is made of, and what bounds each. Not of eager's terms: autograd has a thread of its own.
     ncu --nvtx --nvtx-include "term 2/" --set roofline --export term \
-        python -m bench.profile_gpu --problem lenet --ranges-only
+        python -m bench.profile_gpu --problem lenet --engine linearized --ranges-only
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import hvp_engine as hvp
 from bench import results
 from bench.interleave import synchronize
 from bench.methods import solver_of
-from bench.phases import GRADIENT, LINEARIZE, MIXED, STEP, TERM, WHOLE, PhasedEngine, PhasedSolver
+from bench.phases import GRADIENT, LINEARIZE, MIXED, STEP, TERM, WHOLE, PhasedEngine, PhasedSolver, Phases
 from bench.problems import PROBLEMS, Problem, build
 from bench.report import duration, grid, size_of
 from bench.steps import WORDS
@@ -48,14 +49,15 @@ from hvp_engine import engines
 _WARM_UP = 3
 
 
-def phased_call(problem: Problem, engine_name: str, terms: int) -> Callable[[], None]:
+def phased_call(problem: Problem, engine_name: str, terms: int, phases: Phases) -> Callable[[], None]:
     """One hypergradient with its phases marked."""
-    engine = PhasedEngine(engines.create(engine_name))
+    engine = PhasedEngine(engines.create(engine_name), phases)
     hypergradient = hvp.Hypergradient(
-        problem.train_loss, problem.val_loss, solver=PhasedSolver(solver_of(problem, terms)), engine=engine
+        problem.train_loss, problem.val_loss, solver=PhasedSolver(solver_of(problem, terms), phases), engine=engine
     )
 
     def call() -> None:
+        phases.forget()
         with engine.hypergradient():
             hypergradient(problem.weights, problem.hyper, problem.train, problem.val)
             synchronize(problem.device)
@@ -82,8 +84,9 @@ def phase_of(name: str) -> str | None:
 class Summary:
     """What a profile says, by phase."""
 
-    def __init__(self, found: profile, problem: Problem):
+    def __init__(self, found: profile, problem: Problem, phases: Phases):
         self.profile, self.problem = found, problem
+        self.spans = phases.seconds()
         self.on_gpu = problem.device.type == "cuda"
         events = list(found.events() or [])
         self.ranges = [e for e in events if e.device_type == DeviceType.CPU and phase_of(e.name) and not e.is_async]
@@ -96,8 +99,7 @@ class Summary:
 
     def seconds(self, phase: str) -> list[float]:
         """How long each range of a phase took, on the device that computes."""
-        chosen = [e for e in self.ranges if phase_of(e.name) == phase]
-        return [1e-6 * (e.device_time_total if self.on_gpu and phase != WHOLE else e.cpu_time_total) for e in chosen]
+        return [seconds for name, seconds in self.spans if phase_of(name) == phase]
 
     def launches_per(self, phase: str) -> float:
         """Kernel launches (on a CPU: operators) inside a range of a phase, on average."""
@@ -161,6 +163,9 @@ class Summary:
             lines.append(f"fused step: {duration(sum(steps) / len(steps))} each, {speed / 1e9:.1f} GB/s")
         else:
             lines.append("fused step: every step is part of its term")
+        if self.on_gpu:
+            reserved = torch.cuda.max_memory_reserved(self.problem.device)
+            lines.append(f"reserved by torch, pools of graphs included: {size_of(reserved)}")
         if self.memory:
             lines.append(f"peak memory above the start: {size_of(max(level for _, level in self.memory))}")
         order = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
@@ -201,12 +206,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     problem = build(options.problem, device)
-    call = phased_call(problem, options.engine, options.terms or problem.terms)
+    phases = Phases(device)
+    call = phased_call(problem, options.engine, options.terms or problem.terms, phases)
     if options.ranges_only:
         for _ in range(_WARM_UP + 1):
             call()
         return 0
-    summary = Summary(profiled(call, device), problem)
+    summary = Summary(profiled(call, device), problem, phases)
     folder = options.out / f"{results.slug(results.device_name(device))}-{options.problem}-{options.engine}"
     files = write(summary, folder)
     print(summary.text())

@@ -135,6 +135,10 @@ def measure_memory(recorder: Recorder, own: ProblemSuite, quick: bool) -> None:
             peaks = {length: memory.peak_of(run, length, device) for length in lengths}
             rows += [record("memory", name, method, length, 1, [peak], "bytes") for length, peak in peaks.items()]
             print(f"memory | {name} | {method} | {peaks}", flush=True)
+            if device.type == "cuda":
+                held = memory.reserved_of(run, lengths[-1], device)
+                rows.append(record("reserved memory", name, method, lengths[-1], 1, [held], "bytes"))
+                print(f"reserved memory | {name} | {method} | {held:,}", flush=True)
     if name == suite.UNROLLED_PROBLEM:
         for length in suite.UNROLLED_LENGTHS[: 4 if quick else None]:
             for method, run in own.against_unrolling.items():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from hvp_engine._support.flat_vector import ALIGNMENT, CHUNK, Layout
+from hvp_engine._support.flat_vector import ALIGNMENT, CHUNK, Layout, offsets_of
 from hvp_engine._support.pytree import check_like
 from hvp_engine.kernels.rows import spread_total
 from hvp_engine.ops import Op
@@ -28,16 +29,21 @@ TYPES = {
 
 def row_tables(layout: Layout, dtypes: Sequence[torch.dtype]) -> list[tuple[tl.dtype, Tensor]]:
     """For each dtype among the products the table of its rows, which :mod:`hvp_engine.kernels.rows` describes."""
+    return _row_tables(layout.numels, tuple(dtypes), layout.device)
+
+
+@lru_cache(16)  # 50 million weights have a table of 12,000 rows, half a MB that takes 30 ms to make
+def _row_tables(
+    numels: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
+) -> list[tuple[tl.dtype, Tensor]]:
     entries: dict[torch.dtype, list[tuple[int, ...]]] = {}
     row = 0
-    for tensor, (numel, offset, dtype) in enumerate(zip(layout.numels, layout.offsets, dtypes, strict=True)):
+    for tensor, (numel, offset, dtype) in enumerate(zip(numels, offsets_of(numels), dtypes, strict=False)):
         for chunk, begin in enumerate(range(0, numel, CHUNK)):
             entry = (tensor, chunk, (offset + begin) // ALIGNMENT, min(CHUNK, numel - begin), row)
             entries.setdefault(dtype, []).append(entry)
             row += 1
-    return [
-        (TYPES[dtype], torch.tensor(rows, dtype=torch.int64, device=layout.device)) for dtype, rows in entries.items()
-    ]
+    return [(TYPES[dtype], torch.tensor(rows, dtype=torch.int64, device=device)) for dtype, rows in entries.items()]
 
 
 class MultiTensorLaunch:

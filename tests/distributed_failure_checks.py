@@ -24,6 +24,7 @@ from distributed_problem import (
 from torch import Tensor
 
 import hvp_engine as hvp
+from hvp_engine.distributed import collectives
 from hvp_engine.engines import auto
 
 
@@ -92,6 +93,72 @@ def check_errors_reach_all(rank: int, count: int, folder: Path) -> None:
     compare(ours, hvp.Hypergradient(*losses(module), solver=hvp.Neumann(3))(*arguments[:2], batch(1), batch(2)))
 
 
+class _BreaksLater(torch.autograd.Function):
+    """As :class:`_Broken`, after some second derivatives have gone well."""
+
+    left = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _BreaksLaterBackward.apply(gradient)
+
+
+class _BreaksLaterBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        _BreaksLater.left -= 1
+        if _BreaksLater.left < 0:
+            raise RuntimeError("out of memory, say")
+        return gradient
+
+
+def check_an_error_at_any_product(rank: int, count: int, folder: Path) -> None:
+    """Whichever product of a solve fails, the last one too: all raise, and none hangs."""
+    last, terms, weights = count - 1, 4, len(weights_of(network()))
+    arguments = weights_of(network()), decays(), shard(batch(1), rank, count), shard(batch(2), rank, count)
+    for solver in (hvp.Neumann(terms, alpha=0.05), hvp.ConjugateGradient(terms, tol=0.0)):
+        for product in range(terms):
+            _BreaksLater.left = product * weights
+            hypergradient = hvp.Hypergradient(*_failing(rank, _BreaksLater.apply), solver=solver, engine="eager")
+            with pytest.raises(RuntimeError if rank == last else hvp.DistributedError, match="out of memory, say"):
+                hypergradient(*arguments)
+    _BreaksLater.left = 10**6
+    hvp.Hypergradient(*_failing(rank, _BreaksLater.apply), solver=solver, engine="eager")(*arguments)
+
+
+def check_no_product_waits_for_the_one_before(rank: int, count: int, folder: Path) -> None:
+    """In a solve the flag of a message is read when the next product is on its way: one message is unread at most."""
+    events: list[str] = []
+
+    class Flag(collectives._Flag):
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            self.number = len([event for event in events if event.startswith("sent")])
+            events.append(f"sent {self.number}")
+
+        def raised(self) -> bool:
+            events.append(f"read {self.number}")
+            return super().raised()
+
+    arguments = weights_of(network()), decays(), shard(batch(1), rank, count), shard(batch(2), rank, count)
+    hypergradient = hvp.Hypergradient(*parallel(network()), solver=hvp.Neumann(4, alpha=0.05), engine="eager")
+    hypergradient(*arguments)
+    with mock.patch.object(collectives, "_Flag", Flag):
+        hypergradient(*arguments)
+    # The two gradients; four products, each read after the next one was sent; the mixed product.
+    solve = "sent 2, sent 3, read 2, sent 4, read 3, sent 5, read 4, read 5"
+    expected = f"sent 0, read 0, sent 1, read 1, {solve}, sent 6, read 6"
+    assert ", ".join(events) == expected
+
+
 def check_divergence_is_raised_in_all(rank: int, count: int, folder: Path) -> None:
     arguments = weights_of(network()), decays(), shard(batch(1), rank, count), shard(batch(2), rank, count)
     with pytest.raises(hvp.DivergenceError) as caught:
@@ -135,6 +202,8 @@ def check_an_agreed_engine_that_fails(rank: int, count: int, folder: Path) -> No
 
 CHECKS = [
     check_errors_reach_all,
+    check_an_error_at_any_product,
+    check_no_product_waits_for_the_one_before,
     check_an_agreed_engine_that_fails,
     check_divergence_is_raised_in_all,
     check_different_weights_are_refused,

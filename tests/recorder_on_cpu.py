@@ -21,6 +21,12 @@ aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
 """Operations that wait for the device."""
 
+ALLOCATIONS = {
+    aten.clone.default, aten.empty_like.default, aten.empty.memory_format, aten.zeros.default, aten.zeros_like.default,
+    aten.full.default, aten.new_empty.default,
+}  # fmt: skip
+"""Operations that only make a tensor."""
+
 
 def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
@@ -52,6 +58,24 @@ class Calls(TorchDispatchMode):
                     tensor.fill_(torch.nan)
 
 
+class OutOfMemory(TorchDispatchMode):
+    """The operation with this number that makes a tensor, counted from the beginning of the block, raises as it does
+    where the memory of a device is full."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.left = number
+        self.failed = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in ALLOCATIONS:
+            self.left -= 1
+            if self.left == -1:
+                self.failed = str(func)
+                raise torch.OutOfMemoryError(f"CUDA out of memory in {func}\nand how to avoid it")
+        return func(*args, **(kwargs or {}))
+
+
 class CallRecording:
     def __init__(self, calls: Calls, outputs: Sequence[Tensor], later: list[Calls]):
         self.outputs = outputs
@@ -75,6 +99,12 @@ class CallRecorder:
         self._device = device
         self._all: list[Calls] = []
 
+    def order(self) -> None:
+        """A CPU has no streams."""
+
+    def retire(self) -> None:
+        """A CPU has no streams."""
+
     def record(self, body: Body) -> CallRecording:
         calls = Calls()
         try:
@@ -83,7 +113,8 @@ class CallRecorder:
                 with calls:
                     outputs = tuple(body())
         except Exception as error:
-            raise CaptureError(f"{type(error).__name__}: {error}") from error
+            text = str(error).strip().splitlines() or [""]
+            raise CaptureError(f"{type(error).__name__}: {text[0]}") from error
         calls.poison()
         self._all.append(calls)
         return CallRecording(calls, outputs, self._all)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import methods, networks, peers, plots, problems, profile_gpu, report, results, steps, verification
+from bench import phases as bench_phases
 from bench.bench_distributed import GPUS, MODES, WEIGHTS, Machine, draw, estimated_rows
 from bench.interleave import Work, interleave, threads
 from bench.problems import PROBLEMS, Problem
@@ -327,3 +329,28 @@ def test_profile(tmp_path: Path, small: Problem, engine: str, capsys: pytest.Cap
     (folder,) = tmp_path.iterdir()
     assert {file.name for file in folder.iterdir()} == {"trace.json", "summary.md", "memory.csv", "memory.png"}
     assert '"term 4"' in (folder / "trace.json").read_text()
+
+
+def test_phases_are_timed_on_the_devices_own_timeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each range has two points of its own; none is set while a graph is captured, where it could not be read."""
+    clock, capturing = iter(range(100)), [False]
+
+    class Tick:
+        def __init__(self, device: torch.device):
+            self.when = next(clock)
+
+        def seconds_since(self, earlier: Tick) -> float:
+            return float(self.when - earlier.when)
+
+    monkeypatch.setattr(bench_phases, "Moment", Tick)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda.nvtx, "range", lambda name: contextlib.nullcontext())
+    phases = bench_phases.Phases(torch.device("cuda"))
+    step = phases.within(lambda: "step", lambda: None)
+    with phases("term 1"):
+        step()
+    capturing[0] = True
+    step()
+    assert phases.seconds() == [("step", 1.0), ("term 1", 3.0)]
+    phases.forget()
+    assert phases.seconds() == []

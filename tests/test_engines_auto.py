@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from recorder_on_cpu import CallRecorder
 from torch import Tensor
 
 import hvp_engine as hvp
-from hvp_engine.engines import AutoEngine
+from hvp_engine.engines import AutoEngine, auto, trial
 from hvp_engine.engines.cudagraph import CudaGraphEngine
+from hvp_engine.engines.traced import LinearizedEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
 
@@ -84,13 +86,54 @@ def test_graphs_are_considered_where_they_can_be_recorded(device: torch.device) 
         assert "cudagraph: 0 traces" in ours.report()
 
         engine.load_state_dict({"engines": dict.fromkeys(engine.state_dict()["engines"], "cudagraph")})
-        recordings = engine._cudagraph.tally.recordings
         for _ in range(2):
             result = ours(weights, hyper, batch, batch)
         torch.testing.assert_close(result.grads, expected.grads, rtol=1e-9, atol=1e-12)
-        assert engine._cudagraph.tally.recordings == recordings + 1  # the solve; the rest was recorded in the trial
         (choice,) = engine.choices.values()
         assert choice.engine is engine._cudagraph and choice.terms == 8
+
+
+@pytest.mark.parametrize("fastest", ["cudagraph", "eager"])
+def test_recordings_are_kept_only_where_they_were_chosen(monkeypatch: pytest.MonkeyPatch, fastest: str) -> None:
+    monkeypatch.setattr(auto, "seconds_per_term", lambda all_: [1.0 if e.name == fastest else 2.0 for e, _ in all_])
+    engine: Any = AutoEngine(compile_budget_s=0.0)
+    engine._cudagraph = CudaGraphEngine(linearized=engine._linearized, recorder=CallRecorder)
+    with hvp.use_backend("reference"):
+        operator = hvp.HessianOperator(train, *point(4), engine=engine)
+        kept = [weakref.ref(graphs) for graphs in engine._cudagraph._kept]
+        assert [choice.engine.name for choice in engine.choices.values()] == [fastest]
+        assert len(kept) == (1 if fastest == "cudagraph" else 0)
+        assert engine._cudagraph.tally.buffers == 1  # the trial made no second buffers
+        if fastest == "eager":
+            return
+        recordings = engine._cudagraph.tally.recordings
+        operator.solve(point(4)[0], hvp.Neumann(4, 0.05))
+        assert engine._cudagraph.tally.recordings == recordings + 1  # the solve; the rest was recorded in the trial
+        (key,) = engine.choices
+        engine.choices[key].compile_seconds, engine.choices[key].terms = 0.0, 1
+        monkeypatch.setattr(auto, "seconds_per_term", lambda all_: [2.0, 1.0])  # compiled is faster
+        monkeypatch.setattr(engine, "_compiled", LinearizedEngine())
+        del operator
+        hvp.HessianOperator(train, *point(4), engine=engine)
+        assert kept[0]() is None and engine._cudagraph._kept == []
+
+
+def test_what_a_solve_sets_up_is_not_a_term(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 ms, as on a GPU, beside terms of 0.1 ms: counted with three terms, they would be 1.1 ms each."""
+    for setup, term, lengths, expected in (
+        (3e-3, 1e-4, {trial.SHORT, trial.LONG}, 1e-4),
+        (3e-3, 1e-1, {trial.SHORT}, 1e-1 + 3e-3 / trial.SHORT),
+    ):
+        asked: list[int] = []
+
+        def seconds_of_solve(engine: Any, linearization: Any, terms: int) -> float:
+            asked.append(terms)  # noqa: B023
+            return setup + terms * term  # noqa: B023
+
+        monkeypatch.setattr(trial, "seconds_of_solve", seconds_of_solve)
+        contender: Any = (None, None)
+        assert trial.seconds_per_term([contender]) == [pytest.approx(expected)]
+        assert set(asked) == lengths
 
 
 def test_graphs_are_not_considered_on_a_cpu() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from recorder_on_cpu import WAITS, CallRecorder
+from recorder_on_cpu import WAITS, CallRecorder, OutOfMemory
 from torch import Tensor
 
 import hvp_engine as hvp
@@ -311,6 +311,73 @@ def assert_device_is_fine(device: torch.device) -> None:
         assert torch.cuda.get_sync_debug_mode() == 0
         assert not torch.cuda.is_current_stream_capturing()
     assert bool(torch.isfinite(torch.rand(100, device=device)).all())
+
+
+def test_full_memory_while_buffers_are_made_is_left_to_eager(make: Make) -> None:
+    """Whichever tensor does not fit: eager goes on, the report says why, and nothing of the attempt is kept."""
+    weights, hyper, batch, _ = point(torch.device("cpu"), 0)
+    eager = hvp.HessianOperator(train, weights, hyper, batch, engine="eager")
+    expected = eager.solve(weights, hvp.Neumann(4, 0.1)).value
+    places = set()
+    for number in range(10_000):
+        engine = make()
+        make_graphs = engine._captured
+        full = OutOfMemory(number)
+
+        def made(*arguments: Any) -> Any:
+            with full:  # noqa: B023
+                return make_graphs(*arguments)  # noqa: B023
+
+        engine._captured = made  # type: ignore[method-assign]
+        operator = hvp.HessianOperator(train, weights, hyper, batch, engine=engine)
+        torch.testing.assert_close(operator.solve(weights, hvp.Neumann(4, 0.1)).value, expected)
+        if not full.failed:
+            break
+        places.add(full.failed)
+        assert "eager instead: loss cannot be recorded: OutOfMemoryError: CUDA out of memory" in engine.report()
+        assert "how to avoid it" not in engine.report() and engine._kept == []
+    assert number >= 10 and {"aten.clone.default", "aten.empty_like.default", "aten.zeros.default"} <= places
+
+
+def test_full_memory_in_a_solve_leaves_its_terms_one_by_one(make: Make) -> None:
+    weights, hyper, batch, _ = point(torch.device("cpu"), 0)
+    eager = hvp.HessianOperator(train, weights, hyper, batch, engine="eager")
+    expected = eager.solve(weights, hvp.Neumann(4, 0.1)).value
+    for number in range(1000):
+        engine = make()
+        operator = hvp.HessianOperator(train, weights, hyper, batch, engine=engine)
+        graphs = engine._kept[0]
+        make_solve, full = graphs.solve, OutOfMemory(number)
+
+        def made(solver: Solver) -> Any:
+            with full:  # noqa: B023
+                return make_solve(solver)  # noqa: B023
+
+        graphs.solve = made  # type: ignore[method-assign]
+        torch.testing.assert_close(operator.solve(weights, hvp.Neumann(4, 0.1)).value, expected)
+        if not full.failed:
+            break
+        assert "Neumann term by term: OutOfMemoryError: CUDA out of memory" in engine.report()
+        graphs.solve = make_solve  # type: ignore[method-assign]
+        operator.solve(weights, hvp.Neumann(4, 0.1))
+        assert "Neumann term by term" in engine.report()  # though it fits by now: what went before is told
+    assert number >= 3
+
+
+def test_what_is_not_trusted_keeps_no_buffers(make: Make, device: torch.device) -> None:
+    scale = [1.0]
+
+    def bound(weights: Any, hyper: Any, batch: Tensor) -> Tensor:
+        return scale[0] * train(weights, hyper, batch)
+
+    engine = make()
+    ours, theirs = both(engine, hvp.Neumann(6, 0.1), (bound, val))
+    with pytest.warns(UserWarning, match="is replaced by 'eager'"):
+        for call in range(10):  # the tenth is compared with eager
+            scale[0] = 1.0 if call < 9 else 2.0
+            result = ours(*point(device, call))
+    assert_same(result, theirs(*point(device, 9)))
+    assert engine._kept == []
 
 
 def test_control_flow_is_left_to_eager(make: Make, device: torch.device) -> None:

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 import hvp_engine as hvp
 from hvp_engine import engines
+from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.pytree import flatten
 from hvp_engine.differentiation.problem import Problem
+from hvp_engine.differentiation.trace.fused_update import accumulating_pays
 from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
 
 DTYPE = torch.float64
@@ -173,6 +175,12 @@ def test_most_of_a_wide_nets_products_are_never_formed() -> None:
     assert parts.accumulates
     assert parts.terms[0][0] == 1 and parts.terms[0][1] == 0  # the wide layer: one matrix product, nothing else
     assert all(len(diagonals) == 1 for diagonals in parts.diagonals)  # the decay of each weight, one factor
+
+
+def test_products_are_accumulated_on_a_gpu_only_where_that_saves_more_than_its_launches() -> None:
+    for device, count, pays in (("cpu", 10, True), ("cuda", 10, False), ("cuda", 1000, False), ("cuda", 3000, True)):
+        layout = Layout((torch.Size((count, count)),), ((count, 1),), (torch.float32,), torch.device(device))
+        assert accumulating_pays(layout) == pays
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.7])

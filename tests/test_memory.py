@@ -187,6 +187,22 @@ def test_agrees_with_the_resident_memory_of_a_fresh_process():
     assert counted == pytest.approx(resident, rel=0.05)
 
 
+def test_the_reserved_memory_of_a_device_is_beside_the_peak(monkeypatch):
+    """What a graph's pool holds is reserved, and no tensor's."""
+    figures = {"memory_allocated": 100, "max_memory_allocated": 160, "max_memory_reserved": 1000}
+    for name in figures:
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: figures[name])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    with peak_memory("cuda") as meter:
+        figures["max_memory_reserved"] = 1200
+        assert (meter.peak_bytes, meter.reserved_bytes) == (60, 1200)
+    figures.update(dict.fromkeys(figures, 5000))
+    assert (meter.peak_bytes, meter.reserved_bytes) == (60, 1200)  # as at the end of the block
+    with peak_memory("cpu") as meter:
+        pass
+    assert meter.reserved_bytes is None
+
+
 @pytest.mark.gpu
 def test_cuda_counts_above_the_level_at_entry():
     kept = torch.empty(MEGA, device="cuda")
@@ -195,4 +211,5 @@ def test_cuda_counts_above_the_level_at_entry():
         del temporary
     torch.empty(8 * MEGA, device="cuda")
     assert meter.peak_bytes == 2 * MEGA * 4
+    assert meter.reserved_bytes >= 3 * MEGA * 4
     assert kept.numel() == MEGA

@@ -32,6 +32,15 @@ def test_sizes_and_dtypes(target: torch.device, name: str, dtypes: str, sizes: s
     Case.of(name, products, state).run_and_check(products)
 
 
+@pytest.mark.parametrize("dtypes", ["f32-mixed", "f64"])
+@pytest.mark.parametrize("name", OPS)
+def test_a_list_longer_than_a_table(target: torch.device, name: str, dtypes: str) -> None:
+    """1,500 tensors: the table that a CUDA kernel takes holds 960."""
+    state, inputs = DTYPES[dtypes]
+    products = products_like([(1 + 5000 * (i % 300 == 299), 1 + i % 3) for i in range(1500)], inputs, target)
+    Case.of(name, products, state).run_and_check(products)
+
+
 def channels_last(*shape: int) -> Tensor:
     return torch.randn(shape).to(memory_format=torch.channels_last)
 

@@ -18,6 +18,7 @@ import hvp_engine as hvp
 from bench import precision as bench
 from hvp_engine._support.precision import float32_arithmetic
 from hvp_engine.diagnostics import doctor
+from hvp_engine.differentiation import self_check
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
 
@@ -332,6 +333,7 @@ def restored_settings() -> Iterator[None]:
         torch.backends.cudnn.conv,
         torch.backends.cudnn.rnn,
         torch.backends.mkldnn.matmul,
+        torch.backends.mkldnn.conv,
     ]
     kept = [backend.fp32_precision for backend in backends]
     yield
@@ -358,3 +360,23 @@ def test_a_report_says_how_precise_float32_is():
     hypergradient = hvp.Hypergradient(lambda w, h, b: (w * h).sum(), lambda w, h, b: w.sum(), engine="eager")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert f"float32 products on {device}: {float32_arithmetic(device)}" in hypergradient.report()
+
+
+@pytest.mark.parametrize(("setting", "tolerance"), [("ieee", 1e-3), ("tf32", 2e-2), ("bf16", 5e-2)])
+def test_an_engine_may_differ_from_eager_by_what_float32_is_reduced_to(restored_settings, setting, tolerance):
+    """Two evaluations of one product in TF32 differ by more than float32's rounding; that is no engine's fault."""
+    torch.backends.mkldnn.conv.fp32_precision = setting
+    theirs = [torch.ones(1000)]
+    for factor, found in ((1 + 0.9 * tolerance, None), (1 + 1.2 * tolerance, pytest.approx(1.2 * tolerance, rel=1e-3))):
+        assert self_check.difference([factor * theirs[0]], theirs, [torch.float32]) == found
+    assert self_check.difference([1.0001 * theirs[0].double()], [theirs[0].double()], [torch.float64]) is not None
+
+
+def test_the_tolerance_is_that_of_the_device(restored_settings):
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+        backend.fp32_precision = "ieee"
+    assert self_check._tolerance(torch.float32, "cuda") == self_check._tolerance(torch.float32, "cpu") == 1e-3
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    assert self_check._tolerance(torch.float32, "cuda") == 2e-2
+    assert self_check._tolerance(torch.float64, "cuda") == 1e-9
+    assert self_check._tolerance(torch.float32, "cpu") == 1e-3

@@ -251,3 +251,16 @@ def test_copying_takes_tensors_of_other_strides_and_dtypes() -> None:
     for view, tensor in zip(vector.views, source, strict=True):
         assert torch.equal(view, tensor.float())
         assert not view.requires_grad
+
+
+def test_lists_alike_share_a_layout():
+    """So that its offsets, and the tables that kernels read, are made once."""
+    lists = [[torch.randn(3, 4), torch.randn(5, 2).T.double()] for _ in range(2)]
+    assert Layout.of(lists[0]) is Layout.of(lists[1])
+    for other in (
+        [torch.randn(3, 4), torch.randn(2, 5).double()],
+        [torch.randn(3, 4), torch.randn(5, 2).T],
+        lists[0][:1],
+        [tensor.to("meta") for tensor in lists[0]],
+    ):
+        assert Layout.of(other) != Layout.of(lists[0])

@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hvp_engine._support.torch_compat import foreach_copy_, foreach_norm
+from hvp_engine._support.torch_compat import foreach_copy_, foreach_norm, is_fake
 
 ALIGNMENT = 16
 """The start of every tensor in a flat buffer is a multiple of so many elements."""
@@ -99,8 +99,13 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Layout:
-        """The layout of `tensors`: dense ones keep their strides, others are laid out row-major."""
-        return cls(
+        """The layout of `tensors`: dense ones keep their strides, others are laid out row-major.
+
+        Lists alike share one, so that what follows from it is worked out once; sizes of tensors without values may be
+        symbols, which cannot be looked up.
+        """
+        make = cls if tensors and is_fake(tensors[0]) else _shared_layout
+        return make(
             tuple(t.shape for t in tensors),
             tuple(t.stride() if t.is_contiguous() else torch.empty_like(t, device="meta").stride() for t in tensors),
             tuple(t.dtype for t in tensors),
@@ -197,6 +202,9 @@ class Layout:
     def empty_partials(self) -> Tensor:
         """A buffer for the partial sums of one step: rows of (squared norm, squared norm, non-finite flag)."""
         return torch.zeros(self.partial_rows, 3, dtype=torch.float64, device=self.device)
+
+
+_shared_layout = lru_cache(64)(Layout)
 
 
 class FlatVector:

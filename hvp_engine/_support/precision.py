@@ -21,6 +21,19 @@ from typing import Any
 import torch
 
 
+def float32_settings(device_type: str) -> dict[str, str]:
+    """What float32 is reduced to, "tf32" or "bf16", for each kind of operation on a "cpu" or "cuda" that reduces it."""
+    backends: Any = torch.backends  # its settings are made at run time, unseen by type checkers
+    library = backends.cudnn if device_type == "cuda" else backends.mkldnn
+    products = backends.cuda.matmul if device_type == "cuda" else backends.mkldnn.matmul
+    settings = {
+        "matrix products": products.fp32_precision,
+        "convolutions": library.conv.fp32_precision,
+        "recurrent layers": library.rnn.fp32_precision,
+    }
+    return {what: setting for what, setting in settings.items() if setting not in ("none", "ieee")}
+
+
 def float32_arithmetic(device_type: str) -> str:
     """How float32 matrix products, convolutions and recurrent layers are computed: "full precision", or which are not.
 
@@ -30,15 +43,7 @@ def float32_arithmetic(device_type: str) -> str:
     >>> float32_arithmetic("cpu")
     'full precision'
     """
-    backends: Any = torch.backends  # its settings are made at run time, unseen by type checkers
-    library = backends.cudnn if device_type == "cuda" else backends.mkldnn
-    products = backends.cuda.matmul if device_type == "cuda" else backends.mkldnn.matmul
-    settings = {
-        "matrix products": products.fp32_precision,
-        "convolutions": library.conv.fp32_precision,
-        "recurrent layers": library.rnn.fp32_precision,
-    }
-    reduced = [f"{what} in {setting}" for what, setting in settings.items() if setting not in ("none", "ieee")]
+    reduced = [f"{what} in {setting}" for what, setting in float32_settings(device_type).items()]
     if not reduced:
         return "full precision"
     return f'{", ".join(reduced)} (torch.backends.fp32_precision = "ieee" makes it full precision)'

@@ -128,6 +128,11 @@ def loaded_library(name: str) -> str:
 FakeMode = FakeTensorMode
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values."""
+    return isinstance(tensor, FakeTensor)
+
+
 def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     """A tensor with the shape, strides, dtype and device of `tensor`, and no values.
 

@@ -1,6 +1,7 @@
 """Peak memory of a block of code, above what was in use when it began.
 
-On a CUDA device this is the allocator's own count. A CPU allocator keeps no count, so a dispatch mode looks at the
+On a CUDA device this is the allocator's own count; what a CUDA graph computes is in a pool of its own, which only the
+reserved memory shows. A CPU allocator keeps no count, so a dispatch mode looks at the
 result of every operation and adds up the storages that are alive: views and aliases count once, tensors that autograd
 saves for the backward pass are included, and a storage leaves the sum the moment it is freed.
 """
@@ -22,13 +23,27 @@ from hvp_engine._support.torch_compat import DispatchMode, is_traceable_wrapper_
 class Meter:
     """What :func:`peak_memory` yields."""
 
-    def __init__(self, read: Callable[[], int]):
+    def __init__(self, read: Callable[[], int], read_reserved: Callable[[], int] | None = None):
         self._read = read
+        self._read_reserved = read_reserved
 
     @property
     def peak_bytes(self) -> int:
         """Bytes above the level at entry, at the highest point of the block (so far, while it runs)."""
         return self._read()
+
+    @property
+    def reserved_bytes(self) -> int | None:
+        """Bytes that torch holds of the device at the highest point of the block, those held at entry included: live
+        tensors, what is cached, and the pools of CUDA graphs, which `peak_bytes` misses. None on a CPU."""
+        return None if self._read_reserved is None else self._read_reserved()
+
+    def _keep(self) -> None:
+        """The figures of now for good."""
+        peak, reserved = self.peak_bytes, self.reserved_bytes
+        self._read = lambda: peak
+        if reserved is not None:
+            self._read_reserved = lambda: reserved
 
 
 @contextlib.contextmanager
@@ -43,7 +58,7 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Meter]:
     without the dispatcher, `untyped_storage().resize_`, opaque mkldnn tensors, and what malloc loses to rounding
     and holes. A tensor that existed before lowers the level when it is freed, once an operation has used it
     inside the block. On a CUDA device the process's peak statistics are reset at entry, so blocks for the same
-    device cannot be nested.
+    device cannot be nested; the results of replayed CUDA graphs are in `reserved_bytes` alone.
 
     Cost: on a CPU some 25 microseconds for each operation (do not time the block); nothing on CUDA.
 
@@ -58,12 +73,13 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Meter]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         level = torch.cuda.memory_allocated(device)
-        meter = Meter(lambda: torch.cuda.max_memory_allocated(device) - level)
+        meter = Meter(
+            lambda: torch.cuda.max_memory_allocated(device) - level, lambda: torch.cuda.max_memory_reserved(device)
+        )
         try:
             yield meter
         finally:
-            peak = meter.peak_bytes
-            meter._read = lambda: peak
+            meter._keep()
     elif device.type == "cpu":
         with _LiveStorages() as storages:
             yield Meter(lambda: storages.peak)

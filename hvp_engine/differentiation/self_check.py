@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout, norm_of
+from hvp_engine._support.precision import float32_settings
 from hvp_engine.differentiation.linear_map import Linearization
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -16,6 +17,10 @@ _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, t
 
 PROBE_SEED = 20_191_106
 """Not 0, by which people draw weights: H w = 0 for a loss such as ||w||, and two roundings of 0 would be compared."""
+
+_REDUCED = {"tf32": torch.float16, "bf16": torch.bfloat16}
+"""What float32 is as coarse as where torch lets its operations round their inputs: TF32 keeps as many bits as
+float16."""
 
 _LEAST_MOVE = 0.01
 """What weights are taken to be in size, at least, where they are zero."""
@@ -92,7 +97,8 @@ def difference(
     """The relative difference of two lists, by the global norm, if it is beyond the tolerance of the coarsest of
     `dtypes`; None if it is not, or if `theirs` is not finite. `terms`, if larger, is the norm it is relative to; where
     all is at most `noise`, nothing differs."""
-    tolerance = max(_TOLERANCES.get(dtype, _COARSEST) for dtype in dtypes)
+    device_type = theirs[0].device.type if theirs else "cpu"
+    tolerance = max(_tolerance(dtype, device_type) for dtype in dtypes)
     distance, size = _norm([a - b for a, b in zip(ours, theirs, strict=True)]), _norm(theirs)
     norm = max(size, terms)
     if max(distance, size) <= noise:
@@ -110,6 +116,14 @@ def difference_of_products(
         return "it has paths to other tensors"
     found = difference(list(_present(ours)), list(_present(theirs)), dtypes)
     return None if found is None else f"it differs by {found:.2g} (relative)"
+
+
+def _tolerance(dtype: torch.dtype, device_type: str) -> float:
+    """That of a dtype; that of what float32 is reduced to on this type of device, under the settings in force."""
+    coarse = [dtype]
+    if dtype == torch.float32:
+        coarse += [_REDUCED.get(setting, torch.bfloat16) for setting in float32_settings(device_type).values()]
+    return max(_TOLERANCES.get(one, _COARSEST) for one in coarse)
 
 
 def _present(tensors: Sequence[Tensor | None]) -> Iterator[Tensor]:

@@ -25,7 +25,7 @@ class Processes:
 
     An error that one of them raises while it computes its summands is raised in all, after the message for which the
     others are waiting, so that none waits for ever. The last number of each message says whether a process failed;
-    reading it waits for the device.
+    reading it waits for the device, unless that may be done one message later: see :meth:`ahead`.
 
     Arguments:
         group: a process group; None is the default one.
@@ -49,6 +49,9 @@ class Processes:
             raise DistributedError("group: expected one that this process belongs to; got one without it")
         self.ranks = dist.get_process_group_ranks(group)
         self.messages, self.sent = 0, 0.0
+        self._error: BaseException | None = None
+        self._ahead = False
+        self._unread: _Flag | None = None
 
     def sum(self, layout: Layout, figures: int, compute: Callable[[Tensor], Summands]) -> tuple[list[Tensor], Tensor]:
         """Sums over all processes of the tensors of a layout, and of `figures` numbers, by one all-reduce.
@@ -71,7 +74,7 @@ class Processes:
     @contextlib.contextmanager
     def carrying(self, tail: Tensor) -> Iterator[Tensor]:
         """A block that computes what is sent with `tail`, the last number of which will say whether it failed."""
-        self._error: BaseException | None = None
+        self._error = None
         tail.zero_()
         try:
             yield tail[:-1]
@@ -85,10 +88,32 @@ class Processes:
         self.sent += (self.count - 1) * part
 
     def check(self, tail: Tensor) -> None:
-        """Raise if a process failed: there its own error, in the others one of the same class that names it."""
-        if not float(tail[-1]):
+        """Raise if a process failed: there its own error, in the others one of the same class that names it. In a block
+        of :meth:`ahead` this is about the message before."""
+        flag: _Flag | None = _Flag(tail[-1], self._error)
+        self._error = None
+        if self._ahead:
+            flag, self._unread = self._unread, flag
+        if flag is not None:
+            self._raise_if(flag)
+
+    @contextlib.contextmanager
+    def ahead(self) -> Iterator[None]:
+        """A block in which the failure of a process is raised one message later, or at the end: the host goes on to
+        queue a product while the device is busy with the one before. Sums mean nothing until then."""
+        self._ahead = True
+        try:
+            yield
+        finally:  # after an error too, which the numbers of a failed process may have led to
+            self._ahead = False
+            flag, self._unread = self._unread, None
+            if flag is not None:
+                self._raise_if(flag)
+
+    def _raise_if(self, flag: _Flag) -> None:
+        if not flag.raised():
             return
-        error, self._error = self._error, None
+        self._unread, error = None, flag.error
         described = None if error is None else (type(error).__name__, str(error))
         found: list[tuple[str, str] | None] = [None] * self.count
         dist.all_gather_object(found, described, group=self.group)
@@ -124,6 +149,25 @@ class Processes:
         found = [torch.empty_like(mine) for _ in range(self.count)]
         dist.all_gather(found, mine, group=self.group)
         return found
+
+
+class _Flag:
+    """Whether a process failed, read when it is needed; and what went wrong, if it was this one."""
+
+    def __init__(self, number: Tensor, error: BaseException | None):
+        self.error = error
+        self._copied: torch.cuda.Event | None = None
+        if number.device.type == "cpu":
+            self._number = number.clone()  # a view would keep the whole message alive
+        else:  # copied in the stream's order: reading waits for what came before, and for nothing after
+            self._number = torch.empty((), dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(number.device))
+
+    def raised(self) -> bool:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._number)
 
 
 def write(views: Sequence[Tensor], summands: Sequence[Tensor | None], factor: float) -> None:

@@ -51,7 +51,8 @@ class DataParallel(GatheringLoss):
 
     Cost: for each product one all-reduce of a vector of weights, in float32 (float64 for float64 weights); one
     for a loss together with its gradients; one for the mixed product. After each the host waits for the device, to
-    see whether a process failed. Memory: one flat vector of weights.
+    see whether a process failed; within a solve for the message before, so that the device always has work. Memory:
+    one flat vector of weights.
 
     Sharded weights: all weights may be DTensors, each cut along one dimension over the processes of `group`, as by
     `distribute_tensor(weight, mesh, [Shard(0)])`; each hyperparameter may be one too. `loss` receives whole tensors.

@@ -86,8 +86,10 @@ class DataParallelEngine(Engine):
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
         """As every engine does; the terms are credited to the engine of this process."""
+        assert self._processes is not None
         start = time.perf_counter()
-        iteration = super().run(operator, v, solver, estimate)
+        with self._processes.ahead():
+            iteration = super().run(operator, v, solver, estimate)
         if isinstance(operator, _MeanLinearization) and operator.own is not None and isinstance(self._part, AutoEngine):
             self._part.credit(operator.own, iteration.steps, time.perf_counter() - start)
         return iteration

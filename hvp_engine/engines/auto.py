@@ -206,6 +206,7 @@ class AutoEngine(Engine):
         traced = next((made for engine, made in contenders if engine is self._linearized), None)
         choice = self._fastest(problem, contenders, remarks)
         choice.setup_seconds, choice.trace_seconds = time.perf_counter() - start, put_off
+        self._drop_recordings(problem, choice)
         if isinstance(traced, TracedLinearization):
             made = self._compiled.known(problem) is not None
             expected = 0.0 if made else estimated_seconds(traced.functions.partition)
@@ -229,10 +230,16 @@ class AutoEngine(Engine):
                 contenders.append((self._cudagraph, captured))
         return []
 
+    def _drop_recordings(self, problem: Problem, choice: Choice) -> None:
+        """Graphs hold a copy of all inputs and a pool of memory: none are kept of a problem that goes without them."""
+        if choice.engine is not self._cudagraph and "cudagraph" in choice.seconds:
+            self._cudagraph.forget(problem)
+
     def _fastest(
         self, problem: Problem, contenders: list[tuple[Engine, Linearization]], remarks: Sequence[str]
     ) -> Choice:
-        """The engine that is fastest for a solve of :data:`_TERMS_OF_A_SOLVE` terms, set-up for each solve included."""
+        """The engine that is fastest for a solve of :data:`_TERMS_OF_A_SOLVE` terms, set-up for each solve included;
+        the contenders' linearizations are gone afterwards."""
         if len(contenders) == 1:
             return Choice(self._eager, "; ".join(remarks))
         terms = seconds_per_term(contenders)
@@ -262,3 +269,5 @@ class AutoEngine(Engine):
         choice.seconds |= {choice.engine.name: before, "compiled": after}
         if after < before:
             choice.engine, choice.setup_seconds = self._compiled, time.perf_counter() - start
+            del contenders
+            self._drop_recordings(problem, choice)

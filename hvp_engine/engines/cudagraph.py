@@ -14,7 +14,7 @@ from hvp_engine.differentiation.self_check import difference
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.engines.graphs import CapturedLinearization, Graphs, Solved, Tally
 from hvp_engine.engines.recording import CaptureError, CudaRecorder, Recorder
-from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused
+from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused, signature
 from hvp_engine.errors import TraceError
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import FinishedIteration
@@ -60,6 +60,12 @@ class CudaGraphEngine(LinearizedEngine):
         self._recorder = recorder
         self._kept: list[Graphs] = []
 
+    def linearize(self, problem: Problem) -> Linearization:
+        linearization = super().linearize(problem)
+        if linearization.fallback is not None:  # what is not trusted is not used again
+            self._kept = [graphs for graphs in self._kept if graphs.functions.distrust is None]
+        return linearization
+
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
@@ -81,6 +87,11 @@ class CudaGraphEngine(LinearizedEngine):
         solve.distrust = f"its graph gives a result that differs by {found:.2g} (relative)"
         warnings.warn(f"{solve.name} goes term by term from now on: {solve.distrust}", stacklevel=4)
         return one_by_one
+
+    def forget(self, problem: Problem) -> None:
+        """Drop what was recorded of a problem of these shapes: graphs, buffers and pools, once nothing uses them."""
+        functions = self._cache.pop(signature(problem, *split_inputs(problem)), None)
+        self._kept = [graphs for graphs in self._kept if graphs.functions is not functions]
 
     def missing(self, device: torch.device) -> str | None:
         """Why this engine cannot do more than eager does on `device`, or None if it can."""
@@ -127,11 +138,16 @@ class CudaGraphEngine(LinearizedEngine):
 
     def _linearization(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> Linearization:
         try:
-            graphs = self._graphs_of(functions, problem, tensors)
+            return self._captured(functions, problem, tensors)
         except CaptureError as error:
-            functions.distrust = f"{problem.name} cannot be recorded: {error}"
-            return self._instead(problem, functions.distrust)
-        return CapturedLinearization(graphs, problem, tensors)
+            reason = str(error)
+        except torch.OutOfMemoryError as error:  # as the buffers are made
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        functions.distrust = f"{problem.name} cannot be recorded: {reason}"
+        return self._instead(problem, functions.distrust)
+
+    def _captured(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> Linearization:
+        return CapturedLinearization(self._graphs_of(functions, problem, tensors), problem, tensors)
 
     def _graphs_of(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> Graphs:
         """Unused recordings of the problem, made now if there are none; they are kept in order of use."""

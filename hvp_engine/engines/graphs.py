@@ -105,6 +105,11 @@ class Graphs:
         tally.buffers += 1
         self._mixed = Replay(recorder, tally, lambda: [t for t in traced.mixed(tangents) if t is not None])
 
+    def __del__(self) -> None:
+        recorder = vars(self).get("_recorder")  # None if an error in __init__ came first
+        if recorder is not None:
+            recorder.retire()
+
     @property
     def free(self) -> bool:
         """Whether no linearization depends on what the buffers hold."""
@@ -123,6 +128,7 @@ class Graphs:
 
     def evaluate(self, user: Linearization, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The loss and the gradient at the problem's point, for `user`, which owns the buffers as long as it lives."""
+        self._recorder.order()
         self._user = weakref.ref(user)
         for buffers, group in zip(self._inputs, _groups(problem, tensors), strict=True):
             if buffers:
@@ -131,11 +137,13 @@ class Graphs:
 
     def product(self, tangents: Sequence[Tensor]) -> list[Tensor]:
         """H t at the point evaluated last."""
+        self._recorder.order()
         self._tangents.copy_(tangents)
         return copies(self._product())
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t at the point evaluated last."""
+        self._recorder.order()
         self._tangents.copy_(tangents)
         found = iter(copies(self._mixed()))
         return [next(found) if there else None for there in self.functions.partition.mixed.outputs]
@@ -149,10 +157,16 @@ class Graphs:
         if not isinstance(solver, Hashable):
             self._refused[name] = "it is not hashable, so a change of it would go unnoticed"
             return None
+        self._recorder.order()
         key = solver, backend.select(self.layout.device)[0]
         if key not in self._solves:
-            self._solves[key] = Solve(solver, self._traced, self._tangents, self._recorder, self._tally)
+            try:
+                self._solves[key] = Solve(solver, self._traced, self._tangents, self._recorder, self._tally)
+            except torch.OutOfMemoryError as error:
+                self._refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                return None
             if len(self._solves) > _MOST_SOLVES:
+                self._recorder.retire()
                 self._solves.popitem(last=False)
         self._solves.move_to_end(key)
         return self._solves[key]

@@ -8,8 +8,9 @@ recorded; its outputs hold values only after a replay, and the next replay overw
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from hvp_engine._support.random_state import random_state_kept
 from hvp_engine._support.torch_compat import end_allocation_to_pool
+from hvp_engine.engines.waits import WaitsRaise
 
 Body = Callable[[], Sequence[Tensor]]
 """A function of tensors at fixed addresses."""
@@ -50,13 +52,32 @@ class Recorder(Protocol):
     def record(self, body: Body) -> Recording:
         """Run `body` to set up what it needs, then record it; :class:`CaptureError` if that is impossible."""
 
+    def order(self) -> None:
+        """Before the current stream uses the recordings or what they read and write: let it wait for the stream that
+        used them last."""
+
+    def retire(self) -> None:
+        """Before their memory is freed, which the stream that was current at first may then reuse: let that one wait
+        for the stream that used them last."""
+
 
 _FAILED: list[torch.cuda.CUDAGraph] = []
 """Graphs whose capture failed: torch's allocators may still point to them."""
 
 
+_RECORDING = threading.RLock()
+"""Held while something is recorded: a device has one stream for it."""
+
+
+@cache
+def capture_stream(index: int) -> torch.cuda.Stream:
+    """The stream on which everything is captured on the device of this index: a stream costs a workspace of cuBLAS, 8
+    to 32 MB, for as long as the process lives."""
+    return torch.cuda.Stream(index)
+
+
 class CudaRecorder:
-    """Records CUDA graphs, on one stream and from one memory pool."""
+    """Records CUDA graphs, on the device's stream for it and from one memory pool."""
 
     @staticmethod
     def missing(device: torch.device) -> str | None:
@@ -66,12 +87,23 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = capture_stream(torch.cuda.current_device() if device.index is None else device.index)
         self._pool = torch.cuda.graph_pool_handle()
+        self._first = self._last = torch.cuda.current_stream(self._device)
+
+    def order(self) -> None:
+        current = torch.cuda.current_stream(self._device)
+        if self._last != current:
+            current.wait_stream(self._last)
+        self._last = current
+
+    def retire(self) -> None:
+        if self._last != self._first:
+            self._first.wait_stream(self._last)
 
     def record(self, body: Body) -> Recording:
         try:
-            with torch.cuda.device(self._device), random_state_kept(self._device):
+            with _RECORDING, torch.cuda.device(self._device), random_state_kept(self._device):
                 self._warm_up(body)
                 return self._capture(body)
         except Exception as error:  # kernel libraries raise many kinds; the reason is reported
@@ -88,7 +120,7 @@ class CudaRecorder:
         try:
             with torch.cuda.stream(self._stream):
                 body()
-                with _waits_raise():
+                with WaitsRaise():
                     body()
         finally:
             current.wait_stream(self._stream)
@@ -134,16 +166,3 @@ class CudaRecording:
         self._own.set_state(self._generator.get_state())
         self._graph.replay()
         self._generator.set_state(self._own.get_state())
-
-
-@contextlib.contextmanager
-def _waits_raise() -> Iterator[None]:
-    """Operations that wait for the device raise `RuntimeError` inside the block."""
-    mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that it may miss some
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)

@@ -40,13 +40,14 @@ def bind(given: Binding) -> Bound:
     name, states, layout, scalars, damping, partials = given
     states = [_kept(state) for state in states]
     partials = _kept(partials)
+    examples = {dtype: torch.empty(0, dtype=dtype, device=layout.device) for dtype in set(layout.dtypes)}
     return _C.Plan(
         op=name,
         states=states,
         shapes=layout.shapes,
         strides=layout.strides,
         orders=layout.orders,
-        examples=[torch.empty(0, dtype=dtype, device=layout.device) for dtype in layout.dtypes],
+        examples=[examples[dtype] for dtype in layout.dtypes],
         offsets=layout.offsets,
         scalars=[_kept(scalar) for scalar in scalars],
         damping=damping,

@@ -1,6 +1,7 @@
 """Faults that the tests must notice: mistakes that somebody could make, one list for each part of the library."""
 
 from tools.faults.base import Fault
+from tools.faults.cuda import FAULTS as CUDA
 from tools.faults.hypergradients import FAULTS as HYPERGRADIENTS
 from tools.faults.native import FAULTS as NATIVE
 from tools.faults.ops import FAULTS as OPS
@@ -10,4 +11,4 @@ from tools.faults.tuning import FAULTS as TUNING
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: list[Fault] = [*OPS, *NATIVE, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING]
+FAULTS: list[Fault] = [*OPS, *CUDA, *NATIVE, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING]

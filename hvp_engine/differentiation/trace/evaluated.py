@@ -12,7 +12,7 @@ from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.torch_compat import below_autograd
 from hvp_engine.differentiation.linear_map import Accumulation, Linearization, Terms
 from hvp_engine.differentiation.native.partition_programs import BoundPrograms, PartitionPrograms
-from hvp_engine.differentiation.trace.fused_update import AccumulatingTerms
+from hvp_engine.differentiation.trace.fused_update import AccumulatingTerms, accumulating_pays
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 
 Function = Callable[..., Sequence[Tensor]]
@@ -97,7 +97,7 @@ class PartitionedLinearization(Linearization):
         if self._native is not None:
             return self._native.terms(accumulation, damping)
         parts = self.functions.partition
-        if not parts.accumulates or self.layout.low_precision:
+        if not parts.accumulates or self.layout.low_precision or not accumulating_pays(self.layout):
             return None
         residuals = [self._residuals[index] for index in parts.accumulating.residuals]
         return AccumulatingTerms(

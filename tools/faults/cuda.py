@@ -1,0 +1,84 @@
+"""Faults of the CUDA kernels and their launches, which tests on a CPU must notice."""
+
+from tools.faults.base import Fault
+
+QUICK = "tests/test_cuda_on_cpu.py -k 'reversed or launches or zeroes'"
+ALL = "tests/test_cuda_on_cpu.py -k shuffled"
+KERNELS, LAUNCHES = "csrc/cuda_kernels.cuh", "csrc/cuda.cu"
+
+FAULTS = [
+    Fault(
+        KERNELS,
+        "const int64_t row = shared.first_row + blockIdx.x;",
+        "const int64_t row = blockIdx.x;",
+        QUICK,
+        "a second launch starts again at the first row",
+    ),
+    Fault(
+        KERNELS,
+        "table.row[middle] <= row",
+        "table.row[middle] < row",
+        QUICK,
+        "the first chunk of a tensor goes to the tensor before",
+    ),
+    Fault(KERNELS, "min(i + kVector, count)", "i + kVector", QUICK, "the last thread of a tail goes beyond the tensor"),
+    Fault(KERNELS, "int distance = 16;", "int distance = 8;", QUICK, "half of each warp is left out of the sums"),
+    Fault(KERNELS, "int w = 1; w < kWarps", "int w = 1; w < kWarps - 1", QUICK, "the last warp is not summed"),
+    Fault(
+        KERNELS,
+        "sums.nonfinite = __syncthreads_or(sums.nonfinite);",
+        "",
+        QUICK,
+        "thread 0 adds up the warps before they have written",
+    ),
+    Fault(
+        KERNELS,
+        "total = sums.second;\n  __syncthreads();",
+        "total = sums.second;",
+        ALL,
+        "threads read the total before it is there",
+    ),
+    Fault(
+        KERNELS,
+        "% alignof(Vector<T>) == 0",
+        "% alignof(T) == 0",
+        ALL,
+        "vectors are read at addresses that a GPU refuses",
+    ),
+    Fault(
+        KERNELS,
+        "kStored = kMeasure ? 0 : F::kMutated;",
+        "kStored = F::kMutated;",
+        QUICK,
+        "the measuring pass of conjugate gradients moves the state",
+    ),
+    Fault(
+        KERNELS,
+        "isfinite(r.left[0]) && isfinite(r.right[0]) && isfinite(r.left[1]) && isfinite(r.right[1])",
+        "isfinite(r.left[0]) && isfinite(r.right[0])",
+        ALL,
+        "the flag does not look at the second pair",
+    ),
+    Fault(
+        LAUNCHES,
+        "end < step.parts.size() ? step.parts[end].row : step.rows;",
+        "step.rows;",
+        QUICK,
+        "a first launch has the blocks of those that follow",
+    ),
+    Fault(
+        LAUNCHES,
+        "shared.first_row = step.parts[begin].row;",
+        "shared.first_row = 0;",
+        QUICK,
+        "every launch starts at row 0",
+    ),
+    Fault(LAUNCHES, "if (count <= kSmall) {", "if (count <= kSmall + 1) {", QUICK, "65 tensors go into a table of 64"),
+    Fault(
+        LAUNCHES,
+        "require(cudaMemsetAsync(step.partials, 0, 3 * sizeof(double), stream), step, \"CUDA memset failed\");",
+        "",
+        QUICK,
+        "without weights the sums are those of the last call",
+    ),
+]  # fmt: skip
