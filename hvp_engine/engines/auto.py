@@ -76,7 +76,7 @@ class AutoEngine(Engine):
         self.expected_products = expected_products
         self.compile_budget_s = compile_budget_s
         self._eager = EagerEngine()
-        self._recorded = RecordedEngine()
+        self._recorded = RecordedEngine(self._eager)
         self._linearized = LinearizedEngine(self._eager)
         self._cudagraph = CudaGraphEngine(linearized=self._linearized)
         self._compiled = CompiledEngine(compile_budget_s, self._eager)
@@ -172,63 +172,75 @@ class AutoEngine(Engine):
             reason = f"another shape of a loss: a program takes about {known:.2g} s, and waits for terms to take that"
             return Choice(self._eager, reason, trace_seconds=known)
         with random_state_kept(problem.weights[0].device):
-            return self._measured_choice(problem, self._eager.linearize(problem), trace_too)
+            return self._measured_choice(problem, trace_too)
 
-    def _measured_choice(self, problem: Problem, eager: Linearization, trace_too: bool) -> Choice:
+    def _measured_choice(self, problem: Problem, trace_too: bool) -> Choice:
+        began = time.perf_counter()
+        eager = self._eager.linearize(problem)
         start = time.perf_counter()
         eager.product(probe(eager.layout))
         affordable = self.expected_products * (time.perf_counter() - start)
-        contenders: list[tuple[Engine, Linearization]] = [(self._eager, eager)]
-        remarks: list[str] = []
-        start = time.perf_counter()
-        building = _BUILD_SECONDS_PER_NODE * eager.nodes
-        self._losses.setdefault(problem.identity, building)
-        if building <= affordable:
-            recorded = self._recorded.linearize(problem)
-            for _ in range(2):  # a graph that hides something is recorded in part at the second product
-                recorded.product(probe(recorded.layout))
-            if recorded.fallback is None:
-                contenders.append((self._recorded, recorded))
-            else:
-                remarks.append(f"products cannot be recorded: {recorded.fallback}")
-        cost = _TRACE_SECONDS_PER_NODE * eager.nodes
+        nodes = eager.nodes
+        del eager  # of what is tried, as little as possible is there at once: each takes the memory of a graph
+        choice = self._with_or_without_autograd(problem, nodes, affordable)
+        cost = _TRACE_SECONDS_PER_NODE * nodes
         first = 0.0 if "sympy" in sys.modules else _FIRST_TRACE_SECONDS
-        put_off = None
         if cost + first > affordable:
-            remarks.append(
-                f"a trace would take about {cost + first:.1g} s, more than {self.expected_products} products do"
+            choice.reason += (
+                f"; a trace would take about {cost + first:.1g} s, more than {self.expected_products} products do"
             )
         elif not trace_too and cost > _SHORT_SECONDS:
-            put_off = cost
-            remarks.append(f"a trace takes about {cost:.2g} s, and waits until it can repay itself")
+            choice.trace_seconds = cost
+            choice.reason += f"; a trace takes about {cost:.2g} s, and waits until it can repay itself"
         else:
-            remarks += self._trace(problem, contenders)
-        traced = next((made for engine, made in contenders if engine is self._linearized), None)
-        choice = self._fastest(problem, contenders, remarks)
-        choice.setup_seconds, choice.trace_seconds = time.perf_counter() - start, put_off
-        self._drop_recordings(problem, choice)
-        if isinstance(traced, TracedLinearization):
-            made = self._compiled.known(problem) is not None
-            expected = 0.0 if made else estimated_seconds(traced.functions.partition)
-            choice.compile_seconds = expected if expected <= self.compile_budget_s else None
+            self._try_traces(problem, choice)
+        choice.setup_seconds = time.perf_counter() - began
         return choice
 
-    def _trace(self, problem: Problem, contenders: list[tuple[Engine, Linearization]]) -> list[str]:
-        """Add the engines that need a trace to the contenders; remarks on why not."""
+    def _with_or_without_autograd(self, problem: Problem, nodes: int, affordable: float) -> Choice:
+        """Eager or recorded, whichever is faster, if building a program is affordable."""
+        building = _BUILD_SECONDS_PER_NODE * nodes
+        self._losses.setdefault(problem.identity, building)
+        if building > affordable:
+            reason = f"a program would take about {building:.1g} s, more than {self.expected_products} products do"
+            return Choice(self._eager, reason)
+        recorded = self._recorded.linearize(problem)
+        for _ in range(2):  # a graph that hides something is recorded in part at the second product
+            recorded.product(probe(recorded.layout))
+        if recorded.fallback is not None:
+            return Choice(self._eager, f"products cannot be recorded: {recorded.fallback}")
+        contenders = [(self._eager, self._eager.linearize(problem)), (self._recorded, recorded)]
+        del recorded
+        return self._fastest(problem, contenders, {})
+
+    def _try_traces(self, problem: Problem, choice: Choice) -> None:
+        """Choose an engine that needs a trace where one is faster; remarks on why there is none."""
         try:
             traced = self._linearized.linearize(problem)
         except BackendError as error:  # our own fault
-            return [str(error)]
-        except Exception as error:  # eager has just worked, so this is about tracing; the reason is reported
-            return [f"the loss cannot be traced: {type(error).__name__}: {error}"]
+            choice.reason += f"; {error}"
+            return
+        except Exception as error:  # the loss has just worked, so this is about tracing; the reason is reported
+            choice.reason += f"; the loss cannot be traced: {type(error).__name__}: {error}"
+            return
         if traced.fallback is not None:
-            return [f"the trace is not used: {traced.fallback}"]
-        contenders.append((self._linearized, traced))
+            choice.reason += f"; the trace is not used: {traced.fallback}"
+            return
+        contenders = [(choice.engine, choice.engine.linearize(problem)), (self._linearized, traced)]
         if self._cudagraph.missing(problem.weights[0].device) is None:
             captured = self._cudagraph.linearize(problem)
             if captured.fallback is None:  # else its report says why
                 contenders.append((self._cudagraph, captured))
-        return []
+            del captured
+        if isinstance(traced, TracedLinearization):
+            made = self._compiled.known(problem) is not None
+            expected = 0.0 if made else estimated_seconds(traced.functions.partition)
+            choice.compile_seconds = expected if expected <= self.compile_budget_s else None
+        del traced
+        found = self._fastest(problem, contenders, choice.seconds)
+        choice.engine, choice.seconds = found.engine, found.seconds
+        choice.reason = "measured fastest"
+        self._drop_recordings(problem, choice)
 
     def _drop_recordings(self, problem: Problem, choice: Choice) -> None:
         """Graphs hold a copy of all inputs and a pool of memory: none are kept of a problem that goes without them."""
@@ -236,22 +248,20 @@ class AutoEngine(Engine):
             self._cudagraph.forget(problem)
 
     def _fastest(
-        self, problem: Problem, contenders: list[tuple[Engine, Linearization]], remarks: Sequence[str]
+        self, problem: Problem, contenders: list[tuple[Engine, Linearization]], before: dict[str, float]
     ) -> Choice:
         """The engine that is fastest for a solve of :data:`_TERMS_OF_A_SOLVE` terms, set-up for each solve included;
-        the contenders' linearizations are gone afterwards."""
-        if len(contenders) == 1:
-            return Choice(self._eager, "; ".join(remarks))
+        the contenders' linearizations are gone afterwards. Its seconds include those measured `before`."""
         terms = seconds_per_term(contenders)
         engines = [engine for engine, _ in contenders]
-        contenders.clear()  # what they hold, such as buffers of recorded graphs, is free for the next linearization
-        seconds = dict(zip((engine.name for engine in engines), terms, strict=True))
+        contenders.clear()
         totals = {
             engine.name: seconds_around(engine, problem, term) + _TERMS_OF_A_SOLVE * term
             for engine, term in zip(engines, terms, strict=True)
         }
         fastest = min(engines, key=lambda e: totals[e.name] * (_TIE if e is self._eager else 1.0))
-        return Choice(fastest, "; ".join(["measured fastest", *remarks]), seconds)
+        seconds = before | dict(zip((engine.name for engine in engines), terms, strict=True))
+        return Choice(fastest, "measured fastest", seconds)
 
     def _try_compiled(self, problem: Problem, choice: Choice) -> None:
         choice.compile_seconds = None

@@ -26,20 +26,22 @@ class EagerEngine(Engine):
 
     name = "eager"
 
-    _linearization: type[Tape] = Tape
-
     def __init__(self) -> None:
         self._plain = False
         self._complete: Hashable = None
         """The last loss whose kernels all have second derivatives."""
 
     def linearize(self, problem: Problem) -> Linearization:
+        return self.recorded_as(Tape, problem)
+
+    def recorded_as(self, kind: type[Tape], problem: Problem) -> Linearization:
+        """The gradient graph, with products as this kind of linearization makes them."""
         if not self._plain:
             # A second recording has to draw the same masks. Keeping the state takes 0.1 ms, so not in every call.
             device = problem.weights[0].device
             before = RandomState.now(device) if self._complete != problem.identity else None
             try:
-                tape = self._record(problem)
+                tape = self._record(kind, problem)
                 if not tape.facts.incomplete:
                     self._complete = problem.identity
                     return tape
@@ -55,13 +57,16 @@ class EagerEngine(Engine):
                 stacklevel=4,
             )
         with plain_kernels():
-            return self._record(problem, plain_kernels)
+            return self._record(kind, problem, plain_kernels)
 
     def _record(
-        self, problem: Problem, inside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        self,
+        kind: type[Tape],
+        problem: Problem,
+        inside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> Tape:
         weights, hyperparameters = leaves(problem.weights), leaves(problem.hyperparameters)
         with torch.enable_grad():
             loss = problem.evaluate(weights, hyperparameters)
             gradient = gradients(loss, weights, problem.name)
-        return self._linearization(gradient, weights, hyperparameters, loss, problem.name, inside=inside)
+        return kind(gradient, weights, hyperparameters, loss, problem.name, inside=inside)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from hvp_engine.differentiation.linear_map import Linearization
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.recorded.library import LIBRARY
 from hvp_engine.differentiation.recorded.owned import OwnedLinearization
+from hvp_engine.engines.base import Engine
 from hvp_engine.engines.eager import EagerEngine
 
 
-class RecordedEngine(EagerEngine):
-    """As eager, until a kind of gradient graph has been seen twice; from then on its products run a program.
+class RecordedEngine(Engine):
+    """As eager, but products run a program that the graph of the gradient is turned into.
 
     Nothing of the loss is traced: Python may ask tensors for values, shapes may change, closures may be bound anew.
     What happened is in the graph that autograd has recorded, and graphs of one kind share a program, across losses.
+
+    Arguments:
+        eager: the engine that records, and knows whether the loss needs plain kernels.
     """
 
     name = "recorded"
 
-    _linearization = OwnedLinearization
+    def __init__(self, eager: EagerEngine | None = None) -> None:
+        self._eager = EagerEngine() if eager is None else eager
+
+    def linearize(self, problem: Problem) -> Linearization:
+        return self._eager.recorded_as(OwnedLinearization, problem)
 
     def report(self) -> str:
         """What was built in this process, and what was not and why."""
