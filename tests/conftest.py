@@ -1,9 +1,15 @@
-"""Fixtures: devices (the CPU and, if there is one, a GPU; `-m gpu` runs only GPU tests), backends, problems."""
+"""Fixtures: devices (the CPU and, if there is one, a GPU; `-m gpu` runs only GPU tests), backends, problems.
+
+With HVP_TEST_DEVICE=cuda the tests of solvers, engines, estimators and the tuner make their numbers there, and are GPU
+tests then: `HVP_TEST_DEVICE=cuda pytest -m "gpu and not soak"` runs all that needs a GPU.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +28,39 @@ if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
 
+TEST_DEVICE = torch.device(os.environ.get("HVP_TEST_DEVICE", "cpu"))
+ANYWHERE = ("test_solv", "test_engines_", "test_estimators_", "test_implicit", "test_operators", "test_tuner")
+"""How the names of files begin whose tests run on any device: what they make without naming one, is made there."""
+
+
+def on_test_device(module: str) -> contextlib.AbstractContextManager[object]:
+    """What is around a module of this name, and each of its tests."""
+    return TEST_DEVICE if TEST_DEVICE.type != "cpu" and module.startswith(ANYWHERE) else contextlib.nullcontext()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """A module is imported on the test device, with the tensors that it makes at once."""
+    with on_test_device(collector.path.stem if isinstance(collector, pytest.Module) else ""):
+        return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the GPU tests if there is no GPU."""
+    """Mark what runs on a GPU by the environment's wish; leave out the GPU tests if there is no GPU."""
+    for item in items:
+        if TEST_DEVICE.type == "cuda" and item.path.stem.startswith(ANYWHERE):
+            item.add_marker(pytest.mark.gpu)
     if not torch.cuda.is_available():
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(autouse=True)
+def numbers_on_the_test_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Factories without a device make tensors on the one that HVP_TEST_DEVICE names."""
+    with on_test_device(request.path.stem):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -24,12 +24,12 @@ ROWS, CLASSES, WORDS = 8, 3, 9
 
 
 def weights() -> Tensors:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     return {name: 0.4 * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
 def batch() -> Tensors:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     return {
         "x": torch.randn(ROWS, 6, generator=generator),
         "y": torch.randn(ROWS, generator=generator),

@@ -21,12 +21,13 @@ DTYPE = torch.float64
 
 
 def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def randn(*shape: int, seed: int) -> Tensor:
-    """Standard normal numbers in float64 that do not touch the global generator."""
-    return torch.randn(*shape, generator=generator(seed), dtype=DTYPE)
+    """Standard normal numbers in float64 that do not touch the global generator; the same on every device."""
+    numbers = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(*shape, generator=numbers, dtype=DTYPE, device="cpu").to(torch.get_default_device())
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

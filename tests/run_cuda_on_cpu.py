@@ -13,10 +13,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hvp_engine.ops.backend import Binding
 
 TESTS = Path(__file__).parent
 ORDERS = ("in-order", "reversed", "shuffled")
@@ -59,22 +63,13 @@ class Library:
         """Kernels launched so far."""
         return int(self._library.cuda_on_cpu_launches())
 
-    def bind(
-        self,
-        name: str,
-        states: Sequence[Tensor],
-        layout: object,
-        scalars: Sequence[Tensor],
-        damping: float,
-        partials: Tensor,
-    ) -> Callable[[Sequence[Tensor]], None]:
+    def bind(self, binding: Binding) -> Callable[[Sequence[Tensor]], None]:
         """What a backend's `bind` gives."""
-        from hvp_engine._support.flat_vector import Layout
         from hvp_engine._support.pytree import check_like
         from hvp_engine.errors import BackendError
         from hvp_engine.ops import OPS
 
-        assert isinstance(layout, Layout)
+        name, states, layout, partials = binding.name, binding.states, binding.layout, binding.partials
         kept = (*states, partials)
         parts = [layout.views(state) for state in states]
         count = len(layout.shapes)
@@ -94,8 +89,8 @@ class Library:
                 list(OPS).index(name),
                 int(states[0].dtype == torch.float64),
                 _addresses(states),
-                _addresses(scalars),
-                ctypes.c_double(damping),
+                _addresses(binding.scalars),
+                ctypes.c_double(binding.damping),
                 ctypes.c_void_p(partials.data_ptr()),
                 ctypes.c_int64(count),
                 (ctypes.c_int64 * count)(*layout.numels),

@@ -31,7 +31,7 @@ def second_loss(weights: list[Tensor], hyper: Tensor, batch: Tensor) -> Tensor:
 
 
 def point(rows: int, device: str | torch.device = "cpu") -> tuple[list[Tensor], Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(rows)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(rows)
     weights, hyper, batch = (
         torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
         for shape in ((3, 2), (3, 2), (rows, 3))

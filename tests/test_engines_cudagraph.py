@@ -38,7 +38,7 @@ def val(weights: dict[str, Tensor], hyper: dict[str, Tensor], batch: Tensor) -> 
 
 
 def point(device: torch.device, seed: int, rows: int = 6) -> tuple[Any, Any, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return scale * torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)

@@ -28,7 +28,7 @@ SOAK = pytest.mark.soak
 
 def ridge(seed: int, dtype: torch.dtype) -> tuple[Callable[..., Tensor], list[Tensor], Tensor]:
     """A ridge regression at its exact minimum, its two weights of very different sizes."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     rows, columns = 20 + seed % 30, 2 + seed % 5
     X = torch.randn(rows, columns, generator=generator, dtype=torch.float64) * 10.0 ** (seed % 7 - 3)
     y = torch.randn(rows, generator=generator, dtype=torch.float64) + seed % 3

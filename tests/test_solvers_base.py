@@ -53,7 +53,7 @@ def addresses(iteration: Iteration) -> set[int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_second_solve_in_the_same_buffers_is_as_from_new_ones(name: str, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
 
     def problem(scale: float) -> tuple[Tensor, list[Tensor], SpectralEstimate]:
         A = torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64)

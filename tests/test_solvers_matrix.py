@@ -246,7 +246,7 @@ def quadratic(w: Tensor, matrix: Tensor) -> Tensor:
 def never_diverges(name: str, seeds: range) -> None:
     """Random definite problems with outliers; between two calls on one estimate an eigenvalue rises 13-fold."""
     for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
         size = int(torch.randint(5, 120, (), generator=generator))
         exponent = 6 * float(torch.rand((), generator=generator, dtype=DTYPE))
         values = 10 ** (-exponent * torch.rand(size, generator=generator, dtype=DTYPE))

@@ -60,7 +60,7 @@ def test_small_rho_in_single_precision_keeps_what_the_printed_formula_loses() ->
     rho, v = 1e-4, LOW_RANK @ V
     truth = torch.linalg.solve(LOW_RANK + rho * torch.eye(40, dtype=DTYPE), v)
     ours = relative_error(solve(LOW_RANK, v.float(), hvp.Nystrom(4, rho=rho)).value.double(), truth)
-    tests = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    tests = torch.randn(40, 4, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     c = LOW_RANK.float() @ tests
     printed = v.float() / rho - c @ torch.linalg.solve(tests.T @ c + c.T @ c / rho, c.T @ v.float()) / rho**2
     assert 100 * ours < relative_error(printed.double(), truth)
