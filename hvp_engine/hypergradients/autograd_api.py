@@ -51,9 +51,9 @@ def approx_inverse_hvp(
         iterations: Hessian-vector products, i; the sum has i + 1 terms. 0 gives alpha * v.
         alpha: the step, 0 < alpha < 2 / lambda_max for convergence; "auto" estimates it by 8 more products.
         damping: added to the diagonal of the Hessian, >= 0.
-        engine: "recorded" turns the graph of `f` into a program the second time that it sees one of its kind, and runs
-            that in place of autograd, with the same numbers up to rounding; "eager" leaves all products to autograd,
-            which takes less memory where the forward was checkpointed.
+        engine: "recorded" turns the graph of `f` into a program the second time that it sees one of its kind, and from
+            the third time on runs that in place of autograd, with the same numbers up to rounding, where it is faster;
+            "eager" leaves all products to autograd, which takes less memory where the forward was checkpointed.
 
     Returns a tuple like `w`, in the order of its dict or module, detached; a flat vector where `v` is one. The graph of
     `f` is kept.
