@@ -94,8 +94,8 @@ class Known:
         refused: why there is no program at all.
         adoptions: solves that a program has served.
         plain_seconds, program_seconds: the fastest product by autograd, and by the program.
-        fixed_seconds: the least that a solve spent before its first product by the program. Seconds are those of this
-            thread's processor time, which a busy machine does not change much.
+        fixed_seconds: the least that a solve spent, after its graph had been read, before its first product by the
+            program. Seconds are those of this thread's processor time, which a busy machine does not change much.
     """
 
     facts: GraphFacts | None = None

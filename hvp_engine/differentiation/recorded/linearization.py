@@ -85,7 +85,6 @@ class RecordedLinearization(Tape):
 
     def _examined(self, hyperparameters: Sequence[Tensor]) -> GraphFacts:
         """Read the graph; what a walk through it finds is known of an earlier one of the same text."""
-        start = time.thread_time()
         active = [x for x in self._inputs if x.requires_grad]
         try:
             contents = read_graph(self._both.outputs, active)
@@ -101,7 +100,6 @@ class RecordedLinearization(Tape):
             if not self._known.hidden and not self._known.refused:
                 self._contents = contents
                 self._watched = [(tensor, version_of(tensor)) for tensor in contents.tensors]
-        self._reading_seconds = time.thread_time() - start
         return facts
 
     @property
@@ -216,7 +214,7 @@ class RecordedLinearization(Tape):
         start = time.thread_time()
         with without_autocast(self.layout.device):
             self._adopt(shortcut.program, shortcut.constants(self._contents))
-            self._measured(time.thread_time() - start + self._reading_seconds)
+            self._measured(time.thread_time() - start)
             self._contents = self._shortcut = None
             if not shortcut.program.schedule.due() or self._check(shortcut.program):
                 self._settle()
