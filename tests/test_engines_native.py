@@ -346,14 +346,26 @@ def test_a_long_solve_can_be_interrupted() -> None:
     problem = problem_of("lstm")
     engine, linearization, _ = native(problem)
     v = [torch.randn_like(w) for w in problem.weights]
-    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background ignores it
+    done = threading.Event()
+
+    def interrupt() -> None:
+        while not done.wait(0.3):  # again, since Python drops what is raised in a weak reference's callback
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def handler(*_: Any) -> None:
+        if not done.is_set():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handler)  # a program in the background ignores it
+    thread = threading.Thread(target=interrupt)
     try:
-        timer.start()
+        thread.start()
         with pytest.raises(KeyboardInterrupt):
             engine.run(linearization, v, hvp.Neumann(1_000_000, alpha=1e-9), None)
-        timer.join()
+        done.set()
+        thread.join()
     finally:
+        done.set()
         signal.signal(signal.SIGINT, before)
 
 
