@@ -48,8 +48,8 @@ class RecordedLinearization(Tape):
     """A :class:`Tape` whose products run a program, where there is one; its numbers are those of autograd, to rounding.
 
     Arguments:
+        gradient, weights, hyperparameters, loss, name, symmetric, inside: as of :class:`Tape`.
         library: where programs are kept.
-        other arguments: as of :class:`Tape`.
 
     Cost: reading the graph, 3 to 6 us for each node; at the second sight of a kind of graph, building the program,
     about 0.5 ms for each operation of a product; from the third on it runs, where it is faster.
