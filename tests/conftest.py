@@ -16,6 +16,7 @@ import torch
 from fused_op_oracles import TARGETS
 from problems_with_known_answers import BILEVEL, Bilevel
 
+from hvp_engine.differentiation.recorded.library import Known
 from hvp_engine.differentiation.trace.rewriting import verified_rewrites
 from hvp_engine.linear_model import engine as linear_model
 from hvp_engine.ops.backend import use_backend, why_not
@@ -68,6 +69,22 @@ def rewrites_keep_the_numbers() -> Iterator[None]:
     """Every rewrite of every traced graph is compared with the graph before it."""
     with verified_rewrites():
         yield
+
+
+@pytest.fixture
+def float64_by_default() -> Iterator[None]:
+    """Numbers are float64 unless something else is said, and the same in every run."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def programs_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded program is taken, however fast it is."""
+    monkeypatch.setattr(Known, "breaks_even", 0.0)
 
 
 @pytest.fixture(params=DEVICES)

@@ -29,7 +29,9 @@ from hvp_engine.engines import auto
 
 
 class _Broken(torch.autograd.Function):
-    """The identity, whose second derivative fails."""
+    """The identity, whose second derivative fails when none is `left` that goes well."""
+
+    left = 0
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -47,7 +49,10 @@ class _BrokenBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        raise RuntimeError("out of memory, say")
+        _Broken.left -= 1
+        if _Broken.left < 0:
+            raise RuntimeError("out of memory, say")
+        return gradient
 
 
 def _failing(rank: int, what: Callable[[Tensor], Tensor]) -> tuple[hvp.DataParallel, hvp.DataParallel]:
@@ -77,6 +82,7 @@ def check_errors_reach_all(rank: int, count: int, folder: Path) -> None:
         (raising(hvp.DataError("no file")), hvp.DataError, hvp.DataError),
         (_Broken.apply, RuntimeError, hvp.DistributedError),  # only the first product fails
     ):
+        _Broken.left = 0
         for solver in (hvp.Neumann(3, alpha=0.05), hvp.Neumann(3), hvp.ConjugateGradient(3)):
             hypergradient = hvp.Hypergradient(*_failing(rank, what), solver=solver, engine="eager")
             with pytest.raises(there if rank == last else elsewhere) as caught:
@@ -93,45 +99,18 @@ def check_errors_reach_all(rank: int, count: int, folder: Path) -> None:
     compare(ours, hvp.Hypergradient(*losses(module), solver=hvp.Neumann(3))(*arguments[:2], batch(1), batch(2)))
 
 
-class _BreaksLater(torch.autograd.Function):
-    """As :class:`_Broken`, after some second derivatives have gone well."""
-
-    left = 0
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _BreaksLaterBackward.apply(gradient)
-
-
-class _BreaksLaterBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        _BreaksLater.left -= 1
-        if _BreaksLater.left < 0:
-            raise RuntimeError("out of memory, say")
-        return gradient
-
-
 def check_an_error_at_any_product(rank: int, count: int, folder: Path) -> None:
     """Whichever product of a solve fails, the last one too: all raise, and none hangs."""
     last, terms, weights = count - 1, 4, len(weights_of(network()))
     arguments = weights_of(network()), decays(), shard(batch(1), rank, count), shard(batch(2), rank, count)
     for solver in (hvp.Neumann(terms, alpha=0.05), hvp.ConjugateGradient(terms, tol=0.0)):
         for product in range(terms):
-            _BreaksLater.left = product * weights
-            hypergradient = hvp.Hypergradient(*_failing(rank, _BreaksLater.apply), solver=solver, engine="eager")
+            _Broken.left = product * weights
+            hypergradient = hvp.Hypergradient(*_failing(rank, _Broken.apply), solver=solver, engine="eager")
             with pytest.raises(RuntimeError if rank == last else hvp.DistributedError, match="out of memory, say"):
                 hypergradient(*arguments)
-    _BreaksLater.left = 10**6
-    hvp.Hypergradient(*_failing(rank, _BreaksLater.apply), solver=solver, engine="eager")(*arguments)
+    _Broken.left = 10**6
+    hvp.Hypergradient(*_failing(rank, _Broken.apply), solver=solver, engine="eager")(*arguments)
 
 
 def check_no_product_waits_for_the_one_before(rank: int, count: int, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from recorder_on_cpu import CallRecorder
 from torch import Tensor
 
 import hvp_engine as hvp
+from hvp_engine._support.flat_vector import Layout
 from hvp_engine.engines import AutoEngine, auto, trial
 from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.traced import LinearizedEngine
@@ -126,12 +128,12 @@ def test_what_a_solve_sets_up_is_not_a_term(monkeypatch: pytest.MonkeyPatch) -> 
     ):
         asked: list[int] = []
 
-        def seconds_of_solve(engine: Any, linearization: Any, terms: int) -> float:
+        def seconds_of_solve(engine: Any, linearization: Any, tangents: Any, terms: int) -> float:
             asked.append(terms)  # noqa: B023
             return setup + terms * term  # noqa: B023
 
         monkeypatch.setattr(trial, "seconds_of_solve", seconds_of_solve)
-        contender: Any = (None, None)
+        contender: Any = (None, SimpleNamespace(layout=Layout.of([torch.zeros(1)])))
         assert trial.seconds_per_term([contender]) == [pytest.approx(expected)]
         assert set(asked) == lengths
 

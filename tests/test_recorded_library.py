@@ -6,7 +6,7 @@ import gc
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,20 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 import hvp_engine as hvp
 from hvp_engine.differentiation.recorded import graph_contents, library, linearization, programs
-from hvp_engine.differentiation.recorded.library import Known, Library
+from hvp_engine.differentiation.recorded.library import Library
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
 from hvp_engine.differentiation.recorded.owned import OwnedLinearization
 from hvp_engine.differentiation.trace.evaluated import PartitionedLinearization
 
-
-@pytest.fixture(autouse=True)
-def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    monkeypatch.setattr(Known, "breaks_even", 0.0)  # a program is taken, however fast it is
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64_by_default", "programs_are_taken")
 
 
 class Net:

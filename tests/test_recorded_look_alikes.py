@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import recorded_look_alikes_of_layers  # noqa: F401  its losses join the list
 import torch
@@ -12,6 +10,8 @@ from recorded_look_alikes import LOOK_ALIKES
 from torch import Tensor
 
 from hvp_engine.differentiation.recorded.library import Library
+
+pytestmark = pytest.mark.usefixtures("float64_by_default")
 
 HIDDEN = {
     "padding mode": "",
@@ -25,15 +25,6 @@ WITHOUT = {"cdist", *(["grid_sample"] if torch.__version__ < "2.12" else [])}
 
 COARSE = {"dtype"}
 """Those that are computed in float32."""
-
-
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
 
 
 def loss_of(name: str, w: Tensor, parameter: object) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import recorded_functions  # noqa: F401  its models join the list
@@ -21,16 +20,7 @@ from hvp_engine.solvers import Solver
 from hvp_engine.solvers.base import LinearSystem
 from hvp_engine.solvers.spectrum import Spectrum
 
-
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*a recorded product")
-        yield
-    torch.set_default_dtype(before)
+pytestmark = [pytest.mark.usefixtures("float64_by_default"), pytest.mark.filterwarnings("error:.*a recorded product")]
 
 
 @pytest.mark.parametrize("name", MODELS)

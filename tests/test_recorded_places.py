@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,19 +10,12 @@ from recorded_checks import checked, gradient_of, level, reason
 from torch import Tensor
 
 import hvp_engine as hvp
-from hvp_engine.differentiation.recorded.library import Known, Library
+from hvp_engine.differentiation.recorded.library import Library
 
-pytestmark = pytest.mark.filterwarnings("error:.*a recorded product")
-
-
-@pytest.fixture(autouse=True)
-def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    monkeypatch.setattr(Known, "breaks_even", 0.0)  # a program is taken, however fast it is
-    yield
-    torch.set_default_dtype(before)
+pytestmark = [
+    pytest.mark.usefixtures("float64_by_default", "programs_are_taken"),
+    pytest.mark.filterwarnings("error:.*a recorded product"),
+]
 
 
 def leaf(*shape: int) -> Tensor:

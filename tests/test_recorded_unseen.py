@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,23 +15,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import hvp_engine as hvp
-from hvp_engine.differentiation.recorded.library import Known, Library
+from hvp_engine.differentiation.recorded.library import Library
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
 from hvp_engine.differentiation.recorded.owned import OwnedLinearization
 
-pytestmark = pytest.mark.filterwarnings("error:.*a recorded product")
+pytestmark = [
+    pytest.mark.usefixtures("float64_by_default", "programs_are_taken"),
+    pytest.mark.filterwarnings("error:.*a recorded product"),
+]
 
 HOOK = "Python code that takes part in products"
-
-
-@pytest.fixture(autouse=True)
-def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    monkeypatch.setattr(Known, "breaks_even", 0.0)  # a program is taken, however fast it is
-    yield
-    torch.set_default_dtype(before)
 
 
 def leaf(*shape: int) -> Tensor:

@@ -110,7 +110,7 @@ def _is_usable(leaf: Any) -> bool:
 
 
 def _is_plain(part: Any) -> bool:
-    return type(part) in (Tensor, torch.nn.Parameter) and _is_usable(part)
+    return type(part) in _PLAIN and _is_usable(part)
 
 
 def _unusable_leaf(tree: Tree, name: str) -> TypeError:

@@ -100,8 +100,7 @@ class AutoEngine(Engine):
             if len(self.choices) > _MOST_CHOICES:
                 self._descriptions.pop(self.choices.popitem(last=False)[0])
         elif choice.trace_is_due():
-            trace_too = choice.engine is not self._eager
-            choice = self.choices[key] = self._first_choice(problem, None, at_once=True, trace_too=trace_too)
+            choice = self.choices[key] = self._first_choice(problem, None, choice)
         elif choice.compiling_is_due():
             self._try_compiled(problem, choice)
         self.choices.move_to_end(key)
@@ -160,19 +159,17 @@ class AutoEngine(Engine):
     def _engines(self) -> tuple[Engine, ...]:
         return self._eager, self._recorded, self._linearized, self._cudagraph, self._compiled
 
-    def _first_choice(
-        self, problem: Problem, remembered: str | None, at_once: bool = False, trace_too: bool = False
-    ) -> Choice:
-        """The engine for a problem that is met for the first time or, `at_once`, of which something was put off; where
-        a program is there already, that is the trace."""
+    def _first_choice(self, problem: Problem, remembered: str | None, before: Choice | None = None) -> Choice:
+        """The engine for a problem that is met for the first time; or that was chosen `before`, with something put off
+        that is due now: a program or, where that is there already, the trace."""
         if remembered is not None:
             return Choice(self._engine(remembered), "as before the checkpoint")
         known = self._losses.get(problem.identity)
-        if known is not None and not at_once and self._linearized.known(problem) is None:
+        if known is not None and before is None and self._linearized.known(problem) is None:
             reason = f"another shape of a loss: a program takes about {known:.2g} s, and waits for terms to take that"
             return Choice(self._eager, reason, trace_seconds=known)
         with random_state_kept(problem.weights[0].device):
-            return self._measured_choice(problem, trace_too)
+            return self._measured_choice(problem, before is not None and before.engine is not self._eager)
 
     def _measured_choice(self, problem: Problem, trace_too: bool) -> Choice:
         began = time.perf_counter()
@@ -239,7 +236,7 @@ class AutoEngine(Engine):
         del traced
         found = self._fastest(problem, contenders, choice.seconds)
         choice.engine, choice.seconds = found.engine, found.seconds
-        choice.reason = "measured fastest"
+        choice.reason = "; ".join(dict.fromkeys([found.reason, choice.reason]))
         self._drop_recordings(problem, choice)
 
     def _drop_recordings(self, problem: Problem, choice: Choice) -> None:

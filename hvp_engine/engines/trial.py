@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
@@ -34,13 +35,14 @@ def seconds_per_term(contenders: Contenders) -> list[float]:
     In turns and often, so that a busy moment of the machine does not decide.
     """
     started = time.perf_counter()
-    warming_up = [seconds_of_solve(*contender, SHORT) for contender in contenders]
+    tangents = probe(contenders[0][1].layout)
+    warming_up = [seconds_of_solve(*contender, tangents, SHORT) for contender in contenders]
     lengths = [SHORT] if min(warming_up) > _SETUP_SHOWS else [SHORT, LONG]
     best = [[math.inf] * len(lengths) for _ in contenders]
     for trial in range(1, _MOST_TRIALS + 1):
         for contender, fastest in zip(contenders, best, strict=True):
             for index, terms in enumerate(lengths):
-                fastest[index] = min(fastest[index], seconds_of_solve(*contender, terms))
+                fastest[index] = min(fastest[index], seconds_of_solve(*contender, tangents, terms))
         if trial >= _FEWEST_TRIALS and time.perf_counter() - started > _TRIAL_SECONDS:
             break
     if lengths == [SHORT]:
@@ -55,13 +57,14 @@ def seconds_around(engine: Engine, problem: Problem, term: float) -> float:
     """
     start = time.perf_counter()
     linearization = engine.linearize(problem)
-    return max(0.0, time.perf_counter() - start + seconds_of_solve(engine, linearization, SHORT) - SHORT * term)
+    linearized = time.perf_counter() - start
+    solved = seconds_of_solve(engine, linearization, probe(linearization.layout), SHORT)
+    return max(0.0, linearized + solved - SHORT * term)
 
 
-def seconds_of_solve(engine: Engine, linearization: Linearization, terms: int) -> float:
+def seconds_of_solve(engine: Engine, linearization: Linearization, tangents: Sequence[Tensor], terms: int) -> float:
     """Seconds of a solve of so many terms, until the device has made them."""
     device = linearization.layout.device
-    tangents = probe(linearization.layout)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine._support.torch_compat import TorchDispatchMode, pytree
+from hvp_engine._support.torch_compat import DispatchMode, pytree
 
 aten = torch.ops.aten
 
@@ -20,7 +20,7 @@ _COPIES = {aten._to_copy.default, aten.copy_.default}
 _CHECKS = {aten._linalg_check_errors.default, aten.is_nonzero.default}
 
 
-class WaitsRaise(TorchDispatchMode):
+class WaitsRaise(DispatchMode):
     """A block in which this thread's operations raise `RuntimeError` where they would wait for a CUDA device.
 
     `torch.cuda.set_sync_debug_mode("error")` sees deeper, but it is the process's: it would end whatever another

@@ -83,9 +83,7 @@ class Conversion:
 
     def operand(self, argument: Any, user: fx.Node) -> Operand:
         """An argument of an elementwise operation: unstored if nothing else reads it."""
-        value = self._values[argument]
-        if isinstance(value, tuple):
-            raise UnsupportedError(f"several results where one is expected, at {argument}")
+        value = self._single(argument)
         if isinstance(value, Expression) and (len(argument.users) > 1 or value.sizes != self.shape(user)):
             return self.place(argument)
         if isinstance(value, Place) and value.region.known and argument.meta["val"].dtype != self.builder.dtype:
@@ -94,13 +92,17 @@ class Conversion:
 
     def place(self, argument: fx.Node) -> Place:
         """An argument in memory."""
-        value = self._values[argument]
-        if isinstance(value, tuple):
-            raise UnsupportedError(f"several results where one is expected, at {argument}")
+        value = self._single(argument)
         stored = self._values[argument] = self.builder.stored(value)
         if stored.region.known and argument.meta["val"].dtype != self.builder.dtype:
             return self.as_numbers(argument)
         return stored
+
+    def _single(self, argument: fx.Node) -> Operand:
+        value = self._values[argument]
+        if isinstance(value, tuple):
+            raise UnsupportedError(f"several results where one is expected, at {argument}")
+        return value
 
     def owned(self, argument: fx.Node) -> Operand:
         """An argument that its only user may overwrite where it is in the workspace; otherwise a value to be copied."""

@@ -30,7 +30,7 @@ from hvp_engine._support.torch_compat_nodes import (
     sequence_number,
     sequence_number_of,
 )
-from hvp_engine.differentiation.recorded.product_recorder import is_plain
+from hvp_engine.differentiation.recorded.tensor_kinds import is_plain, kind_of
 
 
 class HiddenContentsError(Exception):
@@ -163,7 +163,7 @@ def _read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphContents:
         text += index[edge.node], edge.output_nr
     for x in inputs:
         edge = get_gradient_edge(x)
-        text += index.get(edge.node, -1), edge.output_nr, _NUMBERS[x.shape, x.stride(), x.dtype, x.device]
+        text += index.get(edge.node, -1), edge.output_nr, _NUMBERS[kind_of(x)]
     for node, following in zip(order, edges, strict=True):
         reader = _READERS.get(type(node))
         if reader is None:
@@ -207,11 +207,10 @@ class _Contents:
                 raise HiddenContentsError(f"a {type(x).__name__} that is not strided, or is a lazy view")
             place = len(self.tensors)
             self.tensors.append(x)
-            shape = x.shape
-            add(_NUMBERS[shape, x.stride(), x.dtype, x.device])
+            add(_NUMBERS[kind_of(x)])
             address = x.data_ptr()  # 0: zeros without memory, or nothing
             add(self._places.setdefault(address, place) if address else -1)
-            if not shape and x.device.type == "cpu":
+            if x.dim() == 0 and x.device.type == "cpu":
                 self.numbers.append(place)
         elif type(x) in (tuple, list):
             add(-len(x))

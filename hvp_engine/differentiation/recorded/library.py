@@ -14,8 +14,14 @@ from torch import Tensor
 
 from hvp_engine.differentiation.double_backward import GraphFacts
 from hvp_engine.differentiation.recorded.graph_contents import GraphContents
-from hvp_engine.differentiation.recorded.product_recorder import Constant, Entry, RecordedProduct, constant_of
+from hvp_engine.differentiation.recorded.product_recorder import (
+    Constant,
+    Entry,
+    RecordedProduct,
+    constant_of,
+)
 from hvp_engine.differentiation.recorded.programs import Program, literals
+from hvp_engine.differentiation.recorded.tensor_kinds import whereabouts
 
 aten = torch.ops.aten
 
@@ -132,11 +138,9 @@ class Library:
         self._graphs: OrderedDict[Hashable, Known] = OrderedDict()
         self._programs: OrderedDict[Hashable, Program | str] = OrderedDict()
         self._lock = threading.RLock()
-        self._nodes = 0
         self.built = 0
         self.build_seconds = 0.0
         self.plain_seconds = 0.0
-        self.solves = 0
 
     def known(self, text: Hashable) -> Known:
         """What is known of graphs of this text."""
@@ -161,7 +165,6 @@ class Library:
                     found = Program(product, tangents)
                     self.built += 1
                     self.build_seconds += found.seconds
-                    self._nodes += found.nodes
                 except Exception as error:  # our own fault, and no reason to stop: autograd goes on
                     found = f"a program could not be built: {type(error).__name__}: {error}"
                 self._programs[text] = found
@@ -175,11 +178,14 @@ class Library:
         with self._lock:
             self._programs[product.text()] = reason
 
+    @property
+    def _nodes(self) -> int:
+        return sum(program.nodes for program in self._programs.values() if isinstance(program, Program))
+
     def _forget(self) -> None:
         while self._nodes > _MOST_NODES and len(self._programs) > 1:
             _, dropped = self._programs.popitem(last=False)
             if isinstance(dropped, Program):
-                self._nodes -= dropped.nodes
                 for known in self._graphs.values():
                     known.shortcuts = [shortcut for shortcut in known.shortcuts if shortcut.program is not dropped]
 
@@ -200,13 +206,9 @@ def place_constants(product: RecordedProduct, contents: GraphContents) -> list[S
     """Where the graph keeps the constants; None if it does not show one of them."""
     places: dict[Any, int] = {}
     for place, tensor in enumerate(contents.tensors):
-        places.setdefault(_whereabouts(tensor), place)
-    found = [places.get(_whereabouts(tensor)) for tensor in product.constants]
+        places.setdefault(whereabouts(tensor), place)
+    found = [places.get(whereabouts(tensor)) for tensor in product.constants]
     return None if None in found else [Source(place) for place in found if place is not None]
-
-
-def _whereabouts(tensor: Tensor) -> Hashable:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def numbers_taken(

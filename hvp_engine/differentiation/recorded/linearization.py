@@ -37,6 +37,7 @@ from hvp_engine.differentiation.recorded.library import (
 )
 from hvp_engine.differentiation.recorded.product_recorder import RecordedProduct, record
 from hvp_engine.differentiation.recorded.programs import Program
+from hvp_engine.differentiation.recorded.tensor_kinds import kind_of
 from hvp_engine.differentiation.self_check import difference_of_products, probe
 from hvp_engine.differentiation.trace.evaluated import PartitionedLinearization
 
@@ -90,7 +91,7 @@ class RecordedLinearization(Tape):
             contents = read_graph(self._both.outputs, active)
         except HiddenContentsError as reason:
             facts = super()._examined(hyperparameters)
-            kinds = tuple((x.shape, x.stride(), x.dtype, x.device) for x in active)
+            kinds = tuple(map(kind_of, active))
             self._known = self._library.known((str(reason), facts.nodes, kinds))
             self._known.hidden = str(reason)
         else:
@@ -156,7 +157,8 @@ class RecordedLinearization(Tape):
             return self._program.mixed(tangents)
 
     def accumulating_terms(self, accumulation: Accumulation, damping: float) -> Terms | None:
-        self._begin()
+        if not self._begun:
+            self._begin()
         known = self._known
         terms = None if self._program is None else self._program.accumulating_terms(accumulation, damping)
         if terms is None:

@@ -24,6 +24,7 @@ from hvp_engine._support.torch_compat import (
 )
 from hvp_engine.differentiation.recorded.operations import FILLS, METADATA, TRANSPOSES, WITH_MEMORY, kind_of_operation
 from hvp_engine.differentiation.recorded.python_watch import HANDED_OUT, PythonWatch
+from hvp_engine.differentiation.recorded.tensor_kinds import is_plain, kind_of, whereabouts
 
 aten = torch.ops.aten
 
@@ -35,18 +36,6 @@ _FILL = "_hvp_engine_fill"
 
 _TRANSPOSED = "_hvp_engine_transposed"
 """Attribute of a known tensor that is another one transposed: (the recorder's token, the operation, its arguments)."""
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is what its shape, strides and dtype say: no subclass, not sparse, not lazily conjugate."""
-    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-    lazy = tensor.is_neg() or tensor.is_conj() or is_zero_tensor(tensor)
-    return plain and tensor.layout is torch.strided and not lazy
-
-
-def kind_of(tensor: Tensor) -> Hashable:
-    """All that a program depends on of a tensor whose values it is given."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 class Value:
@@ -263,8 +252,7 @@ class ProductRecorder(DispatchMode):
             self.refused = self.refused or f"a {type(tensor).__name__} that is not strided, or is a lazy view"
             return constant_of(0)
         number = self._fill(tensor)
-        # autograd makes a new tensor each time that it unpacks a saved one
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, number)
+        place = whereabouts(tensor), number
         constant = None if new else self._places.get(place)
         if constant is None:
             constant = self._places[place] = constant_of(len(self._constants))

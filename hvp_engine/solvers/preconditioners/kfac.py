@@ -11,9 +11,15 @@ from torch import Tensor, nn
 
 from hvp_engine._support.arguments import check_positive
 from hvp_engine._support.flat_vector import Layout
-from hvp_engine._support.pytree import check_like, flatten
-from hvp_engine._support.torch_compat import pytree
-from hvp_engine.solvers.preconditioners.layers import eigen, hessian_roots, path, recorded_layers
+from hvp_engine._support.pytree import check_like
+from hvp_engine.solvers.preconditioners.layers import (
+    checked_weights,
+    eigen,
+    hessian_roots,
+    no_layers,
+    path,
+    recorded_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -87,19 +93,13 @@ class KFACPreconditioner:
         targets: Any,
         shift: float,
     ):
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"module: expected a torch.nn.Module; got {type(module).__name__}")
-        shift = check_positive(shift, "shift")
-        if not isinstance(weights, Mapping):
-            raise TypeError(f"weights: expected a dict of named parameters; got {type(weights).__name__}")
-        self._layout = Layout.of(flatten(dict(weights), "weights")[0])
-        names = pytree.tree_flatten({name: name for name in weights})[0]
-        self.shift = shift
-        places = {name: index for index, name in enumerate(names)}
+        self.shift = check_positive(shift, "shift")
+        leaves, places = checked_weights(module, weights)
+        self._layout = Layout.of(leaves)
         self._blocks, self._means, self.gradients = _factors(module, loss, weights, inputs, targets, places)
         self.hvps = 0
         if not self._blocks:
-            raise ValueError("module: expected torch.nn.Linear or Conv2d layers with weights in `weights`; got none")
+            raise no_layers()
 
     def __call__(self, v: list[Tensor]) -> list[Tensor]:
         check_like(v, self._layout, "v", "weights")

@@ -8,11 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvp_engine._support.pytree import check_scalar
+from hvp_engine._support.pytree import check_scalar, flatten
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.errors import NonFiniteError
 
 Calls = dict[str, tuple[Tensor, Tensor]]
 """The input and the output of each layer."""
+
+
+def checked_weights(module: Any, weights: Any) -> tuple[list[Tensor], dict[str, int]]:
+    """The leaves of `weights`, and the place of each name among them; errors name the argument."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module; got {type(module).__name__}")
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights: expected a dict of named parameters; got {type(weights).__name__}")
+    names = pytree.tree_flatten({name: name for name in weights})[0]
+    return flatten(dict(weights), "weights")[0], {name: place for place, name in enumerate(names)}
+
+
+def not_finite() -> NonFiniteError:
+    """The error for a curvature that is not."""
+    return NonFiniteError(
+        "inputs: expected finite activations and curvature; got NaN or Inf: check the inputs, the targets and the "
+        "weights"
+    )
+
+
+def no_layers() -> ValueError:
+    """The error for a module of which no layer is supported."""
+    return ValueError("module: expected torch.nn.Linear or Conv2d layers with weights in `weights`; got none")
 
 
 def recorded_layers(
@@ -71,9 +95,6 @@ def hessian_roots(loss: Callable[[Tensor, Any], Tensor], outputs: Tensor, target
 def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (negative ones set to zero) and eigenvectors of symmetric matrices."""
     if not bool(torch.isfinite(matrix).all()):
-        raise NonFiniteError(
-            "inputs: expected finite activations and curvature; got NaN or Inf: check the inputs, the targets and "
-            "the weights"
-        )
+        raise not_finite()
     values, vectors = torch.linalg.eigh(matrix)
     return values.clamp_min(0), vectors

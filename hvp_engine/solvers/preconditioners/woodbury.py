@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from hvp_engine._support.arguments import check_count
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.pytree import check_like, flatten
-from hvp_engine._support.torch_compat import pytree
-from hvp_engine.errors import NonFiniteError
-from hvp_engine.solvers.preconditioners.layers import hessian_roots, path, recorded_layers
+from hvp_engine.solvers.preconditioners.layers import (
+    checked_weights,
+    hessian_roots,
+    no_layers,
+    not_finite,
+    path,
+    recorded_layers,
+)
 
 
 class _Rows:
@@ -138,19 +143,13 @@ class WoodburyPreconditioner:
         diagonal: Any,
         max_size: int = 3000,
     ):
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"module: expected a torch.nn.Module; got {type(module).__name__}")
-        if not isinstance(weights, Mapping):
-            raise TypeError(f"weights: expected a dict of named parameters; got {type(weights).__name__}")
+        leaves, places = checked_weights(module, weights)
         max_size = check_count(max_size, "max_size", what="the number of rows")
-        leaves = flatten(dict(weights), "weights")[0]
         self._layout = Layout.of(leaves)
         self._inverses = [1 / d for d in _diagonals(diagonal, weights, leaves)]
-        names = pytree.tree_flatten({name: name for name in weights})[0]
-        places = {name: index for index, name in enumerate(names)}
         layers, calls, outputs, _ = recorded_layers(module, weights, inputs, places)
         if not calls:
-            raise ValueError("module: expected torch.nn.Linear or Conv2d layers with weights in `weights`; got none")
+            raise no_layers()
         roots = hessian_roots(loss, outputs, targets)
         self.hvps, self.gradients = 0, roots.shape[2]
         size = roots.shape[0] * roots.shape[2]
@@ -172,10 +171,7 @@ class WoodburyPreconditioner:
             rows.add_to(dual, self._inverses[place])
         self._factor, failed = torch.linalg.cholesky_ex(dual)
         if failed or not bool(torch.isfinite(self._factor).all()):
-            raise NonFiniteError(
-                "inputs: expected finite activations and curvature; got NaN or Inf: check the inputs, the targets and "
-                "the weights"
-            )
+            raise not_finite()
 
     def __call__(self, v: list[Tensor]) -> list[Tensor]:
         check_like(v, self._layout, "v", "weights")
