@@ -11,19 +11,20 @@
 namespace hvp {
 namespace {
 
-void require(cudaError_t error, const Step& step, const char* action) {
+void require(cudaError_t error, const char* op, const char* action) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(kOps[static_cast<int>(step.op)].name) + ": " + action + ": " +
-                           cudaGetErrorString(error));
+  throw std::runtime_error(std::string(op) + ": " + action + ": " + cudaGetErrorString(error));
 }
+
+const char* name_of(const Step& step) { return kOps[static_cast<int>(step.op)].name; }
 
 // Makes `device` current, and the previous one again at the end of the scope.
 class DeviceGuard {
  public:
-  DeviceGuard(const Step& step, int device) {
-    require(cudaGetDevice(&previous_), step, "no current CUDA device");
+  DeviceGuard(const char* op, int device) {
+    require(cudaGetDevice(&previous_), op, "no current CUDA device");
     if (previous_ == device) return;
-    require(cudaSetDevice(device), step, "cannot select the CUDA device");
+    require(cudaSetDevice(device), op, "cannot select the CUDA device");
     changed_ = true;
   }
   ~DeviceGuard() {
@@ -58,6 +59,17 @@ const void* kernel_of(OpCode op, bool measure, bool wide) {
   return nullptr;
 }
 
+const void* kernel_of(RecurrenceCode code) {
+  switch (code) {
+#define HVP_CASE(name, Struct) \
+  case RecurrenceCode::name:   \
+    return reinterpret_cast<const void*>(recurrence_kernel<Struct>);
+    HVP_RECURRENCES(HVP_CASE)
+#undef HVP_CASE
+  }
+  return nullptr;
+}
+
 // Launches the tensors [begin, end), which fit in one table.
 template <int kCapacity>
 void launch(const Step& step, bool measure, Shared shared, size_t begin, size_t end, cudaStream_t stream) {
@@ -79,7 +91,7 @@ void launch(const Step& step, bool measure, Shared shared, size_t begin, size_t 
   void* arguments[] = {&table, &shared};
   require(cudaLaunchKernel(kernel_of<kCapacity>(step.op, measure, step.wide),
                            dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments, 0, stream),
-          step, "CUDA launch failed");
+          name_of(step), "CUDA launch failed");
 }
 
 // One pass over all tensors, in as few launches as they fit in.
@@ -105,9 +117,10 @@ std::string cuda_problem() {
 
 void run_cuda(const Step& step, int device, void* stream_handle) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
-  const DeviceGuard guard(step, device);
+  const DeviceGuard guard(name_of(step), device);
   if (step.rows == 0) {
-    require(cudaMemsetAsync(step.partials, 0, 3 * sizeof(double), stream), step, "CUDA memset failed");
+    require(cudaMemsetAsync(step.partials, 0, 3 * sizeof(double), stream), name_of(step),
+            "CUDA memset failed");
     return;
   }
   Shared shared{};
@@ -122,9 +135,18 @@ void run_cuda(const Step& step, int device, void* stream_handle) {
     void* arguments[] = {&partials, &rows};
     require(cudaLaunchKernel(reinterpret_cast<const void*>(total_kernel), dim3(1), dim3(kThreads), arguments,
                              0, stream),
-            step, "CUDA launch failed");
+            name_of(step), "CUDA launch failed");
   }
   run_pass(step, false, shared, stream);
+}
+
+void run_recurrence_cuda(RecurrenceCode code, double* numbers, int device, void* stream) {
+  const char* name = kRecurrences[static_cast<int>(code)].name;
+  const DeviceGuard guard(name, device);
+  void* arguments[] = {&numbers};
+  require(
+      cudaLaunchKernel(kernel_of(code), dim3(1), dim3(32), arguments, 0, static_cast<cudaStream_t>(stream)),
+      name, "CUDA launch failed");
 }
 
 }  // namespace hvp

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include "recurrences.h"
 #include "step.h"
 
 namespace hvp {
@@ -249,6 +250,12 @@ __global__ void __launch_bounds__(kThreads) total_kernel(double* partials, int64
   if (threadIdx.x == 0) total = sums.second;
   __syncthreads();
   for (int64_t row = threadIdx.x; row < rows; row += kThreads) partials[3 * row] = total;
+}
+
+// The numbers between two passes, by one thread of one warp.
+template <class Recurrence>
+__global__ void recurrence_kernel(double* numbers) {
+  if (threadIdx.x == 0) Recurrence::run(numbers);
 }
 
 }  // namespace hvp

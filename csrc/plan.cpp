@@ -167,17 +167,7 @@ class Plan {
 
   void run_on_cuda([[maybe_unused]] const Step& step) const {
 #ifdef HVP_HAS_CUDA
-    void* stream = nullptr;
-    if (Torch::get().table->current_stream(device_.type, device_.index, &stream) != 0) {
-      throw py::error_already_set();
-    }
-    try {
-      const py::gil_scoped_release release;
-      run_cuda(step, device_.index, stream);
-    } catch (const std::runtime_error& error) {
-      py::set_error(py::module_::import("hvp_engine.errors").attr("BackendError"), error.what());
-      throw py::error_already_set();
-    }
+    on_current_stream(device_, [&](void* stream) { run_cuda(step, device_.index, stream); });
 #else
     throw std::runtime_error("the extension was built without CUDA");
 #endif

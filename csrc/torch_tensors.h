@@ -69,6 +69,24 @@ inline int64_t numel(const dlpack::Tensor& view) {
   return product;
 }
 
+#ifdef HVP_HAS_CUDA
+// Calls `launch` with torch's current stream of a CUDA device, without the interpreter's lock; its
+// std::runtime_error becomes a BackendError.
+template <class Launch>
+void on_current_stream(const dlpack::Device& device, const Launch& launch) {
+  void* stream = nullptr;
+  if (Torch::get().table->current_stream(device.type, device.index, &stream) != 0)
+    throw py::error_already_set();
+  try {
+    const py::gil_scoped_release release;
+    launch(stream);
+  } catch (const std::runtime_error& error) {
+    py::set_error(py::module_::import("hvp_engine.errors").attr("BackendError"), error.what());
+    throw py::error_already_set();
+  }
+}
+#endif
+
 // The element type; kDTypes for one that no op takes.
 inline int dtype_of(const dlpack::DataType& dtype) {
   if (dtype.code == dlpack::kBFloat && dtype.bits == 16) return static_cast<int>(DType::kBFloat16);

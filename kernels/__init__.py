@@ -4,6 +4,8 @@ Adding an op takes its kernel, with the signature (states..., rows, addresses, s
 PRODUCT, CHUNK), and its entry in :data:`KERNELS`. An op that first needs a sum over all elements has another kernel of
 the same signature in :data:`MEASURES`, which runs before it.
 
+The scalar recurrences between two passes are in :mod:`hvp_engine.kernels.recurrences`.
+
 All terms of a linear model's series in one launch are in :mod:`hvp_engine.kernels.linear_model`.
 """
 
@@ -20,6 +22,7 @@ from hvp_engine.kernels.linear_direct import linear_model_direct
 from hvp_engine.kernels.linear_dual import linear_model_dual
 from hvp_engine.kernels.linear_model import linear_model_limit
 from hvp_engine.kernels.neumann import neumann_step, neumann_step_horner
+from hvp_engine.kernels.recurrences import RECURRENCE_KERNELS, bind_recurrence
 from hvp_engine.ops import OPS
 from hvp_engine.ops.backend import Binding, Bound
 
@@ -27,7 +30,9 @@ __all__ = [
     "INTERPRETED",
     "KERNELS",
     "MEASURES",
+    "RECURRENCE_KERNELS",
     "bind",
+    "bind_recurrence",
     "linear_model_direct",
     "linear_model_dual",
     "linear_model_limit",

@@ -105,6 +105,17 @@ class Library:
 
         return run
 
+    def bind_recurrence(self, name: str, state: Tensor) -> Callable[[], None]:
+        """What a backend's `bind_recurrence` gives."""
+        from hvp_engine.ops import RECURRENCES
+
+        code, numbers = list(RECURRENCES).index(name), ctypes.c_void_p(state.data_ptr())
+
+        def run(kept: Tensor = state) -> None:
+            self._library.cuda_on_cpu_run_recurrence(code, numbers)
+
+        return run
+
 
 def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
@@ -115,7 +126,7 @@ def main(order: str, file: str, *arguments: str) -> int:
 
     library = Library(file)
     library.order(order)
-    cpp.bind = library.bind  # type: ignore[assignment]
+    cpp.bind, cpp.bind_recurrence = library.bind, library.bind_recurrence  # type: ignore[assignment]
     found = pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", *arguments])
     return found if library.launches else 1
 

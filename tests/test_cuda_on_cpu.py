@@ -16,7 +16,7 @@ import torch
 from fused_op_oracles import BF16, F16, F32, F64, Case, products_like
 
 import hvp_engine as hvp
-from hvp_engine.ops import OPS, cpp
+from hvp_engine.ops import OPS, RECURRENCES, cpp
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.machine() != "x86_64", reason="fibers switch by assembly for x86-64, in g++"
@@ -38,14 +38,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def run_ops(library: Path, order: str, which: str) -> int:
+def run_ops(library: Path, order: str, which: str, tests: str = "test_ops.py") -> int:
     """Run tests of the ops in a process of its own, which a kernel's fault may end; how many passed."""
     command = [
         sys.executable,
         str(TESTS / "run_cuda_on_cpu.py"),
         order,
         str(library),
-        str(TESTS / "test_ops.py"),
+        str(TESTS / tests),
         "-k",
         which,
     ]
@@ -58,6 +58,10 @@ def run_ops(library: Path, order: str, which: str) -> int:
 
 def test_all_op_tests_with_threads_and_blocks_shuffled(library: Path) -> None:
     assert run_ops(library, "shuffled", ON_THIS_BACKEND) > 600
+
+
+def test_recurrences(library: Path) -> None:
+    assert run_ops(library, "in-order", "backend and cpu-cpp", "test_recurrences.py") == len(RECURRENCES)
 
 
 def test_with_threads_and_blocks_reversed(library: Path) -> None:

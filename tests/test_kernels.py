@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hvp_engine._support.flat_vector import CHUNK, INPUT_DTYPES, STATE_DTYPES, Layout
-from hvp_engine.ops import OPS
+from hvp_engine.ops import OPS, RECURRENCES
 from hvp_engine.ops.backend import why_not
 
 triton = pytest.importorskip("triton", reason="Triton is optional, and not installed here")
@@ -56,7 +56,7 @@ def test_tables_of_rows_are_made_once_for_a_layout() -> None:
 
 
 def test_every_op_has_its_kernel() -> None:
-    assert kernels.KERNELS.keys() == OPS.keys()
+    assert kernels.KERNELS.keys() == OPS.keys() and kernels.RECURRENCE_KERNELS.keys() == RECURRENCES.keys()
 
 
 def test_ops_in_the_interpreter() -> None:
@@ -67,6 +67,14 @@ def test_ops_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) > 300, done.stdout
+
+
+def test_recurrences_in_the_interpreter() -> None:
+    done = run_interpreted(
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider"),
+        *(str(TESTS / "test_recurrences.py"), "-k", "backend and cpu-triton"),
+    )
+    assert done.returncode == 0 and f"{len(RECURRENCES)} passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_totals_of_more_rows_than_one_block_takes() -> None:
@@ -157,3 +165,13 @@ def test_totals_compile_for_gpus(capability: int) -> None:
         ASTSource(spread_total, signature, constexprs={"BLOCK": 1024}), target=GPUTarget("cuda", capability, 32)
     )
     assert len(compiled.asm["cubin"]) > 1000
+
+
+@compiled_only
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_recurrences_compile_for_gpus(name: str) -> None:
+    for capability in (80, 90):
+        compiled = triton.compile(
+            ASTSource(kernels.RECURRENCE_KERNELS[name], {"state": "*fp64"}), target=GPUTarget("cuda", capability, 32)
+        )
+        assert len(compiled.asm["cubin"]) > 1000

@@ -1,6 +1,6 @@
 """Which implementations of the fused ops exist, why one is missing, and which one runs.
 
-Four backends implement every op of :mod:`hvp_engine.ops.schemas`:
+Four backends implement every op of :mod:`hvp_engine.ops.schemas` and :mod:`hvp_engine.ops.recurrences`:
 
 | name      | devices | what it is                                                     |
 |-----------|---------|----------------------------------------------------------------|
@@ -52,6 +52,9 @@ class Backend(Protocol):
 
     def bind(self, given: Binding) -> Bound:
         """The op `given.name`, bound."""
+
+    def bind_recurrence(self, name: str, state: Tensor) -> Callable[[], None]:
+        """The recurrence `name` of :mod:`hvp_engine.ops.recurrences`, bound."""
 
 
 _MODULES = {

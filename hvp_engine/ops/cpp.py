@@ -56,6 +56,11 @@ def bind(given: Binding) -> Bound:
     )
 
 
+def bind_recurrence(name: str, state: Tensor) -> Callable[[], None]:
+    """The recurrence `name`, bound."""
+    return _C.Recurrence(name, _kept(state))
+
+
 def _kept(tensor: Tensor) -> Tensor:
     """An alias that keeps the memory alive and in place, whatever happens to the caller's tensor."""
     alias = tensor.detach()

@@ -12,6 +12,7 @@ threads or on the launch, so neither do the totals.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import CHUNK, offsets_of
 from hvp_engine._support.pytree import check_like
 from hvp_engine.ops.backend import Binding, Bound
+from hvp_engine.ops.recurrences import RECURRENCES
 from hvp_engine.ops.schemas import OPS
 
 
@@ -124,6 +126,78 @@ STEPS: dict[str, Callable[..., None]] = {
 }
 
 
+def cg_recurrence(s: SimpleNamespace) -> None:
+    """The next beta and rho of conjugate gradients; rho is 0 from where the tolerance is reached.
+
+    `squared` = r . r, `metric` = r . M r, and `curvature` = d . A d for the last direction d.
+    """
+    s.negative = s.negative | ((s.rho > 0) & ~(s.curvature > 0))
+    s.bad = s.bad | (s.nonfinite > 0)
+    s.bad_metric = s.bad_metric | (s.preconditioned & (s.squared > 0) & ~(s.metric > 0) & ~s.bad)
+    following = torch.where(s.preconditioned, s.metric, s.squared)
+    moving = (s.squared > s.enough) & ~s.negative
+    s.beta = torch.where(s.rho > 0, following / s.rho, 0.0)
+    s.rho = torch.where(moving, following, 0.0)
+
+
+def minres_lanczos(s: SimpleNamespace) -> None:
+    """After alpha = z . A z: what the last reflection makes of the new column of the tridiagonal matrix."""
+    s.bad = s.bad | (s.nonfinite > 0)
+    delta = s.cosine * s.delta_bar + s.sine * s.alpha
+    s.gamma_bar = s.sine * s.delta_bar - s.cosine * s.alpha
+    s.minus_alpha, s.minus_delta, s.minus_epsilon = -s.alpha, -delta, -s.epsilon_k
+
+
+def minres_reflection(s: SimpleNamespace) -> None:
+    """beta = `norm`, or sqrt(`norm`) if that is u . M u, and 0 if only rounding is left of u; the next reflection."""
+    s.bad_metric = s.bad_metric | (s.preconditioned & (s.scale > 0) & ~(s.norm > -s.epsilon * s.scale) & ~s.bad)
+    beta = torch.where(s.preconditioned, s.norm.clamp_min(0).sqrt(), s.norm)
+    beta = beta * (beta > 100 * s.epsilon * torch.hypot(torch.hypot(s.alpha, s.beta), beta))
+    s.inverse = torch.where(beta > 0, 1 / beta, 0.0)
+    s.size = torch.maximum(s.size, torch.hypot(torch.hypot(s.alpha, beta), s.beta))
+    s.epsilon_k, s.delta_bar = s.sine * beta, -s.cosine * beta
+    gamma = torch.hypot(s.gamma_bar, beta)
+    s.inverse_gamma = torch.where(gamma > 0, 1 / gamma, 0.0)
+    s.cosine, s.sine = s.gamma_bar * s.inverse_gamma, beta * s.inverse_gamma
+    s.phi = s.cosine * s.phi_bar
+    s.beta, s.minus_beta = beta, -beta
+
+
+def minres_update(s: SimpleNamespace) -> None:
+    """Whether the iterate is a least-squares solution; if not, its step and that of the residual.
+
+    ||A r|| of the current iterate is phi_bar * slope: where slope vanishes it is a least-squares solution. A step so
+    long that the rounding error of its product exceeds the residual goes along the null space.
+    """
+    slope = torch.hypot(s.gamma_bar, s.delta_bar)
+    reach = s.phi.abs() * s.search_norm + s.value_norm
+    stop = s.moving & ((slope <= s.flat * s.size) | (s.epsilon * s.size * reach > s.squared.sqrt()))
+    s.slope = torch.where(stop, slope, s.slope)
+    s.least, s.moving = s.least | stop, s.moving & ~stop
+    s.phi_bar = s.sine * s.phi_bar
+    s.step = torch.where(s.moving, s.phi, 0.0)
+    s.keep = torch.where(s.moving, s.sine.square(), 1.0)
+    s.minus_shift = torch.where(s.moving, -s.phi_bar * s.cosine, 0.0)
+
+
+def minres_residual(s: SimpleNamespace) -> None:
+    """After the residual's new norm: whether the tolerance is reached, or rounding has taken over.
+
+    Without a preconditioner the 2-norm decreases until it stagnates; with one only the M-norm does.
+    """
+    lowest = torch.minimum(s.lowest, s.squared)
+    s.squared = s.residual_norm.square()
+    risen = ~s.preconditioned & s.moving & (s.squared > (1 + s.epsilon.sqrt()) ** 2 * lowest)
+    s.lowest = torch.where(s.preconditioned, s.lowest, lowest)
+    s.least, s.moving = s.least | risen, s.moving & ~risen & (s.squared > s.enough)
+
+
+_RECURRENCES: dict[str, Callable[[SimpleNamespace], None]] = {
+    step.__name__: step for step in (cg_recurrence, minres_lanczos, minres_reflection, minres_update, minres_residual)
+}
+_FLAGS = ("preconditioned", "negative", "moving", "least", "bad", "bad_metric")
+
+
 def missing(device_type: str) -> str | None:
     """None: plain torch runs on every device."""
     return None
@@ -138,5 +212,18 @@ def bind(given: Binding) -> Bound:
     def run(products: Sequence[Tensor]) -> None:
         check_like(products, layout, f"{name}: {op.product}", "weights", states[0].dtype)
         step(*states, layout.rows(products, apart_from=(*states, partials)), *trailing)
+
+    return run
+
+
+def bind_recurrence(name: str, state: Tensor) -> Callable[[], None]:
+    """The recurrence `name`, bound."""
+    names, step = RECURRENCES[name], _RECURRENCES[name]
+
+    def run() -> None:
+        numbers = dict(zip(names, state.unbind(), strict=True))
+        s = SimpleNamespace(**{name: number > 0 if name in _FLAGS else number for name, number in numbers.items()})
+        step(s)
+        state.copy_(torch.stack([getattr(s, name).double() for name in names]))
 
     return run

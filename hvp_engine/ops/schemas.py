@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import INPUT_DTYPES, STATE_DTYPES, Layout, partial_rows
-from hvp_engine.ops import backend
+from hvp_engine.ops import backend, recurrences
 
 
 @dataclass(frozen=True)
@@ -169,3 +169,4 @@ def _register(library: torch.library.Library, op: Op) -> None:
 _LIBRARY = torch.library.Library("hvp_engine", "DEF")
 for _op in OPS.values():
     _register(_LIBRARY, _op)
+recurrences.register(_LIBRARY)

@@ -107,17 +107,19 @@ class _ConjugateGradient(Iteration):
         self.value = FlatVector(layout)
         self.direction = self._search = FlatVector(layout)
 
-        self._no = torch.zeros((), dtype=torch.bool, device=layout.device)
-        self._rho, self._beta = scalar(0.0, layout.device), scalar(0.0, layout.device)
+        self._scalars = ops.Scalars(ops.CG, layout.device)
+        self._recurrence = ops.bind_recurrence("cg_recurrence", self._scalars.data)
+        self._rho, self._beta = self._scalars["rho"], self._scalars["beta"]
         self._partials = layout.empty_partials()
         one, minus = scalar(1.0, layout.device), scalar(-1.0, layout.device)
         states = (self.value.data, self._residual.data, self._search.data)
+        sums = self._scalars.first(3)  # ||r||^2, the curvature and whether something is not finite
         if layout.whole is None:
             update = ops.bind("cg_step", states, layout, (self._rho,), self._damping, self._partials)
-            self._advance = partial(_fused_step, update, self._partials)
+            self._advance = partial(_fused_step, update, self._partials, sums)
         else:
             vectors = self.value, self._residual, self._search, FlatVector(layout)
-            self._advance = partial(_sharded_step, *vectors, self._rho, self._damping)
+            self._advance = partial(_sharded_step, *vectors, self._rho, self._damping, sums)
         self._subtract = ops.bind("scale_accumulate", (states[1],), layout, (minus, one), 0.0, self._partials)
         flat = Layout.of([self._image.data])
         self._mix = ops.bind("scale_accumulate", (states[2],), flat, (one, self._beta), 0.0, flat.empty_partials())
@@ -130,9 +132,10 @@ class _ConjugateGradient(Iteration):
             self._b.data.copy_(self._residual.data)
         self.value.data.zero_()
         self._squared_b, _, self._bad_b = self._initial.sums().unbind()
-        self._squared, self._enough = self._squared_b, self._tolerance.squared(self._squared_b)
-        self._negative = self._bad = self._bad_metric = self._no
-        self._rho.zero_()  # so that the first beta is 0, and the old direction plays no part
+        self._scalars.data.zero_()  # rho too, so that the first beta is 0, and the old direction plays no part
+        self._scalars["squared"].copy_(self._squared_b)
+        self._scalars["enough"].copy_(self._tolerance.squared(self._squared_b))
+        self._scalars["preconditioned"].fill_(self._preconditioner is not None)
         self._turn()
 
     def step(self, product: Sequence[Tensor]) -> None:
@@ -140,9 +143,7 @@ class _ConjugateGradient(Iteration):
         if self.direction is self.value:
             self._refresh(product)
         else:
-            self._squared, curvature, bad = self._advance(product).unbind()
-            self._negative = self._negative | ((self._rho > 0) & ~(curvature > 0))
-            self._bad = self._bad | (bad > 0)
+            self._advance(product)
             if self._refreshes and self.steps % REFRESH_EVERY == 0:
                 self.direction = self.value  # the next product is A x
                 return
@@ -153,21 +154,18 @@ class _ConjugateGradient(Iteration):
         assert self._b is not None
         torch.sub(self._b.data, self.value.data, alpha=self._damping, out=self._residual.data)
         self._subtract(product)
-        _, self._squared, bad = self.value.layout.total(self._partials.sum(0)).unbind()
-        self._bad = self._bad | (bad > 0)
+        _, squared, bad = self.value.layout.total(self._partials.sum(0)).unbind()
+        self._scalars["squared"].copy_(squared)
+        self._scalars["nonfinite"].add_(bad)  # to that of the step before, which was not looked at
         self.direction = self._search
 
     def _turn(self) -> None:
         """z <- M r; d <- z + beta d; rho <- r . z, or 0 once the tolerance is reached or d had negative curvature."""
-        rho = self._squared
         if self._preconditioner is not None:
             precondition(self._preconditioner, self._residual, self._image)
-            rho = torch.dot(self._residual.data.double(), self._image.data.double())
-            rho = self.value.layout.total(rho)
-            self._bad_metric = self._bad_metric | ((self._squared > 0) & ~(rho > 0) & ~self._bad)
-        moving = (self._squared > self._enough) & ~self._negative
-        self._beta.copy_(torch.where(self._rho > 0, rho / self._rho, 0.0))
-        self._rho.copy_(torch.where(moving, rho, 0.0))
+            metric = torch.dot(self._residual.data.double(), self._image.data.double())
+            self._scalars["metric"].copy_(self.value.layout.total(metric))
+        self._recurrence()
         self._mix([self._image.data])
         self._search.refresh()
 
@@ -176,9 +174,9 @@ class _ConjugateGradient(Iteration):
         return self.steps % CHECK_EVERY == 1 and not bool(self._rho > 0)
 
     def finish(self) -> Tensor:
-        bad = self._bad | ~self.value.all_finite()
-        figures = [self._squared_b, self._bad_b, self._squared, self._negative, bad, self._bad_metric]
-        return torch.stack([figure.double() for figure in figures])
+        s = self._scalars
+        bad = (s["bad"] > 0) | ~self.value.all_finite()
+        return torch.stack([self._squared_b, self._bad_b, s["squared"], s["negative"], bad.double(), s["bad_metric"]])
 
     def read(self, figures: Sequence[float]) -> Outcome:
         squared_b, bad_b, squared, negative, bad, bad_metric = figures
@@ -194,10 +192,10 @@ class _ConjugateGradient(Iteration):
         return Outcome(residual, residual_of, status, math.isfinite(residual), bad_b == 0, growth_limit=limit)
 
 
-def _fused_step(update: Bound, partials: Tensor, product: Sequence[Tensor]) -> Tensor:
+def _fused_step(update: Bound, partials: Tensor, sums: Tensor, product: Sequence[Tensor]) -> None:
     """The fused op, and the sums over its partials."""
     update(product)
-    return partials.sum(0)
+    torch.sum(partials, 0, out=sums)
 
 
 def _sharded_step(
@@ -207,8 +205,9 @@ def _sharded_step(
     image: FlatVector,
     rho: Tensor,
     damping: float,
+    sums: Tensor,
     product: Sequence[Tensor],
-) -> Tensor:
+) -> None:
     """The step on sharded vectors: a sum over processes comes between its two passes, so one op cannot do both."""
     image.copy_(product)
     image.data.add_(d.data, alpha=damping)
@@ -216,4 +215,4 @@ def _sharded_step(
     step = torch.where(curvature > 0, rho / curvature, 0.0).to(image.data.dtype)
     x.data.addcmul_(d.data, step)
     r.data.addcmul_(image.data, step, value=-1)
-    return torch.stack([r.norm().double().square(), curvature, (~r.all_finite()).double()])
+    torch.stack([r.norm().double().square(), curvature, (~r.all_finite()).double()], out=sums)

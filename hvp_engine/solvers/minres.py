@@ -99,12 +99,15 @@ class _MINRES(Iteration):
         vectors = [self._residual, self.value, *self._basis, *self._searches]
         self._vectors = vectors if self._image is None else [*vectors, self._image]
         self._partials = layout.empty_partials()
-        one, self._minus_beta = scalar(1.0, layout.device), scalar(0.0, layout.device)
-        self._no = torch.zeros((), dtype=torch.bool, device=layout.device)
+        self._scalars = s = ops.Scalars(ops.MINRES, layout.device)
+        one = scalar(1.0, layout.device)
         self._recurrences = [
-            ops.bind("scale_accumulate", (u.data,), layout, (one, self._minus_beta), 0.0, self._partials)
+            ops.bind("scale_accumulate", (u.data,), layout, (one, s["minus_beta"]), 0.0, self._partials)
             for u in self._basis
         ]
+        self._lanczos, self._reflection, self._update, self._assess = (
+            ops.bind_recurrence(f"minres_{name}", s.data) for name in ("lanczos", "reflection", "update", "residual")
+        )
 
     def start(self, v: Sequence[Tensor]) -> None:
         self.steps = 0
@@ -112,93 +115,71 @@ class _MINRES(Iteration):
             vector.data.zero_()
         self._b.load(v)
         self._squared_b, _, self._bad_b = self._b.sums().unbind()
-        self._squared = self._lowest = self._squared_b
-        self._enough = self._tolerance.squared(self._squared_b)
-        self._bad = self._bad_metric = self._least = self._no
-        zero = torch.zeros_like(self._squared_b)
-        self._cosine, self._sine = zero - 1, zero
-        self._delta_bar = self._epsilon_k = self._size = zero
-        self._slope = zero + math.inf  # of the iterate accepted as a least-squares solution
-        self._moving = (self._squared_b > 0) & (self._squared_b > self._tolerance.absolute**2)
-        self._minus_beta.zero_()
+        s = self._scalars
+        s.data.zero_()
+        s["epsilon"].fill_(self._epsilon)
+        s["flat"].fill_(_FLAT[self.value.data.dtype])
+        s["preconditioned"].fill_(self._preconditioner is not None)
+        s["enough"].copy_(self._tolerance.squared(self._squared_b))
         self._basis[0].data.copy_(self._residual.data)
-        self._beta, self._phi_bar = zero, self._normalize(0, zero)
-        self._bad_metric = self._bad_metric | (self._moving & ~(self._phi_bar > 0))
+        self._normalize(0)  # by the reflection of a step, of which only beta counts here
+        moving = (self._squared_b > 0) & (self._squared_b > self._tolerance.absolute**2)
+        s["bad_metric"].add_(moving & ~(s["beta"] > 0))
+        s["phi_bar"].copy_(s["beta"])
+        for name in ("sine", "delta_bar", "epsilon_k", "size", "beta", "minus_beta"):
+            s[name].zero_()
+        s["cosine"].fill_(-1.0)
+        s["slope"].fill_(math.inf)  # of the iterate accepted as a least-squares solution
+        s["squared"].copy_(self._squared_b)
+        s["lowest"].copy_(self._squared_b)
+        s["moving"].copy_(moving)
 
     def step(self, product: Sequence[Tensor]) -> None:
+        s, layout = self._scalars, self.value.layout
         now, other = self.steps % 2, 1 - self.steps % 2
         self.steps += 1
         u, following = self._basis[now], self._basis[other]
         image = self.direction
         self._recurrences[other](product)  # following <- A z - beta (the one before u)
-        self._bad = self._bad | (self.value.layout.total(self._partials[:, 2].sum()) > 0)
+        s["nonfinite"].copy_(layout.total(self._partials[:, 2].sum()))
         if self._damping:
             following.data.add_(image.data, alpha=self._damping)
-        alpha = following.dot(image).double()
-        following.data.addcmul_(u.data, -alpha)
+        s["alpha"].copy_(following.dot(image))
+        self._lanczos()
+        following.data.addcmul_(u.data, s["minus_alpha"])
 
         # The search direction needs z before its buffer is overwritten; it is scaled further down.
         search, previous = self._searches[now], self._searches[other]
-        delta = self._cosine * self._delta_bar + self._sine * alpha
-        gamma_bar = self._sine * self._delta_bar - self._cosine * alpha
-        search.data.mul_(-self._epsilon_k).addcmul_(previous.data, -delta).add_(image.data)
+        search.data.mul_(s["minus_epsilon"]).addcmul_(previous.data, s["minus_delta"]).add_(image.data)
+        self._normalize(other)
+        search.data.mul_(s["inverse_gamma"])
 
-        beta = self._normalize(other, torch.hypot(alpha, self._beta))
-        self._size = torch.maximum(self._size, torch.hypot(torch.hypot(alpha, beta), self._beta))
-        self._epsilon_k, self._delta_bar = self._sine * beta, -self._cosine * beta
-        gamma = torch.hypot(gamma_bar, beta)
-        inverse = torch.where(gamma > 0, 1 / gamma, 0.0)
-        self._cosine, self._sine = gamma_bar * inverse, beta * inverse
-        phi = self._cosine * self._phi_bar
-        search.data.mul_(inverse)
+        s["search_norm"].copy_(search.norm())
+        s["value_norm"].copy_(self.value.norm())
+        self._update()
+        self.value.data.addcmul_(search.data, s["step"])
+        self._residual.data.mul_(s["keep"]).addcmul_(following.data, s["minus_shift"])
+        s["residual_norm"].copy_(self._residual.norm())
+        self._assess()
 
-        # ||A r|| of the current iterate is phi_bar * slope: where slope vanishes it is a least-squares solution. A step
-        # so long that the rounding error of its product exceeds the residual goes along the null space.
-        slope = torch.hypot(gamma_bar, self._delta_bar)
-        reach = phi.abs() * search.norm() + self.value.norm()
-        flat = slope <= _FLAT[search.data.dtype] * self._size
-        endless = self._epsilon * self._size * reach > self._squared.sqrt()
-        stop = self._moving & (flat | endless)
-        self._slope = torch.where(stop, slope, self._slope)
-        self._least = self._least | stop
-        self._moving = self._moving & ~stop
-
-        self._phi_bar = self._sine * self._phi_bar
-        self.value.data.addcmul_(search.data, torch.where(self._moving, phi, 0.0))
-        self._residual.data.mul_(torch.where(self._moving, self._sine.square(), 1.0))
-        shift = torch.where(self._moving, self._phi_bar * self._cosine, 0.0)
-        self._residual.data.addcmul_(following.data, -shift)
-        before, self._squared = self._squared, self._residual.norm().double().square()
-        if self._preconditioner is None:  # then the 2-norm decreases until stagnation: rounding takes over
-            self._lowest = torch.minimum(self._lowest, before)
-            risen = self._squared > (1 + self._epsilon**0.5) ** 2 * self._lowest
-            self._least, self._moving = self._least | (self._moving & risen), self._moving & ~risen
-        self._moving = self._moving & (self._squared > self._enough)
-        self._beta = beta
-        self._minus_beta.copy_(-beta)
-
-    def _normalize(self, index: int, size: Tensor) -> Tensor:
+    def _normalize(self, index: int) -> None:
         """u <- u / beta and z <- M u, with beta = sqrt(u . M u), or 0 if only rounding is left of u."""
-        u = self._basis[index]
+        s, u = self._scalars, self._basis[index]
         if self._preconditioner is None:
             self.direction = u
-            beta = u.norm().double()
+            s["norm"].copy_(u.norm())
         else:
             assert self._image is not None
             precondition(self._preconditioner, u, self._image)
-            squared = u.dot(self._image).double()
-            scale = u.dot(u)
-            self._bad_metric = self._bad_metric | ((scale > 0) & ~(squared > -self._epsilon * scale) & ~self._bad)
-            beta = squared.clamp_min(0).sqrt()
-        beta = beta * (beta > 100 * self._epsilon * torch.hypot(size, beta))
-        inverse = torch.where(beta > 0, 1 / beta, 0.0)
+            s["norm"].copy_(u.dot(self._image))
+            s["scale"].copy_(u.dot(u))
+        self._reflection()
         for vector in {id(u): u, id(self.direction): self.direction}.values():
-            vector.data.mul_(inverse)
+            vector.data.mul_(s["inverse"])
             vector.refresh()
-        return beta
 
     def finished(self) -> bool:
-        return self.steps % CHECK_EVERY == 1 and not bool(self._moving)
+        return self.steps % CHECK_EVERY == 1 and not bool(self._scalars["moving"] > 0)
 
     def finish(self) -> Tensor:
         # The component of x in the null space of a singular A is a multiple of (M times) the least-squares residual.
@@ -208,11 +189,11 @@ class _MINRES(Iteration):
             precondition(self._preconditioner, self._residual, image)
         norm = self._residual.dot(image)
         share = self._residual.dot(self.value) / norm
-        null = self._least & (norm > 0) & (share.abs() * self._slope <= _STRAY)
+        s = self._scalars
+        null = (s["least"] > 0) & (norm > 0) & (share.abs() * s["slope"] <= _STRAY)
         self.value.data.addcmul_(image.data, -torch.where(null, share, 0.0))
-        bad = self._bad | ~self.value.all_finite()
-        figures = [self._squared_b, self._bad_b, self._squared, self._least, bad, self._bad_metric]
-        return torch.stack([figure.double() for figure in figures])
+        bad = (s["bad"] > 0) | ~self.value.all_finite()
+        return torch.stack([self._squared_b, self._bad_b, s["squared"], s["least"], bad.double(), s["bad_metric"]])
 
     def read(self, figures: Sequence[float]) -> Outcome:
         squared_b, bad_b, squared, least, bad, bad_metric = figures

@@ -1,4 +1,4 @@
-// csrc/cuda.cu, unchanged, over the stand-in for the CUDA runtime, and one function to call it from Python.
+// csrc/cuda.cu, unchanged, over the stand-in for the CUDA runtime, and functions to call it from Python.
 //
 // A block's threads are fibers: each runs until its next barrier or shuffle, and goes on when all threads of
 // the block, or of the warp, have come to the same one; anything else ends the program. Threads and blocks
@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <random>
 #include <vector>
@@ -227,6 +228,12 @@ std::map<const void*, Kernel> all_kernels() {
       }
     }
   }
+  for (int code = 0; code < static_cast<int>(std::size(kRecurrences)); ++code) {
+    const void* address = kernel_of(static_cast<RecurrenceCode>(code));
+    auto* kernel = reinterpret_cast<void (*)(double*)>(const_cast<void*>(address));
+    found[address] = {[kernel](void** arguments) { kernel(*static_cast<double**>(arguments[0])); },
+                      sizeof(double*)};
+  }
   found[reinterpret_cast<const void*>(total_kernel)] = {[](void** arguments) {
                                                           total_kernel(*static_cast<double**>(arguments[0]),
                                                                        *static_cast<int64_t*>(arguments[1]));
@@ -301,6 +308,11 @@ void cuda_on_cpu_run(int op, int wide, void** states, const double** scalars, do
   } catch (const std::runtime_error& raised) {
     std::snprintf(error, error_size, "%s", raised.what());
   }
+}
+
+// Runs a recurrence on its numbers.
+void cuda_on_cpu_run_recurrence(int code, double* numbers) {
+  hvp::run_recurrence_cuda(static_cast<hvp::RecurrenceCode>(code), numbers, 0, nullptr);
 }
 
 }  // extern "C"
