@@ -2,6 +2,7 @@
 
 from tools.faults.base import Fault
 
+RECURRENCES = "tests/test_recurrences.py -k"
 OPS, NATIVE = "tests/test_ops.py -k", "tests/test_native.py"
 SERIES = "tests/test_linear_model_series.py tests/test_linear_model.py -k"
 
@@ -208,5 +209,33 @@ FAULTS = [
         "step = (rho / curvature).to(x.dtype)",
         f"{OPS} 'reference and positive_curvature'",
         "conjugate gradients go along negative curvature",
+    ),
+    Fault(
+        "csrc/recurrences.h",
+        "length *= flag(length > 100 * s[epsilon] * hypot(hypot(s[alpha], s[beta]), length));",
+        "",
+        f"{RECURRENCES} 'cpp and reflection'",
+        "MINRES goes on along a Lanczos vector that is rounding alone",
+    ),
+    Fault(
+        "csrc/recurrences.h",
+        "const bool moving = s[squared] > s[enough] && !(s[negative] > 0);",
+        "const bool moving = s[squared] > s[enough];",
+        f"{RECURRENCES} 'cpp and cg'",
+        "conjugate gradients go on after negative curvature",
+    ),
+    Fault(
+        "kernels/recurrences.py",
+        "risen = plain & moving &",
+        "risen = moving &",
+        "tests/test_kernels.py -k recurrences_in_the_interpreter",
+        "with a preconditioner MINRES takes a longer residual for stagnation",
+    ),
+    Fault(
+        "hvp_engine/solvers/minres.py",
+        'moving & ~(s["beta"] > 0)',
+        '~(s["beta"] > 0)',
+        "tests/test_solvers_minres.py tests/test_solvers_matrix.py",
+        "a right-hand side of zeros is taken for a bad preconditioner",
     ),
 ]

@@ -18,9 +18,9 @@ FAULTS = [
         "the residual of the iterate before is sold as that of the returned one",
     ),
     Fault(
-        "hvp_engine/solvers/conjugate_gradient.py",
-        "self._beta.copy_(torch.where(self._rho > 0, rho / self._rho, 0.0))",
-        "self._beta.zero_()",
+        "csrc/recurrences.h",
+        "s[beta] = s[rho] > 0 ? following / s[rho] : 0;",
+        "s[beta] = 0;",
         "tests/test_solvers_conjugate_gradient.py",
         "conjugate gradients become steepest descent",
     ),
