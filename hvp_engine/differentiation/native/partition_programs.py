@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
-from hvp_engine.differentiation.native.batch_space import FEWEST_TERMS, Factor, factors
+from hvp_engine.differentiation.native.batch_space import Factor, factors, fewest_terms
 from hvp_engine.differentiation.native.operations import UnsupportedError
 from hvp_engine.differentiation.native.program import BoundProgram, NativeProgram
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
@@ -32,7 +33,7 @@ class PartitionPrograms:
         self.factored: NativeProgram | None = None
         self.reason = ""
         self.seconds = 0.0
-        self._factors_sought = False
+        self._factors: list[Factor] | None = None
 
     def __getstate__(self) -> Partition:
         """A copy makes programs of its own."""
@@ -51,12 +52,17 @@ class PartitionPrograms:
             self.program, self.reason = self._made(residuals, [])
         return self.program
 
+    def fewest_terms(self, residuals: Sequence[Tensor], grams_exist: bool) -> float:
+        """Terms from which the program with factored weights is faster; infinite where there is none."""
+        if self._factors is None:
+            self._factors = factors(self._parts, residuals)
+        return fewest_terms(self._factors, grams_exist) if self._factors else math.inf
+
     def in_batch_space(self, residuals: Sequence[Tensor]) -> NativeProgram | None:
         """The program with factored weights."""
-        if not self._factors_sought:
-            found = factors(self._parts, residuals)
-            self.factored, _ = self._made(residuals, found) if found else (None, "")
-            self._factors_sought = True
+        if self.factored is None and self._factors:
+            self.factored, reason = self._made(residuals, self._factors)
+            self._factors = [] if reason else self._factors
         return self.factored
 
     def _made(self, residuals: Sequence[Tensor], found: Sequence[Factor]) -> tuple[NativeProgram | None, str]:
@@ -105,7 +111,8 @@ class BoundPrograms:
         """Terms by the program that is the faster one for so many."""
 
         def run(steps: range) -> None:
-            factored = self._factored if len(steps) >= FEWEST_TERMS else None
+            fewest = self._programs.fewest_terms(self._residuals, grams_exist="_factored" in vars(self))
+            factored = self._factored if len(steps) >= fewest else None
             (self._bound if factored is None else factored).terms(accumulation, damping)(steps)
 
         return run

@@ -2,7 +2,7 @@
 
 A penalty e^h sum(w^2) with one h has the factor 2 e^h for each weight, which autograd computes as a matrix of equal
 numbers: expand(1) * exp(h) * 2 becomes expand(1 * exp(h) * 2). That saves the passes over memory, and its strides say
-that all its elements are the same.
+that all its elements are the same. An input x with a stride of 0 has been expanded before: it counts as expand(x[:1]).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def expand_last(graph: fx.Graph, linear: set[fx.Node]) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in _ELEMENTWISE or node in linear or node.kwargs:
             continue
-        arguments = [_source(argument) for argument in node.args]
+        arguments = [_source(graph, argument) for argument in node.args]
         values = [argument.meta["val"] for argument in arguments if isinstance(argument, fx.Node)]
         result = node.meta["val"]
         if any(value.dtype != result.dtype for value in values):
@@ -56,8 +56,18 @@ def expand_last(graph: fx.Graph, linear: set[fx.Node]) -> None:
         graph.erase_node(node)
 
 
-def _source(argument: Any) -> Any:
+def _source(graph: fx.Graph, argument: Any) -> Any:
     """What is expanded, or the argument itself."""
     while isinstance(argument, fx.Node) and argument.target is aten.expand.default:
         argument = argument.args[0]
+    if not isinstance(argument, fx.Node) or argument.op != "placeholder":
+        return argument
+    value = argument.meta["val"]
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            value = value.narrow(dim, 0, 1)
+            with graph.inserting_before(first):
+                argument = graph.call_function(aten.slice.Tensor, (argument, dim, 0, 1))
+            argument.meta["val"] = value
     return argument

@@ -69,7 +69,7 @@ class PartitionedLinearization(Linearization):
 
     @property
     def batches(self) -> bool:
-        return not self.functions.unbatched
+        return self._native is None and not self.functions.unbatched  # a native program launches nothing
 
     def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t for several t, by vmap; one by one where it has no rule for some operation, which the report names."""
