@@ -22,11 +22,3 @@ def test_inverse_hvp(show: Show, method: str, problem: str, terms: int) -> None:
     if method not in case.works:
         pytest.skip("peers are timed at the problem's usual length")
     show(case, method)
-
-
-@pytest.mark.parametrize(("problem", "terms"), [case for case in LENGTHS if case[0] in methods.LINEAR_MODELS])
-@pytest.mark.parametrize("method", methods.linear_model_inverse_hvps())
-def test_linear_model(show: Show, method: str, problem: str, terms: int) -> None:
-    own = suite_of(problem, DEVICE)
-    require(own.inverse_hvps, method)
-    show(own.inverse_hvp(terms), method)

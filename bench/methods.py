@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -149,27 +148,6 @@ def engine_hypergradient(engine: engines.Engine, problem: Problem) -> Run:
     return run
 
 
-class LinearModelRun:
-    """A solve through :class:`LinearModelOperator`, made anew for every solve; `alpha` is what the last one used."""
-
-    def __init__(self, step: Literal["fixed", "estimated"], problem: Problem):
-        self.alpha = problem.alpha
-        self._step, self._problem = step, problem
-
-    def __call__(self, iterations: int) -> Sequence[Tensor]:
-        problem = self._problem
-        weights = tuple(problem.weights.values())
-        decays = [problem.hyper["all"]] * len(weights) if "all" in problem.hyper else list(problem.hyper.values())
-        operator = hvp.LinearModelOperator(
-            problem.train[0].flatten(1), weights, loss="softmax", decay=tuple(decay.exp() for decay in decays)
-        )
-        solver = solver_of(problem, iterations) if self._step == "fixed" else hvp.Neumann(iterations)
-        solution = operator.solve(tuple(problem.vector), solver)
-        assert solution.alpha is not None
-        self.alpha = solution.alpha
-        return list(solution.value)
-
-
 # Unrolling
 
 
@@ -220,18 +198,6 @@ def own_inverse_hvps(made: Mapping[str, engines.Engine]) -> dict[str, Preparatio
     """Every inverse-Hessian-vector product that needs no other package."""
     found: dict[str, Preparation] = {name: partial(taped_inverse_hvp, tape) for name, tape in TAPES.items()}
     return found | {f"{OURS} {name}": partial(engine_inverse_hvp, engine) for name, engine in made.items()}
-
-
-LINEAR_MODELS = ("logistic", "logistic-one-decay")
-"""Problems whose network is one linear layer under cross-entropy."""
-
-
-def linear_model_inverse_hvps() -> dict[str, Preparation]:
-    """Inverse-Hessian-vector products of :data:`LINEAR_MODELS`, with the problem's step and with an estimated one."""
-    return {
-        f"{OURS} LinearModelOperator": partial(LinearModelRun, "fixed"),
-        f"{OURS} LinearModelOperator, alpha estimated": partial(LinearModelRun, "estimated"),
-    }
 
 
 def own_hypergradients(made: Mapping[str, engines.Engine]) -> dict[str, Preparation]:

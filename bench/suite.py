@@ -65,8 +65,6 @@ class ProblemSuite:
     @cached_property
     def inverse_hvps(self) -> Verified:
         candidates = methods.own_inverse_hvps(self.engines) | peers.inverse_hvps()
-        if self.problem.name in methods.LINEAR_MODELS:
-            candidates |= methods.linear_model_inverse_hvps()
         if self.problem.brief:
             names = [*LIST_LOOPS, *(f"{OURS} {name}" for name in self.engines)]
             candidates = {name: candidates[name] for name in names}

@@ -23,6 +23,5 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cpu_variant") = hvp::variant().name;
   hvp::bind_plan(module);
   hvp::bind_recurrence(module);
-  hvp::bind_linear_model(module);
   hvp::bind_program(module);
 }

@@ -5,14 +5,7 @@
 namespace hvp {
 namespace {
 
-#define HVP_VARIANT_OF(name)     \
-  {#name,                        \
-   name::chunk_kernel,           \
-   name::linear_model_direct,    \
-   name::linear_model_dual,      \
-   name::linear_model_chebyshev, \
-   name::linear_model_lanczos,   \
-   name::run_program}
+#define HVP_VARIANT_OF(name) {#name, name::chunk_kernel, name::run_program}
 
 constexpr Variant kBaseline = HVP_VARIANT_OF(baseline);
 const Variant* chosen = &kBaseline;

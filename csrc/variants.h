@@ -4,7 +4,6 @@
 
 #include <string>
 
-#include "linear_model.h"
 #include "ops.h"
 #include "program.h"
 
@@ -19,9 +18,6 @@ struct Variant {
   const char* name;
   ChunkKernel (*chunk_kernel)(OpCode op, bool measure, bool wide, DType dtype);  // null where a product is
                                                                                  // wider than the state
-  LinearModelKernel linear_model_direct, linear_model_dual;
-  ChebyshevKernel linear_model_chebyshev;
-  LanczosKernel linear_model_lanczos;
   ProgramKernel run_program;
 };
 
@@ -35,14 +31,6 @@ void choose_variant(const std::string& capability);
 #define HVP_DECLARE_VARIANT(name)                                                                         \
   namespace name {                                                                                        \
   ChunkKernel chunk_kernel(OpCode op, bool measure, bool wide, DType dtype);                              \
-  void linear_model_direct(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,    \
-                           int threads);                                                                  \
-  void linear_model_dual(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,      \
-                         int threads);                                                                    \
-  void linear_model_chebyshev(const LinearModel&, const ChebyshevTerms&, void* residual, void* direction, \
-                              void* x, double* figures, int threads);                                     \
-  void linear_model_lanczos(const LinearModel&, void* basis, double* diagonal, double* off_diagonal,      \
-                            int64_t steps, int threads);                                                  \
   bool run_program(const Program&, void* const* slots, const double* row, int threads);                   \
   }
 HVP_DECLARE_VARIANT(baseline)

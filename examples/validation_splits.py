@@ -28,7 +28,6 @@ from examples import image_sets, models
 from examples.experiment import Experiment, Run
 from examples.image_sets import Batch, ImageSet
 from hvp_engine.demo.preparation import stratified_split
-from hvp_engine.hypergradients.estimator import Estimate
 
 TUNED, RETRAINED = "as tuned", "re-trained on all data"
 UNTUNED = "untuned"
@@ -85,42 +84,6 @@ def decay_of(decays: dict[str, Tensor], name: str) -> Tensor:
     return decays["all"] if "all" in decays else decays[name]
 
 
-class LinearModelHypergradient:
-    """The implicit hypergradient of a :class:`Regression`, all products in one call of a :class:`LinearModelOperator`.
-
-    An estimator for a `Tuner`: dL_V/dlambda = -(d/dlambda d/dw 1/2 sum_i exp(lambda_i) w_i^2) H^-1 dL_V/dw.
-    """
-
-    def __init__(self, problem: Regression, solver: hvp.Neumann):
-        self.problem, self.solver = problem, solver
-
-    def __call__(
-        self, weights: dict[str, Tensor], decays: dict[str, Tensor], train_batch: Batch, val_batch: Batch
-    ) -> Estimate:
-        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-        val_loss = self.problem.val_loss(leaves, decays, val_batch)
-        v = torch.autograd.grad(val_loss, list(leaves.values()))
-        inputs, labels = train_batch
-        with torch.no_grad():
-            operator = hvp.LinearModelOperator(
-                inputs.flatten(1),
-                tuple(weights.values()),
-                loss="softmax",
-                targets=labels,
-                decay=tuple(decay_of(decays, name).exp() for name in weights),
-            )
-            parts = {
-                name: decay_of(decays, name).exp() * weight * x
-                for (name, weight), x in zip(weights.items(), operator.solve(v, self.solver).value, strict=True)
-            }
-        if "all" in decays:
-            grads = {"all": -torch.stack([part.sum() for part in parts.values()]).sum()}
-        else:
-            grads = {name: -part for name, part in parts.items()}
-        slopes = torch.cat([part.flatten() for part in operator.gradient])
-        return Estimate(grads, operator.loss, val_loss.detach(), torch.linalg.vector_norm(slopes, dtype=torch.float64))
-
-
 def tuner_of(problem: Regression, settings: Settings, hyper_learning_rate: float) -> hvp.Tuner:
     return hvp.Tuner(
         problem.module,
@@ -129,7 +92,7 @@ def tuner_of(problem: Regression, settings: Settings, hyper_learning_rate: float
         problem.val_loss,
         weight_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=settings.weight_learning_rate),
         hyper_optimizer=lambda tensors: torch.optim.SGD(tensors, lr=hyper_learning_rate),
-        estimator=LinearModelHypergradient(problem, hvp.Neumann(settings.products)),
+        solver=hvp.Neumann(settings.products),
         inner_steps=settings.inner_steps,
         warmup_steps=settings.warmup_steps,
         bounds=settings.bounds,

@@ -29,46 +29,6 @@ class Recurrence:
     def __init__(self, name: str, state: Tensor) -> None: ...
     def __call__(self) -> None: ...
 
-def linear_model_neumann(
-    *,
-    v: Tensor,
-    p: Tensor,
-    figures: Tensor,
-    inputs: Tensor,
-    curvature: Tensor,
-    probabilities: Tensor | None,
-    decay: Tensor,
-    gram: Tensor | None,
-    bias: int,
-    alpha: float,
-    damping: float,
-    iterations: int,
-    horner: bool,
-) -> None: ...
-def linear_model_chebyshev(
-    *,
-    residual: Tensor,
-    direction: Tensor,
-    x: Tensor,
-    figures: Tensor,
-    coefficients: Tensor,
-    inputs: Tensor,
-    curvature: Tensor,
-    probabilities: Tensor | None,
-    decay: Tensor,
-    bias: int,
-    damping: float,
-) -> None: ...
-def linear_model_lanczos(
-    *,
-    basis: Tensor,
-    figures: Tensor,
-    inputs: Tensor,
-    curvature: Tensor,
-    probabilities: Tensor | None,
-    decay: Tensor,
-    bias: int,
-) -> None: ...
 def find_blas(library: str) -> None: ...
 def blas_problem() -> str: ...
 

@@ -5,8 +5,6 @@ PRODUCT, CHUNK), and its entry in :data:`KERNELS`. An op that first needs a sum 
 the same signature in :data:`MEASURES`, which runs before it.
 
 The scalar recurrences between two passes are in :mod:`hvp_engine.kernels.recurrences`.
-
-All terms of a linear model's series in one launch are in :mod:`hvp_engine.kernels.linear_model`.
 """
 
 from __future__ import annotations
@@ -18,26 +16,12 @@ from hvp_engine.kernels.accumulate import scale_accumulate
 from hvp_engine.kernels.chebyshev import chebyshev_step
 from hvp_engine.kernels.conjugate_gradient import cg_curvature, cg_step
 from hvp_engine.kernels.launch import MultiTensorLaunch
-from hvp_engine.kernels.linear_direct import linear_model_direct
-from hvp_engine.kernels.linear_dual import linear_model_dual
-from hvp_engine.kernels.linear_model import linear_model_limit
 from hvp_engine.kernels.neumann import neumann_step, neumann_step_horner
 from hvp_engine.kernels.recurrences import RECURRENCE_KERNELS, bind_recurrence
 from hvp_engine.ops import OPS
 from hvp_engine.ops.backend import Binding, Bound
 
-__all__ = [
-    "INTERPRETED",
-    "KERNELS",
-    "MEASURES",
-    "RECURRENCE_KERNELS",
-    "bind",
-    "bind_recurrence",
-    "linear_model_direct",
-    "linear_model_dual",
-    "linear_model_limit",
-    "missing",
-]
+__all__ = ["INTERPRETED", "KERNELS", "MEASURES", "RECURRENCE_KERNELS", "bind", "bind_recurrence", "missing"]
 
 KERNELS = {
     kernel.__name__: kernel for kernel in (neumann_step, neumann_step_horner, scale_accumulate, cg_step, chebyshev_step)

@@ -18,7 +18,6 @@ from problems_with_known_answers import BILEVEL, Bilevel
 
 from hvp_engine.differentiation.recorded.library import Known
 from hvp_engine.differentiation.trace.rewriting import verified_rewrites
-from hvp_engine.linear_model import engine as linear_model
 from hvp_engine.ops.backend import use_backend, why_not
 
 # Test processes side by side share the cores.
@@ -108,13 +107,6 @@ def problem(request: pytest.FixtureRequest) -> Bilevel:
 
 @pytest.fixture(params=[name for name in ("reference", "cpp", "triton") if why_not(name, "cpu") is None])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A backend that runs the terms of a linear model."""
+    """A backend of the fused ops."""
     with use_backend(request.param):
         yield request.param
-
-
-@pytest.fixture(params=["direct", "dual"])
-def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the terms of a linear model are computed; test_form_is_chosen_by_cost leaves that to the cost."""
-    monkeypatch.setattr(linear_model, "prefers_dual", lambda *_: request.param == "dual")
-    return request.param

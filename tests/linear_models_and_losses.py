@@ -15,8 +15,8 @@ import hvp_engine as hvp
 
 LOSSES = ["squared", "logistic", "softmax"]
 DECAYS = ["none", "scalar", "leaves", "per weight"]
-BACKENDS = ["reference", "cpp"]
 FORMS = ["accumulate", "horner"]
+ENGINES = ["auto", "recorded"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Model:
 
     @property
     def operator(self) -> hvp.LinearModelOperator:
+        return self.operator_by("auto")
+
+    def operator_by(self, engine: str) -> hvp.LinearModelOperator:
         decay = self.decay[0] if len(self.decay) == 1 else tuple(self.decay)
         return hvp.LinearModelOperator(
             self.inputs,
@@ -44,6 +47,7 @@ class Model:
             targets=self.targets,
             decay=decay,
             reduction=self.reduction,  # type: ignore[arg-type]
+            engine=engine,
         )
 
     def value(self, weights: Sequence[Tensor]) -> Tensor:

@@ -15,9 +15,10 @@ from hypothesis import settings
 TESTS = Path(__file__).parent
 ARGUMENTS = [
     *("-q", "-p", "no:cacheprovider", "-W", "ignore"),
-    *(str(TESTS / f"test_{name}.py") for name in ("native", "native_fuzz", "ops", "linear_model_series")),
-    *(str(TESTS / f"test_linear_{name}.py") for name in ("chebyshev", "lanczos")),
-    *(str(TESTS / f"test_{name}.py") for name in ("native_operations", "engines_native")),
+    *(
+        str(TESTS / f"test_{name}.py")
+        for name in ("native", "native_fuzz", "ops", "native_operations", "engines_native")
+    ),
     # Without what tests other backends, measures time, or starts a Python of its own; and without what demands of the
     # float64 sums of cg_step the accuracy of vectorized ones, which sanitizers prevent.
     "-k",
@@ -36,14 +37,13 @@ def load_extension(folder: Path) -> None:
 
 def overflow() -> None:
     """Give an op that trusts its caller too small an output buffer."""
+    from hvp_engine._support.flat_vector import Layout
     from hvp_engine.ops import cpp as native
+    from hvp_engine.ops.backend import Binding
 
-    numbers = torch.ones(1, 16)
-    native._C.linear_model_neumann(
-        v=numbers.clone(), p=numbers.clone(), figures=torch.zeros(1, 1, dtype=torch.float64), inputs=torch.ones(2, 16),
-        curvature=torch.ones(1, 16), probabilities=None, decay=numbers, gram=None, bias=-1, alpha=0.1, damping=0.0,
-        iterations=1, horner=False,
-    )  # fmt: skip
+    layout, short = Layout.of([torch.ones(64)]), (torch.ones(16), torch.ones(16))
+    scalars = (torch.ones((), dtype=torch.float64),)
+    native.bind(Binding("neumann_step", short, layout, scalars, 0.0, layout.empty_partials()))([torch.ones(64)])
 
 
 def main(folder: str, *arguments: str) -> int:
@@ -52,7 +52,7 @@ def main(folder: str, *arguments: str) -> int:
         overflow()
         return 0
     seen = subprocess.run([sys.executable, __file__, folder, "overflow"], capture_output=True, text=True)
-    if "heap-buffer-overflow" not in seen.stderr or "linear_model_neumann" not in seen.stderr:
+    if "heap-buffer-overflow" not in seen.stderr or "hvp::run_cpu" not in seen.stderr:
         print(f"expected a report of an overflow that was made on purpose; got\n{seen.stdout}{seen.stderr}")
         return 1
     settings.register_profile("sanitized", max_examples=600)

@@ -167,13 +167,3 @@ def test_the_reference_by_choice_is_silent(recwarn: pytest.WarningsRecorder) -> 
     select(CPU, "reference")
     select(torch.device("meta"))
     assert not list(recwarn)
-
-
-def test_a_preference_that_leaves_the_fastest_out_is_silent(
-    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
-) -> None:
-    """An op that only some backends have: on a GPU with Triton, its reference is no sign of a poor installation."""
-    monkeypatch.setattr(backend, "why_not", lambda name, _: None if name in ("triton", "reference") else "not here")
-    backend._warn_slow.cache_clear()
-    assert select(torch.device("cuda"), among=("cpp", "reference"))[0] == "reference"
-    assert not list(recwarn)

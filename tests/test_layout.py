@@ -18,7 +18,6 @@ ROOMS = (
     "engines",
     "distributed",
     "operators",
-    "linear_model",
     "hypergradients",
     "tuning",
     "diagnostics",

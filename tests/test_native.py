@@ -78,7 +78,7 @@ from hvp_engine.ops import cpp as native
 assert native.CPU_VARIANT == "baseline", native.CPU_VARIANT
 sys.exit(pytest.main([*sys.argv[1:], "-q", "-p", "no:cacheprovider", "-k", "cpu-cpp and mixed and all or float"]))
 """
-    tests = [str(TESTS / name) for name in ("test_ops.py", "test_linear_chebyshev.py")]
+    tests = [str(TESTS / name) for name in ("test_ops.py", "test_engines_native.py")]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
     done = subprocess.run([sys.executable, "-c", script, *tests], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

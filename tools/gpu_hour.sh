@@ -56,8 +56,8 @@ case $STAGE in
   step smoke 100 60 "$SMOKE"
   # Ops first: what they show decides what the rest means.
   if on_gpu; then
-    step ops 110 5 "$TESTS -m 'gpu and not soak' --junitxml=$WORK/ops.xml tests/test_ops.py tests/test_ops_registered.py tests/test_kernels_linear_model.py"
-    step rest 240 30 "$TESTS -m 'gpu and not soak' --junitxml=$WORK/rest.xml --ignore tests/test_ops.py --ignore tests/test_ops_registered.py --ignore tests/test_kernels_linear_model.py tests"
+    step ops 110 5 "$TESTS -m 'gpu and not soak' --junitxml=$WORK/ops.xml tests/test_ops.py tests/test_ops_registered.py"
+    step rest 240 30 "$TESTS -m 'gpu and not soak' --junitxml=$WORK/rest.xml --ignore tests/test_ops.py --ignore tests/test_ops_registered.py tests"
   else
     step ops 110 5 "$TESTS -k 'cpu-cpp and f32-mixed' tests/test_ops.py"
   fi

@@ -99,10 +99,6 @@ class LinearMap:
         """A map that is the same at every product."""
         return self
 
-    def lanczos(self, start: FlatVector, steps: int) -> Any:
-        """The tridiagonalization by `steps` of Lanczos if the map has a faster way than by products, else None."""
-        return None
-
     def accumulating_terms(self, accumulation: Accumulation, damping: float) -> Terms | None:
         """The terms of a solve, without forming products; None if the map has no such terms or they are no faster."""
         return None

@@ -78,9 +78,6 @@ def tridiagonalize(
 ) -> Tridiagonalization:
     """`steps` of Lanczos from `start`, but at most one per weight."""
     steps = min(steps, max(1, start.layout.numel))
-    found: Tridiagonalization | None = operator.lanczos(start, steps) if preconditioner is None else None
-    if found is not None:
-        return found
     basis = LanczosBasis(operator.product, start, steps, preconditioner)
     basis.extend(steps)
     return basis.tridiagonalization

@@ -4,7 +4,6 @@ from tools.faults.base import Fault
 
 RECURRENCES = "tests/test_recurrences.py -k"
 OPS, NATIVE = "tests/test_ops.py -k", "tests/test_native.py"
-SERIES = "tests/test_linear_model_series.py tests/test_linear_model.py -k"
 
 FAULTS = [
     Fault(
@@ -99,41 +98,6 @@ FAULTS = [
         "the step length of conjugate gradients is taken from the last chunk alone",
     ),
     Fault(
-        "csrc/linear_model.cpp",
-        "hv[i] = last ? increment : T(0);",
-        "hv[i] = T(0);",
-        f"{SERIES} 'truncated_sum and cpp'",
-        "the Horner form of a linear model reports a residual of zero",
-    ),
-    Fault(
-        "csrc/linear_model.cpp",
-        "sum_bias[r] += term_bias[r];",
-        "",
-        f"{SERIES} 'truncated_sum and cpp'",
-        "the dual form leaves the terms of the bias out",
-    ),
-    Fault(
-        "csrc/linear_model_parts.h",
-        "to[m] = factor[m] * (to[m] - mean[m]);",
-        "to[m] = factor[m] * to[m];",
-        f"{SERIES} 'truncated_sum and cpp'",
-        "softmax's Hessian without its rank-one part",
-    ),
-    Fault(
-        "csrc/linear_chebyshev.cpp",
-        "(decay[i] + damping_) * d[i]",
-        "decay[i] * d[i]",
-        "tests/test_linear_chebyshev.py",
-        "a linear model's Chebyshev iteration forgets the damping",
-    ),
-    Fault(
-        "csrc/linear_lanczos.cpp",
-        "          subtract(chunk, k + 1);\n          sums_[chunk] = dot(chunk, work, work);",
-        "          sums_[chunk] = dot(chunk, work, work);",
-        "tests/test_linear_lanczos.py",
-        "Lanczos vectors of a linear model are orthogonalized only once",
-    ),
-    Fault(
         "kernels/rows.py",
         "(address % 16 == 0) & (length % 16 == 0)",
         "address % 16 == 0",
@@ -167,13 +131,6 @@ FAULTS = [
         "self._dtypes = dtypes",
         f"{OPS} 'triton and memory_formats and channels_last'",
         "a product in another dtype than the weight's is read in the weight's dtype",
-    ),
-    Fault(
-        "kernels/linear_model.py",
-        "term = (start if HORNER else term) - step * product",
-        "term = term - step * product",
-        f"{SERIES} 'truncated_sum and triton and horner and True'",
-        "the bias of a linear model's Horner form starts from the last term",
     ),
     Fault(
         "hvp_engine/ops/cpp.py",

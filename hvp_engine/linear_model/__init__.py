@@ -1,1 +1,0 @@
-"""The Hessian of a linear model by its factors; whole series run in one call."""
