@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -222,6 +223,60 @@ def test_several_right_hand_sides_share_the_estimate() -> None:
     solution = hvp.solve(operator, vs, hvp.Budget(error=1e-6), batched=True)
     assert solution.hvps == operator.calls
     assert relative_error(solution.value, torch.linalg.solve(operator.matrix, vs.T).T) < 1e-3
+
+
+# Decays
+
+
+U = randn(1200, seed=9)
+
+
+def decayed(spread: float, mean: float = -4.0) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+    """The loss of a logistic regression with decays that differ by e^spread on average, its Hessian, and the decays."""
+    x, w = randn(60, 1200, seed=6) / 4, randn(1200, seed=7) / 10
+    decays = (mean + spread * randn(1200, seed=8)).exp()
+    p = torch.sigmoid(x @ w)
+    hessian = x.T @ ((p * (1 - p) / 60)[:, None] * x) + decays.diag()
+
+    def loss(w: Tensor) -> Tensor:
+        scores = x @ w
+        return (torch.nn.functional.softplus(scores) - scores).mean() + (decays * w.square()).sum() / 2
+
+    return loss, w, hessian
+
+
+@pytest.mark.parametrize("engine", ["recorded", "linearized"])
+@pytest.mark.parametrize("error", [1e-2, 1e-6])
+def test_decays_that_differ_precondition_the_solve(error: float, engine: str) -> None:
+    """With a third or more fewer products than a callable needs, which shows no decays; and as close to the truth."""
+    loss, w, hessian = decayed(2.0)
+    plain = hvp.solve(lambda v: hessian @ v, U, hvp.Budget(error=error))
+    solution = hvp.HessianOperator(loss, w, engine=engine).solve(U, hvp.Budget(error=error))
+    assert solution.explanation.endswith("fewer with the decays as a preconditioner")
+    assert solution.converged and plain.converged and solution.hvps <= 2 / 3 * plain.hvps
+    assert relative_error(solution.value, torch.linalg.solve(hessian, U)) <= error
+    few = hvp.HessianOperator(loss, w, engine=engine).solve(U, hvp.Budget(hvps=30))
+    assert few.hvps == 30 and few.residual_norm < 0.3
+
+
+def test_equal_decays_and_those_of_some_weights_only_do_not() -> None:
+    loss, w, _ = decayed(0.1)
+    plain = hvp.HessianOperator(loss, w, engine="linearized").solve(U, hvp.Budget(error=1e-3))
+    assert plain.converged and "decays" not in plain.explanation
+    other, w, _ = decayed(2.0)
+    pair = hvp.HessianOperator(lambda w: other(w["a"]) + w["b"].sum().square(), {"a": w, "b": U[:50]})
+    assert pair.decays() is None
+
+
+def test_damping_is_part_of_the_preconditioner() -> None:
+    """Damping far above all decays leaves nothing to precondition; below, the damped system is solved."""
+    loss, w, hessian = decayed(2.0)
+    operator = hvp.HessianOperator(loss, w, engine="linearized")
+    assert "decays" not in operator.solve(U, hvp.Budget(error=1e-3, damping=100.0)).explanation
+    solution = operator.solve(U, hvp.Budget(error=1e-6, damping=1e-3))
+    assert "decays" in solution.explanation
+    truth = torch.linalg.solve(hessian + 1e-3 * torch.eye(1200, dtype=DTYPE), U)
+    assert relative_error(solution.value, truth) <= 1e-6
 
 
 @pytest.mark.parametrize("engine", ["eager", "linearized", "auto"])

@@ -99,6 +99,11 @@ class LinearMap:
         """A map that is the same at every product."""
         return self
 
+    def decays(self) -> list[Tensor] | None:
+        """A part of the diagonal of A that is known without products, as the decays of weights are, for each weight in
+        its shape; None if one has no such part."""
+        return None
+
     def accumulating_terms(self, accumulation: Accumulation, damping: float) -> Terms | None:
         """The terms of a solve, without forming products; None if the map has no such terms or they are no faster."""
         return None

@@ -97,6 +97,9 @@ class LinearOperator(LinearMap):
     def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.linear_map.products(stacked)
 
+    def decays(self) -> list[Tensor] | None:
+        return self.linear_map.decays()
+
     def hold(self) -> LinearMap:
         return self.linear_map.hold()
 

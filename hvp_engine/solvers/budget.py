@@ -15,6 +15,7 @@ from hvp_engine.solvers.base import LinearSystem, Prepared, Result, Solver, Vect
 from hvp_engine.solvers.conjugate_gradient import ConjugateGradient
 from hvp_engine.solvers.dense import Exact
 from hvp_engine.solvers.minres import MINRES
+from hvp_engine.solvers.preconditioners.diagonal import DiagonalPreconditioner, hutchinson_diagonal
 from hvp_engine.solvers.settling import Settling
 from hvp_engine.solvers.solution import Status
 from hvp_engine.solvers.spectrum import SpectralEstimate
@@ -24,6 +25,13 @@ SMALL = 32
 
 _DENSE = 1000
 """Beyond this many weights, the dense matrix is never chosen."""
+
+_SPREAD = 4.0
+"""Decays precondition a solve if the largest is so many times the smallest."""
+
+_REST = 0.1
+"""What is added to them is this share of the mean eigenvalue of the rest of A: with nothing, with a tenth, and with all
+of it, 112 products of a logistic regression became 72, 38 and 38, and 175 of another one 175, 140 and 140."""
 
 _SHARE = 3
 """An estimate may take at most 1 / _SHARE of the products."""
@@ -36,13 +44,19 @@ class Plan:
     solver: Solver
     explanation: str
 
+    @property
+    def method(self) -> Solver:
+        """The solver itself, which may be watched."""
+        return self.solver.method if isinstance(self.solver, Settling) else self.solver
+
 
 @dataclass(frozen=True)
 class Budget(Solver):
     """Choose a solver and its length from the spectrum, for a number of products, an error, or both.
 
     * At most 32 weights, or fewer weights than products expected of an iterative solver: :class:`Exact`.
-    * A positive definite operator: :class:`ConjugateGradient`.
+    * A positive definite operator: :class:`ConjugateGradient`; where the loss gives each weight a decay, and these
+      differ, with a :class:`DiagonalPreconditioner` of them, for one more product.
     * An indefinite, singular or unknown operator: :class:`MINRES`, which also takes over if conjugate gradients
       meet negative curvature that the estimate missed.
 
@@ -138,7 +152,7 @@ class Budget(Solver):
     def after_negative_curvature(self, plan: Plan, estimate: SpectralEstimate | None, spent: int) -> Plan | None:
         """What to do after conjugate gradients met negative curvature; None if no products are left."""
         left = math.inf if self.hvps is None else self.hvps - spent
-        method = plan.solver.method if isinstance(plan.solver, Settling) else plan.solver
+        method = plan.method
         if not isinstance(method, ConjugateGradient) or left < 1:
             return None
         missed = "the estimate had missed negative curvature"
@@ -176,11 +190,29 @@ class BudgetSolve(Prepared):
         self._estimate = estimate if estimate is not None and estimate.finite else None
         self._spent = 0 if estimate is None else estimate.hvps
 
+    def _preconditioned(self, plan: Plan) -> Plan:
+        """Conjugate gradients with M = 1 / (decays + damping + a share of the mean eigenvalue of the rest of A), where
+        the decays differ enough."""
+        method, layout, decays = plan.method, self.operator.layout, self.operator.decays()
+        if decays is None or not isinstance(method, ConjugateGradient) or method.iterations < 2 or layout.low_precision:
+            return plan
+        lowest, highest = min(float(d.min()) for d in decays), max(float(d.max()) for d in decays)
+        if not 0 < _SPREAD * (lowest + method.damping) < highest + method.damping < math.inf:
+            return plan
+        self._spent += 1
+        diagonal, _ = hutchinson_diagonal(self.operator, probes=1)
+        rest = float(diagonal.data.double().sum() - sum(d.double().sum() for d in decays)) / layout.numel
+        preconditioner = DiagonalPreconditioner(decays, method.damping + _REST * max(0.0, rest))
+        method = replace(method, iterations=method.iterations - 1, preconditioner=preconditioner)
+        solver = replace(plan.solver, method=method) if isinstance(plan.solver, Settling) else method
+        return Plan(solver, f"{plan.explanation}, fewer with the decays as a preconditioner")
+
     def solve_all(
         self, vs: Sequence[Vector], names: Sequence[str], x0s: Sequence[Vector] | None = None
     ) -> Iterator[Result]:
-        budget, system, estimate, first = self.solver, self.system, self._estimate, self._spent
-        plan = budget.plan(estimate, self.operator.layout, self._spent + (x0s is not None))
+        budget, system, estimate = self.solver, self.system, self._estimate
+        plan = self._preconditioned(budget.plan(estimate, self.operator.layout, self._spent + (x0s is not None)))
+        first = self._spent
         results = plan.solver.prepare(system).solve_all(vs, names, x0s)
         for (value, solution), v, name in zip(results, vs, names, strict=True):
             hvps, current = solution.hvps, plan

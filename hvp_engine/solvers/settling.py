@@ -41,6 +41,7 @@ class Settling(Solver):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "damping", self.method.damping)
+        object.__setattr__(self, "preconditioner", self.method.preconditioner)
 
     def relaxed(self, layout: Layout, share: float, norm: float) -> Settling | None:
         return None if share <= self.error else replace(self, error=self.error / share)

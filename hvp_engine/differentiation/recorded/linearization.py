@@ -149,6 +149,9 @@ class RecordedLinearization(Tape):
         with without_autocast(self.layout.device):
             return self._program.products(stacked)
 
+    def decays(self) -> list[Tensor] | None:
+        return None if self._program is None else self._program.decays()
+
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t."""
         if self._program is None:

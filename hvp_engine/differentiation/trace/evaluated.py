@@ -87,6 +87,15 @@ class PartitionedLinearization(Linearization):
             )
             return self._filled(batched(*known, *stacked), stacked)
 
+    def decays(self) -> list[Tensor] | None:
+        parts = self.functions.partition.diagonals
+        if not all(parts):
+            return None
+        known = [[self._residuals[index].to(self.layout.state_dtype) for index in part] for part in parts]
+        return [
+            sum(part, torch.zeros_like(part[0])).expand(s) for part, s in zip(known, self.layout.shapes, strict=True)
+        ]
+
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t."""
         with below_autograd():
