@@ -13,6 +13,7 @@ from torch import Tensor
 
 import hvp_engine as hvp
 from hvp_engine.differentiation.linear_map import LinearMap
+from hvp_engine.differentiation.native.partition_programs import PartitionPrograms
 from hvp_engine.engines import EagerEngine
 from hvp_engine.engines.traced import TracedLinearization
 from hvp_engine.operators.base import LinearOperator
@@ -36,7 +37,13 @@ def right_hand_sides(weights: dict[str, Tensor], count: int) -> dict[str, Tensor
 
 
 @pytest.fixture
-def batched_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def no_native_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the extension is missing, or lacks an operation: with a program, vectors go one by one."""
+    monkeypatch.setattr(PartitionPrograms, "for_products", lambda *_: None)
+
+
+@pytest.fixture
+def batched_calls(monkeypatch: pytest.MonkeyPatch, no_native_programs: None) -> list[int]:
     """How many vectors each batched product took."""
     calls: list[int] = []
     original = TracedLinearization._at_once
@@ -117,6 +124,20 @@ def test_few_right_hand_sides_and_large_problems_go_one_by_one(batched_calls: li
     assert not batched_calls
 
 
+def test_where_a_native_program_runs_they_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It launches nothing that several vectors could share."""
+    monkeypatch.setattr(TracedLinearization, "_at_once", lambda *_: pytest.fail("by vmap"))
+    operator, weights = operator_of("mlp")
+    v = right_hand_sides(weights, COUNT)
+    for solver in (SOLVERS[0], SOLVERS[2], hvp.Exact(damping=3.0)):
+        found = operator.solve(v, solver, batched=True)
+        alone = operator.solve({name: t[4] for name, t in v.items()}, solver)
+        value = flat([t[4] for t in found.value.values()])
+        assert relative_error(value, flat(list(alone.value.values()))) < 1e-10
+    assert operator.linear_map.functions.native.program is not None  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("no_native_programs")
 def test_where_vmap_fails_a_loop_takes_over_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

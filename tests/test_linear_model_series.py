@@ -61,7 +61,8 @@ def check_series(model: Model, iterations: int, form: str, damping: float, engin
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_float32(loss: str, decay: str, engine: str) -> None:
-    """No further from float64 than the loss as a function in float32, or only by a factor of two."""
+    """No further from float64 than twice the loss as a function by autograd in float32, or as 50 sums that are rounded
+    once in each of the terms: sqrt(50) eps = 8e-7."""
     model = model_of(loss, 10, decay, samples=50, features=300)
     v = randn(sum(w.numel() for w in model.weights), seed=16)
     narrow = model.to(torch.float32)
@@ -70,7 +71,7 @@ def test_float32(loss: str, decay: str, engine: str) -> None:
     ours = narrow.operator_by(engine).solve(likewise(narrow, v), solver)
     autograd = hvp.HessianOperator(narrow.value, narrow.weights, engine="eager")
     ordinary = autograd.solve(unflat(v, narrow.weights), solver)
-    floor = 2e-7
+    floor = 4e-7
     assert relative_error(joined(ours.value), truth) < 2 * max(floor, relative_error(flat(ordinary.value), truth))
     assert ours.residual_norm == pytest.approx(ordinary.residual_norm, rel=1e-4, abs=2e-7)
     assert ours.status is ordinary.status and ours.value[0].dtype == torch.float32

@@ -127,6 +127,22 @@ def test_short_solves_stay_dense() -> None:
     assert linearization.functions.native.factored is None  # type: ignore[attr-defined]
 
 
+def test_gram_matrices_are_made_where_the_terms_repay_them() -> None:
+    """Of 25 rows of 30 inputs and 2 outputs: (25 * 25 * 30 + 2 * 25 * 30 * 2) / ((2 * 30 - 25) * 25 * 2) = 12.4."""
+    x, engine = randn(25, 30, seed=1), LinearizedEngine()
+
+    def loss(w: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(x @ w.t()).square().mean() + h * w.square().sum()
+
+    at = problem_at(loss, randn(2, 30, seed=2) / 9, torch.tensor(0.3, dtype=DTYPE))
+    linearization, eager, v = engine.linearize(at), EagerEngine().linearize(at), [randn(2, 30, seed=3)]
+    for terms, taken in ((12, False), (14, True), (6, True)):  # the last one finds them there
+        solver = hvp.Neumann(terms, alpha=0.3)
+        ours = engine.run(linearization, v, solver, None).value.data
+        assert relative_error(ours, EagerEngine().run(eager, v, solver, None).value.data) < 1e-12
+        assert (linearization.functions.native.factored is not None) == taken  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("read", ["in the penalty", "by another layer", "transposed", "twice"])
 def test_a_weight_that_is_read_otherwise_stays_dense(read: str) -> None:
     x = randn(3, 6, seed=1)

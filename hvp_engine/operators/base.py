@@ -251,9 +251,9 @@ def solve(operator: Any, v: Any, solver: Solver, *, batched: bool = False, x0: A
         v: a tensor or any tree of tensors, finite, of the operator's shapes.
         solver: how, for example `Neumann(20)`, `Identity()`.
         batched: every leaf of v has an extra first dimension, of the same length: multiple right-hand sides. All share
-            one spectral estimate. A linear model solves them in one call, `Exact` with one matrix, `Nystrom` with one
-            sketch, `ConjugateGradient` in blocks that share their Krylov spaces; otherwise they are solved one by one,
-            or side by side. Traced operators batch their products where that pays off (up to 16,384 weights on a CPU).
+            one spectral estimate. `Exact` solves them with one matrix, `Nystrom` with one sketch, `ConjugateGradient`
+            in blocks that share their Krylov spaces; otherwise they are solved one by one, or side by side where that
+            pays off: for operators that are traced, have no native program, and at most 16,384 weights on a CPU.
         x0: a warm start like v, for example the solution of a similar system; None is zero. The solver then finds
             x - x0 = A^-1 (v - A x0), for one more product: a series continues from x0, and a tolerance stays relative
             to v.

@@ -81,6 +81,27 @@ FAULTS = [
         "rounding along the basis is divided by a tiny rho",
     ),
     Fault(
+        "hvp_engine/solvers/budget.py",
+        "        self._spent += 1\n",
+        "",
+        "tests/test_solvers_budget.py -k decays",
+        "the product that makes a preconditioner of the decays is not counted",
+    ),
+    Fault(
+        "hvp_engine/solvers/budget.py",
+        "method.damping + _REST * max(0.0, rest))",
+        "0.0 * rest)",
+        "tests/test_solvers_budget.py -k decays",
+        "decays alone precondition, however small they are beside the rest of the Hessian",
+    ),
+    Fault(
+        "hvp_engine/operators/linear_model.py",
+        "if decay.dim() else decay * part.square().sum()) / 2",
+        "if decay.dim() else decay * part.square().sum())",
+        "tests/test_linear_model.py -k stated_loss",
+        "a linear model's decay counts twice",
+    ),
+    Fault(
         "hvp_engine/solvers/settling.py",
         "outcome.residual_norm <= self._error and move <= self._error",
         "outcome.residual_norm <= self._error",
