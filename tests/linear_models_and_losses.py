@@ -16,7 +16,7 @@ import hvp_engine as hvp
 LOSSES = ["squared", "logistic", "softmax"]
 DECAYS = ["none", "scalar", "leaves", "per weight"]
 FORMS = ["accumulate", "horner"]
-ENGINES = ["auto", "recorded"]
+ENGINES = ["eager", "recorded"]
 
 
 @dataclass(frozen=True)
