@@ -44,7 +44,8 @@ class LinearModelOperator(HessianOperator):
         decay: a number or 0-dim tensor, for all weights and the bias; or a tree like `weights` whose leaves are such,
             or tensors of the weights' shapes. It may be negative.
         reduction: "mean" or "sum".
-        engine: as of :class:`HessianOperator`.
+        engine: as of :class:`HessianOperator`; where operators are made again and again, name one, as "linearized":
+            "auto" expects few products of each.
 
     Weights, targets and decay are all float32 or all float64, and everything is on one device. The operator copies all
     but the inputs, which must not be changed in place while it is in use.
