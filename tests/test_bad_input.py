@@ -291,12 +291,12 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "linear model, sparse": (
         lambda: hvp.LinearModelOperator(torch.eye(2).to_sparse(), torch.ones(2), loss="squared"),
         TypeError,
-        r"^inputs: expected a dense tensor; got layout torch.sparse_coo: use .to_dense\(\)",
+        r"^inputs: expected a dense tensor of shape \(2, 2\) .*; got layout torch.sparse_coo: use .to_dense\(\)",
     ),
     "linear model, targets": (
         lambda: hvp.LinearModelOperator(torch.eye(2), torch.ones(2), loss="squared", targets=[1.0, 2.0]),
         TypeError,
-        r"^targets: expected a tensor or None; got list",
+        r"^targets: expected a tensor or None of shape \(2,\) .*; got list",
     ),
     "tuner, expanded": (
         lambda: hvp.Tuner(

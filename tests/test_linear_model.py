@@ -181,7 +181,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "^reduction: expected one of 'mean', 'sum'; got 'none'",
     ),
-    "inputs kind": (lambda: linear(inputs=[1.0]), TypeError, "^inputs: expected a tensor .*; got list"),
+    "inputs kind": (lambda: linear(inputs=[1.0]), TypeError, "^inputs: expected a dense tensor .*; got list"),
     "inputs 3-d": (lambda: linear(inputs=torch.ones(2, 2, 4)), ValueError, r"^inputs: .*\(samples, features\); got"),
     "no samples": (lambda: linear(inputs=torch.ones(0, 4)), ValueError, r"^inputs: expected a non-empty tensor"),
     "inputs dtype": (
@@ -234,7 +234,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "target shape": (
         lambda: linear(targets=torch.ones(6, 2)),
         ValueError,
-        r"^targets: expected a tensor of shape \(6, 3\) .*; got shape \(6, 2\)",
+        r"^targets: expected a tensor or None of shape \(6, 3\) .*; got shape \(6, 2\)",
     ),
     "class dtype": (
         lambda: linear(targets=torch.ones(6)),
@@ -247,7 +247,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "squared targets": (
         lambda: linear(loss="squared", targets=X),
         ValueError,
-        r"^targets: expected a tensor of shape \(6, 3\)",
+        r"^targets: expected a tensor or None of shape \(6, 3\)",
     ),
     "no targets": (lambda: linear().gradient, ValueError, "^targets: expected those of the loss, .* got None"),
     "v": (lambda: linear() @ torch.ones(4), ValueError, r"^v\[0\]: expected shape \(3, 4\) as weights\[0\]"),

@@ -142,7 +142,7 @@ def _check_model(inputs: Any, weights: Sequence[Tensor], loss: str) -> None:
         raise TypeError(f"weights: expected float32 or float64; got {weight.dtype}: cast them with .float()")
     shape, dtype = tuple(getattr(inputs, "shape", ("samples", "features"))), getattr(inputs, "dtype", weight.dtype)
     narrow = dtype in INPUT_DTYPES and dtype.itemsize <= weight.dtype.itemsize
-    _check(inputs, "inputs", "a tensor", [shape], dtype if narrow else weight.dtype, weight.device)
+    _check(inputs, "inputs", "a dense tensor", [shape], dtype if narrow else weight.dtype, weight.device)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(
             f"inputs: expected a non-empty tensor (samples, features); got shape {shape}: flatten the other dimensions "
@@ -167,7 +167,7 @@ def _checked_targets(targets: Any, inputs: Tensor, weight: Tensor, loss: str) ->
     shape, dtype = (outputs[:1], torch.int64) if classes else (outputs, weight.dtype)
     if targets is None:
         return torch.zeros(shape, dtype=dtype, device=weight.device)
-    _check(targets, "targets", "class indices" if classes else "a tensor", [shape], dtype, weight.device)
+    _check(targets, "targets", "class indices" if classes else "a tensor or None", [shape], dtype, weight.device)
     if classes and not 0 <= int(targets.min()) <= int(targets.max()) < outputs[1]:
         raise ValueError(
             f"targets: expected class indices from 0 to {outputs[1] - 1}; got {int(targets.min())} to "
