@@ -28,10 +28,10 @@ const Variant& variant();
 // itself would use; `capability` is what torch.backends.cpu.get_cpu_capability() returns.
 void choose_variant(const std::string& capability);
 
-#define HVP_DECLARE_VARIANT(name)                                                                         \
-  namespace name {                                                                                        \
-  ChunkKernel chunk_kernel(OpCode op, bool measure, bool wide, DType dtype);                              \
-  bool run_program(const Program&, void* const* slots, const double* row, int threads);                   \
+#define HVP_DECLARE_VARIANT(name)                                                       \
+  namespace name {                                                                      \
+  ChunkKernel chunk_kernel(OpCode op, bool measure, bool wide, DType dtype);            \
+  bool run_program(const Program&, void* const* slots, const double* row, int threads); \
   }
 HVP_DECLARE_VARIANT(baseline)
 HVP_DECLARE_VARIANT(avx2)
