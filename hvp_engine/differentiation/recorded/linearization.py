@@ -168,8 +168,7 @@ class RecordedLinearization(Tape):
             return None
 
         def counted(steps: range) -> None:
-            self._asked += len(steps)
-            known.products = self._asked
+            self._asked = known.products = self._asked + len(steps)
             start = time.thread_time()
             with without_autocast(self.layout.device):
                 terms(steps)
@@ -184,8 +183,7 @@ class RecordedLinearization(Tape):
             self._watched = []
         if self._begun:
             return
-        self._begun, known = True, self._known
-        expected = known.products
+        self._begun, known, expected = True, self._known, self._known.products
         known.sights += 1
         if known.refused or not self._both.outputs:
             self.fallback = known.refused or None
@@ -237,8 +235,7 @@ class RecordedLinearization(Tape):
 
     def _written_down(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """The product by autograd, written down; a program for the next ones, if possible."""
-        contents = self._contents
-        self._record_at, self._contents = math.inf, None
+        contents, self._contents, self._record_at = self._contents, None, math.inf
         start = time.thread_time()
         try:
             with self._inside():
