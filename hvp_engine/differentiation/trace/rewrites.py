@@ -132,6 +132,20 @@ TRANSPOSITIONS = (
 )
 """For the tangent part only: in the primal part strides decide how dropout draws its mask."""
 
+SUMS_OF_VIEWS = (
+    Rule(
+        "view(a) + view(b) -> view(a + b), so that products can be added up",
+        Call(
+            aten.add.Tensor,
+            (Call(aten.view.default, ("a", "shape"), alone=True), Call(aten.view.default, ("b", "same"), alone=True)),
+        ),
+        lambda build, node, a, b, shape, same: build(
+            aten.view.default, (build(aten.add.Tensor, (a, b), a.meta["val"]), shape), node.meta["val"]
+        ),
+        lambda build, node, a, b, shape, same: same_layout(a, b) and shape == same and alike(node.args[0], node),
+    ),
+)
+
 
 def _factored(build: Builder, node: fx.Node, inner: fx.Node, t: fx.Node, a: Any, b: Any) -> fx.Node:
     """t * (a * b)."""
@@ -169,6 +183,7 @@ FACTORS = (
 def fold_linear(graph: fx.Graph, linear: set[fx.Node]) -> None:
     """Collapse chains of known factors, and transpose the factors of a product instead of the product."""
     replace(graph, linear, TRANSPOSITIONS)
+    replace(graph, linear, SUMS_OF_VIEWS)
     replace(graph, linear, FACTORS)
 
 
