@@ -215,7 +215,6 @@ def _running_mean_in_place(x: Tensor) -> Tensor:
     return torch.stack(means, dim=1)
 
 
-
 def _counts(x: Tensor) -> Tensor:
     """1, 2, ..., as a column."""
     return torch.arange(1, x.shape[1] + 1)[:, None]

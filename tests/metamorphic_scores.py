@@ -106,10 +106,16 @@ CROSS_ENTROPY = Kind(
         "indexed": _entropy_indexed,
         "loop": _entropy_loop,
         "one-hot": lambda x, _, c: -(x.log_softmax(-1) * F.one_hot(c, x.shape[-1])).sum(-1).mean(),
-        "einsum": lambda x, _, c: -torch.einsum("btk,btk->", x.log_softmax(-1), F.one_hot(c, x.shape[-1]).double()) / c.numel(),
-        "soft labels": lambda x, _, c: F.cross_entropy(x.flatten(0, 1), F.one_hot(c, x.shape[-1]).flatten(0, 1).double()),
+        "einsum": lambda x, _, c: (
+            -torch.einsum("btk,btk->", x.log_softmax(-1), F.one_hot(c, x.shape[-1]).double()) / c.numel()
+        ),
+        "soft labels": lambda x, _, c: F.cross_entropy(
+            x.flatten(0, 1), F.one_hot(c, x.shape[-1]).flatten(0, 1).double()
+        ),
         "log of softmax": lambda x, _, c: -torch.softmax(x, -1).gather(-1, c[..., None]).log().sum() / c.numel(),
-        "kl_div": lambda x, _, c: F.kl_div(F.log_softmax(x, -1), F.one_hot(c, x.shape[-1]).double(), reduction="sum") / c.numel(),
+        "kl_div": lambda x, _, c: (
+            F.kl_div(F.log_softmax(x, -1), F.one_hot(c, x.shape[-1]).double(), reduction="sum") / c.numel()
+        ),
         "ignore_index": _entropy_masked,
         "masked mean": _entropy_mask_mean,
         "Categorical": lambda x, _, c: (
@@ -162,7 +168,9 @@ COSINE = Kind(
             0.5 * (F.normalize(x, dim=-1) - F.normalize(y, dim=-1)).square().sum(-1).mean()
         ),
         "rsqrt": lambda x, y, _: 1 - ((x * y).sum(-1) * ((x * x).sum(-1) * (y * y).sum(-1)).rsqrt()).mean(),
-        "cosine_embedding": lambda x, y, _: F.cosine_embedding_loss(x.flatten(0, 1), y.flatten(0, 1), torch.ones(y.shape[:-1].numel())),
+        "cosine_embedding": lambda x, y, _: F.cosine_embedding_loss(
+            x.flatten(0, 1), y.flatten(0, 1), torch.ones(y.shape[:-1].numel())
+        ),
     }
 )
 
@@ -184,9 +192,7 @@ GAUSSIAN = Kind(
         "chunk": lambda x, y, _: 0.5 * ((c := x.chunk(2, -1))[1] + (_means(y) - c[0]).pow(2) / c[1].exp()).mean(),
         "Normal": lambda x, y, _: (
             -(
-                torch.distributions.Normal(_means(x), (0.5 * _logs(x)).exp(), validate_args=False).log_prob(
-                    _means(y)
-                )
+                torch.distributions.Normal(_means(x), (0.5 * _logs(x)).exp(), validate_args=False).log_prob(_means(y))
             ).mean()
             - 0.5 * math.log(2 * math.pi)
         ),

@@ -205,7 +205,9 @@ class Builder:
         else:
             rows, columns = sizes[-2:]
             few = columns <= _FEW_COLUMNS and rows > columns
-            flip = len(sizes) == 2 and (few or all(_upright(x) and not _upright(x.transposed(0, 1)) for x in (left, right)))
+            flip = len(sizes) == 2 and (
+                few or all(_upright(x) and not _upright(x.transposed(0, 1)) for x in (left, right))
+            )
             result = self.workspace(sizes, in_order(sizes, (1, 0)) if flip else None)
             if onto is not None:
                 self.stored(onto if isinstance(onto, Expression) else onto.expanded(sizes), result)

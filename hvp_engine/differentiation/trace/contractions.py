@@ -13,7 +13,7 @@ batch, one that is summed is inner; those of one operand are rows and columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,6 @@ class Contraction:
         """An operand summed over dimensions that the other one does not have."""
         return _summed(build, mine, [d for d in self.summed if d not in other.labels])
 
-
     def _as_matrices(self, build: Builder, x: Labelled, *groups: Sequence[int]) -> fx.Node:
         """With (batch, rows, columns), each group of labels one dimension; without a batch if that has no label."""
         order = tuple(x.labels.index(d) for group in groups for d in group)
@@ -124,7 +123,7 @@ def _in_order(build: Builder, x: Labelled) -> Labelled:
     return Labelled(permuted(build, x.node, tuple(order)), tuple(sorted(x.labels)))
 
 
-def _labelled(node: fx.Node, labels: Sequence[int]) -> Labelled:
+def labelled(node: fx.Node, labels: Sequence[int]) -> Labelled:
     """What the node shows, with no label for dimensions along which its elements are the same."""
     base, dimensions = shown(node, expanded=True)
     value = base.meta["val"]
@@ -141,10 +140,10 @@ def _contraction(node: fx.Node, labels: Sequence[int], summed: Collection[int]) 
     sizes = dict(zip(labels, node.meta["val"].shape, strict=True))
     if node.target is aten.mul.Tensor and same_dtype(a, node) and same_dtype(b, node):
         first, second = (labels[len(labels) - x.meta["val"].dim() :] for x in (a, b))
-        return Contraction(_labelled(a, first), _labelled(b, second), summed, sizes)
+        return Contraction(labelled(a, first), labelled(b, second), summed, sizes)
     if node.target is aten.bmm.default:
         (batch, row, column), inner = labels, -1
-        left, right = _labelled(a, (batch, row, inner)), _labelled(b, (batch, inner, column))
+        left, right = labelled(a, (batch, row, inner)), labelled(b, (batch, inner, column))
         return Contraction(left, right, {*summed, inner}, sizes | {inner: a.meta["val"].shape[2]})
     return None
 
@@ -195,12 +194,19 @@ def _product(build: Builder, node: fx.Node) -> Labelled | None:
 
 def contract(graph: fx.Graph, linear: set[fx.Node]) -> None:
     """Bring sums of products, and batched products of what is the same for the whole batch, to matrix products."""
+    put_instead(graph, linear, lambda build, node: _product(build, node) or _sum(build, node))
+
+
+def put_instead(
+    graph: fx.Graph, linear: set[fx.Node], contracted: Callable[[Builder, fx.Node], Labelled | None]
+) -> None:
+    """Replace the nodes for which `contracted` makes a result, whose labels are in order, by that."""
     build = Builder(graph, linear)
     for node in list(graph.nodes):
         if node not in linear or node.op != "call_function":
             continue
         with graph.inserting_before(node):
-            new = _product(build, node) or _sum(build, node)
+            new = contracted(build, node)
             if new is None:
                 continue
             value = node.meta["val"]

@@ -15,6 +15,7 @@ from hvp_engine.differentiation.trace.contractions import contract
 from hvp_engine.differentiation.trace.fused_update import Terms, decompose
 from hvp_engine.differentiation.trace.inplace import written_over
 from hvp_engine.differentiation.trace.memory_format import compact_factors
+from hvp_engine.differentiation.trace.point_convolutions import contract_convolutions
 from hvp_engine.differentiation.trace.rematerialize import recomputable
 from hvp_engine.differentiation.trace.rewrites import accumulate, fold_linear, kernel_derivatives, simplify
 from hvp_engine.differentiation.trace.rewriting import Attempts, Rewrite, WrongRewriteError, dependents, placeholders
@@ -67,9 +68,11 @@ class Partition:
 
 REWRITES: tuple[Rewrite, ...] = (
     simplify,
-    compose_views,
     kernel_derivatives,
+    contract_convolutions,
+    compose_views,
     contract,
+    compose_views,
     fold_linear,
     share_factors,
     combine_sums,

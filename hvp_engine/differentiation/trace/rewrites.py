@@ -61,6 +61,8 @@ def _neutral(example: str, targets: Any, number: float) -> Rule:
     )
 
 
+_FLIPPED = Call(aten.flip.default, ("x", "dimensions"))
+
 _TWICE_TRANSPOSED = Rule(
     "(x^T)^T -> x", Call(aten.t.default, (Call(aten.t.default, ("x",)),)), lambda build, node, x: x
 )
@@ -72,6 +74,18 @@ SIMPLIFICATIONS = (
         "x ** 0 -> 1, as derivatives of powers are full of",
         Call(aten.pow.Tensor_Scalar, ("x", 0)),
         lambda build, node, x: build.filled(node.meta["val"], 1),
+    ),
+    Rule(
+        "flip(flip(x)) -> x, as running sums and their adjoints are written",
+        Call(aten.flip.default, (_FLIPPED, "again")),
+        lambda build, node, x, dimensions, again: x,
+        lambda build, node, x, dimensions, again: dimensions == again and same_layout(x, node),
+    ),
+    Rule(
+        "copy(overwritten, x) -> x",
+        Call(aten.copy.default, ("overwritten", "x")),
+        lambda build, node, overwritten, x: x,
+        lambda build, node, overwritten, x: same_layout(x, node),
     ),
     _neutral("x ** 1 -> x", aten.pow.Tensor_Scalar, 1),
     _neutral("x + 0 -> x", aten.add.Tensor, 0),
@@ -147,16 +161,29 @@ SUMS_OF_VIEWS = (
 )
 
 
-def _factored(build: Builder, node: fx.Node, inner: fx.Node, t: fx.Node, a: Any, b: Any) -> fx.Node:
-    """t * (a * b)."""
-    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
-        known, other = (a, b) if isinstance(a, fx.Node) else (b, a)
-        shapes = [x.meta["val"].shape for x in (a, b) if isinstance(x, fx.Node)]
-        value = torch.empty(torch.broadcast_shapes(*shapes), dtype=node.meta["val"].dtype, device="meta")
-        factor: Any = build(aten.mul.Tensor, (known, other), value)
-    else:
-        factor = a * b
-    return build(aten.mul.Tensor, (t, factor), node.meta["val"])
+_QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
+
+
+def _known(build: Builder, operation: Any, a: Any, b: Any, like: fx.Node) -> Any:
+    """The factor a * b, a / b or a + b, either of which may be a number."""
+    if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
+        return a * b if operation in _PRODUCTS else a / b if operation in _QUOTIENTS else a + b
+    shapes = [x.meta["val"].shape for x in (a, b) if isinstance(x, fx.Node)]
+    value = torch.empty(torch.broadcast_shapes(*shapes), dtype=like.meta["val"].dtype, device="meta")
+    if isinstance(a, fx.Node):
+        return build(operation, (a, b), value)
+    if operation not in _QUOTIENTS:
+        return build(operation, (b, a), value)
+    return build(aten.mul.Tensor, (build(aten.reciprocal.default, (b,), value), a), value)
+
+
+def _factored(operation: Any) -> Callable[..., fx.Node]:
+    """t * (a operation b)."""
+
+    def made(build: Builder, node: fx.Node, t: fx.Node, a: Any, b: Any, **others: fx.Node) -> fx.Node:
+        return build(aten.mul.Tensor, (t, _known(build, operation, a, b, node)), node.meta["val"])
+
+    return made
 
 
 def _folds(build: Builder, node: fx.Node, inner: fx.Node, t: Any, a: Any, b: Any) -> bool:
@@ -165,6 +192,16 @@ def _folds(build: Builder, node: fx.Node, inner: fx.Node, t: Any, a: Any, b: Any
     return t in build.linear and known and same_layout(t, node) and alike(inner, node)
 
 
+def _adds_up(build: Builder, node: fx.Node, inner: fx.Node, t: Any, a: Any, u: Any, b: Any, other: fx.Node) -> bool:
+    """Whether two products are of the same t, and the sum of the factors is no larger than they are."""
+    if t is not u or not alike(other, node) or not _folds(build, node, inner, t, a, b):
+        return False
+    shapes = [x.meta["val"].shape if isinstance(x, fx.Node) else torch.Size() for x in (a, b)]
+    return bool(torch.broadcast_shapes(*shapes).numel() <= max(shape.numel() for shape in shapes))
+
+
+_INNER = Call(_PRODUCTS, ("t", "a"), alone=True, name="inner")
+
 FACTORS = (
     Rule(
         "-t -> t * -1",
@@ -172,10 +209,26 @@ FACTORS = (
         lambda build, node, t: build(aten.mul.Scalar, (t, -1.0), node.meta["val"]),
     ),
     Rule(
-        "(t * a) * b -> t * (a * b)",
-        Call(_PRODUCTS, (Call(_PRODUCTS, ("t", "a"), alone=True, name="inner"), "b")),
-        _factored,
-        _folds,
+        "t / 4 -> t * 0.25, for any number",
+        Call(_QUOTIENTS, ("t", "number")),
+        lambda build, node, t, number: build(aten.mul.Scalar, (t, 1.0 / number), node.meta["val"]),
+        lambda build, node, t, number: (
+            isinstance(number, (int, float)) and number != 0 and 0 < abs(1.0 / number) < 1e30
+        ),
+    ),
+    Rule("(t * a) * b -> t * (a * b)", Call(_PRODUCTS, (_INNER, "b")), _factored(aten.mul.Tensor), _folds),
+    Rule("(t * a) / b -> t * (a / b)", Call(_QUOTIENTS, (_INNER, "b")), _factored(aten.div.Tensor), _folds),
+    Rule(
+        "t * a + t * b -> t * (a + b)",
+        Call(aten.add.Tensor, (_INNER, Call(_PRODUCTS, ("u", "b"), alone=True, name="other"))),
+        _factored(aten.add.Tensor),
+        _adds_up,
+    ),
+    Rule(
+        "t * a + t -> t * (a + 1)",
+        Call(aten.add.Tensor, (_INNER, "u")),
+        lambda build, node, inner, t, a, u: _factored(aten.add.Tensor)(build, node, t, a, 1.0),
+        lambda build, node, inner, t, a, u: t is u and _folds(build, node, inner, t, a, 1.0),
     ),
 )
 
