@@ -88,7 +88,10 @@ class Writing:
 
 @dataclass(frozen=True)
 class Loss:
-    """`loss(weights, hyper, batch)`: weights and hyper lists of tensors, as `draw` draws them; `sizes` are those of the batch, of time and features."""
+    """`loss(weights, hyper, batch)`: weights and hyper lists of tensors, as `draw` draws them.
+
+    `sizes` are those of the batch, of time and features.
+    """
 
     skeleton: Skeleton
     writing: Writing

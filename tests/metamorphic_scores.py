@@ -1,7 +1,7 @@
 """Ends of a loss and penalties of its weights, each written in many ways.
 
-An end maps activations (batch, time, features), targets of that shape and labels (batch, time) to a scalar; a penalty maps the list of
-weights, and for each of them the logarithm of a decay, to a scalar.
+An end maps activations (batch, time, features), targets of that shape and labels (batch, time) to a scalar; a penalty
+maps the list of weights, and for each of them the logarithm of a decay, to a scalar.
 """
 
 from __future__ import annotations

@@ -30,13 +30,26 @@ def _zeros(c: Conversion, node: Any) -> Place:
     return c.builder.stored(c.builder.filled(c.shape(node), 0.0))
 
 
-@handles(aten.diagonal_backward.default, aten.unfold_backward.default)
-def _adjoint(c: Conversion, node: Any) -> Value:
-    """Of a choice: each element of the gradient is added to where it was taken from."""
+@handles(aten.diagonal_backward.default)
+def _diagonal_backward(c: Conversion, node: Any) -> Value:
     grad, sizes, *arguments = node.args
-    choose: Any = {aten.diagonal_backward.default: aten.diagonal.default}.get(node.target, aten.unfold.default)
     values = c.place(grad)
-    return _onto(c, node, _zeros(c, node), values, positions_of(c, node, choose, tuple(sizes), arguments, values.sizes))
+    places = positions_of(c, node, aten.diagonal.default, tuple(sizes), arguments, values.sizes)
+    return _onto(c, node, _zeros(c, node), values, places)
+
+
+@handles(aten.unfold_backward.default)
+def _unfold_backward(c: Conversion, node: Any) -> Value:
+    """Windows are added up, first the first elements of all of them, then the second ones, and so on."""
+    grad, _, dim, size, step = node.args
+    result, values = _zeros(c, node), c.place(grad)
+    dim %= len(result.sizes)
+    last = len(values.sizes) - 1
+    for k in range(size):
+        part = result.narrowed(dim, k, values.sizes[dim], step)
+        total = c.builder.combined(Code.ADD, [part, values.narrowed(last, k, 1).without(last)], part.sizes)
+        c.builder.stored(total, part)
+    return result
 
 
 @handles(aten.index_add.default)

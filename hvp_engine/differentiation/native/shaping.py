@@ -88,6 +88,18 @@ def _squeeze(c: Conversion, node: Any) -> Value:
     return place
 
 
+@handles(aten.unfold.default, every_term=True)
+def _unfold(c: Conversion, node: Any) -> Value:
+    """Windows, which overlap, as a view."""
+    place = c.place(node.args[0])
+    dim, size, step = node.args[1] % max(len(place.sizes), 1), *node.args[2:4]
+    if not place.sizes:
+        raise UnsupportedError("unfold of one number")
+    strides = [*place.strides, place.strides[dim]]
+    strides[dim] *= step
+    return Place(place.region, (*c.shape(node)[:-1], size), tuple(strides), place.offset)
+
+
 @handles(aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
 def _split(c: Conversion, node: Any) -> Value:
     place = c.place(node.args[0])
@@ -202,7 +214,6 @@ def _embedding_backward(c: Conversion, node: Any) -> Value:
     aten.repeat.default,
     aten.take.default,
     aten.diagonal.default,
-    aten.unfold.default,
 )
 def _chosen(c: Conversion, node: Any) -> Value:
     source, *arguments = node.args

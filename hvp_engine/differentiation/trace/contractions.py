@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -67,7 +66,7 @@ class Contraction:
 
     @property
     def pays(self) -> bool:
-        """Whether a matrix product reads and writes less than the product of all elements; batches of vectors do not."""
+        """Whether a matrix product moves less than the product of all elements; batches of vectors do not."""
         rows, columns = self.own(self.a, self.b), self.own(self.b, self.a)
         if self.shared(summed=False):
             return bool(rows and columns)
@@ -84,13 +83,17 @@ class Contraction:
             a, b = b, a
         batch, inner = sorted(self.shared(summed=False)), [d for d in a.labels if d in self.shared(summed=True)]
         rows, columns = self.own(a, b), self.own(b, a)
-        left = self._as_matrices(build, a, batch, rows, inner)
-        right = self._as_matrices(build, b, batch, inner, columns)
-        shape = (*left.meta["val"].shape[:-1], right.meta["val"].shape[-1])
-        target = aten.bmm.default if batch else aten.mm.default
-        product = build(target, (left, right), left.meta["val"].new_empty(shape))
         labels = (*batch, *rows, *columns)
-        product = reshaped(build, product, tuple(sizes[d] for d in labels))
+        shape = tuple(sizes[d] for d in labels)
+        if not inner and not (rows and columns):
+            left, right = (self._broadcast(build, x, labels) for x in (a, b))
+            product = build(aten.mul.Tensor, (left, right), left.meta["val"].new_empty(shape))
+        else:
+            left = self._as_matrices(build, a, batch, rows, inner)
+            right = self._as_matrices(build, b, batch, inner, columns)
+            value = left.meta["val"].new_empty((*left.meta["val"].shape[:-1], right.meta["val"].shape[-1]))
+            product = build(aten.bmm.default if batch else aten.mm.default, (left, right), value)
+            product = reshaped(build, product, shape)
         free = math.prod(sizes[d] for d in self.summed if d not in (*self.a.labels, *self.b.labels))
         if free != 1:
             product = build(aten.mul.Scalar, (product, free), product.meta["val"])
@@ -99,6 +102,12 @@ class Contraction:
     def _summed_alone(self, build: Builder, mine: Labelled, other: Labelled) -> Labelled:
         """An operand summed over dimensions that the other one does not have."""
         return _summed(build, mine, [d for d in self.summed if d not in other.labels])
+
+    def _broadcast(self, build: Builder, x: Labelled, labels: Labels) -> fx.Node:
+        """With a dimension for each label, of one element where the operand does not have it."""
+        order = tuple(x.labels.index(d) for d in labels if d in x.labels)
+        shape = tuple(self.sizes[d] if d in x.labels else 1 for d in labels)
+        return reshaped(build, permuted(build, x.node, order), shape)
 
     def _as_matrices(self, build: Builder, x: Labelled, *groups: Sequence[int]) -> fx.Node:
         """With (batch, rows, columns), each group of labels one dimension; without a batch if that has no label."""
@@ -153,7 +162,7 @@ def _summands(node: fx.Node, labels: Sequence[int]) -> Iterator[tuple[fx.Node, L
     base, dimensions = shown(node)
     alone = len(node.users) == 1
     if alone and base is not node and None not in dimensions and len(dimensions) == base.meta["val"].dim():
-        order = {d: label for d, label in zip(dimensions, labels, strict=True)}
+        order = dict(zip(dimensions, labels, strict=True))
         yield from _summands(base, [order[d] for d in range(len(dimensions))])
     elif alone and node.target is aten.add.Tensor and not node.kwargs and all(alike(x, node) for x in node.args):
         for x in node.args:

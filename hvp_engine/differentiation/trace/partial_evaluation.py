@@ -12,6 +12,7 @@ from torch import fx
 from hvp_engine.differentiation.trace.broadcasting import expand_last
 from hvp_engine.differentiation.trace.combining import combine_sums, share_factors
 from hvp_engine.differentiation.trace.contractions import contract
+from hvp_engine.differentiation.trace.elementwise_factors import fold_factors
 from hvp_engine.differentiation.trace.fused_update import Terms, decompose
 from hvp_engine.differentiation.trace.inplace import written_over
 from hvp_engine.differentiation.trace.memory_format import compact_factors
@@ -73,6 +74,7 @@ REWRITES: tuple[Rewrite, ...] = (
     compose_views,
     contract,
     compose_views,
+    fold_factors,
     fold_linear,
     share_factors,
     combine_sums,

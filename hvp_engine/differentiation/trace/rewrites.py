@@ -20,6 +20,7 @@ from hvp_engine.differentiation.trace.patterns import (
     Call,
     Rule,
     alike,
+    is_number,
     is_transposed,
     replace,
     same_dtype,
@@ -38,17 +39,11 @@ _FILLS: dict[Any, Callable[[fx.Node], Any]] = {
     aten.new_ones.default: lambda node: 1,
     aten.full_like.default: lambda node: node.args[1],
     aten.new_full.default: lambda node: node.args[2],
+    aten.scalar_tensor.default: lambda node: node.args[0],
 }
 """Operations that fill with a value, and read no more of their argument than its shape."""
 
 _PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
-
-
-def _is_number(value: Any, number: float) -> bool:
-    """Whether a node or number is `number` everywhere."""
-    if isinstance(value, fx.Node) and value.target is aten.full.default:
-        value = value.args[1]
-    return isinstance(value, (int, float)) and value == number
 
 
 def _neutral(example: str, targets: Any, number: float) -> Rule:
@@ -57,7 +52,7 @@ def _neutral(example: str, targets: Any, number: float) -> Rule:
         example,
         Call(targets, ("x", "other")),
         lambda build, node, x, other: x,
-        lambda build, node, x, other: _is_number(other, number) and alike(x, node),
+        lambda build, node, x, other: is_number(other, number) and alike(x, node),
     )
 
 
@@ -161,83 +156,10 @@ SUMS_OF_VIEWS = (
 )
 
 
-_QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
-
-
-def _known(build: Builder, operation: Any, a: Any, b: Any, like: fx.Node) -> Any:
-    """The factor a * b, a / b or a + b, either of which may be a number."""
-    if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
-        return a * b if operation in _PRODUCTS else a / b if operation in _QUOTIENTS else a + b
-    shapes = [x.meta["val"].shape for x in (a, b) if isinstance(x, fx.Node)]
-    value = torch.empty(torch.broadcast_shapes(*shapes), dtype=like.meta["val"].dtype, device="meta")
-    if isinstance(a, fx.Node):
-        return build(operation, (a, b), value)
-    if operation not in _QUOTIENTS:
-        return build(operation, (b, a), value)
-    return build(aten.mul.Tensor, (build(aten.reciprocal.default, (b,), value), a), value)
-
-
-def _factored(operation: Any) -> Callable[..., fx.Node]:
-    """t * (a operation b)."""
-
-    def made(build: Builder, node: fx.Node, t: fx.Node, a: Any, b: Any, **others: fx.Node) -> fx.Node:
-        return build(aten.mul.Tensor, (t, _known(build, operation, a, b, node)), node.meta["val"])
-
-    return made
-
-
-def _folds(build: Builder, node: fx.Node, inner: fx.Node, t: Any, a: Any, b: Any) -> bool:
-    """Whether t depends on the tangents and the factors do not, and views of the product will find its strides."""
-    known = all(not isinstance(factor, fx.Node) or factor not in build.linear for factor in (a, b))
-    return t in build.linear and known and same_layout(t, node) and alike(inner, node)
-
-
-def _adds_up(build: Builder, node: fx.Node, inner: fx.Node, t: Any, a: Any, u: Any, b: Any, other: fx.Node) -> bool:
-    """Whether two products are of the same t, and the sum of the factors is no larger than they are."""
-    if t is not u or not alike(other, node) or not _folds(build, node, inner, t, a, b):
-        return False
-    shapes = [x.meta["val"].shape if isinstance(x, fx.Node) else torch.Size() for x in (a, b)]
-    return bool(torch.broadcast_shapes(*shapes).numel() <= max(shape.numel() for shape in shapes))
-
-
-_INNER = Call(_PRODUCTS, ("t", "a"), alone=True, name="inner")
-
-FACTORS = (
-    Rule(
-        "-t -> t * -1",
-        Call(aten.neg.default, ("t",)),
-        lambda build, node, t: build(aten.mul.Scalar, (t, -1.0), node.meta["val"]),
-    ),
-    Rule(
-        "t / 4 -> t * 0.25, for any number",
-        Call(_QUOTIENTS, ("t", "number")),
-        lambda build, node, t, number: build(aten.mul.Scalar, (t, 1.0 / number), node.meta["val"]),
-        lambda build, node, t, number: (
-            isinstance(number, (int, float)) and number != 0 and 0 < abs(1.0 / number) < 1e30
-        ),
-    ),
-    Rule("(t * a) * b -> t * (a * b)", Call(_PRODUCTS, (_INNER, "b")), _factored(aten.mul.Tensor), _folds),
-    Rule("(t * a) / b -> t * (a / b)", Call(_QUOTIENTS, (_INNER, "b")), _factored(aten.div.Tensor), _folds),
-    Rule(
-        "t * a + t * b -> t * (a + b)",
-        Call(aten.add.Tensor, (_INNER, Call(_PRODUCTS, ("u", "b"), alone=True, name="other"))),
-        _factored(aten.add.Tensor),
-        _adds_up,
-    ),
-    Rule(
-        "t * a + t -> t * (a + 1)",
-        Call(aten.add.Tensor, (_INNER, "u")),
-        lambda build, node, inner, t, a, u: _factored(aten.add.Tensor)(build, node, t, a, 1.0),
-        lambda build, node, inner, t, a, u: t is u and _folds(build, node, inner, t, a, 1.0),
-    ),
-)
-
-
 def fold_linear(graph: fx.Graph, linear: set[fx.Node]) -> None:
-    """Collapse chains of known factors, and transpose the factors of a product instead of the product."""
+    """Transpose the factors of a product instead of the product, and add up before what both are viewed as."""
     replace(graph, linear, TRANSPOSITIONS)
     replace(graph, linear, SUMS_OF_VIEWS)
-    replace(graph, linear, FACTORS)
 
 
 def _sum(targets: Any, arguments: tuple[Any, ...]) -> Call:
