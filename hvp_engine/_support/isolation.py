@@ -8,12 +8,18 @@ solve, others in the next call. Modules wrapped by :func:`functional` work on co
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 
-from hvp_engine._support.random_state import random_state_kept, seed_everything
+from hvp_engine._support.random_state import TURNS, global_generators, random_state_kept, seed_everything
+
+Result = TypeVar("Result")
+
+_MOST_REFUSALS = 8
+"""Calls that had to be run again alone after which an object's calls always are."""
 
 _active: ContextVar[bool] = ContextVar("hvp_engine_isolated", default=False)
 _modules: ContextVar[list[torch.nn.Module] | None] = ContextVar("hvp_engine_modules", default=None)
@@ -54,6 +60,44 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
         with random_state_kept(device), torch.enable_grad():
             seed_everything(seed, device)
             yield
+    finally:
+        _active.reset(token)
+
+
+class Company:
+    """Whether the calls of one object run together with those of others: as long as its losses draw nothing."""
+
+    def __init__(self) -> None:
+        self._welcome = False
+        self._refusals = 0
+
+    def run(
+        self, seed: int, device: torch.device, work: Callable[[], Result], owners: Sequence[Any], repeatable: bool
+    ) -> Result:
+        """What `work` returns: alone and :func:`isolated`, or together with others if it drew nothing the last time.
+
+        Arguments:
+            owners: objects that no two calls may use at the same time.
+            repeatable: whether `work` may be run twice; it is if it turns out to draw.
+        """
+        if self._welcome and repeatable and device.type == "cpu":
+            found = TURNS.attempt(lambda: _active_call(work), owners)
+            if found:
+                return found[0]
+            self._refusals += 1
+        with isolated(seed, device):
+            before = global_generators()
+            result = work()
+            self._welcome = before is not None and self._refusals < _MOST_REFUSALS and global_generators() == before
+        return result
+
+
+def _active_call(work: Callable[[], Result]) -> Result:
+    """Without generators of its own."""
+    token = _active.set(True)
+    try:
+        with torch.enable_grad():
+            return work()
     finally:
         _active.reset(token)
 

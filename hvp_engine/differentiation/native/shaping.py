@@ -91,10 +91,11 @@ def _squeeze(c: Conversion, node: Any) -> Value:
 @handles(aten.unfold.default, every_term=True)
 def _unfold(c: Conversion, node: Any) -> Value:
     """Windows, which overlap, as a view."""
-    place = c.place(node.args[0])
-    dim, size, step = node.args[1] % max(len(place.sizes), 1), *node.args[2:4]
+    source, dim, size, step = node.args
+    place = c.place(source)
     if not place.sizes:
         raise UnsupportedError("unfold of one number")
+    dim %= len(place.sizes)
     strides = [*place.strides, place.strides[dim]]
     strides[dim] *= step
     return Place(place.region, (*c.shape(node)[:-1], size), tuple(strides), place.offset)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvp_engine.differentiation.trace.patterns import Builder, alike, is_number, same_layout
+from hvp_engine.differentiation.trace.patterns import Builder, alike, is_number, same_dtype, same_layout
 
 aten = torch.ops.aten
 
@@ -65,11 +65,22 @@ def fold_factors(graph: fx.Graph, linear: set[fx.Node]) -> None:
             if found is None:
                 continue
             if found.operations > 1 or isinstance(found.factor, (int, float)):
-                new = build(aten.mul.Tensor, (found.source, found.factor), node.meta["val"])
+                new = _product(build, found, node)
                 node.replace_all_uses_with(new)
                 graph.erase_node(node)
                 node = new
         multiples[node] = found
+
+
+def _product(build: Builder, found: _Multiple, node: fx.Node) -> fx.Node:
+    """The tangent times its factor; a number is a tensor where the tangent is a weight's: weight decay is a diagonal of
+    the Hessian, which is known by that."""
+    factor, value = found.factor, node.meta["val"]
+    if isinstance(factor, fx.Node):
+        return build(aten.mul.Tensor, (found.source, factor), value)
+    if found.source.op != "placeholder":
+        return build(aten.mul.Scalar, (found.source, factor), value)
+    return build(aten.mul.Tensor, (found.source, build.filled(value.new_empty(()), factor)), value)
 
 
 def _multiple(build: Builder, node: fx.Node, multiples: dict[fx.Node, _Multiple]) -> _Multiple | None:
@@ -109,7 +120,7 @@ def _total(build: Builder, node: fx.Node, multiples: dict[fx.Node, _Multiple]) -
     shapes = [f.meta["val"].shape if isinstance(f, fx.Node) else torch.Size() for f in (a, b)]
     if torch.broadcast_shapes(*shapes).numel() > max(shape.numel() for shape in shapes):
         return None
-    return _Multiple(source, known(build, aten.add.Tensor, a, b, node), first.operations + second.operations + 1)
+    return _Multiple(source, _known(build, aten.add.Tensor, a, b, node), first.operations + second.operations + 1)
 
 
 def _is_elementwise(node: fx.Node, place: int) -> bool:
@@ -148,11 +159,11 @@ def _applied(build: Builder, node: fx.Node, place: int, factor: Any) -> Any:
     target: Any = node.target
     args: list[Any] = list(node.args)
     if target is aten.neg.default:
-        return known(build, aten.mul.Tensor, factor, -1.0, node)
+        return _known(build, aten.mul.Tensor, factor, -1.0, node)
     if target in _PRODUCTS:
-        return known(build, aten.mul.Tensor, factor, args[1 - place], node)
+        return _known(build, aten.mul.Tensor, factor, args[1 - place], node)
     if target in _QUOTIENTS:
-        return known(build, aten.div.Tensor, factor, args[1], node)
+        return _known(build, aten.div.Tensor, factor, args[1], node)
     value = node.meta["val"]
     if not alike(factor, node):
         ones = build.filled(value, 1)
@@ -161,12 +172,22 @@ def _applied(build: Builder, node: fx.Node, place: int, factor: Any) -> Any:
     return build(target, tuple(args), value, **node.kwargs)
 
 
-def known(build: Builder, operation: Any, a: Any, b: Any, like: fx.Node) -> Any:
+def _converted(build: Builder, factor: Any, like: fx.Node) -> Any:
+    """A mask or whole numbers in the dtype of what they multiply."""
+    if not isinstance(factor, fx.Node) or same_dtype(factor, like):
+        return factor
+    dtype = like.meta["val"].dtype
+    value = torch.empty_like(factor.meta["val"], dtype=dtype, device="meta")
+    return build(aten._to_copy.default, (factor,), value, dtype=dtype)
+
+
+def _known(build: Builder, operation: Any, a: Any, b: Any, like: fx.Node) -> Any:
     """The factor a * b, a / b or a + b, either of which may be a number."""
     if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
         return a * b if operation in _PRODUCTS else a / b if operation in _QUOTIENTS else a + b
     if operation not in _QUOTIENTS and not isinstance(a, fx.Node):
         a, b = b, a
+    a, b = (_converted(build, x, like) for x in (a, b))
     if operation in _PRODUCTS and not isinstance(b, fx.Node) and b == 1:
         return a
     shapes = [x.meta["val"].shape for x in (a, b) if isinstance(x, fx.Node)]

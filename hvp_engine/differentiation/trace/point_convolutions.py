@@ -45,7 +45,7 @@ def _contractions(node: Any) -> list[Contraction | None]:
         points = _points(x, w, stride, padding, dilation, groups)
         if points is None or bias is not None or (turned and any(points)):
             return [None]
-        places = range(2, x.meta["val"].dim())
+        places = tuple(range(2, x.meta["val"].dim()))
         inside = [_INNER - 2 * d if whole else d for d, whole in zip(places, points, strict=True)]
         of_kernel = [label if whole else _NOWHERE for label, whole in zip(inside, points, strict=True)]
         kernel = (_INNER, 1) if turned else (1, _INNER)

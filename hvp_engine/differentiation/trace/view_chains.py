@@ -68,7 +68,8 @@ def compose_views(graph: fx.Graph, linear: set[fx.Node]) -> None:
         base, dimensions = shown(node)
         with graph.inserting_before(node):
             if base is node:  # another shape
-                new = reshaped(build, node.args[0], tuple(node.meta["val"].shape))
+                source: Any = node.args[0]
+                new = reshaped(build, source, tuple(node.meta["val"].shape))
             else:
                 new = reshaped(build, permuted(build, base, dimensions), tuple(node.meta["val"].shape))
         node.replace_all_uses_with(new)
