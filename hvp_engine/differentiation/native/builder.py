@@ -125,6 +125,13 @@ class Builder:
         self.derived.append(Derived(place.region.slot, compute, numbers))  # type: ignore[arg-type]  # checked above
         return place
 
+    def as_numbers(self, place: Place) -> Place:
+        """A known tensor in the program's dtype, converted once if it has another."""
+        slot = self.slots[place.region.slot or 0]
+        if slot.kind is Kind.NUMBERS:
+            return place
+        return self.derive(slot.shape, lambda tensor: tensor.to(self.dtype), [place])
+
     def workspace(self, sizes: Sequence[int], strides: Sequence[int] | None = None) -> Place:
         return Place(Region(prod(sizes)), tuple(sizes), row_major(sizes) if strides is None else tuple(strides))
 

@@ -177,7 +177,7 @@ def _summands(parts: Partition, converted: Conversion, known: dict[int, Place], 
         rest: Operand | None = None
         for other in [next(outputs) for _ in range(others)]:
             rest = other if rest is None else builder.combined(Code.ADD, [rest, other], tangent.sizes)
-        factors = [known[index] for index in diagonals]
+        factors = [builder.as_numbers(known[index]) for index in diagonals]
         if len(factors) > _MOST_DIAGONALS:
             factors = [builder.derive(tangent.sizes, _total_of(tangent.sizes), factors)]
         factors = [factor.expanded(tangent.sizes) for factor in factors]

@@ -23,6 +23,8 @@ aten = torch.ops.aten
 _PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
 _QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
 
+_SUMS = (aten.add.Tensor, aten.sub.Tensor)
+
 _SLOPES = (
     aten.tanh_backward.default,
     aten.sigmoid_backward.default,
@@ -88,7 +90,7 @@ def _multiple(build: Builder, node: fx.Node, multiples: dict[fx.Node, _Multiple]
     target: Any = node.target
     args: tuple[Any, ...] = node.args
     moving = [position for position, x in enumerate(args) if isinstance(x, fx.Node) and x in build.linear]
-    if target is aten.add.Tensor and len(moving) == 2 and not node.kwargs:
+    if target in _SUMS and len(moving) == 2 and not node.kwargs:
         return _total(build, node, multiples)
     if len(moving) != 1 or not same_layout(args[moving[0]], node):
         return None
@@ -104,7 +106,7 @@ def _multiple(build: Builder, node: fx.Node, multiples: dict[fx.Node, _Multiple]
 
 
 def _total(build: Builder, node: fx.Node, multiples: dict[fx.Node, _Multiple]) -> _Multiple | None:
-    """t * a + t * b, where the sum of the factors is no larger than they are."""
+    """t * a + t * b, or t * a - t * b, where the sum of the factors is no larger than they are."""
     parts = []
     for x in node.args:
         assert isinstance(x, fx.Node)
@@ -117,6 +119,8 @@ def _total(build: Builder, node: fx.Node, multiples: dict[fx.Node, _Multiple]) -
     if first.source is not source or second.source is not source or not same_layout(source, node):
         return None
     a, b = (_factor(build, z, m) for (z, _), m in zip(parts, (first, second), strict=True))
+    if node.target is aten.sub.Tensor:
+        b = _known(build, aten.mul.Tensor, b, -1.0, node)
     shapes = [f.meta["val"].shape if isinstance(f, fx.Node) else torch.Size() for f in (a, b)]
     if torch.broadcast_shapes(*shapes).numel() > max(shape.numel() for shape in shapes):
         return None
