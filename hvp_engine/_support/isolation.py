@@ -8,7 +8,8 @@ solve, others in the next call. Modules wrapped by :func:`functional` work on co
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -64,31 +65,72 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
         _active.reset(token)
 
 
-class Company:
-    """Whether the calls of one object run together with those of others: as long as its losses draw nothing."""
+_quiet: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The code of functions that drew nothing when they were last looked at."""
 
-    def __init__(self) -> None:
-        self._welcome = False
+
+class Company:
+    """Whether the calls of one object run together with those of others: as long as its losses draw nothing.
+
+    That is taken from other objects with losses of the same code, and found to be so again after each call.
+
+    Arguments:
+        losses: what may draw.
+    """
+
+    def __init__(self, *losses: Any):
+        self._losses = losses
         self._refusals = 0
 
+    @property
+    def _codes(self) -> list[Any]:
+        """Of a function its code; nothing for what cannot be looked up."""
+        codes = [getattr(loss, "__code__", loss) for loss in self._losses]
+        return [code if isinstance(code, Hashable) else None for code in codes]
+
+    @property
+    def _welcome(self) -> bool:
+        return self._refusals < _MOST_REFUSALS and all(code in _quiet for code in self._codes)
+
     def run(
-        self, seed: int, device: torch.device, work: Callable[[], Result], owners: Sequence[Any], repeatable: bool
+        self,
+        seed: int,
+        device: torch.device,
+        work: Callable[[], Result],
+        owners: Sequence[Any],
+        repeatable: bool,
+        undo: Callable[[], None],
     ) -> Result:
-        """What `work` returns: alone and :func:`isolated`, or together with others if it drew nothing the last time.
+        """What `work` returns: alone and :func:`isolated`, or together with others if it drew nothing before.
 
         Arguments:
             owners: objects that no two calls may use at the same time.
             repeatable: whether `work` may be run twice; it is if it turns out to draw.
+            undo: called between the two.
         """
-        if self._welcome and repeatable and device.type == "cpu":
-            found = TURNS.attempt(lambda: _active_call(work), owners)
-            if found:
-                return found[0]
-            self._refusals += 1
-        with isolated(seed, device):
-            before = global_generators()
-            result = work()
-            self._welcome = before is not None and self._refusals < _MOST_REFUSALS and global_generators() == before
+        tried = not repeatable or device.type != "cpu" or is_isolated()
+        while True:
+            if self._welcome and not tried:
+                tried, found = True, TURNS.attempt(lambda: _active_call(work), owners)
+                if found:
+                    return found[0]
+                self._refusals += 1
+                undo()
+            with isolated(seed, device):
+                if self._welcome and not tried:
+                    continue  # another thread has found out meanwhile
+                return self._watched(work)
+
+    def _watched(self, work: Callable[[], Result]) -> Result:
+        before = global_generators()
+        result = work()
+        if before is not None and global_generators() == before:
+            with contextlib.suppress(TypeError):  # a loss of which there are no weak references
+                _quiet.update(self._codes)
+        else:
+            for code in self._codes:
+                if code in _quiet:
+                    _quiet.remove(code)
         return result
 
 

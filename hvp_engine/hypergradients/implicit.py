@@ -112,7 +112,7 @@ class Hypergradient(Estimator):
         self.engine = for_loss(train_loss, engines.create("eager" if idle else engine))
         self.spectrum = Spectrum()
         self.draws = Draws()
-        self._company = Company()
+        self._company = Company(train_loss, val_loss)
         self.warm_start = warm_start
         self._previous: list[Tensor] | None = None
         self._stationarity = Stationarity()
@@ -129,6 +129,8 @@ class Hypergradient(Estimator):
             problem(self.val_loss, val_batch, "val_loss"),
         )
 
+        estimates = self.spectrum.state_dict()
+
         def solved() -> tuple[Tensor, Linearization, list[Tensor], Solution]:
             val_loss, vector, direct = direct_gradient(validation)
             linearization = self.engine.linearize(training)
@@ -139,7 +141,9 @@ class Hypergradient(Estimator):
         repeatable = all(map(is_constant, (*split_inputs(training)[1], *split_inputs(validation)[1])))
         owners = (self, self.engine)
         seed, device = self.draws.next_seed(), weight_list[0].device
-        val_loss, linearization, grads, solution = self._company.run(seed, device, solved, owners, repeatable)
+        val_loss, linearization, grads, solution = self._company.run(
+            seed, device, solved, owners, repeatable, lambda: self.spectrum.load_state_dict(estimates)
+        )
         if self.warm_start:
             self._previous = [part.clone() for part in solution.value]
         assert linearization.loss is not None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine.differentiation.native.builder import CPU, Kind
+from hvp_engine.differentiation.native.builder import CPU
 from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
 from hvp_engine.differentiation.native.operations import Code, UnsupportedError
 from hvp_engine.differentiation.native.places import Place
@@ -74,18 +74,19 @@ def _scatter(c: Conversion, node: Any) -> Value:
         chosen = chosen.narrowed(d, 0, size)
 
     def last_ones(index: Tensor) -> Tensor:
-        """[7, 3, 7] -> [-1, 3, 7]; -1 is left out."""
+        """[7, 3, 7] -> [0, 1, 1]."""
         places = torch.arange(numel(sizes), device=CPU).reshape(sizes).gather(dim, index).reshape(-1)
         order = torch.arange(len(places), device=CPU)
         last = torch.full((numel(sizes),), -1, device=CPU).scatter_reduce(0, places, order, "amax")
-        return torch.where(last[places] == order, places, -1)
+        return (last[places] == order).reshape(of_index).to(c.builder.dtype)
 
     def left(index: Tensor) -> Tensor:
         return torch.ones(sizes, dtype=c.builder.dtype, device=CPU).scatter(dim, index, 0.0)
 
     base = c.builder.combined(Code.SELECT, [c.operand(onto, node), c.derive(sizes, left, [index])], sizes)
-    places = c.derive((numel(of_index),), last_ones, [index], Kind.INDEX)
-    return _onto(c, node, c.builder.stored(base), chosen, places)
+    counted = c.builder.combined(Code.SELECT, [chosen, c.derive(of_index, last_ones, [index])], of_index)
+    places = positions_of(c, node, aten.gather.default, sizes, [dim, index], of_index)
+    return _onto(c, node, c.builder.stored(base), c.builder.stored(counted), places)
 
 
 @handles(aten.cumsum.default)
