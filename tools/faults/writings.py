@@ -3,7 +3,7 @@
 from tools.faults.base import Fault
 
 CONTRACTIONS, ADJOINTS = "tests/test_trace_contractions.py", "tests/test_native_adjoints.py"
-THREADS = "tests/test_threads.py"
+THREADS = "tests/test_threads_together.py"
 TRACE, NATIVE = "hvp_engine/differentiation/trace", "hvp_engine/differentiation/native"
 
 FAULTS = [

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine.differentiation.native.builder import CPU
+from hvp_engine.differentiation.native.builder import CPU, Kind
 from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
 from hvp_engine.differentiation.native.operations import Code, UnsupportedError
 from hvp_engine.differentiation.native.places import Place
@@ -161,3 +161,30 @@ def _as_strided_scatter(c: Conversion, node: Any) -> Value:
 def _empty(c: Conversion, node: Any) -> Value:
     """What is overwritten before it is read."""
     return c.builder.filled(c.shape(node), 0.0)
+
+
+@handles(aten.unfold.default, every_term=True)
+def _unfold(c: Conversion, node: Any) -> Value:
+    """Windows, which overlap, as a view."""
+    source, dim, size, step = node.args
+    place = c.place(source)
+    if not place.sizes:
+        raise UnsupportedError("unfold of one number")
+    dim %= len(place.sizes)
+    strides = [*place.strides, place.strides[dim]]
+    strides[dim] *= step
+    return Place(place.region, (*c.shape(node)[:-1], size), tuple(strides), place.offset)
+
+
+@handles(aten.max_pool2d_with_indices_backward.default)
+def _max_pool_backward(c: Conversion, node: Any) -> Value:
+    grad, indices, sizes = node.args[0], node.args[-1], c.shape(node)
+    plane = sizes[-1] * sizes[-2]
+
+    def compute(chosen: Tensor) -> Tensor:
+        planes = chosen.reshape(-1, chosen.shape[-2] * chosen.shape[-1])
+        return (planes + plane * torch.arange(len(planes), device=CPU)[:, None]).reshape(-1)
+
+    positions = c.derive((numel(c.shape(grad)),), compute, [indices], Kind.INDEX)
+    rows = as_rows(c, flat(c, c.place(grad)), 0)
+    return reshaped(c, c.builder.scattered(rows, positions, numel(sizes)), sizes)

@@ -88,19 +88,6 @@ def _squeeze(c: Conversion, node: Any) -> Value:
     return place
 
 
-@handles(aten.unfold.default, every_term=True)
-def _unfold(c: Conversion, node: Any) -> Value:
-    """Windows, which overlap, as a view."""
-    source, dim, size, step = node.args
-    place = c.place(source)
-    if not place.sizes:
-        raise UnsupportedError("unfold of one number")
-    dim %= len(place.sizes)
-    strides = [*place.strides, place.strides[dim]]
-    strides[dim] *= step
-    return Place(place.region, (*c.shape(node)[:-1], size), tuple(strides), place.offset)
-
-
 @handles(aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
 def _split(c: Conversion, node: Any) -> Value:
     place = c.place(node.args[0])
@@ -276,20 +263,6 @@ def _chosen_shape(c: Conversion, node: Any, indices: Any) -> Any:
         None if index is None else torch.zeros(c.shape(index), dtype=torch.int64, device="meta") for index in indices
     ]
     return aten.index.Tensor(torch.empty(c.shape(node), device="meta"), example).shape
-
-
-@handles(aten.max_pool2d_with_indices_backward.default)
-def _max_pool_backward(c: Conversion, node: Any) -> Value:
-    grad, indices, sizes = node.args[0], node.args[-1], c.shape(node)
-    plane = sizes[-1] * sizes[-2]
-
-    def compute(chosen: Tensor) -> Tensor:
-        planes = chosen.reshape(-1, chosen.shape[-2] * chosen.shape[-1])
-        return (planes + plane * torch.arange(len(planes), device=CPU)[:, None]).reshape(-1)
-
-    positions = c.derive((numel(c.shape(grad)),), compute, [indices], Kind.INDEX)
-    rows = as_rows(c, flat(c, c.place(grad)), 0)
-    return reshaped(c, c.builder.scattered(rows, positions, numel(sizes)), sizes)
 
 
 def positions_of(
