@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import test_native_operations
 import torch
 from native_graphs import by_extension, graph_of
 from test_native_operations import LAYOUTS, Case, choice, random
 from torch import Tensor
 from torch.nn import functional as F
 
+from hvp_engine.differentiation.native.conversion import HANDLERS
 from hvp_engine.differentiation.native.operations import UnsupportedError
 
 aten = torch.ops.aten
@@ -84,3 +87,13 @@ def test_as_pytorch(name: str) -> None:
 def test_what_is_left_to_pytorch(function: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(UnsupportedError):
         by_extension(function, [], [random(65)])
+
+
+def test_each_operator_has_a_case() -> None:
+    seen: set[Any] = set()
+    for case in (*CASES.values(), *test_native_operations.CASES.values()):
+        function, known, shapes = case()
+        graph = graph_of(function, known, [random(*shape) for shape in shapes]).graph
+        seen |= {node.target for node in graph.nodes if node.op == "call_function"}
+    missing = {str(target) for target in HANDLERS.keys() - seen}
+    assert not missing, sorted(missing)
