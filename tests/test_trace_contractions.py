@@ -86,6 +86,16 @@ def test_a_linear_layer_is_a_matrix_product(name: str) -> None:
     assert set(heavy) == {"mm"}, left
 
 
+def test_dimensions_of_neither_operand_count() -> None:
+    """Each of the three copies is summed."""
+    left = rewritten(
+        lambda t, x: (t.expand(3, OUTPUTS, INPUTS) * x.reshape(-1, 1, 1, INPUTS).expand(-1, 3, 1, -1)).sum((1, 3)),
+        (OUTPUTS, INPUTS),
+        (BATCH, TIME, INPUTS),
+    )
+    assert left["mm"] == 1 and left["sum"] == 0
+
+
 APART: dict[str, tuple[Function, tuple[tuple[int, ...], ...], str]] = {
     "different matrices": (lambda t, x: torch.bmm(x, t), ((BATCH, INPUTS, OUTPUTS), X), "bmm"),
     "products of each row": (lambda t, x: (t * x).sum(-1), (X, X), "sum"),

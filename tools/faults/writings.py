@@ -9,10 +9,10 @@ TRACE, NATIVE = "hvp_engine/differentiation/trace", "hvp_engine/differentiation/
 FAULTS = [
     Fault(
         f"{TRACE}/contractions.py",
-        "            a, b = b, a\n",
-        "            pass\n",
-        f"{CONTRACTIONS} -k linear_layer",
-        "products are made transposed and copied",
+        "        if free != 1:\n",
+        "        if False:\n",
+        f"{CONTRACTIONS} -k neither",
+        "what a sum has several times is counted once",
     ),
     Fault(
         f"{TRACE}/contractions.py",
