@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from metamorphic_layers import BATCH, FEATURES, TIME, Kind, by_slices
+from metamorphic_layers import Kind, by_slices
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -115,52 +115,55 @@ GATE = Kind(
         "g / (1 / g)": lambda x, g: x * g / g.reciprocal(),
         "addcmul": lambda x, g: torch.addcmul(torch.zeros_like(x), x * g, g),
     },
-    ((FEATURES,),),
+    ((1,),),
 )
 
-_ORDER = [2, 0, 1, 5, 4, 3]
+
+def _order(x: Tensor) -> list[int]:
+    """2, 0, 1, 5, 4, 3 for six features."""
+    return [2, 0, 1, *range(x.shape[-1] - 1, 2, -1)]
 
 
 def _one_hot(x: Tensor) -> Tensor:
-    return F.one_hot(torch.tensor(_ORDER), FEATURES).to(x.dtype)
+    return F.one_hot(torch.tensor(_order(x)), x.shape[-1]).to(x.dtype)
 
 
 def _scattered(x: Tensor) -> Tensor:
-    index = torch.tensor(_ORDER).argsort().expand(x.shape)
+    index = torch.tensor(_order(x)).argsort().expand(x.shape)
     return torch.zeros_like(x).scatter(-1, index, x)
 
 
 def _index_copied(x: Tensor) -> Tensor:
-    return torch.zeros_like(x).index_copy_(-1, torch.tensor(_ORDER).argsort(), x)
+    return torch.zeros_like(x).index_copy_(-1, torch.tensor(_order(x)).argsort(), x)
 
 
 def _index_added(x: Tensor) -> Tensor:
-    return torch.zeros_like(x).index_add(2, torch.tensor(_ORDER).argsort(), x)
+    return torch.zeros_like(x).index_add(2, torch.tensor(_order(x)).argsort(), x)
 
 
 def _assigned(x: Tensor) -> Tensor:
     out = torch.zeros_like(x)
-    for new, old in enumerate(_ORDER):
+    for new, old in enumerate(_order(x)):
         out[..., new] = x[..., old]
     return out
 
 
 REARRANGE = Kind(
     {
-        "x[..., list]": lambda x: x[..., _ORDER],
-        "index_select": lambda x: x.index_select(-1, torch.tensor(_ORDER)),
-        "gather": lambda x: x.gather(-1, torch.tensor(_ORDER).expand(x.shape)),
-        "take_along_dim": lambda x: torch.take_along_dim(x, torch.tensor(_ORDER)[None, None], dim=-1),
+        "x[..., list]": lambda x: x[..., _order(x)],
+        "index_select": lambda x: x.index_select(-1, torch.tensor(_order(x))),
+        "gather": lambda x: x.gather(-1, torch.tensor(_order(x)).expand(x.shape)),
+        "take_along_dim": lambda x: torch.take_along_dim(x, torch.tensor(_order(x))[None, None], dim=-1),
         "one-hot": lambda x: x @ _one_hot(x).T,
         "cat of slices": lambda x: torch.cat([x[..., 2:3], x[..., :2], x[..., 3:].flip(-1)], -1),
-        "unbind": lambda x: torch.stack([x.unbind(-1)[old] for old in _ORDER], -1),
+        "unbind": lambda x: torch.stack([x.unbind(-1)[old] for old in _order(x)], -1),
         "scatter": _scattered,
         "index_copy_": _index_copied,
         "index_add": _index_added,
         "assigned": _assigned,
         "embedding": lambda x: (
-            F.embedding(torch.tensor(_ORDER), x.permute(2, 0, 1).reshape(FEATURES, -1))
-            .reshape(FEATURES, BATCH, TIME)
+            F.embedding(torch.tensor(_order(x)), x.permute(2, 0, 1).flatten(1))
+            .unflatten(1, x.shape[:2])
             .permute(1, 2, 0)
         ),
         "roll": lambda x: torch.cat([x[..., :3].roll(1, -1), x[..., 3:].flip(-1)], -1),
@@ -184,12 +187,12 @@ SHIFT = Kind(
     {
         "F.pad": lambda x: F.pad(x, (0, 0, 1, 0))[:, :-1],
         "cat": lambda x: torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1),
-        "roll and mask": lambda x: x.roll(1, 1) * (torch.arange(TIME) > 0)[:, None],
+        "roll and mask": lambda x: x.roll(1, 1) * (torch.arange(x.shape[1]) > 0)[:, None],
         "assigned": _shift_assigned,
         "roll and zero_": _shift_in_place,
-        "narrow": lambda x: torch.cat([x.new_zeros(BATCH, 1, FEATURES), x.narrow(1, 0, TIME - 1)], 1),
-        "matmul": lambda x: torch.diag(torch.ones(TIME - 1), -1) @ x,
-        "stack": lambda x: torch.stack([torch.zeros_like(x[:, 0])] + [x[:, t] for t in range(TIME - 1)], 1),
+        "narrow": lambda x: torch.cat([x.new_zeros(len(x), 1, x.shape[2]), x.narrow(1, 0, x.shape[1] - 1)], 1),
+        "matmul": lambda x: torch.diag(torch.ones(x.shape[1] - 1), -1) @ x,
+        "stack": lambda x: torch.stack([torch.zeros_like(x[:, 0])] + list(x.unbind(1)[:-1]), 1),
         "slice_scatter": lambda x: torch.slice_scatter(torch.zeros_like(x), x[:, :-1], 1, 1),
         "diff of cumsum": lambda x: x.cumsum(1) - x.cumsum(1) + F.pad(x[:, :-1], (0, 0, 1, 0)),
     }
@@ -198,7 +201,7 @@ SHIFT = Kind(
 
 def _running_mean(x: Tensor) -> Tensor:
     total, means = torch.zeros_like(x[:, 0]), []
-    for t in range(TIME):
+    for t in range(x.shape[1]):
         total = total + x[:, t]
         means.append(total / (t + 1))
     return torch.stack(means, 1)
@@ -206,21 +209,25 @@ def _running_mean(x: Tensor) -> Tensor:
 
 def _running_mean_in_place(x: Tensor) -> Tensor:
     total, means = torch.zeros_like(x[:, 0]), []
-    for t in range(TIME):
+    for t in range(x.shape[1]):
         total += x[:, t]
         means.append(total.div(t + 1))
     return torch.stack(means, dim=1)
 
 
-_COUNTS = range(1, TIME + 1)
+def _counts(x: Tensor) -> Tensor:
+    """1, 2, ..., as a column."""
+    return torch.arange(1, x.shape[1] + 1)[:, None]
+
+
 RUNNING_MEAN = Kind(
     {
-        "cumsum": lambda x: x.cumsum(1) / torch.tensor(_COUNTS)[:, None],
-        "cumsum, arange": lambda x: torch.cumsum(x, dim=1) / torch.arange(1.0, TIME + 1).view(1, -1, 1),
-        "tril": lambda x: torch.ones(TIME, TIME).tril() @ x / torch.tensor(_COUNTS).unsqueeze(-1),
-        "means of slices": lambda x: torch.stack([x[:, :t].mean(1) for t in _COUNTS], 1),
+        "cumsum": lambda x: x.cumsum(1) / _counts(x),
+        "cumsum, arange": lambda x: torch.cumsum(x, dim=1) / torch.arange(1.0, x.shape[1] + 1).view(1, -1, 1),
+        "tril": lambda x: torch.ones(x.shape[1], x.shape[1]).tril() @ x / _counts(x),
+        "means of slices": lambda x: torch.stack([x[:, :t].mean(1) for t in range(1, x.shape[1] + 1)], 1),
         "loop": _running_mean,
         "loop in place": _running_mean_in_place,
-        "unfold": lambda x: F.pad(x, (0, 0, TIME - 1, 0)).unfold(1, TIME, 1).sum(-1) / torch.tensor(_COUNTS)[:, None],
+        "unfold": lambda x: F.pad(x, (0, 0, x.shape[1] - 1, 0)).unfold(1, x.shape[1], 1).sum(-1) / _counts(x),
     }
 )

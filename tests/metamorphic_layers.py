@@ -1,6 +1,6 @@
 """Layers of a network, each written in the many ways that people write it: all of one layer are the same function.
 
-Every layer maps activations of shape (3, 4, 6), that is (batch, time, features), to the same shape.
+Every layer maps activations of shape (batch, time, features) to the same shape, whatever the sizes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BATCH, TIME, FEATURES = 3, 4, 6
-
 
 @dataclass(frozen=True)
 class Kind:
-    """A function, as `writings` of it by name; `shapes` are those of its own weights, which follow its input."""
+    """A function, as `writings` of it by name; its own weights, which follow its input, are `shapes` in features."""
 
     writings: Mapping[str, Callable[..., Tensor]]
     shapes: tuple[tuple[int, ...], ...] = field(default=())
@@ -42,18 +40,18 @@ LINEAR = Kind(
     {
         "x @ w.T + b": lambda x, w, b: x @ w.T + b,
         "F.linear": lambda x, w, b: F.linear(x, w, b),
-        "addmm": lambda x, w, b: torch.addmm(b, x.reshape(-1, FEATURES), w.t()).view(x.shape),
+        "addmm": lambda x, w, b: torch.addmm(b, x.reshape(-1, x.shape[-1]), w.t()).view(x.shape),
         "einsum": lambda x, w, b: torch.einsum("bti,oi->bto", x, w) + b,
         "broadcast": lambda x, w, b: (x.unsqueeze(-2) * w).sum(-1) + b,
         "comprehension": lambda x, w, b: torch.stack([(x * row).sum(-1) for row in w], -1) + b,
         "tensordot": lambda x, w, b: torch.tensordot(x, w, dims=([2], [1])) + b,
         "add_": lambda x, w, b: x.matmul(w.t()).add_(b),
         "+=": _linear_in_place,
-        "bmm": lambda x, w, b: torch.bmm(x, w.t().expand(BATCH, FEATURES, FEATURES)).add(b),
-        "baddbmm": lambda x, w, b: torch.baddbmm(b.expand(BATCH, TIME, -1), x, w.t().expand(BATCH, -1, -1)),
+        "bmm": lambda x, w, b: torch.bmm(x, w.t().expand(len(x), *w.shape)).add(b),
+        "baddbmm": lambda x, w, b: torch.baddbmm(b.expand_as(x), x, w.t().expand(len(x), -1, -1)),
         "conv1d": lambda x, w, b: F.conv1d(x.transpose(1, 2), w[:, :, None], b).transpose(1, 2),
         "conv2d": lambda x, w, b: F.conv2d(x.permute(0, 2, 1)[..., None], w[..., None, None], b)[..., 0].mT,
-        "mv": lambda x, w, b: torch.stack([w.mv(row) + b for row in x.reshape(-1, FEATURES)]).reshape(x.shape),
+        "mv": lambda x, w, b: torch.stack([w.mv(row) + b for row in x.flatten(0, 1)]).reshape(x.shape),
         "vmap": lambda x, w, b: torch.vmap(torch.vmap(lambda row: w @ row + b))(x),
         "matmul of columns": lambda x, w, b: (w @ x.unsqueeze(-1)).squeeze(-1) + b,
         "buffer": lambda x, w, b: by_slices(x, lambda part: part @ w.t() + b),
@@ -62,7 +60,7 @@ LINEAR = Kind(
         ),
         "lerp of two": lambda x, w, b: torch.lerp(F.linear(x, w, b), x @ w.mT + b, 0.25),
     },
-    ((FEATURES, FEATURES), (FEATURES,)),
+    ((1, 1), (1,)),
 )
 
 
@@ -130,7 +128,7 @@ SWIGLU = Kind(
         "silu in place": lambda x, a, b: F.silu(x @ a.T, inplace=True) * (x @ b.T),
         "einsum": lambda x, a, b: torch.einsum("bto,bto->bto", F.silu(torch.einsum("bti,oi->bto", x, a)), x @ b.mT),
     },
-    ((FEATURES, FEATURES), (FEATURES, FEATURES)),
+    ((1, 1), (1, 1)),
 )
 
 
@@ -162,17 +160,17 @@ def _layer_norm_in_place(x: Tensor, g: Tensor, b: Tensor) -> Tensor:
 
 LAYER_NORM = Kind(
     {
-        "F.layer_norm": lambda x, g, b: F.layer_norm(x, (FEATURES,), g, b, 1e-5),
-        "without affine": lambda x, g, b: F.layer_norm(x, (FEATURES,)) * g + b,
+        "F.layer_norm": lambda x, g, b: F.layer_norm(x, g.shape, g, b, 1e-5),
+        "without affine": lambda x, g, b: F.layer_norm(x, g.shape) * g + b,
         "by hand": _layer_norm_by_hand,
         "d * d": _layer_norm_product,
         "moments": _layer_norm_moments,
         "in place": _layer_norm_in_place,
         "std": lambda x, g, b: (x - x.mean(-1, True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * g + b,
-        "group_norm": lambda x, g, b: F.group_norm(x.reshape(-1, FEATURES), 1, g, b, 1e-5).reshape(x.shape),
-        "buffer": lambda x, g, b: by_slices(x, lambda part: F.layer_norm(part, (FEATURES,), g, b)),
+        "group_norm": lambda x, g, b: F.group_norm(x.reshape(-1, len(g)), 1, g, b, 1e-5).reshape(x.shape),
+        "buffer": lambda x, g, b: by_slices(x, lambda part: F.layer_norm(part, g.shape, g, b)),
     },
-    ((FEATURES,), (FEATURES,)),
+    ((1,), (1,)),
 )
 
 
@@ -183,35 +181,35 @@ def _rms_norm_in_place(x: Tensor, g: Tensor) -> Tensor:
 
 RMS_NORM = Kind(
     {
-        "F.rms_norm": lambda x, g: F.rms_norm(x, (FEATURES,), g, 1e-6),
+        "F.rms_norm": lambda x, g: F.rms_norm(x, g.shape, g, 1e-6),
         "x * x": lambda x, g: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * g,
         "x**2": lambda x, g: g * (x / torch.sqrt(torch.mean(x**2, dim=-1, keepdim=True) + 1e-6)),
-        "norm": lambda x, g: x / (x.norm(dim=-1, keepdim=True) ** 2 / FEATURES + 1e-6).sqrt() * g,
-        "einsum": lambda x, g: x * (torch.einsum("bti,bti->bt", x, x)[..., None] / FEATURES + 1e-6).rsqrt() * g,
+        "norm": lambda x, g: x / (x.norm(dim=-1, keepdim=True) ** 2 / len(g) + 1e-6).sqrt() * g,
+        "einsum": lambda x, g: x * (torch.einsum("bti,bti->bt", x, x)[..., None] / len(g) + 1e-6).rsqrt() * g,
         "in place": _rms_norm_in_place,
         "cast": lambda x, g: g * (x.double() * torch.rsqrt(x.double().square().mean(-1, True) + 1e-6)).type_as(x),
-        "matmul": lambda x, g: x * g / torch.sqrt((x.unsqueeze(-2) @ x.unsqueeze(-1))[..., 0] / FEATURES + 1e-6),
+        "matmul": lambda x, g: x * g / torch.sqrt((x.unsqueeze(-2) @ x.unsqueeze(-1))[..., 0] / len(g) + 1e-6),
         "vmap": lambda x, g: torch.vmap(lambda s: s * torch.rsqrt((s * s).mean(-1, keepdim=True) + 1e-6) * g)(x),
     },
-    ((FEATURES,),),
+    ((1,),),
 )
 
-HEADS, WIDTH = 2, FEATURES // 2
+HEADS = 2
 
 
 def heads(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of shape (batch, heads, time, width)."""
-    q, k, v = F.linear(x, w).split(FEATURES, -1)
-    return tuple(t.view(BATCH, TIME, HEADS, WIDTH).transpose(1, 2) for t in (q, k, v))  # type: ignore[return-value]
+    q, k, v = F.linear(x, w).split(x.shape[-1], -1)
+    return tuple(t.view(*t.shape[:2], HEADS, -1).transpose(1, 2) for t in (q, k, v))  # type: ignore[return-value]
 
 
 def joined(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).reshape(BATCH, TIME, FEATURES)
+    return x.transpose(1, 2).flatten(2)
 
 
-def causal() -> Tensor:
-    """True where attention may not look."""
-    return torch.ones(TIME, TIME, dtype=torch.bool).triu(1)
+def causal(x: Tensor) -> Tensor:
+    """True where attention may not look; the dimension before the last one of `x` is that of time."""
+    return torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool).triu(1)
 
 
 def by_scores(normalize: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -219,30 +217,30 @@ def by_scores(normalize: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor
 
     def attention(x: Tensor, w: Tensor) -> Tensor:
         q, k, v = heads(x, w)
-        return joined(normalize(q @ k.transpose(-2, -1) / math.sqrt(WIDTH)) @ v)
+        return joined(normalize(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])) @ v)
 
     return attention
 
 
 def _softmax_by_hand(scores: Tensor) -> Tensor:
-    scores = scores.masked_fill(causal(), float("-inf"))
+    scores = scores.masked_fill(causal(scores), float("-inf"))
     e = torch.exp(scores - scores.amax(-1, keepdim=True))
     return e / e.sum(-1, keepdim=True)
 
 
 def _renormalized(scores: Tensor) -> Tensor:
-    weights = torch.softmax(scores, -1) * causal().logical_not()
+    weights = torch.softmax(scores, -1) * causal(scores).logical_not()
     return weights / weights.sum(-1, keepdim=True)
 
 
 def _in_place_mask(scores: Tensor) -> Tensor:
-    scores.masked_fill_(causal(), torch.finfo(scores.dtype).min)
+    scores.masked_fill_(causal(scores), torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)
 
 
 def _assigned_mask(scores: Tensor) -> Tensor:
     scores = scores.clone()
-    scores[:, :, causal()] = float("-inf")
+    scores[:, :, causal(scores)] = float("-inf")
     return F.softmax(scores, -1)
 
 
@@ -250,16 +248,16 @@ def _loop_over_heads(x: Tensor, w: Tensor) -> Tensor:
     q, k, v = heads(x, w)
     outputs = []
     for head in range(HEADS):
-        scores = torch.einsum("bqd,bkd->bqk", q[:, head], k[:, head]) * WIDTH**-0.5
-        outputs.append(torch.where(causal(), -torch.inf, scores).softmax(-1) @ v[:, head])
+        scores = torch.einsum("bqd,bkd->bqk", q[:, head], k[:, head]) * q.shape[-1] ** -0.5
+        outputs.append(torch.where(causal(scores), -torch.inf, scores).softmax(-1) @ v[:, head])
     return torch.cat(outputs, -1)
 
 
 def _loop_over_time(x: Tensor, w: Tensor) -> Tensor:
     q, k, v = heads(x, w)
     outputs = []
-    for t in range(TIME):
-        scores = (q[:, :, t : t + 1] * k[:, :, : t + 1]).sum(-1) / math.sqrt(WIDTH)
+    for t in range(x.shape[1]):
+        scores = (q[:, :, t : t + 1] * k[:, :, : t + 1]).sum(-1) / math.sqrt(q.shape[-1])
         outputs.append((scores.softmax(-1)[..., None] * v[:, :, : t + 1]).sum(2))
     return torch.stack(outputs, 1).flatten(2)
 
@@ -267,17 +265,17 @@ def _loop_over_time(x: Tensor, w: Tensor) -> Tensor:
 ATTENTION = Kind(
     {
         "is_causal": lambda x, w: joined(F.scaled_dot_product_attention(*heads(x, w), is_causal=True)),
-        "attn_mask": lambda x, w: joined(F.scaled_dot_product_attention(*heads(x, w), attn_mask=~causal())),
-        "masked_fill": by_scores(lambda s: s.masked_fill(causal(), float("-inf")).softmax(-1)),
-        "where": by_scores(lambda s: torch.softmax(torch.where(causal(), s.new_tensor(-1e9), s), dim=-1)),
-        "added mask": by_scores(lambda s: F.softmax(s + torch.full((TIME, TIME), -torch.inf).triu(1), dim=-1)),
+        "attn_mask": lambda x, w: joined(F.scaled_dot_product_attention(*heads(x, w), attn_mask=~causal(x))),
+        "masked_fill": by_scores(lambda s: s.masked_fill(causal(s), float("-inf")).softmax(-1)),
+        "where": by_scores(lambda s: torch.softmax(torch.where(causal(s), s.new_tensor(-1e9), s), dim=-1)),
+        "added mask": by_scores(lambda s: F.softmax(s + torch.full(s.shape[-2:], -torch.inf).triu(1), dim=-1)),
         "masked_fill_": by_scores(_in_place_mask),
         "assigned mask": by_scores(_assigned_mask),
         "softmax by hand": by_scores(_softmax_by_hand),
-        "exp of log_softmax": by_scores(lambda s: F.log_softmax(s.masked_fill(causal(), -torch.inf), -1).exp()),
+        "exp of log_softmax": by_scores(lambda s: F.log_softmax(s.masked_fill(causal(s), -torch.inf), -1).exp()),
         "renormalized": by_scores(_renormalized),
         "loop over heads": _loop_over_heads,
         "loop over time": _loop_over_time,
     },
-    ((3 * FEATURES, FEATURES),),
+    ((3, 1),),
 )

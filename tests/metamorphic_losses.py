@@ -14,7 +14,7 @@ import metamorphic_elementwise as elementwise
 import metamorphic_layers as layers
 import metamorphic_scores as scores
 import torch
-from metamorphic_layers import BATCH, FEATURES, TIME, Kind
+from metamorphic_layers import Kind
 from torch import Tensor
 
 LAYERS: dict[str, Kind] = {
@@ -88,10 +88,14 @@ class Writing:
 
 @dataclass(frozen=True)
 class Loss:
-    """`loss(weights, hyper, batch)`: weights and hyper lists of tensors, as `draw` draws them."""
+    """`loss(weights, hyper, batch)`: weights and hyper lists of tensors, as `draw` draws them.
+
+    `sizes` are those of the batch, of time and features.
+    """
 
     skeleton: Skeleton
     writing: Writing
+    sizes: tuple[int, int, int] = (3, 4, 6)
 
     def __str__(self) -> str:
         parts = [
@@ -118,11 +122,13 @@ class Loss:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-        shapes = [(FEATURES, FEATURES), *(shape for kind, _ in self.skeleton.layers for shape in LAYERS[kind].shapes)]
-        weights = [0.3 * (raw := normal(*shape)) + 0.1 * raw.sign() for shape in shapes]
+        batch, time, features = self.sizes
+        shapes = [(1, 1), *(shape for kind, _ in self.skeleton.layers for shape in LAYERS[kind].shapes)]
+        weights = [0.3 * (raw := normal(*(features * n for n in shape))) + 0.1 * raw.sign() for shape in shapes]
+        weights = [w * (6 / features) ** 0.5 if w.dim() > 1 else w for w in weights]
         hyper = [0.3 * normal() - 3 for _ in weights]
-        labels = torch.randint(FEATURES, (BATCH, TIME), generator=generator)
-        return weights, hyper, (normal(BATCH, TIME, FEATURES), normal(BATCH, TIME, FEATURES), labels)
+        labels = torch.randint(features, (batch, time), generator=generator)
+        return weights, hyper, (normal(batch, time, features), normal(batch, time, features), labels)
 
 
 def covering() -> Iterator[Loss]:

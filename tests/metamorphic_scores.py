@@ -1,7 +1,7 @@
 """Ends of a loss and penalties of its weights, each written in many ways.
 
-An end maps activations (3, 4, 6), targets of that shape and labels (3, 4) to a scalar; a penalty maps the list of
-weights, and for each of them the logarithm of a decay, to a scalar.
+An end maps activations (batch, time, features), targets of that shape and labels (batch, time) to a scalar; a penalty
+maps the list of weights, and for each of them the logarithm of a decay, to a scalar.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from metamorphic_layers import FEATURES, Kind
+from metamorphic_layers import Kind
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -81,7 +81,7 @@ def _entropy_by_hand(x: Tensor, _: Tensor, c: Tensor) -> Tensor:
 
 
 def _entropy_indexed(x: Tensor, _: Tensor, c: Tensor) -> Tensor:
-    scores = x.reshape(-1, FEATURES)
+    scores = x.reshape(-1, x.shape[-1])
     return -scores.log_softmax(1)[torch.arange(len(scores)), c.flatten()].mean()
 
 
@@ -98,18 +98,24 @@ def _entropy_mask_mean(x: Tensor, _: Tensor, c: Tensor) -> Tensor:
 
 CROSS_ENTROPY = Kind(
     {
-        "F.cross_entropy": lambda x, _, c: F.cross_entropy(x.view(-1, FEATURES), c.view(-1)),
+        "F.cross_entropy": lambda x, _, c: F.cross_entropy(x.view(-1, x.shape[-1]), c.view(-1)),
         "classes second": lambda x, _, c: F.cross_entropy(x.transpose(1, 2), c),
         "nll_loss": lambda x, _, c: F.nll_loss(F.log_softmax(x.flatten(0, 1), -1), c.flatten()),
         "logsumexp": lambda x, _, c: (x.logsumexp(-1) - x.gather(-1, c.unsqueeze(-1)).squeeze(-1)).mean(),
         "by hand": _entropy_by_hand,
         "indexed": _entropy_indexed,
         "loop": _entropy_loop,
-        "one-hot": lambda x, _, c: -(x.log_softmax(-1) * F.one_hot(c, FEATURES)).sum(-1).mean(),
-        "einsum": lambda x, _, c: -torch.einsum("btk,btk->", x.log_softmax(-1), F.one_hot(c, FEATURES).double()) / 12,
-        "soft labels": lambda x, _, c: F.cross_entropy(x.flatten(0, 1), F.one_hot(c, FEATURES).flatten(0, 1).double()),
+        "one-hot": lambda x, _, c: -(x.log_softmax(-1) * F.one_hot(c, x.shape[-1])).sum(-1).mean(),
+        "einsum": lambda x, _, c: (
+            -torch.einsum("btk,btk->", x.log_softmax(-1), F.one_hot(c, x.shape[-1]).double()) / c.numel()
+        ),
+        "soft labels": lambda x, _, c: F.cross_entropy(
+            x.flatten(0, 1), F.one_hot(c, x.shape[-1]).flatten(0, 1).double()
+        ),
         "log of softmax": lambda x, _, c: -torch.softmax(x, -1).gather(-1, c[..., None]).log().sum() / c.numel(),
-        "kl_div": lambda x, _, c: F.kl_div(F.log_softmax(x, -1), F.one_hot(c, FEATURES).double(), reduction="sum") / 12,
+        "kl_div": lambda x, _, c: (
+            F.kl_div(F.log_softmax(x, -1), F.one_hot(c, x.shape[-1]).double(), reduction="sum") / c.numel()
+        ),
         "ignore_index": _entropy_masked,
         "masked mean": _entropy_mask_mean,
         "Categorical": lambda x, _, c: (
@@ -162,20 +168,31 @@ COSINE = Kind(
             0.5 * (F.normalize(x, dim=-1) - F.normalize(y, dim=-1)).square().sum(-1).mean()
         ),
         "rsqrt": lambda x, y, _: 1 - ((x * y).sum(-1) * ((x * x).sum(-1) * (y * y).sum(-1)).rsqrt()).mean(),
-        "cosine_embedding": lambda x, y, _: F.cosine_embedding_loss(x.flatten(0, 1), y.flatten(0, 1), torch.ones(12)),
+        "cosine_embedding": lambda x, y, _: F.cosine_embedding_loss(
+            x.flatten(0, 1), y.flatten(0, 1), torch.ones(y.shape[:-1].numel())
+        ),
     }
 )
 
+
+def _means(x: Tensor) -> Tensor:
+    """The first half of the features."""
+    return x[..., : x.shape[-1] // 2]
+
+
+def _logs(x: Tensor) -> Tensor:
+    """The other half, as logarithms of variances."""
+    return x[..., x.shape[-1] // 2 :]
+
+
 GAUSSIAN = Kind(
     {
-        "gaussian_nll_loss": lambda x, y, _: F.gaussian_nll_loss(x[..., :3], y[..., :3], x[..., 3:].exp()),
-        "by hand": lambda x, y, _: 0.5 * (x[..., 3:] + (x[..., :3] - y[..., :3]) ** 2 * torch.exp(-x[..., 3:])).mean(),
-        "chunk": lambda x, y, _: 0.5 * ((c := x.chunk(2, -1))[1] + (y[..., :3] - c[0]).pow(2) / c[1].exp()).mean(),
+        "gaussian_nll_loss": lambda x, y, _: F.gaussian_nll_loss(_means(x), _means(y), _logs(x).exp()),
+        "by hand": lambda x, y, _: 0.5 * (_logs(x) + (_means(x) - _means(y)) ** 2 * torch.exp(-_logs(x))).mean(),
+        "chunk": lambda x, y, _: 0.5 * ((c := x.chunk(2, -1))[1] + (_means(y) - c[0]).pow(2) / c[1].exp()).mean(),
         "Normal": lambda x, y, _: (
             -(
-                torch.distributions.Normal(x[..., :3], (0.5 * x[..., 3:]).exp(), validate_args=False).log_prob(
-                    y[..., :3]
-                )
+                torch.distributions.Normal(_means(x), (0.5 * _logs(x)).exp(), validate_args=False).log_prob(_means(y))
             ).mean()
             - 0.5 * math.log(2 * math.pi)
         ),

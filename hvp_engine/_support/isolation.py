@@ -8,12 +8,19 @@ solve, others in the next call. Modules wrapped by :func:`functional` work on co
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 
-from hvp_engine._support.random_state import random_state_kept, seed_everything
+from hvp_engine._support.random_state import TURNS, global_generators, random_state_kept, seed_everything
+
+Result = TypeVar("Result")
+
+_MOST_REFUSALS = 8
+"""Calls that had to be run again alone after which an object's calls always are."""
 
 _active: ContextVar[bool] = ContextVar("hvp_engine_isolated", default=False)
 _modules: ContextVar[list[torch.nn.Module] | None] = ContextVar("hvp_engine_modules", default=None)
@@ -54,6 +61,85 @@ def isolated(seed: int, device: torch.device) -> Iterator[None]:
         with random_state_kept(device), torch.enable_grad():
             seed_everything(seed, device)
             yield
+    finally:
+        _active.reset(token)
+
+
+_quiet: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The code of functions that drew nothing when they were last looked at."""
+
+
+class Company:
+    """Whether the calls of one object run together with those of others: as long as its losses draw nothing.
+
+    That is taken from other objects with losses of the same code, and found to be so again after each call.
+
+    Arguments:
+        losses: what may draw.
+    """
+
+    def __init__(self, *losses: Any):
+        self._losses = losses
+        self._refusals = 0
+
+    @property
+    def _codes(self) -> list[Any]:
+        """Of a function its code; nothing for what cannot be looked up."""
+        codes = [getattr(loss, "__code__", loss) for loss in self._losses]
+        return [code if isinstance(code, Hashable) else None for code in codes]
+
+    @property
+    def _welcome(self) -> bool:
+        return self._refusals < _MOST_REFUSALS and all(code in _quiet for code in self._codes)
+
+    def run(
+        self,
+        seed: int,
+        device: torch.device,
+        work: Callable[[], Result],
+        owners: Sequence[Any],
+        repeatable: bool,
+        undo: Callable[[], None],
+    ) -> Result:
+        """What `work` returns: alone and :func:`isolated`, or together with others if it drew nothing before.
+
+        Arguments:
+            owners: objects that no two calls may use at the same time.
+            repeatable: whether `work` may be run twice; it is if it turns out to draw.
+            undo: called between the two.
+        """
+        tried = not repeatable or device.type != "cpu" or is_isolated()
+        while True:
+            if self._welcome and not tried:
+                tried, found = True, TURNS.attempt(lambda: _active_call(work), owners)
+                if found:
+                    return found[0]
+                self._refusals += 1
+                undo()
+            with isolated(seed, device):
+                if self._welcome and not tried:
+                    continue  # another thread has found out meanwhile
+                return self._watched(work)
+
+    def _watched(self, work: Callable[[], Result]) -> Result:
+        before = global_generators()
+        result = work()
+        if before is not None and global_generators() == before:
+            with contextlib.suppress(TypeError):  # a loss of which there are no weak references
+                _quiet.update(self._codes)
+        else:
+            for code in self._codes:
+                if code in _quiet:
+                    _quiet.remove(code)
+        return result
+
+
+def _active_call(work: Callable[[], Result]) -> Result:
+    """Without generators of its own."""
+    token = _active.set(True)
+    try:
+        with torch.enable_grad():
+            return work()
     finally:
         _active.reset(token)
 

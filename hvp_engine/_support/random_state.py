@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import random
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,28 +16,17 @@ from numpy.random import mtrand
 from torch import Tensor
 
 from hvp_engine._support.torch_compat import in_backward_pass
-
-_alone = threading.RLock()
+from hvp_engine._support.turns import Turns
 
 
 def one_thread() -> contextlib.AbstractContextManager[Any]:
-    """A lock for changing, for a while, what belongs to the whole process: the global generators, and the weights of a
-    module during a functional call. Threads that do so take turns.
+    """A turn for changing, for a while, what belongs to the whole process: the global generators, and the weights of a
+    module during a functional call. Threads that do so run alone.
 
-    Inside a backward pass it locks nothing: on a GPU that pass runs in a thread of its own, and a forward pass
+    Inside a backward pass it keeps nobody out: on a GPU that pass runs in a thread of its own, and a forward pass
     repeated there (checkpointing) would wait for the very thread that waits for it.
     """
-    return contextlib.nullcontext() if in_backward_pass() else _alone
-
-
-def _another_lock() -> None:
-    """A new lock for a forked process, in which the thread that held the old one does not exist."""
-    global _alone
-    _alone = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_another_lock)
+    return contextlib.nullcontext() if in_backward_pass() else TURNS.alone()
 
 
 @dataclass(frozen=True)
@@ -170,3 +158,31 @@ def _numpy_state_kept() -> Iterator[None]:
     finally:
         mtrand.set_bit_generator(generator)
         _spares.append(spare)
+
+
+def global_generators() -> tuple[Any, ...] | None:
+    """The states of torch's generator for the CPU, of Python's and numpy's, to be compared; None where that is slow."""
+    generator = mtrand.get_bit_generator()
+    if not isinstance(generator, numpy.random.MT19937):
+        return None
+    memory = ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), memory
+
+
+def _put_back(state: tuple[Any, ...]) -> None:
+    torch.set_rng_state(torch.frombuffer(bytearray(state[0]), dtype=torch.uint8))
+    random.setstate(state[1])
+    ctypes.memmove(mtrand.get_bit_generator().ctypes.state_address, state[2], _MT19937_BYTES)
+
+
+TURNS = Turns(global_generators, _put_back)
+"""The turns of this process's threads."""
+
+
+def _other_turns() -> None:
+    """New ones for a forked process, in which the threads of the old ones do not exist."""
+    TURNS.__init__(global_generators, _put_back)  # type: ignore[misc]  # as a new one
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_other_turns)

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
 
+from hvp_engine._support.random_state import one_thread
 from hvp_engine._support.torch_compat import fused_weight_norm, without_onednn
 from hvp_engine.differentiation.formulas import FORMULAS
 
@@ -19,8 +20,8 @@ from hvp_engine.differentiation.formulas import FORMULAS
 @contextlib.contextmanager
 def plain_kernels() -> Iterator[None]:
     """Attention, recurrent layers, embeddings, weight normalization and :data:`FORMULAS`, with the right second
-    derivatives."""
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), _PlainFunctions():
+    derivatives. Torch's switches are the whole process's, so that its thread runs alone."""
+    with one_thread(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), _PlainFunctions():
         yield
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hvp_engine._support.isolation import is_isolated, record_module
-from hvp_engine._support.random_state import kept_torch_state, one_thread
+from hvp_engine._support.random_state import TURNS, kept_torch_state, one_thread
 from hvp_engine._support.torch_compat import compiled_from
 
 _HOOKS = "saved-tensor hooks in a functional call"
@@ -73,7 +73,8 @@ class FunctionalModule:
                 )
 
     def _call(self, weights: Mapping[str, Tensor], inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        with one_thread():  # the module's own weights are swapped out meanwhile
+        # The module's own weights are swapped out meanwhile.
+        with TURNS.holding([*self.module.modules()]) if TURNS.together else one_thread():
             return self._replaced(weights, inputs, keywords)
 
     def _replaced(self, weights: Mapping[str, Tensor], inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:

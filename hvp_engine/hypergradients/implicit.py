@@ -17,12 +17,12 @@ from torch import Tensor
 
 from hvp_engine import engines
 from hvp_engine._support.flat_vector import detached, norm_of
-from hvp_engine._support.isolation import Draws, isolated
+from hvp_engine._support.isolation import Company, Draws
 from hvp_engine._support.precision import float32_arithmetic
 from hvp_engine._support.pytree import flatten
 from hvp_engine.differentiation.double_backward import differentiate, filled, leaves
 from hvp_engine.differentiation.linear_map import Linearization
-from hvp_engine.differentiation.problem import Problem
+from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
 from hvp_engine.distributed import DataParallel, for_loss
 from hvp_engine.errors import GraphError
 from hvp_engine.hypergradients.estimator import Estimate, Estimator
@@ -112,6 +112,7 @@ class Hypergradient(Estimator):
         self.engine = for_loss(train_loss, engines.create("eager" if idle else engine))
         self.spectrum = Spectrum()
         self.draws = Draws()
+        self._company = Company(train_loss, val_loss)
         self.warm_start = warm_start
         self._previous: list[Tensor] | None = None
         self._stationarity = Stationarity()
@@ -123,12 +124,26 @@ class Hypergradient(Estimator):
         def problem(loss: Callable[..., Tensor], batch: Any, name: str) -> Problem:
             return Problem(loss, weight_list, weight_structure, hyper_list, hyper_structure, (batch,), name)
 
-        with isolated(self.draws.next_seed(), weight_list[0].device):
-            val_loss, vector, direct = direct_gradient(problem(self.val_loss, val_batch, "val_loss"))
-            linearization = self.engine.linearize(problem(self.train_loss, train_batch, "train_loss"))
+        training, validation = (
+            problem(self.train_loss, train_batch, "train_loss"),
+            problem(self.val_loss, val_batch, "val_loss"),
+        )
+
+        estimates = self.spectrum.state_dict()
+
+        def solved() -> tuple[Tensor, Linearization, list[Tensor], Solution]:
+            val_loss, vector, direct = direct_gradient(validation)
+            linearization = self.engine.linearize(training)
             x0 = self._previous if _alike(self._previous, weight_list) else None
             system = LinearSystem(linearization, self.engine, self.spectrum)
-            grads, solution = implicit_gradient(system, vector, direct, hyper_list, self.solver, x0)
+            return val_loss, linearization, *implicit_gradient(system, vector, direct, hyper_list, self.solver, x0)
+
+        repeatable = all(map(is_constant, (*split_inputs(training)[1], *split_inputs(validation)[1])))
+        owners = (self, self.engine)
+        seed, device = self.draws.next_seed(), weight_list[0].device
+        val_loss, linearization, grads, solution = self._company.run(
+            seed, device, solved, owners, repeatable, lambda: self.spectrum.load_state_dict(estimates)
+        )
         if self.warm_start:
             self._previous = [part.clone() for part in solution.value]
         assert linearization.loss is not None

@@ -8,7 +8,8 @@ from tools.faults.ops import FAULTS as OPS
 from tools.faults.solvers import FAULTS as SOLVERS
 from tools.faults.support import FAULTS as SUPPORT
 from tools.faults.tuning import FAULTS as TUNING
+from tools.faults.writings import FAULTS as WRITINGS
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: list[Fault] = [*OPS, *CUDA, *NATIVE, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING]
+FAULTS: list[Fault] = [*OPS, *CUDA, *NATIVE, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING, *WRITINGS]

@@ -125,6 +125,13 @@ class Builder:
         self.derived.append(Derived(place.region.slot, compute, numbers))  # type: ignore[arg-type]  # checked above
         return place
 
+    def as_numbers(self, place: Place) -> Place:
+        """A known tensor in the program's dtype, converted once if it has another."""
+        slot = self.slots[place.region.slot or 0]
+        if slot.kind is Kind.NUMBERS:
+            return place
+        return self.derive(slot.shape, lambda tensor: tensor.to(self.dtype), [place])
+
     def workspace(self, sizes: Sequence[int], strides: Sequence[int] | None = None) -> Place:
         return Place(Region(prod(sizes)), tuple(sizes), row_major(sizes) if strides is None else tuple(strides))
 
@@ -193,14 +200,21 @@ class Builder:
         return Expression(Code.FILL, (), tuple(sizes), value)
 
     def product(self, a: Operand, b: Operand, onto: Operand | None = None, alpha: float = 1.0) -> Place:
-        """alpha a b + onto; `onto` is a place that is free to be overwritten, or an expression, or None."""
+        """alpha a b + onto; `onto` is a place that is free to be overwritten, or an expression, or None.
+
+        Where both factors are transposed, so is the result: A^T B^T as (B A)^T. A term of an MLP whose layers are
+        written as x @ w.T takes up to 1.4 times as long otherwise.
+        """
         left, right = (self.blas_operand(self.stored(operand)) for operand in (a, b))
         sizes = (*left.sizes[:-1], right.sizes[-1])
         if isinstance(onto, Place) and onto.sizes == sizes and for_blas(onto) and 0 not in _needed(onto):
             result = onto
         else:
             rows, columns = sizes[-2:]
-            flip = len(sizes) == 2 and columns <= _FEW_COLUMNS and rows > columns
+            few = columns <= _FEW_COLUMNS and rows > columns
+            flip = len(sizes) == 2 and (
+                few or all(_upright(x) and not _upright(x.transposed(0, 1)) for x in (left, right))
+            )
             result = self.workspace(sizes, in_order(sizes, (1, 0)) if flip else None)
             if onto is not None:
                 self.stored(onto if isinstance(onto, Expression) else onto.expanded(sizes), result)
@@ -278,6 +292,11 @@ class Builder:
             inverse = [order.index(d) for d in range(len(order))]
             self._ordered[key] = copy.with_dims(inverse)
         return self._ordered[key]
+
+
+def _upright(place: Place) -> bool:
+    """Whether the columns of a matrix are dense."""
+    return place.strides[0] == 1 or place.sizes[0] == 1
 
 
 def _needed(place: Place) -> list[int]:

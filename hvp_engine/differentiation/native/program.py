@@ -14,7 +14,7 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine._support.torch_compat import loaded_library
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
-from hvp_engine.differentiation.native import elementwise, linear_algebra, shaping
+from hvp_engine.differentiation.native import adjoints, elementwise, linear_algebra, shaping
 from hvp_engine.differentiation.native.batch_space import Combination, Factor, number, one_for_each_output
 from hvp_engine.differentiation.native.builder import CPU, Builder, Operand
 from hvp_engine.differentiation.native.conversion import Conversion
@@ -33,7 +33,7 @@ try:
 except ImportError as error:
     _PROBLEM = str(error)
 
-_HANDLERS = (elementwise, linear_algebra, shaping)
+_HANDLERS = (adjoints, elementwise, linear_algebra, shaping)
 """The modules whose handlers are in the table once they are imported."""
 
 _MOST_DIAGONALS = 3
@@ -177,7 +177,7 @@ def _summands(parts: Partition, converted: Conversion, known: dict[int, Place], 
         rest: Operand | None = None
         for other in [next(outputs) for _ in range(others)]:
             rest = other if rest is None else builder.combined(Code.ADD, [rest, other], tangent.sizes)
-        factors = [known[index] for index in diagonals]
+        factors = [builder.as_numbers(known[index]) for index in diagonals]
         if len(factors) > _MOST_DIAGONALS:
             factors = [builder.derive(tangent.sizes, _total_of(tangent.sizes), factors)]
         factors = [factor.expanded(tangent.sizes) for factor in factors]

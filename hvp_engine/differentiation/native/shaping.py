@@ -32,7 +32,7 @@ def _same(c: Conversion, node: Any) -> Value:
 @handles(aten.view.default, aten._unsafe_view.default, every_term=True)
 def _view(c: Conversion, node: Any) -> Value:
     place = c.place(node.args[0])
-    return _reshaped(c, place, c.shape(node))
+    return reshaped(c, place, c.shape(node))
 
 
 @handles(aten.t.default, aten.transpose.int, aten.permute.default, every_term=True)
@@ -166,22 +166,22 @@ def _index_select(c: Conversion, node: Any) -> Value:
     if c.moves(index) or not place.sizes:
         raise UnsupportedError("index_select by what depends on the tangents, or of one number")
     dim %= len(place.sizes)
-    rows = _as_rows(c, place, dim)
-    return _reshaped(c, c.builder.selected(rows, c.indices(index)), c.shape(node))
+    rows = as_rows(c, place, dim)
+    return reshaped(c, c.builder.selected(rows, c.indices(index)), c.shape(node))
 
 
-def _as_rows(c: Conversion, place: Place, dim: int) -> Place:
+def as_rows(c: Conversion, place: Place, dim: int) -> Place:
     before, after = 1, 1
     for d, size in enumerate(place.sizes):
         before, after = (before * size, after) if d < dim else (before, after * size) if d > dim else (before, after)
-    return _reshaped(c, place, (before, place.sizes[dim], after))
+    return reshaped(c, place, (before, place.sizes[dim], after))
 
 
 @handles(aten.embedding.default)
 def _embedding(c: Conversion, node: Any) -> Value:
     weight, index = node.args[:2]
     rows = c.place(weight).with_new(0)
-    return _reshaped(c, c.builder.selected(rows, c.indices(index)), c.shape(node))
+    return reshaped(c, c.builder.selected(rows, c.indices(index)), c.shape(node))
 
 
 @handles(aten.embedding_dense_backward.default)
@@ -190,7 +190,7 @@ def _embedding_backward(c: Conversion, node: Any) -> Value:
     if by_frequency or c.moves(index):
         raise UnsupportedError("embedding_dense_backward scaled by frequency")
     place, count = c.place(grad), index.meta["val"].numel()
-    shown = _reshaped(c, place, (1, count, c.shape(node)[1]))
+    shown = reshaped(c, place, (1, count, c.shape(node)[1]))
     return c.builder.scattered(shown, c.indices(index), rows, padding).without(0)
 
 
@@ -202,12 +202,36 @@ def _embedding_backward(c: Conversion, node: Any) -> Value:
     aten.repeat.default,
     aten.take.default,
     aten.diagonal.default,
-    aten.unfold.default,
 )
 def _chosen(c: Conversion, node: Any) -> Value:
     source, *arguments = node.args
-    positions = _positions(c, node, node.target, c.shape(source), arguments, c.shape(node))
-    return _reshaped(c, c.builder.selected(_as_rows(c, _flat(c, c.place(source)), 0), positions), c.shape(node))
+    rows = _rows_chosen(c, node)
+    if rows is not None:
+        return rows
+    positions = positions_of(c, node, node.target, c.shape(source), arguments, c.shape(node))
+    return reshaped(c, c.builder.selected(as_rows(c, flat(c, c.place(source)), 0), positions), c.shape(node))
+
+
+def _rows_chosen(c: Conversion, node: Any) -> Place | None:
+    """A choice along one dimension, the same for all others; None for any other."""
+    source, *arguments = node.args
+    sizes = c.shape(source)
+    if node.target in (aten.flip.default, aten.roll.default) and len(arguments[-1]) == 1:
+        dim = arguments[-1][0] % len(sizes)
+        amount = arguments[0][0] if node.target is aten.roll.default else 0
+        line = torch.arange(sizes[dim], device=CPU)
+        line = line.flip(0) if node.target is aten.flip.default else line.roll(amount)
+        index = c.builder.derive((sizes[dim],), lambda: line, [], Kind.INDEX)
+    elif node.target is aten.index.Tensor and [x is None for x in arguments[0]].count(False) == 1:
+        dim, chosen = next((d, x) for d, x in enumerate(arguments[0]) if x is not None)
+        value = chosen.meta["val"]
+        if value.dim() != 1 or value.dtype == torch.bool or c.moves(chosen):
+            return None
+        size = sizes[dim]
+        index = c.derive((len(value),), lambda x: torch.where(x < 0, x + size, x).to(torch.int64), [chosen], Kind.INDEX)
+    else:
+        return None
+    return reshaped(c, c.builder.selected(as_rows(c, c.place(source), dim), index), c.shape(node))
 
 
 @handles(aten.scatter_add.default, aten.index_put.default)
@@ -218,17 +242,17 @@ def _scattered(c: Conversion, node: Any) -> Value:
         chosen = c.place(values)
         for d, size in enumerate(c.shape(index)):
             chosen = chosen.narrowed(d, 0, size)
-        positions = _positions(c, node, aten.gather.default, c.shape(node), [dim, index], chosen.sizes)
+        positions = positions_of(c, node, aten.gather.default, c.shape(node), [dim, index], chosen.sizes)
     else:
         onto, indices, values, *accumulate = node.args
         if accumulate != [True]:
             raise UnsupportedError("index_put that overwrites")
         sizes = tuple(_chosen_shape(c, node, indices))
-        positions = _positions(c, node, aten.index.Tensor, c.shape(node), [indices], sizes)
+        positions = positions_of(c, node, aten.index.Tensor, c.shape(node), [indices], sizes)
         chosen = c.place(values).expanded(sizes)
-    rows = _as_rows(c, _flat(c, chosen), 0)
-    base = _as_rows(c, _flat(c, c.place(onto)), 0)
-    return _reshaped(c, c.builder.scattered(rows, positions, base.sizes[1], onto=base), c.shape(node))
+    rows = as_rows(c, flat(c, chosen), 0)
+    base = as_rows(c, flat(c, c.place(onto)), 0)
+    return reshaped(c, c.builder.scattered(rows, positions, base.sizes[1], onto=base), c.shape(node))
 
 
 def _chosen_shape(c: Conversion, node: Any, indices: Any) -> Any:
@@ -241,21 +265,7 @@ def _chosen_shape(c: Conversion, node: Any, indices: Any) -> Any:
     return aten.index.Tensor(torch.empty(c.shape(node), device="meta"), example).shape
 
 
-@handles(aten.max_pool2d_with_indices_backward.default)
-def _max_pool_backward(c: Conversion, node: Any) -> Value:
-    grad, indices, sizes = node.args[0], node.args[-1], c.shape(node)
-    plane = sizes[-1] * sizes[-2]
-
-    def compute(chosen: Tensor) -> Tensor:
-        planes = chosen.reshape(-1, chosen.shape[-2] * chosen.shape[-1])
-        return (planes + plane * torch.arange(len(planes), device=CPU)[:, None]).reshape(-1)
-
-    positions = c.derive((_numel(c.shape(grad)),), compute, [indices], Kind.INDEX)
-    rows = _as_rows(c, _flat(c, c.place(grad)), 0)
-    return _reshaped(c, c.builder.scattered(rows, positions, _numel(sizes)), sizes)
-
-
-def _positions(
+def positions_of(
     c: Conversion, node: Any, choose: Any, shape: tuple[int, ...], arguments: list[Any], wanted: tuple[int, ...]
 ) -> Place:
     """The positions of the elements that `choose` takes of a tensor of `shape`: what it makes of their numbers."""
@@ -268,16 +278,16 @@ def _positions(
     def compute(*tensors: Tensor) -> Tensor:
         values = dict(zip(known, tensors, strict=True))
         args = fx.node.map_arg(arguments, lambda argument: values[argument])
-        return choose(torch.arange(_numel(shape), device=CPU).reshape(shape), *args).reshape(-1)
+        return choose(torch.arange(numel(shape), device=CPU).reshape(shape), *args).reshape(-1)
 
-    return c.derive((_numel(wanted),), compute, known, Kind.INDEX)
-
-
-def _flat(c: Conversion, place: Place) -> Place:
-    return _reshaped(c, place, (place.numel,))
+    return c.derive((numel(wanted),), compute, known, Kind.INDEX)
 
 
-def _reshaped(c: Conversion, place: Place, sizes: tuple[int, ...]) -> Place:
+def flat(c: Conversion, place: Place) -> Place:
+    return reshaped(c, place, (place.numel,))
+
+
+def reshaped(c: Conversion, place: Place, sizes: tuple[int, ...]) -> Place:
     """As a view where strides allow it, else as one of a copy."""
     shown = place.reshaped(sizes)
     if shown is None:
@@ -286,5 +296,5 @@ def _reshaped(c: Conversion, place: Place, sizes: tuple[int, ...]) -> Place:
     return shown
 
 
-def _numel(shape: tuple[int, ...]) -> int:
+def numel(shape: tuple[int, ...]) -> int:
     return math.prod(shape)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine._support.random_state import one_thread
 from hvp_engine.differentiation.double_backward import GraphFacts
 from hvp_engine.differentiation.recorded.graph_contents import GraphContents
 from hvp_engine.differentiation.recorded.product_recorder import (
@@ -162,7 +163,8 @@ class Library:
             found = self._programs.get(text)
             if found is None and (not waits or self.affords(len(product.entries))):
                 try:
-                    found = Program(product, tangents)
+                    with one_thread():
+                        found = Program(product, tangents)
                     self.built += 1
                     self.build_seconds += found.seconds
                 except Exception as error:  # our own fault, and no reason to stop: autograd goes on

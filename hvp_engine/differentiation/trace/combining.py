@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvp_engine.differentiation.trace.patterns import Builder, Call, Rule, replace
+from hvp_engine.differentiation.trace.patterns import Builder, Call, Rule, alike, replace
 
 aten = torch.ops.aten
 
@@ -29,6 +29,10 @@ _KEPT_DIMENSIONS = Rule(
         list(node.meta["val"].shape) == [n for k, n in enumerate(x.meta["val"].shape) if k not in dimensions]
     ),
 )
+
+
+_FEW = 4
+"""Summed tensors of one shape that are added up, and not copied behind one another."""
 
 
 def combine_sums(graph: fx.Graph, linear: set[fx.Node]) -> None:
@@ -139,7 +143,13 @@ def _combined(build: Builder, group: list[fx.Node]) -> list[fx.Node]:
         left, right = (_concatenated(build, [_factor(node, k) for node in group], 1 - k) for k in (0, 1))
         return [build(target, (left, right), value)]
     if target is aten.sum.dim_IntList:
-        source = _concatenated(build, [_factor(node, 0) for node in group], first[1][0])
+        sources = [_factor(node, 0) for node in group]
+        if len(group) <= _FEW and all(alike(x, sources[0]) for x in sources):
+            source = sources[0]
+            for other in sources[1:]:
+                source = build(aten.add.Tensor, (source, other), source.meta["val"])
+        else:
+            source = _concatenated(build, sources, first[1][0])
         return [build(target, (source, *first[1:]), value)]
     size, dimension = first[1:3]
     entries = {_factor(node, 3) % size[dimension]: _factor(node, 0) for node in group}

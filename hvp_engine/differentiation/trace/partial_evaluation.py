@@ -11,13 +11,17 @@ from torch import fx
 
 from hvp_engine.differentiation.trace.broadcasting import expand_last
 from hvp_engine.differentiation.trace.combining import combine_sums, share_factors
+from hvp_engine.differentiation.trace.contractions import contract
+from hvp_engine.differentiation.trace.elementwise_factors import fold_factors
 from hvp_engine.differentiation.trace.fused_update import Terms, decompose
 from hvp_engine.differentiation.trace.inplace import written_over
 from hvp_engine.differentiation.trace.memory_format import compact_factors
+from hvp_engine.differentiation.trace.point_convolutions import contract_convolutions
 from hvp_engine.differentiation.trace.rematerialize import recomputable
 from hvp_engine.differentiation.trace.rewrites import accumulate, fold_linear, kernel_derivatives, simplify
 from hvp_engine.differentiation.trace.rewriting import Attempts, Rewrite, WrongRewriteError, dependents, placeholders
 from hvp_engine.differentiation.trace.tracing import Trace
+from hvp_engine.differentiation.trace.view_chains import compose_views
 from hvp_engine.errors import BackendError
 
 _WORTHWHILE = 1 << 14
@@ -66,6 +70,11 @@ class Partition:
 REWRITES: tuple[Rewrite, ...] = (
     simplify,
     kernel_derivatives,
+    contract_convolutions,
+    compose_views,
+    contract,
+    compose_views,
+    fold_factors,
     fold_linear,
     share_factors,
     combine_sums,

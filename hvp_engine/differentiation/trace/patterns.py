@@ -176,7 +176,8 @@ def _flat(value: Any) -> list[Any]:
 def alike(a: Any, b: fx.Node) -> bool:
     """Whether `a` is a node of the same shape and dtype as `b`."""
     x, y = _value(a), _value(b)
-    return x is not None and y is not None and x.shape == y.shape and x.dtype == y.dtype
+    tensors = isinstance(x, Tensor) and isinstance(y, Tensor)
+    return tensors and x.shape == y.shape and x.dtype == y.dtype
 
 
 def same_layout(a: Any, b: fx.Node) -> bool:
@@ -187,6 +188,13 @@ def same_layout(a: Any, b: fx.Node) -> bool:
 def same_dtype(a: Any, b: fx.Node) -> bool:
     x, y = _value(a), _value(b)
     return x is not None and y is not None and x.dtype == y.dtype
+
+
+def is_number(value: Any, number: float) -> bool:
+    """Whether a node or number is `number` everywhere."""
+    if isinstance(value, fx.Node) and value.target is aten.full.default:
+        value = value.args[1]
+    return isinstance(value, (int, float)) and value == number
 
 
 def _value(node: Any) -> Any:

@@ -20,6 +20,7 @@ from hvp_engine.differentiation.trace.patterns import (
     Call,
     Rule,
     alike,
+    is_number,
     is_transposed,
     replace,
     same_dtype,
@@ -38,17 +39,11 @@ _FILLS: dict[Any, Callable[[fx.Node], Any]] = {
     aten.new_ones.default: lambda node: 1,
     aten.full_like.default: lambda node: node.args[1],
     aten.new_full.default: lambda node: node.args[2],
+    aten.scalar_tensor.default: lambda node: node.args[0],
 }
 """Operations that fill with a value, and read no more of their argument than its shape."""
 
 _PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
-
-
-def _is_number(value: Any, number: float) -> bool:
-    """Whether a node or number is `number` everywhere."""
-    if isinstance(value, fx.Node) and value.target is aten.full.default:
-        value = value.args[1]
-    return isinstance(value, (int, float)) and value == number
 
 
 def _neutral(example: str, targets: Any, number: float) -> Rule:
@@ -57,9 +52,11 @@ def _neutral(example: str, targets: Any, number: float) -> Rule:
         example,
         Call(targets, ("x", "other")),
         lambda build, node, x, other: x,
-        lambda build, node, x, other: _is_number(other, number) and alike(x, node),
+        lambda build, node, x, other: is_number(other, number) and alike(x, node),
     )
 
+
+_FLIPPED = Call(aten.flip.default, ("x", "dimensions"))
 
 _TWICE_TRANSPOSED = Rule(
     "(x^T)^T -> x", Call(aten.t.default, (Call(aten.t.default, ("x",)),)), lambda build, node, x: x
@@ -72,6 +69,18 @@ SIMPLIFICATIONS = (
         "x ** 0 -> 1, as derivatives of powers are full of",
         Call(aten.pow.Tensor_Scalar, ("x", 0)),
         lambda build, node, x: build.filled(node.meta["val"], 1),
+    ),
+    Rule(
+        "flip(flip(x)) -> x, as running sums and their adjoints are written",
+        Call(aten.flip.default, (_FLIPPED, "again")),
+        lambda build, node, x, dimensions, again: x,
+        lambda build, node, x, dimensions, again: dimensions == again and same_layout(x, node),
+    ),
+    Rule(
+        "copy(overwritten, x) -> x",
+        Call(aten.copy.default, ("overwritten", "x")),
+        lambda build, node, overwritten, x: x,
+        lambda build, node, overwritten, x: same_layout(x, node),
     ),
     _neutral("x ** 1 -> x", aten.pow.Tensor_Scalar, 1),
     _neutral("x + 0 -> x", aten.add.Tensor, 0),
@@ -132,44 +141,25 @@ TRANSPOSITIONS = (
 )
 """For the tangent part only: in the primal part strides decide how dropout draws its mask."""
 
-
-def _factored(build: Builder, node: fx.Node, inner: fx.Node, t: fx.Node, a: Any, b: Any) -> fx.Node:
-    """t * (a * b)."""
-    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
-        known, other = (a, b) if isinstance(a, fx.Node) else (b, a)
-        shapes = [x.meta["val"].shape for x in (a, b) if isinstance(x, fx.Node)]
-        value = torch.empty(torch.broadcast_shapes(*shapes), dtype=node.meta["val"].dtype, device="meta")
-        factor: Any = build(aten.mul.Tensor, (known, other), value)
-    else:
-        factor = a * b
-    return build(aten.mul.Tensor, (t, factor), node.meta["val"])
-
-
-def _folds(build: Builder, node: fx.Node, inner: fx.Node, t: Any, a: Any, b: Any) -> bool:
-    """Whether t depends on the tangents and the factors do not, and views of the product will find its strides."""
-    known = all(not isinstance(factor, fx.Node) or factor not in build.linear for factor in (a, b))
-    return t in build.linear and known and same_layout(t, node) and alike(inner, node)
-
-
-FACTORS = (
+SUMS_OF_VIEWS = (
     Rule(
-        "-t -> t * -1",
-        Call(aten.neg.default, ("t",)),
-        lambda build, node, t: build(aten.mul.Scalar, (t, -1.0), node.meta["val"]),
-    ),
-    Rule(
-        "(t * a) * b -> t * (a * b)",
-        Call(_PRODUCTS, (Call(_PRODUCTS, ("t", "a"), alone=True, name="inner"), "b")),
-        _factored,
-        _folds,
+        "view(a) + view(b) -> view(a + b), so that products can be added up",
+        Call(
+            aten.add.Tensor,
+            (Call(aten.view.default, ("a", "shape"), alone=True), Call(aten.view.default, ("b", "same"), alone=True)),
+        ),
+        lambda build, node, a, b, shape, same: build(
+            aten.view.default, (build(aten.add.Tensor, (a, b), a.meta["val"]), shape), node.meta["val"]
+        ),
+        lambda build, node, a, b, shape, same: same_layout(a, b) and shape == same and alike(node.args[0], node),
     ),
 )
 
 
 def fold_linear(graph: fx.Graph, linear: set[fx.Node]) -> None:
-    """Collapse chains of known factors, and transpose the factors of a product instead of the product."""
+    """Transpose the factors of a product instead of the product, and add up before what both are viewed as."""
     replace(graph, linear, TRANSPOSITIONS)
-    replace(graph, linear, FACTORS)
+    replace(graph, linear, SUMS_OF_VIEWS)
 
 
 def _sum(targets: Any, arguments: tuple[Any, ...]) -> Call:

@@ -1,0 +1,148 @@
+"""Contractions, chains of views and elementwise chains, in forms that nobody had in mind: what is left of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from hvp_engine.differentiation.trace.contractions import contract
+from hvp_engine.differentiation.trace.elementwise_factors import fold_factors
+from hvp_engine.differentiation.trace.point_convolutions import contract_convolutions
+from hvp_engine.differentiation.trace.rewrites import simplify
+from hvp_engine.differentiation.trace.rewriting import dependents, placeholders
+from hvp_engine.differentiation.trace.view_chains import compose_views
+
+aten = torch.ops.aten
+BATCH, TIME, INPUTS, OUTPUTS = 3, 5, 4, 6
+
+Function = Callable[[Tensor, Tensor], Tensor]
+
+
+def operands(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def rewritten(function: Function, *shapes: tuple[int, ...]) -> Counter[str]:
+    """How many operations of each name on the first argument are left; the value is checked."""
+    inputs = operands(*shapes)
+    module = make_fx(function, tracing_mode="fake")(*inputs)
+    graph = module.graph
+    tangent = set(placeholders(graph)[:1])
+    for rewrite in (simplify, contract_convolutions, compose_views, contract, compose_views, fold_factors):
+        rewrite(graph, dependents(graph, tangent))
+        graph.eliminate_dead_code()
+        graph.lint()
+    module.recompile()
+    torch.testing.assert_close(module(*inputs), function(*inputs), rtol=1e-12, atol=1e-12)
+    linear = dependents(graph, tangent)
+    names = [node.target for node in graph.nodes if node in linear and node.op == "call_function"]
+    return Counter(str(name).removeprefix("aten.").split(".")[0] for name in names)
+
+
+W, X = (OUTPUTS, INPUTS), (BATCH, TIME, INPUTS)
+
+LINEAR: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
+    "product summed": (lambda t, x: (x.unsqueeze(-2) * t).sum(-1), (W, X)),
+    "summed with kept dimension": (lambda t, x: (t * x[:, :, None]).sum(dim=3, keepdim=True), (W, X)),
+    "batched, expanded": (lambda t, x: torch.bmm(x, t.t().expand(BATCH, INPUTS, OUTPUTS)), (W, X)),
+    "batched, expanded on the left": (lambda t, x: torch.bmm(t.expand(BATCH, OUTPUTS, INPUTS), x.mT), (W, X)),
+    "of the batch's gradient": (lambda t, g: torch.bmm(t.mT, g).sum(0), (X, (BATCH, TIME, OUTPUTS))),
+    "summed over the batch and turned": (
+        lambda t, g: torch.bmm(t.mT, g).transpose(1, 2).sum(0),
+        (X, (BATCH, TIME, OUTPUTS)),
+    ),
+    "two sums of one": (
+        lambda t, g: (torch.bmm(t.mT, g) + torch.bmm(t.mT, 2 * g)).sum([0]),
+        (X, (BATCH, TIME, OUTPUTS)),
+    ),
+    "one batch": (lambda t, x: torch.bmm(x.reshape(1, -1, INPUTS), t.mT[None]), (W, X)),
+    "einsum": (lambda t, x: torch.einsum("bsi,oi->sbo", x, t), (W, X)),
+    "einsum over the batch": (lambda t, g: torch.einsum("bsi,bso->oi", t, g), (X, (BATCH, TIME, OUTPUTS))),
+    "outer products summed": (lambda t, g: (t[..., None, :] * g[..., None]).sum((0, 1)), (X, (BATCH, TIME, OUTPUTS))),
+    "convolution of a point": (lambda t, x: F.conv1d(x.mT, t[..., None]), (W, X)),
+    "convolution of the whole": (
+        lambda t, x: F.conv1d(x, t.reshape(OUTPUTS, 2, 2), stride=2),
+        ((OUTPUTS, 4), (BATCH, 2, 2)),
+    ),
+    "transposed convolution": (
+        lambda t, x: F.conv_transpose2d(x[..., None], t.mT[..., None, None]),
+        (W, (BATCH, INPUTS, TIME)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_linear_layer_is_a_matrix_product(name: str) -> None:
+    function, shapes = LINEAR[name]
+    left = rewritten(function, *shapes)
+    heavy = {k: n for k, n in left.items() if k in ("mm", "bmm", "mul", "convolution", "sum")}
+    assert set(heavy) == {"mm"}, left
+
+
+def test_dimensions_of_neither_operand_count() -> None:
+    """Each of the three copies is summed."""
+    left = rewritten(
+        lambda t, x: (t.expand(3, OUTPUTS, INPUTS) * x.reshape(-1, 1, 1, INPUTS).expand(-1, 3, 1, -1)).sum((1, 3)),
+        (OUTPUTS, INPUTS),
+        (BATCH, TIME, INPUTS),
+    )
+    assert left["mm"] == 1 and left["sum"] == 0
+
+
+APART: dict[str, tuple[Function, tuple[tuple[int, ...], ...], str]] = {
+    "different matrices": (lambda t, x: torch.bmm(x, t), ((BATCH, INPUTS, OUTPUTS), X), "bmm"),
+    "products of each row": (lambda t, x: (t * x).sum(-1), (X, X), "sum"),
+    "a product that is read again": (
+        lambda t, x: (p := x.unsqueeze(-2) * t).sum(-1) + p.amax(-1).detach() * 0 + p[..., 0],
+        (W, X),
+        "sum",
+    ),
+    "a real convolution": (
+        lambda t, x: F.conv1d(x.mT, t.reshape(OUTPUTS, INPUTS, 1).expand(OUTPUTS, INPUTS, 2)),
+        (W, X),
+        "convolution",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_is_none_stays(name: str) -> None:
+    function, shapes, operation = APART[name]
+    assert rewritten(function, *shapes)[operation]
+
+
+ELEMENTWISE: dict[str, Function] = {
+    "chain": lambda t, k: -(k * -(k * t)) / k.exp(),
+    "sum": lambda t, k: t * k + t * k.exp() + t,
+    "twice": lambda t, k: (p := t * k) + p,
+    "tanh": lambda t, k: aten.tanh_backward(t * 2, k) * 3 + aten.sigmoid_backward(t, k),
+    "mask": lambda t, k: torch.where(k > 0, t * k, torch.zeros_like(t)) * (k > 1),
+    "masked_fill": lambda t, k: (t / k).masked_fill(k < 0, 0.0) * k + t / 7,
+    "quotients": lambda t, k: (t / k) / k.square() + (t * k) / k.exp(),
+    "a shared beginning": lambda t, k: (p := t * 2) * k + (p * k.exp()) / (1 + k.square()),
+    "rows": lambda t, k: (t * k[:1]) * 2 - (t * k[:1]) / -3,
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_operations_are_one_product(name: str) -> None:
+    left = rewritten(ELEMENTWISE[name], (4, 4), (4, 4))
+    assert sum(left.values()) <= 2 and sum(left[k] for k in ("mul", "div")) == 1, left
+
+
+def test_rows_and_columns_are_not_multiplied_out() -> None:
+    left = rewritten(lambda t, k: t * k[:1] + t * k[:, :1], (4, 4), (4, 4))
+    assert left["mul"] == 2 and left["add"] == 1
+
+
+def test_what_a_mask_hides_may_be_infinite() -> None:
+    """0 / 0 behind a mask: the factor is masked as the tangent was."""
+    left = rewritten(lambda t, k: torch.where(k > 0, t * (1 / k.clamp(min=0)), torch.zeros_like(t)) * 2, (4, 4), (4, 4))
+    assert left["mul"] == 1
