@@ -6,6 +6,7 @@ As in `torch_compat`, each name has a test, in `tests/test_torch_compat_nodes.py
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ def has_hooks(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks)
 
 
-def input_metadata(node: Any) -> list[tuple[torch.dtype, torch.Size]]:
+def input_metadata(node: Any) -> list[tuple[torch.dtype, Sequence[int]]]:
     """(dtype, shape) of each gradient that a node takes."""
     return [(one.dtype, one.shape) for one in node._input_metadata]
 
