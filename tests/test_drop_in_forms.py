@@ -1,4 +1,4 @@
-"""The drop-in in loops as scripts write them: a problem of twenty weights in many forms, against the plain loop each time.
+"""The drop-in in loops as scripts write them: twenty weights in many forms, against the plain loop each time.
 
 Every call sees a new batch; after a few calls a program makes the products, which is asserted where it can.
 """
@@ -102,7 +102,9 @@ def test_damping_and_a_step_that_changes(programs: Library) -> None:
     for call in range(CALLS):
         f, v = gradient(loss_of(w), [w]), torch.randn(20)
         alpha, damping = STEP / (1 + call), 0.1 * call
-        close(hvp.approx_inverse_hvp([v], f, [w], TERMS, alpha, damping=damping), plain_loop([v], f, [w], alpha, damping))
+        close(
+            hvp.approx_inverse_hvp([v], f, [w], TERMS, alpha, damping=damping), plain_loop([v], f, [w], alpha, damping)
+        )
     assert adoptions(programs) >= CALLS - 2
 
 
