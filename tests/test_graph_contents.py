@@ -88,11 +88,11 @@ def test_look_alikes_have_texts_of_their_own(name: str, reader: str, monkeypatch
 
 def test_weights_that_are_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which leaf belongs to which weight is told by the tensor itself, and of what is no leaf by its node."""
-    a, b = (torch.rand(3, requires_grad=True) for _ in "ab")
+    a, b, apart = (torch.rand(3, requires_grad=True) for _ in range(3))
     scaled = a * 2
     (gradient,) = torch.autograd.grad((scaled**3 * b.exp()).sum(), [scaled], create_graph=True)
     texts = []
-    for inputs in ([a, b], [b, a], [scaled, b], [b, scaled], [b]):
+    for inputs in ([a, b], [b, a], [scaled, b], [b, scaled], [apart, b], [b]):
         found = assert_same_contents([gradient], inputs, monkeypatch)
         assert isinstance(found, GraphContents)
         texts.append(found.text)

@@ -178,7 +178,7 @@ def read_by_python(
     things: dict[Hashable, int],
     private_names: tuple[str, ...],
 ) -> tuple[list[Any], bytes, list[Tensor], list[int]] | str:
-    """What `_C.read_graph` does too: the nodes, the text, what they have saved, and which of that may be numbers; or what
+    """What `_C.read_graph` does too: nodes, their text, what they have saved, and which of that may be numbers; or what
     hides some of it.
 
     Arguments:

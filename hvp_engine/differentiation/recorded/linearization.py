@@ -77,8 +77,7 @@ class RecordedLinearization(Tape):
         self._library = library
         self._contents: GraphContents | None = None
         self._program: PartitionedLinearization | None = None
-        self._saved: Sequence[Tensor] = ()
-        self._versions: list[int] = []
+        self._watch(())
         self._begun = False
         self._asked = 0
         self._record_at = self._adopt_at = math.inf
@@ -120,8 +119,7 @@ class RecordedLinearization(Tape):
             self._begin()
         if self._program is None and self._asked >= self._adopt_at and self._shortcut is not None:
             self._run_on_graph(self._shortcut)
-        known = self._known
-        self._asked += 1
+        known, self._asked = self._known, self._asked + 1
         known.products = self._asked
         start = time.perf_counter()
         if self._program is not None:
@@ -221,7 +219,7 @@ class RecordedLinearization(Tape):
         start = time.perf_counter()
         with without_autocast(self.layout.device):
             self._adopt(shortcut.program, shortcut.constants(self._contents))
-            self._measured(time.perf_counter() - start)
+            self._known.fixed_seconds = min(self._known.fixed_seconds, time.perf_counter() - start)
             self._contents = self._shortcut = None
             if not shortcut.program.schedule.due() or self._check(shortcut.program):
                 self._settle()
@@ -233,9 +231,6 @@ class RecordedLinearization(Tape):
 
     def _settle(self) -> None:
         """What remains to be done when a program has been adopted, and checked."""
-
-    def _measured(self, seconds: float) -> None:
-        self._known.fixed_seconds = min(self._known.fixed_seconds, seconds)
 
     def _written_down(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """The product by autograd, written down; a program for the next ones, if possible."""
@@ -257,7 +252,7 @@ class RecordedLinearization(Tape):
             self._learn_from_graph(written, contents, tangents)
         if self._program is not None:
             if contents is None:
-                self._measured(time.perf_counter() - start)
+                self._known.fixed_seconds = min(self._known.fixed_seconds, time.perf_counter() - start)
             if self._waits and self._known.adoptions == 1 and self._asked == 1:
                 self._program = None  # for the next solve: two calls in a row give the same, bit for bit
                 return filled(products[:count], self.weights)
