@@ -194,6 +194,22 @@ def test_what_was_changed_or_freed_is_refused(calls_before: int, programs: Libra
         close(hvp.approx_inverse_hvp([v], f, [w], TERMS, STEP), plain_loop([v], f, [w]))
 
 
+def test_what_is_changed_between_forward_and_backward_is_refused(programs: Library) -> None:
+    """A best response has read the graph in the forward pass; its program must not run on what the weights are later."""
+    w, decay = weight(), torch.zeros(20, requires_grad=True)
+    for call in range(CALLS):
+        loss = loss_of(w) + (decay.exp() * w**2).sum() / 20
+        (response,) = hvp.best_response(loss, w, decay, hvp.Neumann(TERMS, STEP))
+        if call == CALLS - 1:
+            break
+        response.square().sum().backward()
+    assert adoptions(programs) >= CALLS - 3
+    with torch.no_grad():
+        w.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        response.square().sum().backward()
+
+
 def test_what_a_call_returns_and_is_given_stays(programs: Library) -> None:
     """The next call writes into no result of an earlier one, although small problems leave their buffers to it."""
     w = weight()

@@ -14,7 +14,7 @@ FAULTS = [
         "hvp_engine/differentiation/recorded/linearization.py",
         "if versions_of(self._saved) != self._versions:",
         "if versions_of(self._saved) == ():",
-        "tests/test_recorded_states.py tests/test_response.py",
+        "tests/test_drop_in_forms.py -k forward",
         "tensors changed since the graph was read are taken as they are now",
     ),
     Fault(
