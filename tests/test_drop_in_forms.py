@@ -195,7 +195,7 @@ def test_what_was_changed_or_freed_is_refused(calls_before: int, programs: Libra
 
 
 def test_what_is_changed_between_forward_and_backward_is_refused(programs: Library) -> None:
-    """A best response has read the graph in the forward pass; its program must not run on what the weights are later."""
+    """A best response reads the graph in the forward pass; its program must not run on what the weights are later."""
     w, decay = weight(), torch.zeros(20, requires_grad=True)
     for call in range(CALLS):
         loss = loss_of(w) + (decay.exp() * w**2).sum() / 20

@@ -254,7 +254,8 @@ def kernel_derivatives(graph: fx.Graph, linear: set[fx.Node]) -> None:
             kind = value.shape, value.stride(), value.dtype, value.device
             if kind not in kernels:
                 kernels[kind] = build.filled(value, 0)  # of which only the size is read
-            arguments = (g, x, kernels[kind], None, dilation, padding, stride, False, [0] * len(size), 1, [False, True, False])
+            geometry = (dilation, padding, stride, False, [0] * len(size), 1)
+            arguments = (g, x, kernels[kind], None, *geometry, [False, True, False])
             backward = build(aten.convolution_backward.default, arguments, (None, value, None))
             derivative = build(operator.getitem, (backward, 1), value)
         for user in list(part.users):
