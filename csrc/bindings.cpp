@@ -24,4 +24,5 @@ PYBIND11_MODULE(_C, module) {
   hvp::bind_plan(module);
   hvp::bind_recurrence(module);
   hvp::bind_program(module);
+  hvp::bind_graph_contents(module);
 }

@@ -1,4 +1,5 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -45,3 +46,13 @@ class Program:
     @property
     def steps(self) -> int: ...
     def run(self, memory: Memory, table: Sequence[Sequence[float]]) -> None: ...
+
+def read_graph(
+    roots: list[tuple[Any, int]],
+    inputs: list[Tensor],
+    edges: list[tuple[Any, int] | None],
+    readers: dict[type, Any],
+    reader_of: Callable[[Any], Any],
+    numbers: dict[Hashable, int],
+    names: tuple[str, ...],
+) -> tuple[list[Any], bytes, list[Tensor], list[int]] | str: ...

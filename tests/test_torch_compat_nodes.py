@@ -179,11 +179,11 @@ def test_nodes_are_numbered_as_they_are_made() -> None:
 
 def test_metadata_of_inputs() -> None:
     w = weights()
-    assert torch_compat_nodes.input_metadata(w.view(3, 1).grad_fn) == (torch.float64, 3, 1)
-    assert torch_compat_nodes.input_metadata(w.float().grad_fn) == (torch.float32, 3)
-    assert torch_compat_nodes.input_metadata(w.unbind(0)[1].grad_fn) == ((torch.float64,),) * 3
+    assert torch_compat_nodes.input_metadata(w.view(3, 1).grad_fn) == [(torch.float64, [3, 1])]
+    assert torch_compat_nodes.input_metadata(w.float().grad_fn) == [(torch.float32, [3])]
+    assert torch_compat_nodes.input_metadata(w.unbind(0)[1].grad_fn) == [(torch.float64, [])] * 3
     leaf = (w * w).grad_fn.next_functions[0][0]
-    assert torch_compat_nodes.input_metadata(leaf) == (torch.float64, 3)
+    assert torch_compat_nodes.input_metadata(leaf) == [(torch.float64, [3])]
 
 
 def test_storages_that_are_shared() -> None:

@@ -66,6 +66,23 @@ def test_derivatives_of_kernels(convolve, kernel, image, replaced):
     assert (kernels_that_are_images(graph) == 0) == replaced
 
 
+def test_derivatives_of_kernels_of_one_size_hold_one_that_stands_for_them() -> None:
+    """Only its size is read; a deep network would hold one more copy of all its kernels."""
+    kernels = [drawn(4, 4, 3, 3) for _ in range(4)] + [drawn(6, 4, 3, 3)]
+
+    def loss(weights: list[Tensor], x: Tensor) -> Tensor:
+        for w in weights:
+            x = F.conv2d(x, w, padding=1).tanh()
+        return x.square().mean()
+
+    graph, error = tangent_and_error(loss, kernels, drawn(5, 4, 8, 8))
+    assert error < 1e-13 and kernels_that_are_images(graph) == 0
+    backward = [node for node in graph.nodes if node.target is aten.convolution_backward.default]
+    standing = {node.args[2] for node in backward if node.args[10] == [False, True, False]}
+    names = [node.name for node in standing if node.op == "placeholder" and "full" in node.name]
+    assert len(names) == 2 < len(backward)
+
+
 def test_kernels_larger_than_what_comes_out_stay_convolutions():
     """A convolution in the forward, not a derivative: views that follow rely on its strides."""
     torch.manual_seed(0)

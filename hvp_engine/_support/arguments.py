@@ -50,15 +50,19 @@ def replace_fields(frozen: Any, **values: Any) -> None:
 
 def _plain(value: Any) -> Any:
     """The number in a tensor or a NumPy scalar or array of one element; anything else as it is."""
+    if type(value) in (int, float):
+        return value
     return value.item() if hasattr(value, "item") and math.prod(value.shape) == 1 else value
 
 
 def as_number(value: Any) -> float:
     """`value` as an int or a float; `TypeError` if it is no real number."""
     plain = _plain(value)
+    if type(plain) in (int, float):
+        return plain
     if isinstance(plain, bool) or not isinstance(plain, Real):
         raise TypeError(f"expected a number; got {type(value).__name__}")
-    return plain if isinstance(plain, int | float) else float(plain)
+    return plain if isinstance(plain, int) else float(plain)
 
 
 def _number(value: Any, name: str, range_of: str) -> float:

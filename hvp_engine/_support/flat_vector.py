@@ -106,9 +106,9 @@ class Layout:
         """
         make = cls if tensors and is_fake(tensors[0]) else _shared_layout
         return make(
-            tuple(t.shape for t in tensors),
-            tuple(t.stride() if t.is_contiguous() else torch.empty_like(t, device="meta").stride() for t in tensors),
-            tuple(t.dtype for t in tensors),
+            tuple([t.shape for t in tensors]),
+            tuple([t.stride() if t.is_contiguous() else torch.empty_like(t, device="meta").stride() for t in tensors]),
+            tuple([t.dtype for t in tensors]),
             tensors[0].device if tensors else torch.device("cpu"),
         )
 

@@ -154,7 +154,7 @@ def as_list_like(tensors: Any, weights: Sequence[Tensor], given: Tensors, name: 
 
     Errors: as :func:`check_like`; `name` and `like` are the arguments that messages name.
     """
-    layout, found, keys = Layout.of(weights), _unnested(tensors, name), trainable(given)
+    layout, found = Layout.of(weights), _unnested(tensors, name)
     if is_flat_for(found, weights):
         parts = found.split(layout.numels)
         found = [part.reshape(shape) for part, shape in zip(parts, layout.shapes, strict=True)]
@@ -164,6 +164,7 @@ def as_list_like(tensors: Any, weights: Sequence[Tensor], given: Tensors, name: 
             f"{layout.numel} elements; got 1 of shape {tuple(found.shape)}"
         )
     elif isinstance(found, dict):
+        keys = trainable(given)
         if isinstance(keys, Mapping) and found.keys() != keys.keys():
             differing = ", ".join(sorted(map(repr, found.keys() ^ keys.keys())))
             raise ValueError(f"{name}: expected the keys of {like}; these are in one of them only: {differing}")
@@ -185,6 +186,8 @@ def is_flat_for(tensors: Any, weights: Sequence[Tensor]) -> bool:
 
 def _unnested(tensors: Any, name: str) -> Any:
     """A module's parameters and any mapping as a dict, other containers as a list; a tensor as it is."""
+    if type(tensors) in (list, tuple):
+        return list(tensors)
     tensors = trainable(tensors)
     if isinstance(tensors, Tensor):
         return tensors

@@ -77,6 +77,11 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """:func:`version_of` each."""
+    return [tensor._version for tensor in tensors]
+
+
 def is_zero_tensor(tensor: Tensor) -> bool:
     """Whether the tensor is zeros without memory, as forward mode makes them. Its product with a number ends the
     process with a segmentation fault under a dispatch mode. Seen in 2.11, 2.13 and 2.15."""

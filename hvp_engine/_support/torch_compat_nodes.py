@@ -6,6 +6,7 @@ As in `torch_compat`, each name has a test, in `tests/test_torch_compat_nodes.py
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,13 +58,13 @@ def has_hooks(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks)
 
 
-def input_metadata(node: Any) -> tuple[Any, ...]:
-    """(dtype, shape...) of each gradient that a node takes."""
-    metadata = node._input_metadata
-    if len(metadata) == 1:
-        (one,) = metadata
-        return one.dtype, *one.shape
-    return tuple([(one.dtype, *one.shape) for one in metadata])
+def input_metadata(node: Any) -> list[tuple[torch.dtype, Sequence[int]]]:
+    """(dtype, shape) of each gradient that a node takes."""
+    return [(one.dtype, one.shape) for one in node._input_metadata]
+
+
+PRIVATE_NAMES = ("_input_metadata", "unpack_hook", "_is_zerotensor")
+"""What the extension asks of nodes, of what they have saved, and of tensors."""
 
 
 def hooks_registered() -> int:

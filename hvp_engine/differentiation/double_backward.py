@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -111,10 +112,10 @@ class Pullback:
 
     def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]):
         self._inputs = tuple(inputs)
-        self._varying = tuple(index for index, output in enumerate(outputs) if output.requires_grad)
-        self.outputs = tuple(outputs[index] for index in self._varying)
-        self._active = tuple(x for x in inputs if x.requires_grad)
-        self.pattern = self._varying, tuple(x.requires_grad for x in inputs)
+        self._varying = tuple([index for index, output in enumerate(outputs) if output.requires_grad])
+        self.outputs = tuple([outputs[index] for index in self._varying])
+        self._active = tuple([x for x in inputs if x.requires_grad])
+        self.pattern = self._varying, tuple([x.requires_grad for x in inputs])
 
     def __call__(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """The product, dense; None for an input that is frozen or that the outputs do not depend on."""
@@ -199,10 +200,17 @@ class Tape(Linearization):
         self.gradient = [g.detach() for g in gradient]
         self.weights = tuple(weights)
         self.name = name
-        self._product = Pullback(gradient, weights)
-        self._mixed = Pullback(gradient, hyperparameters)
+        self._graph, self._hyperparameters = tuple(gradient), tuple(hyperparameters)
         self.facts = self._examined(hyperparameters)
         self.nodes = self.facts.nodes
+
+    @cached_property
+    def _product(self) -> Pullback:
+        return Pullback(self._graph, self.weights)
+
+    @cached_property
+    def _mixed(self) -> Pullback:
+        return Pullback(self._graph, self._hyperparameters)
 
     def _examined(self, hyperparameters: Sequence[Tensor]) -> GraphFacts:
         """Walk through the graph; raise for a part whose second derivative is known to be missing or wrong."""

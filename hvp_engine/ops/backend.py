@@ -92,6 +92,11 @@ def why_not(name: str, device_type: str) -> str | None:
     return reason if module is None else module.missing(device_type)
 
 
+def chosen() -> str:
+    """The name that :func:`use_backend` has set: "auto" outside of it."""
+    return _choice.get()
+
+
 def fastest(device_type: str) -> str:
     """The first in the order of preference for this type of device that can run there."""
     preferred = _PREFERENCE.get(device_type, ("reference",))

@@ -104,8 +104,9 @@ class _Accumulate(Iteration):
         self.alpha: float = math.nan
         self._solver = solver
         self._alpha = scalar(self.alpha, layout.device)
-        self._b = RightHandSide(layout)
-        self._partials = layout.empty_partials()
+        self._figures = torch.stack([layout.empty_partials(), layout.empty_partials()])
+        of_b, self._partials = self._figures  # summed together
+        self._b = RightHandSide(layout, of_b)
         self._bind(layout)
 
     def _bind(self, layout: Layout) -> None:
@@ -134,7 +135,7 @@ class _Accumulate(Iteration):
 
     def finish(self) -> Tensor:
         self.value.data.mul_(self._alpha)
-        return torch.cat([self._b.sums(), self.value.layout.total(self._partials.sum(0))])
+        return self.value.layout.total(self._figures.sum(1).reshape(-1))
 
     def read(self, figures: Sequence[float]) -> Outcome:
         return outcome_of(figures, self.steps, self.value.data.dtype)

@@ -5,6 +5,7 @@ from tools.faults.cuda import FAULTS as CUDA
 from tools.faults.hypergradients import FAULTS as HYPERGRADIENTS
 from tools.faults.native import FAULTS as NATIVE
 from tools.faults.ops import FAULTS as OPS
+from tools.faults.recorded import FAULTS as RECORDED
 from tools.faults.solvers import FAULTS as SOLVERS
 from tools.faults.support import FAULTS as SUPPORT
 from tools.faults.tuning import FAULTS as TUNING
@@ -12,4 +13,4 @@ from tools.faults.writings import FAULTS as WRITINGS
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: list[Fault] = [*OPS, *CUDA, *NATIVE, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING, *WRITINGS]
+FAULTS: list[Fault] = [*OPS, *CUDA, *NATIVE, *RECORDED, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING, *WRITINGS]

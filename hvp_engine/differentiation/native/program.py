@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -43,7 +43,7 @@ _GROUPS = 3
 """Vectors that an update may touch: the direction, and two others."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Update:
     """The program of one term, the vectors that belong into its groups of slots, and which of them it changes."""
 
@@ -131,21 +131,22 @@ class NativeProgram:
         vectors = [accumulation.direction]
 
         def group(vector: FlatVector) -> int:
-            known = [i for i, other in enumerate(vectors) if other is vector]
-            if not known:
-                vectors.append(vector)
-            return known[0] if known else len(vectors) - 1
+            for i, other in enumerate(vectors):
+                if other is vector:
+                    return i
+            vectors.append(vector)
+            return len(vectors) - 1
 
         target = group(accumulation.target)
-        mixings = tuple(
-            Mixing(group(one.target), group(one.source), one.factors is None) for one in accumulation.mixings
-        )
+        mixings = tuple([(group(one.target), group(one.source), one.factors is None) for one in accumulation.mixings])
         key = (target, damped, mixings)
         with self._lock:
             if key not in self._programs:
-                operations = update(self._builder, self.weights, self._groups, target, damped, mixings)
-                self._programs[key] = self._assembled(operations, FIRST_FACTOR + 2 * len(mixings))
-        return Update(self._programs[key], vectors, target, mixings)
+                mixed = tuple(Mixing(*one) for one in mixings)
+                operations = update(self._builder, self.weights, self._groups, target, damped, mixed)
+                self._programs[key] = self._assembled(operations, FIRST_FACTOR + 2 * len(mixings)), mixed
+            program, mixed = self._programs[key]
+        return Update(program, vectors, target, mixed)
 
     def laid_out(self, index: int, tensor: Tensor) -> Tensor:
         """A copy of a tensor with the strides that its slot expects."""
@@ -198,17 +199,27 @@ class BoundProgram:
         self._program = program
         self._lock = threading.Lock()
         self._memory = _C.Memory(program.slots)
-        known = [residuals[index] for index in program.residuals]
-        tensors: dict[int, Tensor] = dict(enumerate(self._put(0, known)))
-        with torch.no_grad():
-            for one in program.derived:
-                result = one.compute(*(tensors[source] for source in one.sources))
-                tensors[one.slot] = result.contiguous()
-                self._put(one.slot, [tensors[one.slot]])
+        known = dict(enumerate(self._put(0, [residuals[index] for index in program.residuals])))
         workspace = program.workspace
         assert workspace.region.slot is not None
         self._put(workspace.region.slot, [torch.empty(workspace.sizes, dtype=program.dtype, device=CPU)])
-        self._rows = [tensors[place.region.slot] for place in program.inputs if place.region.slot is not None]
+        if program.derived:
+            self._derive(known)
+        if program.factors:
+            self._hold_factors(residuals, known)
+
+    def _derive(self, known: dict[int, Tensor]) -> None:
+        """Compute what follows from the tensors in the slots."""
+        with torch.no_grad():
+            for one in self._program.derived:
+                result = one.compute(*(known[source] for source in one.sources))
+                known[one.slot] = result.contiguous()
+                self._put(one.slot, [known[one.slot]])
+
+    def _hold_factors(self, residuals: Sequence[Tensor], known: Mapping[int, Tensor]) -> None:
+        """What combinations are made of."""
+        program = self._program
+        self._rows = [known[place.region.slot] for place in program.inputs if place.region.slot is not None]
         self._decays = [
             number([residuals[index] for index in program.parts.diagonals[f.weight]], (f.sizes[1], rows.shape[1]))
             for f, rows in zip(program.factors, self._rows, strict=True)
@@ -242,7 +253,10 @@ class BoundProgram:
         first = [-scale, (1.0 if in_place else 0.0) - scale * damping]
 
         def run(steps: range) -> None:
-            table = [[*first, *chain(*(one.factors_at(step) for one in accumulation.mixings))] for step in steps]
+            if all(one.factors is None for one in accumulation.mixings):
+                table = [[*first, *[1.0] * (2 * len(accumulation.mixings))]] * len(steps)
+            else:
+                table = [[*first, *chain(*(one.factors_at(step) for one in accumulation.mixings))] for step in steps]
             with self._lock:
                 placed = [
                     self._put(start, vector.views)

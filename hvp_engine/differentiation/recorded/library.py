@@ -102,7 +102,7 @@ class Known:
         adoptions: solves that a program has served.
         plain_seconds, program_seconds: the fastest product by autograd, and by the program.
         fixed_seconds: the least that a solve spent, after its graph had been read, before its first product by the
-            program. Seconds are those of this thread's processor time, which a busy machine does not change much.
+            program. The fastest of many is what a busy machine does not change much.
     """
 
     facts: GraphFacts | None = None

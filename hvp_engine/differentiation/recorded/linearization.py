@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 
 from hvp_engine._support.precision import without_autocast
-from hvp_engine._support.torch_compat import version_of
+from hvp_engine._support.torch_compat import versions_of
 from hvp_engine.differentiation.double_backward import GraphFacts, Pullback, Tape, filled
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.recorded.graph_contents import GraphContents, HiddenContentsError, read_graph
@@ -52,7 +52,7 @@ class RecordedLinearization(Tape):
         gradient, weights, hyperparameters, loss, name, symmetric, inside: as of :class:`Tape`.
         library: where programs are kept.
 
-    Cost: reading the graph, 3 to 6 us for each node; at the second sight of a kind of graph, building the program,
+    Cost: reading the graph, 2 to 4 us for each node; at the second sight of a kind of graph, building the program,
     about 0.5 ms for each operation of a product; from the third on it runs, where it is faster.
 
     Autocast around products is off for the program and for what it is made from: the graph has what the forward cast.
@@ -77,7 +77,7 @@ class RecordedLinearization(Tape):
         self._library = library
         self._contents: GraphContents | None = None
         self._program: PartitionedLinearization | None = None
-        self._watched: list[tuple[Tensor, int]] = []
+        self._watch(())
         self._begun = False
         self._asked = 0
         self._record_at = self._adopt_at = math.inf
@@ -100,7 +100,7 @@ class RecordedLinearization(Tape):
             self._known.facts = facts
             if not self._known.hidden and not self._known.refused:
                 self._contents = contents
-                self._watched = [(tensor, version_of(tensor)) for tensor in contents.tensors]
+                self._watch(contents.tensors)
         return facts
 
     @property
@@ -119,20 +119,19 @@ class RecordedLinearization(Tape):
             self._begin()
         if self._program is None and self._asked >= self._adopt_at and self._shortcut is not None:
             self._run_on_graph(self._shortcut)
-        known = self._known
-        self._asked += 1
+        known, self._asked = self._known, self._asked + 1
         known.products = self._asked
-        start = time.thread_time()
+        start = time.perf_counter()
         if self._program is not None:
             with without_autocast(self.layout.device):
                 products = self._program.product(tangents)
-            known.program_seconds = min(known.program_seconds, time.thread_time() - start)
+            known.program_seconds = min(known.program_seconds, time.perf_counter() - start)
         elif self._asked > self._record_at:
             with without_autocast(self.layout.device):
                 products = self._written_down(tangents)
         else:
             products = super().product(tangents)
-            seconds = time.thread_time() - start
+            seconds = time.perf_counter() - start
             self._library.plain_seconds += seconds
             known.plain_seconds = min(known.plain_seconds, seconds)
         return products
@@ -169,18 +168,18 @@ class RecordedLinearization(Tape):
 
         def counted(steps: range) -> None:
             self._asked = known.products = self._asked + len(steps)
-            start = time.thread_time()
+            start = time.perf_counter()
             with without_autocast(self.layout.device):
                 terms(steps)
-            known.program_seconds = min(known.program_seconds, (time.thread_time() - start) / max(len(steps), 1))
+            known.program_seconds = min(known.program_seconds, (time.perf_counter() - start) / max(len(steps), 1))
 
         return counted
 
     def _begin(self) -> None:
         """Before a solve: decide once how products will be made; give up a program whose tensors have changed."""
-        if any(version_of(tensor) != version for tensor, version in self._watched):
+        if versions_of(self._saved) != self._versions:
             self._program = self._shortcut = self._contents = None
-            self._watched = []
+            self._watch(())
         if self._begun:
             return
         self._begun, known, expected = True, self._known, self._known.products
@@ -199,6 +198,10 @@ class RecordedLinearization(Tape):
         else:
             self._record_at = self._patience(known, expected)
 
+    def _watch(self, tensors: Sequence[Tensor]) -> None:
+        """Products are of the values that these have now."""
+        self._saved, self._versions = tensors, versions_of(tensors)
+
     def _hesitation(self, known: Known, expected: int) -> float:
         """Products by autograd before a known program is taken."""
         return 0 if expected >= known.breaks_even else known.breaks_even
@@ -214,10 +217,10 @@ class RecordedLinearization(Tape):
     def _run_on_graph(self, shortcut: Shortcut) -> None:
         """Adopt a program whose constants the graph holds."""
         assert self._contents is not None
-        start = time.thread_time()
+        start = time.perf_counter()
         with without_autocast(self.layout.device):
             self._adopt(shortcut.program, shortcut.constants(self._contents))
-            self._measured(time.thread_time() - start)
+            self._known.fixed_seconds = min(self._known.fixed_seconds, time.perf_counter() - start)
             self._contents = self._shortcut = None
             if not shortcut.program.schedule.due() or self._check(shortcut.program):
                 self._settle()
@@ -230,13 +233,10 @@ class RecordedLinearization(Tape):
     def _settle(self) -> None:
         """What remains to be done when a program has been adopted, and checked."""
 
-    def _measured(self, seconds: float) -> None:
-        self._known.fixed_seconds = min(self._known.fixed_seconds, seconds)
-
     def _written_down(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """The product by autograd, written down; a program for the next ones, if possible."""
         contents, self._contents, self._record_at = self._contents, None, math.inf
-        start = time.thread_time()
+        start = time.perf_counter()
         try:
             with self._inside():
                 products, written = record(self._both, tangents, whole=contents is not None)
@@ -252,7 +252,7 @@ class RecordedLinearization(Tape):
             self._learn_from_graph(written, contents, tangents)
         if self._program is not None:
             if contents is None:
-                self._measured(time.thread_time() - start)
+                self._known.fixed_seconds = min(self._known.fixed_seconds, time.perf_counter() - start)
             if self._waits and self._known.adoptions == 1 and self._asked == 1:
                 self._program = None  # for the next solve: two calls in a row give the same, bit for bit
                 return filled(products[:count], self.weights)
@@ -276,7 +276,7 @@ class RecordedLinearization(Tape):
             self._refuse(program, None)
         elif program is not None:
             self._adopt(program, written.constants)
-            self._watched = [(x, version_of(x)) for x in self._inputs]
+            self._watch(self._inputs)
             if program.schedule.due() and not self._check(program):
                 self._library.refuse(written, "a program that disagreed with autograd")
 

@@ -34,5 +34,5 @@ class OwnedLinearization(RecordedLinearization):
         return super().learning
 
     def _settle(self) -> None:
+        self._graph, self._saved, self._versions = (), [], []
         self._product = self._mixed = self._both = Pullback((), ())
-        self._watched = []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import FakeMode, fake_like
+from hvp_engine._support.torch_compat import FakeMode, below_autograd, fake_like
 from hvp_engine.differentiation.native.partition_programs import PartitionPrograms
 from hvp_engine.differentiation.recorded.product_recorder import Constant, RecordedProduct, Value
 from hvp_engine.differentiation.self_check import Schedule
@@ -46,7 +46,7 @@ class Program:
 
     def residuals(self, constants: Sequence[Tensor]) -> Sequence[Tensor]:
         """What does not depend on the tangents, computed once for each point."""
-        with torch.no_grad():
+        with below_autograd():
             return self.functions.primal(*constants)
 
 

@@ -7,7 +7,7 @@ product, whose factor moves to the primal part.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -226,6 +226,7 @@ def kernel_derivatives(graph: fx.Graph, linear: set[fx.Node]) -> None:
     derivative of x * kernel, of stride s, padding p and dilation d, with respect to the kernel, for the cotangent g.
     It may be larger than the kernel; then the kernel's derivative is its leading part.
     """
+    kernels: dict[Hashable, fx.Node] = {}
     for node in list(graph.nodes):
         if node.target is not aten.convolution.default:
             continue
@@ -240,8 +241,11 @@ def kernel_derivatives(graph: fx.Graph, linear: set[fx.Node]) -> None:
         with graph.inserting_before(node):
             build = Builder(graph, linear)
             value = torch.empty_like(value, memory_format=suggest_memory_format(x.meta["val"]))
-            kernel = build.filled(value, 0)  # of which only the size is read
-            arguments = (g, x, kernel, None, dilation, padding, stride, False, [0] * len(size), 1, [False, True, False])
+            kind = value.shape, value.stride(), value.dtype, value.device
+            if kind not in kernels:
+                kernels[kind] = build.filled(value, 0)  # of which only the size is read
+            geometry = (dilation, padding, stride, False, [0] * len(size), 1)
+            arguments = (g, x, kernels[kind], None, *geometry, [False, True, False])
             backward = build(aten.convolution_backward.default, arguments, (None, value, None))
             derivative = build(operator.getitem, (backward, 1), value)
         for user in list(part.users):

@@ -1,0 +1,48 @@
+"""Recorded products: the graph's contents, and when a program stands for it."""
+
+from tools.faults.base import Fault
+
+FAULTS = [
+    Fault(
+        "hvp_engine/differentiation/recorded/graph_contents.py",
+        "[None if x.is_leaf else _edge(x) for x in inputs]",
+        "[None for x in inputs]",
+        "tests/test_graph_contents.py -k exchanged",
+        "a weight that is no leaf is not found in the graph",
+    ),
+    Fault(
+        "hvp_engine/differentiation/recorded/linearization.py",
+        "if versions_of(self._saved) != self._versions:",
+        "if versions_of(self._saved) == ():",
+        "tests/test_drop_in_forms.py -k forward",
+        "tensors changed since the graph was read are taken as they are now",
+    ),
+    Fault(
+        "hvp_engine/differentiation/native/program.py",
+        "key = (target, damped, mixings)",
+        "key = (target, damped)",
+        "tests/test_native.py",
+        "one solver's update is run for another's",
+    ),
+    Fault(
+        "hvp_engine/solvers/neumann.py",
+        "of_b, self._partials = self._figures",
+        "self._partials, of_b = self._figures",
+        "tests/test_solvers_neumann.py",
+        "the figures of the right-hand side are taken for those of the sum",
+    ),
+    Fault(
+        "csrc/graph_contents.cpp",
+        "add(address == 0 ? -1 : places_.emplace(address, place).first->second);",
+        "add(-1);",
+        "tests/test_graph_contents.py",
+        "tensors that share memory are read as if they did not",
+    ),
+    Fault(
+        "csrc/graph_contents.cpp",
+        "if (!checked) check_packed(",
+        "if (checked) check_packed(",
+        "tests/test_graph_contents.py",
+        "hooks that unpack saved tensors are not seen",
+    ),
+]
