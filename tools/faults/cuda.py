@@ -76,7 +76,8 @@ FAULTS = [
     Fault(LAUNCHES, "if (count <= kSmall) {", "if (count <= kSmall + 1) {", QUICK, "65 tensors go into a table of 64"),
     Fault(
         LAUNCHES,
-        "require(cudaMemsetAsync(step.partials, 0, 3 * sizeof(double), stream), name_of(step),\n            \"CUDA memset failed\");",
+        "require(cudaMemsetAsync(step.partials, 0, 3 * sizeof(double), stream), name_of(step),\n"
+        '            "CUDA memset failed");',
         "",
         QUICK,
         "without weights the sums are those of the last call",
