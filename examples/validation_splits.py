@@ -31,6 +31,7 @@ import hvp_engine as hvp
 from examples import image_sets, models
 from examples.experiment import Experiment, Run
 from examples.image_sets import ImageSet
+from examples.seeds import difference, spread, standard_error
 from hvp_engine.demo.preparation import stratified_split
 
 TUNED, RETRAINED = "as tuned", "re-trained on all data"
@@ -240,20 +241,6 @@ def summarize(run: Run, accuracies: Accuracies, digits: str) -> None:
                 f"{chosen[RETRAINED]}, {spread(there[RETRAINED])}; the latter minus the former share, both re-trained: "
                 f"{difference(there[RETRAINED], there[TUNED])} points."
             )
-
-
-def standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.2f} ± {standard_error(values):.2f}"
-
-
-def difference(mine: Sequence[float], other: Sequence[float]) -> str:
-    """The difference in percentage points, seed by seed."""
-    points = [a - b for a, b in zip(mine, other, strict=True)]
-    return f"{statistics.fmean(points):+.2f} ± {standard_error(points):.2f}"
 
 
 def draw(settings: Settings, rows: Sequence[Mapping[str, Any]]) -> Figure:
