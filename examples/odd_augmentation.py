@@ -1,4 +1,4 @@
-"""Learned augmentation (Fig. 7, Table 3) where there is something to learn: few images, and a residual odd in the noise.
+"""Learned augmentation (Fig. 7, Table 3) where there is something to learn: few images, a residual odd in the noise.
 
 The U-Net of augmentation.py learns deterministic changes first, since noise has no effect of first order where it
 starts. Here the residual is x + tanh((u(x, e) - u(x, -e)) / 2), of mean zero for every pixel, and starts so that noise
@@ -46,6 +46,9 @@ _MNIST = Settings(
     rows=(*_BESIDE, "identity"),
     retrained=True,
     watched=1000,
+    samples=3,
+    tested=5000,
+    evaluations=6,
 )
 """Digits of 14 x 14 pixels."""
 

@@ -52,15 +52,15 @@ class Settings:
     """Sizes and rates.
 
     Arguments:
-        digits: values of N.
-        steps: of training, when tuned and when re-trained, by the name of `--recipe`.
+        digits: values of N, by the name of `--recipe`.
+        steps: of training, when tuned and when re-trained, likewise.
         seeds: each draws its N digits, its splits and its initial weights.
         shares: of the digits that are the validation set.
         bounds: of the log-decays. Training with these rates is unstable where exp(lambda) > 6.8, log-decay 1.9, even
             without the curvature of the cross-entropy; unbounded, decays get there and weights become infinite.
     """
 
-    digits: tuple[int, ...]
+    digits: Mapping[str, tuple[int, ...]]
     steps: Mapping[str, int] = field(default_factory=lambda: {"code": 250, "longer": 1000})
     seeds: int = 20
     shares: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
@@ -155,7 +155,8 @@ def measure(settings: Settings, pool: ImageSet, seed: int, name: str, steps: int
 
 
 def run(run: Run, settings: Settings) -> None:
-    options, steps = run.options, settings.steps[run.options.recipe]
+    options, recipe = run.options, run.options.recipe
+    pools, steps = settings.digits[recipe], settings.steps[recipe]
 
     @lru_cache(maxsize=1)
     def pool_of(digits: int, seed: int) -> ImageSet:
@@ -166,7 +167,7 @@ def run(run: Run, settings: Settings) -> None:
         return measure(settings, pool_of(digits, seed), seed, name, steps)
 
     seeds = range(options.seed, options.seed + settings.seeds)
-    cases = list(itertools.product(settings.digits, seeds, TUNINGS))
+    cases = list(itertools.product(pools, seeds, TUNINGS))
     rows: list[dict[str, Any]] = []
     with run.progress("splits", len(cases), "curve") as bar:
         for case in cases:
@@ -175,10 +176,10 @@ def run(run: Run, settings: Settings) -> None:
             rows += [known | {"share": share} | point for share, point in zip(settings.shares, points, strict=True)]
             bar.update()
     run.table("splits", rows)
-    for digits in settings.digits:
+    for digits in pools:
         summarize(run, Accuracies(settings, [row for row in rows if row["digits"] == digits]), f"{digits:,} digits")
     run.note(f"± is the standard error of the mean over {settings.seeds} seeds; differences are seed by seed.")
-    run.picture("validation_splits", draw(settings, rows))
+    run.picture("validation_splits", draw(settings, pools, rows))
 
 
 class Accuracies:
@@ -243,12 +244,12 @@ def summarize(run: Run, accuracies: Accuracies, digits: str) -> None:
             )
 
 
-def draw(settings: Settings, rows: Sequence[Mapping[str, Any]]) -> Figure:
+def draw(settings: Settings, pools: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw test accuracy by share: a row for each number of digits, as tuned on the left, re-trained on the right."""
-    figure = Figure(figsize=(9.6, 3.6 * len(settings.digits)), layout="constrained")
-    grid = figure.subplots(len(settings.digits), 2, sharex=True, squeeze=False)
+    figure = Figure(figsize=(9.6, 3.6 * len(pools)), layout="constrained")
+    grid = figure.subplots(len(pools), 2, sharex=True, squeeze=False)
     x = [100 * share for share in settings.shares]
-    for digits, pair in zip(settings.digits, grid, strict=True):
+    for digits, pair in zip(pools, grid, strict=True):
         accuracies = Accuracies(settings, [row for row in rows if row["digits"] == digits])
         for axis, when in zip(pair, (TUNED, RETRAINED), strict=True):
             for name, style in zip(TUNINGS, ("k:", "o-", "s-"), strict=True):
@@ -267,6 +268,9 @@ EXPERIMENT = Experiment(
     source="Fig. 9",
     title="how large a validation split, for one decay and for one per weight",
     run=run,
-    sizes={"small": Settings(digits=(200, 400)), "paper": Settings(digits=(100, 200, 1600))},
+    sizes={
+        "small": Settings({"code": (200, 400), "longer": (200,)}),
+        "paper": Settings({"code": (100, 200, 1600), "longer": (100, 200, 1600)}),
+    },
     recipes=("code", "longer"),
 )
