@@ -9,7 +9,7 @@ import torch
 from test_examples_paper import finished, quiet, rows  # noqa: F401
 from torch.nn import functional as F
 
-from examples import models
+from examples import models, seeds
 from examples.image_sets import ImageSet
 from examples.validation_splits import EXPERIMENT, RETRAINED, TUNED, TUNINGS, Accuracies, measure
 from hvp_engine.demo.preparation import stratified_split
@@ -125,3 +125,11 @@ def test_it_runs_and_writes_its_results(tmp_path):
     untuned = [p for p in points if p["tuning"] == "untuned"]
     assert len({(p["seed"], p[RETRAINED]) for p in untuned}) == 4  # the share plays no part
     assert sum("chosen on half of the seeds" in note for note in result["notes"]) == 2
+
+
+def test_statistics_over_seeds():
+    values, other = [1.0, 2.0, 6.0], [1.0, 1.0, 1.0]  # mean 3, standard deviation sqrt(7)
+    assert seeds.spread(values) == "3.00 ± 1.53" and seeds.spread([2.5], 1) == "2.5"
+    assert seeds.difference(values, other, 1) == "+2.0 ± 1.5"
+    assert seeds.verdict(values) == "within noise"  # 3 < 4.30 * 1.53
+    assert seeds.verdict([2.9, 3.0, 3.1]) == "beyond noise" and seeds.verdict([3.0]) == "one seed"

@@ -2,6 +2,7 @@
 
 from tools.faults.base import Fault
 from tools.faults.cuda import FAULTS as CUDA
+from tools.faults.examples import FAULTS as EXAMPLES
 from tools.faults.hypergradients import FAULTS as HYPERGRADIENTS
 from tools.faults.native import FAULTS as NATIVE
 from tools.faults.ops import FAULTS as OPS
@@ -11,4 +12,4 @@ from tools.faults.tuning import FAULTS as TUNING
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: list[Fault] = [*OPS, *CUDA, *NATIVE, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING]
+FAULTS: list[Fault] = [*OPS, *CUDA, *NATIVE, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING, *EXAMPLES]
