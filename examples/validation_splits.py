@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -40,7 +40,6 @@ Tensors = dict[str, Tensor]
 Part = tuple[Tensor, Tensor, Tensor]
 """Images, labels, and how much each counts for each share, (N, S), of which every column adds up to 1."""
 
-
 UNTUNED = "untuned"
 TUNINGS = (UNTUNED, "one decay", "one per weight")
 HALVES = slice(0, None, 2), slice(1, None, 2)
@@ -48,21 +47,32 @@ HALVES = slice(0, None, 2), slice(1, None, 2)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Sizes and rates.
+class Recipe:
+    """How much is measured.
 
     Arguments:
-        digits: values of N, by the name of `--recipe`.
-        steps: of training, when tuned and when re-trained, likewise.
+        digits: values of N.
+        steps: of training, when tuned and when re-trained.
         seeds: each draws its N digits, its splits and its initial weights.
+    """
+
+    digits: tuple[int, ...]
+    steps: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Rates and bounds.
+
+    Arguments:
+        recipes: by the name of `--recipe`.
         shares: of the digits that are the validation set.
         bounds: of the log-decays. Training with these rates is unstable where exp(lambda) > 6.8, log-decay 1.9, even
             without the curvature of the cross-entropy; unbounded, decays get there and weights become infinite.
     """
 
-    digits: Mapping[str, tuple[int, ...]]
-    steps: Mapping[str, int] = field(default_factory=lambda: {"code": 250, "longer": 1000})
-    seeds: int = 20
+    recipes: Mapping[str, Recipe]
     shares: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
     weight_learning_rate: float = 0.1
     momentum: float = 0.9
@@ -155,8 +165,7 @@ def measure(settings: Settings, pool: ImageSet, seed: int, name: str, steps: int
 
 
 def run(run: Run, settings: Settings) -> None:
-    options, recipe = run.options, run.options.recipe
-    pools, steps = settings.digits[recipe], settings.steps[recipe]
+    options, recipe = run.options, settings.recipes[run.options.recipe]
 
     @lru_cache(maxsize=1)
     def pool_of(digits: int, seed: int) -> ImageSet:
@@ -164,10 +173,10 @@ def run(run: Run, settings: Settings) -> None:
         return image_sets.load("mnist", options.data, (digits, 0), seed, options.device)
 
     def measured(digits: int, seed: int, name: str) -> list[dict[str, float]]:
-        return measure(settings, pool_of(digits, seed), seed, name, steps)
+        return measure(settings, pool_of(digits, seed), seed, name, recipe.steps)
 
-    seeds = range(options.seed, options.seed + settings.seeds)
-    cases = list(itertools.product(pools, seeds, TUNINGS))
+    seeds = range(options.seed, options.seed + recipe.seeds)
+    cases = list(itertools.product(recipe.digits, seeds, TUNINGS))
     rows: list[dict[str, Any]] = []
     with run.progress("splits", len(cases), "curve") as bar:
         for case in cases:
@@ -176,10 +185,10 @@ def run(run: Run, settings: Settings) -> None:
             rows += [known | {"share": share} | point for share, point in zip(settings.shares, points, strict=True)]
             bar.update()
     run.table("splits", rows)
-    for digits in pools:
+    for digits in recipe.digits:
         summarize(run, Accuracies(settings, [row for row in rows if row["digits"] == digits]), f"{digits:,} digits")
-    run.note(f"± is the standard error of the mean over {settings.seeds} seeds; differences are seed by seed.")
-    run.picture("validation_splits", draw(settings, pools, rows))
+    run.note(f"± is the standard error of the mean over {recipe.seeds} seeds; differences are seed by seed.")
+    run.picture("validation_splits", draw(settings, recipe, rows))
 
 
 class Accuracies:
@@ -244,12 +253,12 @@ def summarize(run: Run, accuracies: Accuracies, digits: str) -> None:
             )
 
 
-def draw(settings: Settings, pools: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> Figure:
+def draw(settings: Settings, recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw test accuracy by share: a row for each number of digits, as tuned on the left, re-trained on the right."""
-    figure = Figure(figsize=(9.6, 3.6 * len(pools)), layout="constrained")
-    grid = figure.subplots(len(pools), 2, sharex=True, squeeze=False)
+    figure = Figure(figsize=(9.6, 3.6 * len(recipe.digits)), layout="constrained")
+    grid = figure.subplots(len(recipe.digits), 2, sharex=True, squeeze=False)
     x = [100 * share for share in settings.shares]
-    for digits, pair in zip(pools, grid, strict=True):
+    for digits, pair in zip(recipe.digits, grid, strict=True):
         accuracies = Accuracies(settings, [row for row in rows if row["digits"] == digits])
         for axis, when in zip(pair, (TUNED, RETRAINED), strict=True):
             for name, style in zip(TUNINGS, ("k:", "o-", "s-"), strict=True):
@@ -259,7 +268,7 @@ def draw(settings: Settings, pools: Sequence[int], rows: Sequence[Mapping[str, A
             axis.set(title=f"{digits:,} digits, {when}", xlabel="share in validation, %", ylabel="test accuracy, %")
             axis.grid(alpha=0.25)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.suptitle(f"Logistic regression on MNIST, mean and standard error of {settings.seeds} seeds")
+    figure.suptitle(f"Logistic regression on MNIST, mean and standard error of {recipe.seeds} seeds")
     return figure
 
 
@@ -269,8 +278,8 @@ EXPERIMENT = Experiment(
     title="how large a validation split, for one decay and for one per weight",
     run=run,
     sizes={
-        "small": Settings({"code": (200, 400), "longer": (200,)}),
-        "paper": Settings({"code": (100, 200, 1600), "longer": (100, 200, 1600)}),
+        "small": Settings({"code": Recipe((200, 400), 250, 20), "longer": Recipe((200,), 1000, 6)}),
+        "paper": Settings({"code": Recipe((100, 200, 1600), 250, 20), "longer": Recipe((100, 200, 1600), 1000, 20)}),
     },
     recipes=("code", "longer"),
 )

@@ -18,13 +18,14 @@ import pytest
 from examples import image_sets
 from examples.__main__ import find
 from examples.experiment import Options, Run, execute
+from examples.validation_splits import Recipe
 
 TINY: dict[str, dict[str, Any]] = {
     "inversion_error": {"products": (2,), "hyper_steps": 1},
     "inverse_hessian_pictures": {"hidden": 2, "training_steps": 20, "products": (1, 3)},
     "distillation": {"hyper_steps": 6, "solvers": ("T1-T2",), "real_draws": 1, "batch": 100},
     "overfitting": {"hyper_steps": {"Linear": 6, "LeNet-5": 4}, "evaluations": 3, "examples": 20},
-    "validation_splits": {"digits": {"code": (60,)}, "steps": {"code": 5}, "seeds": 2, "shares": (0.2, 0.5)},
+    "validation_splits": {"recipes": {"code": Recipe((60,), 5, 2)}, "shares": (0.2, 0.5)},
     "odd_augmentation": {
         "hyper_steps": 3,
         "train": 20,

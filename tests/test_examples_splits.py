@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from examples import models, seeds
 from examples.image_sets import ImageSet
-from examples.validation_splits import EXPERIMENT, RETRAINED, TUNED, TUNINGS, Accuracies, measure
+from examples.validation_splits import EXPERIMENT, RETRAINED, TUNED, TUNINGS, Accuracies, Recipe, measure
 from hvp_engine.demo.preparation import stratified_split
 
 SETTINGS = replace(EXPERIMENT.sizes["small"], shares=(0.2, 0.7), log_decay=-3.0)
@@ -110,7 +110,7 @@ def test_decays_stay_within_their_bounds():
 
 
 def test_it_runs_and_writes_its_results(tmp_path):
-    settings = {"digits": {"longer": (60,)}, "steps": {"longer": 40}, "seeds": 4, "shares": (0.2, 0.9)}
+    settings = {"recipes": {"longer": Recipe((60,), 40, 4)}, "shares": (0.2, 0.9)}
     run, result = finished("validation_splits", tmp_path, {"recipe": "longer"}, **settings)
     assert run.folder.name == "validation_splits-small-longer-seed0"
     points = rows(run, "splits")
