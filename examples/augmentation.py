@@ -37,6 +37,7 @@ PAPER = {
 
 FAILED = (hvp.Status.DIVERGED.name, hvp.Status.NEGATIVE_CURVATURE.name)
 
+AGAIN = ", re-trained"
 PARTS = ("validation", "test")
 SHOWN = 6
 """Number of images in the picture."""
@@ -127,7 +128,7 @@ def _scores(
     found = {"": scores()}
     if settings.retrained and problem.row.approximation:
         tuner.retrain(loader, settings.warmup_steps + settings.inner_steps * settings.hyper_steps, progress=False)
-        found[", re-trained"] = scores()
+        found[AGAIN] = scores()
     return found
 
 
@@ -139,6 +140,7 @@ def _report(
 ) -> None:
     """The table, what tuning gained in pairs of runs, and how the augmentations ended."""
     names = {"clean": "plain", "averaged": f"mean over {settings.samples} augmented images"}
+    paper = PAPER if run.options.dataset == "cifar10" else {}
     for way, name in names.items():
         for row, found in scores.items():
             accuracies = [spread([100 * score[f"{part}_{way}_accuracy"] for score in found], 1) for part in PARTS]
@@ -146,7 +148,7 @@ def _report(
             run.compare(
                 f"{row}, {name}: validation / test accuracy in %; loss",
                 f"{' / '.join(accuracies)}; {' / '.join(losses)}",
-                PAPER.get(row, "") if way == "clean" else "",
+                paper.get(row, "") if way == "clean" else "",
             )
     for row in (row for row in scores if row != "none"):
         pairs = list(zip(scores[row], scores["none"], strict=True))
@@ -161,6 +163,11 @@ def _report(
     if len(noises) > 1:
         chosen = max(noises, key=lambda row: fmean(score["validation_clean_accuracy"] for score in scores[row]))
         run.note(f"Of the amounts of fixed noise, validation chooses: {chosen}.")
+        beside = (chosen, *(row for row in ("odd, not tuned", "random shifts") if row in scores))
+        plain = {row: [100 * score["test_clean_accuracy"] for score in found] for row, found in scores.items()}
+        for row in (row for row in scores if ROWS[row.removesuffix(AGAIN)].approximation):
+            against = "; ".join(f"{other} {difference(plain[row], plain[other], 1)}" for other in beside)
+            run.compare(f"{row}, plain: test accuracy in points above other rows", against)
     for row in (row for row in histories if row != "none"):
         ends = [metered(history)[-1].metrics for history in histories[row]]
         run.compare(

@@ -54,14 +54,15 @@ _MNIST = Settings(
 
 _CIFAR10 = replace(
     _MNIST,
-    hyper_steps=200,
+    hyper_steps=120,
     train=500,
     network="ResNet-18",
     width=8,
     stem_stride=2,
     halved=False,
     shift=4,
-    seeds=3,
+    seeds=2,
+    validation_batch=100,
     rows=(*_BESIDE, "odd, 3 Neumann terms", "odd, 3 CG products", "identity"),
     tested=2000,
 )
