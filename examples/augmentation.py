@@ -248,7 +248,7 @@ def draw_curves(histories: Mapping[str, list[hvp.History]]) -> Figure:
             axis.fill_between(steps, curves.amin(0), curves.amax(0), alpha=0.12, color=line.get_color(), lw=0)
         axis.set(title=title, xlabel="training steps")
         axis.grid(alpha=0.25)
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return figure
 
 
