@@ -20,6 +20,7 @@ NAMES = (
     "distillation",
     "overfitting",
     "augmentation",
+    "odd_augmentation",
     "validation_splits",
     "method_comparison",
     "method_memory",

@@ -1,18 +1,20 @@
-"""A ResNet-18 trained on images that a U-Net augments; the U-Net's weights are the hyperparameters.
+"""A network trained on images that a U-Net augments; the U-Net's weights are the hyperparameters.
 
     L_T(w, lambda) = cross-entropy of a(x, noise; lambda), with new noise at every step,
     L_V(w, lambda) = cross-entropy of the original validation images + spread * R(lambda).
 
 R comes from the public code; the paper does not mention it: mean |mean_s a_s(x) - x| - mean std_s a_s(x) over samples s
 of the noise. Without R the noise has no first-order effect at the identity: the last convolution is zero there, and the
-derivative with respect to it sees only the mean of its input, so the U-Net first learns a deterministic change.
+derivative with respect to it sees only the mean of its input, so the U-Net first learns a deterministic change. A U-Net
+whose residual is odd in the noise cannot learn one; it starts with a noise that is felt.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,21 +22,80 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hvp_engine as hvp
-from examples import models
+from examples import augmentations, models
+from examples.augmentations import moments, with_noise
 from examples.image_sets import Batch, ImageSet
+from examples.training import NoTuning, last_quarter
 from hvp_engine.hypergradients import SGD, Unrolled
-from hvp_engine.hypergradients.estimator import Estimate
+from hvp_engine.solvers import Solver
 
 Trees = dict[str, Tensor]
 
-ROWS = ("none", "fixed noise", "identity", "3 Neumann terms", "3 Neumann products", "3 unrolled", "3 CG products")
-"""How hypergradients are computed; two rows tune nothing: the plain image, and fixed noise (not in the paper).
+
+@dataclass(frozen=True)
+class Row:
+    """How the training images of a row of the table are changed, and how that is tuned.
+
+    Arguments:
+        augmentation: "noise", "shifts", "U-Net" or "odd U-Net".
+        approximation: of the hypergradient, a key of `SOLVERS` or "3 unrolled"; empty if nothing is tuned.
+        amount: of noise, in standard deviations of the pixels; at 0 the images stay as they are.
+        everything: train on the validation images too, which the tuned rows use in another way.
+    """
+
+    augmentation: str = "noise"
+    approximation: str = ""
+    amount: float = 0.0
+    everything: bool = False
+
+
+ROWS: dict[str, Row] = {
+    "none": Row(),
+    "fixed noise of 0.3": Row(amount=0.3),
+    "fixed noise": Row(amount=0.5),
+    "fixed noise of 1": Row(amount=1.0),
+    "random shifts": Row("shifts"),
+    "validation labels too": Row(everything=True),
+    "odd, not tuned": Row("odd U-Net"),
+    "odd, T1-T2": Row("odd U-Net", "identity"),
+    "odd, 3 Neumann terms": Row("odd U-Net", "3 Neumann terms"),
+    "odd, 3 CG products": Row("odd U-Net", "3 CG products"),
+} | {
+    name: Row("U-Net", name)
+    for name in ("identity", "3 Neumann terms", "3 Neumann products", "3 unrolled", "3 CG products")
+}
+"""The first six and the odd U-Net are not in the paper, but for "none".
 
 The paper's "3 Neumann" and "3 unrolled" are not comparable: Algorithm 3 makes 3 products, which are 4 terms of the
 series, whereas 3 unrolled steps are 3 terms. "3 Neumann terms" and "3 unrolled" both have 3 terms and the same step
-size; "3 Neumann products" is Algorithm 3 to the letter. The identity is the first term, so all rows but CG have the
-same scale.
+size; "3 Neumann products" is Algorithm 3 to the letter. The identity (T1-T2) is the first term, so all rows but CG have
+the same scale.
 """
+
+SOLVERS: dict[str, Callable[[float], Solver]] = {
+    "identity": lambda size: hvp.Neumann(0, size),
+    "3 Neumann terms": lambda size: hvp.Neumann(2, size),
+    "3 Neumann products": lambda size: hvp.Neumann(3, size),
+    "3 CG products": lambda size: hvp.ConjugateGradient(3),
+}
+"""By the step size."""
+
+NETWORKS: dict[str, Callable[[ImageSet, Settings], nn.Module]] = {
+    "ResNet-18": lambda images, settings: models.resnet18(
+        images.shape, images.classes, settings.width, settings.stem_stride
+    ),
+    "CNN": lambda images, settings: models.small_cnn(images.shape, images.classes, settings.width),
+}
+
+PAPER_ROWS = (
+    "none",
+    "fixed noise",
+    "identity",
+    "3 Neumann terms",
+    "3 Neumann products",
+    "3 unrolled",
+    "3 CG products",
+)
 
 WAYS = ("clean", "averaged")
 
@@ -46,9 +107,11 @@ class Recipe:
     Arguments:
         weight_optimizer: "Adam", or "SGD" with Nesterov's momentum 0.9 and weight decay 5e-4.
         weight_rate: its learning rate.
-        cuts: fractions of the training steps after which the weights' learning rate is divided by 5.
-        hyper_rate: learning rate of RMSprop, whose first step is ten times as long. At the paper's 1e-2 the small size
-            has saturated the tanh within ten hyper steps, for good: a constant shift of 1, and no hypergradient.
+        cuts: fractions of the training steps after which the weights' learning rate is divided by 5; without any it
+            falls linearly in the last quarter, if `falls`.
+        hyper_optimizer: "RMSprop" or "Adam".
+        hyper_rate: its learning rate. RMSprop's first step is ten times as long: at the paper's 1e-2 the small size has
+            saturated the tanh within ten hyper steps, for good: a constant shift of 1, and no hypergradient.
         step_size: of the Neumann series and the unrolled steps.
         spread: the weight of R in the validation loss.
     """
@@ -58,6 +121,8 @@ class Recipe:
     hyper_rate: float
     step_size: float
     cuts: tuple[float, ...] = ()
+    falls: bool = False
+    hyper_optimizer: str = "RMSprop"
     spread: float = 0.0
 
 
@@ -69,11 +134,17 @@ class Settings:
         recipes: by the name of `--recipe`.
         hyper_steps, inner_steps, warmup_steps: as for `hvp.Tuner`.
         train, validation: images; None is what the other leaves.
-        width, stem_stride: of the ResNet-18.
+        network: a key of `NETWORKS`.
+        width, stem_stride: of the network.
+        halved: whether images are halved in height and width.
+        held_back: validation images that are not tuned on: on them everything is chosen and, instead of the others,
+            scored. None by default: the paper has validation accuracies of images that are tuned on.
+        retrained: whether each tuned row is trained again from scratch with its final augmentation.
         batch, validation_batch: images of a batch.
         seeds: runs of each row.
         samples: augmentations of an image for R and for mean predictions.
-        noise: standard deviation of the fixed noise, in those of the pixels.
+        deviation: by which noise moves a pixel at the start of the odd U-Net, in standard deviations of the pixels.
+        shift: largest random shift, in pixels; images in colour are also mirrored.
         spread_images: of a validation batch for R.
         watched, scored, tested: at most so many validation images in curves and in the table, and test images; the
             statistics of plain images are taken of at most `scored`.
@@ -89,9 +160,14 @@ class Settings:
     batch: int
     validation_batch: int
     seeds: int = 3
-    rows: tuple[str, ...] = ROWS
+    rows: tuple[str, ...] = PAPER_ROWS
     warmup_steps: int = 0
-    noise: float = 0.5
+    network: str = "ResNet-18"
+    halved: bool = False
+    held_back: int = 0
+    retrained: bool = False
+    deviation: float = 0.3
+    shift: int = 1
     spread_images: int = 32
     samples: int = 5
     scored: int = 1000
@@ -101,27 +177,33 @@ class Settings:
     checkpoint_every: int = 20
 
 
-class FixedNoise(nn.Module):
-    """Used instead of the U-Net: adds the noise, times `amount`, to all colours."""
-
-    def __init__(self, amount: float):
-        super().__init__()
-        self.amount = nn.Parameter(torch.tensor(amount))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, :3] + self.amount * x[:, 3:]
-
-
 class Augmentation:
-    """A ResNet-18 trained on images that a U-Net augments; `row` says how the U-Net is tuned."""
+    """A network trained on images that `unet` augments; `row`, a key of `ROWS`, says what that is and how it is tuned.
+
+    Attributes:
+        hyper: what is tuned: the U-Net, or a number that nothing depends on.
+    """
 
     def __init__(self, settings: Settings, recipe: Recipe, images: ImageSet, device: torch.device, row: str):
-        self.settings, self.recipe, self.row = settings, recipe, row
-        self.module = models.resnet18(images.shape, images.classes, settings.width, settings.stem_stride).to(device)
-        unet = models.UNet()  # in every row, for the same random numbers afterwards
-        self.unet = (FixedNoise(settings.noise) if row == "fixed noise" else unet).to(device)
+        self.settings, self.recipe, self.row = settings, recipe, ROWS[row]
+        self.module = NETWORKS[settings.network](images, settings).to(device)
         self.plain = images.train[0][: settings.scored]
-        self.classify, self.augment = hvp.functional(self.module), hvp.functional(self.unet)
+        self.unet = self._augmentation().to(device)
+        self.classify = hvp.functional(self.module)
+        tuned = bool(self.row.approximation)
+        self.hyper: Any = self.unet if tuned else {"nothing": torch.zeros((), device=device)}
+        functional = hvp.functional(self.unet) if tuned else lambda hyper, x: self.unet(x)
+        self.augment: Callable[[Trees, Tensor], Tensor] = functional
+        self.unet.requires_grad_(tuned)
+
+    def _augmentation(self) -> nn.Module:
+        if self.row.augmentation == "noise":
+            return augmentations.FixedNoise(self.row.amount)
+        if self.row.augmentation == "shifts":
+            return augmentations.Shifts(self.settings.shift)
+        if self.row.augmentation == "U-Net":
+            return augmentations.UNet(self.plain.shape[1])
+        return augmentations.OddUNet(with_noise(self.plain), self.settings.deviation)
 
     def train_loss(self, weights: Trees, augmentation: Trees, batch: Batch) -> Tensor:
         """Cross-entropy of augmented images."""
@@ -139,48 +221,32 @@ class Augmentation:
         shift, deviation = moments(samples, images)
         return loss + self.recipe.spread * (shift - deviation)
 
-    def untuned(self, weights: Trees, augmentation: Trees, train_batch: Batch, val_batch: Batch) -> Estimate:
-        """The two losses, and a hypergradient of zero."""
-        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-        with torch.enable_grad():
-            loss = self.train_loss(leaves, augmentation, train_batch)
-            gradient = torch.autograd.grad(loss, list(leaves.values()))
-        norm = torch.stack([part.double().norm() for part in gradient]).norm()
-        with torch.no_grad():
-            val_loss = self.val_loss(weights, augmentation, val_batch)
-        return Estimate({name: torch.zeros_like(h) for name, h in augmentation.items()}, loss.detach(), val_loss, norm)
-
     def tuner(self) -> hvp.Tuner:
         """Algorithm 1 with the row's hypergradients."""
         settings, recipe = self.settings, self.recipe
         steps = settings.warmup_steps + settings.inner_steps * settings.hyper_steps
         cuts = [round(cut * steps) for cut in recipe.cuts]
+        multistep = partial(torch.optim.lr_scheduler.MultiStepLR, milestones=cuts, gamma=0.2)
         return hvp.Tuner(
             self.module,
-            self.unet,
+            self.hyper,
             self.train_loss,
             self.val_loss,
             weight_optimizer=lambda tensors: weight_optimizer(recipe, tensors),
-            hyper_optimizer=lambda tensors: torch.optim.RMSprop(tensors, lr=recipe.hyper_rate),
-            weight_scheduler=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, cuts, gamma=0.2),
+            hyper_optimizer=lambda tensors: getattr(torch.optim, recipe.hyper_optimizer)(tensors, lr=recipe.hyper_rate),
+            weight_scheduler=last_quarter(steps) if recipe.falls else multistep,
             inner_steps=settings.inner_steps,
             warmup_steps=settings.warmup_steps,
             **self._approximation(),
         )
 
     def _approximation(self) -> dict[str, Any]:
-        size = self.recipe.step_size
-        if self.row in ("none", "fixed noise"):
-            return {"estimator": self.untuned}
-        if self.row == "3 unrolled":
+        name, size = self.row.approximation, self.recipe.step_size
+        if not name:
+            return {"estimator": NoTuning(self.train_loss, self.val_loss)}
+        if name == "3 unrolled":
             return {"estimator": Unrolled(self.train_loss, self.val_loss, 3, SGD(size))}
-        solvers = {
-            "identity": hvp.Neumann(0, size),
-            "3 Neumann terms": hvp.Neumann(2, size),
-            "3 Neumann products": hvp.Neumann(3, size),
-            "3 CG products": hvp.ConjugateGradient(3),
-        }
-        return {"solver": solvers[self.row]}
+        return {"solver": SOLVERS[name](size)}
 
     @torch.no_grad()
     def scores(self, part: Batch, ways: Sequence[str] = WAYS, size: int = 500) -> dict[str, float]:
@@ -213,29 +279,21 @@ class Augmentation:
             network.train()(batch)
         return network.eval()
 
-    def progress(self, part: Batch) -> dict[str, float]:
-        """What the curves show: scores of plain predictions, and what the augmentation does."""
-        few = part[0][: self.settings.spread_images]
+    def progress(self, judged: Batch, test: Batch) -> dict[str, float]:
+        """What the curves show: scores of plain predictions, what the augmentation does, accuracy on a `test` part."""
+        few = judged[0][: self.settings.spread_images]
         shift, deviation = moments(self.samples(few, self.settings.samples), few)
-        return self.scores(part, ["clean"]) | {"shift": float(shift), "deviation": float(deviation)}
+        found = self.scores(judged, ["clean"]) | {"shift": float(shift), "deviation": float(deviation)}
+        if len(test[1]):
+            found["test_accuracy"] = self.scores(test, ["clean"])["clean_accuracy"]
+        return found
 
     @torch.no_grad()
     def samples(self, images: Tensor, count: int) -> Tensor:
-        """`count` augmentations of each image: (count, N, 3, H, W)."""
+        """`count` augmentations of each image: (count, N, C, H, W)."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return torch.stack([self.unet(with_noise(images)) for _ in range(count)])
-
-
-def with_noise(images: Tensor) -> Tensor:
-    """The images with a channel of standard normal noise after the colours."""
-    return torch.cat([images, torch.randn_like(images[:, :1])], 1)
-
-
-def moments(samples: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean change and standard deviation of samples (S, N, 3, H, W) of images (N, 3, H, W)."""
-    shift = (samples.mean(0) - images).abs().mean()
-    return shift, (samples.var(0) + 1e-12).sqrt().mean()
 
 
 def weight_optimizer(recipe: Recipe, tensors: list[Tensor]) -> torch.optim.Optimizer:

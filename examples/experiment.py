@@ -37,7 +37,7 @@ class Experiment:
         source: figures, tables or sections of the paper.
         title: one line.
         run: a function of the :class:`Run` and the settings.
-        sizes: the settings of "small" and "paper".
+        sizes: the settings of "small" and "paper", or a mapping to them from the data sets.
         datasets: values of `--dataset`; empty if there is no choice.
         recipes: values of `--recipe`, for an experiment with more than one set of optimizers and learning rates.
     """
@@ -49,6 +49,11 @@ class Experiment:
     sizes: Mapping[str, Any]
     datasets: tuple[str, ...] = ()
     recipes: tuple[str, ...] = ()
+
+    def settings(self, options: Options) -> Any:
+        """The settings of the size, and of the data set where each has its own."""
+        found = self.sizes[options.size]
+        return found[options.dataset] if isinstance(found, Mapping) else found
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,7 @@ class Run:
 
 def execute(experiment: Experiment, options: Options, settings: Any = None) -> Run:
     """Run `experiment` with the settings of its size, or with others. Resuming a finished run changes nothing."""
-    run = Run(experiment, options, experiment.sizes[options.size] if settings is None else settings)
+    run = Run(experiment, options, experiment.settings(options) if settings is None else settings)
     if options.resume and run.results.exists():
         print(f"{run.folder}: finished already")
         return run

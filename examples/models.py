@@ -90,6 +90,21 @@ def alexnet(shape: Shape, classes: int = 10) -> nn.Module:
     )
 
 
+def small_cnn(shape: Shape, classes: int = 10, width: int = 16) -> nn.Module:
+    """Two convolutions, each with ReLU and max-pooling, and a linear layer: 7,690 weights for digits of 14 x 14."""
+    channels, height, breadth = shape
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(2 * width * (height // 4) * (breadth // 4), classes),
+    )
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with BatchNorm; the shortcut pads new channels by zeros, or is a 1x1 `projection`."""
 
@@ -145,33 +160,6 @@ def resnet18(shape: Shape, classes: int = 10, width: int = 64, stem_stride: int 
     """ResNet-18 with a stem for CIFAR: 11,173,962 weights at width 64, 176,402 at width 8."""
     widths = (width, 2 * width, 4 * width, 8 * width)
     return _residual(shape, classes, widths, 2, projection=True, stem_stride=stem_stride)
-
-
-def _convolutions(before: int, channels: int) -> nn.Module:
-    first, second = nn.Conv2d(before, channels, 3, padding=1), nn.Conv2d(channels, channels, 3, padding=1)
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
-
-
-class UNet(nn.Module):
-    """An image with a channel of noise, (N, 4, H, W) with even H and W, to an image (N, 3, H, W): 6,659 weights.
-
-    The output is the image plus a residual in [-1, 1]. The last convolution starts at zero, so the network starts as
-    the identity.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.outer, self.inner = _convolutions(4, 8), _convolutions(8, 16)
-        self.up, self.merge = nn.ConvTranspose2d(16, 8, 2, stride=2), _convolutions(16, 8)
-        self.residual = nn.Conv2d(8, 3, 1)
-        for parameter in self.residual.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, x: Tensor) -> Tensor:
-        outer = self.outer(x)
-        inner = self.inner(F.max_pool2d(outer, 2))
-        merged = self.merge(torch.cat([self.up(inner), outer], 1))
-        return x[:, :3] + torch.tanh(self.residual(merged))
 
 
 class TiedLSTM(nn.Module):

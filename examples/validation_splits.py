@@ -2,11 +2,15 @@
 
 A share of N digits is the validation set. A logistic regression is trained on the rest while its decays are tuned:
 
-    L_T(w, lambda) = cross-entropy on the training part + 1/2 sum_i exp(lambda_i) w_i^2,   L_V = that on the other part.
+    L_T(w, lambda) = cross-entropy on the training part + sum_i exp(lambda_i) w_i^2,   L_V = that on the other part.
 
-Then its test accuracy is measured twice: as tuned, and retrained on all N digits with the same decays. The paper
+Then its test accuracy is measured twice: as tuned, and re-trained on all N digits with the same decays. The paper
 observes that with one decay both are best at a small share, and equally good, and that with one decay per weight the
-best share is larger and retraining matters.
+best share is larger and re-training matters.
+
+The settings are those of the public code, not in the paper: full batches, few training steps, far from a minimum, and
+a hyper step of T1-T2 after each of them. `--recipe longer` trains and tunes for four times as long, which shows what
+becomes of both observations once decays per weight have had the time to fit the validation part.
 """
 
 from __future__ import annotations
@@ -26,218 +30,247 @@ from torch.nn import functional as F
 import hvp_engine as hvp
 from examples import image_sets, models
 from examples.experiment import Experiment, Run
-from examples.image_sets import Batch, ImageSet
+from examples.image_sets import ImageSet
+from examples.seeds import difference, spread, standard_error
 from hvp_engine.demo.preparation import stratified_split
 
 TUNED, RETRAINED = "as tuned", "re-trained on all data"
+
+Tensors = dict[str, Tensor]
+Part = tuple[Tensor, Tensor, Tensor]
+"""Images, labels, and how much each counts for each share, (N, S), of which every column adds up to 1."""
+
 UNTUNED = "untuned"
+TUNINGS = (UNTUNED, "one decay", "one per weight")
+HALVES = slice(0, None, 2), slice(1, None, 2)
+"""Of the seeds."""
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """One decay or one for each weight, and how long it is tuned by gradient descent.
+class Recipe:
+    """How much is measured.
 
-    RMSprop would move every decay equally far, even those that the validation set says little about.
+    Arguments:
+        digits: values of N.
+        steps: of training, when tuned and when re-trained.
+        seeds: each draws its N digits, its splits and its initial weights.
     """
 
-    one_per_weight: bool
-    hyper_steps: int
-    learning_rate: float
+    digits: tuple[int, ...]
+    steps: int
+    seeds: int
 
 
 @dataclass(frozen=True)
 class Settings:
-    digits: tuple[int, ...]
-    tunings: Mapping[str, Tuning]
-    seeds: int = 3
-    shares: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9)
-    inner_steps: int = 5
-    warmup_steps: int = 200
-    retraining_steps: int = 400
-    products: int = 50
-    weight_learning_rate: float = 1e-2
-    log_decay: float = -4.0
-    bounds: tuple[float, float] = (-14.0, 2.0)
+    """Rates and bounds.
+
+    Arguments:
+        recipes: by the name of `--recipe`.
+        shares: of the digits that are the validation set.
+        bounds: of the log-decays. Training with these rates is unstable where exp(lambda) > 6.8, log-decay 1.9, even
+            without the curvature of the cross-entropy; unbounded, decays get there and weights become infinite.
+    """
+
+    recipes: Mapping[str, Recipe]
+    shares: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
+    weight_learning_rate: float = 0.1
+    momentum: float = 0.9
+    hyper_learning_rate: float = 1e-2
+    log_decay: float = -7.0
+    bounds: tuple[float, float] = (-14.0, 1.0)
 
 
-class Regression:
-    """A logistic regression and its log-decays: `hyper[name]` for each weight, or `hyper["all"]`."""
+class Regressions:
+    """A logistic regression for each share, trained side by side: tensors have a leading dimension for the shares.
 
-    def __init__(self, shape: Sequence[int], one_per_weight: bool, log_decay: float, device: torch.device):
-        self.module = models.linear(tuple(shape)).to(device)
-        self.network = hvp.functional(self.module)
-        one = {"all": torch.tensor(log_decay, device=device)}
-        self.decays = models.weight_decays(self.module, log_decay) if one_per_weight else one
+    Their losses are added. Since the optimizers and T1-T2 treat every number by itself, each moves as it would alone.
 
-    def val_loss(self, weights: dict[str, Tensor], decays: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Cross-entropy."""
-        return F.cross_entropy(self.network(weights, batch[0]), batch[1])
+    Attributes:
+        weights: "weight" (S, 10, pixels) and "bias" (S, 10, 1), the same for every share.
+        decays: the log-decays, "all" (S, 1, 1), or shaped as the weights.
+    """
 
-    def train_loss(self, weights: dict[str, Tensor], decays: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Cross-entropy + 1/2 sum_i exp(decay_i) w_i^2."""
-        penalties = [(decay_of(decays, name).exp() * weight.square()).sum() for name, weight in weights.items()]
-        return self.val_loss(weights, decays, batch) + torch.stack(penalties).sum() / 2
+    def __init__(self, pool: ImageSet, shares: int, one_per_weight: bool, log_decay: float):
+        weight, bias = (w.detach().to(pool.train[0].device) for w in models.linear(pool.shape).parameters())
+        self.weights = {name: w.repeat(shares, 1, 1) for name, w in {"weight": weight, "bias": bias[:, None]}.items()}
+        decayed = self.weights if one_per_weight else {"all": self.weights["bias"][:, :1]}
+        self.decays = {name: torch.full_like(tensor, log_decay) for name, tensor in decayed.items()}
+
+    @staticmethod
+    def logits(weights: Tensors, images: Tensor) -> Tensor:
+        """Of every share, (N, S, 10)."""
+        together = F.linear(images.flatten(1), weights["weight"].flatten(0, 1), weights["bias"].flatten())
+        return together.unflatten(1, weights["bias"].shape[:2])
+
+    def val_loss(self, weights: Tensors, decays: Tensors, batch: Part) -> Tensor:
+        """The sum over shares of the mean cross-entropy of their digits."""
+        images, labels, importance = batch
+        labels = labels.repeat_interleave(importance.shape[1])
+        entropies = F.cross_entropy(self.logits(weights, images).flatten(0, 1), labels, reduction="none")
+        return importance.flatten() @ entropies
+
+    def train_loss(self, weights: Tensors, decays: Tensors, batch: Part) -> Tensor:
+        """The same + sum_i exp(decay_i) w_i^2."""
+        log_decays = {name: decays[name] if name in decays else decays["all"] for name in weights}
+        penalties = [(log_decays[name].exp() * w.square()).sum() for name, w in weights.items()]
+        return self.val_loss(weights, decays, batch) + torch.stack(penalties).sum()
+
+    @torch.no_grad()
+    def accuracies(self, part: Part) -> list[float]:
+        """Of each share, in percent."""
+        images, labels, importance = part
+        right = self.logits(self.weights, images).argmax(2).eq(labels.unsqueeze(1))
+        return (100 * right * importance).sum(0).tolist()
 
 
-def decay_of(decays: dict[str, Tensor], name: str) -> Tensor:
-    """The log-decays of one of the weights."""
-    return decays["all"] if "all" in decays else decays[name]
-
-
-def tuner_of(problem: Regression, settings: Settings, hyper_learning_rate: float) -> hvp.Tuner:
-    return hvp.Tuner(
-        problem.module,
+def measure(settings: Settings, pool: ImageSet, seed: int, name: str, steps: int) -> list[dict[str, float]]:
+    """A curve of the figure for one seed: the points of all shares. All of `pool.train` is trained or validated on."""
+    images, labels = pool.train
+    training, validation = (torch.zeros(len(labels), len(settings.shares)).to(images) for _ in range(2))
+    for column, share in enumerate(settings.shares):
+        validated = round(share * len(labels))
+        parts = stratified_split(labels.cpu(), (len(labels) - validated, validated), seed)
+        for importance, part in zip((training, validation), parts, strict=True):
+            importance[part, column] = 1 / len(part)
+    everything = torch.full_like(training, 1 / len(labels))
+    test = torch.full((len(pool.test[1]), len(settings.shares)), 1 / len(pool.test[1])).to(images)
+    torch.manual_seed(seed)
+    problem = Regressions(pool, len(settings.shares), name == "one per weight", settings.log_decay)
+    tuner = hvp.Tuner(
+        problem.weights,
         problem.decays,
         problem.train_loss,
         problem.val_loss,
-        weight_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=settings.weight_learning_rate),
-        hyper_optimizer=lambda tensors: torch.optim.SGD(tensors, lr=hyper_learning_rate),
-        solver=hvp.Neumann(settings.products),
-        inner_steps=settings.inner_steps,
-        warmup_steps=settings.warmup_steps,
+        weight_optimizer=lambda tensors: torch.optim.SGD(
+            tensors, lr=settings.weight_learning_rate, momentum=settings.momentum, nesterov=True
+        ),
+        hyper_optimizer=lambda tensors: torch.optim.RMSprop(tensors, lr=settings.hyper_learning_rate),
+        solver=hvp.Identity(),
+        inner_steps=1,
         bounds=settings.bounds,
     )
-
-
-def untuned(settings: Settings, pool: ImageSet, seed: int) -> dict[str, Any]:
-    """Trained on everything with the initial decay."""
-    torch.manual_seed(seed)
-    problem = Regression(pool.shape, False, settings.log_decay, pool.train[0].device)
-    tuner_of(problem, settings, 1.0).train([pool.train], settings.retraining_steps, progress=False)
-    return {RETRAINED: image_sets.accuracy(problem.module, pool.test)}
-
-
-def tuned(settings: Settings, pool: ImageSet, seed: int, tuning: Tuning, share: float) -> dict[str, Any]:
-    """One point of the figure."""
-    images, labels = pool.train
-    validated = round(share * len(labels))
-    parts = stratified_split(labels.cpu(), (len(labels) - validated, validated), seed)
-    train, validation = ((images[part], labels[part]) for part in parts)
-    torch.manual_seed(seed)
-    problem = Regression(pool.shape, tuning.one_per_weight, settings.log_decay, images.device)
-    tuner = tuner_of(problem, settings, tuning.learning_rate)
-    history = tuner.fit([train], [validation], tuning.hyper_steps, progress=False)
-    row = {
-        "validation_loss": history[-1].val_loss,
-        "validation_accuracy": image_sets.accuracy(problem.module, validation),
-        "training_seconds": sum(record.training_seconds for record in history),
-        "hypergradient_seconds": sum(record.hypergradient_seconds for record in history),
-        TUNED: image_sets.accuracy(problem.module, pool.test),
+    if name == UNTUNED:
+        tuner.train([(images, labels, training)], steps, progress=False)
+    else:
+        tuner.fit([(images, labels, training)], [(images, labels, validation)], steps, progress=False)
+    columns = {
+        TUNED: problem.accuracies((*pool.test, test)),
+        "validation": problem.accuracies((images, labels, validation)),
+        "log_decay": torch.cat([decay.flatten(1) for decay in problem.decays.values()], 1).mean(1).tolist(),
     }
-    tuner.retrain([pool.train], settings.retraining_steps, progress=False)
-    return row | {RETRAINED: image_sets.accuracy(problem.module, pool.test)}
+    tuner.retrain([(images, labels, everything)], steps, progress=False)
+    columns[RETRAINED] = problem.accuracies((*pool.test, test))
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def run(run: Run, settings: Settings) -> None:
-    options = run.options
+    options, recipe = run.options, settings.recipes[run.options.recipe]
 
     @lru_cache(maxsize=1)
     def pool_of(digits: int, seed: int) -> ImageSet:
         """An image set whose training part is everything to train or validate on, with the test set."""
         return image_sets.load("mnist", options.data, (digits, 0), seed, options.device)
 
-    def measure(digits: int, seed: int, name: str, share: float) -> dict[str, Any]:
-        pool = pool_of(digits, seed)
-        if name == UNTUNED:
-            return untuned(settings, pool, seed)
-        return tuned(settings, pool, seed, settings.tunings[name], share)
+    def measured(digits: int, seed: int, name: str) -> list[dict[str, float]]:
+        return measure(settings, pool_of(digits, seed), seed, name, recipe.steps)
 
-    seeds = range(options.seed, options.seed + settings.seeds)
-    kinds = [(UNTUNED, 0.0), *itertools.product(settings.tunings, settings.shares)]
-    cases = [(digits, seed, *kind) for digits in settings.digits for seed in seeds for kind in kinds]
-    rows = []
-    with run.progress("splits", len(cases), "training") as bar:
+    seeds = range(options.seed, options.seed + recipe.seeds)
+    cases = list(itertools.product(recipe.digits, seeds, TUNINGS))
+    rows: list[dict[str, Any]] = []
+    with run.progress("splits", len(cases), "curve") as bar:
         for case in cases:
-            found = run.remember("-".join(map(str, case)), partial(measure, *case))
-            rows.append(dict(zip(("digits", "seed", "tuning", "share"), case, strict=True)) | found)
+            points = run.remember("-".join(map(str, case)), partial(measured, *case))
+            known = dict(zip(("digits", "seed", "tuning"), case, strict=True))
+            rows += [known | {"share": share} | point for share, point in zip(settings.shares, points, strict=True)]
             bar.update()
-            bar.set_postfix({when: f"{found[when]:.3f}" for when in (TUNED, RETRAINED) if when in found}, refresh=False)
     run.table("splits", rows)
-    for name, tuning in settings.tunings.items():
-        mine = [row for row in rows if row["tuning"] == name]
-        seconds = [sum(row[key] for row in mine) for key in ("training_seconds", "hypergradient_seconds")]
-        run.cost(name, tuning.hyper_steps * len(mine), *seconds)
-    for digits in settings.digits:
-        summarize(run, settings, digits, [row for row in rows if row["digits"] == digits])
-    run.note(
-        "± is the standard error of the mean over seeds. Best shares are by test accuracy, as read off the figure."
-    )
-    run.picture("validation_splits", draw(settings, rows))
+    for digits in recipe.digits:
+        summarize(run, Accuracies(settings, [row for row in rows if row["digits"] == digits]), f"{digits:,} digits")
+    run.note(f"± is the standard error of the mean over {recipe.seeds} seeds; differences are seed by seed.")
+    run.picture("validation_splits", draw(settings, recipe, rows))
 
 
-def accuracies(rows: Sequence[Mapping[str, Any]], name: str, share: float, when: str) -> list[float]:
-    """The accuracies of all seeds, in their order."""
-    return [row[when] for row in rows if row["tuning"] == name and row["share"] == share]
+class Accuracies:
+    """Test accuracies in percent by tuning, share, and whether re-trained: one for each seed, in their order."""
+
+    def __init__(self, settings: Settings, rows: Sequence[Mapping[str, Any]]):
+        self.settings = settings
+        self._found: dict[tuple[str, float, str], list[float]] = {}
+        for row in rows:
+            for when in (TUNED, RETRAINED):
+                self._found.setdefault((row["tuning"], row["share"], when), []).append(row[when])
+
+    def of(self, name: str, share: float, when: str) -> list[float]:
+        return self._found[name, share, when]
+
+    def best(self, name: str, when: str, seeds: slice = slice(None)) -> float:
+        """The share with the best mean over some of the seeds; the smallest of equals."""
+        return max(self.settings.shares, key=lambda share: statistics.fmean(self.of(name, share, when)[seeds]))
+
+    def elsewhere(self, name: str, chosen: str, when: str) -> list[float]:
+        """The accuracies at the share that is best by `chosen` on the other half of the seeds."""
+        found = list(self.of(name, self.settings.shares[0], when))
+        for half, other in (HALVES, HALVES[::-1]):
+            found[half] = self.of(name, self.best(name, chosen, other), when)[half]
+        return found
 
 
-def summarize(run: Run, settings: Settings, digits: int, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The best shares, and what retraining and another share change, seed by seed."""
-    baseline = accuracies(rows, UNTUNED, 0.0, RETRAINED)
-    run.compare(f"{digits:,} digits, untuned, trained on all: test accuracy", spread(baseline))
-    for name, tuning in settings.tunings.items():
-        best = {
-            when: max(settings.shares, key=lambda share: statistics.fmean(accuracies(rows, name, share, when)))
-            for when in (TUNED, RETRAINED)
-        }
-        at_best = {when: accuracies(rows, name, share, when) for when, share in best.items()}
-        for when, share in best.items():
-            large = tuning.one_per_weight and when == RETRAINED
+def summarize(run: Run, accuracies: Accuracies, digits: str) -> None:
+    """The best shares, as read off the figure and as chosen on other seeds; what re-training and the share change."""
+    shares = accuracies.settings.shares
+    plain = accuracies.of(UNTUNED, shares[0], RETRAINED)
+    retrained = {}
+    for name in TUNINGS:
+        best = {when: accuracies.best(name, when) for when in (TUNED, RETRAINED)}
+        here = {when: accuracies.of(name, share, when) for when, share in best.items()}
+        retrained[name] = here[RETRAINED]
+        for when in (TUNED, RETRAINED):
+            ends = ", ".join(spread(accuracies.of(name, share, when)) for share in (shares[0], shares[-1]))
+            large = name == "one per weight" and when == RETRAINED
             run.compare(
-                f"{digits:,} digits, {name}, {when}: best share, test accuracy",
-                f"{share:.0%}, {spread(at_best[when])}",
-                "large" if large else "small",
+                f"{digits}, {name}, {when}: best share, test accuracy there in %; at the smallest and largest share",
+                f"{best[when]:.0%}, {spread(here[when])}; {ends}",
+                "" if name == UNTUNED else "large" if large else "small",
             )
+        if name == UNTUNED:
+            continue
         against = {
-            "the best as tuned": at_best[TUNED],
-            "re-trained at the share that is best as tuned": accuracies(rows, name, best[TUNED], RETRAINED),
-            "untuned": baseline,
-        }
-        text = "; ".join(f"minus {what}: {difference(at_best[RETRAINED], other)}" for what, other in against.items())
-        run.note(f"{digits:,} digits, {name}, best re-trained, in points of test accuracy, seed by seed: {text}.")
+            "the best as tuned": here[TUNED],
+            "re-trained at the share that is best as tuned": accuracies.of(name, best[TUNED], RETRAINED),
+            "untuned on all data": plain,
+        } | ({"one decay, best re-trained": retrained["one decay"]} if name == "one per weight" else {})
+        text = "; ".join(f"minus {what} {difference(here[RETRAINED], other)}" for what, other in against.items())
+        run.note(f"{digits}, {name}, best re-trained, in points of test accuracy: {text}.")
+        if len(plain) > 1:
+            chosen = {when: ", ".join(f"{accuracies.best(name, when, half):.0%}" for half in HALVES) for when in best}
+            there = {when: accuracies.elsewhere(name, when, RETRAINED) for when in best}
+            run.note(
+                f"{digits}, {name}, shares chosen on half of the seeds and measured on the other half: {TUNED} "
+                f"{chosen[TUNED]}, {spread(accuracies.elsewhere(name, TUNED, TUNED))}; {RETRAINED} "
+                f"{chosen[RETRAINED]}, {spread(there[RETRAINED])}; the latter minus the former share, both re-trained: "
+                f"{difference(there[RETRAINED], there[TUNED])} points."
+            )
 
 
-def standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.2%} ± {standard_error(values):.2%}"
-
-
-def difference(mine: Sequence[float], other: Sequence[float]) -> str:
-    """The difference in percentage points, seed by seed."""
-    points = [100 * (a - b) for a, b in zip(mine, other, strict=True)]
-    return f"{statistics.fmean(points):.2f} ± {standard_error(points):.2f}"
-
-
-def draw(settings: Settings, rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw test accuracy by share: a row for each number of digits, as tuned on the left and retrained on the right."""
-    figure = Figure(figsize=(9.6, 3.6 * len(settings.digits)), layout="constrained")
-    grid = figure.subplots(len(settings.digits), 2, sharex=True, squeeze=False)
+def draw(settings: Settings, recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw test accuracy by share: a row for each number of digits, as tuned on the left, re-trained on the right."""
+    figure = Figure(figsize=(9.6, 3.6 * len(recipe.digits)), layout="constrained")
+    grid = figure.subplots(len(recipe.digits), 2, sharex=True, squeeze=False)
     x = [100 * share for share in settings.shares]
-    for digits, pair in zip(settings.digits, grid, strict=True):
-        here = [row for row in rows if row["digits"] == digits]
-        baseline = statistics.fmean(accuracies(here, UNTUNED, 0.0, RETRAINED))
+    for digits, pair in zip(recipe.digits, grid, strict=True):
+        accuracies = Accuracies(settings, [row for row in rows if row["digits"] == digits])
         for axis, when in zip(pair, (TUNED, RETRAINED), strict=True):
-            for name, tuning in settings.tunings.items():
-                values = [accuracies(here, name, share, when) for share in settings.shares]
-                means = [100 * statistics.fmean(value) for value in values]
-                errors = [100 * standard_error(value) for value in values]
-                style = "s:" if tuning.one_per_weight else "o-"
-                axis.errorbar(x, means, errors, fmt=style, capsize=3, label=name)
-            axis.axhline(100 * baseline, color="gray", lw=1, label="untuned, trained on all")
+            for name, style in zip(TUNINGS, ("k:", "o-", "s-"), strict=True):
+                values = [accuracies.of(name, share, when) for share in settings.shares]
+                errors = [standard_error(value) for value in values]
+                axis.errorbar(x, [statistics.fmean(v) for v in values], errors, fmt=style, capsize=3, label=name)
             axis.set(title=f"{digits:,} digits, {when}", xlabel="share in validation, %", ylabel="test accuracy, %")
             axis.grid(alpha=0.25)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(f"Logistic regression on MNIST, mean and standard error of {settings.seeds} seeds")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.suptitle(f"Logistic regression on MNIST, mean and standard error of {recipe.seeds} seeds")
     return figure
 
-
-_TUNINGS = {
-    "one decay": Tuning(False, 20, 10.0),
-    "one per weight": Tuning(True, 20, 300.0),
-    "one per weight, longer": Tuning(True, 100, 300.0),
-}
 
 EXPERIMENT = Experiment(
     name="validation_splits",
@@ -245,7 +278,8 @@ EXPERIMENT = Experiment(
     title="how large a validation split, for one decay and for one per weight",
     run=run,
     sizes={
-        "small": Settings(digits=(200, 1000), tunings=_TUNINGS),
-        "paper": Settings(digits=(1000, 10_000, 60_000), tunings=_TUNINGS, seeds=5),
+        "small": Settings({"code": Recipe((200, 400), 250, 20), "longer": Recipe((200,), 1000, 6)}),
+        "paper": Settings({"code": Recipe((100, 200, 1600), 250, 20), "longer": Recipe((100, 200, 1600), 1000, 20)}),
     },
+    recipes=("code", "longer"),
 )

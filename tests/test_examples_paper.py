@@ -31,7 +31,7 @@ def finished(name: str, out: Path, options: dict | None = None, **changes) -> tu
     """The run of `name` with other settings, and its results, once the files are what they should be."""
     experiment = find(name)
     chosen = Options(**{"size": "small", "out": out} | (options or {}))
-    run = execute(experiment, chosen, replace(experiment.sizes[chosen.size], **changes))
+    run = execute(experiment, chosen, replace(experiment.settings(chosen), **changes))
     result = json.loads(run.results.read_text())
     summary = (out / "SUMMARY.md").read_text()
     assert not run.checkpoints.exists()

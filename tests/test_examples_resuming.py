@@ -18,20 +18,23 @@ import pytest
 from examples import image_sets
 from examples.__main__ import find
 from examples.experiment import Options, Run, execute
-from examples.validation_splits import Tuning
+from examples.validation_splits import Recipe
 
 TINY: dict[str, dict[str, Any]] = {
     "inversion_error": {"products": (2,), "hyper_steps": 1},
     "inverse_hessian_pictures": {"hidden": 2, "training_steps": 20, "products": (1, 3)},
     "distillation": {"hyper_steps": 6, "solvers": ("T1-T2",), "real_draws": 1, "batch": 100},
     "overfitting": {"hyper_steps": {"Linear": 6, "LeNet-5": 4}, "evaluations": 3, "examples": 20},
-    "validation_splits": {
-        "digits": (60,),
-        "tunings": {"one decay": Tuning(False, 3, 10.0), "one per weight": Tuning(True, 3, 300.0)},
-        "seeds": 2,
-        "shares": (0.2, 0.5),
-        "warmup_steps": 5,
-        "retraining_steps": 5,
+    "validation_splits": {"recipes": {"code": Recipe((60,), 5, 2)}, "shares": (0.2, 0.5)},
+    "odd_augmentation": {
+        "hyper_steps": 3,
+        "train": 20,
+        "validation": 20,
+        "held_back": 20,
+        "seeds": 1,
+        "rows": ("none", "odd, T1-T2"),
+        "evaluations": 3,
+        "checkpoint_every": 1,
     },
     "method_comparison": {"methods": ("exact IFT", "CG", "unrolled"), "lengths": (1, 3), "search_gradients": 0},
     "method_memory": {"methods": ("CG", "unrolled"), "lengths": (1, 3), "hyperparameters": (1, 5), "batch": 10},
@@ -66,8 +69,9 @@ def few_images(monkeypatch):
 
 def execute_tiny(name: str, out: Path, resume: bool = False) -> Run:
     experiment = find(name)
-    options = Options("paper", out, dataset=experiment.datasets[0] if experiment.datasets else "", resume=resume)
-    return execute(experiment, options, replace(experiment.sizes["paper"], **TINY[name]))
+    dataset, recipe = (names[0] if names else "" for names in (experiment.datasets, experiment.recipes))
+    options = Options("paper", out, dataset=dataset, recipe=recipe, resume=resume)
+    return execute(experiment, options, replace(experiment.settings(options), **TINY[name]))
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[int]:

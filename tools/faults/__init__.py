@@ -2,6 +2,7 @@
 
 from tools.faults.base import Fault
 from tools.faults.cuda import FAULTS as CUDA
+from tools.faults.examples import FAULTS as EXAMPLES
 from tools.faults.hypergradients import FAULTS as HYPERGRADIENTS
 from tools.faults.native import FAULTS as NATIVE
 from tools.faults.ops import FAULTS as OPS
@@ -13,4 +14,15 @@ from tools.faults.writings import FAULTS as WRITINGS
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: list[Fault] = [*OPS, *CUDA, *NATIVE, *RECORDED, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING, *WRITINGS]
+FAULTS: list[Fault] = [
+    *OPS,
+    *CUDA,
+    *NATIVE,
+    *RECORDED,
+    *WRITINGS,
+    *SUPPORT,
+    *SOLVERS,
+    *HYPERGRADIENTS,
+    *TUNING,
+    *EXAMPLES,
+]
