@@ -219,31 +219,36 @@ class Builder:
         self.operations.append(MatrixProduct(dense, a, b, alpha, beta))
         self.stored(dense, result)
 
-    def summed(self, value: Operand, dims: Sequence[int]) -> Place:
-        """The sum over `dims`, which stay with size 1."""
+    def summed(self, value: Operand, dims: Sequence[int], largest: bool = False) -> Place:
+        """The sum, or the `largest` number, over `dims`, which stay with size 1."""
         source = self.stored(value)
         if not source.sizes:
             return source
         gone = frozenset(d % len(source.sizes) for d in dims)
         sizes = tuple(1 if d in gone else size for d, size in enumerate(source.sizes))
         result = self.workspace(sizes, in_order(sizes, nesting(source)))
-        self.operations.append(Sum(source, result, gone))
+        self.operations.append(Sum(source, result, gone, largest))
         return result
 
-    def selected(self, source: Place, index: Place) -> Place:
-        """source[i, index[j], k] for all i, j, k."""
-        outer, _, inner = source.sizes
-        result = self.workspace((outer, index.numel, inner))
-        self.operations.append(Lookup(index, source, result))
+    def selected(self, source: Place, index: Place, skipped: int | None = None) -> Place:
+        """source[i, index[j], k] for all i, j, k, or source[i, index[j], k, j]."""
+        result = self.workspace((source.sizes[0], index.numel, source.sizes[2]))
+        self.operations.append(Lookup(index, source, result, False, skipped))
         return result
 
-    def scattered(self, source: Place, index: Place, rows: int, skipped: int = -1, onto: Place | None = None) -> Place:
+    def scattered(
+        self, source: Place, index: Place, rows: int, skipped: int | None = None, onto: Place | None = None
+    ) -> Place:
         """The sums of source[i, j, k] with the same index[j], for each of `rows`."""
         outer, _, inner = source.sizes
         result = self.workspace((outer, rows, inner))
         self.stored(self.filled(result.sizes, 0.0) if onto is None else onto, result)
-        self.operations.append(Lookup(index, source, result, True, skipped))
+        self.scatter_into(result, source, index, skipped)
         return result
+
+    def scatter_into(self, table: Place, source: Place, index: Place, skipped: int | None = None) -> None:
+        """table[i, index[j], k] += source[i, j, k], or table[i, index[j], k, j]."""
+        self.operations.append(Lookup(index, source, table, True, skipped))
 
     def blas_operand(self, place: Place) -> Place:
         """The place, or a copy with strides that BLAS takes."""

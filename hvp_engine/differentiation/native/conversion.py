@@ -70,7 +70,7 @@ class Conversion:
             elif node.op == "call_function":
                 self._values[node] = self._convert(node)
             elif node.op != "placeholder":
-                raise UnsupportedError(f"a node of kind {node.op}")
+                self._values[node] = self._other(node)
 
     # What handlers ask for.
 
@@ -145,6 +145,10 @@ class Conversion:
         return self.derive((count,), lambda tensor: tensor.reshape(-1).to(torch.int64), [argument], Kind.INDEX)
 
     # How values are made.
+
+    def _other(self, node: fx.Node) -> Value:
+        """A node that is neither an input nor a call."""
+        raise UnsupportedError(f"a node of kind {node.op}")
 
     def _tangent(self, node: fx.Node) -> Place:
         value = node.meta["val"]

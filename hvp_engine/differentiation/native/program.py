@@ -12,26 +12,17 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
-from hvp_engine._support.torch_compat import loaded_library
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.native import elementwise, linear_algebra, shaping
 from hvp_engine.differentiation.native.batch_space import Combination, Factor, number, one_for_each_output
 from hvp_engine.differentiation.native.builder import CPU, Builder, Operand
 from hvp_engine.differentiation.native.conversion import Conversion
+from hvp_engine.differentiation.native.extension import Slots, check
 from hvp_engine.differentiation.native.memory_plan import plan
-from hvp_engine.differentiation.native.operations import Code, Operation, UnsupportedError, Words
+from hvp_engine.differentiation.native.operations import Code, Operation
 from hvp_engine.differentiation.native.places import Place
 from hvp_engine.differentiation.native.updates import FIRST_FACTOR, Mixing, Summands, product, update
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
-from hvp_engine.errors import BackendError
-
-try:
-    from hvp_engine.ops.cpp import _C
-
-    _C.find_blas(loaded_library("torch_cpu"))
-    _PROBLEM: str = _C.blas_problem()
-except ImportError as error:
-    _PROBLEM = str(error)
 
 _HANDLERS = (elementwise, linear_algebra, shaping)
 """The modules whose handlers are in the table once they are imported."""
@@ -69,14 +60,9 @@ class NativeProgram:
     """
 
     def __init__(self, parts: Partition, residuals: Sequence[Tensor], factors: Sequence[Factor] = ()):
-        if _PROBLEM:
-            raise UnsupportedError(_PROBLEM)
         part = parts.accumulating
         weights = [node for node in part.module.graph.nodes if node.op == "placeholder"][len(part.residuals) :]
-        dtypes = {node.meta["val"].dtype for node in weights}
-        if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
-            raise UnsupportedError(f"weights of {', '.join(sorted(map(str, dtypes))) or 'no dtype'}")
-        (dtype,) = dtypes
+        dtype = check(node.meta["val"].dtype for node in weights)
         self._builder = builder = Builder(dtype)
         diagonals = sorted(set(chain(*parts.diagonals)) - set(part.residuals))
         self.residuals = (*part.residuals, *diagonals)
@@ -98,8 +84,7 @@ class NativeProgram:
         kept += [one.rest for one in self.weights if one.rest is not None]
         self.workspace = builder.slot((plan(self._body, kept),), (1,))
         self.dtype, self.derived = dtype, tuple(builder.derived)
-        kinds = [(int(slot.kind), slot.shape, slot.strides) for slot in builder.slots]
-        self.slots = _C.Slots(dtype == torch.float64, kinds)
+        self.slots = Slots(builder.slots, dtype)
         self._programs: dict[Any, Any] = {}
         self._lock = threading.Lock()
         self.product = self._assembled([] if factors else product(builder, self.weights, dense[1]), 0)
@@ -147,23 +132,9 @@ class NativeProgram:
                 self._programs[key] = self._assembled(operations, FIRST_FACTOR + 2 * len(mixings))
         return Update(self._programs[key], vectors, target, mixings)
 
-    def laid_out(self, index: int, tensor: Tensor) -> Tensor:
-        """A copy of a tensor with the strides that its slot expects."""
-        slot = self._builder.slots[index]
-        if tensor.shape != slot.shape or tensor.dtype != self.dtype or tensor.device.type != "cpu":
-            raise BackendError(
-                f"native program: expected a tensor of shape {tuple(slot.shape)} and {self.dtype} on the CPU; got "
-                f"{tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}: this is a fault of hvp_engine: please "
-                "report it"
-            )
-        return torch.empty_strided(slot.shape, slot.strides, dtype=tensor.dtype, device=CPU).copy_(tensor.detach())
-
     def _assembled(self, tail: Sequence[Operation], parameters: int) -> Any:
-        words = Words()
         assert self.workspace.region.slot is not None
-        for operation in chain(self._body, tail):
-            operation.write(words, self.workspace.region.slot)
-        return _C.Program(self.slots, parameters, words.constants, words.words)
+        return self.slots.program(chain(self._body, tail), self.workspace.region.slot, parameters)
 
 
 def _summands(parts: Partition, converted: Conversion, known: dict[int, Place], builder: Builder) -> list[Summands]:
@@ -197,7 +168,7 @@ class BoundProgram:
     def __init__(self, program: NativeProgram, residuals: Sequence[Tensor]):
         self._program = program
         self._lock = threading.Lock()
-        self._memory = _C.Memory(program.slots)
+        self._memory = program.slots.memory()
         known = [residuals[index] for index in program.residuals]
         tensors: dict[int, Tensor] = dict(enumerate(self._put(0, known)))
         with torch.no_grad():
@@ -275,16 +246,8 @@ class BoundProgram:
         ]
 
     def _put(self, first: int, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Into the slots from `first` on; a tensor of other strides is copied. Returns what is in the slots."""
-        placed = list(tensors)
-        done = 0
-        while done < len(placed):
-            bad = self._memory.put(first + done, placed[done:])
-            if bad < 0:
-                break
-            done += bad
-            placed[done] = self._program.laid_out(first + done, placed[done])
-        return placed
+        """Into the slots from `first` on; returns what is there."""
+        return self._program.slots.put(self._memory, first, tensors)
 
     def _forget(self) -> None:
         """Hold no vector longer than it is needed."""
