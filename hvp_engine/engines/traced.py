@@ -16,7 +16,6 @@ from hvp_engine._support.flat_vector import Layout, detached
 from hvp_engine._support.isolation import recorded_modules
 from hvp_engine._support.random_state import random_state_kept
 from hvp_engine.differentiation.linear_map import Linearization
-from hvp_engine.differentiation.native.partition_programs import PartitionPrograms
 from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
 from hvp_engine.differentiation.self_check import Schedule, disagreement
 from hvp_engine.differentiation.trace.evaluated import PartitionedLinearization, PartitionFunctions
@@ -162,7 +161,7 @@ class LinearizedEngine(Engine):
 
     def _functions(self, parts: Partition, modules: Sequence[torch.nn.Module]) -> Functions:
         functions = Functions(parts, modules)
-        functions.native = PartitionPrograms(parts)
+        functions.run_natively()
         return functions
 
 

@@ -129,6 +129,10 @@ class Conversion:
         dtype = self.builder.dtype
         return self.derive(self.shape(argument), lambda tensor: tensor.to(dtype), [argument])
 
+    def exponential(self, argument: fx.Node) -> Operand:
+        """e to the power of a known argument."""
+        return self.derive(self.shape(argument), torch.exp, [argument])
+
     def derive(
         self,
         sizes: Sequence[int],

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from hvp_engine.differentiation.native import elementwise, linear_algebra, nonlinear, shaping
-from hvp_engine.differentiation.native.builder import CPU, Builder, Kind
+from hvp_engine.differentiation.native.builder import Builder, Kind, Operand
 from hvp_engine.differentiation.native.conversion import HANDLERS, Conversion, Value
 from hvp_engine.differentiation.native.extension import Slots, check
 from hvp_engine.differentiation.native.memory_plan import plan
-from hvp_engine.differentiation.native.operations import Call, Operation, UnsupportedError
+from hvp_engine.differentiation.native.operations import Call, Code, Operation, UnsupportedError
 from hvp_engine.differentiation.native.places import Place, in_order, nesting, row_major
 from hvp_engine.differentiation.trace.functionalize import is_random
 
@@ -74,6 +74,9 @@ class _WholeConversion(Conversion):
         flat = value.reshaped((value.numel,)) if is_index else None
         return super().indices(argument) if flat is None else flat
 
+    def exponential(self, argument: fx.Node) -> Operand:
+        return self.builder.combined(Code.EXPONENTIAL, [self.place(argument)], self.shape(argument))
+
     def _other(self, node: fx.Node) -> Place:
         tensor = getattr(self._module, str(node.target), None)
         if node.op != "get_attr" or not isinstance(tensor, Tensor):
@@ -100,7 +103,8 @@ class _WholeConversion(Conversion):
         return self._called(node, results)
 
     def _called(self, node: fx.Node, results: Sequence[Any]) -> Value:
-        if not all(isinstance(result, Tensor) for result in results) or not callable(node.target):
+        there = [isinstance(result, Tensor) for result in results]
+        if not all(one or result is None for one, result in zip(there, results, strict=True)):
             raise UnsupportedError(f"results of {node.target}")
         sources, target = list(node.all_input_nodes), node.target
 
@@ -108,11 +112,14 @@ class _WholeConversion(Conversion):
             known = dict(zip(sources, tensors, strict=True))
             args = fx.node.map_arg(node.args, lambda argument: known[argument])
             kwargs = fx.node.map_arg(node.kwargs, lambda argument: known[argument])
-            return target(*args, **kwargs)
+            found = target(*args, **kwargs)  # type: ignore[operator]  # a call_function
+            return [part for part, one in zip(found, there, strict=True) if one] if several else found
 
-        places = [self.builder.like(result, row_major(result.shape)) for result in results]
-        self.builder.call(places, compute, [self._tensor(source) for source in sources])
-        return tuple(places) if isinstance(node.meta["val"], (tuple, list)) else places[0]
+        several = isinstance(node.meta["val"], (tuple, list))
+        places = [self.builder.like(r, row_major(r.shape)) if one else None for r, one in zip(results, there, strict=True)]
+        made = [place for place in places if place is not None]
+        self.builder.call(made, compute, [self._tensor(source) for source in sources])
+        return tuple(places) if several else made[0]
 
     def _tensor(self, node: fx.Node) -> Place:
         """A node in memory, as it is."""
@@ -133,7 +140,7 @@ class GraphProgram:
     Errors: :class:`UnsupportedError` says why there is no such program.
     """
 
-    def __init__(self, module: fx.GraphModule, dtypes: Sequence[torch.dtype]):
+    def __init__(self, module: fx.GraphModule, dtypes: Iterable[torch.dtype]):
         dtype = check(dtypes)
         nodes = list(module.graph.nodes)
         self.random = any(is_random(node) for node in nodes)
@@ -157,10 +164,10 @@ class GraphProgram:
         self._workspace = self._slots.empty(self._workspace_slot) if self._keeps else None
         self._lock = threading.Lock()
 
-    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """The values, in new memory or as views of the `inputs`, which are detached tensors."""
+    def __call__(self, *inputs: Tensor) -> list[Tensor | None]:
+        """The values, in new memory or as views of the `inputs`, which are detached; called without grad mode."""
         slots, memory = self._slots, self._memory
-        with self._lock, torch.no_grad():
+        with self._lock:
             tensors = dict(enumerate(slots.put(memory, 0, inputs)))
             if self._held:
                 tensors |= self._held

@@ -35,6 +35,12 @@ class PartitionFunctions:
         self.unbatched = ""
         self.native: PartitionPrograms | None = None
 
+    def run_natively(self) -> None:
+        """Have the extension run what it can."""
+        self.native = PartitionPrograms(self.partition)
+        self.primal = self.native.whole(self.partition.primal, self.primal)
+        self.mixed = self.native.whole(self.partition.mixed.module, self.mixed)
+
 
 class PartitionedLinearization(Linearization):
     """Products by the tangent part of a partition, on `residuals` that its primal part gave."""
