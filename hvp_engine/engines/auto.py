@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from hvp_engine._support.random_state import random_state_kept
+from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
 from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
 from hvp_engine.differentiation.self_check import probe
@@ -19,8 +20,10 @@ from hvp_engine.engines.choice import Choice, describe, threads
 from hvp_engine.engines.compiled import CompiledEngine, estimated_seconds
 from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.engines.gradients import Gradients
 from hvp_engine.engines.recorded import RecordedEngine
-from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization, signature
+from hvp_engine.engines.signature import signature
+from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
 from hvp_engine.engines.trial import seconds_around, seconds_per_term
 from hvp_engine.errors import BackendError
 from hvp_engine.solvers.base import Solver
@@ -80,6 +83,7 @@ class AutoEngine(Engine):
         self._linearized = LinearizedEngine(self._eager)
         self._cudagraph = CudaGraphEngine(linearized=self._linearized)
         self._compiled = CompiledEngine(compile_budget_s, self._eager)
+        self._gradients = Gradients()
         self.choices: OrderedDict[Hashable, Choice] = OrderedDict()
         self._descriptions: dict[Hashable, str] = {}
         self._losses: dict[Hashable, float] = {}
@@ -109,6 +113,10 @@ class AutoEngine(Engine):
         choice.around += time.perf_counter() - start
         self._made[linearization] = choice.engine, choice
         return linearization
+
+    def gradient(self, problem: Problem) -> Gradient:
+        """By autograd until a trace can repay itself, then by whichever is faster."""
+        return self._gradients(problem, self._linearized.seconds_of_a_trace)
 
     def linearize_by(self, name: str, problem: Problem) -> Linearization:
         """By the engine of this name, whatever would be chosen."""
@@ -149,6 +157,8 @@ class AutoEngine(Engine):
         """One line for each problem met so far."""
         lines = [choice.describe() for choice in self.choices.values()] or ["not used yet"]
         considered = {name for choice in self.choices.values() for name in choice.seconds}
+        gradients = self._gradients.report()
+        lines += [gradients] if gradients else []
         used = [e for e in self._engines if e is not self._eager and (e is not self._cudagraph or e.name in considered)]
         return "\n".join([*lines, *(f"{engine.name}: {engine.report()}" for engine in used)])
 

@@ -14,7 +14,8 @@ from hvp_engine.differentiation.self_check import difference
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.engines.graphs import CapturedLinearization, Graphs, Solved, Tally
 from hvp_engine.engines.recording import CaptureError, CudaRecorder, Recorder
-from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused, signature
+from hvp_engine.engines.signature import signature
+from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused
 from hvp_engine.errors import TraceError
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import FinishedIteration
@@ -115,7 +116,7 @@ class CudaGraphEngine(LinearizedEngine):
             return Refused(reason)
         known = None if self._linearized is None else self._linearized.known(problem)
         if known is not None:
-            return Functions(known.partition, known.modules)
+            return Functions(known.partition, known.modes.modules)
         try:
             return super()._trace(problem)
         except TraceError as error:

@@ -17,6 +17,7 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import norm_of
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import Structure, flatten
+from hvp_engine.differentiation.gradient import by_autograd
 from hvp_engine.differentiation.double_backward import leaves
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.recorded.owned import OwnedLinearization
@@ -26,7 +27,6 @@ from hvp_engine.hypergradients.estimator import Estimator
 from hvp_engine.hypergradients.implicit import (
     HypergradientResult,
     Stationarity,
-    direct_gradient,
     implicit_gradient,
     unfinished_change,
 )
@@ -94,12 +94,14 @@ class FixedPointHypergradient(Estimator):
         hyper_list, hyper_structure = flatten(hyper, "hyper")
         point = (weight_list, weight_structure, hyper_list, hyper_structure)
         with isolated(self.draws.next_seed(), weight_list[0].device):
-            val_loss, vector, direct = direct_gradient(Problem(self.val_loss, *point, (val_batch,), "val_loss"))
+            direct = by_autograd(Problem(self.val_loss, *point, (val_batch,), "val_loss"))
             # f = w - Phi(w) takes the place of dL_T/dw: f = 0 defines w*, and the tape multiplies by (df/dw)^T.
             tape = self._record(*point, train_batch)
             try:
                 system = LinearSystem(tape, EagerEngine(), Spectrum())
-                grads, solution = implicit_gradient(system, vector, direct, hyper_list, self.solver)
+                grads, solution = implicit_gradient(
+                    system, direct.weights, direct.hyperparameters, hyper_list, self.solver
+                )
             except NonFiniteError:
                 raise
             except DivergenceError as error:
@@ -112,13 +114,13 @@ class FixedPointHypergradient(Estimator):
         result = HypergradientResult(
             grads=hyper_structure.rebuild(grads),
             train_loss=distance.square() / 2,
-            val_loss=val_loss,
+            val_loss=direct.loss,
             gradient_norm=distance,
             unfinished=unfinished_change(solution.value, tape.gradient),
             solution=replace(solution, value=weight_structure.rebuild(solution.value)),
         )
         if solution.iterations:
-            self._stationarity.check(result.unfinished, val_loss, distance)
+            self._stationarity.check(result.unfinished, direct.loss, distance)
         return result
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from hvp_engine._support.flat_vector import detached, norm_of
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.precision import float32_arithmetic
 from hvp_engine._support.pytree import flatten
-from hvp_engine.differentiation.double_backward import differentiate, filled, leaves
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.distributed import DataParallel, for_loss
@@ -124,24 +123,26 @@ class Hypergradient(Estimator):
             return Problem(loss, weight_list, weight_structure, hyper_list, hyper_structure, (batch,), name)
 
         with isolated(self.draws.next_seed(), weight_list[0].device):
-            val_loss, vector, direct = direct_gradient(problem(self.val_loss, val_batch, "val_loss"))
+            direct = self.engine.gradient(problem(self.val_loss, val_batch, "val_loss"))
             linearization = self.engine.linearize(problem(self.train_loss, train_batch, "train_loss"))
             x0 = self._previous if _alike(self._previous, weight_list) else None
             system = LinearSystem(linearization, self.engine, self.spectrum)
-            grads, solution = implicit_gradient(system, vector, direct, hyper_list, self.solver, x0)
+            grads, solution = implicit_gradient(
+                system, direct.weights, direct.hyperparameters, hyper_list, self.solver, x0
+            )
         if self.warm_start:
             self._previous = [part.clone() for part in solution.value]
         assert linearization.loss is not None
         result = HypergradientResult(
             grads=hyper_structure.rebuild(grads),
             train_loss=linearization.loss,
-            val_loss=val_loss,
+            val_loss=direct.loss,
             gradient_norm=norm_of(linearization.gradient, linearization.layout),
             unfinished=linearization.layout.total(unfinished_change(solution.value, linearization.gradient)),
             solution=replace(solution, value=weight_structure.rebuild(solution.value)),
         )
         if solution.iterations:  # without iterations, `unfinished` stands for no training
-            self._stationarity.check(result.unfinished, val_loss, result.gradient_norm)
+            self._stationarity.check(result.unfinished, direct.loss, result.gradient_norm)
         return result
 
     def report(self) -> str:
@@ -168,19 +169,6 @@ class Hypergradient(Estimator):
 def _alike(previous: Sequence[Tensor] | None, weights: Sequence[Tensor]) -> bool:
     """Whether a previous solution fits weights like these."""
     return previous is not None and [(t.shape, t.device) for t in previous] == [(w.shape, w.device) for w in weights]
-
-
-def direct_gradient(problem: Problem) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    """The validation loss, dL_V/dw, and dL_V/dlambda (None where there is no path)."""
-    weights, hyperparameters = leaves(problem.weights), leaves(problem.hyperparameters)
-    loss = problem.evaluate(weights, hyperparameters)
-    if not loss.requires_grad:
-        raise GraphError(
-            f"{problem.name}: expected a loss that depends on weights or hyperparameters; got one without a graph"
-        )
-    found = differentiate(loss, [*weights, *hyperparameters], retain_graph=False)
-    count = len(weights)
-    return loss.detach(), filled(found[:count], weights), found[count:]
 
 
 def implicit_gradient(

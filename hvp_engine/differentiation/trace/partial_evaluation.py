@@ -122,7 +122,7 @@ def _partition(trace: Trace) -> Partition:
         tuple((len(term.products), len(term.rest)) for term in terms),
         diagonals,
         accumulates=by_product > sum(sizes) / 2 and by_product >= _WORTHWHILE,
-        dtypes=_floating_dtypes(graph),
+        dtypes=floating_dtypes(graph),
         undone=(*trace.undone, *attempts.undone),
     )
 
@@ -135,7 +135,8 @@ def _terms(products: Sequence[Any], tangents: Sequence[fx.Node], linear: set[fx.
     ]
 
 
-def _floating_dtypes(graph: fx.Graph) -> frozenset[torch.dtype]:
+def floating_dtypes(graph: fx.Graph) -> frozenset[torch.dtype]:
+    """The floating dtypes of all values."""
     values = [node.meta.get("val") for node in graph.nodes]
     return frozenset(v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
 
