@@ -13,7 +13,7 @@ from torch import Tensor
 from hvp_engine._support.random_state import random_state_kept
 from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
-from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
+from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.differentiation.self_check import probe
 from hvp_engine.engines.base import Engine
 from hvp_engine.engines.choice import Choice, describe, threads
@@ -22,7 +22,6 @@ from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.gradients import Gradients
 from hvp_engine.engines.recorded import RecordedEngine
-from hvp_engine.engines.signature import signature
 from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
 from hvp_engine.engines.trial import seconds_around, seconds_per_term
 from hvp_engine.errors import BackendError
@@ -91,8 +90,7 @@ class AutoEngine(Engine):
         self._made: WeakKeyDictionary[LinearMap, tuple[Engine, Choice]] = WeakKeyDictionary()
 
     def linearize(self, problem: Problem) -> Linearization:
-        tensors, others, spec = split_inputs(problem)
-        key = signature(problem, tensors, others, spec), threads(problem)
+        (tensors, others, _), key = problem.split, (problem.signature, threads(problem))
         choice = self.choices.get(key)
         if choice is None:
             self._descriptions[key] = description = describe(problem, tensors, others)

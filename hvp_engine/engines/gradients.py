@@ -17,11 +17,11 @@ from hvp_engine._support.isolation import recorded_modules
 from hvp_engine._support.random_state import random_state_kept
 from hvp_engine.differentiation.gradient import Gradient, by_autograd
 from hvp_engine.differentiation.native.graph_program import GraphProgram
-from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
+from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.differentiation.self_check import Schedule, difference_of_products
 from hvp_engine.differentiation.trace.partial_evaluation import floating_dtypes
 from hvp_engine.differentiation.trace.tracing import trace_gradient
-from hvp_engine.engines.signature import Modes, signature
+from hvp_engine.engines.modes import Modes
 
 _MOST = 64
 """Losses and shapes that are remembered, the latest used."""
@@ -62,10 +62,10 @@ class Gradients:
             patience: seconds that autograd must have taken before a loss is traced. With any, the program is then used
                 if it is faster; without, it is.
         """
-        tensors, others, spec = split_inputs(problem)
+        tensors, others, _ = problem.split
         if problem.weights[0].device.type != "cpu" or not all(map(is_constant, others)):
             return by_autograd(problem)
-        key = signature(problem, tensors, others, spec), torch.get_num_threads()
+        key = problem.signature, torch.get_num_threads()
         known = self._known.get(key)
         if known is None or (known.modes is not None and not known.modes.unchanged()):
             known = self._known[key] = _Known()
@@ -98,7 +98,7 @@ class Gradients:
 
     def quiet(self, problem: Problem) -> bool:
         """Whether the next gradient runs none of the caller's code and draws no random numbers."""
-        known = self._known.get((signature(problem, *split_inputs(problem)), torch.get_num_threads()))
+        known = self._known.get((problem.signature, torch.get_num_threads()))
         return (
             known is not None
             and known.program is not None

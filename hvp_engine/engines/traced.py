@@ -17,7 +17,7 @@ from hvp_engine._support.isolation import recorded_modules
 from hvp_engine._support.random_state import random_state_kept
 from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import Linearization
-from hvp_engine.differentiation.problem import Problem, split_inputs
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.self_check import Schedule, disagreement
 from hvp_engine.differentiation.trace.evaluated import PartitionedLinearization, PartitionFunctions
 from hvp_engine.differentiation.trace.partial_evaluation import Partition, partition
@@ -25,7 +25,7 @@ from hvp_engine.differentiation.trace.tracing import trace
 from hvp_engine.engines.base import Engine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.gradients import Gradients
-from hvp_engine.engines.signature import Modes, signature
+from hvp_engine.engines.modes import Modes
 
 _MOST_TRACES = 16
 """Traces that one engine keeps; one of a small recurrent net takes about 20 MB."""
@@ -92,8 +92,7 @@ class LinearizedEngine(Engine):
         self._gradients = Gradients()
 
     def linearize(self, problem: Problem) -> Linearization:
-        tensors, others, spec = split_inputs(problem)
-        key = signature(problem, tensors, others, spec)
+        tensors, key = problem.split[0], problem.signature
         functions = self._cache.get(key)
         if functions is None or not functions.modes_unchanged():
             functions = self._cache[key] = self._trace(problem)
@@ -153,7 +152,7 @@ class LinearizedEngine(Engine):
 
     def known(self, problem: Problem) -> Functions | None:
         """The functions of a problem that has been traced here."""
-        functions = self._cache.get(signature(problem, *split_inputs(problem)))
+        functions = self._cache.get(problem.signature)
         return functions if isinstance(functions, Functions) and functions.modes_unchanged() else None
 
     def _trace(self, problem: Problem) -> Functions | Refused:

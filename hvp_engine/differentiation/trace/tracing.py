@@ -24,14 +24,13 @@ from hvp_engine._support.torch_compat import (
     REGISTER_PYTREE,
     REVERSE_IN_FORWARD,
     one_fake_mode,
-    pytree,
     reverse_in_forward_refused,
     says_data_dependent,
 )
 from hvp_engine._support.user_code import innermost_line
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
 from hvp_engine.differentiation.double_backward import Pullback, Tape, differentiate, explained, gradients, leaves
-from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
+from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.differentiation.trace.functionalize import functionalized, refuse_side_effects, retraced
 from hvp_engine.differentiation.trace.memory_format import (
     NoStatistics,
@@ -82,7 +81,7 @@ def trace(problem: Problem) -> Trace:
 
     Convolution kernels are laid out as they are fastest, unless the loss takes its images for contiguous.
     """
-    _, others, _ = split_inputs(problem)
+    _, others, _ = problem.split
     for leaf in others:
         if not is_constant(leaf):
             raise TraceError(
@@ -114,20 +113,20 @@ def trace_gradient(problem: Problem) -> fx.GraphModule:
 
 
 def _known(problem: Problem) -> list[Tensor]:
-    tensors, _, _ = split_inputs(problem)
+    tensors, _, _ = problem.split
     return [*(t.detach() for t in (*problem.weights, *problem.hyperparameters)), *tensors]
 
 
 def _at(problem: Problem, arguments: Sequence[Tensor]) -> tuple[Problem, list[Tensor], list[Tensor]]:
     """The problem with a batch of arguments, and new leaves for weights and hyperparameters."""
-    _, others, spec = split_inputs(problem)
+    _, others, structure = problem.split
     count_w, count_h = len(problem.weights), len(problem.hyperparameters)
     places = [index for index, leaf in enumerate(flatten_batch(problem.inputs)[0]) if isinstance(leaf, Tensor)]
     batch = list(others)
     for place, tensor in zip(places, arguments[count_w + count_h :], strict=False):
         batch[place] = tensor
     weights, hyperparameters = leaves(arguments[:count_w]), leaves(arguments[count_w : count_w + count_h])
-    return problem.at(pytree.tree_unflatten(batch, spec)), weights, hyperparameters
+    return problem.at(structure.rebuild(batch)), weights, hyperparameters
 
 
 def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor]]) -> Trace:
