@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine._support.flat_vector import norm_of
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import Structure, flatten
 from hvp_engine.differentiation.gradient import by_autograd
@@ -28,7 +27,6 @@ from hvp_engine.hypergradients.implicit import (
     HypergradientResult,
     Stationarity,
     implicit_gradient,
-    unfinished_change,
 )
 from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import LinearSystem, check_solver
@@ -99,7 +97,7 @@ class FixedPointHypergradient(Estimator):
             tape = self._record(*point, train_batch)
             try:
                 system = LinearSystem(tape, EagerEngine(), Spectrum())
-                grads, solution = implicit_gradient(
+                grads, solution, closing = implicit_gradient(
                     system, direct.weights, direct.hyperparameters, hyper_list, self.solver
                 )
             except NonFiniteError:
@@ -110,13 +108,13 @@ class FixedPointHypergradient(Estimator):
                     f"{self.solver}: iterate phi further if the weights are no fixed point, and otherwise use a "
                     "smaller alpha, more damping, or fewer iterations"
                 ) from error
-        distance = norm_of(tape.gradient)
+        distance = closing.gradient_norm
         result = HypergradientResult(
             grads=hyper_structure.rebuild(grads),
             train_loss=distance.square() / 2,
             val_loss=direct.loss,
             gradient_norm=distance,
-            unfinished=unfinished_change(solution.value, tape.gradient),
+            unfinished=closing.unfinished,
             solution=replace(solution, value=weight_structure.rebuild(solution.value)),
         )
         if solution.iterations:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from hvp_engine import engines
-from hvp_engine._support.flat_vector import detached, norm_of
+from hvp_engine._support.flat_vector import detached
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.precision import float32_arithmetic
 from hvp_engine._support.pytree import flatten
+from hvp_engine.differentiation.closing import Closing
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.distributed import DataParallel, for_loss
@@ -127,7 +128,7 @@ class Hypergradient(Estimator):
             linearization = self.engine.linearize(problem(self.train_loss, train_batch, "train_loss"))
             x0 = self._previous if _alike(self._previous, weight_list) else None
             system = LinearSystem(linearization, self.engine, self.spectrum)
-            grads, solution = implicit_gradient(
+            grads, solution, closing = implicit_gradient(
                 system, direct.weights, direct.hyperparameters, hyper_list, self.solver, x0
             )
         if self.warm_start:
@@ -137,8 +138,8 @@ class Hypergradient(Estimator):
             grads=hyper_structure.rebuild(grads),
             train_loss=linearization.loss,
             val_loss=direct.loss,
-            gradient_norm=norm_of(linearization.gradient, linearization.layout),
-            unfinished=linearization.layout.total(unfinished_change(solution.value, linearization.gradient)),
+            gradient_norm=closing.gradient_norm,
+            unfinished=closing.unfinished,
             solution=replace(solution, value=weight_structure.rebuild(solution.value)),
         )
         if solution.iterations:  # without iterations, `unfinished` stands for no training
@@ -178,7 +179,7 @@ def implicit_gradient(
     hyperparameters: Sequence[Tensor],
     solver: Solver,
     x0: Sequence[Tensor] | None = None,
-) -> tuple[list[Tensor], Solution]:
+) -> tuple[list[Tensor], Solution, Closing]:
     """direct - mixed(H^-1 vector) for each hyperparameter: the core of all implicit hypergradients.
 
     The system's operator is a :class:`Linearization`, which has the mixed product.
@@ -186,7 +187,8 @@ def implicit_gradient(
     linearization = system.operator
     assert isinstance(linearization, Linearization)
     value, solution = system.solve(detached(vector), solver, "dL_V/dw, the gradient of val_loss", x0)
-    indirect = linearization.mixed(value)
+    closing = linearization.closing(value)
+    indirect = closing.indirect
     if all(term is None for term in [*direct, *indirect]):
         raise GraphError(
             "hyperparameters: expected at least one that the training gradient or the validation loss depends on; "
@@ -198,22 +200,14 @@ def implicit_gradient(
             "no hyperparameter reaches the training gradient: the hypergradient is the direct term alone",
             stacklevel=3,
         )
-    grads = []
-    for hyperparameter, first, second in zip(hyperparameters, direct, indirect, strict=True):
-        total = torch.zeros_like(hyperparameter) if first is None else first.detach().clone()
-        grads.append(total if second is None else total.sub_(second.detach()))
-    return grads, replace(solution, value=value)
-
-
-def unfinished_change(solution: Sequence[Tensor], gradient: Sequence[Tensor]) -> Tensor:
-    """-(H^-1 dL_V/dw) . dL_T/dw, a 0-dim float64 tensor: the change of L_V by a Newton step on L_T, to first order.
-
-    Arguments:
-        solution: H^-1 dL_V/dw, as far as the solve went; a series truncated after i terms stands for i training steps.
-        gradient: dL_T/dw.
-    """
-    products = [x.reshape(-1) @ g.to(x.dtype).reshape(-1) for x, g in zip(solution, gradient, strict=True)]
-    return -torch.stack([product.double() for product in products]).sum()
+    grads = [
+        torch.zeros_like(h) if first is None and second is None
+        else first.detach().clone() if second is None
+        else second if first is None
+        else second.add_(first.detach())
+        for h, first, second in zip(hyperparameters, direct, indirect, strict=True)
+    ]
+    return grads, replace(solution, value=value), closing
 
 
 class Stationarity:
