@@ -116,6 +116,14 @@ class AutoEngine(Engine):
         """By autograd until a trace can repay itself, then by whichever is faster."""
         return self._gradients(problem, self._linearized.seconds_of_a_trace)
 
+    def quiet(self, train: Problem, val: Problem) -> bool:
+        choice = self.choices.get((train.signature, threads(train)))
+        settled = choice is not None and not choice.trace_is_due() and not choice.compiling_is_due()
+        if choice is None or not settled or choice.engine is not self._linearized:
+            return False
+        functions = self._linearized.known(train)
+        return functions is not None and functions.quiet and self._gradients.quiet(val)
+
     def linearize_by(self, name: str, problem: Problem) -> Linearization:
         """By the engine of this name, whatever would be chosen."""
         return self._engine(name).linearize(problem)

@@ -99,13 +99,9 @@ class Gradients:
     def quiet(self, problem: Problem) -> bool:
         """Whether the next gradient runs none of the caller's code and draws no random numbers."""
         known = self._known.get((problem.signature, torch.get_num_threads()))
-        return (
-            known is not None
-            and known.program is not None
-            and not known.program.random
-            and (known.modes is None or known.modes.unchanged())
-            and not known.schedule.next_is_due()
-        )
+        if known is None or known.program is None or known.program.random or known.schedule.next_is_due():
+            return False
+        return known.modes is None or known.modes.unchanged()
 
     def report(self) -> str:
         """How many gradients are programs, and why others are not; empty before the first."""

@@ -8,6 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.self_check import Schedule, disagreement
 from hvp_engine.differentiation.trace.evaluated import PartitionedLinearization, PartitionFunctions
+from hvp_engine.differentiation.trace.functionalize import is_random
 from hvp_engine.differentiation.trace.partial_evaluation import Partition, partition
 from hvp_engine.differentiation.trace.tracing import trace
 from hvp_engine.engines.base import Engine
@@ -45,6 +47,17 @@ class Functions(PartitionFunctions):
         """What the primal part gives at the problem's point: loss, gradient, residuals."""
         with torch.no_grad():
             return self.primal(*detached(problem.weights), *detached(problem.hyperparameters), *tensors)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether the next use runs neither the loss, for a check, nor anything random."""
+        return self.distrust is None and self.native is not None and self._calm and not self.schedule.next_is_due()
+
+    @cached_property
+    def _calm(self) -> bool:
+        parts = self.partition
+        graphs = (parts.primal, parts.tangent.module, parts.mixed.module)
+        return not any(is_random(node) for graph in graphs for node in graph.graph.nodes)
 
     def modes_unchanged(self) -> bool:
         """Whether the modules that the loss called are in train or eval mode as they were."""
@@ -122,6 +135,10 @@ class LinearizedEngine(Engine):
 
     def gradient(self, problem: Problem) -> Gradient:
         return self._gradients(problem)
+
+    def quiet(self, train: Problem, val: Problem) -> bool:
+        functions = self.known(train)
+        return functions is not None and functions.quiet and self._gradients.quiet(val)
 
     def _instead(self, problem: Problem, reason: str | None) -> Linearization:
         """Eager's linearization, with the reason why it is not this engine's."""

@@ -7,6 +7,7 @@ dL_V*/dlambda = dL_V/dlambda - (d2L_T/dlambda dw^T) [d2L_T/dw dw^T]^-1 dL_V/dw  
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -120,12 +121,14 @@ class Hypergradient(Estimator):
         weight_list, weight_structure = flatten(weights, "weights", sharded=True)
         hyper_list, hyper_structure = flatten(hyper, "hyper", sharded=True)
 
-        def problem(loss: Callable[..., Tensor], batch: Any, name: str) -> Problem:
-            return Problem(loss, weight_list, weight_structure, hyper_list, hyper_structure, (batch,), name)
-
-        with isolated(self.draws.next_seed(), weight_list[0].device):
-            direct = self.engine.gradient(problem(self.val_loss, val_batch, "val_loss"))
-            linearization = self.engine.linearize(problem(self.train_loss, train_batch, "train_loss"))
+        point = weight_list, weight_structure, hyper_list, hyper_structure
+        train = Problem(self.train_loss, *point, (train_batch,), "train_loss")
+        val = Problem(self.val_loss, *point, (val_batch,), "val_loss")
+        seed = self.draws.next_seed()
+        quiet = self.solver.quiet and self.engine.quiet(train, val)
+        with contextlib.nullcontext() if quiet else isolated(seed, weight_list[0].device):
+            direct = self.engine.gradient(val)
+            linearization = self.engine.linearize(train)
             x0 = self._previous if _alike(self._previous, weight_list) else None
             system = LinearSystem(linearization, self.engine, self.spectrum)
             grads, solution, closing = implicit_gradient(

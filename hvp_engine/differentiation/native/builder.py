@@ -91,6 +91,8 @@ class Builder:
     slots: list[Slot] = field(default_factory=list)
     derived: list[Derived] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
+    preparation: list[Operation] = field(default_factory=list)
+    prepared: list[int] = field(default_factory=list)
     _ordered: dict[tuple[Place, tuple[int, ...]], Place] = field(default_factory=dict)
 
     def slot(
@@ -123,6 +125,17 @@ class Builder:
         numbers = tuple(source.region.slot for source in sources)
         assert place.region.slot is not None and None not in numbers
         self.derived.append(Derived(place.region.slot, compute, numbers))  # type: ignore[arg-type]  # checked above
+        return place
+
+    def prepare(self, sizes: Sequence[int], write: Callable[[Place], None]) -> Place:
+        """A tensor of `sizes` that `write` has computed once, before all terms."""
+        place = self.slot(sizes, row_major(sizes), known=True)
+        before, self.operations = self.operations, self.preparation
+        try:
+            write(place)
+        finally:
+            self.operations = before
+        self.prepared.append(place.region.slot or 0)
         return place
 
     def workspace(self, sizes: Sequence[int], strides: Sequence[int] | None = None) -> Place:
@@ -263,7 +276,7 @@ class Builder:
 
     def readable(self, leaf: Place, place: Place) -> Place:
         """A known operand, copied once if it is nested otherwise than `place`."""
-        if not leaf.region.known or leaf.numel > _SMALL_COPY or 0 in _needed(leaf):
+        if self.operations is self.preparation or not leaf.region.known or leaf.numel > _SMALL_COPY or 0 in _needed(leaf):
             return leaf
         order = nesting(place)
         sizes = [leaf.sizes[d] for d in order if leaf.sizes[d] != 1]
@@ -273,13 +286,7 @@ class Builder:
         key = (leaf, tuple(order))
         if key not in self._ordered:
             nested = leaf.with_dims(order)
-
-            def compute(tensor: Tensor, nested: Place = nested) -> Tensor:
-                return tensor.as_strided(
-                    nested.sizes, nested.strides, tensor.storage_offset() + nested.offset
-                ).contiguous()
-
-            copy = self.derive(nested.sizes, compute, [leaf])
+            copy = self.prepare(nested.sizes, lambda into: self.operations.append(Elementwise((nested,), (), ((0, into),))))
             inverse = [order.index(d) for d in range(len(order))]
             self._ordered[key] = copy.with_dims(inverse)
         return self._ordered[key]

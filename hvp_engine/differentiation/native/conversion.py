@@ -131,7 +131,12 @@ class Conversion:
 
     def exponential(self, argument: fx.Node) -> Operand:
         """e to the power of a known argument."""
-        return self.derive(self.shape(argument), torch.exp, [argument])
+        same, build = argument.meta["val"].dtype == self.builder.dtype, self.builder
+        source = self._tensor(argument) if same else self.as_numbers(argument)
+        return build.prepare(
+            source.sizes,
+            lambda into: build.chain([(build.combined(Code.EXPONENTIAL, [source], source.sizes), into)]),
+        )
 
     def derive(
         self,

@@ -141,7 +141,8 @@ class GraphProgram:
     """
 
     def __init__(self, module: fx.GraphModule, dtypes: Iterable[torch.dtype]):
-        dtype = check(dtypes)
+        self._made_of = module, frozenset(dtypes)
+        dtype = check(self._made_of[1])
         nodes = list(module.graph.nodes)
         self.random = any(is_random(node) for node in nodes)
         builder = _Builder(dtype)
@@ -163,6 +164,13 @@ class GraphProgram:
         self._keeps = self._whole[self._workspace_slot][0][0] <= _KEPT_WORKSPACE
         self._workspace = self._slots.empty(self._workspace_slot) if self._keeps else None
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> tuple[fx.GraphModule, frozenset[torch.dtype]]:
+        """A copy is made anew."""
+        return self._made_of
+
+    def __setstate__(self, state: tuple[fx.GraphModule, frozenset[torch.dtype]]) -> None:
+        self.__init__(*state)  # type: ignore[misc]  # as a new one
 
     def __call__(self, *inputs: Tensor) -> list[Tensor | None]:
         """The values, in new memory or as views of the `inputs`, which are detached; called without grad mode."""

@@ -82,9 +82,12 @@ class NativeProgram:
         self._body = list(builder.operations)
         kept = [place for one in self.weights for place in (*one.diagonals, *chain(*one.products))]
         kept += [one.rest for one in self.weights if one.rest is not None]
-        self.workspace = builder.slot((plan(self._body, kept),), (1,))
+        self.workspace = builder.slot((plan([*builder.preparation, *self._body], kept),), (1,))
         self.dtype, self.derived = dtype, tuple(builder.derived)
         self.slots = Slots(builder.slots, dtype)
+        assert self.workspace.region.slot is not None
+        self.prepared = tuple(builder.prepared)
+        self.preparation = self.slots.program(builder.preparation, self.workspace.region.slot)
         self._programs: dict[Any, Any] = {}
         self._lock = threading.Lock()
         self.product = self._assembled([] if factors else product(builder, self.weights, dense[1]), 0)
@@ -102,7 +105,10 @@ class NativeProgram:
         dense, (product, coefficients) = self.weights[factor.weight], self.states[0][2 * index : 2 * index + 2]
         ((left, rows),) = dense.products
         decays = tuple(one_for_each_output(decay, factor) for decay in dense.diagonals)
-        gram = self._builder.derive((factor.sizes[0],) * 2, lambda x: x @ x.t(), [rows])
+        build, transposed = self._builder, rows.transposed(0, 1)
+        gram = build.prepare(
+            (factor.sizes[0],) * 2, lambda into: build.accumulate(into, rows, transposed, 1.0, 0.0)
+        )
         change = left.transposed(0, 1)
         self.weights[factor.weight] = Summands(product, decays, ((gram, change),), None)
         self.weights.append(Summands(coefficients, decays, (), change))
@@ -179,6 +185,10 @@ class BoundProgram:
         workspace = program.workspace
         assert workspace.region.slot is not None
         self._put(workspace.region.slot, [torch.empty(workspace.sizes, dtype=program.dtype, device=CPU)])
+        for slot in program.prepared:
+            self._put(slot, [program.slots.empty(slot)])
+        if program.prepared:
+            program.preparation.run(self._memory, [[]])
         self._rows = [tensors[place.region.slot] for place in program.inputs if place.region.slot is not None]
         self._decays = [
             number([residuals[index] for index in program.parts.diagonals[f.weight]], (f.sizes[1], rows.shape[1]))

@@ -14,7 +14,7 @@ from hvp_engine.differentiation.trace.combining import combine_sums, share_facto
 from hvp_engine.differentiation.trace.fused_update import Terms, decompose
 from hvp_engine.differentiation.trace.inplace import written_over
 from hvp_engine.differentiation.trace.memory_format import compact_factors
-from hvp_engine.differentiation.trace.rematerialize import recomputable
+from hvp_engine.differentiation.trace.rematerialize import pointwise, recomputable
 from hvp_engine.differentiation.trace.rewrites import accumulate, fold_linear, kernel_derivatives, simplify
 from hvp_engine.differentiation.trace.rewriting import Attempts, Rewrite, WrongRewriteError, dependents, placeholders
 from hvp_engine.differentiation.trace.tracing import Trace
@@ -104,7 +104,8 @@ def _partition(trace: Trace) -> Partition:
     every_term = linear | attempts.call(recomputable, known, otherwise=nothing)
     residuals: list[fx.Node] = []
     tangent_part = _part(root, graph, products, every_term, tangents, residuals, attempts)
-    mixed_part = _part(root, graph, mixed, every_term, tangents, residuals, attempts)
+    once = attempts.call(pointwise, _live(mixed, lambda node: False) - linear, otherwise=nothing)
+    mixed_part = _part(root, graph, mixed, every_term | once, tangents, residuals, attempts)
     whole = [Terms((), (), (output,) if isinstance(output, fx.Node) else ()) for output in products]
     terms = attempts.call(_terms, products, tangents, linear, otherwise=whole)
     summands = [node for term in terms for node in term.nodes]
