@@ -25,6 +25,17 @@ class GatheringLoss:
     """Base of losses that take sharded tensors (DTensors) and gather them."""
 
 
+class _Signature(tuple[Any, ...]):
+    """A tuple that is hashed once, since it is looked up several times in a call."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return tuple.__hash__(self)
+
+
 @dataclass(frozen=True)
 class Problem:
     """A loss at a point: `loss(weights, [hyperparameters,] *inputs)`, with its trees flattened.
@@ -68,14 +79,14 @@ class Problem:
         """What a trace depends on besides the values of tensors: the loss, and what its arguments look like."""
         tensors, others, structure = self.split
         leaves = [*self.weights, *self.hyperparameters, *tensors]
-        return (
+        return _Signature((
             self.identity,
             self.weight_structure,
             self.hyperparameter_structure,
             tuple([(t.shape, t.stride(), t.dtype, t.device) for t in leaves]),
             tuple([leaf if is_constant(leaf) else type(leaf) for leaf in others]),
             structure,
-        )
+        ))
 
     def at(self, inputs: tuple[Any, ...]) -> Problem:
         """This problem with other inputs."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -143,7 +143,7 @@ class Hypergradient(Estimator):
             val_loss=direct.loss,
             gradient_norm=closing.gradient_norm,
             unfinished=closing.unfinished,
-            solution=replace(solution, value=weight_structure.rebuild(solution.value)),
+            solution=solution.of(weight_structure.rebuild(solution.value)),
         )
         if solution.iterations:  # without iterations, `unfinished` stands for no training
             self._stationarity.check(result.unfinished, direct.loss, result.gradient_norm)
@@ -210,7 +210,7 @@ def implicit_gradient(
         else second.add_(first.detach())
         for h, first, second in zip(hyperparameters, direct, indirect, strict=True)
     ]
-    return grads, replace(solution, value=value), closing
+    return grads, solution.of(value), closing
 
 
 class Stationarity:

@@ -79,15 +79,22 @@ class NativeProgram:
         self._groups = [self._in_batch_space(places, states) for places, states in zip(dense, self.states, strict=True)]
         for i, factor in enumerate(factors):
             self._factor(i, factor)
-        self._body = list(builder.operations)
+        self._body, builder.operations = builder.operations, []
+        projections = [self._projection(index, dense[index]) for index in range(_GROUPS)]
+        formations = [self._formation(index, dense[index]) for index in range(_GROUPS)]
+        around = list(chain(*projections, *formations))
         kept = [place for one in self.weights for place in (*one.diagonals, *chain(*one.products))]
         kept += [one.rest for one in self.weights if one.rest is not None]
-        self.workspace = builder.slot((plan([*builder.preparation, *self._body], kept),), (1,))
+        self.workspace = builder.slot((plan([*builder.preparation, *around, *self._body], kept),), (1,))
         self.dtype, self.derived = dtype, tuple(builder.derived)
         self.slots = Slots(builder.slots, dtype)
         assert self.workspace.region.slot is not None
         self.prepared = tuple(builder.prepared)
         self.preparation = self.slots.program(builder.preparation, self.workspace.region.slot)
+        self.projections, self.formations = (
+            [self.slots.program(one, self.workspace.region.slot) for one in programs if one]
+            for programs in (projections, formations)
+        )
         self._programs: dict[Any, Any] = {}
         self._lock = threading.Lock()
         self.product = self._assembled([] if factors else product(builder, self.weights, dense[1]), 0)
@@ -99,6 +106,24 @@ class NativeProgram:
         for i, factor in enumerate(self.factors):
             held[factor.weight] = states[2 * i]
         return [*held, *states[1::2]]
+
+    def _projection(self, group: int, vectors: Sequence[Place]) -> list[Operation]:
+        """U <- x T^T and G <- 0 for one vector, and each factored weight."""
+        build, states = self._builder, self.states[group]
+        build.operations = operations = []
+        for i, (factor, rows) in enumerate(zip(self.factors, self.inputs, strict=True)):
+            build.accumulate(states[2 * i], rows, vectors[factor.weight].transposed(0, 1), 1.0, 0.0)
+            build.stored(build.filled(factor.sizes, 0.0), states[2 * i + 1])
+        return operations
+
+    def _formation(self, group: int, vectors: Sequence[Place]) -> list[Operation]:
+        """T <- T + G^T x for one vector, and each factored weight."""
+        build = self._builder
+        build.operations = operations = []
+        for i, (factor, rows) in enumerate(zip(self.factors, self.inputs, strict=True)):
+            coefficients = self.states[group][2 * i + 1].transposed(0, 1)
+            build.accumulate(vectors[factor.weight], coefficients, rows, 1.0, 1.0)
+        return operations
 
     def _factor(self, index: int, factor: Factor) -> None:
         """Replace a weight's summands by those of U, and append those of G."""
@@ -189,18 +214,13 @@ class BoundProgram:
             self._put(slot, [program.slots.empty(slot)])
         if program.prepared:
             program.preparation.run(self._memory, [[]])
-        self._rows = [tensors[place.region.slot] for place in program.inputs if place.region.slot is not None]
         self._decays = [
-            number([residuals[index] for index in program.parts.diagonals[f.weight]], (f.sizes[1], rows.shape[1]))
-            for f, rows in zip(program.factors, self._rows, strict=True)
+            number([residuals[index] for index in program.parts.diagonals[f.weight]], (f.sizes[1], rows.sizes[1]))
+            for f, rows in zip(program.factors, program.inputs, strict=True)
         ]
-        self._states = [
-            [torch.empty_strided(place.sizes, place.strides, dtype=program.dtype, device=CPU) for place in places]
-            for places in program.states
-        ]
-        for places, states in zip(program.states, self._states, strict=True):
-            for place, state in zip(places, states, strict=True):
-                self._put(place.region.slot or 0, [state])
+        for place in chain(*program.states):
+            assert place.region.slot is not None
+            self._put(place.region.slot, [program.slots.empty(place.region.slot)])
 
     def product(self, tangents: Sequence[Tensor], layout: Layout) -> list[Tensor]:
         """H t, in new memory."""
@@ -223,18 +243,26 @@ class BoundProgram:
         first = [-scale, (1.0 if in_place else 0.0) - scale * damping]
 
         def run(steps: range) -> None:
-            table = [[*first, *chain(*(one.factors_at(step) for one in accumulation.mixings))] for step in steps]
+            factors = [one for one in accumulation.mixings if one.factors is not None]
+            row = [*first, *[1.0] * (2 * len(accumulation.mixings))]
+            table = [row] * len(steps)
+            if factors:
+                table = [[*first, *chain(*(one.factors_at(step) for one in accumulation.mixings))] for step in steps]
             with self._lock:
                 placed = [
                     self._put(start, vector.views)
                     for start, vector in zip(self._program.firsts, update.vectors, strict=False)
                 ]
                 combinations = self._combinations(placed)
+                for projection in self._program.projections[: len(placed)]:
+                    projection.run(self._memory, [[]])
                 update.program.run(self._memory, table)
                 for combination in combinations:
                     pairs = [(mixing.target, mixing.source) for mixing in update.mixings]
                     combination.follow(accumulation, update.target, pairs, damping, steps)
                     combination.form(update.changed)
+                for k in update.changed if combinations else ():
+                    self._program.formations[k].run(self._memory, [[]])
                 for k in update.changed:
                     for view, tensor in zip(update.vectors[k].views, placed[k], strict=True):
                         if tensor is not view:  # it was laid out anew
@@ -249,8 +277,6 @@ class BoundProgram:
             Combination(
                 self._decays[i],
                 [tensors[factor.weight] for tensors in placed],
-                self._rows[i],
-                [(states[2 * i], states[2 * i + 1]) for states in self._states],
             )
             for i, factor in enumerate(self._program.factors)
         ]
