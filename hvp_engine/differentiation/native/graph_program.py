@@ -25,8 +25,8 @@ _HANDLERS = (elementwise, linear_algebra, nonlinear, shaping)
 _KEPT_WORKSPACE = 1 << 20
 """Elements of a workspace that is kept from run to run; a larger one is the process's again in between."""
 
-_MOST_CALLS = 0.3
-"""Share of a graph's operators up to which PyTorch may compute them: by itself it takes less for each."""
+_FEW_CALLS, _MOST_CALLS = 2, 0.3
+"""How many of a graph's operators, and what share of them, PyTorch may compute: by itself it takes less for each."""
 
 
 class _Builder(Builder):
@@ -148,7 +148,7 @@ class GraphProgram:
         builder = _Builder(dtype)
         converted = _WholeConversion(module, builder)
         calls = [operation for operation in builder.operations if isinstance(operation, Call)]
-        if len(calls) > _MOST_CALLS * sum(node.op == "call_function" for node in nodes):
+        if len(calls) > max(_FEW_CALLS, _MOST_CALLS * sum(node.op == "call_function" for node in nodes)):
             raise UnsupportedError("most of its operators")
         self._results = converted.results
         self._made = list(self._slots_of_results(builder))
