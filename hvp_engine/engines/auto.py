@@ -6,6 +6,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -148,16 +149,17 @@ class AutoEngine(Engine):
         self.credit(operator, iteration.steps, time.perf_counter() - start)
         return iteration
 
-    def state_dict(self) -> dict[str, dict[str, str]]:
+    def state_dict(self) -> dict[str, dict[str, Any]]:
         """The choices made so far, by what the problems look like."""
         settled = {key: choice for key, choice in self.choices.items() if choice.trace_seconds is None}
         chosen = {self._descriptions[key]: choice.engine.name for key, choice in settled.items()}
-        return {"engines": self._remembered | chosen}
+        return {"engines": self._remembered | chosen, "gradients": self._gradients.state_dict()}
 
-    def load_state_dict(self, state: dict[str, dict[str, str]]) -> None:
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Choose the same again, without measuring: a continued run must round as it did before."""
         self._remembered = dict(state.get("engines", {}))  # another engine's state has none
         self.choices.clear()
+        self._gradients.load_state_dict(state.get("gradients", {}))
 
     def report(self) -> str:
         """One line for each problem met so far."""

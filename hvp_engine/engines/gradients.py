@@ -21,6 +21,7 @@ from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.differentiation.self_check import Schedule, difference_of_products
 from hvp_engine.differentiation.trace.partial_evaluation import floating_dtypes
 from hvp_engine.differentiation.trace.tracing import trace_gradient
+from hvp_engine.engines.choice import describe
 from hvp_engine.engines.modes import Modes
 
 _MOST = 64
@@ -42,6 +43,7 @@ class _Known:
     fastest: float = math.inf
     program: GraphProgram | None = None
     reason: str = ""
+    description: str = ""
     modes: Modes | None = None
     schedule: Schedule = field(default_factory=Schedule)
 
@@ -54,6 +56,7 @@ class Gradients:
 
     def __init__(self) -> None:
         self._known: OrderedDict[Hashable, _Known] = OrderedDict()
+        self._remembered: dict[str, bool] = {}
 
     def __call__(self, problem: Problem, patience: float = 0.0) -> Gradient:
         """The gradient of the problem's loss at its point.
@@ -67,6 +70,10 @@ class Gradients:
             return by_autograd(problem)
         key = problem.signature, torch.get_num_threads()
         known = self._known.get(key)
+        if known is None and self._remembered:
+            by_program = self._remembered.get(describe(problem, tensors, others))
+            patience = 0.0 if by_program else patience
+            known = self._known[key] = _Known(reason="as before the checkpoint" if by_program is False else "")
         if known is None or (known.modes is not None and not known.modes.unchanged()):
             known = self._known[key] = _Known()
             if len(self._known) > _MOST:
@@ -74,6 +81,7 @@ class Gradients:
         self._known.move_to_end(key)
         if known.program is None and not known.reason and known.spent >= patience:
             self._trace(problem, known)
+            known.description = describe(problem, tensors, others)
         if known.program is None:
             return _timed(problem, known)
         if not known.schedule.due():
@@ -102,6 +110,16 @@ class Gradients:
         if known is None or known.program is None or known.program.random or known.schedule.next_is_due():
             return False
         return known.modes is None or known.modes.unchanged()
+
+    def state_dict(self) -> dict[str, bool]:
+        """Which gradients are made by programs, of those that are settled, by what the problems look like."""
+        settled = (known for known in self._known.values() if known.description)
+        return self._remembered | {known.description: known.program is not None for known in settled}
+
+    def load_state_dict(self, state: dict[str, bool]) -> None:
+        """Choose the same again."""
+        self._remembered = dict(state)
+        self._known.clear()
 
     def report(self) -> str:
         """How many gradients are programs, and why others are not; empty before the first."""

@@ -19,10 +19,12 @@ from hvp_engine.differentiation.native.operations import Call, Code, Operation, 
 from hvp_engine.differentiation.native.places import Place, in_order, nesting, row_major
 from hvp_engine.differentiation.trace.functionalize import is_random
 
+aten = torch.ops.aten
+
 _HANDLERS = (elementwise, linear_algebra, nonlinear, shaping)
 """The modules whose handlers are in the table once they are imported."""
 
-_KEPT_WORKSPACE = 1 << 20
+_KEPT_WORKSPACE = 1 << 14
 """Elements of a workspace that is kept from run to run; a larger one is the process's again in between."""
 
 _FEW_CALLS, _MOST_CALLS = 2, 0.3
@@ -95,6 +97,8 @@ class _WholeConversion(Conversion):
         results = value if isinstance(value, (tuple, list)) else [value]
         if node.target is operator.getitem:
             return self.part(*node.args)  # type: ignore[arg-type]  # as operator.getitem takes them
+        if node.target is aten.clone.default and any(user.target not in HANDLERS for user in node.users):
+            handler = None  # an operator of PyTorch may write to a copy: native_batch_norm updates its statistics
         if handler is not None and all(isinstance(r, Tensor) and r.dtype == self.builder.dtype for r in results):
             try:
                 return handler(self, node)
@@ -118,8 +122,16 @@ class _WholeConversion(Conversion):
         several = isinstance(node.meta["val"], (tuple, list))
         places = [self.builder.like(r, row_major(r.shape)) if one else None for r, one in zip(results, there, strict=True)]
         made = [place for place in places if place is not None]
-        self.builder.call(made, compute, [self._tensor(source) for source in sources])
+        self.builder.call(made, compute, [self._as_recorded(source) for source in sources])
         return tuple(places) if several else made[0]
+
+    def _as_recorded(self, node: fx.Node) -> Place:
+        """A node with the strides that PyTorch gave it, which some of its operators rely on."""
+        place, recorded = self._tensor(node), node.meta["val"]
+        pairs = zip(place.sizes, place.strides, recorded.stride(), strict=True)
+        if recorded.dtype != self.builder.dtype or all(size == 1 or here == there for size, here, there in pairs):
+            return place
+        return self.builder.copied(place, in_order(place.sizes, sorted(range(recorded.dim()), key=lambda d: -recorded.stride(d))))
 
     def _tensor(self, node: fx.Node) -> Place:
         """A node in memory, as it is."""
@@ -162,7 +174,7 @@ class GraphProgram:
             self._held[slot] = self._slots.put(self._memory, slot, [tensor])[0]
         self._whole = [(tuple(slot.shape), tuple(slot.strides)) for slot in builder.slots]
         self._keeps = self._whole[self._workspace_slot][0][0] <= _KEPT_WORKSPACE
-        self._workspace = self._slots.empty(self._workspace_slot) if self._keeps else None
+        self._workspace: Tensor | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> tuple[fx.GraphModule, frozenset[torch.dtype]]:
@@ -180,6 +192,7 @@ class GraphProgram:
             if self._held:
                 tensors |= self._held
             workspace = slots.empty(self._workspace_slot) if self._workspace is None else self._workspace
+            self._workspace = workspace if self._keeps else None
             tensors[self._workspace_slot] = workspace
             made = [slots.empty(slot) for slot in self._made]
             if made:
