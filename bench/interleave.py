@@ -70,9 +70,7 @@ def interleave(works: Mapping[str, Work], device: torch.device, seconds: float, 
     return samples
 
 
-def _sample(
-    work: Work, repeats: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
-) -> float:
+def _sample(work: Work, repeats: int, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     gc.disable()
     try:
         start = clock()

@@ -1,4 +1,4 @@
-"""Whole hypergradients by programs of the extension: the numbers of eager, none of the caller's code, nothing changed."""
+"""Whole hypergradients by programs of the extension: eager's numbers, none of the caller's code, nothing changed."""
 
 from __future__ import annotations
 
@@ -176,7 +176,9 @@ def test_modes_of_modules_are_part_of_a_trace() -> None:
             module.train(mode)
             results[engine, mode] = hypergradient(weights, torch.zeros((), dtype=F64), data(0), data(1))
     for mode in (True, False):
-        torch.testing.assert_close(results["linearized", mode].grads, results["eager", mode].grads, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            results["linearized", mode].grads, results["eager", mode].grads, rtol=1e-9, atol=1e-9
+        )
     assert not torch.equal(results["eager", True].grads, results["eager", False].grads)
     assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
 
@@ -228,7 +230,9 @@ def test_what_cannot_be_traced_is_left_to_autograd_and_said() -> None:
         loss = F.mse_loss(net(w, b[0]), b[2])
         return loss * 2 if float(loss.detach()) > 1e9 else loss
 
-    hypergradient = hvp.Hypergradient(decayed(LOSSES["least squares"]), val, hvp.Neumann(3, alpha=0.1), engine="linearized")
+    hypergradient = hvp.Hypergradient(
+        decayed(LOSSES["least squares"]), val, hvp.Neumann(3, alpha=0.1), engine="linearized"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", "the weights are far")

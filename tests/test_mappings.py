@@ -14,7 +14,6 @@ from torch import Tensor
 
 import hvp_engine as hvp
 from hvp_engine._support.mappings import flatten_batch, map_leaves
-from hvp_engine._support.torch_compat import pytree
 
 DTYPE = torch.float64
 

@@ -79,7 +79,24 @@ def test_functions(name: str, dtype: torch.dtype) -> None:
 
 def test_float32_functions_everywhere() -> None:
     """Every sign and magnitude, infinities and NaN: as close as PyTorch's own, and special values exactly."""
-    edges = [0.0, -0.0, math.inf, -math.inf, math.nan, 88.7, 88.8, 89.5, -87.0, -95.0, -103.9, -110.0, 1e-30, -1e-30, 0.6249, 0.6251]
+    edges = [
+        0.0,
+        -0.0,
+        math.inf,
+        -math.inf,
+        math.nan,
+        88.7,
+        88.8,
+        89.5,
+        -87.0,
+        -95.0,
+        -103.9,
+        -110.0,
+        1e-30,
+        -1e-30,
+        0.6249,
+        0.6251,
+    ]
     x = torch.cat([torch.tensor(edges), torch.linspace(-100, 100, 20001), torch.logspace(-30, 1, 999)])
     for function in (torch.exp, torch.tanh, torch.sigmoid, torch.log, torch.sqrt):
         (found,) = program_of(lambda t, function=function: function(t), [x])(x)
@@ -219,11 +236,13 @@ def test_each_operator_of_known_tensors_has_a_case() -> None:
         seen |= {node.target for node in graph_of(function, [x], []).graph.nodes}
     y, t = torch.randint(4, (9,)), torch.randn(9, 4)
     for loss in LOSSES.values():
+
         def both(s: Tensor, loss: Callable[..., Tensor] = loss) -> tuple[Tensor, ...]:
             s = s.detach().requires_grad_()
             with torch.enable_grad():
                 value = loss(s, y, t)
                 return value.detach(), *torch.autograd.grad(value, s)
+
         seen |= {node.target for node in graph_of(both, [torch.randn(9, 4)], []).graph.nodes}
     missing = {str(t) for t, handler in HANDLERS.items() if handler.__module__ == nonlinear.__name__ and t not in seen}
     assert missing <= {"aten.square.default", "aten.rsqrt.default"}, missing  # which PyTorch writes as powers

@@ -64,7 +64,7 @@ class Structure:
 
 
 Shape = tuple[Any, ...]
-"""How an ordinary tree is made: (), a leaf; (kind, keys, shapes) of a dict, a list or a tuple, keys () but for dicts."""
+"""How an ordinary tree is made: (), a leaf; (kind, keys, shapes) of a dict, a list or a tuple; only dicts have keys."""
 
 _LEAVES = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
 _MOST_SHAPES = 1024

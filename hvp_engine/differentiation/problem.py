@@ -79,14 +79,16 @@ class Problem:
         """What a trace depends on besides the values of tensors: the loss, and what its arguments look like."""
         tensors, others, structure = self.split
         leaves = [*self.weights, *self.hyperparameters, *tensors]
-        return _Signature((
-            self.identity,
-            self.weight_structure,
-            self.hyperparameter_structure,
-            tuple([(t.shape, t.stride(), t.dtype, t.device) for t in leaves]),
-            tuple([leaf if is_constant(leaf) else type(leaf) for leaf in others]),
-            structure,
-        ))
+        return _Signature(
+            (
+                self.identity,
+                self.weight_structure,
+                self.hyperparameter_structure,
+                tuple([(t.shape, t.stride(), t.dtype, t.device) for t in leaves]),
+                tuple([leaf if is_constant(leaf) else type(leaf) for leaf in others]),
+                structure,
+            )
+        )
 
     def at(self, inputs: tuple[Any, ...]) -> Problem:
         """This problem with other inputs."""

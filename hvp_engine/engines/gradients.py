@@ -169,7 +169,10 @@ def _disagreement(found: Gradient, expected: Gradient, problem: Problem) -> str:
     if difference_of_products([found.loss], [expected.loss], dtypes):
         return "the loss differs"
     scale = expected.loss.abs().double() / norm_of(detached(problem.weights)).clamp_min(0.01)
-    pairs = (("weights", found.weights, expected.weights), ("hyperparameters", found.hyperparameters, expected.hyperparameters))
+    pairs = (
+        ("weights", found.weights, expected.weights),
+        ("hyperparameters", found.hyperparameters, expected.hyperparameters),
+    )
     for name, ours, theirs in pairs:
         there = any(tensor is not None for tensor in theirs)
         reference = [scale.to(found.loss.dtype)] if there else []

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import Structure, flatten
-from hvp_engine.differentiation.gradient import by_autograd
 from hvp_engine.differentiation.double_backward import leaves
+from hvp_engine.differentiation.gradient import by_autograd
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.recorded.owned import OwnedLinearization
 from hvp_engine.engines.eager import EagerEngine

@@ -203,13 +203,12 @@ def implicit_gradient(
             "no hyperparameter reaches the training gradient: the hypergradient is the direct term alone",
             stacklevel=3,
         )
-    grads = [
-        torch.zeros_like(h) if first is None and second is None
-        else first.detach().clone() if second is None
-        else second if first is None
-        else second.add_(first.detach())
-        for h, first, second in zip(hyperparameters, direct, indirect, strict=True)
-    ]
+    grads = []
+    for hyperparameter, first, second in zip(hyperparameters, direct, indirect, strict=True):
+        if second is None:
+            grads.append(torch.zeros_like(hyperparameter) if first is None else first.detach().clone())
+        else:
+            grads.append(second if first is None else second.add_(first.detach()))
     return grads, solution.of(value), closing
 
 

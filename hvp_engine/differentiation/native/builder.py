@@ -276,7 +276,12 @@ class Builder:
 
     def readable(self, leaf: Place, place: Place) -> Place:
         """A known operand, copied once if it is nested otherwise than `place`."""
-        if self.operations is self.preparation or not leaf.region.known or leaf.numel > _SMALL_COPY or 0 in _needed(leaf):
+        if (
+            self.operations is self.preparation
+            or not leaf.region.known
+            or leaf.numel > _SMALL_COPY
+            or 0 in _needed(leaf)
+        ):
             return leaf
         order = nesting(place)
         sizes = [leaf.sizes[d] for d in order if leaf.sizes[d] != 1]
@@ -286,7 +291,9 @@ class Builder:
         key = (leaf, tuple(order))
         if key not in self._ordered:
             nested = leaf.with_dims(order)
-            copy = self.prepare(nested.sizes, lambda into: self.operations.append(Elementwise((nested,), (), ((0, into),))))
+            copy = self.prepare(
+                nested.sizes, lambda into: self.operations.append(Elementwise((nested,), (), ((0, into),)))
+            )
             inverse = [order.index(d) for d in range(len(order))]
             self._ordered[key] = copy.with_dims(inverse)
         return self._ordered[key]

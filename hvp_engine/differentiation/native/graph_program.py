@@ -24,7 +24,7 @@ aten = torch.ops.aten
 _HANDLERS = (elementwise, linear_algebra, nonlinear, shaping)
 """The modules whose handlers are in the table once they are imported."""
 
-_KEPT_WORKSPACE = 1 << 14
+_KEPT_WORKSPACE = 1 << 12
 """Elements of a workspace that is kept from run to run; a larger one is the process's again in between."""
 
 _FEW_CALLS, _MOST_CALLS = 2, 0.3
@@ -120,7 +120,9 @@ class _WholeConversion(Conversion):
             return [part for part, one in zip(found, there, strict=True) if one] if several else found
 
         several = isinstance(node.meta["val"], (tuple, list))
-        places = [self.builder.like(r, row_major(r.shape)) if one else None for r, one in zip(results, there, strict=True)]
+        places = [
+            self.builder.like(r, row_major(r.shape)) if one else None for r, one in zip(results, there, strict=True)
+        ]
         made = [place for place in places if place is not None]
         self.builder.call(made, compute, [self._as_recorded(source) for source in sources])
         return tuple(places) if several else made[0]
@@ -131,7 +133,9 @@ class _WholeConversion(Conversion):
         pairs = zip(place.sizes, place.strides, recorded.stride(), strict=True)
         if recorded.dtype != self.builder.dtype or all(size == 1 or here == there for size, here, there in pairs):
             return place
-        return self.builder.copied(place, in_order(place.sizes, sorted(range(recorded.dim()), key=lambda d: -recorded.stride(d))))
+        return self.builder.copied(
+            place, in_order(place.sizes, sorted(range(recorded.dim()), key=lambda d: -recorded.stride(d)))
+        )
 
     def _tensor(self, node: fx.Node) -> Place:
         """A node in memory, as it is."""
@@ -204,7 +208,9 @@ class GraphProgram:
                     program.run(memory, [[]])
                 if call is not None:
                     found = call.compute(*(self._shown(place, tensors) for place in call.reads))
-                    for slot, tensor in zip(call.slots, found if type(found) in (tuple, list) else [found], strict=True):
+                    for slot, tensor in zip(
+                        call.slots, found if type(found) in (tuple, list) else [found], strict=True
+                    ):
                         (tensors[slot],) = slots.put(memory, slot, [tensor.contiguous()])
             memory.clear(0, self._count)
             for slot, tensor in self._held.items():

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import fx
-
 import torch
+from torch import fx
 
 from hvp_engine.differentiation.native.builder import Operand
 from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
@@ -80,7 +79,7 @@ def _softmax(c: Conversion, node: Any) -> Value:
     """x - m - log(sum(e^(x - m))) with the largest m, or e^(x - m) / sum(e^(x - m))."""
     _known(c, node)
     value, sizes, dims, build = c.place(node.args[0]), c.shape(node), [node.args[1]], c.builder
-    shifted = build.combined(Code.SUBTRACT, [value, build.summed(value, dims, largest=True)], sizes)
+    shifted: Operand = build.combined(Code.SUBTRACT, [value, build.summed(value, dims, largest=True)], sizes)
     if node.target is aten._softmax.default:
         shares = build.stored(build.combined(Code.EXPONENTIAL, [shifted], sizes))
         return build.combined(Code.DIVIDE, [shares, build.summed(shares, dims)], sizes)

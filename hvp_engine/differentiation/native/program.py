@@ -110,7 +110,8 @@ class NativeProgram:
     def _projection(self, group: int, vectors: Sequence[Place]) -> list[Operation]:
         """U <- x T^T and G <- 0 for one vector, and each factored weight."""
         build, states = self._builder, self.states[group]
-        build.operations = operations = []
+        operations: list[Operation] = []
+        build.operations = operations
         for i, (factor, rows) in enumerate(zip(self.factors, self.inputs, strict=True)):
             build.accumulate(states[2 * i], rows, vectors[factor.weight].transposed(0, 1), 1.0, 0.0)
             build.stored(build.filled(factor.sizes, 0.0), states[2 * i + 1])
@@ -119,7 +120,8 @@ class NativeProgram:
     def _formation(self, group: int, vectors: Sequence[Place]) -> list[Operation]:
         """T <- T + G^T x for one vector, and each factored weight."""
         build = self._builder
-        build.operations = operations = []
+        operations: list[Operation] = []
+        build.operations = operations
         for i, (factor, rows) in enumerate(zip(self.factors, self.inputs, strict=True)):
             coefficients = self.states[group][2 * i + 1].transposed(0, 1)
             build.accumulate(vectors[factor.weight], coefficients, rows, 1.0, 1.0)
@@ -131,9 +133,7 @@ class NativeProgram:
         ((left, rows),) = dense.products
         decays = tuple(one_for_each_output(decay, factor) for decay in dense.diagonals)
         build, transposed = self._builder, rows.transposed(0, 1)
-        gram = build.prepare(
-            (factor.sizes[0],) * 2, lambda into: build.accumulate(into, rows, transposed, 1.0, 0.0)
-        )
+        gram = build.prepare((factor.sizes[0],) * 2, lambda into: build.accumulate(into, rows, transposed, 1.0, 0.0))
         change = left.transposed(0, 1)
         self.weights[factor.weight] = Summands(product, decays, ((gram, change),), None)
         self.weights.append(Summands(coefficients, decays, (), change))

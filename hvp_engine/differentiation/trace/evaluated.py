@@ -120,6 +120,7 @@ class PartitionedLinearization(Linearization):
             return super().closing(x)
         with below_autograd():
             *found, change, square = closing(*self._mixed_residuals, *x, *self.gradient)
+        assert change is not None and square is not None
         present = iter(found)
         indirect = [next(present) if there else None for there in self.functions.partition.mixed.outputs]
         return Closing(indirect, x, self.gradient, self.layout, (change, square))
