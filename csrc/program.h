@@ -94,8 +94,8 @@ struct Sum {
 struct Lookup {
   bool scatter;
   std::array<int64_t, 3> sizes;
-  int64_t rows;  // that the index may choose from
-  int64_t skipped;  // the least number there is where none is
+  int64_t rows;           // that the index may choose from
+  int64_t skipped;        // the least number there is where none is
   Place index, from, to;  // the index has strides[0]
 };
 

@@ -133,8 +133,8 @@ void adds(const TileProduct<T>& p, int64_t first, int64_t last) {
   }
 }
 
-// Inner products of few columns with many: c[s, l] for columns s of `few` and l of `many`. The few are packed,
-// so that neighbours stand side by side in a vector: nothing is added across lanes then.
+// Inner products of few columns with many: c[s, l] for columns s of `few` and l of `many`. The few are
+// packed, so that neighbours stand side by side in a vector: nothing is added across lanes then.
 template <class T>
 struct Packed {
   const T* few;  // packed: `width` numbers for each k
@@ -222,13 +222,22 @@ bool run(const TileProduct<T>& p, int threads) {
   const bool first_few = p.m < p.n;
   const int64_t few = std::min(p.m, p.n), many = std::max(p.m, p.n);
   const int64_t width = (few + kLanes - 1) / kLanes * kLanes;
-  // Where most of a vector would be padding, or packing would not be repaid, inner products are faster as such.
+  // Where most of a vector would be padding, or packing would not be repaid, inner products are faster as
+  // such.
   const bool pack = dot && few <= kMostPacked && 4 * few >= 3 * width && many >= 2 * few;
   Packed<T> dots_of_few{};
   if (pack) {
     dots_of_few = {first_few ? packed(p.a, p.lda, p.m, p.k, width) : packed(p.b, p.ldb, p.n, p.k, width),
-                   few, width, first_few ? p.b : p.a, first_few ? p.ldb : p.lda, p.k, p.alpha, p.beta, p.c,
-                   first_few ? 1 : p.ldc, first_few ? p.ldc : 1};
+                   few,
+                   width,
+                   first_few ? p.b : p.a,
+                   first_few ? p.ldb : p.lda,
+                   p.k,
+                   p.alpha,
+                   p.beta,
+                   p.c,
+                   first_few ? 1 : p.ldc,
+                   first_few ? p.ldc : 1};
   }
   const int64_t shared = pack ? many : dot ? p.m : p.n, whole = pack ? 24 : dot ? 4 : 8;  // of tiles
   const int64_t tiles = (shared + whole - 1) / whole;

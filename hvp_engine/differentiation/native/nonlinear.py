@@ -25,6 +25,8 @@ _FUNCTIONS = {
 
 
 def _known(c: Conversion, node: Any) -> None:
+    if 0 in [size for argument in node.all_input_nodes for size in c.shape(argument)]:
+        raise UnsupportedError(f"{node.target} of no elements")
     if any(c.moves(argument) for argument in node.all_input_nodes):
         raise UnsupportedError(f"{node.target} of what depends on the tangents")
 
@@ -148,7 +150,6 @@ def _nll_loss(c: Conversion, node: Any) -> Value:
     loss = build.combined(Code.SCALE, [total], total.sizes, -1.0)
     if reduction == _MEAN:
         loss = build.combined(Code.DIVIDE, [loss, valid], total.sizes)
-    assert count >= 0
     return _shaped(c, loss, ()), _shaped(c, valid, ())
 
 
