@@ -170,6 +170,21 @@ def test_an_index_that_is_out_of_range_is_an_error() -> None:
     torch.testing.assert_close(found, F.nll_loss(x, torch.tensor([0, 1, -100, 1, 0])))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [3, 13, 16, 31, 48, 50, 64, 100, 128, 129])
+def test_inner_products_of_few_with_many(rows: int, dtype: torch.dtype) -> None:
+    """Such columns are packed where AVX-512 tiles are in use; whatever is beside the result stays as it is."""
+    torch.manual_seed(2)
+    x, w, onto = numbers(rows, 210, dtype=dtype), numbers(307, 210, dtype=dtype), numbers(rows, 307, dtype=dtype)
+    program = program_of(lambda x, w, o: (x @ w.t(), w @ x.t(), torch.addmm(o, x, w.t()), o), [x, w, onto])
+    ours, turned, added, kept = program(x, w, onto)
+    exact = x.double() @ w.double().t()
+    for found, expected in ((ours, exact), (turned, exact.t()), (added, exact + onto)):
+        assert found is not None
+        assert (found - expected).abs().max() < 50 * torch.finfo(dtype).eps * expected.abs().max()
+    assert kept is not None and torch.equal(kept, onto)
+
+
 def test_operators_that_the_extension_lacks_are_called_in_between() -> None:
     x = torch.randn(6, 4, 5)
 

@@ -117,7 +117,7 @@ FAULTS = [
         "csrc/tile_products.cpp",
         "const int64_t rows = std::min<int64_t>(V * kLanes, p.count - s);",
         "const int64_t rows = V * kLanes;",
-        f"{OPERATIONS} -k larger_products",
+        f"{GRAPHS} -k few_with_many",
         "the padding of packed columns is written too; noticed where AVX-512 tiles are in use",
     ),
     Fault(
