@@ -130,7 +130,7 @@ FAULTS = [
     Fault(
         f"{FOLDER}/nonlinear.py",
         "if reduction == _MEAN:\n        loss = build.combined(Code.DIVIDE, [loss, valid], total.sizes)",
-        "if reduction == _MEAN:\n        loss = build.combined(Code.SCALE, [loss], total.sizes, 1.0 / count)",
+        "if reduction == _MEAN:\n        loss = build.combined(Code.SCALE, [loss], total.sizes, 1.0 / classes.numel)",
         f"{GRAPHS} -k ignored",
         "the mean of a loss counts examples that are ignored",
     ),

@@ -140,7 +140,7 @@ def _nll_loss(c: Conversion, node: Any) -> Value:
     if weight is not None:
         raise UnsupportedError("classes with weights")
     table, classes = _chosen_scores(c, node, c.place(scores), target)
-    build, count = c.builder, classes.numel
+    build = c.builder
     chosen = build.selected(table, classes, ignored)
     if reduction == 0:
         shape = tuple(node.meta["val"][0].shape)
