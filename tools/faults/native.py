@@ -137,7 +137,7 @@ FAULTS = [
     Fault(
         "hvp_engine/engines/gradients.py",
         "if not known.schedule.due():",
-        "if known.schedule.calls:",
+        "if known.schedule.calls or not known.schedule.due():",
         f"{GRADIENTS} -k closure",
         "a traced gradient is compared with autograd's only once",
     ),
