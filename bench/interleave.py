@@ -41,12 +41,15 @@ def threads(count: int) -> Iterator[None]:
 def interleave(works: Mapping[str, Work], device: torch.device, seconds: float, rounds: int) -> dict[str, list[float]]:
     """Seconds for each unit of each work; every round runs every work once, in a random order.
 
+    On one thread of a CPU they are the process's own, which others on the machine lengthen little.
+
     Arguments:
         works: what to time, by name.
         device: waited for at the end of each sample.
         seconds: in all; a work that has used its share, and has its few samples, sits out the rest.
         rounds: at most so many samples of each.
     """
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     repeats = {name: _repeats(work, device) for name, work in works.items()}
     samples: dict[str, list[float]] = {name: [] for name in works}
     spent = dict.fromkeys(works, 0.0)
@@ -62,21 +65,21 @@ def interleave(works: Mapping[str, Work], device: torch.device, seconds: float, 
         for name in order:
             if not enough(name):
                 start = time.perf_counter()
-                samples[name].append(_sample(works[name], repeats[name], device))
+                samples[name].append(_sample(works[name], repeats[name], device, clock))
                 spent[name] += time.perf_counter() - start
     return samples
 
 
-def _sample(work: Work, repeats: int, device: torch.device) -> float:
+def _sample(work: Work, repeats: int, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     gc.disable()
     try:
-        start = time.perf_counter()
+        start = clock()
         results = [work.call() for _ in range(repeats)] if work.self_timed else []
         if not work.self_timed:
             for _ in range(repeats):
                 work.call()
         synchronize(device)
-        elapsed = sum(results) if work.self_timed else time.perf_counter() - start  # type: ignore[arg-type]
+        elapsed = sum(results) if work.self_timed else clock() - start  # type: ignore[arg-type]
     finally:
         gc.enable()
     return elapsed / (repeats * work.units)

@@ -18,6 +18,7 @@ from bench.steps import WORDS
 
 README = results.ROOT / "README.md"
 AUTO = "hvp_engine auto"
+UNROLLED = ("unrolling", "higher")
 
 
 def duration(seconds: float | None) -> str:
@@ -87,7 +88,7 @@ def solves(rows: Sequence[Row], benchmark: str, title: str) -> str:
         for threads in sorted({row.threads for row in rows if row.benchmark == benchmark and row.size}):
             table = case(rows, benchmark, problem, recipe.terms, threads)
             # Unrolling computes something else unless the weights are at a minimum; it has a plot of its own.
-            table.medians = {k: v for k, v in table.medians.items() if k not in ("unrolling", "higher")}
+            table.medians = {k: v for k, v in table.medians.items() if k not in UNROLLED}
             other, own = table.best(ours=False), table.best(ours=True)
             if other is None or own is None:
                 continue
@@ -227,13 +228,18 @@ def _of_device(device: str, rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The README's table: one solve of each problem on each device, `auto` against the fastest other; and memory."""
-    head = ["problem", "HVPs", "device", "date", "fastest other", "hvp_engine", "faster"]
-    body = [line for device, own in by_device(rows).items() for line in _compared(device, own)]
+    """The README's tables: a hypergradient and a solve of each problem on each device, `auto` against the fastest
+    other; and memory."""
+    head = ["problem", "HVPs", "device", "date", "fastest other", "hvp_engine", "faster", "break-even"]
     text = (
-        'Inverse-Hessian-vector products on one CPU thread or one GPU, gradient included, `engine="auto"` against the '
-        f"fastest of plain loops and other packages; medians of interleaved samples.\n\n{grid(head, body)}"
+        'On one CPU thread or one GPU, `engine="auto"` against the fastest of plain loops and other packages, jitted '
+        "JAX among them; medians of interleaved samples. Break-even: after so many calls what the first ones took "
+        "longer than the other's is repaid."
     )
+    titles = {"hypergradient": "Whole hypergradients", "inverse_hvp": "Inverse-Hessian-vector products, with gradient"}
+    for benchmark, title in titles.items():
+        body = [line for device, own in by_device(rows).items() for line in _compared(device, own, benchmark)]
+        text += f"\n\n{title}:\n\n{grid(head, body)}" if body else ""
     sizes: dict[tuple[str, str, str], dict[int, float]] = {}
     for row in rows:
         if row.benchmark == "memory" and row.p50 is not None and is_ours(row.method):
@@ -245,17 +251,31 @@ def summary(rows: Sequence[Row]) -> str:
     return text
 
 
-def _compared(device: str, rows: Sequence[Row]) -> Iterator[list[str]]:
+SETUPS = {"inverse_hvp": "setup", "hypergradient": "setup, hypergradient"}
+"""What results call the first calls of a benchmark: until the final choice, where there is one."""
+
+
+def _break_even(rows: Sequence[Row], benchmark: str, problem: str, other: tuple[str, float], own: float) -> str:
+    """Calls after which a set-up is repaid."""
+    seconds = case(rows, SETUPS[benchmark], problem, 0, 1).medians
+    if AUTO not in seconds or own >= other[1]:
+        return "-"
+    return f"{max(0.0, seconds[AUTO] - seconds.get(other[0], 0.0)) / (other[1] - own):.0f} calls"
+
+
+def _compared(device: str, rows: Sequence[Row], benchmark: str) -> Iterator[list[str]]:
     """A line for each problem, of the fewest threads."""
     for problem, recipe in PROBLEMS.items():
-        key = ("inverse_hvp", problem, recipe.terms)
+        key = (benchmark, problem, recipe.terms)
         own = [row for row in rows if (row.benchmark, row.problem, row.size) == key and row.p50 is not None]
         table = case(own, *key, min((row.threads for row in own), default=0))
+        table.medians = {name: value for name, value in table.medians.items() if name not in UNROLLED}
         other = table.best(ours=False)
         if other is not None and AUTO in table.medians:
             yield [
                 problem, str(recipe.terms), device, max(row.date for row in own), f"{duration(other[1])} ({other[0]})",
                 duration(table.medians[AUTO]), table.ratio(other[1], AUTO),
+                _break_even(rows, benchmark, problem, other, table.medians[AUTO]),
             ]  # fmt: skip
 
 

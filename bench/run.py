@@ -62,9 +62,9 @@ class Recorder:
     def note_checks(self, benchmark: str, problem: str, verified: Verified, notes: dict[str, str]) -> None:
         """Rows for what first calls took and for what was left out."""
         rows = [
-            self.environment.row("setup", problem, name, 0, 1, [seconds], note=notes.get(name, ""))
+            self.environment.row(report.SETUPS[benchmark], problem, name, 0, 1, [seconds], note=notes.get(name, ""))
             for name, seconds in verified.setup.items()
-            if benchmark == "inverse_hvp"
+            if benchmark in report.SETUPS
         ]
         for name, reason in verified.left_out.items():
             rows.append(self.environment.row(benchmark, problem, name, 0, 1, [], note=reason))

@@ -80,6 +80,11 @@ int operands_of(Code code) {
       return 0;
     case Code::kScale:
     case Code::kShift:
+    case Code::kExponential:
+    case Code::kLogarithm:
+    case Code::kSquareRoot:
+    case Code::kTanh:
+    case Code::kSigmoid:
       return 1;
     case Code::kMultiplyAdd:
       return 3;
@@ -194,6 +199,7 @@ MatrixProduct read_product(Reader& reader) {
 
 Sum read_sum(Reader& reader) {
   Sum sum{};
+  sum.largest = reader.word(0, 1, "largest");
   sum.extents = reader.word(2, kMaxExtents, "extents");
   sum.kept = reader.word(0, sum.extents - 1, "kept");
   reader.sizes(sum.sizes, sum.extents);
@@ -209,13 +215,14 @@ Lookup read_lookup(Reader& reader) {
   lookup.scatter = reader.word(0, 1, "scatter");
   reader.sizes(lookup.sizes, 3);
   lookup.rows = reader.size();
-  lookup.skipped = reader.word(-1, std::numeric_limits<int64_t>::max(), "skipped");
+  lookup.skipped = reader.word();
   const std::array<int64_t, 1> count = {lookup.sizes[1]};
-  std::array<int64_t, 3> table = lookup.sizes;
-  table[1] = lookup.rows;
+  const std::array<int64_t, 4> table = {lookup.sizes[0], lookup.rows, lookup.sizes[2], lookup.sizes[1]};
   lookup.index = reader.place(count, 1, Element::kIndex);
-  lookup.from = reader.place(lookup.scatter ? lookup.sizes : table, 3);
-  lookup.to = reader.place(lookup.scatter ? table : lookup.sizes, 3);
+  const auto chosen = [&] { return reader.place(lookup.sizes, 3); };
+  const auto chosen_from = [&] { return reader.place(table, 4); };
+  lookup.from = lookup.scatter ? chosen() : chosen_from();
+  lookup.to = lookup.scatter ? chosen_from() : chosen();
   return lookup;
 }
 

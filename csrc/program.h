@@ -37,6 +37,11 @@ enum class Code : int64_t {
   kSelectAbove,      // 0 where b <= constant, else a
   kTanhGradient,     // a * (1 - b * b)
   kSigmoidGradient,  // a * (1 - b) * b
+  kExponential,      // e^a
+  kLogarithm,        // log(a)
+  kSquareRoot,       // sqrt(a)
+  kTanh,             // tanh(a)
+  kSigmoid,          // 1 / (1 + e^-a)
   kCount,
 };
 
@@ -73,20 +78,24 @@ struct MatrixProduct {
   Place a, b, c;        // strides[0] is between one matrix of the batch and the next
 };
 
-// Sums over extents [kept, extents - 1), for each index of the others; sums are made in float64.
+// Sums, or the largest numbers, over extents [kept, extents - 1), for each index of the others; sums are made
+// in float64.
 struct Sum {
+  bool largest;
   int64_t extents, kept;
   std::array<int64_t, kMaxExtents> sizes{};
   Place from, to;
 };
 
-// to[i, j, k] = from[i, index[j], k], or the other way round: to[i, index[j], k] += from[i, j, k]. An index
-// equal to `skipped` counts for nothing in the second.
+// to[i, j, k] = from[i, index[j], k], or the other way round: to[i, index[j], k] += from[i, j, k]. Where the
+// index is `skipped`, the first gives 0 and the second adds nothing. The table, which the index chooses from,
+// may begin elsewhere for each j: strides[3] is the distance, so with 10 and rows of stride 1 it gives
+// to[j] = from[j][index[j]] for a matrix of 10 columns.
 struct Lookup {
   bool scatter;
   std::array<int64_t, 3> sizes;
-  int64_t rows;  // that the index may choose from
-  int64_t skipped;
+  int64_t rows;           // that the index may choose from
+  int64_t skipped;        // the least number there is where none is
   Place index, from, to;  // the index has strides[0]
 };
 

@@ -1,9 +1,12 @@
 // The interpreter of programs, compiled for each instruction set.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "blas.h"
 #include "dtypes.h"
+#include "program_math.h"
 #include "tile_products.h"
 #include "variants.h"
 
@@ -101,6 +104,25 @@ class Interpreter {
       case Code::kSigmoidGradient:
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) to[i] = a[i] * ((T(1) - b[i]) * b[i]);
+        break;
+      case Code::kExponential:
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = exponential(a[i]);
+        break;
+      case Code::kLogarithm:
+        for (int64_t i = 0; i < n; ++i) to[i] = std::log(a[i]);
+        break;
+      case Code::kSquareRoot:
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = std::sqrt(a[i]);
+        break;
+      case Code::kTanh:
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = hyperbolic_tangent(a[i]);
+        break;
+      case Code::kSigmoid:
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = logistic(a[i]);
         break;
       case Code::kCount:
         break;
@@ -259,14 +281,18 @@ class Interpreter {
       }
       for (int64_t first = 0; first < width; first += kColumns) {
         const int64_t n = std::min(kColumns, width - first);
-        double totals[kColumns] = {};
+        double totals[kColumns];
+        std::fill(totals, totals + n, sum.largest ? -std::numeric_limits<double>::infinity() : 0.0);
         for (int64_t j = 0; j < lines; ++j) {
           const T* here = from + first * from_stride;
           for (int64_t d = outer - 1, rest = j; d >= sum.kept; --d) {
             here += rest % sum.sizes[d] * sum.from.strides[d];
             rest /= sum.sizes[d];
           }
-          if (along) {
+          if (sum.largest) {
+            const int64_t count = along ? length : n, stride = along ? line : from_stride;
+            for (int64_t i = 0; i < count; ++i) keep_larger(totals[along ? 0 : i], here[i * stride]);
+          } else if (along) {
             totals[0] += total(here, line, length);
           } else {
             add(here, from_stride, totals, n);
@@ -275,6 +301,11 @@ class Interpreter {
         for (int64_t j = 0; j < n; ++j) to[(first + j) * to_stride] = static_cast<T>(totals[j]);
       }
     }
+  }
+
+  // NaN, once found, stays.
+  static HVP_INLINE void keep_larger(double& largest, double value) {
+    if (value > largest || value != value) largest = value;
   }
 
   static HVP_INLINE void add(const T* from, int64_t stride, double* totals, int64_t n) {
@@ -303,18 +334,25 @@ class Interpreter {
     for (int64_t i = 0; i < lookup.sizes[0]; ++i) {
       for (int64_t j = 0; j < lookup.sizes[1]; ++j) {
         const int64_t row = index[j * lookup.index.strides[0]];
-        if (row < 0 || row >= lookup.rows) {
+        const bool skipped = row == lookup.skipped;
+        if (!skipped && (row < 0 || row >= lookup.rows)) {
           in_range = false;
           continue;
         }
-        const int64_t from_row = lookup.scatter ? j : row, to_row = lookup.scatter ? row : j;
+        if (skipped && lookup.scatter) continue;
+        const int64_t chosen = skipped ? 0 : row;
+        const int64_t from_row = lookup.scatter ? j : chosen, to_row = lookup.scatter ? chosen : j;
+        const int64_t from_start = lookup.scatter ? 0 : j * lookup.from.strides[3];
+        const int64_t to_start = lookup.scatter ? j * lookup.to.strides[3] : 0;
         const T* const from =
-            at(lookup.from) + i * lookup.from.strides[0] + from_row * lookup.from.strides[1];
-        T* const to = at(lookup.to) + i * lookup.to.strides[0] + to_row * lookup.to.strides[1];
+            at(lookup.from) + i * lookup.from.strides[0] + from_row * lookup.from.strides[1] + from_start;
+        T* const to = at(lookup.to) + i * lookup.to.strides[0] + to_row * lookup.to.strides[1] + to_start;
         const int64_t a = lookup.from.strides[2], b = lookup.to.strides[2];
-        if (!lookup.scatter) {
+        if (skipped) {
+          for (int64_t k = 0; k < lookup.sizes[2]; ++k) to[k * b] = T(0);
+        } else if (!lookup.scatter) {
           for (int64_t k = 0; k < lookup.sizes[2]; ++k) to[k * b] = from[k * a];
-        } else if (row != lookup.skipped) {
+        } else {
           for (int64_t k = 0; k < lookup.sizes[2]; ++k) to[k * b] += from[k * a];
         }
       }

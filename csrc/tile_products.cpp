@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 namespace hvp {
 namespace {
@@ -14,6 +15,8 @@ constexpr int kVectorBytes = 64;
 constexpr int64_t kLeast = int64_t{1} << 15;
 // Vectors of an inner product from which its sums repay their last additions, across lanes.
 constexpr int64_t kShortest = 12;
+// Columns that are packed at most.
+constexpr int64_t kMostPacked = 128;
 // Rows that are read again and again stay in the second-level cache.
 constexpr int64_t kCacheBytes = int64_t{1} << 18;
 
@@ -130,19 +133,119 @@ void adds(const TileProduct<T>& p, int64_t first, int64_t last) {
   }
 }
 
+// Inner products of few columns with many: c[s, l] for columns s of `few` and l of `many`. The few are
+// packed, so that neighbours stand side by side in a vector: nothing is added across lanes then.
+template <class T>
+struct Packed {
+  const T* few;  // packed: `width` numbers for each k
+  int64_t count, width;
+  const T* many;
+  int64_t leading, k;
+  T alpha, beta;
+  T* c;
+  int64_t few_stride, many_stride;  // of c
+};
+
+template <int C, int V, class T>
+void packed_tile(const Packed<T>& p, int64_t s, int64_t l) {
+  constexpr int64_t kLanes = Vectors<T>::kLanes;
+  const T *const few = p.few + s, *const many = p.many + l * p.leading;
+  Vector<T> sums[C][V] = {};
+  for (int64_t k = 0; k < p.k; ++k) {
+    Vector<T> from[V];
+    for (int v = 0; v < V; ++v) from[v] = load(few + k * p.width + v * kLanes);
+    for (int x = 0; x < C; ++x) {
+      const T factor = many[x * p.leading + k];
+      for (int v = 0; v < V; ++v) sums[x][v] += factor * from[v];
+    }
+  }
+  T results[C][V * kLanes];
+  std::memcpy(results, sums, sizeof results);
+  const int64_t rows = std::min<int64_t>(V * kLanes, p.count - s);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* const to = p.c + (s + r) * p.few_stride + l * p.many_stride;
+    for (int x = 0; x < C; ++x) {
+      T& result = to[x * p.many_stride];
+      result = p.beta == T(0) ? p.alpha * results[x][r] : p.alpha * results[x][r] + p.beta * result;
+    }
+  }
+}
+
+template <int C, int V, class T>
+void packed_columns(const Packed<T>& p, int64_t s, int64_t first, int64_t last) {
+  int64_t l = first;
+  for (; l + C <= last; l += C) packed_tile<C, V>(p, s, l);
+  for (; l < last; ++l) packed_tile<1, V>(p, s, l);
+}
+
+template <class T>
+void packed_dots(const Packed<T>& p, int64_t first, int64_t last) {
+  constexpr int64_t kLanes = Vectors<T>::kLanes;
+  for (int64_t s = 0; s < p.width; s += 4 * kLanes) {
+    switch ((p.width - s) / kLanes) {
+      case 1:
+        packed_columns<8, 1>(p, s, first, last);
+        break;
+      case 2:
+        packed_columns<8, 2>(p, s, first, last);
+        break;
+      case 3:
+        packed_columns<8, 3>(p, s, first, last);
+        break;
+      default:
+        packed_columns<6, 4>(p, s, first, last);
+    }
+  }
+}
+
+// `columns` of k contiguous numbers as k rows of `width`.
+template <class T>
+const T* packed(const T* from, int64_t leading, int64_t columns, int64_t k, int64_t width) {
+  thread_local std::vector<T> memory;
+  memory.assign(static_cast<size_t>(k * width), T(0));
+  constexpr int64_t kBlock = 16;
+  for (int64_t start = 0; start < k; start += kBlock) {
+    const int64_t end = std::min(k, start + kBlock);
+    for (int64_t i = 0; i < columns; ++i) {
+      for (int64_t j = start; j < end; ++j) memory[j * width + i] = from[i * leading + j];
+    }
+  }
+  return memory.data();
+}
+
 template <class T>
 bool run(const TileProduct<T>& p, int threads) {
   constexpr int64_t kLanes = Vectors<T>::kLanes;
   const bool dot = p.transpose_a && !p.transpose_b && p.k >= kShortest * kLanes;
   const bool add = !p.transpose_a && p.m >= kLanes && p.k >= 4;
   if (!(dot || add) || p.m * p.n * p.k < kLeast) return false;
-  const int64_t shared = dot ? p.m : p.n, whole = dot ? 4 : 8;  // a share begins with a whole tile
+  const bool first_few = p.m < p.n;
+  const int64_t few = std::min(p.m, p.n), many = std::max(p.m, p.n);
+  const int64_t width = (few + kLanes - 1) / kLanes * kLanes;
+  // Where most of a vector would be padding, or packing would not be repaid, inner products are faster as
+  // such.
+  const bool pack = dot && few <= kMostPacked && 4 * few >= 3 * width && many >= 2 * few;
+  Packed<T> dots_of_few{};
+  if (pack) {
+    dots_of_few = {first_few ? packed(p.a, p.lda, p.m, p.k, width) : packed(p.b, p.ldb, p.n, p.k, width),
+                   few,
+                   width,
+                   first_few ? p.b : p.a,
+                   first_few ? p.ldb : p.lda,
+                   p.k,
+                   p.alpha,
+                   p.beta,
+                   p.c,
+                   first_few ? 1 : p.ldc,
+                   first_few ? p.ldc : 1};
+  }
+  const int64_t shared = pack ? many : dot ? p.m : p.n, whole = pack ? 24 : dot ? 4 : 8;  // of tiles
   const int64_t tiles = (shared + whole - 1) / whole;
   const int64_t shares = std::min<int64_t>(threads, tiles);
   const auto share = [&](int64_t s) {
     const int64_t first = tiles * s / shares * whole,
                   last = std::min(shared, tiles * (s + 1) / shares * whole);
-    dot ? dots(p, first, last) : adds(p, first, last);
+    pack ? packed_dots(dots_of_few, first, last) : dot ? dots(p, first, last) : adds(p, first, last);
   };
   if (shares <= 1) {
     share(0);

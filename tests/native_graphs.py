@@ -9,13 +9,18 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hvp_engine import _C
 from hvp_engine._support.torch_compat import one_fake_mode
-from hvp_engine.differentiation.native import program as native  # noqa: F401, it imports all handlers
+from hvp_engine.differentiation.native import (  # noqa: F401, they have the handlers
+    adjoints,
+    elementwise,
+    linear_algebra,
+    nonlinear,
+    shaping,
+)
 from hvp_engine.differentiation.native.builder import Builder
 from hvp_engine.differentiation.native.conversion import Conversion
+from hvp_engine.differentiation.native.extension import Slots
 from hvp_engine.differentiation.native.memory_plan import plan
-from hvp_engine.differentiation.native.operations import Words
 from hvp_engine.differentiation.native.places import row_major
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -37,24 +42,23 @@ def by_extension(
     builder.operations = []
     for place, slot in zip(conversion.outputs, slots, strict=True):
         builder.stored(place, slot)
-    size = plan(body, conversion.outputs)
+    size = plan([*builder.preparation, *body], conversion.outputs)
     workspace = builder.slot((size,), (1,)).region.slot
     assert workspace is not None
-    words = Words()
-    for operation in chain(body, builder.operations):
-        operation.write(words, workspace)
-    layout = _C.Slots(dtype == torch.float64, [(int(slot.kind), slot.shape, slot.strides) for slot in builder.slots])
-    program = _C.Program(layout, 0, words.constants, words.words)
-    memory = _C.Memory(layout)
+    layout = Slots(builder.slots, dtype)
+    program = layout.program(chain(body, builder.operations), workspace)
+    preparation, memory = layout.program(builder.preparation, workspace), layout.memory()
     results = [torch.full(place.sizes, torch.nan, dtype=dtype) for place in slots]
     tensors = dict(enumerate([*known, *tangents]))
     for derived in builder.derived:
         tensors[derived.slot] = derived.compute(*(tensors[source] for source in derived.sources)).contiguous()
     for slot, result in zip(slots, results, strict=True):
         tensors[slot.region.slot] = result  # type: ignore[index]  # it has a slot
+    tensors |= {slot: torch.full(builder.slots[slot].shape, torch.nan, dtype=dtype) for slot in builder.prepared}
     tensors[workspace] = torch.full((size,), torch.nan, dtype=dtype)
     for slot, tensor in tensors.items():
         assert memory.put(slot, [tensor]) == -1, (slot, tensor.shape, tensor.stride(), builder.slots[slot])
+    preparation.run(memory, [[]])
     program.run(memory, [[]] * times)
     return results
 

@@ -266,7 +266,7 @@ def test_short_table() -> None:
     )
     found = [line for line in lines if line.startswith("| lenet")]
     assert found == [
-        f"| lenet | 20 | {device} | {date} | 100 ms (list loop, foreach) | 50 ms | 2.00x |"
+        f"| lenet | 20 | {device} | {date} | 100 ms (list loop, foreach) | 50 ms | 2.00x | - |"
         for device, date in (("Some CPU (R), 2 cores", "2030-01-01"), ("A GPU", "2030-01-02"))
     ]
     assert lines[-1] == "Peak memory of a solve of 100 products against one of 2: 1.00x at most."

@@ -17,6 +17,7 @@ import hvp_engine as hvp
 from bench.problems import build
 from hvp_engine import _C
 from hvp_engine._support.pytree import flatten
+from hvp_engine.differentiation.native import extension
 from hvp_engine.differentiation.native import program as native_program
 from hvp_engine.differentiation.native.operations import UnsupportedError
 from hvp_engine.differentiation.native.program import NativeProgram
@@ -142,7 +143,7 @@ def test_what_the_extension_lacks_is_said(name: str) -> None:
 
 
 def test_without_blas_the_operators_of_pytorch_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_program, "_PROBLEM", "no symbol sgemm_")
+    monkeypatch.setattr(extension, "PROBLEM", "no symbol sgemm_")
     engine, problem = LinearizedEngine(), problem_of("mlp")
     linearization = engine.linearize(problem)
     v = [torch.randn_like(w) for w in problem.weights]
@@ -152,12 +153,12 @@ def test_without_blas_the_operators_of_pytorch_serve(monkeypatch: pytest.MonkeyP
 
 
 def test_blas_is_looked_for_where_it_is_said() -> None:
-    assert native_program._PROBLEM == "" == _C.blas_problem()
+    assert extension.PROBLEM == "" == _C.blas_problem()
     try:
         _C.find_blas("/nowhere/libnone.so")
         assert _C.blas_problem() == "/nowhere/libnone.so is not loaded"
     finally:
-        _C.find_blas(native_program.loaded_library("torch_cpu"))
+        _C.find_blas(extension.loaded_library("torch_cpu"))
     assert _C.blas_problem() == ""
 
 
@@ -408,7 +409,7 @@ def test_tensors_that_do_not_fit_their_slot_are_refused() -> None:
 
 def test_indices_out_of_range_are_reported() -> None:
     slots = _C.Slots(False, [(0, (3, 2), (2, 1)), (1, (2,), (1,)), (0, (2, 2), (2, 1))])
-    words = [3, 0, 1, 2, 2, 3, -1, 1, 0, 1, 0, 0, 6, 2, 1, 2, 0, 4, 2, 1]
+    words = [3, 0, 1, 2, 2, 3, -(1 << 63), 1, 0, 1, 0, 0, 6, 2, 1, 0, 2, 0, 4, 2, 1]
     program, memory = _C.Program(slots, 0, [], words), _C.Memory(slots)
     rows = torch.arange(6.0).view(3, 2)
     assert memory.put(0, [rows, torch.tensor([2, 0]), torch.zeros(2, 2)]) == -1

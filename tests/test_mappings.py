@@ -14,7 +14,6 @@ from torch import Tensor
 
 import hvp_engine as hvp
 from hvp_engine._support.mappings import flatten_batch, map_leaves
-from hvp_engine._support.torch_compat import pytree
 
 DTYPE = torch.float64
 
@@ -205,13 +204,13 @@ def test_tuner() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_leaves_and_back(kind: Any) -> None:
     data = content(2)
-    leaves, spec = flatten_batch([kind(data), 3])
+    leaves, structure = flatten_batch([kind(data), 3])
     assert [leaf is given for leaf, given in zip(leaves, [*data.values(), 3], strict=True)] == [True] * 4
-    back = pytree.tree_unflatten([None, *leaves[1:]], spec)
+    back = structure.rebuild([None, *leaves[1:]])
     assert type(back[0]) is kind and back[0]["x"] is None and back[0]["y"] is data["y"]
-    assert flatten_batch([kind(content(4)), 3])[1] == spec
-    assert hash(flatten_batch([kind(content(4)), 3])[1]) == hash(spec)
-    assert flatten_batch([kind(dict(list(data.items())[:2])), 3])[1] != spec
+    assert flatten_batch([kind(content(4)), 3])[1] == structure
+    assert hash(flatten_batch([kind(content(4)), 3])[1]) == hash(structure)
+    assert flatten_batch([kind(dict(list(data.items())[:2])), 3])[1] != structure
 
 
 @pytest.mark.parametrize("kind", KINDS)

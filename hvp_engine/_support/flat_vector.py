@@ -29,6 +29,9 @@ ALIGNMENT = 16
 CHUNK = 4096
 """So many elements of a tensor are summed into one row of `partials`, on every backend."""
 
+_LARGE = 1 << 16
+"""Elements from which a vector of zeros takes longer than to zero its gaps one by one."""
+
 STATE_DTYPES = (torch.float32, torch.float64)
 INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -143,6 +146,13 @@ class Layout:
         return offsets_of(self.numels)[:-1]
 
     @cached_property
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """Where in a flat buffer the elements between two tensors begin and end."""
+        ends = (start + numel for start, numel in zip(self.offsets, self.numels, strict=True))
+        starts = (*self.offsets[1:], self.size)
+        return tuple((end, start) for end, start in zip(ends, starts, strict=True) if end < start)
+
+    @cached_property
     def size(self) -> int:
         """Elements of the flat buffer, including gaps."""
         return offsets_of(self.numels)[-1]
@@ -228,6 +238,16 @@ class FlatVector:
                 for view, dtype in zip(self.views, layout.dtypes, strict=True)
             ]
             self.refresh()
+
+    @classmethod
+    def unset(cls, layout: Layout) -> FlatVector:
+        """A vector that has to be written before it is read: without the pass over memory that zeros take."""
+        if layout.size < _LARGE:
+            return cls(layout)
+        data = torch.empty(layout.size, dtype=layout.state_dtype, device=layout.device)
+        for start, end in layout.gaps:
+            data[start:end].zero_()
+        return cls(layout, data)
 
     @classmethod
     def of(cls, layout: Layout, tensors: Sequence[Tensor]) -> FlatVector:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hvp_engine._support.pytree import Structure, taken_apart
 from hvp_engine._support.torch_compat import pytree
 
 
@@ -24,16 +25,16 @@ def opened(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: Opened(leaf) if isinstance(leaf, Mapping) else leaf, tree)
 
 
-def flatten_batch(batch: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """The leaves of a batch, those in mappings of any class among them, and the spec for `pytree.tree_unflatten`.
+def flatten_batch(batch: Any) -> tuple[list[Any], Structure]:
+    """The leaves of a batch, those in mappings of any class among them, and its structure.
 
     Errors: `TypeError` when the batch is put together again, for a class that cannot be made from a dict. Anything else
     that an object holds, such as a tokenizer's encodings, is not in the new one.
     """
-    leaves, spec = pytree.tree_flatten(batch)
+    leaves, structure = taken_apart(batch)
     if any(not isinstance(leaf, Tensor) and isinstance(leaf, Mapping) for leaf in leaves):
-        leaves, spec = pytree.tree_flatten(opened(batch))
-    return leaves, spec
+        leaves, structure = taken_apart(opened(batch))
+    return leaves, structure
 
 
 def map_leaves(function: Callable[[Tensor], Tensor], tree: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine.differentiation.closing import Closing
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,11 @@ class Linearization(LinearMap):
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(d2L/dlambda dw^T) tangents: one for each hyperparameter, None where there is no path."""
         return []
+
+    def closing(self, x: Sequence[Tensor]) -> Closing:
+        """What follows a solve with the solution x."""
+        indirect = [None if term is None else -term.detach() for term in self.mixed(x)]
+        return Closing(indirect, x, self.gradient, self.layout)
 
 
 def check_operator(operator: Any, name: str) -> None:

@@ -8,6 +8,7 @@ import types
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from hvp_engine._support.mappings import flatten_batch
 from hvp_engine._support.pytree import Structure, check_scalar
-from hvp_engine._support.torch_compat import pytree
 
 _CONSTANTS = (type(None), numbers.Number, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)
 """Types of leaves of a batch, beside tensors, that never change."""
@@ -23,6 +23,17 @@ _CONSTANTS = (type(None), numbers.Number, str, bytes, enum.Enum, torch.dtype, to
 
 class GatheringLoss:
     """Base of losses that take sharded tensors (DTensors) and gather them."""
+
+
+class _Signature(tuple[Any, ...]):
+    """A tuple that is hashed once, since it is looked up several times in a call."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return tuple.__hash__(self)
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,29 @@ class Problem:
         """The loss as a key. A function is referred to weakly, so that an engine that remembers it does not keep it and
         all that it holds alive."""
         return weakref.ref(self.loss) if isinstance(self.loss, types.FunctionType) else self.loss
+
+    @cached_property
+    def split(self) -> tuple[list[Tensor], list[Any], Structure]:
+        """The batch's tensors, its other leaves (None in place of each tensor), and its structure."""
+        leaves, structure = flatten_batch(self.inputs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return tensors, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
+
+    @cached_property
+    def signature(self) -> Hashable:
+        """What a trace depends on besides the values of tensors: the loss, and what its arguments look like."""
+        tensors, others, structure = self.split
+        leaves = [*self.weights, *self.hyperparameters, *tensors]
+        return _Signature(
+            (
+                self.identity,
+                self.weight_structure,
+                self.hyperparameter_structure,
+                tuple([(t.shape, t.stride(), t.dtype, t.device) for t in leaves]),
+                tuple([leaf if is_constant(leaf) else type(leaf) for leaf in others]),
+                structure,
+            )
+        )
 
     def at(self, inputs: tuple[Any, ...]) -> Problem:
         """This problem with other inputs."""
@@ -93,13 +127,6 @@ class Averaged:
         *point, batches = arguments
         losses = [self.loss(*point, batch) for batch in batches]
         return torch.stack([loss.reshape(()) for loss in losses]).mean()
-
-
-def split_inputs(problem: Problem) -> tuple[list[Tensor], list[Any], pytree.TreeSpec]:
-    """The batch's tensors, its other leaves (None in place of each tensor), and the spec to rebuild it."""
-    leaves, spec = flatten_batch(problem.inputs)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    return tensors, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
 
 
 def is_constant(leaf: Any) -> bool:

@@ -40,10 +40,18 @@ class Schedule:
 
     def due(self) -> bool:
         self.calls += 1
-        power = 1
-        while power < self.calls:
-            power *= 10
-        return power == self.calls
+        return _is_power_of_ten(self.calls)
+
+    def next_is_due(self) -> bool:
+        """Whether the next call is a number at which to check."""
+        return _is_power_of_ten(self.calls + 1)
+
+
+def _is_power_of_ten(number: int) -> bool:
+    power = 1
+    while power < number:
+        power *= 10
+    return power == number
 
 
 def probe(layout: Layout) -> list[Tensor]:

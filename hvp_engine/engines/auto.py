@@ -6,21 +6,24 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from hvp_engine._support.random_state import random_state_kept
+from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
-from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
+from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.differentiation.self_check import probe
 from hvp_engine.engines.base import Engine
 from hvp_engine.engines.choice import Choice, describe, threads
 from hvp_engine.engines.compiled import CompiledEngine, estimated_seconds
 from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.engines.gradients import Gradients
 from hvp_engine.engines.recorded import RecordedEngine
-from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization, signature
+from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
 from hvp_engine.engines.trial import seconds_around, seconds_per_term
 from hvp_engine.errors import BackendError
 from hvp_engine.solvers.base import Solver
@@ -80,6 +83,7 @@ class AutoEngine(Engine):
         self._linearized = LinearizedEngine(self._eager)
         self._cudagraph = CudaGraphEngine(linearized=self._linearized)
         self._compiled = CompiledEngine(compile_budget_s, self._eager)
+        self._gradients = Gradients()
         self.choices: OrderedDict[Hashable, Choice] = OrderedDict()
         self._descriptions: dict[Hashable, str] = {}
         self._losses: dict[Hashable, float] = {}
@@ -87,8 +91,7 @@ class AutoEngine(Engine):
         self._made: WeakKeyDictionary[LinearMap, tuple[Engine, Choice]] = WeakKeyDictionary()
 
     def linearize(self, problem: Problem) -> Linearization:
-        tensors, others, spec = split_inputs(problem)
-        key = signature(problem, tensors, others, spec), threads(problem)
+        (tensors, others, _), key = problem.split, (problem.signature, threads(problem))
         choice = self.choices.get(key)
         if choice is None:
             self._descriptions[key] = description = describe(problem, tensors, others)
@@ -109,6 +112,18 @@ class AutoEngine(Engine):
         choice.around += time.perf_counter() - start
         self._made[linearization] = choice.engine, choice
         return linearization
+
+    def gradient(self, problem: Problem) -> Gradient:
+        """By autograd until a trace can repay itself, then by whichever is faster."""
+        return self._gradients(problem, self._linearized.seconds_of_a_trace)
+
+    def quiet(self, train: Problem, val: Problem) -> bool:
+        choice = self.choices.get((train.signature, threads(train)))
+        settled = choice is not None and not choice.trace_is_due() and not choice.compiling_is_due()
+        if choice is None or not settled or choice.engine is not self._linearized:
+            return False
+        functions = self._linearized.known(train)
+        return functions is not None and functions.quiet and self._gradients.quiet(val)
 
     def linearize_by(self, name: str, problem: Problem) -> Linearization:
         """By the engine of this name, whatever would be chosen."""
@@ -134,21 +149,24 @@ class AutoEngine(Engine):
         self.credit(operator, iteration.steps, time.perf_counter() - start)
         return iteration
 
-    def state_dict(self) -> dict[str, dict[str, str]]:
+    def state_dict(self) -> dict[str, dict[str, Any]]:
         """The choices made so far, by what the problems look like."""
         settled = {key: choice for key, choice in self.choices.items() if choice.trace_seconds is None}
         chosen = {self._descriptions[key]: choice.engine.name for key, choice in settled.items()}
-        return {"engines": self._remembered | chosen}
+        return {"engines": self._remembered | chosen, "gradients": self._gradients.state_dict()}
 
-    def load_state_dict(self, state: dict[str, dict[str, str]]) -> None:
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Choose the same again, without measuring: a continued run must round as it did before."""
         self._remembered = dict(state.get("engines", {}))  # another engine's state has none
         self.choices.clear()
+        self._gradients.load_state_dict(state.get("gradients", {}))
 
     def report(self) -> str:
         """One line for each problem met so far."""
         lines = [choice.describe() for choice in self.choices.values()] or ["not used yet"]
         considered = {name for choice in self.choices.values() for name in choice.seconds}
+        gradients = self._gradients.report()
+        lines += [gradients] if gradients else []
         used = [e for e in self._engines if e is not self._eager and (e is not self._cudagraph or e.name in considered)]
         return "\n".join([*lines, *(f"{engine.name}: {engine.report()}" for engine in used)])
 

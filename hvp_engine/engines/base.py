@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine.differentiation.gradient import Gradient, by_autograd
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap, Terms
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.solvers.base import Solver
@@ -54,6 +55,15 @@ class Engine:
     def linearize(self, problem: Problem) -> Linearization:
         """The gradient of the problem's loss and its derivatives, at the problem's point."""
         raise NotImplementedError
+
+    def gradient(self, problem: Problem) -> Gradient:
+        """The problem's loss and its first derivatives by all that it is a function of."""
+        return by_autograd(problem)
+
+    def quiet(self, train: Problem, val: Problem) -> bool:
+        """Whether the next gradient of `val` and linearization of `train` run none of the caller's code and draw from
+        no global generator: then nothing of theirs has to be kept."""
+        return False
 
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
-from hvp_engine.differentiation.problem import Problem, split_inputs
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.self_check import difference
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.engines.graphs import CapturedLinearization, Graphs, Solved, Tally
 from hvp_engine.engines.recording import CaptureError, CudaRecorder, Recorder
-from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused, signature
+from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused
 from hvp_engine.errors import TraceError
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import FinishedIteration
@@ -90,7 +90,7 @@ class CudaGraphEngine(LinearizedEngine):
 
     def forget(self, problem: Problem) -> None:
         """Drop what was recorded of a problem of these shapes: graphs, buffers and pools, once nothing uses them."""
-        functions = self._cache.pop(signature(problem, *split_inputs(problem)), None)
+        functions = self._cache.pop(problem.signature, None)
         self._kept = [graphs for graphs in self._kept if graphs.functions is not functions]
 
     def missing(self, device: torch.device) -> str | None:
@@ -115,7 +115,7 @@ class CudaGraphEngine(LinearizedEngine):
             return Refused(reason)
         known = None if self._linearized is None else self._linearized.known(problem)
         if known is not None:
-            return Functions(known.partition, known.modules)
+            return Functions(known.partition, known.modes.modules)
         try:
             return super()._trace(problem)
         except TraceError as error:
@@ -130,7 +130,7 @@ class CudaGraphEngine(LinearizedEngine):
         reason = self.missing(device)
         if reason is not None:
             return reason
-        tensors = [*problem.weights, *problem.hyperparameters, *split_inputs(problem)[0]]
+        tensors = [*problem.weights, *problem.hyperparameters, *problem.split[0]]
         others = sorted({str(tensor.device) for tensor in tensors if tensor.device != device})
         if others:
             return f"{problem.name}: weights on {device} and inputs on {', '.join(others)}, which a graph cannot read"

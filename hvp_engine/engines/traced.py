@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,15 +16,18 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import Layout, detached
 from hvp_engine._support.isolation import recorded_modules
 from hvp_engine._support.random_state import random_state_kept
+from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import Linearization
-from hvp_engine.differentiation.native.partition_programs import PartitionPrograms
-from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
+from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.self_check import Schedule, disagreement
 from hvp_engine.differentiation.trace.evaluated import PartitionedLinearization, PartitionFunctions
+from hvp_engine.differentiation.trace.functionalize import is_random
 from hvp_engine.differentiation.trace.partial_evaluation import Partition, partition
 from hvp_engine.differentiation.trace.tracing import trace
 from hvp_engine.engines.base import Engine
 from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.engines.gradients import Gradients
+from hvp_engine.engines.modes import Modes
 
 _MOST_TRACES = 16
 """Traces that one engine keeps; one of a small recurrent net takes about 20 MB."""
@@ -37,20 +41,27 @@ class Functions(PartitionFunctions):
         self.undone = parts.undone
         self.schedule = Schedule()
         self.distrust: str | None = None
-        self.modules = list(modules)
-        self._modes = self._read_modes()
+        self.modes = Modes(modules)
 
     def at(self, problem: Problem, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the primal part gives at the problem's point: loss, gradient, residuals."""
         with torch.no_grad():
             return self.primal(*detached(problem.weights), *detached(problem.hyperparameters), *tensors)
 
-    def _read_modes(self) -> list[bool]:
-        return [part.training for module in self.modules for part in module.modules()]
+    @property
+    def quiet(self) -> bool:
+        """Whether the next use runs neither the loss, for a check, nor anything random."""
+        return self.distrust is None and self.native is not None and self._calm and not self.schedule.next_is_due()
+
+    @cached_property
+    def _calm(self) -> bool:
+        parts = self.partition
+        graphs = (parts.primal, parts.tangent.module, parts.mixed.module)
+        return not any(is_random(node) for graph in graphs for node in graph.graph.nodes)
 
     def modes_unchanged(self) -> bool:
         """Whether the modules that the loss called are in train or eval mode as they were."""
-        return self._modes == self._read_modes()
+        return self.modes.unchanged()
 
 
 @dataclass(frozen=True)
@@ -91,10 +102,10 @@ class LinearizedEngine(Engine):
         self.traces = 0
         self.trace_seconds = 0.0
         self._forgotten = 0
+        self._gradients = Gradients()
 
     def linearize(self, problem: Problem) -> Linearization:
-        tensors, others, spec = split_inputs(problem)
-        key = signature(problem, tensors, others, spec)
+        tensors, key = problem.split[0], problem.signature
         functions = self._cache.get(key)
         if functions is None or not functions.modes_unchanged():
             functions = self._cache[key] = self._trace(problem)
@@ -122,6 +133,13 @@ class LinearizedEngine(Engine):
         eager.fallback = functions.distrust
         return eager
 
+    def gradient(self, problem: Problem) -> Gradient:
+        return self._gradients(problem)
+
+    def quiet(self, train: Problem, val: Problem) -> bool:
+        functions = self.known(train)
+        return functions is not None and functions.quiet and self._gradients.quiet(val)
+
     def _instead(self, problem: Problem, reason: str | None) -> Linearization:
         """Eager's linearization, with the reason why it is not this engine's."""
         eager = self._eager.linearize(problem)
@@ -139,12 +157,19 @@ class LinearizedEngine(Engine):
         text += "".join(f"; {words}" for words in sorted({one.describe() for one in native} - {""}))
         made = [one.seconds for one in native if one.program is not None]
         text += f" ({len(made)} native programs, made in {sum(made):.2f} s)" if made else ""
+        gradients = self._gradients.report()
+        text += f"; {gradients}" if gradients else ""
         reasons = {f.unbatched for f in self._cache.values() if isinstance(f, Functions) and f.unbatched}
         return text + "".join(f"; right-hand sides one by one, since vmap failed: {reason}" for reason in reasons)
 
+    @property
+    def seconds_of_a_trace(self) -> float:
+        """What a trace took on average; infinite before the first."""
+        return self.trace_seconds / self.traces if self.traces else math.inf
+
     def known(self, problem: Problem) -> Functions | None:
         """The functions of a problem that has been traced here."""
-        functions = self._cache.get(signature(problem, *split_inputs(problem)))
+        functions = self._cache.get(problem.signature)
         return functions if isinstance(functions, Functions) and functions.modes_unchanged() else None
 
     def _trace(self, problem: Problem) -> Functions | Refused:
@@ -162,18 +187,5 @@ class LinearizedEngine(Engine):
 
     def _functions(self, parts: Partition, modules: Sequence[torch.nn.Module]) -> Functions:
         functions = Functions(parts, modules)
-        functions.native = PartitionPrograms(parts)
+        functions.run_natively()
         return functions
-
-
-def signature(problem: Problem, tensors: Sequence[Tensor], others: Sequence[Any], spec: Any) -> Hashable:
-    """What a trace depends on besides tensor values."""
-    leaves = [*problem.weights, *problem.hyperparameters, *tensors]
-    return (
-        problem.identity,
-        problem.weight_structure,
-        problem.hyperparameter_structure,
-        tuple((t.shape, t.stride(), t.dtype, t.device) for t in leaves),
-        tuple(leaf if is_constant(leaf) else type(leaf) for leaf in others),
-        spec,
-    )

@@ -150,7 +150,7 @@ def hypergradient(
             stacklevel=2,
         )
         return tuple(torch.zeros_like(hyperparameter) for hyperparameter in hyper_list)
-    grads, _ = implicit_gradient(_system(tape), vector, found[count:], hyper_list, solver)
+    grads, _, _ = implicit_gradient(_system(tape), vector, found[count:], hyper_list, solver)
     return tuple(grads)
 
 
@@ -216,7 +216,7 @@ class _BestResponse(torch.autograd.Function):
             raise _no_second_derivative("best_response")
         none = [None] * len(ctx.hyperparameters)
         vector = [g for g, active in zip(grad_outputs, ctx.active, strict=True) if active]
-        grads, _ = implicit_gradient(_system(ctx.tape), vector, none, ctx.hyperparameters, ctx.solver)
+        grads, _, _ = implicit_gradient(_system(ctx.tape), vector, none, ctx.hyperparameters, ctx.solver)
         return None, None, None, *grads
 
 

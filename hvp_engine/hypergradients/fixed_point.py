@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine._support.flat_vector import norm_of
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import Structure, flatten
 from hvp_engine.differentiation.double_backward import leaves
+from hvp_engine.differentiation.gradient import by_autograd
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.recorded.owned import OwnedLinearization
 from hvp_engine.engines.eager import EagerEngine
@@ -26,9 +26,7 @@ from hvp_engine.hypergradients.estimator import Estimator
 from hvp_engine.hypergradients.implicit import (
     HypergradientResult,
     Stationarity,
-    direct_gradient,
     implicit_gradient,
-    unfinished_change,
 )
 from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import LinearSystem, check_solver
@@ -94,12 +92,14 @@ class FixedPointHypergradient(Estimator):
         hyper_list, hyper_structure = flatten(hyper, "hyper")
         point = (weight_list, weight_structure, hyper_list, hyper_structure)
         with isolated(self.draws.next_seed(), weight_list[0].device):
-            val_loss, vector, direct = direct_gradient(Problem(self.val_loss, *point, (val_batch,), "val_loss"))
+            direct = by_autograd(Problem(self.val_loss, *point, (val_batch,), "val_loss"))
             # f = w - Phi(w) takes the place of dL_T/dw: f = 0 defines w*, and the tape multiplies by (df/dw)^T.
             tape = self._record(*point, train_batch)
             try:
                 system = LinearSystem(tape, EagerEngine(), Spectrum())
-                grads, solution = implicit_gradient(system, vector, direct, hyper_list, self.solver)
+                grads, solution, closing = implicit_gradient(
+                    system, direct.weights, direct.hyperparameters, hyper_list, self.solver
+                )
             except NonFiniteError:
                 raise
             except DivergenceError as error:
@@ -108,17 +108,17 @@ class FixedPointHypergradient(Estimator):
                     f"{self.solver}: iterate phi further if the weights are no fixed point, and otherwise use a "
                     "smaller alpha, more damping, or fewer iterations"
                 ) from error
-        distance = norm_of(tape.gradient)
+        distance = closing.gradient_norm
         result = HypergradientResult(
             grads=hyper_structure.rebuild(grads),
             train_loss=distance.square() / 2,
-            val_loss=val_loss,
+            val_loss=direct.loss,
             gradient_norm=distance,
-            unfinished=unfinished_change(solution.value, tape.gradient),
+            unfinished=closing.unfinished,
             solution=replace(solution, value=weight_structure.rebuild(solution.value)),
         )
         if solution.iterations:
-            self._stationarity.check(result.unfinished, val_loss, distance)
+            self._stationarity.check(result.unfinished, direct.loss, distance)
         return result
 
     def state_dict(self) -> dict[str, Any]:

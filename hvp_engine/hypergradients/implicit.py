@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvp_engine import engines
-from hvp_engine._support.flat_vector import detached, norm_of
+from hvp_engine._support.flat_vector import detached
 from hvp_engine._support.isolation import Company, Draws
 from hvp_engine._support.precision import float32_arithmetic
 from hvp_engine._support.pytree import flatten
-from hvp_engine.differentiation.double_backward import differentiate, filled, leaves
+from hvp_engine.differentiation.closing import Closing
+from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import Linearization
-from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
+from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.distributed import DataParallel, for_loss
 from hvp_engine.errors import GraphError
 from hvp_engine.hypergradients.estimator import Estimate, Estimator
@@ -121,42 +122,44 @@ class Hypergradient(Estimator):
         weight_list, weight_structure = flatten(weights, "weights", sharded=True)
         hyper_list, hyper_structure = flatten(hyper, "hyper", sharded=True)
 
-        def problem(loss: Callable[..., Tensor], batch: Any, name: str) -> Problem:
-            return Problem(loss, weight_list, weight_structure, hyper_list, hyper_structure, (batch,), name)
+        point = weight_list, weight_structure, hyper_list, hyper_structure
+        train = Problem(self.train_loss, *point, (train_batch,), "train_loss")
+        val = Problem(self.val_loss, *point, (val_batch,), "val_loss")
 
-        training, validation = (
-            problem(self.train_loss, train_batch, "train_loss"),
-            problem(self.val_loss, val_batch, "val_loss"),
-        )
-
-        estimates = self.spectrum.state_dict()
-
-        def solved() -> tuple[Tensor, Linearization, list[Tensor], Solution]:
-            val_loss, vector, direct = direct_gradient(validation)
-            linearization = self.engine.linearize(training)
+        def solved() -> tuple[Gradient, Linearization, list[Tensor], Solution, Closing]:
+            direct = self.engine.gradient(val)
+            linearization = self.engine.linearize(train)
             x0 = self._previous if _alike(self._previous, weight_list) else None
             system = LinearSystem(linearization, self.engine, self.spectrum)
-            return val_loss, linearization, *implicit_gradient(system, vector, direct, hyper_list, self.solver, x0)
+            vector, ours = direct.weights, direct.hyperparameters
+            return direct, linearization, *implicit_gradient(system, vector, ours, hyper_list, self.solver, x0)
 
-        repeatable = all(map(is_constant, (*split_inputs(training)[1], *split_inputs(validation)[1])))
-        owners = (self, self.engine)
-        seed, device = self.draws.next_seed(), weight_list[0].device
-        val_loss, linearization, grads, solution = self._company.run(
-            seed, device, solved, owners, repeatable, lambda: self.spectrum.load_state_dict(estimates)
-        )
+        seed = self.draws.next_seed()
+        if self.solver.quiet and self.engine.quiet(train, val):
+            direct, linearization, grads, solution, closing = solved()
+        else:
+            estimates = self.spectrum.state_dict()
+            direct, linearization, grads, solution, closing = self._company.run(
+                seed,
+                weight_list[0].device,
+                solved,
+                owners=(self, self.engine),
+                repeatable=all(map(is_constant, (*train.split[1], *val.split[1]))),
+                undo=lambda: self.spectrum.load_state_dict(estimates),
+            )
         if self.warm_start:
             self._previous = [part.clone() for part in solution.value]
         assert linearization.loss is not None
         result = HypergradientResult(
             grads=hyper_structure.rebuild(grads),
             train_loss=linearization.loss,
-            val_loss=val_loss,
-            gradient_norm=norm_of(linearization.gradient, linearization.layout),
-            unfinished=linearization.layout.total(unfinished_change(solution.value, linearization.gradient)),
-            solution=replace(solution, value=weight_structure.rebuild(solution.value)),
+            val_loss=direct.loss,
+            gradient_norm=closing.gradient_norm,
+            unfinished=closing.unfinished,
+            solution=solution.of(weight_structure.rebuild(solution.value)),
         )
         if solution.iterations:  # without iterations, `unfinished` stands for no training
-            self._stationarity.check(result.unfinished, val_loss, result.gradient_norm)
+            self._stationarity.check(result.unfinished, direct.loss, result.gradient_norm)
         return result
 
     def report(self) -> str:
@@ -185,19 +188,6 @@ def _alike(previous: Sequence[Tensor] | None, weights: Sequence[Tensor]) -> bool
     return previous is not None and [(t.shape, t.device) for t in previous] == [(w.shape, w.device) for w in weights]
 
 
-def direct_gradient(problem: Problem) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    """The validation loss, dL_V/dw, and dL_V/dlambda (None where there is no path)."""
-    weights, hyperparameters = leaves(problem.weights), leaves(problem.hyperparameters)
-    loss = problem.evaluate(weights, hyperparameters)
-    if not loss.requires_grad:
-        raise GraphError(
-            f"{problem.name}: expected a loss that depends on weights or hyperparameters; got one without a graph"
-        )
-    found = differentiate(loss, [*weights, *hyperparameters], retain_graph=False)
-    count = len(weights)
-    return loss.detach(), filled(found[:count], weights), found[count:]
-
-
 def implicit_gradient(
     system: LinearSystem,
     vector: Sequence[Tensor],
@@ -205,7 +195,7 @@ def implicit_gradient(
     hyperparameters: Sequence[Tensor],
     solver: Solver,
     x0: Sequence[Tensor] | None = None,
-) -> tuple[list[Tensor], Solution]:
+) -> tuple[list[Tensor], Solution, Closing]:
     """direct - mixed(H^-1 vector) for each hyperparameter: the core of all implicit hypergradients.
 
     The system's operator is a :class:`Linearization`, which has the mixed product.
@@ -213,7 +203,8 @@ def implicit_gradient(
     linearization = system.operator
     assert isinstance(linearization, Linearization)
     value, solution = system.solve(detached(vector), solver, "dL_V/dw, the gradient of val_loss", x0)
-    indirect = linearization.mixed(value)
+    closing = linearization.closing(value)
+    indirect = closing.indirect
     if all(term is None for term in [*direct, *indirect]):
         raise GraphError(
             "hyperparameters: expected at least one that the training gradient or the validation loss depends on; "
@@ -227,20 +218,11 @@ def implicit_gradient(
         )
     grads = []
     for hyperparameter, first, second in zip(hyperparameters, direct, indirect, strict=True):
-        total = torch.zeros_like(hyperparameter) if first is None else first.detach().clone()
-        grads.append(total if second is None else total.sub_(second.detach()))
-    return grads, replace(solution, value=value)
-
-
-def unfinished_change(solution: Sequence[Tensor], gradient: Sequence[Tensor]) -> Tensor:
-    """-(H^-1 dL_V/dw) . dL_T/dw, a 0-dim float64 tensor: the change of L_V by a Newton step on L_T, to first order.
-
-    Arguments:
-        solution: H^-1 dL_V/dw, as far as the solve went; a series truncated after i terms stands for i training steps.
-        gradient: dL_T/dw.
-    """
-    products = [x.reshape(-1) @ g.to(x.dtype).reshape(-1) for x, g in zip(solution, gradient, strict=True)]
-    return -torch.stack([product.double() for product in products]).sum()
+        if second is None:
+            grads.append(torch.zeros_like(hyperparameter) if first is None else first.detach().clone())
+        else:
+            grads.append(second if first is None else second.add_(first.detach()))
+    return grads, solution.of(value), closing
 
 
 class Stationarity:

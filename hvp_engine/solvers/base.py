@@ -83,6 +83,11 @@ class Solver:
     needs_fixed_operator: ClassVar[bool] = True
 
     @property
+    def quiet(self) -> bool:
+        """Whether a solve runs none of the caller's code, and draws from no global generator."""
+        return False
+
+    @property
     def estimates_spectrum(self) -> bool:
         """Whether `Iteration.adapt` needs a spectral estimate."""
         return False

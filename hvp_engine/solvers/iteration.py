@@ -161,7 +161,7 @@ class RightHandSide:
     """A flat vector for right-hand sides; loading one also computes the partial sums of its squared norm."""
 
     def __init__(self, layout: Layout, partials: Tensor | None = None):
-        self.vector = FlatVector(layout)
+        self.vector = FlatVector.unset(layout)
         self.partials = layout.empty_partials() if partials is None else partials
         one, zero = scalar(1.0, layout.device), scalar(0.0, layout.device)
         self._load = ops.bind("scale_accumulate", (self.vector.data,), layout, (one, zero), 0.0, self.partials)

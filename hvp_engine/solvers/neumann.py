@@ -78,6 +78,10 @@ class Neumann(Solver):
         return self.alpha == "auto"
 
     @property
+    def quiet(self) -> bool:
+        return self.preconditioner is None
+
+    @property
     def makes_products(self) -> bool:
         return self.iterations > 0
 
@@ -111,7 +115,7 @@ class _Accumulate(Iteration):
 
     def _bind(self, layout: Layout) -> None:
         self.direction = self._b.vector
-        self.value = FlatVector(layout)
+        self.value = FlatVector.unset(layout)
         states, damping = (self.direction.data, self.value.data), self._solver.damping
         self._update = ops.bind("neumann_step", states, layout, (self._alpha,), damping, self._partials)
 
@@ -145,7 +149,7 @@ class _Horner(_Accumulate):
     """p <- p + v - alpha A p, with v constant."""
 
     def _bind(self, layout: Layout) -> None:
-        self.direction = self.value = FlatVector(layout)
+        self.direction = self.value = FlatVector.unset(layout)
         states, damping = (self.value.data, self._b.vector.data), self._solver.damping
         self._update = ops.bind("neumann_step_horner", states, layout, (self._alpha,), damping, self._partials)
 

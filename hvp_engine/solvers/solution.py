@@ -57,6 +57,12 @@ class Solution:
     damping: float = 0.0
     explanation: str = ""
 
+    def of(self, value: Any) -> Solution:
+        """With another value; `dataclasses.replace` takes five times as long."""
+        copy = object.__new__(Solution)
+        vars(copy).update(vars(self), value=value)
+        return copy
+
     @property
     def converged(self) -> bool:
         return self.status is Status.CONVERGED

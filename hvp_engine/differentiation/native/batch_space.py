@@ -125,22 +125,17 @@ def number(decays: Sequence[Tensor], shape: Sequence[int]) -> Number:
 
 
 class Combination:
-    """What T = sum_b c_b v_b + G^T x is for each of a solve's vectors.
+    """What sum_b c_b v_b is in T = sum_b c_b v_b + G^T x, for each of a solve's vectors.
 
     Arguments:
         decay: of the weight.
-        vectors: the weight's part of each vector at the beginning; G and U are set for them.
-        rows: x.
-        states: (U, G) for each vector.
+        vectors: the weight's part of each vector at the beginning.
     """
 
-    def __init__(self, decay: Number, vectors: Sequence[Tensor], rows: Tensor, states: Sequence[tuple[Tensor, Tensor]]):
-        self._decay, self._vectors, self._rows, self._states = decay, vectors, rows, states
+    def __init__(self, decay: Number, vectors: Sequence[Tensor]):
+        self._decay, self._vectors = decay, vectors
         count = range(len(vectors))
         self._c: list[list[Number]] = [[1.0 if k == b else 0.0 for b in count] for k in count]
-        for vector, (product, coefficients) in zip(vectors, states, strict=False):
-            torch.mm(vector, rows.t(), out=product.t())
-            coefficients.zero_()
 
     def follow(self, accumulation: Accumulation, target: int, mixings: Sequence[tuple[int, int]], damping: float,
                steps: range) -> None:  # fmt: skip
@@ -153,7 +148,7 @@ class Combination:
                 c[to] = [own * a + factor * b for a, b in zip(c[to], c[source], strict=True)]
 
     def form(self, changed: set[int]) -> None:
-        """Write the vectors that have changed."""
+        """Write the vectors that have changed, without G^T x."""
         values = {k: self._value(k, len(changed) == 1) for k in changed}
         for k, value in values.items():
             if value is not self._vectors[k]:
@@ -167,7 +162,7 @@ class Combination:
             c = self._c[k][b]
             if b != k and (isinstance(c, Tensor) or c != 0.0):
                 value.addcmul_(other, c.to(vector.dtype)) if isinstance(c, Tensor) else value.add_(other, alpha=c)
-        return value.addmm_(self._states[k][1].t(), self._rows)
+        return value
 
 
 def _as_factor(c: Number, vector: Tensor) -> Number:

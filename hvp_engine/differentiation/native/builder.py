@@ -91,6 +91,8 @@ class Builder:
     slots: list[Slot] = field(default_factory=list)
     derived: list[Derived] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
+    preparation: list[Operation] = field(default_factory=list)
+    prepared: list[int] = field(default_factory=list)
     _ordered: dict[tuple[Place, tuple[int, ...]], Place] = field(default_factory=dict)
 
     def slot(
@@ -131,6 +133,17 @@ class Builder:
         if slot.kind is Kind.NUMBERS:
             return place
         return self.derive(slot.shape, lambda tensor: tensor.to(self.dtype), [place])
+
+    def prepare(self, sizes: Sequence[int], write: Callable[[Place], None]) -> Place:
+        """A tensor of `sizes` that `write` has computed once, before all terms."""
+        place = self.slot(sizes, row_major(sizes), known=True)
+        before, self.operations = self.operations, self.preparation
+        try:
+            write(place)
+        finally:
+            self.operations = before
+        self.prepared.append(place.region.slot or 0)
+        return place
 
     def workspace(self, sizes: Sequence[int], strides: Sequence[int] | None = None) -> Place:
         return Place(Region(prod(sizes)), tuple(sizes), row_major(sizes) if strides is None else tuple(strides))
@@ -233,31 +246,36 @@ class Builder:
         self.operations.append(MatrixProduct(dense, a, b, alpha, beta))
         self.stored(dense, result)
 
-    def summed(self, value: Operand, dims: Sequence[int]) -> Place:
-        """The sum over `dims`, which stay with size 1."""
+    def summed(self, value: Operand, dims: Sequence[int], largest: bool = False) -> Place:
+        """The sum, or the `largest` number, over `dims`, which stay with size 1."""
         source = self.stored(value)
         if not source.sizes:
             return source
         gone = frozenset(d % len(source.sizes) for d in dims)
         sizes = tuple(1 if d in gone else size for d, size in enumerate(source.sizes))
         result = self.workspace(sizes, in_order(sizes, nesting(source)))
-        self.operations.append(Sum(source, result, gone))
+        self.operations.append(Sum(source, result, gone, largest))
         return result
 
-    def selected(self, source: Place, index: Place) -> Place:
-        """source[i, index[j], k] for all i, j, k."""
-        outer, _, inner = source.sizes
-        result = self.workspace((outer, index.numel, inner))
-        self.operations.append(Lookup(index, source, result))
+    def selected(self, source: Place, index: Place, skipped: int | None = None) -> Place:
+        """source[i, index[j], k] for all i, j, k, or source[i, index[j], k, j]."""
+        result = self.workspace((source.sizes[0], index.numel, source.sizes[2]))
+        self.operations.append(Lookup(index, source, result, False, skipped))
         return result
 
-    def scattered(self, source: Place, index: Place, rows: int, skipped: int = -1, onto: Place | None = None) -> Place:
+    def scattered(
+        self, source: Place, index: Place, rows: int, skipped: int | None = None, onto: Place | None = None
+    ) -> Place:
         """The sums of source[i, j, k] with the same index[j], for each of `rows`."""
         outer, _, inner = source.sizes
         result = self.workspace((outer, rows, inner))
         self.stored(self.filled(result.sizes, 0.0) if onto is None else onto, result)
-        self.operations.append(Lookup(index, source, result, True, skipped))
+        self.scatter_into(result, source, index, skipped)
         return result
+
+    def scatter_into(self, table: Place, source: Place, index: Place, skipped: int | None = None) -> None:
+        """table[i, index[j], k] += source[i, j, k], or table[i, index[j], k, j]."""
+        self.operations.append(Lookup(index, source, table, True, skipped))
 
     def blas_operand(self, place: Place) -> Place:
         """The place, or a copy with strides that BLAS takes."""
@@ -272,7 +290,12 @@ class Builder:
 
     def readable(self, leaf: Place, place: Place) -> Place:
         """A known operand, copied once if it is nested otherwise than `place`."""
-        if not leaf.region.known or leaf.numel > _SMALL_COPY or 0 in _needed(leaf):
+        if (
+            self.operations is self.preparation
+            or not leaf.region.known
+            or leaf.numel > _SMALL_COPY
+            or 0 in _needed(leaf)
+        ):
             return leaf
         order = nesting(place)
         sizes = [leaf.sizes[d] for d in order if leaf.sizes[d] != 1]
@@ -282,13 +305,9 @@ class Builder:
         key = (leaf, tuple(order))
         if key not in self._ordered:
             nested = leaf.with_dims(order)
-
-            def compute(tensor: Tensor, nested: Place = nested) -> Tensor:
-                return tensor.as_strided(
-                    nested.sizes, nested.strides, tensor.storage_offset() + nested.offset
-                ).contiguous()
-
-            copy = self.derive(nested.sizes, compute, [leaf])
+            copy = self.prepare(
+                nested.sizes, lambda into: self.operations.append(Elementwise((nested,), (), ((0, into),)))
+            )
             inverse = [order.index(d) for d in range(len(order))]
             self._ordered[key] = copy.with_dims(inverse)
         return self._ordered[key]

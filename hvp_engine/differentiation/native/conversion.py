@@ -70,7 +70,7 @@ class Conversion:
             elif node.op == "call_function":
                 self._values[node] = self._convert(node)
             elif node.op != "placeholder":
-                raise UnsupportedError(f"a node of kind {node.op}")
+                self._values[node] = self._other(node)
 
     # What handlers ask for.
 
@@ -129,6 +129,15 @@ class Conversion:
         dtype = self.builder.dtype
         return self.derive(self.shape(argument), lambda tensor: tensor.to(dtype), [argument])
 
+    def exponential(self, argument: fx.Node) -> Operand:
+        """e to the power of a known argument."""
+        same, build = argument.meta["val"].dtype == self.builder.dtype, self.builder
+        source = self._tensor(argument) if same else self.as_numbers(argument)
+        return build.prepare(
+            source.sizes,
+            lambda into: build.chain([(build.combined(Code.EXPONENTIAL, [source], source.sizes), into)]),
+        )
+
     def derive(
         self,
         sizes: Sequence[int],
@@ -145,6 +154,10 @@ class Conversion:
         return self.derive((count,), lambda tensor: tensor.reshape(-1).to(torch.int64), [argument], Kind.INDEX)
 
     # How values are made.
+
+    def _other(self, node: fx.Node) -> Value:
+        """A node that is neither an input nor a call."""
+        raise UnsupportedError(f"a node of kind {node.op}")
 
     def _tangent(self, node: fx.Node) -> Place:
         value = node.meta["val"]

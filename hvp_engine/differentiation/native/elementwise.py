@@ -183,7 +183,7 @@ def _softmax(c: Conversion, node: Any) -> Value:
     sizes, combined = c.shape(node), c.builder.combined
     gradient = c.place(grad)
     if node.target is aten._log_softmax_backward_data.default:
-        share = c.derive(sizes, torch.exp, [output])
+        share = c.exponential(output)
         total = c.builder.summed(gradient, [dim])
         return combined(Code.SUBTRACT, [gradient, combined(Code.MULTIPLY, [share, total], sizes)], sizes)
     share = c.place(output)

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -35,6 +36,11 @@ class Code(enum.IntEnum):
     SELECT_ABOVE = 9
     TANH_GRADIENT = 10
     SIGMOID_GRADIENT = 11
+    EXPONENTIAL = 12
+    LOGARITHM = 13
+    SQUARE_ROOT = 14
+    TANH = 15
+    SIGMOID = 16
 
 
 WITH_CONSTANT = (Code.SCALE, Code.SHIFT, Code.FILL, Code.SELECT_ABOVE)
@@ -190,11 +196,12 @@ def _leading(place: Place) -> int:
 
 @dataclass(frozen=True)
 class Sum:
-    """The sum over `dims` of `source`; `result` has those dimensions with size 1."""
+    """The sum over `dims` of `source`, or the largest numbers; `result` has those dimensions with size 1."""
 
     source: Place
     result: Place
     dims: frozenset[int]
+    largest: bool = False
 
     @property
     def reads(self) -> tuple[Place, ...]:
@@ -219,7 +226,7 @@ class Sum:
         all_sizes = [*sizes, *lines, tail[0]]
         if len(all_sizes) > MOST_EXTENTS:
             raise UnsupportedError(f"a sum over a tensor of {len(all_sizes)} dimensions that cannot be merged")
-        words.words += [2, len(all_sizes), len(sizes), *all_sizes]
+        words.words += [2, self.largest, len(all_sizes), len(sizes), *all_sizes]
         words.place(source, [*strides[0], *steps[0], tail[1]], workspace)
         words.place(result, [*strides[1], *steps[1], tail[2]], workspace)
 
@@ -233,14 +240,15 @@ def _runs(
 
 @dataclass(frozen=True)
 class Lookup:
-    """result[i, j, k] <- source[i, index[j], k], or with `scatter` result[i, index[j], k] += source[i, j, k] for all
-    indices but `skipped`."""
+    """result[i, j, k] <- source[i, index[j], k], or with `scatter` result[i, index[j], k] += source[i, j, k]. An index
+    equal to `skipped` gives zeros, or adds nothing. The table that is chosen from may have a fourth dimension, of which
+    each j has its own part: result[i, j, k] <- source[i, index[j], k, j]."""
 
     index: Place
     source: Place
     result: Place
     scatter: bool = False
-    skipped: int = -1
+    skipped: int | None = None
 
     @property
     def reads(self) -> tuple[Place, ...]:
@@ -252,10 +260,14 @@ class Lookup:
 
     def write(self, words: Words, workspace: int) -> None:
         chosen, table = (self.source, self.result) if self.scatter else (self.result, self.source)
-        words.words += [3, self.scatter, *chosen.sizes, table.sizes[1], max(self.skipped, -1)]
+        words.words += [3, self.scatter, *chosen.sizes, table.sizes[1]]
+        words.words.append(_NONE if self.skipped is None else self.skipped)
         for place in (self.index, self.source, self.result):
-            words.place(place, place.strides, workspace)
+            alike = place is not table or len(place.sizes) == 4
+            words.place(place, place.strides if alike else (*place.strides, 0), workspace)
 
+
+_NONE = -(1 << 63)
 
 Operation = Elementwise | MatrixProduct | Sum | Lookup
 
@@ -263,6 +275,17 @@ Operation = Elementwise | MatrixProduct | Sum | Lookup
 def regions(places: Sequence[Place]) -> list[Region]:
     """The regions of the workspace among `places`."""
     return [place.region for place in places if place.region.slot is None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """PyTorch computes the tensors of `slots` from those of `reads`."""
+
+    slots: tuple[int, ...]
+    compute: Callable[..., Any]
+    reads: tuple[Place, ...]
+
+    writes: ClassVar[tuple[Place, ...]] = ()
 
 
 @dataclass(frozen=True)

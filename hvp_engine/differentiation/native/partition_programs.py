@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.native.batch_space import Factor, factors, fewest_terms
+from hvp_engine.differentiation.native.graph_program import GraphProgram
 from hvp_engine.differentiation.native.operations import UnsupportedError
 from hvp_engine.differentiation.native.program import BoundProgram, NativeProgram
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.differentiation.trace.rewriting import Attempts
+
+Made = TypeVar("Made")
 
 
 class PartitionPrograms:
@@ -42,6 +47,10 @@ class PartitionPrograms:
     def __setstate__(self, parts: Partition) -> None:
         self.__init__(parts)  # type: ignore[misc]  # as a new one
 
+    def whole(self, graph: fx.GraphModule, otherwise: Callable[..., Sequence[Tensor]]) -> Whole:
+        """A part of the partition that runs once at each point, by the extension if that can."""
+        return Whole(self, graph, otherwise)
+
     def bind(self, residuals: Sequence[Tensor]) -> BoundPrograms | None:
         """The programs on the residuals of the partition's primal part; None if there are none."""
         return None if self.for_products(residuals) is None else BoundPrograms(self, residuals)
@@ -67,9 +76,13 @@ class PartitionPrograms:
 
     def _made(self, residuals: Sequence[Tensor], found: Sequence[Factor]) -> tuple[NativeProgram | None, str]:
         """A program, or why there is none."""
+        return self.timed(lambda: NativeProgram(self._parts, residuals, found))
+
+    def timed(self, make: Callable[[], Made]) -> tuple[Made | None, str]:
+        """What `make` makes, or why it cannot."""
         start = time.perf_counter()
         try:
-            return NativeProgram(self._parts, residuals, found), ""
+            return make(), ""
         except UnsupportedError as error:
             return None, f"since the extension lacks: {error}"
         except Exception as error:  # our own fault, which the operators of PyTorch make good
@@ -77,6 +90,11 @@ class PartitionPrograms:
             return None, f"since making a native program failed: {type(error).__name__}: {error}"
         finally:
             self.seconds += time.perf_counter() - start
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """Of all numbers."""
+        return self._parts.dtypes
 
     def describe(self) -> str:
         """What there is, or why there is nothing; empty before the first use."""
@@ -88,6 +106,28 @@ class PartitionPrograms:
         if self.factored is not None:
             text += f", {len(self.factored.factors)} of {self.factored.count} weights in the space of the batch"
         return text
+
+
+class Whole:
+    """A function of known tensors, detached and without grad mode: by a program that the first call makes, else by
+    `otherwise`."""
+
+    def __init__(self, programs: PartitionPrograms, graph: fx.GraphModule, otherwise: Callable[..., Sequence[Tensor]]):
+        self._parts = programs, graph, otherwise
+        self._run: Callable[..., Sequence[Any]] | None = None
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """A copy makes a program of its own."""
+        return self._parts
+
+    def __setstate__(self, parts: tuple[Any, ...]) -> None:
+        self.__init__(*parts)  # type: ignore[misc]  # as a new one
+
+    def __call__(self, *known: Tensor) -> Sequence[Any]:
+        if self._run is None:
+            programs, graph, otherwise = self._parts
+            self._run = programs.timed(lambda: GraphProgram(graph, programs.dtypes))[0] or otherwise
+        return self._run(*known)
 
 
 class BoundPrograms:

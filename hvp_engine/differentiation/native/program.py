@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -12,26 +12,17 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
-from hvp_engine._support.torch_compat import loaded_library
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.native import adjoints, elementwise, linear_algebra, shaping
 from hvp_engine.differentiation.native.batch_space import Combination, Factor, number, one_for_each_output
 from hvp_engine.differentiation.native.builder import CPU, Builder, Operand
 from hvp_engine.differentiation.native.conversion import Conversion
+from hvp_engine.differentiation.native.extension import Slots, check
 from hvp_engine.differentiation.native.memory_plan import plan
-from hvp_engine.differentiation.native.operations import Code, Operation, UnsupportedError, Words
+from hvp_engine.differentiation.native.operations import Code, Operation
 from hvp_engine.differentiation.native.places import Place
 from hvp_engine.differentiation.native.updates import FIRST_FACTOR, Mixing, Summands, product, update
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
-from hvp_engine.errors import BackendError
-
-try:
-    from hvp_engine.ops.cpp import _C
-
-    _C.find_blas(loaded_library("torch_cpu"))
-    _PROBLEM: str = _C.blas_problem()
-except ImportError as error:
-    _PROBLEM = str(error)
 
 _HANDLERS = (adjoints, elementwise, linear_algebra, shaping)
 """The modules whose handlers are in the table once they are imported."""
@@ -69,14 +60,9 @@ class NativeProgram:
     """
 
     def __init__(self, parts: Partition, residuals: Sequence[Tensor], factors: Sequence[Factor] = ()):
-        if _PROBLEM:
-            raise UnsupportedError(_PROBLEM)
         part = parts.accumulating
         weights = [node for node in part.module.graph.nodes if node.op == "placeholder"][len(part.residuals) :]
-        dtypes = {node.meta["val"].dtype for node in weights}
-        if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
-            raise UnsupportedError(f"weights of {', '.join(sorted(map(str, dtypes))) or 'no dtype'}")
-        (dtype,) = dtypes
+        dtype = check(node.meta["val"].dtype for node in weights)
         self._builder = builder = Builder(dtype)
         diagonals = sorted(set(chain(*parts.diagonals)) - set(part.residuals))
         self.residuals = (*part.residuals, *diagonals)
@@ -93,13 +79,22 @@ class NativeProgram:
         self._groups = [self._in_batch_space(places, states) for places, states in zip(dense, self.states, strict=True)]
         for i, factor in enumerate(factors):
             self._factor(i, factor)
-        self._body = list(builder.operations)
+        self._body, builder.operations = builder.operations, []
+        projections = [self._projection(index, dense[index]) for index in range(_GROUPS)]
+        formations = [self._formation(index, dense[index]) for index in range(_GROUPS)]
+        around = list(chain(*projections, *formations))
         kept = [place for one in self.weights for place in (*one.diagonals, *chain(*one.products))]
         kept += [one.rest for one in self.weights if one.rest is not None]
-        self.workspace = builder.slot((plan(self._body, kept),), (1,))
+        self.workspace = builder.slot((plan([*builder.preparation, *around, *self._body], kept),), (1,))
         self.dtype, self.derived = dtype, tuple(builder.derived)
-        kinds = [(int(slot.kind), slot.shape, slot.strides) for slot in builder.slots]
-        self.slots = _C.Slots(dtype == torch.float64, kinds)
+        self.slots = Slots(builder.slots, dtype)
+        assert self.workspace.region.slot is not None
+        self.prepared = tuple(builder.prepared)
+        self.preparation = self.slots.program(builder.preparation, self.workspace.region.slot)
+        self.projections, self.formations = (
+            [self.slots.program(one, self.workspace.region.slot) for one in programs if one]
+            for programs in (projections, formations)
+        )
         self._programs: dict[Any, Any] = {}
         self._lock = threading.Lock()
         self.product = self._assembled([] if factors else product(builder, self.weights, dense[1]), 0)
@@ -112,12 +107,33 @@ class NativeProgram:
             held[factor.weight] = states[2 * i]
         return [*held, *states[1::2]]
 
+    def _projection(self, group: int, vectors: Sequence[Place]) -> list[Operation]:
+        """U <- x T^T and G <- 0 for one vector, and each factored weight."""
+        build, states = self._builder, self.states[group]
+        operations: list[Operation] = []
+        build.operations = operations
+        for i, (factor, rows) in enumerate(zip(self.factors, self.inputs, strict=True)):
+            build.accumulate(states[2 * i], rows, vectors[factor.weight].transposed(0, 1), 1.0, 0.0)
+            build.stored(build.filled(factor.sizes, 0.0), states[2 * i + 1])
+        return operations
+
+    def _formation(self, group: int, vectors: Sequence[Place]) -> list[Operation]:
+        """T <- T + G^T x for one vector, and each factored weight."""
+        build = self._builder
+        operations: list[Operation] = []
+        build.operations = operations
+        for i, (factor, rows) in enumerate(zip(self.factors, self.inputs, strict=True)):
+            coefficients = self.states[group][2 * i + 1].transposed(0, 1)
+            build.accumulate(vectors[factor.weight], coefficients, rows, 1.0, 1.0)
+        return operations
+
     def _factor(self, index: int, factor: Factor) -> None:
         """Replace a weight's summands by those of U, and append those of G."""
         dense, (product, coefficients) = self.weights[factor.weight], self.states[0][2 * index : 2 * index + 2]
         ((left, rows),) = dense.products
         decays = tuple(one_for_each_output(decay, factor) for decay in dense.diagonals)
-        gram = self._builder.derive((factor.sizes[0],) * 2, lambda x: x @ x.t(), [rows])
+        build, transposed = self._builder, rows.transposed(0, 1)
+        gram = build.prepare((factor.sizes[0],) * 2, lambda into: build.accumulate(into, rows, transposed, 1.0, 0.0))
         change = left.transposed(0, 1)
         self.weights[factor.weight] = Summands(product, decays, ((gram, change),), None)
         self.weights.append(Summands(coefficients, decays, (), change))
@@ -148,23 +164,9 @@ class NativeProgram:
             program, mixed = self._programs[key]
         return Update(program, vectors, target, mixed)
 
-    def laid_out(self, index: int, tensor: Tensor) -> Tensor:
-        """A copy of a tensor with the strides that its slot expects."""
-        slot = self._builder.slots[index]
-        if tensor.shape != slot.shape or tensor.dtype != self.dtype or tensor.device.type != "cpu":
-            raise BackendError(
-                f"native program: expected a tensor of shape {tuple(slot.shape)} and {self.dtype} on the CPU; got "
-                f"{tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}: this is a fault of hvp_engine: please "
-                "report it"
-            )
-        return torch.empty_strided(slot.shape, slot.strides, dtype=tensor.dtype, device=CPU).copy_(tensor.detach())
-
     def _assembled(self, tail: Sequence[Operation], parameters: int) -> Any:
-        words = Words()
         assert self.workspace.region.slot is not None
-        for operation in chain(self._body, tail):
-            operation.write(words, self.workspace.region.slot)
-        return _C.Program(self.slots, parameters, words.constants, words.words)
+        return self.slots.program(chain(self._body, tail), self.workspace.region.slot, parameters)
 
 
 def _summands(parts: Partition, converted: Conversion, known: dict[int, Place], builder: Builder) -> list[Summands]:
@@ -198,15 +200,25 @@ class BoundProgram:
     def __init__(self, program: NativeProgram, residuals: Sequence[Tensor]):
         self._program = program
         self._lock = threading.Lock()
-        self._memory = _C.Memory(program.slots)
-        known = dict(enumerate(self._put(0, [residuals[index] for index in program.residuals])))
+        self._memory = program.slots.memory()
+        known = [residuals[index] for index in program.residuals]
+        tensors: dict[int, Tensor] = dict(enumerate(self._put(0, known)))
+        if program.derived:
+            self._derive(tensors)
         workspace = program.workspace
         assert workspace.region.slot is not None
         self._put(workspace.region.slot, [torch.empty(workspace.sizes, dtype=program.dtype, device=CPU)])
-        if program.derived:
-            self._derive(known)
-        if program.factors:
-            self._hold_factors(residuals, known)
+        for slot in program.prepared:
+            self._put(slot, [program.slots.empty(slot)])
+        if program.prepared:
+            program.preparation.run(self._memory, [[]])
+        self._decays = [
+            number([residuals[index] for index in program.parts.diagonals[f.weight]], (f.sizes[1], rows.sizes[1]))
+            for f, rows in zip(program.factors, program.inputs, strict=True)
+        ]
+        for place in chain(*program.states):
+            assert place.region.slot is not None
+            self._put(place.region.slot, [program.slots.empty(place.region.slot)])
 
     def _derive(self, known: dict[int, Tensor]) -> None:
         """Compute what follows from the tensors in the slots."""
@@ -215,22 +227,6 @@ class BoundProgram:
                 result = one.compute(*(known[source] for source in one.sources))
                 known[one.slot] = result.contiguous()
                 self._put(one.slot, [known[one.slot]])
-
-    def _hold_factors(self, residuals: Sequence[Tensor], known: Mapping[int, Tensor]) -> None:
-        """What combinations are made of."""
-        program = self._program
-        self._rows = [known[place.region.slot] for place in program.inputs if place.region.slot is not None]
-        self._decays = [
-            number([residuals[index] for index in program.parts.diagonals[f.weight]], (f.sizes[1], rows.shape[1]))
-            for f, rows in zip(program.factors, self._rows, strict=True)
-        ]
-        self._states = [
-            [torch.empty_strided(place.sizes, place.strides, dtype=program.dtype, device=CPU) for place in places]
-            for places in program.states
-        ]
-        for places, states in zip(program.states, self._states, strict=True):
-            for place, state in zip(places, states, strict=True):
-                self._put(place.region.slot or 0, [state])
 
     def product(self, tangents: Sequence[Tensor], layout: Layout) -> list[Tensor]:
         """H t, in new memory."""
@@ -263,11 +259,15 @@ class BoundProgram:
                     for start, vector in zip(self._program.firsts, update.vectors, strict=False)
                 ]
                 combinations = self._combinations(placed)
+                for projection in self._program.projections[: len(placed)]:
+                    projection.run(self._memory, [[]])
                 update.program.run(self._memory, table)
                 for combination in combinations:
                     pairs = [(mixing.target, mixing.source) for mixing in update.mixings]
                     combination.follow(accumulation, update.target, pairs, damping, steps)
                     combination.form(update.changed)
+                for k in update.changed if combinations else ():
+                    self._program.formations[k].run(self._memory, [[]])
                 for k in update.changed:
                     for view, tensor in zip(update.vectors[k].views, placed[k], strict=True):
                         if tensor is not view:  # it was laid out anew
@@ -282,23 +282,13 @@ class BoundProgram:
             Combination(
                 self._decays[i],
                 [tensors[factor.weight] for tensors in placed],
-                self._rows[i],
-                [(states[2 * i], states[2 * i + 1]) for states in self._states],
             )
             for i, factor in enumerate(self._program.factors)
         ]
 
     def _put(self, first: int, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Into the slots from `first` on; a tensor of other strides is copied. Returns what is in the slots."""
-        placed = list(tensors)
-        done = 0
-        while done < len(placed):
-            bad = self._memory.put(first + done, placed[done:])
-            if bad < 0:
-                break
-            done += bad
-            placed[done] = self._program.laid_out(first + done, placed[done])
-        return placed
+        """Into the slots from `first` on; returns what is there."""
+        return self._program.slots.put(self._memory, first, tensors)
 
     def _forget(self) -> None:
         """Hold no vector longer than it is needed."""

@@ -191,7 +191,8 @@ def _embedding_backward(c: Conversion, node: Any) -> Value:
         raise UnsupportedError("embedding_dense_backward scaled by frequency")
     place, count = c.place(grad), index.meta["val"].numel()
     shown = reshaped(c, place, (1, count, c.shape(node)[1]))
-    return c.builder.scattered(shown, c.indices(index), rows, padding).without(0)
+    skipped = padding if padding >= 0 else None
+    return c.builder.scattered(shown, c.indices(index), rows, skipped).without(0)
 
 
 @handles(

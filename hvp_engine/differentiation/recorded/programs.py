@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx
 
 from hvp_engine._support.torch_compat import FakeMode, below_autograd, fake_like
-from hvp_engine.differentiation.native.partition_programs import PartitionPrograms
 from hvp_engine.differentiation.recorded.product_recorder import Constant, RecordedProduct, Value
 from hvp_engine.differentiation.self_check import Schedule
 from hvp_engine.differentiation.trace.evaluated import PartitionFunctions
@@ -39,7 +38,7 @@ class Program:
         with torch.no_grad():
             trace = traced(product, tangents)
             self.functions = PartitionFunctions(partition(trace))
-            self.functions.native = PartitionPrograms(self.functions.partition)
+            self.functions.run_natively()
         self.nodes = len(product.entries)
         self.schedule = Schedule()
         self.seconds = time.perf_counter() - start

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.torch_compat import below_autograd
+from hvp_engine.differentiation.closing import Closing
 from hvp_engine.differentiation.linear_map import Accumulation, Linearization, Terms
+from hvp_engine.differentiation.native.closing import closing_graph
+from hvp_engine.differentiation.native.graph_program import GraphProgram
 from hvp_engine.differentiation.native.partition_programs import BoundPrograms, PartitionPrograms
 from hvp_engine.differentiation.trace.fused_update import AccumulatingTerms, accumulating_pays
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
@@ -34,6 +37,24 @@ class PartitionFunctions:
         self.accumulating: Function = parts.accumulating.in_place.forward
         self.unbatched = ""
         self.native: PartitionPrograms | None = None
+        self._closing: list[GraphProgram | None] = []
+
+    def run_natively(self) -> None:
+        """Have the extension run what it can."""
+        self.native = PartitionPrograms(self.partition)
+        self.primal = self.native.whole(self.partition.primal, self.primal)
+        self.mixed = self.native.whole(self.partition.mixed.module, self.mixed)
+
+    def closing(self, gradient: Sequence[Tensor]) -> GraphProgram | None:
+        """The program of what follows a solve, for gradients like this one; None if there is none."""
+        if self.native is None:
+            return None
+        if not self._closing:
+            self._closing.append(self.native.timed(lambda: self._closing_program(gradient))[0])
+        return self._closing[0]
+
+    def _closing_program(self, gradient: Sequence[Tensor]) -> GraphProgram:
+        return GraphProgram(closing_graph(self.partition.mixed, gradient), self.partition.dtypes)
 
 
 class PartitionedLinearization(Linearization):
@@ -101,6 +122,17 @@ class PartitionedLinearization(Linearization):
         with below_autograd():
             found = iter(self.functions.mixed(*self._mixed_residuals, *tangents))
         return [next(found) if there else None for there in self.functions.partition.mixed.outputs]
+
+    def closing(self, x: Sequence[Tensor]) -> Closing:
+        closing = self.functions.closing(self.gradient)
+        if closing is None:
+            return super().closing(x)
+        with below_autograd():
+            *found, change, square = closing(*self._mixed_residuals, *x, *self.gradient)
+        assert change is not None and square is not None
+        present = iter(found)
+        indirect = [next(present) if there else None for there in self.functions.partition.mixed.outputs]
+        return Closing(indirect, x, self.gradient, self.layout, (change, square))
 
     def accumulating_terms(self, accumulation: Accumulation, damping: float) -> Terms | None:
         if self._native is not None:

@@ -17,7 +17,7 @@ from hvp_engine.differentiation.trace.fused_update import Terms, decompose
 from hvp_engine.differentiation.trace.inplace import written_over
 from hvp_engine.differentiation.trace.memory_format import compact_factors
 from hvp_engine.differentiation.trace.point_convolutions import contract_convolutions
-from hvp_engine.differentiation.trace.rematerialize import recomputable
+from hvp_engine.differentiation.trace.rematerialize import pointwise, recomputable
 from hvp_engine.differentiation.trace.rewrites import accumulate, fold_linear, kernel_derivatives, simplify
 from hvp_engine.differentiation.trace.rewriting import Attempts, Rewrite, WrongRewriteError, dependents, placeholders
 from hvp_engine.differentiation.trace.tracing import Trace
@@ -113,7 +113,8 @@ def _partition(trace: Trace) -> Partition:
     every_term = linear | attempts.call(recomputable, known, otherwise=nothing)
     residuals: list[fx.Node] = []
     tangent_part = _part(root, graph, products, every_term, tangents, residuals, attempts)
-    mixed_part = _part(root, graph, mixed, every_term, tangents, residuals, attempts)
+    once = attempts.call(pointwise, _live(mixed, lambda node: False) - linear, otherwise=nothing)
+    mixed_part = _part(root, graph, mixed, every_term | once, tangents, residuals, attempts)
     whole = [Terms((), (), (output,) if isinstance(output, fx.Node) else ()) for output in products]
     terms = attempts.call(_terms, products, tangents, linear, otherwise=whole)
     summands = [node for term in terms for node in term.nodes]
@@ -131,7 +132,7 @@ def _partition(trace: Trace) -> Partition:
         tuple((len(term.products), len(term.rest)) for term in terms),
         diagonals,
         accumulates=by_product > sum(sizes) / 2 and by_product >= _WORTHWHILE,
-        dtypes=_floating_dtypes(graph),
+        dtypes=floating_dtypes(graph),
         undone=(*trace.undone, *attempts.undone),
     )
 
@@ -144,7 +145,8 @@ def _terms(products: Sequence[Any], tangents: Sequence[fx.Node], linear: set[fx.
     ]
 
 
-def _floating_dtypes(graph: fx.Graph) -> frozenset[torch.dtype]:
+def floating_dtypes(graph: fx.Graph) -> frozenset[torch.dtype]:
+    """The floating dtypes of all values."""
     values = [node.meta.get("val") for node in graph.nodes]
     return frozenset(v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
 

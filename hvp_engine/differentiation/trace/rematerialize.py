@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from hvp_engine._support.torch_compat import tags_of
+from hvp_engine.differentiation.trace.functionalize import is_random
 from hvp_engine.differentiation.trace.patterns import result_bytes
 
 aten = torch.ops.aten
@@ -27,6 +29,15 @@ _CHEAP = (
     aten.threshold_backward.default,
 )
 """Operations of one pass over memory, as is reading a result that was held."""
+
+_VIEWS = (
+    aten.expand.default,
+    aten.view.default,
+    aten.select.int,
+    aten.unsqueeze.default,
+    aten.t.default,
+    aten.full.default,
+)
 
 _LARGE = 1 << 18
 """Bytes from which a result is computed again: small networks hold little, and their terms are bound by launches."""
@@ -51,6 +62,21 @@ def recomputable(residuals: Iterable[fx.Node]) -> set[fx.Node]:
         if result_bytes(node) >= _LARGE and chain is not None:
             found |= chain
     return found
+
+
+def pointwise(known: Iterable[fx.Node]) -> set[fx.Node]:
+    """The known nodes that a part which runs once computes itself: elementwise ones, and views and constants for them.
+
+    So nothing is written for it, to be read once: of d2L/dlambda dw for a decay e^lambda w^2 / 2, which is e^lambda w,
+    it reads lambda and w.
+    """
+    return {
+        node
+        for node in known
+        if node.op == "call_function"
+        and not is_random(node)
+        and (torch.Tag.pointwise in tags_of(node.target) or node.target in _VIEWS)
+    }
 
 
 def _chain(node: fx.Node, held: set[fx.Node], small: float, passes: int) -> set[fx.Node] | None:

@@ -12,6 +12,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,14 +24,13 @@ from hvp_engine._support.torch_compat import (
     REGISTER_PYTREE,
     REVERSE_IN_FORWARD,
     one_fake_mode,
-    pytree,
     reverse_in_forward_refused,
     says_data_dependent,
 )
 from hvp_engine._support.user_code import innermost_line
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
-from hvp_engine.differentiation.double_backward import Pullback, Tape, explained, gradients, leaves
-from hvp_engine.differentiation.problem import Problem, is_constant, split_inputs
+from hvp_engine.differentiation.double_backward import Pullback, Tape, differentiate, explained, gradients, leaves
+from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.differentiation.trace.functionalize import functionalized, refuse_side_effects, retraced
 from hvp_engine.differentiation.trace.memory_format import (
     NoStatistics,
@@ -81,7 +81,7 @@ def trace(problem: Problem) -> Trace:
 
     Convolution kernels are laid out as they are fastest, unless the loss takes its images for contiguous.
     """
-    _, others, _ = split_inputs(problem)
+    _, others, _ = problem.split
     for leaf in others:
         if not is_constant(leaf):
             raise TraceError(
@@ -97,37 +97,72 @@ def trace(problem: Problem) -> Trace:
     return _traced(problem, list)
 
 
-def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor]]) -> Trace:
-    """The trace of the loss on `laid_out(weights)`, and of its products on tangents that are laid out alike."""
-    tensors, others, spec = split_inputs(problem)
-    places = [index for index, leaf in enumerate(flatten_batch(problem.inputs)[0]) if isinstance(leaf, Tensor)]
-    count_w, count_h, count_x = len(problem.weights), len(problem.hyperparameters), len(tensors)
+def trace_gradient(problem: Problem) -> fx.GraphModule:
+    """The graph of a loss and its derivatives by weights and hyperparameters, None where there is no path; errors as
+    :func:`trace`."""
 
     def function(*arguments: Tensor) -> list[Tensor | None]:
-        weights, hyperparameters = leaves(arguments[:count_w]), leaves(arguments[count_w : count_w + count_h])
-        batch = list(others)
-        for place, tensor in zip(places, arguments[count_w + count_h :], strict=False):
-            batch[place] = tensor
-        tangents = arguments[count_w + count_h + count_x :]
+        here, weights, hyperparameters = _at(problem, arguments)
         with torch.enable_grad():
-            here = problem.at(pytree.tree_unflatten(batch, spec))
+            loss = here.evaluate(weights, hyperparameters)
+            return [loss.detach(), *differentiate(loss, weights + hyperparameters, retain_graph=False)]
+
+    graph, root, _ = _recorded(problem, function, _known(problem), contextlib.nullcontext())
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    return fx.GraphModule(root, graph)
+
+
+def _known(problem: Problem) -> list[Tensor]:
+    tensors, _, _ = problem.split
+    return [*(t.detach() for t in (*problem.weights, *problem.hyperparameters)), *tensors]
+
+
+def _at(problem: Problem, arguments: Sequence[Tensor]) -> tuple[Problem, list[Tensor], list[Tensor]]:
+    """The problem with a batch of arguments, and new leaves for weights and hyperparameters."""
+    _, others, structure = problem.split
+    count_w, count_h = len(problem.weights), len(problem.hyperparameters)
+    places = [index for index, leaf in enumerate(flatten_batch(problem.inputs)[0]) if isinstance(leaf, Tensor)]
+    batch = list(others)
+    for place, tensor in zip(places, arguments[count_w + count_h :], strict=False):
+        batch[place] = tensor
+    weights, hyperparameters = leaves(arguments[:count_w]), leaves(arguments[count_w : count_w + count_h])
+    return problem.at(structure.rebuild(batch)), weights, hyperparameters
+
+
+def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor]]) -> Trace:
+    """The trace of the loss on `laid_out(weights)`, and of its products on tangents that are laid out alike."""
+    known = _known(problem)
+
+    def function(*arguments: Tensor) -> list[Tensor | None]:
+        here, weights, hyperparameters = _at(problem, arguments[: len(known)])
+        tangents = arguments[len(known) :]
+        with torch.enable_grad():
             loss = here.evaluate(laid_out(weights), hyperparameters)
             gradient = gradients(loss, weights, problem.name)
             tape = Tape(gradient, weights, (), loss)
         products = Pullback(gradient, weights + hyperparameters)(laid_out(tangents))
         return [tape.loss, *tape.gradient, *products]
 
-    arguments = [
-        *(t.detach() for t in (*problem.weights, *problem.hyperparameters)),
-        *tensors,
-        *(torch.ones_like(w) for w in problem.weights),
-    ]
+    arguments = [*known, *(torch.ones_like(w) for w in problem.weights)]
+    graph, root, undone = _recorded(problem, function, arguments, plain_kernels())
+    count = len(problem.weights)
+    return Trace(graph, root, count, 1 + count, tuple(arguments), undone)
+
+
+def _recorded(
+    problem: Problem,
+    function: Callable[..., list[Tensor | None]],
+    arguments: list[Tensor],
+    kernels: contextlib.AbstractContextManager[Any],
+) -> tuple[fx.Graph, fx.GraphModule, tuple[str, ...]]:
+    """The function of the problem's loss as a graph without side effects, what holds its attributes, and the steps that
+    failed and were undone."""
     attempts = Attempts()
     try:
         with (
             TRACING,
             one_fake_mode(),
-            plain_kernels(),
+            kernels,
             torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS),
             reverse_in_forward_refused(),
             explained(),
@@ -166,7 +201,7 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
                 "use engine='eager'"
             ) from error
         raise
-    return Trace(graph, root, count_w, 1 + count_w, tuple(arguments), tuple(attempts.undone))
+    return graph, root, tuple(attempts.undone)
 
 
 def _retraced(recorded: fx.GraphModule, arguments: list[Tensor], name: str) -> fx.GraphModule:

@@ -1,0 +1,251 @@
+"""A graph of known tensors by the extension, with calls of PyTorch's operators in between where it lacks them."""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hvp_engine.differentiation.native import elementwise, linear_algebra, nonlinear, shaping
+from hvp_engine.differentiation.native.builder import Builder, Kind, Operand
+from hvp_engine.differentiation.native.conversion import HANDLERS, Conversion, Value
+from hvp_engine.differentiation.native.extension import Slots, check
+from hvp_engine.differentiation.native.memory_plan import plan
+from hvp_engine.differentiation.native.operations import Call, Code, Operation, UnsupportedError
+from hvp_engine.differentiation.native.places import Place, in_order, nesting, row_major
+from hvp_engine.differentiation.trace.functionalize import is_random
+
+aten = torch.ops.aten
+
+_HANDLERS = (elementwise, linear_algebra, nonlinear, shaping)
+"""The modules whose handlers are in the table once they are imported."""
+
+_KEPT_WORKSPACE = 1 << 12
+"""Elements of a workspace that is kept from run to run; a larger one is the process's again in between."""
+
+_FEW_CALLS, _MOST_CALLS = 2, 0.3
+"""How many of a graph's operators, and what share of them, PyTorch may compute: by itself it takes less for each."""
+
+
+class _Builder(Builder):
+    """What is derived becomes part of the program, since nothing is known before it runs."""
+
+    def derive(
+        self,
+        sizes: Sequence[int],
+        compute: Callable[..., Tensor],
+        sources: Sequence[Place],
+        kind: Kind = Kind.NUMBERS,
+    ) -> Place:
+        place = self.slot(sizes, row_major(sizes), known=kind is not Kind.NUMBERS, kind=kind)
+        self.call([place], compute, sources)
+        return place
+
+    def call(self, results: Sequence[Place], compute: Callable[..., Any], sources: Sequence[Place]) -> None:
+        """Have PyTorch compute `results`, which are whole slots."""
+        slots = tuple(place.region.slot for place in results if place.region.slot is not None)
+        self.operations.append(Call(slots, compute, tuple(sources)))  # type: ignore[arg-type]  # of this class alone
+
+    def like(self, tensor: Tensor, strides: Sequence[int]) -> Place:
+        """A slot for tensors like this one."""
+        if tensor.device.type != "cpu":
+            raise UnsupportedError(f"a tensor on {tensor.device}")
+        kind = {self.dtype: Kind.NUMBERS, torch.int64: Kind.INDEX}.get(tensor.dtype, Kind.OTHER)
+        return self.slot(tensor.shape, strides, known=kind is not Kind.NUMBERS, kind=kind)
+
+
+class _WholeConversion(Conversion):
+    """All of a graph as operations, each where the graph has it."""
+
+    builder: _Builder
+
+    def __init__(self, module: fx.GraphModule, builder: _Builder):
+        inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+        self.attributes: dict[int, Tensor] = {}
+        self.results: list[Place | None] = []
+        self._module = module
+        super().__init__(module, [builder.like(value, value.stride()) for value in inputs], builder)
+
+    def indices(self, argument: fx.Node) -> Place:
+        value = self._tensor(argument)
+        is_index = value.region.slot is not None and self.builder.slots[value.region.slot].kind is Kind.INDEX
+        flat = value.reshaped((value.numel,)) if is_index else None
+        return super().indices(argument) if flat is None else flat
+
+    def exponential(self, argument: fx.Node) -> Operand:
+        return self.builder.combined(Code.EXPONENTIAL, [self.place(argument)], self.shape(argument))
+
+    def _other(self, node: fx.Node) -> Place:
+        tensor = getattr(self._module, str(node.target), None)
+        if node.op != "get_attr" or not isinstance(tensor, Tensor):
+            return super()._other(node)  # type: ignore[return-value]  # it raises
+        place = self._slots[node] = self.builder.like(tensor, tensor.stride())
+        self.attributes[place.region.slot or 0] = tensor.detach()
+        node.meta.setdefault("val", tensor)
+        return place
+
+    def _output(self, argument: Any) -> Place:
+        self.results.append(None if argument is None else self._tensor(argument))
+        return self.results[-1]  # type: ignore[return-value]  # `results` are read instead
+
+    def _known(self, node: fx.Node) -> Value:
+        handler, value = HANDLERS.get(node.target), node.meta.get("val")
+        results = value if isinstance(value, (tuple, list)) else [value]
+        if node.target is operator.getitem:
+            return self.part(*node.args)  # type: ignore[arg-type]  # as operator.getitem takes them
+        if node.target is aten.clone.default and any(user.target not in HANDLERS for user in node.users):
+            handler = None  # an operator of PyTorch may write to a copy: native_batch_norm updates its statistics
+        if handler is not None and all(isinstance(r, Tensor) and r.dtype == self.builder.dtype for r in results):
+            try:
+                return handler(self, node)
+            except UnsupportedError:  # nobody reads what it has emitted until then
+                pass
+        return self._called(node, results)
+
+    def _called(self, node: fx.Node, results: Sequence[Any]) -> Value:
+        there = [isinstance(result, Tensor) for result in results]
+        if not all(one or result is None for one, result in zip(there, results, strict=True)):
+            raise UnsupportedError(f"results of {node.target}")
+        sources, target = list(node.all_input_nodes), node.target
+
+        def compute(*tensors: Tensor) -> Any:
+            known = dict(zip(sources, tensors, strict=True))
+            args = fx.node.map_arg(node.args, lambda argument: known[argument])
+            kwargs = fx.node.map_arg(node.kwargs, lambda argument: known[argument])
+            found = target(*args, **kwargs)  # type: ignore[operator]  # a call_function
+            return [part for part, one in zip(found, there, strict=True) if one] if several else found
+
+        several = isinstance(node.meta["val"], (tuple, list))
+        places = [
+            self.builder.like(r, row_major(r.shape)) if one else None for r, one in zip(results, there, strict=True)
+        ]
+        made = [place for place in places if place is not None]
+        self.builder.call(made, compute, [self._as_recorded(source) for source in sources])
+        return tuple(places) if several else made[0]
+
+    def _as_recorded(self, node: fx.Node) -> Place:
+        """A node with the strides that PyTorch gave it, which some of its operators rely on."""
+        place, recorded = self._tensor(node), node.meta["val"]
+        pairs = zip(place.sizes, place.strides, recorded.stride(), strict=True)
+        if recorded.dtype != self.builder.dtype or all(size == 1 or here == there for size, here, there in pairs):
+            return place
+        return self.builder.copied(
+            place, in_order(place.sizes, sorted(range(recorded.dim()), key=lambda d: -recorded.stride(d)))
+        )
+
+    def _tensor(self, node: fx.Node) -> Place:
+        """A node in memory, as it is."""
+        value = self._values[node] = self.builder.stored(self._single(node))
+        return value
+
+
+class GraphProgram:
+    """The values of a graph of known tensors, one call after another.
+
+    Arguments:
+        module: the graph; its placeholders' `meta` says what the inputs are like.
+        dtypes: of all numbers that it computes with.
+
+    Attributes:
+        random: whether a call draws from the global generators.
+
+    Errors: :class:`UnsupportedError` says why there is no such program.
+    """
+
+    def __init__(self, module: fx.GraphModule, dtypes: Iterable[torch.dtype]):
+        self._made_of = module, frozenset(dtypes)
+        dtype = check(self._made_of[1])
+        nodes = list(module.graph.nodes)
+        self.random = any(is_random(node) for node in nodes)
+        builder = _Builder(dtype)
+        converted = _WholeConversion(module, builder)
+        calls = [operation for operation in builder.operations if isinstance(operation, Call)]
+        if len(calls) > max(_FEW_CALLS, _MOST_CALLS * sum(node.op == "call_function" for node in nodes)):
+            raise UnsupportedError("most of its operators")
+        self._results = converted.results
+        self._made = list(self._slots_of_results(builder))
+        self._workspace_slot = builder.slot((plan(builder.operations, []),), (1,)).region.slot or 0
+        self._slots = Slots(builder.slots, dtype)
+        self._segments = list(self._assembled(builder.operations))
+        self._memory = self._slots.memory()
+        self._count = len(builder.slots)
+        self._held = dict(converted.attributes)
+        for slot, tensor in self._held.items():
+            self._held[slot] = self._slots.put(self._memory, slot, [tensor])[0]
+        self._whole = [(tuple(slot.shape), tuple(slot.strides)) for slot in builder.slots]
+        self._keeps = self._whole[self._workspace_slot][0][0] <= _KEPT_WORKSPACE
+        self._workspace: Tensor | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> tuple[fx.GraphModule, frozenset[torch.dtype]]:
+        """A copy is made anew."""
+        return self._made_of
+
+    def __setstate__(self, state: tuple[fx.GraphModule, frozenset[torch.dtype]]) -> None:
+        self.__init__(*state)  # type: ignore[misc]  # as a new one
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor | None]:
+        """The values, in new memory or as views of the `inputs`, which are detached; called without grad mode."""
+        slots, memory = self._slots, self._memory
+        with self._lock:
+            tensors = dict(enumerate(slots.put(memory, 0, inputs)))
+            if self._held:
+                tensors |= self._held
+            workspace = slots.empty(self._workspace_slot) if self._workspace is None else self._workspace
+            self._workspace = workspace if self._keeps else None
+            tensors[self._workspace_slot] = workspace
+            made = [slots.empty(slot) for slot in self._made]
+            if made:
+                slots.put(memory, self._made[0], made)
+                tensors.update(zip(self._made, made, strict=True))
+            memory.put(self._workspace_slot, [workspace])
+            for program, call in self._segments:
+                if program is not None:
+                    program.run(memory, [[]])
+                if call is not None:
+                    found = call.compute(*(self._shown(place, tensors) for place in call.reads))
+                    for slot, tensor in zip(
+                        call.slots, found if type(found) in (tuple, list) else [found], strict=True
+                    ):
+                        (tensors[slot],) = slots.put(memory, slot, [tensor.contiguous()])
+            memory.clear(0, self._count)
+            for slot, tensor in self._held.items():
+                memory.put(slot, [tensor])
+            return [None if place is None else self._shown(place, tensors) for place in self._results]
+
+    def _shown(self, place: Place, tensors: dict[int, Tensor]) -> Tensor:
+        """The tensor of a place."""
+        region = place.region
+        if region.slot is None:
+            return tensors[self._workspace_slot].as_strided(place.sizes, place.strides, region.offset + place.offset)
+        tensor = tensors[region.slot]
+        if (place.sizes, place.strides) == self._whole[region.slot] and place.offset == 0:
+            return tensor
+        return tensor.as_strided(place.sizes, place.strides, tensor.storage_offset() + place.offset)
+
+    def _slots_of_results(self, builder: Builder) -> Iterator[int]:
+        """Moves results from the workspace into slots of their own, one after another."""
+        for place in self._results:
+            if place is not None and place.region.slot is None:
+                region, dense = place.region, in_order(place.sizes, nesting(place))
+                whole = place.numel == region.numel and all(
+                    size == 1 or here == there
+                    for size, here, there in zip(place.sizes, place.strides, dense, strict=True)
+                )
+                slot = builder.slot(place.sizes, place.strides) if whole else builder.slot((region.numel,), (1,))
+                region.slot = slot.region.slot
+                yield region.slot or 0
+
+    def _assembled(self, operations: Sequence[Operation | Call]) -> Iterator[tuple[Any, Call | None]]:
+        """Operations of the extension, each time up to a call of PyTorch."""
+        segment: list[Operation] = []
+        for operation in [*operations, None]:
+            if operation is None or isinstance(operation, Call):
+                yield (self._slots.program(segment, self._workspace_slot) if segment else None), operation
+                segment = []
+            else:
+                segment.append(operation)

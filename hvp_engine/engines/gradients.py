@@ -1,0 +1,181 @@
+"""Gradients of losses: by autograd, or by a traced program where that is there and right."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import detached, norm_of
+from hvp_engine._support.isolation import recorded_modules
+from hvp_engine._support.random_state import random_state_kept
+from hvp_engine.differentiation.gradient import Gradient, by_autograd
+from hvp_engine.differentiation.native.graph_program import GraphProgram
+from hvp_engine.differentiation.problem import Problem, is_constant
+from hvp_engine.differentiation.self_check import Schedule, difference_of_products
+from hvp_engine.differentiation.trace.partial_evaluation import floating_dtypes
+from hvp_engine.differentiation.trace.tracing import trace_gradient
+from hvp_engine.engines.choice import describe
+from hvp_engine.engines.modes import Modes
+
+_MOST = 64
+"""Losses and shapes that are remembered, the latest used."""
+
+_TRIALS = 3
+
+
+@dataclass
+class _Known:
+    """What is known of one loss and shape.
+
+    Attributes:
+        spent, fastest: seconds of its gradients by autograd, in all and at least.
+        program: None before it is made, and where `reason` says why there is none.
+    """
+
+    spent: float = 0.0
+    fastest: float = math.inf
+    program: GraphProgram | None = None
+    reason: str = ""
+    description: str = ""
+    modes: Modes | None = None
+    schedule: Schedule = field(default_factory=Schedule)
+
+
+class Gradients:
+    """The gradients of losses on a CPU.
+
+    A program, like a linearization, is compared with autograd at first and more and more rarely.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, _Known] = OrderedDict()
+        self._remembered: dict[str, bool] = {}
+
+    def __call__(self, problem: Problem, patience: float = 0.0) -> Gradient:
+        """The gradient of the problem's loss at its point.
+
+        Arguments:
+            patience: seconds that autograd must have taken before a loss is traced. With any, the program is then used
+                if it is faster; without, it is.
+        """
+        tensors, others, _ = problem.split
+        if problem.weights[0].device.type != "cpu" or not all(map(is_constant, others)):
+            return by_autograd(problem)
+        key = problem.signature, torch.get_num_threads()
+        known = self._known.get(key)
+        if known is None and self._remembered:
+            by_program = self._remembered.get(describe(problem, tensors, others))
+            patience = 0.0 if by_program else patience
+            known = self._known[key] = _Known(reason="as before the checkpoint" if by_program is False else "")
+        if known is None or (known.modes is not None and not known.modes.unchanged()):
+            known = self._known[key] = _Known()
+            if len(self._known) > _MOST:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        if known.program is None and not known.reason and known.spent >= patience:
+            self._trace(problem, known)
+            known.description = describe(problem, tensors, others)
+        if known.program is None:
+            return _timed(problem, known)
+        if not known.schedule.due():
+            return _by_program(known.program, problem, tensors)
+        with random_state_kept(problem.weights[0].device):
+            expected = _timed(problem, known)
+        found = _by_program(known.program, problem, tensors)
+        wrong = _disagreement(found, expected, problem)
+        if patience and not wrong and known.schedule.calls == 1:
+            known.reason = self._slower(known, problem, tensors)
+        if wrong:
+            known.reason = wrong
+            warnings.warn(
+                f"the traced gradient of {problem.name} is replaced by autograd's: {wrong}; a loss must be a function "
+                "of its arguments: pass what changes between calls in the batch or the hyperparameters",
+                stacklevel=4,
+            )
+        if known.reason:
+            known.program = None
+            return expected
+        return found
+
+    def quiet(self, problem: Problem) -> bool:
+        """Whether the next gradient runs none of the caller's code and draws no random numbers."""
+        known = self._known.get((problem.signature, torch.get_num_threads()))
+        if known is None or known.program is None or known.program.random or known.schedule.next_is_due():
+            return False
+        return known.modes is None or known.modes.unchanged()
+
+    def state_dict(self) -> dict[str, bool]:
+        """Which gradients are made by programs, of those that are settled, by what the problems look like."""
+        settled = (known for known in self._known.values() if known.description)
+        return self._remembered | {known.description: known.program is not None for known in settled}
+
+    def load_state_dict(self, state: dict[str, bool]) -> None:
+        """Choose the same again."""
+        self._remembered = dict(state)
+        self._known.clear()
+
+    def report(self) -> str:
+        """How many gradients are programs, and why others are not; empty before the first."""
+        made = sum(known.program is not None for known in self._known.values())
+        reasons = sorted({known.reason for known in self._known.values() if known.reason})
+        text = [f"{made} gradients by the extension"] if made else []
+        return "; ".join([*text, *(f"gradients by autograd: {reason}" for reason in reasons)])
+
+    def _trace(self, problem: Problem, known: _Known) -> None:
+        try:
+            with recorded_modules() as modules, random_state_kept(problem.weights[0].device):
+                graph = trace_gradient(problem)
+            known.program, known.modes = GraphProgram(graph, floating_dtypes(graph.graph)), Modes(modules)
+        except Exception as error:  # the loss may still work, which autograd then shows
+            known.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+
+    def _slower(self, known: _Known, problem: Problem, tensors: Sequence[Tensor]) -> str:
+        assert known.program is not None
+        best = math.inf
+        for _ in range(_TRIALS):
+            start = time.perf_counter()
+            _by_program(known.program, problem, tensors)
+            best = min(best, time.perf_counter() - start)
+        return "" if best < known.fastest else "it is faster"
+
+
+def _timed(problem: Problem, known: _Known) -> Gradient:
+    start = time.perf_counter()
+    found = by_autograd(problem)
+    took = time.perf_counter() - start
+    known.spent, known.fastest = known.spent + took, min(known.fastest, took)
+    return found
+
+
+def _by_program(program: GraphProgram, problem: Problem, tensors: Sequence[Tensor]) -> Gradient:
+    with torch.no_grad():
+        loss, *found = program(*detached(problem.weights), *detached(problem.hyperparameters), *detached(tensors))
+    count = len(problem.weights)
+    assert loss is not None
+    weights = [torch.zeros_like(w) if g is None else g for g, w in zip(found, problem.weights, strict=False)]
+    return Gradient(loss.reshape(()) if loss.dim() else loss, weights, found[count:])
+
+
+def _disagreement(found: Gradient, expected: Gradient, problem: Problem) -> str:
+    """What differs, in words; gradients relative to what a gradient of such a loss is like, if that is more."""
+    dtypes = {tensor.dtype for tensor in (*problem.weights, *problem.hyperparameters)}
+    if difference_of_products([found.loss], [expected.loss], dtypes):
+        return "the loss differs"
+    scale = expected.loss.abs().double() / norm_of(detached(problem.weights)).clamp_min(0.01)
+    pairs = (
+        ("weights", found.weights, expected.weights),
+        ("hyperparameters", found.hyperparameters, expected.hyperparameters),
+    )
+    for name, ours, theirs in pairs:
+        there = any(tensor is not None for tensor in theirs)
+        reference = [scale.to(found.loss.dtype)] if there else []
+        if difference_of_products([*ours, *reference], [*theirs, *reference], dtypes):
+            return f"the derivative by the {name} differs"
+    return ""

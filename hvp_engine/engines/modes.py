@@ -1,0 +1,22 @@
+"""Modes of the modules that a loss calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class Modes:
+    """Whether the modules that a loss called are in train or eval mode, as a trace saw it."""
+
+    def __init__(self, modules: Sequence[torch.nn.Module]):
+        self.modules = list(modules)
+        self._parts = [part for module in self.modules for part in module.modules()]
+        self._seen = self._read()
+
+    def unchanged(self) -> bool:
+        return self._seen == self._read()
+
+    def _read(self) -> list[bool]:
+        return [part.training for part in self._parts]
