@@ -5,10 +5,10 @@ from tools.faults.base import Fault
 FAULTS = [
     Fault(
         "hvp_engine/hypergradients/implicit.py",
-        "total.sub_(second.detach())",
-        "total.add_(second.detach())",
+        "second.add_(first.detach())",
+        "second.sub_(first.detach())",
         "tests/test_implicit.py",
-        "the indirect term has the wrong sign",
+        "the direct term has the wrong sign",
     ),
     Fault(
         "hvp_engine/hypergradients/implicit.py",
@@ -39,9 +39,9 @@ FAULTS = [
         "the fixed point's residual has the wrong sign",
     ),
     Fault(
-        "hvp_engine/hypergradients/implicit.py",
-        "    return -torch.stack([product.double() for product in products]).sum()",
-        "    return torch.stack([product.double() for product in products]).sum()",
+        "hvp_engine/differentiation/closing.py",
+        "self._layout.total(-torch.stack(",
+        "self._layout.total(torch.stack(",
         "tests/test_stationarity.py tests/test_implicit.py tests/test_estimators_state.py",
         "the change that training promises has the wrong sign",
     ),

@@ -130,11 +130,10 @@ class Builder:
     def as_numbers(self, place: Place) -> Place:
         """A known tensor in the program's dtype, converted once if it has another."""
         slot = self.slots[place.region.slot or 0]
-        if slot.kind is Kind.NUMBERS:
-            return place
-        return self.derive(slot.shape, lambda tensor: tensor.to(self.dtype), [place])
+        plain = slot.kind is Kind.NUMBERS
+        return place if plain else self.derive(slot.shape, lambda tensor: tensor.to(self.dtype), [place])
 
-    def prepare(self, sizes: Sequence[int], write: Callable[[Place], None]) -> Place:
+    def prepare(self, sizes: Sequence[int], write: Callable[[Place], object]) -> Place:
         """A tensor of `sizes` that `write` has computed once, before all terms."""
         place = self.slot(sizes, row_major(sizes), known=True)
         before, self.operations = self.operations, self.preparation
@@ -223,8 +222,7 @@ class Builder:
         if isinstance(onto, Place) and onto.sizes == sizes and for_blas(onto) and 0 not in _needed(onto):
             result = onto
         else:
-            rows, columns = sizes[-2:]
-            few = columns <= _FEW_COLUMNS and rows > columns
+            few = sizes[-1] <= _FEW_COLUMNS and sizes[-2] > sizes[-1]
             flip = len(sizes) == 2 and (
                 few or all(_upright(x) and not _upright(x.transposed(0, 1)) for x in (left, right))
             )
@@ -290,12 +288,8 @@ class Builder:
 
     def readable(self, leaf: Place, place: Place) -> Place:
         """A known operand, copied once if it is nested otherwise than `place`."""
-        if (
-            self.operations is self.preparation
-            or not leaf.region.known
-            or leaf.numel > _SMALL_COPY
-            or 0 in _needed(leaf)
-        ):
+        copyable = leaf.region.known and leaf.numel <= _SMALL_COPY and 0 not in _needed(leaf)
+        if self.operations is self.preparation or not copyable:
             return leaf
         order = nesting(place)
         sizes = [leaf.sizes[d] for d in order if leaf.sizes[d] != 1]
@@ -305,9 +299,7 @@ class Builder:
         key = (leaf, tuple(order))
         if key not in self._ordered:
             nested = leaf.with_dims(order)
-            copy = self.prepare(
-                nested.sizes, lambda into: self.operations.append(Elementwise((nested,), (), ((0, into),)))
-            )
+            copy = self.prepare(nested.sizes, lambda into: self.stored(nested, into))
             inverse = [order.index(d) for d in range(len(order))]
             self._ordered[key] = copy.with_dims(inverse)
         return self._ordered[key]
