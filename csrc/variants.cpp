@@ -12,7 +12,9 @@ namespace {
    name::linear_model_dual,      \
    name::linear_model_chebyshev, \
    name::linear_model_lanczos,   \
-   name::run_program}
+   name::run_program,            \
+   name::attention_workspace,    \
+   name::attention}
 
 constexpr Variant kBaseline = HVP_VARIANT_OF(baseline);
 const Variant* chosen = &kBaseline;

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "attention.h"
 #include "linear_model.h"
 #include "ops.h"
 #include "program.h"
@@ -23,6 +24,8 @@ struct Variant {
   ChebyshevKernel linear_model_chebyshev;
   LanczosKernel linear_model_lanczos;
   ProgramKernel run_program;
+  AttentionWorkspace attention_workspace;
+  AttentionKernel attention;
 };
 
 // The kernels in use.
@@ -44,6 +47,8 @@ void choose_variant(const std::string& capability);
   void linear_model_lanczos(const LinearModel&, void* basis, double* diagonal, double* off_diagonal,      \
                             int64_t steps, int threads);                                                  \
   bool run_program(const Program&, void* const* slots, const double* row, int threads);                   \
+  int64_t attention_workspace(const Attention& attention, int level);                                     \
+  void attention(const Attention& attention, int level, void* workspace, int threads);                    \
   }
 HVP_DECLARE_VARIANT(baseline)
 HVP_DECLARE_VARIANT(avx2)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
-from hvp_engine._support.torch_compat import loaded_library
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.native import elementwise, linear_algebra, shaping
 from hvp_engine.differentiation.native.batch_space import Combination, Factor, number, one_for_each_output
@@ -26,10 +25,9 @@ from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.errors import BackendError
 
 try:
-    from hvp_engine.ops.cpp import _C
+    from hvp_engine.ops.cpp import _C, find_blas
 
-    _C.find_blas(loaded_library("torch_cpu"))
-    _PROBLEM: str = _C.blas_problem()
+    _PROBLEM: str = find_blas()
 except ImportError as error:
     _PROBLEM = str(error)
 
