@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from hvp_engine._support.torch_compat import in_transform
 from hvp_engine.differentiable.attention import operators
 
 
@@ -57,22 +59,67 @@ def scaled_dot_product_attention(
     >>> product.shape
     torch.Size([2, 8, 100, 64])
     """
-    query, key, value = _autocast(query, key, value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
             raise ValueError(f"{name}: expected ... x length x width; got shape {tuple(tensor.shape)}")
     if is_causal and attn_mask is not None:
         raise ValueError("is_causal: expected False beside attn_mask; got True: put the causal mask into attn_mask")
-    leading = _leading(query, key, value, enable_gqa)
-    q, k, v = (_in_four(x, lead) for x, lead in zip((query, key, value), leading, strict=True))
-    mask = None if attn_mask is None else _mask_in_four(attn_mask, (*leading[0], q.shape[-2], k.shape[-2]))
+    (q, k, v), mask, leading = _prepared(query, key, value, attn_mask, dropout_p, enable_gqa)
     seed = None
     if dropout_p > 0:
         seed = torch.randint(torch.iinfo(torch.int64).max, (), device=query.device)
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
     output, _ = torch.ops.hvp_engine.attention(q, k, v, mask, seed, float(dropout_p), is_causal, float(scale))
-    return output.reshape(*leading[0], *output.shape[-2:])
+    return output.reshape(*leading, *output.shape[-2:])
+
+
+WORTHWHILE = 64 * 64
+"""Pairs of a query and a key in one head from which our operators are faster than torch's products of matrices."""
+
+
+def is_worthwhile(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> bool:
+    """Whether :func:`scaled_dot_product_attention` serves here, and is faster or smaller than torch's kernel.
+
+    It is not for masks that require grad, under transforms of `torch.func` and in forward mode, or for arguments that
+    are invalid, about which torch's own function says what is wrong.
+    """
+    tensors = [query, key, value] + ([] if attn_mask is None else [attn_mask])
+    if not all(type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided for x in tensors) or in_transform():
+        return False
+    if any(x.is_nested or x.dim() < 2 for x in tensors) or (is_causal and attn_mask is not None):
+        return False
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        return False
+    if query.shape[-2] * key.shape[-2] < WORTHWHILE or operators.runs_on(query.device) == "reference":
+        return False
+    try:
+        _prepared(query, key, value, attn_mask, dropout_p, enable_gqa)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _prepared(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, enable_gqa: bool
+) -> tuple[Sequence[Tensor], Tensor | None, tuple[int, ...]]:
+    """Operands and mask as the operators take them, checked, and the output's extents before length and width."""
+    operands = _autocast(query, key, value)
+    leading = _leading(*operands, enable_gqa)
+    operands = [_in_four(x, lead) for x, lead in zip(operands, leading, strict=True)]
+    full = (*leading[0], query.shape[-2], key.shape[-2])
+    mask = None if attn_mask is None else _mask_in_four(attn_mask, full)
+    operators.check(*operands, mask, dropout_p)
+    return operands, mask, leading[0]
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -41,7 +41,7 @@ _SHARED = 5
 """Arguments of the settings, the last ones of every operator."""
 
 
-def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Tensor | None, p: float) -> None:
+def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float) -> None:
     """Raise `ValueError` or `TypeError`, naming the argument, unless the arguments fit together."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dtype not in DTYPES or tensor.dtype != query.dtype:
@@ -79,13 +79,16 @@ def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: 
             )
         if mask.device != query.device:
             raise ValueError(f"attention: mask: expected device {query.device} as the query; got {mask.device}")
-    if not 0 <= p <= 1:
-        raise ValueError(f"attention: dropout_p: expected a probability from 0 to 1; got {p}")
-    if (seed is None) != (p == 0):
-        raise ValueError(f"attention: seed: expected one where dropout_p is not 0; got {seed} with {p}")
-    if seed is not None and (seed.dtype != torch.int64 or seed.dim() or seed.device != query.device):
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"attention: dropout_p: expected a probability from 0 to 1; got {dropout_p}")
+
+
+def _check_seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> None:
+    if (seed is None) != (dropout_p == 0):
+        raise ValueError(f"attention: seed: expected one where dropout_p is not 0; got {seed} with {dropout_p}")
+    if seed is not None and (seed.dtype != torch.int64 or seed.dim() or seed.device != device):
         raise ValueError(
-            f"attention: seed: expected a 0-dim int64 tensor on {query.device}; got shape {tuple(seed.shape)}, "
+            f"attention: seed: expected a 0-dim int64 tensor on {device}; got shape {tuple(seed.shape)}, "
             f"{seed.dtype}, {seed.device}"
         )
 
@@ -118,7 +121,8 @@ def _checked(operator: str, tensors: Sequence[Any], settings: Settings) -> Tenso
     """The query, after all arguments have been checked."""
     first = {"attention": 0, "attention_backward": 1, "attention_backward_backward": 4}[operator]
     query, key, value = tensors[first : first + 3]
-    check(query, key, value, settings.mask, settings.seed, settings.dropout_p)
+    check(query, key, value, settings.mask, settings.dropout_p)
+    _check_seed(settings.seed, settings.dropout_p, query.device)
     shape = (*query.shape[:3], value.shape[3])
     expected = {"grad_output": shape, "output": shape, "logsumexp": shape[:3]}
     given = dict(zip(("grad_output",), tensors[first - 1 : first], strict=True)) if first else {}
