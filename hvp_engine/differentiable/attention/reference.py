@@ -142,7 +142,8 @@ def _repeated(x: Tensor, query: Tensor) -> Tensor:
 def _grouped(gradient: Tensor, like: Tensor) -> Tensor:
     """The sum over the query heads of each group."""
     batch, heads, length, width = like.shape
-    return gradient.reshape(batch, heads, -1 if heads else 1, length, width).sum(2).to(like.dtype)
+    group = gradient.shape[1] // heads if heads else 1
+    return gradient.reshape(batch, heads, group, length, width).sum(2).to(like.dtype)
 
 
 def _scores(q: Tensor, k: Tensor, settings: Settings) -> Tensor:
