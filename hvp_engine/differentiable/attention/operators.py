@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine._support.torch_compat import without_torch_functions
 from hvp_engine.differentiable.attention import reference
 from hvp_engine.differentiable.attention.reference import Settings
 from hvp_engine.ops import backend
@@ -155,7 +156,7 @@ def _fake(operator: str) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _keep(context: Any, inputs: Sequence[Any], output: Sequence[Tensor] = ()) -> None:
-    """Save what a backward needs: tensors, and the settings that are none."""
+    """Save what a backward needs, where a recorder of products finds it: tensors, and the settings that are none."""
     *tensors, mask, seed, dropout_p, is_causal, scale = inputs
     if mask is not None and mask.requires_grad:
         raise ValueError(
@@ -179,14 +180,16 @@ def _keep_backward(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) ->
 def _attention_backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * 8
-    gradients = torch.ops.hvp_engine.attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
+    with without_torch_functions():
+        gradients = torch.ops.hvp_engine.attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
     return (*gradients, *(None,) * _SHARED)
 
 
 def _attention_backward_backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
     if all(tangent is None for tangent in tangents):
         return (None,) * 11
-    gradients = torch.ops.hvp_engine.attention_backward_backward(*tangents, *ctx.saved_tensors, *ctx.settings)
+    with without_torch_functions():
+        gradients = torch.ops.hvp_engine.attention_backward_backward(*tangents, *ctx.saved_tensors, *ctx.settings)
     return (*gradients, *(None,) * (2 + _SHARED))
 
 

@@ -100,7 +100,7 @@ def _reader(node: Any) -> _Reader:
         return _Reader(number, hidden=fields)
     return _Reader(
         number,
-        tensors=tuple((name, f"_raw{name}") for name in fields.tensors),
+        tensors=tuple((name, f"_raw_{name.lstrip('_')}") for name in fields.tensors),
         plain=attrgetter(*fields.plain) if fields.plain else None,
         of_several=type(node).__name__ == "CatBackward0",
     )
