@@ -1,4 +1,4 @@
-// The counter-based generator of dropout masks; see hvp_engine/differentiable/attention/philox.py.
+// The counter-based generator of dropout masks; see hvp_engine/differentiable/attention/dropout.py.
 #pragma once
 
 #include <cstdint>

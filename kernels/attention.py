@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine.differentiable.attention.philox import threshold
+from hvp_engine.differentiable.attention.dropout import threshold
 from hvp_engine.differentiable.attention.reference import Settings
 from hvp_engine.kernels.attention_kernels import (
     attention_key_curvatures,

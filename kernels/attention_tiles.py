@@ -66,7 +66,7 @@ def weights(pairs, logsumexp):
 def dropout_factors(
     query, key, head, seed, threshold, kept, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPOUT: tl.constexpr
 ):
-    """0 for what is dropped, `kept` for the rest; see hvp_engine/differentiable/attention/philox.py."""
+    """0 for what is dropped, `kept` for the rest; see hvp_engine/differentiable/attention/dropout.py."""
     if DROPOUT:
         like = tl.zeros((QUERIES, KEYS), tl.uint32)
         quarter = like + (key // 4).to(tl.uint32)[None, :]

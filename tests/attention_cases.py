@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine.differentiable.attention.philox import dropout_factors
+from hvp_engine.differentiable.attention.dropout import dropout_factors
 
 Function = Callable[..., Tensor]
 

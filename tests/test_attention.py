@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hvp_engine as hvp
-from hvp_engine.differentiable.attention.philox import dropout_factors, philox
+from hvp_engine.differentiable.attention.dropout import dropout_factors, philox
 
 attention = hvp.differentiable.scaled_dot_product_attention
 

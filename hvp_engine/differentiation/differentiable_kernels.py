@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ class _Replacing(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         replacement = self._replacements.get(func)
+        if func is torch.autograd.grad:  # what it computes again, as for gradient checkpointing, needs the mode, too
+            with self:
+                return _with_names(func, torch.autograd, has_torch_function=_no)(*args, **(kwargs or {}))
         if replacement is None:
             return func(*args, **(kwargs or {}))
         self.used = True
@@ -63,10 +66,22 @@ def _attention(*arguments: Any, **options: Any) -> Tensor:
 def _multi_head_attention(*arguments: Any, **options: Any) -> Any:
     """The function behind `nn.MultiheadAttention`, in which no mode sees the attention itself: its code, with another
     function under that name."""
-    original = functional.multi_head_attention_forward
-    names = {**vars(functional), "scaled_dot_product_attention": _attention}
-    copied = FunctionType(original.__code__, names, original.__name__, original.__defaults__, original.__closure__)
-    return copied(*arguments, **options)
+    function = functional.multi_head_attention_forward
+    return _with_names(function, functional, scaled_dot_product_attention=_attention)(*arguments, **options)
+
+
+def _with_names(function: Callable[..., Any], module: ModuleType, **names: Any) -> Callable[..., Any]:
+    """A function of a module whose code finds something else under these global names."""
+    assert isinstance(function, FunctionType)
+    copied = FunctionType(
+        function.__code__, {**vars(module), **names}, function.__name__, function.__defaults__, function.__closure__
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+def _no(*_: Any) -> bool:
+    return False
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

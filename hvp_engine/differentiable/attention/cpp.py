@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvp_engine.differentiable.attention.philox import threshold
+from hvp_engine.differentiable.attention.dropout import threshold
 from hvp_engine.differentiable.attention.reference import Settings
 from hvp_engine.ops.cpp import _C, find_blas
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvp_engine.differentiable.attention.philox import dropout_factors
+from hvp_engine.differentiable.attention.dropout import dropout_factors
 
 
 @dataclass(frozen=True)
