@@ -6,6 +6,7 @@ a layer's value, gradient and product raised its peak: what torch and the extens
 
 from __future__ import annotations
 
+import csv
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,8 @@ import hvp_engine as hvp
 from bench.memory import high_water
 from bench.methods import list_loop
 from bench.networks import Transformer
-from bench.results import ROOT
+from bench.report import grid
+from bench.results import FOLDER, ROOT
 
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 MATH_UP_TO = 2048
@@ -141,6 +143,27 @@ def measure(quick: bool) -> Iterator[dict[str, Any]]:
             }
 
 
+def markdown() -> str:
+    """The table of the documentation: a layer by length."""
+    with (FOLDER / "second-derivatives-attention.csv").open(newline="") as lines:
+        rows = {(row["case"], row["method"], row["length"]): row for row in csv.DictReader(lines)}
+    body = []
+    for (case, method, length), ours in rows.items():
+        if method != "hvp_engine":
+            continue
+        theirs = rows.get((case, "torch, math", length), {})
+        times = [f"{1e3 * float(row['seconds']):.3g} ms" if row else "-" for row in (theirs, ours)]
+        sizes = [f"{float(row['peak_bytes']) / 1e6:.0f} MB" if row else "-" for row in (theirs, ours)]
+        errors = [f"{float(row['error']):.1e}" if row.get("error") else "-" for row in (theirs, ours)]
+        faster = f"{float(theirs['seconds']) / float(ours['seconds']):.2f}x" if theirs else "-"
+        body.append([case, length, *times, faster, *sizes, *errors])
+    columns = ("time", "memory", "error")
+    head = ["case", "length"]
+    for column in columns:
+        head += [f"{column}, math", f"{column}, ours"] + (["faster"] if column == "time" else [])
+    return grid(head, body)
+
+
 def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Time and memory of a layer by length."""
     import matplotlib
@@ -149,10 +172,14 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, column, label in zip(axes, ("seconds", "peak_bytes"), ("seconds of a product", "peak bytes"), strict=True):
+    for axis, column, label in zip(
+        axes, ("seconds", "peak_bytes"), ("seconds of a product", "peak bytes"), strict=True
+    ):
         for name in METHODS:
             for case, style in (("layer", "-"), ("layer, causal", "--")):
-                points = [(row["length"], float(row[column])) for row in rows if (row["case"], row["method"]) == (case, name)]
+                points = [
+                    (row["length"], float(row[column])) for row in rows if (row["case"], row["method"]) == (case, name)
+                ]
                 axis.loglog(*zip(*points, strict=True), style, marker=".", label=f"{name}{case.removeprefix('layer')}")
         axis.set_xlabel("length")
         axis.set_ylabel(label)

@@ -29,7 +29,8 @@ void run_attention(int level, const py::object& query, const py::object& key, co
                    const py::object& logsumexp, const py::object& grad_output,
                    const py::object& grad_grad_query, const py::object& grad_grad_key,
                    const py::object& grad_grad_value, const py::sequence& results, const py::object& mask,
-                   const py::object& seed, double dropout_p, uint32_t threshold, bool is_causal, double scale) {
+                   const py::object& seed, double dropout_p, uint32_t threshold, bool is_causal,
+                   double scale) {
   const Torch& torch = Torch::get();
   const dlpack::Tensor q = torch.view(query.ptr()), k = torch.view(key.ptr()), v = torch.view(value.ptr());
   Attention p{};
@@ -64,14 +65,17 @@ void run_attention(int level, const py::object& query, const py::object& key, co
   p.grad_grad_value = rows(grad_grad_value);
   p.logsumexp = memory(logsumexp);
   for (size_t i = 0; i < results.size(); ++i) p.results[i] = memory(results[i]);
-  const bool small =
-      p.batch * p.heads * p.queries * p.keys * (p.width + p.value_width) * (2 + 2 * level) < kParallelProducts;
+  const bool small = p.batch * p.heads * p.queries * p.keys * (p.width + p.value_width) * (2 + 2 * level) <
+                     kParallelProducts;
   const int threads = small ? 1 : py::cast<int>(torch.threads());
   const py::gil_scoped_release release;
   const int64_t width = p.wide ? 8 : 4, numbers = variant().attention_workspace(p, level);
   // In whole cache lines, so that threads write none together.
-  const auto bytes = static_cast<size_t>((numbers * width + 63) / 64 * 64 * std::min<int64_t>(threads, std::max<int64_t>(1, p.batch * p.key_heads)));
-  const std::unique_ptr<void, decltype(&std::free)> workspace(std::aligned_alloc(64, std::max<size_t>(bytes, 64)), &std::free);
+  const auto bytes =
+      static_cast<size_t>((numbers * width + 63) / 64 * 64 *
+                          std::min<int64_t>(threads, std::max<int64_t>(1, p.batch * p.key_heads)));
+  const std::unique_ptr<void, decltype(&std::free)> workspace(
+      std::aligned_alloc(64, std::max<size_t>(bytes, 64)), &std::free);
   if (workspace == nullptr) throw std::bad_alloc();
   variant().attention(p, level, workspace.get(), threads);
 }

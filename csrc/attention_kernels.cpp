@@ -1,7 +1,7 @@
-// Attention on a CPU, compiled for each instruction set. A block of queries meets all keys at once, so that each
-// row of weights is whole when its sums are needed. What belongs to a pair of a query and a key stands in the
-// order keys x queries: sums over keys then run along vectors of queries, and every matrix product has the one
-// form that tiles of registers are fastest for.
+// Attention on a CPU, compiled for each instruction set. A block of queries meets all keys at once, so that
+// each row of weights is whole when its sums are needed. What belongs to a pair of a query and a key stands
+// in the order keys x queries: sums over keys then run along vectors of queries, and every matrix product has
+// the one form that tiles of registers are fastest for.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -34,7 +34,9 @@ template <class T>
 class Block {
  public:
   Block(const Attention& attention, int level, T* workspace)
-      : p_(attention), size_(block_of(attention)), gemm_(blas().problem.empty() ? blas().gemm<T>() : nullptr) {
+      : p_(attention),
+        size_(block_of(attention)),
+        gemm_(blas().problem.empty() ? blas().gemm<T>() : nullptr) {
     const int64_t pairs = p_.keys * size_;
     for (int64_t i = 0; i < kBlocks[level]; ++i, workspace += pairs) pairs_[i] = workspace;
     if (p_.dropout) {
@@ -95,14 +97,17 @@ class Block {
     if (n == 0 || m == 0) return;
 #ifdef HVP_HAS_X86
     if (m % (kPadding * 4 / static_cast<int64_t>(sizeof(T))) == 0 && tiles_in_use() &&
-        tile_product({false, transposed, m, n, k, alpha, right, right_row, left, left_row, beta, to, to_row}, 1)) {
+        tile_product({false, transposed, m, n, k, alpha, right, right_row, left, left_row, beta, to, to_row},
+                     1)) {
       return;
     }
 #endif
     if (gemm_ != nullptr) {
       const int rows = static_cast<int>(m), columns = static_cast<int>(n), inner = static_cast<int>(k);
-      const int lda = static_cast<int>(right_row), ldb = static_cast<int>(left_row), ldc = static_cast<int>(to_row);
-      gemm_("N", transposed ? "T" : "N", &rows, &columns, &inner, &alpha, right, &lda, left, &ldb, &beta, to, &ldc);
+      const int lda = static_cast<int>(right_row), ldb = static_cast<int>(left_row),
+                ldc = static_cast<int>(to_row);
+      gemm_("N", transposed ? "T" : "N", &rows, &columns, &inner, &alpha, right, &lda, left, &ldb, &beta, to,
+            &ldc);
       return;
     }
     const int64_t row = transposed ? 1 : left_row, column = transposed ? left_row : 1;
@@ -157,7 +162,8 @@ class Block {
 
   void mask() const {
     const bool added = p_.mask_kind == AttentionMask::kAdded;
-    const int64_t start = batch_ * p_.mask_strides[0] + head_ * p_.mask_strides[1] + first_ * p_.mask_strides[2];
+    const int64_t start =
+        batch_ * p_.mask_strides[0] + head_ * p_.mask_strides[1] + first_ * p_.mask_strides[2];
     const int64_t row = p_.mask_strides[2], column = p_.mask_strides[3];
     T* const s = pairs_[0];
     const auto apply = [&](auto read) {
@@ -234,7 +240,8 @@ class Block {
     std::fill(total, total + size_, T(0));
     for (int64_t j = 0; j < keys_; ++j) {
 #pragma omp simd
-      for (int64_t i = 0; i < size_; ++i) largest[i] = s[j * size_ + i] > largest[i] ? s[j * size_ + i] : largest[i];
+      for (int64_t i = 0; i < size_; ++i)
+        largest[i] = s[j * size_ + i] > largest[i] ? s[j * size_ + i] : largest[i];
     }
     for (int64_t i = 0; i < size_; ++i) largest[i] = largest[i] == kHidden ? T(0) : largest[i];
     for (int64_t j = 0; j < keys_; ++j) {
@@ -258,7 +265,8 @@ class Block {
 
   void backward() const {
     T *const weight = pairs_[0], *const gradient = pairs_[1], *const mean = sums_[1];
-    const T scale = static_cast<T>(p_.scale), *const g = queries(p_.grad_output), *const q = queries(p_.query);
+    const T scale = static_cast<T>(p_.scale), *const g = queries(p_.grad_output),
+            *const q = queries(p_.query);
     scores(transposed(p_.query, p_.width, 0));
     weights();
     to_pairs(T(1), value_, p_.value.row, transposed(p_.grad_output, p_.value_width, 1), p_.value_width, T(0),
@@ -288,9 +296,11 @@ class Block {
   }
 
   void backward_backward() const {
-    T *const weight = pairs_[0], *const moved = pairs_[1], *const gradient = pairs_[2], *const second = pairs_[3];
+    T *const weight = pairs_[0], *const moved = pairs_[1], *const gradient = pairs_[2],
+             *const second = pairs_[3];
     const T scale = static_cast<T>(p_.scale);
-    const T *const g = queries(p_.grad_output), *const q = queries(p_.query), *const a = queries(p_.grad_grad_query);
+    const T *const g = queries(p_.grad_output), *const q = queries(p_.query),
+                   *const a = queries(p_.grad_grad_query);
     const T* const columns = transposed(p_.query, p_.width, 0);
     scores(columns);
     weights();
@@ -322,7 +332,8 @@ class Block {
     }
     to_queries(T(1), moved, value_, p_.value.row, p_.value_width, T(0), grad_grad_output);
     if (grad_grad_value_ != nullptr) {
-      to_queries(T(1), weight, grad_grad_value_, p_.grad_grad_value.row, p_.value_width, T(1), grad_grad_output);
+      to_queries(T(1), weight, grad_grad_value_, p_.grad_grad_value.row, p_.value_width, T(1),
+                 grad_grad_output);
     }
     to_keys(T(1), moved, g, p_.grad_output.row, p_.value_width, grad_value);
     to_queries(scale, second, key_, p_.key.row, p_.width, T(0), grad_query);

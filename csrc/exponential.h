@@ -11,8 +11,8 @@ namespace HVP_VARIANT {
 namespace {
 
 // e^x = 2^n e^r with n = round(x / ln 2), so that |r| <= ln(2) / 2, where a Taylor polynomial is exact to
-// rounding. Adding 1.5 * 2^23 leaves n in the last bits of the sum: for x = -3 the quotient is -4.33, and the sum
-// ends in the bits of -4. Zero below the smallest normal number; NaN stays NaN; not for x > 88.
+// rounding. Adding 1.5 * 2^23 leaves n in the last bits of the sum: for x = -3 the quotient is -4.33, and the
+// sum ends in the bits of -4. Zero below the smallest normal number; NaN stays NaN; not for x > 88.
 HVP_INLINE float exponential(float x) {
   constexpr float kLeast = -87.0f, kShift = 12582912.0f;
   const float bounded = x < kLeast ? kLeast : x;

@@ -105,7 +105,9 @@ def test_empty_extents(target: torch.device, empty: str) -> None:
 
 
 def test_gradcheck(target: torch.device) -> None:
-    inputs = [torch.randn(shape, dtype=torch.float64, device=target) for shape in ((1, 2, 3, 2), (1, 1, 4, 2), (1, 1, 4, 3))]
+    inputs = [
+        torch.randn(shape, dtype=torch.float64, device=target) for shape in ((1, 2, 3, 2), (1, 1, 4, 2), (1, 1, 4, 3))
+    ]
     leaves = [x.requires_grad_() for x in inputs]
     mask = torch.tensor([[True, True, False, True], [False] * 4, [True] * 4], device=target)
 

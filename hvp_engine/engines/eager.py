@@ -61,9 +61,7 @@ class EagerEngine(Engine):
             )
         return self._record(kind, problem, plain_kernels)
 
-    def _record(
-        self, kind: type[Tape], problem: Problem, kernels: Callable[[], AbstractContextManager[Any]]
-    ) -> Tape:
+    def _record(self, kind: type[Tape], problem: Problem, kernels: Callable[[], AbstractContextManager[Any]]) -> Tape:
         weights, hyperparameters = leaves(problem.weights), leaves(problem.hyperparameters)
         with torch.enable_grad(), kernels() as replacing:
             loss = problem.evaluate(weights, hyperparameters)

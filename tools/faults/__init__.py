@@ -1,5 +1,6 @@
 """Faults that the tests must notice: mistakes that somebody could make, one list for each part of the library."""
 
+from tools.faults.attention import FAULTS as ATTENTION
 from tools.faults.base import Fault
 from tools.faults.cuda import FAULTS as CUDA
 from tools.faults.hypergradients import FAULTS as HYPERGRADIENTS
@@ -11,4 +12,4 @@ from tools.faults.tuning import FAULTS as TUNING
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: list[Fault] = [*OPS, *CUDA, *NATIVE, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING]
+FAULTS: list[Fault] = [*OPS, *CUDA, *NATIVE, *ATTENTION, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING]

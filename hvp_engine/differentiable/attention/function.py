@@ -94,7 +94,10 @@ def is_worthwhile(
     are invalid, about which torch's own function says what is wrong.
     """
     tensors = [query, key, value] + ([] if attn_mask is None else [attn_mask])
-    if not all(type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided for x in tensors) or in_transform():
+    if (
+        not all(type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided for x in tensors)
+        or in_transform()
+    ):
         return False
     if any(x.is_nested or x.dim() < 2 for x in tensors) or (is_causal and attn_mask is not None):
         return False

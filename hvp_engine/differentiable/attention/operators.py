@@ -180,16 +180,18 @@ def _keep_backward(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) ->
 def _attention_backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * 8
+    saved = ctx.saved_tensors  # which checkpointing computes again, with whatever functions are replaced
     with without_torch_functions():
-        gradients = torch.ops.hvp_engine.attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
+        gradients = torch.ops.hvp_engine.attention_backward(grad_output, *saved, *ctx.settings)
     return (*gradients, *(None,) * _SHARED)
 
 
 def _attention_backward_backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
     if all(tangent is None for tangent in tangents):
         return (None,) * 11
+    saved = ctx.saved_tensors
     with without_torch_functions():
-        gradients = torch.ops.hvp_engine.attention_backward_backward(*tangents, *ctx.saved_tensors, *ctx.settings)
+        gradients = torch.ops.hvp_engine.attention_backward_backward(*tangents, *saved, *ctx.settings)
     return (*gradients, *(None,) * (2 + _SHARED))
 
 
@@ -220,7 +222,9 @@ def _third_derivative(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | No
 def _one_by_one(operator: str) -> Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]]:
     """vmap's rule: element after element, since dropout's masks count the heads of a batch."""
 
-    def batched(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def batched(
+        info: Any, in_dims: Sequence[int | None], *arguments: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         results = [
             getattr(torch.ops.hvp_engine, operator)(
                 *(x if d is None else x.select(d, i) for x, d in zip(arguments, in_dims, strict=True))
