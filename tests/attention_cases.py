@@ -124,7 +124,9 @@ CASES = {
     "causal, more keys than queries": Case((1, 2, 5, 4), (1, 2, 70, 4), (1, 2, 70, 4), {"is_causal": True}),
     "scale": Case(_Q, _K, _V, {"scale": 1.7}),
     "grouped queries": Case((2, 6, 7, 5), (2, 2, 9, 5), (2, 2, 9, 6), {"enable_gqa": True}),
-    "one head of keys, causal": Case((1, 4, 50, 8), (1, 1, 50, 8), (1, 1, 50, 8), {"enable_gqa": True, "is_causal": True}),
+    "one head of keys, causal": Case(
+        (1, 4, 50, 8), (1, 1, 50, 8), (1, 1, 50, 8), {"enable_gqa": True, "is_causal": True}
+    ),
     "boolean mask": Case(_Q, _K, _V, mask=_shown(2, 3, 7, 9)),
     "boolean mask of each batch, long": Case((2, 2, 50, 16), (2, 2, 70, 16), (2, 2, 70, 16), mask=_shown(2, 1, 50, 70)),
     "key padding": Case(_Q, _K, _V, mask=_shown(2, 1, 1, 9)),
@@ -139,5 +141,7 @@ CASES = {
     "one of everything": Case((1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1)),
     "no heads": Case((7, 5), (9, 5), (9, 6)),
     "three extents": Case((3, 7, 5), (3, 9, 5), (3, 9, 6), mask=_shown(3, 7, 9)),
-    "five extents, dropout": Case((2, 2, 3, 7, 5), (2, 2, 3, 9, 5), (2, 2, 3, 9, 6), mask=_shown(2, 1, 3, 7, 9), dropout_p=0.2),
+    "five extents, dropout": Case(
+        (2, 2, 3, 7, 5), (2, 2, 3, 9, 5), (2, 2, 3, 9, 6), mask=_shown(2, 1, 3, 7, 9), dropout_p=0.2
+    ),
 }  # fmt: skip

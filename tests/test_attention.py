@@ -135,7 +135,7 @@ def test_third_and_fourth_derivatives_are_those_of_the_formula(target: torch.dev
     torch.testing.assert_close([derivative(attention, order) for order in (3, 4)], expected, rtol=1e-10, atol=0)
 
 
-# --- dropout -----------------------------------------------------------------------------------------------------------
+# --- dropout --------------------
 
 
 @pytest.mark.parametrize(
@@ -176,13 +176,15 @@ def test_dropout_follows_torchs_generator(target: torch.device) -> None:
     assert torch.equal(torch.get_rng_state(), state), "without dropout nothing is drawn"
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------------
+# --- what is refused --------------------
 
 
 def ones(*shape: int, **options: Any) -> Tensor:
     return torch.ones(shape, **options)
 
 
+NO_HEADS = {"query": ones(7, 5), "key": ones(9, 5), "value": ones(9, 6), "enable_gqa": True}
+LEARNED = {"attn_mask": ones(7, 9, requires_grad=True), "query": ones(2, 3, 7, 5, requires_grad=True)}
 GOOD = {"query": ones(2, 3, 7, 5), "key": ones(2, 3, 9, 5), "value": ones(2, 3, 9, 6)}
 
 
@@ -196,12 +198,12 @@ GOOD = {"query": ones(2, 3, 7, 5), "key": ones(2, 3, 9, 5), "value": ones(2, 3, 
         (ValueError, "broadcast.*enable_gqa=True", {"query": ones(2, 6, 7, 5)}),
         (ValueError, "heads that divide.*4; got 3", {"query": ones(2, 4, 7, 5), "enable_gqa": True}),
         (ValueError, "query: expected.*got shape", {"query": ones(5)}),
-        (ValueError, "enable_gqa: expected.*heads", {"query": ones(7, 5), "key": ones(9, 5), "value": ones(9, 6), "enable_gqa": True}),
+        (ValueError, "enable_gqa: expected.*heads", NO_HEADS),
         (ValueError, "attn_mask: expected.*broadcasts.*got", {"attn_mask": ones(7, 8, dtype=torch.bool)}),
         (ValueError, "attn_mask: expected.*broadcasts.*got", {"attn_mask": ones(1, 2, 3, 7, 9)}),
-        (TypeError, "mask: expected a boolean or floating.*got torch.int64", {"attn_mask": ones(7, 9, dtype=torch.int64)}),
+        (TypeError, "mask: expected a boolean or floating.*got torch.int64", {"attn_mask": ones(7, 9).long()}),
         (ValueError, "is_causal: expected False beside attn_mask", {"attn_mask": ones(7, 9), "is_causal": True}),
-        (ValueError, "mask: expected.*not require grad.*SDPBackend.MATH", {"attn_mask": ones(7, 9, requires_grad=True), "query": ones(2, 3, 7, 5, requires_grad=True)}),
+        (ValueError, "mask: expected.*not require grad.*SDPBackend.MATH", LEARNED),
         (ValueError, "dropout_p: expected.*got 1.5", {"dropout_p": 1.5}),
         (ValueError, "dropout_p: expected.*got -0.1", {"dropout_p": -0.1}),
         (ValueError, "key: expected device cpu.*got meta", {"key": ones(2, 3, 9, 5, device="meta")}),
@@ -236,7 +238,7 @@ def test_arguments_of_the_operators(message: str, arguments: tuple) -> None:
         torch.ops.hvp_engine.attention_backward_backward(*tangents, *GOOD.values(), output, logsumexp, *settings)
 
 
-# --- as operators of torch -------------------------------------------------------------------------------------------------
+# --- as operators of torch --------------------
 
 
 @pytest.mark.parametrize("dropout", [False, True])

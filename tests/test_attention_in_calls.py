@@ -109,7 +109,7 @@ def test_every_engine_has_the_same_products_and_masks(name: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             warnings.filterwarnings("ignore", ".*far from a minimum")
-            hg = hvp.Hypergradient(loss, lambda w, h, b: loss(w, h, b), hvp.Neumann(4, alpha=0.01), engine)
+            hg = hvp.Hypergradient(loss, loss, hvp.Neumann(4, alpha=0.01), engine)
             results[str(engine)] = torch.stack(
                 [hg(weights, torch.tensor(-3.0, dtype=DTYPE), x, x).grads for _ in range(2)]
             )
@@ -170,7 +170,7 @@ def test_checkpointed_attention_is_computed_again_by_the_same_kernels() -> None:
     results = []
     for module in (plain, checkpointed):
         loss, weights, x = losses(module)
-        hg = hvp.Hypergradient(loss, lambda w, h, b: loss(w, h, b), hvp.Neumann(4, alpha=0.01), "eager")
+        hg = hvp.Hypergradient(loss, loss, hvp.Neumann(4, alpha=0.01), "eager")
         results.append(hg(weights, torch.tensor(-3.0, dtype=DTYPE), x, x).grads)
     torch.testing.assert_close(*results, rtol=1e-10, atol=0)
 

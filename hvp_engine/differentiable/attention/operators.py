@@ -47,7 +47,7 @@ def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropou
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dtype not in DTYPES or tensor.dtype != query.dtype:
             raise TypeError(
-                f"attention: {name}: expected float32, float64, bfloat16 or float16, the same for query, key and value; "
+                f"attention: {name}: expected float32, float64, bfloat16 or float16, and the query's dtype; "
                 f"got {tensor.dtype} beside a query of {query.dtype}: convert them to one dtype"
             )
         if tensor.dim() != 4:
