@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -114,24 +113,24 @@ def is_worthwhile(
 
 def _prepared(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, enable_gqa: bool
-) -> tuple[Sequence[Tensor], Tensor | None, tuple[int, ...]]:
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, tuple[int, ...]]:
     """Operands and mask as the operators take them, checked, and the output's extents before length and width."""
-    operands = _autocast(query, key, value)
-    leading = _leading(*operands, enable_gqa)
-    operands = [_in_four(x, lead) for x, lead in zip(operands, leading, strict=True)]
+    query, key, value = _autocast(query, key, value)
+    leading = _leading(query, key, value, enable_gqa)
+    q, k, v = (_in_four(x, lead) for x, lead in zip((query, key, value), leading, strict=True))
     full = (*leading[0], query.shape[-2], key.shape[-2])
     mask = None if attn_mask is None else _mask_in_four(attn_mask, full)
-    operators.check(*operands, mask, dropout_p)
-    return operands, mask, leading[0]
+    operators.check(q, k, v, mask, dropout_p)
+    return (q, k, v), mask, leading[0]
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In the dtype of an autocast that is on, as torch's own function casts."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+    if not torch.is_autocast_enabled(query.device.type):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(query.device.type)
+    q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (query, key, value))
+    return q, k, v
 
 
 def _leading(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> list[tuple[int, ...]]:

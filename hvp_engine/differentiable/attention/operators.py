@@ -200,9 +200,10 @@ def _third_derivative(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | No
     *saved, mask, seed = ctx.saved_tensors
     settings = Settings(mask, seed, *ctx.settings)
     with torch.enable_grad():
-        inputs = [None if x is None else x.view_as(x) if x.requires_grad else x.detach() for x in saved[:7]]
+        inputs: list[Any] = [None if x is None else x.view_as(x) if x.requires_grad else x.detach() for x in saved[:7]]
         active = [x for x in inputs if x is not None and x.requires_grad]
-        outputs = reference.attention_backward_backward(*inputs, None, None, settings)  # type: ignore[arg-type]
+        a, b, c, g, q, k, v = inputs
+        outputs = reference.attention_backward_backward(a, b, c, g, q, k, v, saved[7], None, settings)
         pairs = [(y, t) for y, t in zip(outputs, cotangents, strict=True) if t is not None and y.requires_grad]
         found = iter(
             torch.autograd.grad(
@@ -238,7 +239,7 @@ def _one_by_one(operator: str) -> Callable[..., tuple[tuple[Tensor, ...], tuple[
 
 
 _LIBRARY = torch.library.Library("hvp_engine", "FRAGMENT")
-_DERIVATIVES = (
+_DERIVATIVES: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
     (_attention_backward, _keep_forward),
     (_attention_backward_backward, _keep_backward),
     (_third_derivative, _keep_backward),
