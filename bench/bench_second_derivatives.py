@@ -31,15 +31,20 @@ def families() -> list[str]:
 
 
 def write(family: str, quick: bool) -> list[Mapping[str, Any]]:
-    """Measure a family and write what was found."""
+    """Measure a family and write what was found, row by row."""
     module = importlib.import_module(f"bench.{PREFIX}{family}")
-    rows: list[Mapping[str, Any]] = list(module.measure(quick))
+    rows: list[Mapping[str, Any]] = []
     here = Environment.of(torch.device("cpu"))
     with (FOLDER / f"second-derivatives-{family}.csv").open("w", newline="") as file:
         where = {"device": here.device, "torch": here.torch_version, "commit": here.commit, "date": here.date}
-        writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
+        for row in module.measure(quick):
+            writer = csv.DictWriter(file, [*row, *where], lineterminator="\n")
+            if not rows:
+                writer.writeheader()
+            writer.writerow({**row, **where})
+            file.flush()
+            rows.append(row)
+            print(*row.values(), sep=" | ", flush=True)
     if hasattr(module, "plot"):
         module.plot(rows, FOLDER / f"second-derivatives-{family}.png")
     return rows
@@ -52,8 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for family in arguments.families:
-        for row in write(family, arguments.quick):
-            print(*row.values(), sep=" | ", flush=True)
+        write(family, arguments.quick)
 
 
 if __name__ == "__main__":
