@@ -85,7 +85,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "grouped, as HF": Grouped,
     "nn.MultiheadAttention": MultiHead,
     "nn.MultiheadAttention, dropout": lambda: MultiHead(dropout=0.4),
-    "nn.TransformerEncoder": lambda: encoder(0.0),
     "nn.TransformerEncoder, dropout": lambda: encoder(0.2),
 }
 
@@ -121,7 +120,7 @@ def test_every_engine_has_the_same_products_and_masks(name: str) -> None:
     assert torch.equal(first[0], first[1]) == ("dropout" not in name), "each call draws its own masks"
 
 
-@pytest.mark.parametrize("name", ["grouped, as HF", "nn.MultiheadAttention", "nn.TransformerEncoder"])
+@pytest.mark.parametrize("name", ["grouped, as HF", "nn.MultiheadAttention"])
 def test_the_hessian_is_that_of_torchs_math_kernel(name: str) -> None:
     torch.manual_seed(0)
     loss, weights, x = losses(MODELS[name]().double())
