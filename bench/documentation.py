@@ -6,7 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from baselines import methods
-from bench import cuda_code, demo, field, hard_models, influence, precision, products, report, results, scripts
+from bench import (
+    cuda_code,
+    demo,
+    field,
+    hard_models,
+    influence,
+    precision,
+    products,
+    report,
+    results,
+    scripts,
+    second_derivatives_attention,
+)
 
 
 def plots(files: list[Path]) -> str:
@@ -34,6 +46,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "distributed plots": lambda: named("distributed"),
     "benchmark": lambda: report.markdown(report.everything()),
     "summary": lambda: report.summary(report.everything()),
+    "attention": second_derivatives_attention.markdown,
     "cuda code": cuda_code.markdown,
     "demo": demo.block,
     "field": field.markdown,

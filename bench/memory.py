@@ -62,7 +62,7 @@ def _hypergradients() -> dict[str, Preparation]:
     return methods.own_hypergradients(methods.own_engines()) | {"unrolling": methods.unrolled}
 
 
-def _high_water(reset: bool) -> int:
+def high_water(reset: bool) -> int:
     """The peak of this process's resident set since the last reset, in bytes."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
@@ -75,6 +75,6 @@ if __name__ == "__main__":
     name, method, iterations = sys.argv[1:]
     run = _hypergradients()[method](build(name))
     run(1)
-    before = _high_water(reset=True)
+    before = high_water(reset=True)
     run(int(iterations))
-    print(_high_water(reset=False) - before)
+    print(high_water(reset=False) - before)

@@ -21,6 +21,7 @@ PYBIND11_MODULE(_C, module) {
 #endif
   hvp::choose_variant(py::cast<std::string>(capability));
   module.attr("cpu_variant") = hvp::variant().name;
+  hvp::bind_attention(module);
   hvp::bind_plan(module);
   hvp::bind_recurrence(module);
   hvp::bind_program(module);

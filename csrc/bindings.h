@@ -5,6 +5,7 @@
 
 namespace hvp {
 
+void bind_attention(pybind11::module_& module);
 void bind_plan(pybind11::module_& module);
 void bind_recurrence(pybind11::module_& module);
 void bind_program(pybind11::module_& module);

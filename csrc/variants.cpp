@@ -5,7 +5,8 @@
 namespace hvp {
 namespace {
 
-#define HVP_VARIANT_OF(name) {#name, name::chunk_kernel, name::run_program}
+#define HVP_VARIANT_OF(name) \
+  {#name, name::chunk_kernel, name::run_program, name::attention_workspace, name::attention}
 
 constexpr Variant kBaseline = HVP_VARIANT_OF(baseline);
 const Variant* chosen = &kBaseline;

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "attention.h"
 #include "ops.h"
 #include "program.h"
 
@@ -19,6 +20,8 @@ struct Variant {
   ChunkKernel (*chunk_kernel)(OpCode op, bool measure, bool wide, DType dtype);  // null where a product is
                                                                                  // wider than the state
   ProgramKernel run_program;
+  AttentionWorkspace attention_workspace;
+  AttentionKernel attention;
 };
 
 // The kernels in use.
@@ -32,6 +35,8 @@ void choose_variant(const std::string& capability);
   namespace name {                                                                      \
   ChunkKernel chunk_kernel(OpCode op, bool measure, bool wide, DType dtype);            \
   bool run_program(const Program&, void* const* slots, const double* row, int threads); \
+  int64_t attention_workspace(const Attention& attention, int level);                   \
+  void attention(const Attention& attention, int level, void* workspace, int threads);  \
   }
 HVP_DECLARE_VARIANT(baseline)
 HVP_DECLARE_VARIANT(avx2)

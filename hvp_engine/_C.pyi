@@ -9,6 +9,26 @@ def cuda_problem() -> str: ...
 
 cpu_variant: str
 
+def attention(
+    *,
+    level: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    logsumexp: Tensor | None,
+    grad_output: Tensor | None,
+    grad_grad_query: Tensor | None,
+    grad_grad_key: Tensor | None,
+    grad_grad_value: Tensor | None,
+    results: Sequence[Tensor],
+    mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    threshold: int,
+    is_causal: bool,
+    scale: float,
+) -> None: ...
+
 class Plan:
     def __init__(
         self,

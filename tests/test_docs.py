@@ -20,6 +20,7 @@ PEERS = ("betty", "curvlinops", "hypergrad", "torchopt")
 PUBLIC = (
     "hvp_engine",
     "hvp_engine.diagnostics",
+    "hvp_engine.differentiable",
     "hvp_engine.engines",
     "hvp_engine.hypergradients",
     "hvp_engine.solvers",

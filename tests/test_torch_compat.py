@@ -425,3 +425,21 @@ def test_torch_loads_the_library_that_has_blas() -> None:
     path = Path(torch_compat.loaded_library("torch_cpu"))
     assert path.exists()
     assert hasattr(ctypes.CDLL(str(path)), "sgemm_") and hasattr(ctypes.CDLL(str(path)), "dgemm_")
+
+
+def test_transforms_are_seen() -> None:
+    """Of `torch.func`, and forward mode; not autograd."""
+    seen: list[bool] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(torch_compat.in_transform())
+        return x.square().sum()
+
+    function(W.clone().requires_grad_()).backward()
+    torch.func.vmap(function)(W[None])
+    torch.func.grad(function)(W)
+    torch.func.jvp(function, (W,), (W,))
+    with torch.autograd.forward_ad.dual_level():
+        function(W)
+    function(W)
+    assert seen == [False, True, True, True, True, False]

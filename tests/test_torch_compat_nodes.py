@@ -267,3 +267,18 @@ def test_zero_tensors_are_recorded_as_zeros() -> None:
         return t.square().sum() + F.softplus(w).sum()
 
     assert {level(made) for made in calls(loss, [w], library=Library())} <= {1, 2}
+
+
+def test_nodes_of_our_own_operators_show_all_that_they_keep() -> None:
+    """Each level of attention, with a mask and dropout."""
+    q, k, v = (torch.randn(1, 1, 3, 2, requires_grad=True) for _ in range(3))
+    mask, seed = torch.ones(1, 1, 1, 3, dtype=torch.bool), torch.tensor(1)
+    output, _ = torch.ops.hvp_engine.attention(q, k, v, mask, seed, 0.5, False, 0.7)
+    (gradient,) = torch.autograd.grad(output.sum(), q, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), q, create_graph=True)
+    for x, tensors in ((output, 7), (gradient, 8), (second, 11)):
+        node = x.grad_fn
+        assert node.name().startswith(torch_compat_nodes.OWN_NODES)
+        assert torch_compat_nodes.fields_of(node) == NodeFields(("saved_tensors",), ("settings",))
+        assert node.settings == (0.5, False, 0.7) and len(node.saved_tensors) == tensors
+        assert not torch_compat_nodes.has_unpack_hook(node._raw_saved_tensors)

@@ -44,6 +44,21 @@ def test_strides_of_the_decay(penalty: Callable[[Tensor, Tensor], Tensor], strid
     assert relative_error(linearization.product(v)[0], expected[0]) < 1e-12
 
 
+def test_memory_that_repeats_is_not_seen_as_one_with_its_neighbour() -> None:
+    """The gradient of a mean over positions, the same for all of them, goes as a matrix into the layer below."""
+    x = randn(2, 3, 4, seed=5)
+    at = problem_at(
+        lambda w, h: ((x.flatten(0, 1) @ w).view(2, 3, 5) * h.exp()).mean(1).tanh().square().sum(),
+        randn(4, 5, seed=6),
+        torch.ones((), dtype=DTYPE),
+    )
+    v = [randn(4, 5, seed=7)]
+    expected = EagerEngine().linearize(at).product(v)
+    linearization = LinearizedEngine().linearize(at)
+    assert isinstance(linearization, TracedLinearization)
+    assert relative_error(linearization.product(v)[0], expected[0]) < 1e-12
+
+
 def test_types_stay_what_they_were() -> None:
     """A number and a matrix make float32 here; without the dimensions float64 would win."""
     graph = torch.fx.Graph()

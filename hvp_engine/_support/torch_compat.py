@@ -94,6 +94,11 @@ def shares_storage(tensor: Tensor) -> bool:
     return torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor's own use and the one made here
 
 
+def in_transform() -> bool:
+    """Whether this code runs under a transform of `torch.func` or in a level of forward mode."""
+    return bool(torch._C._functorch.get_interpreter_stack()) or torch.autograd.forward_ad._current_level >= 0
+
+
 # Kernels.
 
 fused_weight_norm = torch._weight_norm

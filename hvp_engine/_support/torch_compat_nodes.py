@@ -31,11 +31,18 @@ HIDING_NODES = re.compile(r"AsStrided|BlockDiag|Foreach|NativeDropout|ToDense|Mi
 arguments, which the metadata of the following nodes show. Seen in 2.13; a test reads torch's Functions.h."""
 
 
+OWN_NODES = "GeneratedBackwardFor_hvp_engine_"
+"""How the names of nodes begin that `torch.library.register_autograd` makes for our own operators. What these keep is
+in their saved tensors, and in an attribute `settings` of their context."""
+
+
 def fields_of(node: Node) -> NodeFields | str:
     """What nodes of this class show of what they hold; a description of the class if they do not show everything."""
     name = node.name()
     if name == "torch::autograd::AccumulateGrad":
         return NodeFields((), ())
+    if name.startswith(OWN_NODES):
+        return NodeFields(("saved_tensors",), ("settings",))
     if not _GENERATED_NODE.fullmatch(name) or HIDING_NODES.match(name) or hasattr(node, "_forward_cls"):
         return f"a {name}, of which the graph does not show what it holds"
     names = dir(node)

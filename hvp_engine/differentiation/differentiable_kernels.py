@@ -4,32 +4,86 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
 
 from hvp_engine._support.random_state import one_thread
 from hvp_engine._support.torch_compat import fused_weight_norm, without_onednn
+from hvp_engine.differentiable.attention.function import is_worthwhile, scaled_dot_product_attention
 from hvp_engine.differentiation.formulas import FORMULAS
 
 
-@contextlib.contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Attention, recurrent layers, embeddings, weight normalization and :data:`FORMULAS`, with the right second
-    derivatives. Torch's switches are the whole process's, so that its thread runs alone."""
-    with one_thread(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), _PlainFunctions():
-        yield
+class _Replacing(TorchFunctionMode):
+    """Replaces functions of torch by others that compute the same values.
 
+    Attributes:
+        used: whether one has been replaced.
+    """
 
-class _PlainFunctions(TorchFunctionMode):
-    """Replaces functions of torch by others that compute the same values."""
+    def __init__(self, replacements: dict[Callable[..., Any], Callable[..., Any]]):
+        super().__init__()
+        self._replacements = replacements
+        self.used = False
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _PLAIN.get(func, func)(*args, **(kwargs or {}))
+        replacement = self._replacements.get(func)
+        if func is torch.autograd.grad:  # what it computes again, as for gradient checkpointing, needs the mode, too
+            with self:
+                return _with_names(func, torch.autograd, has_torch_function=_no)(*args, **(kwargs or {}))
+        if replacement is None:
+            return func(*args, **(kwargs or {}))
+        self.used = True
+        return replacement(*args, **(kwargs or {}))
+
+
+def attention_kernels() -> _Replacing:
+    """A context in which attention has a second derivative; it says whether there was any."""
+    return _Replacing(_ATTENTION)
+
+
+@contextlib.contextmanager
+def plain_kernels() -> Iterator[_Replacing]:
+    """Attention, recurrent layers, embeddings, weight normalization and :data:`FORMULAS`, with the right second
+    derivatives. Torch's switches are the whole process's, so that its thread runs alone."""
+    switches = sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False)
+    with one_thread(), switches[0], switches[1], _Replacing(_PLAIN) as replacing:
+        yield replacing
+
+
+def _attention(*arguments: Any, **options: Any) -> Tensor:
+    """By our operators where they are worth it, else by torch's one kernel that has a second derivative."""
+    if is_worthwhile(*arguments, **options):
+        return scaled_dot_product_attention(*arguments, **options)
+    with sdpa_kernel(SDPBackend.MATH):
+        return functional.scaled_dot_product_attention(*arguments, **options)
+
+
+def _multi_head_attention(*arguments: Any, **options: Any) -> Any:
+    """The function behind `nn.MultiheadAttention`, in which no mode sees the attention itself: its code, with another
+    function under that name."""
+    function = functional.multi_head_attention_forward
+    return _with_names(function, functional, scaled_dot_product_attention=_attention)(*arguments, **options)
+
+
+def _with_names(function: Callable[..., Any], module: ModuleType, **names: Any) -> Callable[..., Any]:
+    """A function of a module whose code finds something else under these global names."""
+    assert isinstance(function, FunctionType)
+    copied = FunctionType(
+        function.__code__, {**vars(module), **names}, function.__name__, function.__defaults__, function.__closure__
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+def _no(*_: Any) -> bool:
+    return False
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -48,7 +102,13 @@ def _lstm(*arguments: Any) -> Any:
         return torch.lstm(*arguments)
 
 
+_ATTENTION: dict[Callable[..., Any], Callable[..., Any]] = {
+    functional.scaled_dot_product_attention: _attention,
+    functional.multi_head_attention_forward: _multi_head_attention,
+}
+
 _PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
+    **_ATTENTION,
     fused_weight_norm: _weight_norm,
     embedding: _embedding,
     torch.lstm: _lstm,

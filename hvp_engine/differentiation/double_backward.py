@@ -20,7 +20,8 @@ from hvp_engine.errors import GraphError, SecondDerivativeError
 _AS_FUNCTION = "hand over the loss as a function (hvp.Hypergradient, hvp.HessianOperator), which uses a formula for it"
 _REMEDIES = {
     "_MeanLoss": "pass the hvp.DataParallel itself to hvp.Hypergradient or an operator, with hvp.Averaged inside it",
-    "_scaled_dot_product": "run the forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
+    "_scaled_dot_product": "call hvp_engine.differentiable.scaled_dot_product_attention in its place, or run the "
+    "forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
     "_cudnn_rnn": "run the forward under torch.backends.cudnn.flags(enabled=False)",
     "mkldnn_rnn": "run the forward under torch.backends.mkldnn.flags(enabled=False)",
     "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint",

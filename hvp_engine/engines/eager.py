@@ -6,11 +6,12 @@ import contextlib
 import warnings
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
 from hvp_engine._support.random_state import RandomState
-from hvp_engine.differentiation.differentiable_kernels import plain_kernels
+from hvp_engine.differentiation.differentiable_kernels import attention_kernels, plain_kernels
 from hvp_engine.differentiation.double_backward import FastKernelError, Tape, gradients, leaves
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
@@ -20,14 +21,14 @@ from hvp_engine.engines.base import Engine
 class EagerEngine(Engine):
     """Builds the gradient graph once for each linearization; every product is one `torch.autograd.grad`.
 
-    Where a fast kernel of the forward has no second derivative, or a wrong one, the graph is built on the plain kernels
-    instead, from then on, with one warning.
+    Attention runs on kernels that have a second derivative. Where another fast kernel of the forward has none, or a
+    wrong one, the graph is built on the plain kernels instead, from then on, with one warning.
     """
 
     name = "eager"
 
     def __init__(self) -> None:
-        self._plain = False
+        self._plain = self._attention = False
         self._complete: Hashable = None
         """The last loss whose kernels all have second derivatives."""
 
@@ -39,9 +40,11 @@ class EagerEngine(Engine):
         if not self._plain:
             # A second recording has to draw the same masks. Keeping the state takes 0.1 ms, so not in every call.
             device = problem.weights[0].device
-            before = RandomState.now(device) if self._complete != problem.identity else None
+            known = self._complete == problem.identity
+            before = None if known else RandomState.now(device)
+            kernels = contextlib.nullcontext if known and not self._attention else attention_kernels
             try:
-                tape = self._record(kind, problem)
+                tape = self._record(kind, problem, kernels)
                 if not tape.facts.incomplete:
                     self._complete = problem.identity
                     return tape
@@ -52,21 +55,18 @@ class EagerEngine(Engine):
             self._plain = True
             warnings.warn(
                 f"{problem.name}: a kernel in it has no second derivative; it is evaluated on plain kernels from "
-                "now on (math attention, no cuDNN, no fused weight normalization, no sparse gradients, formulas for "
-                "hardsigmoid, distances, embedding bags, margin and CTC losses)",
+                "now on (no cuDNN, no fused weight normalization, no sparse gradients, formulas for hardsigmoid, "
+                "distances, embedding bags, margin and CTC losses)",
                 stacklevel=4,
             )
-        with plain_kernels():
-            return self._record(kind, problem, plain_kernels)
+        return self._record(kind, problem, plain_kernels)
 
-    def _record(
-        self,
-        kind: type[Tape],
-        problem: Problem,
-        inside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
-    ) -> Tape:
+    def _record(self, kind: type[Tape], problem: Problem, kernels: Callable[[], AbstractContextManager[Any]]) -> Tape:
         weights, hyperparameters = leaves(problem.weights), leaves(problem.hyperparameters)
-        with torch.enable_grad():
+        with torch.enable_grad(), kernels() as replacing:
             loss = problem.evaluate(weights, hyperparameters)
             gradient = gradients(loss, weights, problem.name)
-        return kind(gradient, weights, hyperparameters, loss, problem.name, inside=inside)
+            # What is recomputed in products must be computed as it was here.
+            inside = kernels if replacing is not None and replacing.used else contextlib.nullcontext
+            self._attention |= kernels is attention_kernels and inside is attention_kernels
+            return kind(gradient, weights, hyperparameters, loss, problem.name, inside=inside)

@@ -12,7 +12,7 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import check_scalar, flatten
-from hvp_engine.differentiation.differentiable_kernels import plain_kernels
+from hvp_engine.differentiation.differentiable_kernels import attention_kernels, plain_kernels
 from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, leaves
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
@@ -77,11 +77,12 @@ class _GaussNewtonEngine(EagerEngine):
         self._model = model
 
     def linearize(self, problem: Problem) -> GaussNewtonProducts:
-        found = GaussNewtonProducts(self._model, problem)
+        with attention_kernels():
+            found = GaussNewtonProducts(self._model, problem)
         if found.incomplete:
             warnings.warn(
-                "model: a kernel in it has no second derivative; it is evaluated on plain kernels (math "
-                "attention, no cuDNN, formulas for hardsigmoid, distances and embedding bags)",
+                "model: a kernel in it has no second derivative; it is evaluated on plain kernels (no cuDNN, "
+                "formulas for hardsigmoid, distances and embedding bags)",
                 stacklevel=4,
             )
             with plain_kernels():

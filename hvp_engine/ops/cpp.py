@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch  # before the extension, which then shares torch's OpenMP runtime
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.pytree import check_leaf_like
+from hvp_engine._support.torch_compat import loaded_library
 from hvp_engine.ops.backend import Binding, Bound
 from hvp_engine.ops.schemas import OPS
 
@@ -22,6 +24,13 @@ except ImportError as error:
 
 CPU_VARIANT: str = _C.cpu_variant
 """The instruction set of the CPU kernels in use: "avx2", or "baseline" (also if ATEN_CPU_CAPABILITY asks for it)."""
+
+
+@cache
+def find_blas() -> str:
+    """Let the extension look for the matrix product of torch's own BLAS; why it cannot be called, empty if it can."""
+    _C.find_blas(loaded_library("torch_cpu"))
+    return _C.blas_problem()
 
 
 def missing(device_type: str) -> str | None:

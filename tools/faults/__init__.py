@@ -1,5 +1,6 @@
 """Faults that the tests must notice: mistakes that somebody could make, one list for each part of the library."""
 
+from tools.faults.attention import FAULTS as ATTENTION
 from tools.faults.base import Fault
 from tools.faults.cuda import FAULTS as CUDA
 from tools.faults.examples import FAULTS as EXAMPLES
@@ -18,6 +19,7 @@ FAULTS: list[Fault] = [
     *OPS,
     *CUDA,
     *NATIVE,
+    *ATTENTION,
     *RECORDED,
     *WRITINGS,
     *SUPPORT,

@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine._support.torch_compat import loaded_library
 from hvp_engine.differentiation.native.builder import CPU, Slot
 from hvp_engine.differentiation.native.operations import Operation, UnsupportedError, Words
 from hvp_engine.errors import BackendError
 
 try:
-    from hvp_engine.ops.cpp import _C
+    from hvp_engine.ops.cpp import _C, find_blas
 
-    _C.find_blas(loaded_library("torch_cpu"))
-    PROBLEM: str = _C.blas_problem()
+    PROBLEM: str = find_blas()
 except ImportError as error:
     PROBLEM = str(error)
 

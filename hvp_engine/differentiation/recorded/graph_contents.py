@@ -115,7 +115,7 @@ def _reader_of(node: Any) -> _Reader:
     if isinstance(fields, str):
         reader = _Reader(number, hidden=fields)
     else:
-        tensors = tuple((intern(name), intern(f"_raw{name}")) for name in fields.tensors)
+        tensors = tuple((intern(name), intern(f"_raw_{name.lstrip('_')}")) for name in fields.tensors)
         kind = type(node).__name__
         reader = _Reader(number, "", tensors, fields.plain, kind == "AccumulateGrad", kind == "CatBackward0")
     _READERS[type(node)] = reader

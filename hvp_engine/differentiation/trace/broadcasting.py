@@ -40,6 +40,8 @@ def expand_last(graph: fx.Graph, linear: set[fx.Node]) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in _ELEMENTWISE or node in linear or node.kwargs:
             continue
+        if any(user.target is aten.view.default for user in node.users):
+            continue  # memory that repeats along a dimension cannot be seen as one with its neighbour
         arguments = [_source(graph, argument) for argument in node.args]
         values = [argument.meta["val"] for argument in arguments if isinstance(argument, fx.Node)]
         result = node.meta["val"]
