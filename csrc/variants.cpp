@@ -14,7 +14,8 @@ namespace {
    name::linear_model_lanczos,   \
    name::run_program,            \
    name::attention_workspace,    \
-   name::attention}
+   name::attention,              \
+   name::run_recurrence}
 
 constexpr Variant kBaseline = HVP_VARIANT_OF(baseline);
 const Variant* chosen = &kBaseline;

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hvp_engine import _C
 from hvp_engine._support.torch_compat import one_fake_mode
-from hvp_engine.differentiation.native import elementwise, linear_algebra, shaping  # noqa: F401, they have the handlers
+from hvp_engine.differentiation.native import elementwise, linear_algebra, recurrent, shaping  # noqa: F401, they have the handlers
 from hvp_engine.differentiation.native.builder import Builder
 from hvp_engine.differentiation.native.conversion import Conversion
 from hvp_engine.differentiation.native.memory_plan import plan

@@ -6,10 +6,11 @@ from tools.faults.cuda import FAULTS as CUDA
 from tools.faults.hypergradients import FAULTS as HYPERGRADIENTS
 from tools.faults.native import FAULTS as NATIVE
 from tools.faults.ops import FAULTS as OPS
+from tools.faults.recurrent import FAULTS as RECURRENT
 from tools.faults.solvers import FAULTS as SOLVERS
 from tools.faults.support import FAULTS as SUPPORT
 from tools.faults.tuning import FAULTS as TUNING
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: list[Fault] = [*OPS, *CUDA, *NATIVE, *ATTENTION, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING]
+FAULTS: list[Fault] = [*OPS, *CUDA, *NATIVE, *ATTENTION, *RECURRENT, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING]

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
 from torch import Tensor
 
@@ -257,7 +258,17 @@ class Lookup:
             words.place(place, place.strides, workspace)
 
 
-Operation = Elementwise | MatrixProduct | Sum | Lookup
+class Operation(Protocol):
+    """What a program does in one step."""
+
+    @property
+    def reads(self) -> tuple[Place, ...]: ...
+
+    @property
+    def writes(self) -> tuple[Place, ...]: ...
+
+    def write(self, words: Words, workspace: int) -> None:
+        """Append itself to the program; `workspace` is the slot of places without one of their own."""
 
 
 def regions(places: Sequence[Place]) -> list[Region]:
