@@ -26,4 +26,5 @@ PYBIND11_MODULE(_C, module) {
   hvp::bind_recurrence(module);
   hvp::bind_program(module);
   hvp::bind_graph_contents(module);
+  hvp::bind_recurrent(module);
 }

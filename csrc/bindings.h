@@ -10,5 +10,6 @@ void bind_plan(pybind11::module_& module);
 void bind_recurrence(pybind11::module_& module);
 void bind_program(pybind11::module_& module);
 void bind_graph_contents(pybind11::module_& module);
+void bind_recurrent(pybind11::module_& module);
 
 }  // namespace hvp

@@ -63,6 +63,21 @@ class Reader {
     return place;
   }
 
+  // A matrix, row after row, all of which must be inside its slot.
+  Place dense(const std::array<int64_t, 2>& sizes) {
+    Place place;
+    place.slot = word(0, static_cast<int64_t>(program_.slots.size()) - 1, "slot");
+    place.offset = word(0, kLargest, "offset");
+    const SlotSpec& slot = program_.slots[place.slot];
+    if (slot.element != Element::kNumber)
+      fail("slot " + std::to_string(place.slot) + " has another type of element");
+    if (sizes[1] > 0 && sizes[0] > (slot.numel - place.offset) / sizes[1]) {
+      fail("slot " + std::to_string(place.slot) + " is too small for a matrix in it");
+    }
+    program_.used[place.slot] = true;
+    return place;
+  }
+
   int64_t constant() {
     return word(-static_cast<int64_t>(program_.constants.size()), program_.parameters - 1, "constant");
   }
@@ -226,6 +241,28 @@ Lookup read_lookup(Reader& reader) {
   return lookup;
 }
 
+RecurrenceStep read_recurrence(Reader& reader, bool wide) {
+  RecurrenceStep step{};
+  RecurrentLayer& recurrence = step.recurrence;
+  recurrence.wide = wide;
+  recurrence.code =
+      static_cast<RecurrentCode>(reader.word(0, static_cast<int64_t>(RecurrentCode::kCount) - 1, "code"));
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 4;
+  recurrence.units = reader.word(0, kMost, "units");
+  recurrence.reverse = reader.word(0, 1, "reverse");
+  const int64_t times = reader.word(1, kMost, "times");
+  for (int64_t t = 0; t < times; ++t) recurrence.batch_sizes.push_back(reader.word(1, kMost, "batch size"));
+  if (!packed(recurrence.batch_sizes)) fail("batch sizes grow");
+  for (const RecurrentTensor& tensor : recurrence_tensors(recurrence.code)) {
+    Place place{-1, 0, {}};
+    if (reader.word(tensor.optional ? 0 : 1, 1, "presence") == 1) {
+      place = reader.dense({recurrence.rows_of(tensor), recurrence.columns_of(tensor)});
+    }
+    step.tensors.push_back(place);
+  }
+  return step;
+}
+
 template <class T>
 void add(Program& program, Kind kind, std::vector<T>& list, T&& operation) {
   program.steps.push_back({kind, list.size()});
@@ -244,7 +281,7 @@ Program Program::parse(bool wide, int64_t parameters, std::vector<SlotSpec> slot
   program.used.assign(program.slots.size(), false);
   Reader reader(program, words);
   while (reader.more()) {
-    const Kind kind = static_cast<Kind>(reader.word(0, static_cast<int64_t>(Kind::kLookup), "kind"));
+    const Kind kind = static_cast<Kind>(reader.word(0, static_cast<int64_t>(Kind::kRecurrence), "kind"));
     switch (kind) {
       case Kind::kElementwise:
         add(program, kind, program.elementwise, read_elementwise(reader));
@@ -257,6 +294,9 @@ Program Program::parse(bool wide, int64_t parameters, std::vector<SlotSpec> slot
         break;
       case Kind::kLookup:
         add(program, kind, program.lookups, read_lookup(reader));
+        break;
+      case Kind::kRecurrence:
+        add(program, kind, program.recurrences, read_recurrence(reader, wide));
         break;
     }
   }

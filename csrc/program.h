@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "recurrent.h"
+
 namespace hvp {
 
 constexpr int kMaxExtents = 6;
@@ -99,7 +101,13 @@ struct Lookup {
   Place index, from, to;  // the index has strides[0]
 };
 
-enum class Kind : int64_t { kElementwise, kMatrixProduct, kSum, kLookup };
+enum class Kind : int64_t { kElementwise, kMatrixProduct, kSum, kLookup, kRecurrence };
+
+// A derivative of a recurrent layer; a tensor that is missing has slot -1.
+struct RecurrenceStep {
+  RecurrentLayer recurrence;
+  std::vector<Place> tensors;
+};
 
 // What a slot holds: numbers of the program's type, indices of type int64, or what no operation reads.
 enum class Element : int { kNumber, kIndex, kOther };
@@ -123,6 +131,7 @@ struct Program {
   std::vector<MatrixProduct> products;
   std::vector<Sum> sums;
   std::vector<Lookup> lookups;
+  std::vector<RecurrenceStep> recurrences;
   std::vector<bool> used;  // slots
 
   // Reads the program that Python wrote; throws ProgramError for one that would leave the memory of its

@@ -4,10 +4,9 @@
 #include <cstring>
 #include <limits>
 
-#include "blas.h"
 #include "dtypes.h"
+#include "matrix_products.h"
 #include "program_math.h"
-#include "tile_products.h"
 #include "variants.h"
 
 namespace hvp {
@@ -15,15 +14,14 @@ namespace HVP_VARIANT {
 namespace {
 
 constexpr int64_t kRegisterBytes = 2048;
-// Below this many elements, or multiplications of a matrix product, one thread is faster than waking others.
+// Below this many elements one thread is faster than waking others.
 constexpr int64_t kParallelElements = int64_t{1} << 18;
-constexpr int64_t kParallelProducts = int64_t{1} << 22;
 
 template <class T>
 class Interpreter {
  public:
   Interpreter(const Program& program, void* const* slots, const double* row, int threads)
-      : program_(program), slots_(slots), row_(row), threads_(threads), gemm_(blas().gemm<T>()) {}
+      : program_(program), slots_(slots), row_(row), threads_(threads) {}
 
   bool run() const {
     bool in_range = true;
@@ -40,6 +38,9 @@ class Interpreter {
           break;
         case Kind::kLookup:
           in_range &= lookup(program_.lookups[step.index]);
+          break;
+        case Kind::kRecurrence:
+          recurrence(program_.recurrences[step.index]);
           break;
       }
     }
@@ -232,31 +233,17 @@ class Interpreter {
 
   void product(const MatrixProduct& product) const {
     if (product.m == 0 || product.n == 0) return;
-    const int m = static_cast<int>(product.m), n = static_cast<int>(product.n),
-              k = static_cast<int>(product.k);
-    const int lda = static_cast<int>(product.lda), ldb = static_cast<int>(product.ldb);
-    const int ldc = static_cast<int>(product.ldc);
-    const char *const a = product.transpose_a ? "T" : "N", *const b = product.transpose_b ? "T" : "N";
-    const T alpha = static_cast<T>(constant(product.alpha)), beta = static_cast<T>(constant(product.beta));
     const bool small =
         threads_ > 1 && product.m * product.n * std::max<int64_t>(1, product.k) < kParallelProducts;
-    const bool alone = small && blas().set_threads != nullptr;
-    const int before = alone ? blas().set_threads(1) : 0;
+    const OneBlasThread alone(small);
     for (int64_t i = 0; i < product.batch; ++i) {
-#ifdef HVP_HAS_X86
-      if (tiles_in_use() && tile_product({product.transpose_a, product.transpose_b, product.m, product.n,
-                                          product.k, alpha, at(product.a) + i * product.a.strides[0],
-                                          product.lda, at(product.b) + i * product.b.strides[0], product.ldb,
-                                          beta, at(product.c) + i * product.c.strides[0], product.ldc},
-                                         small ? 1 : threads_)) {
-        continue;
-      }
-#endif
-      gemm_(a, b, &m, &n, &k, &alpha, at(product.a) + i * product.a.strides[0], &lda,
-            at(product.b) + i * product.b.strides[0], &ldb, &beta, at(product.c) + i * product.c.strides[0],
-            &ldc);
+      multiply<T>(
+          {product.transpose_a, product.transpose_b, product.m, product.n, product.k,
+           static_cast<T>(constant(product.alpha)), at(product.a) + i * product.a.strides[0], product.lda,
+           at(product.b) + i * product.b.strides[0], product.ldb, static_cast<T>(constant(product.beta)),
+           at(product.c) + i * product.c.strides[0], product.ldc},
+          small ? 1 : threads_);
     }
-    if (alone) blas().set_threads(before);
   }
 
   // For each index of the kept extents but the last: the sums of a block of the last extent at once.
@@ -360,12 +347,17 @@ class Interpreter {
     return in_range;
   }
 
+  void recurrence(const RecurrenceStep& step) const {
+    std::vector<void*> tensors;
+    for (const Place& place : step.tensors) tensors.push_back(place.slot < 0 ? nullptr : at(place));
+    run_recurrence(step.recurrence, tensors.data(), threads_);
+  }
+
   static constexpr int64_t kColumns = 256;
   const Program& program_;
   void* const* const slots_;
   const double* const row_;
   const int threads_;
-  const Gemm<T> gemm_;
 };
 
 }  // namespace

@@ -5,8 +5,9 @@
 namespace hvp {
 namespace {
 
-#define HVP_VARIANT_OF(name) \
-  {#name, name::chunk_kernel, name::run_program, name::attention_workspace, name::attention}
+#define HVP_VARIANT_OF(name)                                                           \
+  {#name,           name::chunk_kernel,  name::run_program, name::attention_workspace, \
+   name::attention, name::run_recurrence}
 
 constexpr Variant kBaseline = HVP_VARIANT_OF(baseline);
 const Variant* chosen = &kBaseline;

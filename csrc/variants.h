@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "ops.h"
 #include "program.h"
+#include "recurrent.h"
 
 namespace hvp {
 
@@ -22,6 +23,7 @@ struct Variant {
   ProgramKernel run_program;
   AttentionWorkspace attention_workspace;
   AttentionKernel attention;
+  RecurrentKernel run_recurrence;
 };
 
 // The kernels in use.
@@ -37,6 +39,7 @@ void choose_variant(const std::string& capability);
   bool run_program(const Program&, void* const* slots, const double* row, int threads); \
   int64_t attention_workspace(const Attention& attention, int level);                   \
   void attention(const Attention& attention, int level, void* workspace, int threads);  \
+  void run_recurrence(const RecurrentLayer&, void* const* tensors, int threads);        \
   }
 HVP_DECLARE_VARIANT(baseline)
 HVP_DECLARE_VARIANT(avx2)

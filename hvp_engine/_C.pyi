@@ -76,3 +76,6 @@ def read_graph(
     numbers: dict[Hashable, int],
     names: tuple[str, ...],
 ) -> tuple[list[Any], bytes, list[Tensor], list[int]] | str: ...
+def recurrence(
+    *, code: int, units: int, batch_sizes: Sequence[int], reverse: bool, tensors: Sequence[Tensor | None]
+) -> None: ...

@@ -15,6 +15,7 @@ from hvp_engine.differentiation.native import (  # noqa: F401, they have the han
     elementwise,
     linear_algebra,
     nonlinear,
+    recurrent,
     shaping,
 )
 from hvp_engine.differentiation.native.builder import Builder

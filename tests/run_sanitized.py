@@ -17,7 +17,7 @@ ARGUMENTS = [
     *("-q", "-p", "no:cacheprovider", "-W", "ignore"),
     *(
         str(TESTS / f"test_{name}.py")
-        for name in ("native", "native_fuzz", "ops", "native_operations", "engines_native", "attention")
+        for name in ("native", "native_fuzz", "ops", "native_operations", "engines_native", "attention", "recurrent")
     ),
     # Without what tests other backends, measures time, or starts a Python of its own; and without what demands of the
     # float64 sums of cg_step the accuracy of vectorized ones, which sanitizers prevent.

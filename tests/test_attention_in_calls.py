@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hvp_engine as hvp
 from hvp_engine._support.torch_compat import DispatchMode
-from hvp_engine.differentiation.differentiable_kernels import attention_kernels, plain_kernels
+from hvp_engine.differentiation.differentiable_kernels import own_kernels, plain_kernels
 from hvp_engine.differentiation.recorded.library import Library
 from hvp_engine.differentiation.recorded.owned import OwnedLinearization
 from hvp_engine.differentiation.self_check import difference_of_products
@@ -152,7 +152,7 @@ def test_recorded_products_read_its_nodes() -> None:
     loss, weights, x = losses(Grouped().double())
     w = {name: p.clone().requires_grad_() for name, p in weights.items()}
     tangents = {name: torch.randn_like(p) for name, p in weights.items()}
-    with attention_kernels():
+    with own_kernels():
         value = loss(w, torch.tensor(-3.0, dtype=DTYPE), x)
         gradient = torch.autograd.grad(value, list(w.values()), create_graph=True)
     expected = torch.autograd.grad(gradient, list(w.values()), list(tangents.values()), retain_graph=True)
@@ -192,7 +192,7 @@ def test_a_gradient_penalty_has_products() -> None:
 
 def called(function: Callable[[], Any]) -> bool:
     """Whether `function` runs our operator inside our calls."""
-    with attention_kernels(), Calls() as calls:
+    with own_kernels(), Calls() as calls:
         function()
     return "hvp_engine.attention.default" in calls.names
 
@@ -226,7 +226,7 @@ def test_a_learned_bias_gets_its_derivatives_from_torch() -> None:
 def test_the_callers_own_calls_are_torchs() -> None:
     """Inside our calls only; afterwards nothing is replaced."""
     x = torch.randn(1, 2, LENGTH, 4)
-    for context in (attention_kernels, plain_kernels):
+    for context in (own_kernels, plain_kernels):
         with context():
             pass
     with Calls() as calls:

@@ -374,15 +374,20 @@ def test_programs_that_leave_their_memory_are_refused() -> None:
     slots = _C.Slots(True, [(0, (3,), (1,)), (1, (2,), (1,)), (2, (5,), (1,))])
     copy = [0, 1, 3, 1, 0, 0, 1, 0, 1, 0, 0, 0, 1]  # an elementwise operation that copies slot 0 onto itself
     _C.Program(slots, 0, [], copy)
+    whole = [1, 0, 0]  # a matrix is there, in slot 0, from its first element on
+    recurrence = [4, 3, 1, 0, 1, 1, *whole, *whole, 0, *whole, *whole, *whole, *whole, *whole]  # a GRU of one unit
     wrong = {
         "ends in the middle": copy[:-1],
         "element 3 is asked for": [*copy[:5], 1, *copy[6:]],
         "another type of element": [*copy[:4], 1, *copy[5:]],
         "slot: expected": [*copy[:4], 3, *copy[5:]],
-        "kind: expected": [4],
+        "kind: expected": [5],
         "extents: expected": [0, 7],
         "register": [0, 0, 0, 1, 0, 0, 3, 4],
         "constant: expected": [0, 0, 0, 1, 7, 0, 0],
+        "batch sizes grow": [4, 3, 1, 0, 2, 1, 2],
+        "too small for a matrix": [*recurrence[:-2], 0, 0],
+        "presence: expected": [*recurrence[:6], 0],
     }
     for message, words in wrong.items():
         with pytest.raises(ValueError, match=message):

@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_graphs import by_extension, graph_of
+from recurrences import BATCHES, arguments
 from torch import Tensor
 
+from hvp_engine.differentiable.recurrent.signatures import OPS
 from hvp_engine.differentiation.native import nonlinear
 from hvp_engine.differentiation.native.conversion import HANDLERS
 
@@ -240,6 +242,40 @@ SINGLE: dict[str, Callable[[], Case]] = {
     "bias of a batch": lambda: (lambda x, t: x @ t[:, :3].t() + t[:, 3], [random(60, 3)], [(4, 4)]),
     "seven dimensions": lambda: (lambda t: t.permute(6, 4, 2, 0, 1, 3, 5).reshape(-1) * 2, [], [(1, 2, 1, 3, 1, 2, 1)]),
 }  # fmt: skip
+
+
+def recurrence(name: str, batch: str, moving: str) -> Callable[[], Case]:
+    """An operation in which the arguments of these names depend on tangents, used twice."""
+    target, op = getattr(torch.ops.hvp_engine, name).default, OPS[name]
+    names = list(op.arguments)
+
+    def case() -> Case:
+        given = arguments(name, *BATCHES[batch])
+        if op.keeps:
+            given[-1] = False
+        places = [names.index(one) for one in moving.split()]
+        known = [i for i, one in enumerate(given) if isinstance(one, Tensor) and i not in places]
+
+        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+            filled = list(given)
+            for place, tensor in zip([*known, *places], tensors, strict=True):
+                filled[place] = tensor * 2 if place in places else tensor
+            results = target(*filled)
+            return tuple(r + 1 for r in results if r.numel())
+
+        return function, [given[i] for i in known], [given[i].shape for i in places]
+
+    return case
+
+
+RECURRENCES = {
+    "lstm_recurrence_backward": "output_grad gates_grad",
+    "lstm_recurrence_double_backward": "projected_cotangent hidden_cotangent cell_cotangent",
+    "gru_recurrence_backward": "output_grad",
+    "gru_recurrence_double_backward": "projected_cotangent recurrent_cotangent hidden_cotangent",
+}
+for _batch in ("one sequence", "equal lengths", "packed", "packed, from the end", "tiles"):
+    SINGLE.update({f"{name}, {_batch}": recurrence(name, _batch, moving) for name, moving in RECURRENCES.items()})
 CASES = cases()
 
 

@@ -1,5 +1,7 @@
-"""Operations with first and second derivatives where torch has only first ones, or pays for second ones in memory."""
+"""Operations with first and second derivatives where torch has only first ones, or pays for second ones in time or
+memory."""
 
 from hvp_engine.differentiable.attention.function import scaled_dot_product_attention
+from hvp_engine.differentiable.recurrent.layers import gru, lstm
 
-__all__ = ["scaled_dot_product_attention"]
+__all__ = ["gru", "lstm", "scaled_dot_product_attention"]

@@ -1,4 +1,4 @@
-"""Slower kernels that have second derivatives, in place of fast ones that have none or a wrong one."""
+"""Kernels that have second derivatives, in place of some that have none, or a wrong or a slow one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
 
 from hvp_engine._support.random_state import one_thread
-from hvp_engine._support.torch_compat import fused_weight_norm, without_onednn
+from hvp_engine._support.torch_compat import fused_weight_norm
 from hvp_engine.differentiable.attention.function import is_worthwhile, scaled_dot_product_attention
+from hvp_engine.differentiable.recurrent.layers import gru, lstm
 from hvp_engine.differentiation.formulas import FORMULAS
 
 
@@ -43,9 +44,10 @@ class _Replacing(TorchFunctionMode):
         return replacement(*args, **(kwargs or {}))
 
 
-def attention_kernels() -> _Replacing:
-    """A context in which attention has a second derivative; it says whether there was any."""
-    return _Replacing(_ATTENTION)
+def own_kernels() -> _Replacing:
+    """A context in which attention and recurrent layers are operations of this package, which have second derivatives;
+    it says whether there were any."""
+    return _Replacing(_OWN)
 
 
 @contextlib.contextmanager
@@ -96,21 +98,16 @@ def _embedding(input: Tensor, weight: Tensor, *arguments: Any, **options: Any) -
     return embedding(input, weight, *arguments[:4], **(options | {"sparse": False}))
 
 
-def _lstm(*arguments: Any) -> Any:
-    """Without oneDNN, whose kernel has no second derivative."""
-    with without_onednn():
-        return torch.lstm(*arguments)
-
-
-_ATTENTION: dict[Callable[..., Any], Callable[..., Any]] = {
+_OWN: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.scaled_dot_product_attention: _attention,
     functional.multi_head_attention_forward: _multi_head_attention,
+    torch.gru: gru,
+    torch.lstm: lstm,
 }
 
 _PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
-    **_ATTENTION,
+    **_OWN,
     fused_weight_norm: _weight_norm,
     embedding: _embedding,
-    torch.lstm: _lstm,
     **FORMULAS,
 }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hvp_engine._support.random_state import RandomState
-from hvp_engine.differentiation.differentiable_kernels import attention_kernels, plain_kernels
+from hvp_engine.differentiation.differentiable_kernels import own_kernels, plain_kernels
 from hvp_engine.differentiation.double_backward import FastKernelError, Tape, gradients, leaves
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
@@ -21,14 +21,14 @@ from hvp_engine.engines.base import Engine
 class EagerEngine(Engine):
     """Builds the gradient graph once for each linearization; every product is one `torch.autograd.grad`.
 
-    Attention runs on kernels that have a second derivative. Where another fast kernel of the forward has none, or a
-    wrong one, the graph is built on the plain kernels instead, from then on, with one warning.
+    Attention and recurrent layers run on operations that have a second derivative. Where another fast kernel of the
+    forward has none, or a wrong one, the graph is built on the plain kernels instead, from then on, with one warning.
     """
 
     name = "eager"
 
     def __init__(self) -> None:
-        self._plain = self._attention = False
+        self._plain = self._own = False
         self._complete: Hashable = None
         """The last loss whose kernels all have second derivatives."""
 
@@ -42,7 +42,7 @@ class EagerEngine(Engine):
             device = problem.weights[0].device
             known = self._complete == problem.identity
             before = None if known else RandomState.now(device)
-            kernels = contextlib.nullcontext if known and not self._attention else attention_kernels
+            kernels = contextlib.nullcontext if known and not self._own else own_kernels
             try:
                 tape = self._record(kind, problem, kernels)
                 if not tape.facts.incomplete:
@@ -68,5 +68,5 @@ class EagerEngine(Engine):
             gradient = gradients(loss, weights, problem.name)
             # What is recomputed in products must be computed as it was here.
             inside = kernels if replacing is not None and replacing.used else contextlib.nullcontext
-            self._attention |= kernels is attention_kernels and inside is attention_kernels
+            self._own |= kernels is own_kernels and inside is own_kernels
             return kind(gradient, weights, hyperparameters, loss, problem.name, inside=inside)

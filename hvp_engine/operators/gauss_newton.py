@@ -12,7 +12,7 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import check_scalar, flatten
-from hvp_engine.differentiation.differentiable_kernels import attention_kernels, plain_kernels
+from hvp_engine.differentiation.differentiable_kernels import own_kernels, plain_kernels
 from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, leaves
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
@@ -77,7 +77,7 @@ class _GaussNewtonEngine(EagerEngine):
         self._model = model
 
     def linearize(self, problem: Problem) -> GaussNewtonProducts:
-        with attention_kernels():
+        with own_kernels():
             found = GaussNewtonProducts(self._model, problem)
         if found.incomplete:
             warnings.warn(

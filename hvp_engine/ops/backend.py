@@ -97,18 +97,18 @@ def chosen() -> str:
     return _choice.get()
 
 
-def fastest(device_type: str) -> str:
-    """The first in the order of preference for this type of device that can run there."""
+def fastest(device_type: str, among: Sequence[str] = BACKENDS) -> str:
+    """The first of `among` in the order of preference for this type of device that can run there."""
     preferred = _PREFERENCE.get(device_type, ("reference",))
-    return next(name for name in preferred if why_not(name, device_type) is None)
+    return next(name for name in preferred if name in among and why_not(name, device_type) is None)
 
 
-def select(device: torch.device, name: str | None = None) -> tuple[str, Backend]:
-    """The backend to use on `device`: `name`, or the one chosen by :func:`use_backend`, or the fastest."""
+def select(device: torch.device, name: str | None = None, among: Sequence[str] = BACKENDS) -> tuple[str, Backend]:
+    """The backend to use on `device`: `name`, or the one chosen by :func:`use_backend`, or the fastest of `among`."""
     name = _choice.get() if name is None else name
     if name == "auto":
-        name = fastest(device.type)
-        if name == "reference" and device.type in _PREFERENCE:
+        name = fastest(device.type, among)
+        if name == "reference" and device.type in _PREFERENCE and fastest(device.type) == "reference":
             _warn_slow(device.type)
     elif reason := why_not(name, device.type):
         raise BackendError(

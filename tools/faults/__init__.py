@@ -8,6 +8,7 @@ from tools.faults.hypergradients import FAULTS as HYPERGRADIENTS
 from tools.faults.native import FAULTS as NATIVE
 from tools.faults.ops import FAULTS as OPS
 from tools.faults.recorded import FAULTS as RECORDED
+from tools.faults.recurrent import FAULTS as RECURRENT
 from tools.faults.solvers import FAULTS as SOLVERS
 from tools.faults.support import FAULTS as SUPPORT
 from tools.faults.tuning import FAULTS as TUNING
@@ -20,6 +21,7 @@ FAULTS: list[Fault] = [
     *CUDA,
     *NATIVE,
     *ATTENTION,
+    *RECURRENT,
     *RECORDED,
     *WRITINGS,
     *SUPPORT,

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -269,7 +269,18 @@ class Lookup:
 
 _NONE = -(1 << 63)
 
-Operation = Elementwise | MatrixProduct | Sum | Lookup
+
+class Operation(Protocol):
+    """What a program does in one step."""
+
+    @property
+    def reads(self) -> tuple[Place, ...]: ...
+
+    @property
+    def writes(self) -> tuple[Place, ...]: ...
+
+    def write(self, words: Words, workspace: int) -> None:
+        """Append itself to the program; `workspace` is the slot of places without one of their own."""
 
 
 def regions(places: Sequence[Place]) -> list[Region]:

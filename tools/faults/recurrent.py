@@ -1,0 +1,51 @@
+"""Faults of recurrent layers and their derivatives."""
+
+from tools.faults.base import Fault
+
+LEVELS, LAYERS = "tests/test_recurrent.py", "tests/test_recurrent_layers.py"
+FOLDER = "hvp_engine/differentiable/recurrent"
+
+FAULTS = [
+    Fault(
+        "csrc/recurrent_kernels.cpp",
+        "of_squashed[j] = dh * (uo - T(2) * now * o * s[j]);",
+        "of_squashed[j] = dh * (uo - now * o * s[j]);",
+        f"{LEVELS} -k values_are_those",
+        "the second derivative of an LSTM takes half of tanh's",
+    ),
+    Fault(
+        "csrc/recurrent_kernels.cpp",
+        "const bool down = r_.reverse != backwards;",
+        "const bool down = backwards;",
+        f"{LEVELS} -k values_are_those",
+        "sequences that are to be read from their ends are read from their beginnings",
+    ),
+    Fault(
+        "csrc/activations.h",
+        "const T t = power * rest + (power - T(1));",
+        "const T t = (power + power * rest) - T(1);",
+        f"{LEVELS} -k activations",
+        "tanh of small numbers loses its digits",
+    ),
+    Fault(
+        f"{FOLDER}/reference.py",
+        "dh * (az * change * (1 - 2 * z) + old - u),",
+        "dh * (az * change * (1 - 2 * z) - u),",
+        f"{LEVELS} -k first_and_second",
+        "the second derivative of a GRU forgets that the old state passes through its gate",
+    ),
+    Fault(
+        f"{FOLDER}/derivatives.py",
+        "of_weight = recurrent.t() @ before if",
+        "of_weight = projected.t() @ before if",
+        f"{LEVELS} -k first_and_second",
+        "the second derivative of a GRU takes the inputs' gradient of the candidate for the state's",
+    ),
+    Fault(
+        f"{FOLDER}/layers.py",
+        "if number > 0 and call.dropout > 0:",
+        "if call.dropout > 0:",
+        f"{LAYERS} -k torchs",
+        "dropout is put in front of the first layer too",
+    ),
+]
