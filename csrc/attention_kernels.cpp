@@ -25,6 +25,9 @@ constexpr int64_t kBlocks[3] = {1, 2, 4};
 constexpr int64_t kOperands[3] = {1, 2, 3};  // transposed blocks of queries and what is laid out as they are
 constexpr int64_t kSums = 4;                 // rows of numbers, one for each query of a block
 
+// Keys whose terms are added before the sum joins the others: of numbers, and in a matrix product.
+constexpr int64_t kPart = 32, kLongPart = 256;
+
 int64_t block_of(const Attention& p) {
   const int64_t padded = (p.queries + kPadding - 1) / kPadding * kPadding;
   return std::min(kBlock, padded);
@@ -130,7 +133,12 @@ class Block {
 
   // to (queries x width) <- alpha pairs^T right (keys x width) + beta to.
   void to_queries(T alpha, const T* pairs, const T* right, int64_t row, int64_t width, T beta, T* to) const {
-    multiply(alpha, pairs, size_, true, right, row, beta, to, width, count_, width, keys_);
+    int64_t from = 0;
+    do {  // in parts, whose sums round less than one long sum
+      multiply(alpha, pairs + from * size_, size_, true, right + from * row, row, from == 0 ? beta : T(1), to,
+               width, count_, width, std::min(kLongPart, keys_ - from));
+      from += kLongPart;
+    } while (from < keys_);
   }
 
   // to (keys x width) <- to + alpha pairs right (queries x width).
@@ -285,13 +293,18 @@ class Block {
     to_keys(T(1), weight, g, p_.grad_output.row, p_.value_width, key_result(2, p_.value_width));
   }
 
-  // mean <- sum over keys of weight x.
+  // mean <- sum over keys of weight x, in parts, whose sums round less than one long sum.
   void means(const T* x, T* mean) const {
+    T* const part = sums_[0];
     std::fill(mean, mean + size_, T(0));
-    for (int64_t j = 0; j < keys_; ++j) {
-      const T *const w = pairs_[0] + j * size_, *const row = x + j * size_;
+    for (int64_t from = 0; from < keys_; from += kPart) {
+      std::fill(part, part + size_, T(0));
+      for (int64_t j = from; j < std::min(keys_, from + kPart); ++j) {
+        const T *const w = pairs_[0] + j * size_, *const row = x + j * size_;
 #pragma omp simd
-      for (int64_t i = 0; i < size_; ++i) mean[i] += w[i] * row[i];
+        for (int64_t i = 0; i < size_; ++i) part[i] += w[i] * row[i];
+      }
+      for (int64_t i = 0; i < size_; ++i) mean[i] += part[i];
     }
   }
 
