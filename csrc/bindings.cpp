@@ -25,4 +25,6 @@ PYBIND11_MODULE(_C, module) {
   hvp::bind_recurrence(module);
   hvp::bind_linear_model(module);
   hvp::bind_program(module);
+  hvp::bind_cross_entropy(module);
+  hvp::bind_normalization(module);
 }

@@ -9,5 +9,7 @@ void bind_plan(pybind11::module_& module);
 void bind_linear_model(pybind11::module_& module);
 void bind_recurrence(pybind11::module_& module);
 void bind_program(pybind11::module_& module);
+void bind_cross_entropy(pybind11::module_& module);
+void bind_normalization(pybind11::module_& module);
 
 }  // namespace hvp

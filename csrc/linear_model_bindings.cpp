@@ -9,11 +9,6 @@ namespace {
 // Below this many multiplications in one term one thread is faster than waking others.
 constexpr int64_t kParallelProducts = int64_t{1} << 20;
 
-// The memory behind a tensor, or null for None.
-void* memory(const py::object& tensor) {
-  return tensor.is_none() ? nullptr : reinterpret_cast<void*>(address(Torch::get().view(tensor.ptr())));
-}
-
 // The caller has checked that everything is on the CPU, of one type and laid out as LinearModel says;
 // `state` has one flat vector in each of its rows.
 LinearModel linear_model(const py::object& state, const py::object& inputs, const py::object& curvature,

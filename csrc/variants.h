@@ -4,7 +4,9 @@
 
 #include <string>
 
+#include "cross_entropy.h"
 #include "linear_model.h"
+#include "normalization.h"
 #include "ops.h"
 #include "program.h"
 
@@ -23,6 +25,13 @@ struct Variant {
   ChebyshevKernel linear_model_chebyshev;
   LanczosKernel linear_model_lanczos;
   ProgramKernel run_program;
+  CrossEntropyValue cross_entropy;
+  CrossEntropyBackward cross_entropy_backward;
+  CrossEntropyDoubleBackward cross_entropy_double_backward;
+  LogSoftmaxValue log_softmax;
+  LogSoftmaxBackward log_softmax_backward;
+  LogSoftmaxDoubleBackward log_softmax_double_backward;
+  NormalizationKernel normalize_images, normalize_rows;
 };
 
 // The kernels in use.
@@ -44,6 +53,19 @@ void choose_variant(const std::string& capability);
   void linear_model_lanczos(const LinearModel&, void* basis, double* diagonal, double* off_diagonal,      \
                             int64_t steps, int threads);                                                  \
   bool run_program(const Program&, void* const* slots, const double* row, int threads);                   \
+  int64_t cross_entropy(const CrossEntropy&, void* losses, void* log_sum_exp, int threads);               \
+  int64_t cross_entropy_backward(const CrossEntropy&, const void* grad, const void* log_sum_exp,          \
+                                 void* gradient, int threads);                                            \
+  int64_t cross_entropy_double_backward(const CrossEntropy&, const void* tangent, const void* grad,       \
+                                        const void* log_sum_exp, void* grad_product, void* product,       \
+                                        int threads);                                                     \
+  void log_softmax(bool wide, int64_t rows, int64_t classes, const void* input, void* output,             \
+                   int threads);                                                                          \
+  void log_softmax_backward(const LogSoftmax&, const void* grad, void* gradient, int threads);            \
+  void log_softmax_double_backward(const LogSoftmax&, const void* tangent, const void* grad,              \
+                                   void* grad_product, void* product, int threads);                       \
+  void normalize_images(const Normalization&, int threads);                                               \
+  void normalize_rows(const Normalization&, int threads);                                                 \
   }
 HVP_DECLARE_VARIANT(baseline)
 HVP_DECLARE_VARIANT(avx2)
