@@ -13,6 +13,7 @@ ROOMS = (
     "errors",
     "_support",
     "ops",
+    "differentiable",
     "differentiation",
     "solvers",
     "engines",

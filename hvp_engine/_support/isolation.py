@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 
 from hvp_engine._support.random_state import random_state_kept, seed_everything
+
+_COPY = "_hvp_engine_copy"
 
 _active: ContextVar[bool] = ContextVar("hvp_engine_isolated", default=False)
 _modules: ContextVar[list[torch.nn.Module] | None] = ContextVar("hvp_engine_modules", default=None)
@@ -22,6 +25,18 @@ _modules: ContextVar[list[torch.nn.Module] | None] = ContextVar("hvp_engine_modu
 def is_isolated() -> bool:
     """Whether this code runs inside a call of the library."""
     return _active.get()
+
+
+def copied(buffer: Tensor) -> Tensor:
+    """A copy that belongs to the library, which may change it unseen."""
+    copy = buffer.clone()
+    setattr(copy, _COPY, True)
+    return copy
+
+
+def is_copy(tensor: Tensor) -> bool:
+    """Whether :func:`copied` has made the tensor."""
+    return hasattr(tensor, _COPY)
 
 
 def record_module(module: torch.nn.Module) -> None:

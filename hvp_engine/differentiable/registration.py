@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -35,6 +35,19 @@ def register(
     LIBRARY.impl(name, run, "CUDA")
     torch.library.register_fake(f"hvp_engine::{name}", fake, lib=LIBRARY)
     torch.library.register_autograd(f"hvp_engine::{name}", backward, setup_context=setup, lib=LIBRARY)
+    torch.library.register_vmap(f"hvp_engine::{name}", partial(_one_by_one, name), lib=LIBRARY)
+
+
+def _one_by_one(name: str, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    """The operation on each of a batch of arguments."""
+    operation = getattr(torch.ops.hvp_engine, name)
+    results = [
+        operation(*(a if d is None else a.select(d, index) for a, d in zip(arguments, in_dims, strict=True)))
+        for index in range(info.batch_size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
 def by_reference(reference: Callable[..., Any]) -> tuple[Callable[..., None], Callable[..., Any]]:

@@ -1,4 +1,4 @@
-"""Slower kernels that have second derivatives, in place of fast ones that have none or a wrong one."""
+"""Kernels that have second derivatives, in place of fast ones that have none, a slow or a wrong one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch.overrides import TorchFunctionMode
 
 from hvp_engine._support.torch_compat import fused_weight_norm, without_onednn
 from hvp_engine.differentiation.formulas import FORMULAS
+from hvp_engine.differentiation.losses_and_normalizations import LOSSES_AND_NORMALIZATIONS
 
 
 @contextlib.contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Attention, recurrent layers, embeddings, weight normalization and :data:`FORMULAS`, with the right second
-    derivatives."""
+    """Attention, recurrent layers, embeddings, weight normalization, :data:`FORMULAS` and
+    :data:`LOSSES_AND_NORMALIZATIONS`, with the right second derivatives."""
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), _PlainFunctions():
         yield
 
@@ -52,4 +53,5 @@ _PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
     embedding: _embedding,
     torch.lstm: _lstm,
     **FORMULAS,
+    **LOSSES_AND_NORMALIZATIONS,
 }
