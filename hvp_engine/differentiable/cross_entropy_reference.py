@@ -47,7 +47,6 @@ def cross_entropy_backward(
     label_smoothing: float,
 ) -> Tensor:
     """grad (a p - q)."""
-    _check_labels(input, target, ignore_index)
     z = input.to(grad.dtype)
     q, a = _targets(z.detach(), target, weight, ignore_index, label_smoothing)
     kept = (target != ignore_index).unsqueeze(1)
@@ -65,7 +64,6 @@ def cross_entropy_double_backward(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     """The derivatives of sum tangent cross_entropy_backward for `grad` and for `input`."""
-    _check_labels(input, target, ignore_index)
     z, t = input.to(grad.dtype), tangent.to(grad.dtype)
     q, a = _targets(z.detach(), target, weight, ignore_index, label_smoothing)
     kept = target != ignore_index

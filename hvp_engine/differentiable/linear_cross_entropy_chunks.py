@@ -21,12 +21,12 @@ CHUNK_BYTES = 1 << 25
 """Logits of one chunk. With fewer rows, products of matrices are slower and the weight's derivative is read and written
 more often."""
 
-_LEAST_ROWS = 32
+LEAST_ROWS = 32
 
 
 def chunks(rows: int, classes: int, dtype: torch.dtype) -> Iterator[slice]:
     """Rows whose logits exist at the same time."""
-    step = max(_LEAST_ROWS, CHUNK_BYTES // max(1, classes * accumulated(dtype).itemsize))
+    step = max(LEAST_ROWS, CHUNK_BYTES // max(1, classes * accumulated(dtype).itemsize))
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 

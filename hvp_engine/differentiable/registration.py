@@ -64,11 +64,11 @@ def by_reference(reference: Callable[..., Any]) -> tuple[Callable[..., None], Ca
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         arguments = list(ctx.others)
-        for index, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
-            arguments[index] = tensor
         wanted = [index for index in ctx.tensors if ctx.needs_input_grad[index]]
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
+            for index, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+                arguments[index] = tensor.view_as(tensor)  # one may depend on another: the derivatives are partial
             found = reference(*arguments)
             outputs: Sequence[Tensor] = found if isinstance(found, tuple) else (found,)
             pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
