@@ -176,6 +176,18 @@ class Images {
       double* const to = totals_.data() + (sample * given_.channels + channel) * kQ;
       for (int64_t i = 0; i < width * kQ; ++i) to[i] += partial[part * width * kQ + i];
     }
+    for (int64_t cell = 0; cell < given_.samples * given_.channels && level != Level::kValue; ++cell) {
+      double* const s = totals_.data() + cell * kQ;
+      const double away = rounded_off(cell) * inverse(group(cell));
+      s[1] -= away * s[0];
+      if (level == Level::kDoubleBackward) s[3] -= away * s[2];
+    }
+  }
+
+  // What the rounding of a cell's mean has left out. It changes sums and constants, not what is done for each
+  // number: sum g (x - mean) is sum g (x - rounded mean) - rounded_off sum g.
+  double rounded_off(int64_t cell) const {
+    return given_.mean[group(cell)] - static_cast<double>(static_cast<T>(given_.mean[group(cell)]));
   }
 
   void sum_columns(int64_t start, int64_t points, const T* shift, const T* scale, double* to) const {
@@ -264,25 +276,26 @@ class Images {
         const double* const s = sums + i * kQ;
         const double w = at(given_.weight, begin + i, 1);
         T* const k = coefficients_.data() + sample * kK * channels + begin + i;
+        const double away = rounded_off(group * members + i);
         const auto set = [&](int index, double value) { k[index * channels] = static_cast<T>(value); };
+        const auto set_affine = [&](int index, double slope, double constant) {  // slope (x - mean) + constant
+          set(index, slope);
+          set(index + 1, constant - slope * away);
+        };
         if (level == Level::kValue) {
-          set(0, w * r);
-          set(1, at(given_.bias, begin + i, 0));
+          set_affine(0, w * r, at(given_.bias, begin + i, 0));
         } else if (level == Level::kBackward) {
           set(0, w * r);
-          set(1, -r * r * hx);
-          set(2, -r * h);
+          set_affine(1, -r * r * hx, -r * h);
           weight_product[begin + i] += s[1];
           bias_product[begin + i] += s[0];
         } else {
           const double tw = at(given_.tangent_weight, begin + i, 0);
           set(0, w * r);
-          set(1, r * (tw - w * r * tx));
-          set(2, at(given_.tangent_bias, begin + i, 0) - w * r * t);
+          set_affine(1, r * (tw - w * r * tx), at(given_.tangent_bias, begin + i, 0) - w * r * t);
           set(3, r * tw - r * r * tx * w);
           set(4, -r * r * hx);
-          set(5, -r * (r * wgx + r * r * (th - h * t - 3 * hx * tx)));
-          set(6, -r * wg + r * r * (hx * t + tx * h));
+          set_affine(5, -r * (r * wgx + r * r * (th - h * t - 3 * hx * tx)), r * r * (hx * t + tx * h) - r * wg);
           weight_product[begin + i] += r * (s[4] - t * s[0] - tx * s[1]);
         }
       }

@@ -67,7 +67,7 @@ class NormalizedRows {
       for (int64_t i = first; i < std::min(first + kBlock, n_); ++i) sum += x[i];
       mean += static_cast<double>(sum);
     }
-    mean /= static_cast<double>(n_);
+    mean /= static_cast<double>(n_);  // 0 if not centred
     const T shift = static_cast<T>(mean);
     double away = 0;
     for (int64_t first = 0; first < n_; first += kBlock) {
@@ -81,26 +81,26 @@ class NormalizedRows {
       away += static_cast<double>(sum);
       squares += static_cast<double>(square);
     }
-    away = given_.centred ? away / static_cast<double>(n_) : 0;  // what rounding has left of the mean
-    given_.mean[row] = mean;
+    away = given_.centred ? away / static_cast<double>(n_) : 0;
+    given_.mean[row] = static_cast<double>(shift) + away;
     given_.variance[row] = std::max(0.0, squares / static_cast<double>(n_) - away * away);
-    const T r = static_cast<T>(inverse(row));
+    const T centre = static_cast<T>(given_.mean[row]), rest = rounded_off(row), r = static_cast<T>(inverse(row));
     const T *const w = weight_.data(), *const b = bias_.data();
 #pragma omp simd
-    for (int64_t i = 0; i < n_; ++i) out[i] = (x[i] - shift) * r * w[i] + b[i];
+    for (int64_t i = 0; i < n_; ++i) out[i] = (x[i] - centre - rest) * r * w[i] + b[i];
   }
 
   void backward(int64_t row, T* for_weight, T* for_bias) const {
     const T *const x = row_of(given_.input, row), *const g = row_of(given_.grad, row);
     const T* const w = weight_.data();
     T* const out = row_of(given_.input_product, row);
-    const T mean = static_cast<T>(given_.mean[row]), r = static_cast<T>(inverse(row));
+    const T mean = static_cast<T>(given_.mean[row]), rest = rounded_off(row), r = static_cast<T>(inverse(row));
     double h_sum = 0, hx_sum = 0;
     for (int64_t first = 0; first < n_; first += kBlock) {
       T h = 0, hx = 0;
 #pragma omp simd reduction(+ : h, hx)
       for (int64_t i = first; i < std::min(first + kBlock, n_); ++i) {
-        const T normal = (x[i] - mean) * r, weighted = g[i] * w[i];
+        const T normal = (x[i] - mean - rest) * r, weighted = g[i] * w[i];
         h += weighted;
         hx += weighted * normal;
         for_weight[i] += g[i] * normal;
@@ -111,7 +111,7 @@ class NormalizedRows {
     }
     const T h = mean_of(h_sum), hx = static_cast<T>(hx_sum / static_cast<double>(n_));
 #pragma omp simd
-    for (int64_t i = 0; i < n_; ++i) out[i] = r * (g[i] * w[i] - h - (x[i] - mean) * r * hx);
+    for (int64_t i = 0; i < n_; ++i) out[i] = r * (g[i] * w[i] - h - (x[i] - mean - rest) * r * hx);
   }
 
   void double_backward(int64_t row, T* for_weight) const {
@@ -120,13 +120,13 @@ class NormalizedRows {
     const T *const w = weight_.data(), *const tw = tangent_weight_.data(), *const tb = tangent_bias_.data();
     T* const for_grad = row_of(given_.output, row);
     T* const out = row_of(given_.input_product, row);
-    const T mean = static_cast<T>(given_.mean[row]), r = static_cast<T>(inverse(row));
+    const T mean = static_cast<T>(given_.mean[row]), rest = rounded_off(row), r = static_cast<T>(inverse(row));
     double sums[7] = {};
     for (int64_t first = 0; first < n_; first += kBlock) {
       T h = 0, hx = 0, s = 0, sx = 0, sh = 0, k = 0, kx = 0;
 #pragma omp simd reduction(+ : h, hx, s, sx, sh, k, kx)
       for (int64_t i = first; i < std::min(first + kBlock, n_); ++i) {
-        const T normal = (x[i] - mean) * r, weighted = g[i] * w[i], turned = g[i] * tw[i];
+        const T normal = (x[i] - mean - rest) * r, weighted = g[i] * w[i], turned = g[i] * tw[i];
         h += weighted;
         hx += weighted * normal;
         s += t[i];
@@ -149,11 +149,16 @@ class NormalizedRows {
     const T constant = static_cast<T>(-inverse_root * k + squared * (hx * s + sx * h));
 #pragma omp simd
     for (int64_t i = 0; i < n_; ++i) {
-      const T normal = (x[i] - mean) * r, projected = r * (t[i] - t_mean - normal * tx), gradient = g[i];
+      const T normal = (x[i] - mean - rest) * r, projected = r * (t[i] - t_mean - normal * tx), gradient = g[i];
       for_weight[i] += gradient * projected;
       for_grad[i] = w[i] * projected + tw[i] * normal + tb[i];
       out[i] = r * tw[i] * gradient + of_tangent * t[i] + of_h * (w[i] * gradient) + of_normal * normal + constant;
     }
+  }
+
+  // What the rounding of the mean has left out.
+  T rounded_off(int64_t row) const {
+    return static_cast<T>(given_.mean[row] - static_cast<double>(static_cast<T>(given_.mean[row])));
   }
 
   T mean_of(double sum) const { return given_.centred ? static_cast<T>(sum / static_cast<double>(n_)) : T(0); }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine import _C
-from hvp_engine.differentiable.normalized_shape import Kind, NormalizedShape, is_channels_last, laid_out, normalized_shape
+from hvp_engine.differentiable.normalized_shape import Kind, NormalizedShape, keeps_channels_last, laid_out, normalized_shape
 from hvp_engine.differentiable.registration import accumulated
 
 
@@ -37,7 +37,7 @@ def normalize_backward(
     product = torch.empty_like(x)
     for_weight, for_bias = x.new_empty(shape.channels), x.new_empty(shape.channels)
     known = x, _channels(weight, x), mean.contiguous(), variance.contiguous(), eps
-    _C.normalize_backward(_native(shape), product, for_weight, for_bias, _like(grad, x), *known)
+    _C.normalize_backward(_native(shape), product, for_weight, for_bias, _like(grad, x, kind), *known)
     return product.to(input.dtype), for_weight, for_bias
 
 
@@ -55,7 +55,7 @@ def normalize_double_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, x = _numbers(kind, input, size)
-    t, g = (_like(tensor, x) for tensor in (tangent, grad))
+    t, g = (_like(tensor, x, kind) for tensor in (tangent, grad))
     for_grad, for_input, for_weight = torch.empty_like(x), torch.empty_like(x), x.new_empty(shape.channels)
     known = x, _channels(weight, x), mean.contiguous(), variance.contiguous(), eps
     channels = _channels(tangent_weight, x), _channels(tangent_bias, x)
@@ -66,7 +66,7 @@ def normalize_double_backward(
 def _numbers(kind: Kind, input: Tensor, size: int) -> tuple[NormalizedShape, Tensor]:
     shape = normalized_shape(kind, input, size)
     x = input.detach().resolve_neg()
-    x = (x if is_channels_last(x) else x.contiguous()).to(accumulated(input.dtype))
+    x = laid_out(x.to(accumulated(input.dtype)), keeps_channels_last(kind, input))
     return shape, x
 
 
@@ -75,8 +75,8 @@ def _native(shape: NormalizedShape) -> _C.NormalizedShape:
     return _C.NormalizedShape(**asdict(shape))
 
 
-def _like(tensor: Tensor, x: Tensor) -> Tensor:
-    return laid_out(tensor.detach().resolve_neg().to(x.dtype), is_channels_last(x))
+def _like(tensor: Tensor, x: Tensor, kind: Kind) -> Tensor:
+    return laid_out(tensor.detach().resolve_neg().to(x.dtype), keeps_channels_last(kind, x))
 
 
 def _channels(tensor: Tensor | None, x: Tensor) -> Tensor | None:

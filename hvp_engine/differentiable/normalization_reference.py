@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvp_engine.differentiable.normalized_shape import Kind, NormalizedShape, normalized_shape
+from hvp_engine.differentiable.normalized_shape import Kind, NormalizedShape, keeps_channels_last, laid_out, normalized_shape
 from hvp_engine.differentiable.registration import accumulated
 
 _GROUP = (1, 3, 4)
@@ -24,6 +24,7 @@ class _Numbers:
         self.shape: NormalizedShape = normalized_shape(kind, input.contiguous(), size)
         self.dtype = accumulated(input.dtype)
         self.like = input
+        self.last = keeps_channels_last(kind, input)
         self.columns = kind == "batch_norm" and input.dim() == 2
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -34,8 +35,8 @@ class _Numbers:
 
     def back(self, tensor: Tensor) -> Tensor:
         if self.columns:
-            return tensor.reshape(self.shape.channels, self.shape.points).t().to(self.like.dtype)
-        return tensor.reshape(self.like.shape).to(self.like.dtype)
+            return tensor.reshape(self.shape.channels, self.shape.points).t().contiguous().to(self.like.dtype)
+        return laid_out(tensor.reshape(self.like.shape).to(self.like.dtype), self.last)
 
     def channels(self, tensor: Tensor | None, otherwise: float) -> Tensor:
         s = self.shape

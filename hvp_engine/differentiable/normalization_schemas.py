@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine.differentiable import normalization_reference as reference
-from hvp_engine.differentiable.normalized_shape import Kind, is_channels_last, normalized_shape
+from hvp_engine.differentiable.normalized_shape import Kind, keeps_channels_last, laid_out, normalized_shape
 from hvp_engine.differentiable.registration import accumulated, by_reference, implementation, register
 
 ops = torch.ops.hvp_engine
@@ -26,22 +26,22 @@ _MODULES = {
 }
 
 
-def _dense(input: Tensor) -> Tensor:
+def _dense(kind: Kind, input: Tensor) -> Tensor:
     """Something of the strides that results have."""
-    return torch.empty_like(input if is_channels_last(input) else input.contiguous())
+    return torch.empty_like(laid_out(input, keeps_channels_last(kind, input)))
 
 
 def _value_fake(kind: Kind, input: Tensor, weight: Any, bias: Any, size: int, eps: float) -> tuple[Tensor, ...]:
     shape = normalized_shape(kind, input, size)
     mean, variance = (input.new_empty(shape.samples, shape.groups, dtype=torch.float64) for _ in range(2))
-    return _dense(input), mean, variance
+    return _dense(kind, input), mean, variance
 
 
 def _backward_fake(kind: Kind, grad: Tensor, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     size = rest[-2]
     channels = normalized_shape(kind, input, size).channels
     per_channel = (input.new_empty(channels, dtype=accumulated(input.dtype)) for _ in range(2))
-    return _dense(input), *per_channel
+    return _dense(kind, input), *per_channel
 
 
 def _double_backward_fake(

@@ -38,9 +38,11 @@ class NormalizedShape:
         return self.images * self.points * (self.channels // self.groups)
 
 
-def is_channels_last(input: Tensor) -> bool:
-    """Whether the channels of a point lie together, and those of an image do not."""
-    return input.dim() > 2 and not input.is_contiguous() and input.movedim(1, -1).is_contiguous()
+def keeps_channels_last(kind: Kind, input: Tensor) -> bool:
+    """Whether the channels of a point lie together, those of an image do not, and results are to lie alike."""
+    if kind in ("layer_norm", "rms_norm") or input.dim() < 3 or input.is_contiguous():
+        return False
+    return input.movedim(1, -1).is_contiguous()
 
 
 def normalized_shape(kind: Kind, input: Tensor, size: int) -> NormalizedShape:
@@ -49,7 +51,7 @@ def normalized_shape(kind: Kind, input: Tensor, size: int) -> NormalizedShape:
     if kind in ("layer_norm", "rms_norm"):
         samples, channels = math.prod(shape[: len(shape) - size]), math.prod(shape[len(shape) - size :])
         return NormalizedShape(True, kind == "layer_norm", False, samples, 1, channels, 1, 1)
-    count, channels, points, last = shape[0], shape[1], math.prod(shape[2:]), is_channels_last(input)
+    count, channels, points, last = shape[0], shape[1], math.prod(shape[2:]), keeps_channels_last(kind, input)
     if kind == "group_norm":
         return NormalizedShape(False, True, last, count, 1, channels, points, size)
     if last or len(shape) == 2:  # one long image
