@@ -16,6 +16,7 @@ import hvp_engine as hvp
 from hvp_engine import differentiable
 from hvp_engine.diagnostics.memory import peak_memory
 from hvp_engine.differentiable import linear_cross_entropy_chunks
+from hvp_engine.differentiation import losses_and_normalizations
 from hvp_engine.differentiation.trace.partial_evaluation import partition
 from hvp_engine.differentiation.trace.rewriting import verified_rewrites
 from hvp_engine.errors import BackendError
@@ -343,6 +344,75 @@ def test_small_problems_keep_their_native_programs() -> None:
     operator.solve([torch.ones_like(w) for w in weights], hvp.Neumann(3, alpha=0.1))
     functions = operator.linear_map.functions  # type: ignore[attr-defined]
     assert functions.native is not None and functions.native.program is not None, functions.native.describe()
+
+
+@pytest.mark.parametrize("separately", [False, True])
+def test_native_programs_have_our_operations(separately: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses_and_normalizations, "_FEWEST_CLASSES", 1)
+    monkeypatch.setattr(losses_and_normalizations, "_FEWEST_LOGITS", 1)
+    weights, target = [randn(6, 5, seed=21), randn(5, 7, seed=22)], torch.arange(40) % 7
+    target[3] = -100
+    hidden = HIDDEN.double()
+
+    def loss(weights: list[Tensor]) -> Tensor:
+        logits = torch.tanh(hidden @ weights[0]) @ weights[1]
+        if separately:
+            return functional.nll_loss(functional.log_softmax(logits, 1), target, WEIGHT)
+        return functional.cross_entropy(logits, target, WEIGHT, label_smoothing=0.1)
+
+    operator = hvp.HessianOperator(loss, weights, engine="linearized")
+    eager = hvp.HessianOperator(loss, weights, engine="eager")
+    tangents, solver = [randn(6, 5, seed=23), randn(5, 7, seed=24)], hvp.Neumann(4, alpha=0.1)
+    for ours, theirs in (
+        (operator @ tangents, eager @ tangents),
+        (operator.solve(tangents, solver).value, eager.solve(tangents, solver).value),
+    ):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    functions = operator.linear_map.functions  # type: ignore[attr-defined]
+    assert functions.native is not None and functions.native.program is not None, functions.native.describe()
+    assert functions.partition.tangent.module.graph.find_nodes(
+        op="call_function",
+        target=getattr(torch.ops.hvp_engine, ("log_softmax" if separately else "cross_entropy") + "_double_backward").default,
+    )
+
+
+@pytest.mark.parametrize("separately", [False, True])
+def test_losses_of_losses(separately: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The derivative for each row's loss depends on the weights, too, and on weights of examples."""
+    monkeypatch.setattr(losses_and_normalizations, "_FEWEST_CLASSES", 1)
+    monkeypatch.setattr(losses_and_normalizations, "_FEWEST_LOGITS", 1)
+    weights, target = [randn(6, 5, seed=21), randn(5, 7, seed=22)], torch.arange(40) % 7
+    hidden, hyper = HIDDEN.double(), {"examples": randn(40, seed=25), "scale": randn(1, seed=26)}
+
+    def loss(weights: list[Tensor], hyper: dict[str, Tensor]) -> Tensor:
+        logits = torch.tanh(hidden @ weights[0]) @ weights[1] * hyper["scale"]
+        if separately:
+            losses = functional.nll_loss(functional.log_softmax(logits, 1), target, reduction="none")
+        else:
+            losses = functional.cross_entropy(logits, target, reduction="none")
+        return (losses.square() * hyper["examples"].sigmoid()).sum()
+
+    vector = [randn(6, 5, seed=23), randn(5, 7, seed=24)]
+    found = [
+        hvp.HessianOperator(loss, weights, hyper, engine=engine) @ vector for engine in ("linearized", "eager")
+    ]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+    def train(weights: list[Tensor], hyper: dict[str, Tensor], _: Tensor) -> Tensor:
+        return loss(weights, hyper)
+
+    def validation(weights: list[Tensor], hyper: dict[str, Tensor], _: Tensor) -> Tensor:
+        return sum((w.square().sum() for w in weights), torch.zeros(()))
+
+    hypergradients = [
+        hvp.Hypergradient(train, validation, hvp.Neumann(3, alpha=1e-3), engine=engine)(weights, hyper, target, target)
+        for engine in ("linearized", "eager")
+    ]
+    for name in hyper:
+        a, b = (one.grads[name] for one in hypergradients)
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
 def test_several_right_hand_sides() -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import hvp_engine as hvp
 from hvp_engine import differentiable
+from hvp_engine.differentiation import losses_and_normalizations
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
 from hvp_engine.differentiation.trace.partial_evaluation import partition
 from hvp_engine.differentiation.trace.rewriting import verified_rewrites
@@ -366,6 +367,34 @@ def test_a_callers_running_statistics_are_torchs_affair() -> None:
 
     operator = hvp.HessianOperator(loss, kernel, engine="linearized")
     assert operator.linear_map.fallback is None
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_rows_in_native_programs(kind: type[nn.Module], affine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses_and_normalizations, "_FEWEST_IN_ROWS", 0)
+    module = nn.Sequential(
+        nn.Linear(5, 6), kind(6, elementwise_affine=affine), nn.Tanh(), nn.Linear(6, 4), kind(4, elementwise_affine=affine)
+    ).double()
+    net, x, y = hvp.functional(module), randn(3, 7, 5, seed=1), randn(3, 7, 4, seed=2)
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return (net(weights, x) * y).tanh().sum()
+
+    weights = {name: randn(*w.shape, seed=50 + k) for k, (name, w) in enumerate(module.named_parameters())}
+    tangents = {name: randn(*w.shape, seed=60 + k) for k, (name, w) in enumerate(weights.items())}
+    operator = hvp.HessianOperator(loss, weights, engine="linearized")
+    functions = operator.linear_map.functions  # type: ignore[attr-defined]
+    assert operator.linear_map.fallback is None
+    solver = hvp.Neumann(3, alpha=0.01)
+    eager = hvp.HessianOperator(loss, weights, engine="eager")
+    for ours, theirs in (
+        (operator @ tangents, eager @ tangents),
+        (operator.solve(tangents, solver).value, eager.solve(tangents, solver).value),
+    ):
+        for name, product in theirs.items():
+            torch.testing.assert_close(ours[name], product, rtol=1e-9, atol=1e-10)
+    assert functions.native is not None and functions.native.program is not None, functions.native.describe()
 
 
 def test_what_is_replaced() -> None:

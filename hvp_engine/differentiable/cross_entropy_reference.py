@@ -12,17 +12,25 @@ from torch import Tensor
 from hvp_engine.differentiable.registration import accumulated
 
 
+def label_weights(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(w, (1 - label_smoothing) w_y, a); the last two are zero where the label is ignored."""
+    classes, kept = logits.shape[1], target != ignore_index
+    weights = logits.new_ones(classes) if weight is None else weight.to(logits.dtype)
+    at_label = (1 - label_smoothing) * weights[target.where(kept, 0)]
+    spread = label_smoothing / classes * weights.sum()
+    return weights, at_label.where(kept, 0.0), (at_label + spread).where(kept, 0.0)
+
+
 def _targets(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """(q, a); both are zero where the label is ignored."""
-    rows, classes = logits.shape
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(q, whether the row has a label, a); q and a are zero where it has none."""
     kept = target != ignore_index
-    weights = logits.new_ones(classes) if weight is None else weight.to(logits.dtype)
-    label = target.where(kept, 0).unsqueeze(1)
-    hot = torch.zeros_like(logits).scatter(1, label, (1 - label_smoothing) * weights[label])
-    q = torch.where(kept.unsqueeze(1), hot + label_smoothing / classes * weights, 0.0)
-    return q, q.sum(1)
+    weights, at_label, a = label_weights(logits, target, weight, ignore_index, label_smoothing)
+    hot = torch.zeros_like(logits).scatter(1, target.where(kept, 0).unsqueeze(1), at_label.unsqueeze(1))
+    return torch.where(kept.unsqueeze(1), hot + label_smoothing / logits.shape[1] * weights, 0.0), kept, a
 
 
 def cross_entropy(
@@ -31,10 +39,10 @@ def cross_entropy(
     """(losses, logsumexp) of rows of logits."""
     _check_labels(input, target, ignore_index)
     z = input.to(accumulated(input.dtype))
-    q, a = _targets(z.detach(), target, weight, ignore_index, label_smoothing)
+    q, kept, a = _targets(z.detach(), target, weight, ignore_index, label_smoothing)
     lse = z.logsumexp(1)
     losses = a * lse - (q * z.where(q != 0, 0.0)).sum(1)
-    return losses.where(target != ignore_index, 0.0), lse
+    return losses.where(kept, 0.0), lse
 
 
 def cross_entropy_backward(
@@ -48,9 +56,8 @@ def cross_entropy_backward(
 ) -> Tensor:
     """grad (a p - q)."""
     z = input.to(grad.dtype)
-    q, a = _targets(z.detach(), target, weight, ignore_index, label_smoothing)
-    kept = (target != ignore_index).unsqueeze(1)
-    return torch.where(kept, grad.unsqueeze(1) * (a.unsqueeze(1) * z.softmax(1) - q), 0.0).to(input.dtype)
+    q, kept, a = _targets(z.detach(), target, weight, ignore_index, label_smoothing)
+    return torch.where(kept.unsqueeze(1), grad.unsqueeze(1) * (a.unsqueeze(1) * z.softmax(1) - q), 0.0).to(input.dtype)
 
 
 def cross_entropy_double_backward(
@@ -65,8 +72,7 @@ def cross_entropy_double_backward(
 ) -> tuple[Tensor, Tensor]:
     """The derivatives of sum tangent cross_entropy_backward for `grad` and for `input`."""
     z, t = input.to(grad.dtype), tangent.to(grad.dtype)
-    q, a = _targets(z.detach(), target, weight, ignore_index, label_smoothing)
-    kept = target != ignore_index
+    q, kept, a = _targets(z.detach(), target, weight, ignore_index, label_smoothing)
     p = z.softmax(1)
     mean = (p * t).sum(1)
     for_grad = torch.where(kept, a * mean - (q * t).sum(1), 0.0)

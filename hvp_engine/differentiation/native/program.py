@@ -14,7 +14,7 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine._support.torch_compat import loaded_library
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
-from hvp_engine.differentiation.native import elementwise, linear_algebra, shaping
+from hvp_engine.differentiation.native import differentiable, elementwise, linear_algebra, shaping
 from hvp_engine.differentiation.native.batch_space import Combination, Factor, number, one_for_each_output
 from hvp_engine.differentiation.native.builder import CPU, Builder, Operand
 from hvp_engine.differentiation.native.conversion import Conversion
@@ -33,7 +33,7 @@ try:
 except ImportError as error:
     _PROBLEM = str(error)
 
-_HANDLERS = (elementwise, linear_algebra, shaping)
+_HANDLERS = (differentiable, elementwise, linear_algebra, shaping)
 """The modules whose handlers are in the table once they are imported."""
 
 _MOST_DIAGONALS = 3
