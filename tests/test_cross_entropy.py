@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=["reference", "cpp"])
+@pytest.fixture(params=["reference", "cpp", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with hvp.use_backend(request.param):
         try:

@@ -76,7 +76,7 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=["reference", "cpp"])
+@pytest.fixture(params=["reference", "cpp", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with hvp.use_backend(request.param):
         try:
