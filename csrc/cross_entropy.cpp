@@ -1,5 +1,6 @@
-// The rows of cross_entropy.h, compiled once for each instruction set. A row is read twice or three times, from
-// the second time on out of the cache; sums are made of blocks in the logits' type, and of these in float64.
+// The rows of cross_entropy.h, compiled once for each instruction set. A row is read twice or three times,
+// from the second time on out of the cache; sums are made of blocks in the logits' type, and of these in
+// float64.
 #include "cross_entropy.h"
 
 #include <algorithm>
@@ -40,7 +41,8 @@ template <class T>
 double log_sum_exp_of(const T* z, int64_t n) {
   const T most = largest(z, n);
   // All logits -inf, or one inf: NaN, as their differences are. A NaN among finite ones enters by its term.
-  return static_cast<double>(most) + std::log(summed<T>(n, [=](int64_t i) { return exponential(z[i] - most); }));
+  return static_cast<double>(most) +
+         std::log(summed<T>(n, [=](int64_t i) { return exponential(z[i] - most); }));
 }
 
 template <class T>
@@ -158,7 +160,8 @@ void log_softmax_rows(int64_t rows, int64_t n, const T* input, T* output, int th
     const T* const x = input + row * n;
     T* const out = output + row * n;
     const T most = largest(x, n);
-    const T rest = static_cast<T>(std::log(summed<T>(n, [=](int64_t i) { return exponential(x[i] - most); })));
+    const T rest =
+        static_cast<T>(std::log(summed<T>(n, [=](int64_t i) { return exponential(x[i] - most); })));
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = (x[i] - most) - rest;
   }
@@ -180,8 +183,8 @@ void log_softmax_backward_rows(const LogSoftmax& given, const T* grad, T* gradie
 }
 
 template <class T>
-void log_softmax_double_backward_rows(const LogSoftmax& given, const T* tangent, const T* grad, T* grad_product,
-                                      T* product, int threads) {
+void log_softmax_double_backward_rows(const LogSoftmax& given, const T* tangent, const T* grad,
+                                      T* grad_product, T* product, int threads) {
   const int64_t n = given.classes;
   const T* const output = static_cast<const T*>(given.output);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -208,8 +211,10 @@ void log_softmax_double_backward_rows(const LogSoftmax& given, const T* tangent,
 }  // namespace
 
 int64_t cross_entropy(const CrossEntropy& given, void* losses, void* log_sum_exp, int threads) {
-  return given.wide ? Rows<double>(given).value(static_cast<double*>(losses), static_cast<double*>(log_sum_exp), threads)
-                    : Rows<float>(given).value(static_cast<float*>(losses), static_cast<float*>(log_sum_exp), threads);
+  return given.wide ? Rows<double>(given).value(static_cast<double*>(losses),
+                                                static_cast<double*>(log_sum_exp), threads)
+                    : Rows<float>(given).value(static_cast<float*>(losses), static_cast<float*>(log_sum_exp),
+                                               threads);
 }
 
 int64_t cross_entropy_backward(const CrossEntropy& given, const void* grad, const void* log_sum_exp,

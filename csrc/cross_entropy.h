@@ -12,9 +12,9 @@ struct CrossEntropy {
   int64_t rows, classes, ignored;
   double smoothing;
   const int64_t* target;
-  const void* weight;    // one for each class, or null
-  double weight_total;   // their sum
-  const void* logits;    // rows x classes, dense, as are all that follow
+  const void* weight;   // one for each class, or null
+  double weight_total;  // their sum
+  const void* logits;   // rows x classes, dense, as are all that follow
 };
 
 // All return the first row whose label is out of range, or -1. Ignored rows have a loss and derivatives of 0.
@@ -30,8 +30,8 @@ using CrossEntropyDoubleBackward = int64_t (*)(const CrossEntropy&, const void* 
                                                const void* log_sum_exp, void* grad_product, void* product,
                                                int threads);
 
-// y = log_softmax(z) = z - logsumexp(z). Its derivative for a cotangent g is g - exp(y) sum(g), and the derivatives
-// of that for a tangent t are t - sum(exp(y) t) for g and -sum(g) exp(y) t for y.
+// y = log_softmax(z) = z - logsumexp(z). Its derivative for a cotangent g is g - exp(y) sum(g), and the
+// derivatives of that for a tangent t are t - sum(exp(y) t) for g and -sum(g) exp(y) t for y.
 struct LogSoftmax {
   bool wide;
   int64_t rows, classes;

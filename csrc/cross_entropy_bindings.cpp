@@ -1,5 +1,5 @@
-// Cross-entropy and log-softmax for hvp_engine.differentiable, which has checked that all tensors are dense, on
-// the CPU, of one floating type, and fit together.
+// Cross-entropy and log-softmax for hvp_engine.differentiable, which has checked that all tensors are dense,
+// on the CPU, of one floating type, and fit together.
 #include "bindings.h"
 #include "torch_tensors.h"
 #include "variants.h"
@@ -10,9 +10,7 @@ namespace {
 // Elements below which one thread is faster than waking others.
 constexpr int64_t kParallel = int64_t{1} << 16;
 
-int threads_for(int64_t elements) {
-  return elements < kParallel ? 1 : py::cast<int>(Torch::get().threads());
-}
+int threads_for(int64_t elements) { return elements < kParallel ? 1 : py::cast<int>(Torch::get().threads()); }
 
 bool is_wide(const py::object& tensor) {
   return dtype_of(Torch::get().view(tensor.ptr()).dtype) == static_cast<int>(DType::kFloat64);
@@ -59,10 +57,10 @@ int64_t cross_entropy_backward(const py::object& gradient, const py::object& gra
 }
 
 int64_t cross_entropy_double_backward(const py::object& grad_product, const py::object& product,
-                                      const py::object& tangent, const py::object& grad, const py::object& log_sum_exp,
-                                      const py::object& logits, const py::object& target,
-                                      const py::object& weight, double weight_total, int64_t ignored,
-                                      double smoothing) {
+                                      const py::object& tangent, const py::object& grad,
+                                      const py::object& log_sum_exp, const py::object& logits,
+                                      const py::object& target, const py::object& weight, double weight_total,
+                                      int64_t ignored, double smoothing) {
   const CrossEntropy problem = given(logits, target, weight, weight_total, ignored, smoothing);
   const int threads = threads_for(problem.rows * problem.classes);
   void* const to[] = {memory(grad_product), memory(product)};
@@ -109,17 +107,19 @@ void log_softmax_double_backward(const py::object& grad_product, const py::objec
 }  // namespace
 
 void bind_cross_entropy(py::module_& module) {
-  module.def("cross_entropy", &cross_entropy, "Losses of rows of logits; the first row with a bad label, or -1.",
-             py::arg("losses"), py::arg("log_sum_exp"), py::arg("logits"), py::arg("target"),
-             py::arg("weight"), py::arg("weight_total"), py::arg("ignored"), py::arg("smoothing"));
+  module.def("cross_entropy", &cross_entropy,
+             "Losses of rows of logits; the first row with a bad label, or -1.", py::arg("losses"),
+             py::arg("log_sum_exp"), py::arg("logits"), py::arg("target"), py::arg("weight"),
+             py::arg("weight_total"), py::arg("ignored"), py::arg("smoothing"));
   module.def("cross_entropy_backward", &cross_entropy_backward, "The derivative of cross_entropy.",
              py::arg("gradient"), py::arg("grad"), py::arg("log_sum_exp"), py::arg("logits"),
              py::arg("target"), py::arg("weight"), py::arg("weight_total"), py::arg("ignored"),
              py::arg("smoothing"));
   module.def("cross_entropy_double_backward", &cross_entropy_double_backward,
              "The derivative of cross_entropy_backward.", py::arg("grad_product"), py::arg("product"),
-             py::arg("tangent"), py::arg("grad"), py::arg("log_sum_exp"), py::arg("logits"), py::arg("target"), py::arg("weight"), py::arg("weight_total"),
-             py::arg("ignored"), py::arg("smoothing"));
+             py::arg("tangent"), py::arg("grad"), py::arg("log_sum_exp"), py::arg("logits"),
+             py::arg("target"), py::arg("weight"), py::arg("weight_total"), py::arg("ignored"),
+             py::arg("smoothing"));
   module.def("log_softmax", &log_softmax, "Of rows.", py::arg("output"), py::arg("input"));
   module.def("log_softmax_backward", &log_softmax_backward, "The derivative of log_softmax.",
              py::arg("gradient"), py::arg("grad"), py::arg("output"));

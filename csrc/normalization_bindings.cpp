@@ -1,5 +1,5 @@
-// Normalizations for hvp_engine.differentiable, which has checked that all tensors are dense in the layout that
-// is said, on the CPU, of one floating type, and fit together.
+// Normalizations for hvp_engine.differentiable, which has checked that all tensors are dense in the layout
+// that is said, on the CPU, of one floating type, and fit together.
 #include "bindings.h"
 #include "torch_tensors.h"
 #include "variants.h"
@@ -42,8 +42,9 @@ void run(Normalization& given, const Shape& shape) {
   (shape.rows ? variant().normalize_rows : variant().normalize_images)(given, threads);
 }
 
-void normalize(const Shape& shape, const py::object& output, const py::object& mean, const py::object& variance,
-               const py::object& input, const py::object& weight, const py::object& bias, double eps) {
+void normalize(const Shape& shape, const py::object& output, const py::object& mean,
+               const py::object& variance, const py::object& input, const py::object& weight,
+               const py::object& bias, double eps) {
   Normalization given = problem(Level::kValue, input, weight, mean, variance, eps);
   given.bias = memory(bias);
   given.output = memory(output);
@@ -65,9 +66,9 @@ void normalize_backward(const Shape& shape, const py::object& input_product, con
 void normalize_double_backward(const Shape& shape, const py::object& grad_product,
                                const py::object& input_product, const py::object& weight_product,
                                const py::object& tangent, const py::object& tangent_weight,
-                               const py::object& tangent_bias, const py::object& grad, const py::object& input,
-                               const py::object& weight, const py::object& mean, const py::object& variance,
-                               double eps) {
+                               const py::object& tangent_bias, const py::object& grad,
+                               const py::object& input, const py::object& weight, const py::object& mean,
+                               const py::object& variance, double eps) {
   Normalization given = problem(Level::kDoubleBackward, input, weight, mean, variance, eps);
   given.grad = memory(grad);
   given.tangent = memory(tangent);
@@ -82,7 +83,8 @@ void normalize_double_backward(const Shape& shape, const py::object& grad_produc
 }  // namespace
 
 void bind_normalization(py::module_& module) {
-  py::class_<Shape>(module, "NormalizedShape", "How numbers lie in memory, and over which statistics are made.")
+  py::class_<Shape>(module, "NormalizedShape",
+                    "How numbers lie in memory, and over which statistics are made.")
       .def(py::init([](bool rows, bool centred, bool channels_last, int64_t samples, int64_t images,
                        int64_t channels, int64_t points, int64_t groups) {
              return Shape{rows, centred, channels_last, samples, images, channels, points, groups};

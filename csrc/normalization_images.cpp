@@ -1,6 +1,6 @@
-// Batch and group normalization of images, channels first or last, compiled once for each instruction set. One
-// pass over the images makes a few sums for each channel, a second one the results, of which each is a linear
-// combination of the images with coefficients for each channel.
+// Batch and group normalization of images, channels first or last, compiled once for each instruction set.
+// One pass over the images makes a few sums for each channel, a second one the results, of which each is a
+// linear combination of the images with coefficients for each channel.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -17,9 +17,13 @@ constexpr int64_t kTile = 64;     // points of one partial sum, and of what is k
 constexpr int64_t kChunk = 1024;  // points of one task
 
 template <Level level>
-constexpr int kSums = level == Level::kValue ? 2 : level == Level::kBackward ? 2 : 5;
+constexpr int kSums = level == Level::kValue      ? 2
+                      : level == Level::kBackward ? 2
+                                                  : 5;
 template <Level level>
-constexpr int kCoefficients = level == Level::kValue ? 2 : level == Level::kBackward ? 3 : 7;
+constexpr int kCoefficients = level == Level::kValue      ? 2
+                              : level == Level::kBackward ? 3
+                                                          : 7;
 
 template <class V, class T>
 HVP_INLINE V read(const T* from) {
@@ -33,11 +37,11 @@ HVP_INLINE V spread(T x) {
   return V{} + x;
 }
 
-// Of `points` vectors, each `stride` from the one before: sums of (x - shift) scale and its square; or of g and
-// g x; and of t, t x and t g.
+// Of `points` vectors, each `stride` from the one before: sums of (x - shift) scale and its square; or of g
+// and g x; and of t, t x and t g.
 template <Level level, class V, class T>
-HVP_INLINE void add_strip(const T* x, const T* g, const T* t, int64_t points, int64_t stride, V shift, V scale,
-                          V* sums) {
+HVP_INLINE void add_strip(const T* x, const T* g, const T* t, int64_t points, int64_t stride, V shift,
+                          V scale, V* sums) {
   for (int64_t p = 0; p < points; ++p) {
     const V normal = (read<V>(x + p * stride) - shift) * scale;
     if (level == Level::kValue) {
@@ -127,8 +131,8 @@ class Images {
   }
 
  private:
-  // For each part of the images, in parallel: its sample, first element, points, number, and its channel where
-  // channels come first.
+  // For each part of the images, in parallel: its sample, first element, points, number, and its channel
+  // where channels come first.
   template <class Work>
   void each(const Work& work) const {
     const int64_t per_image = given_.channels_last ? chunks_ : given_.channels;
@@ -203,7 +207,8 @@ class Images {
     }
     for (; c < given_.channels; ++c) {
       T sums[kQ] = {};
-      add_strip<level>(x_ + start + c, g_ + start + c, t_ + start + c, points, stride, shift[c], scale[c], sums);
+      add_strip<level>(x_ + start + c, g_ + start + c, t_ + start + c, points, stride, shift[c], scale[c],
+                       sums);
       for (int q = 0; q < kQ; ++q) to[c * kQ + q] += static_cast<double>(sums[q]);
     }
   }
@@ -278,7 +283,8 @@ class Images {
         T* const k = coefficients_.data() + sample * kK * channels + begin + i;
         const double away = rounded_off(group * members + i);
         const auto set = [&](int index, double value) { k[index * channels] = static_cast<T>(value); };
-        const auto set_affine = [&](int index, double slope, double constant) {  // slope (x - mean) + constant
+        const auto set_affine = [&](int index, double slope,
+                                    double constant) {  // slope (x - mean) + constant
           set(index, slope);
           set(index + 1, constant - slope * away);
         };
@@ -295,7 +301,8 @@ class Images {
           set_affine(1, r * (tw - w * r * tx), at(given_.tangent_bias, begin + i, 0) - w * r * t);
           set(3, r * tw - r * r * tx * w);
           set(4, -r * r * hx);
-          set_affine(5, -r * (r * wgx + r * r * (th - h * t - 3 * hx * tx)), r * r * (hx * t + tx * h) - r * wg);
+          set_affine(5, -r * (r * wgx + r * r * (th - h * t - 3 * hx * tx)),
+                     r * r * (hx * t + tx * h) - r * wg);
           weight_product[begin + i] += r * (s[4] - t * s[0] - tx * s[1]);
         }
       }
@@ -312,7 +319,8 @@ class Images {
     const T* const mean = shift_.data() + sample * given_.channels + channel;
     if (!given_.channels_last) {
       const int64_t vectors = points / kLanes, rest = start + vectors * kLanes;
-      strip<V>(start, vectors, kLanes, spread<V>(*mean), [&](int i) { return spread<V>(k[i * given_.channels]); });
+      strip<V>(start, vectors, kLanes, spread<V>(*mean),
+               [&](int i) { return spread<V>(k[i * given_.channels]); });
       strip<T>(rest, points - vectors * kLanes, 1, *mean, [&](int i) { return k[i * given_.channels]; });
       return;
     }
@@ -324,16 +332,19 @@ class Images {
                  [&](int i) { return read<V>(k + i * given_.channels + c); });
       }
       for (; c < given_.channels; ++c) {
-        strip<T>(here + c, count, given_.channels, mean[c], [&](int i) { return k[i * given_.channels + c]; });
+        strip<T>(here + c, count, given_.channels, mean[c],
+                 [&](int i) { return k[i * given_.channels + c]; });
       }
     }
   }
 
   template <class W, class Coefficient>
-  HVP_INLINE void strip(int64_t start, int64_t points, int64_t stride, W mean, const Coefficient& at_index) const {
+  HVP_INLINE void strip(int64_t start, int64_t points, int64_t stride, W mean,
+                        const Coefficient& at_index) const {
     W k[kK];
     for (int i = 0; i < kK; ++i) k[i] = at_index(i);
-    combine_strip<level>(x_ + start, g_ + start, t_ + start, first_ + start, second_ + start, points, stride, mean, k);
+    combine_strip<level>(x_ + start, g_ + start, t_ + start, first_ + start, second_ + start, points, stride,
+                         mean, k);
   }
 
   const Normalization& given_;

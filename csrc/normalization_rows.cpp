@@ -1,5 +1,5 @@
-// Layer and root-mean-square normalization of rows, compiled once for each instruction set. A row stays in the
-// cache between the pass that makes its sums and the one that makes its results.
+// Layer and root-mean-square normalization of rows, compiled once for each instruction set. A row stays in
+// the cache between the pass that makes its sums and the one that makes its results.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -50,7 +50,8 @@ class NormalizedRows {
  private:
   std::vector<T> filled(const void* given, T otherwise) const {
     const T* const from = static_cast<const T*>(given);
-    return from == nullptr ? std::vector<T>(static_cast<size_t>(n_), otherwise) : std::vector<T>(from, from + n_);
+    return from == nullptr ? std::vector<T>(static_cast<size_t>(n_), otherwise)
+                           : std::vector<T>(from, from + n_);
   }
 
   const T* row_of(const void* tensor, int64_t row) const { return static_cast<const T*>(tensor) + row * n_; }
@@ -84,7 +85,8 @@ class NormalizedRows {
     away = given_.centred ? away / static_cast<double>(n_) : 0;
     given_.mean[row] = static_cast<double>(shift) + away;
     given_.variance[row] = std::max(0.0, squares / static_cast<double>(n_) - away * away);
-    const T centre = static_cast<T>(given_.mean[row]), rest = rounded_off(row), r = static_cast<T>(inverse(row));
+    const T centre = static_cast<T>(given_.mean[row]), rest = rounded_off(row),
+            r = static_cast<T>(inverse(row));
     const T *const w = weight_.data(), *const b = bias_.data();
 #pragma omp simd
     for (int64_t i = 0; i < n_; ++i) out[i] = (x[i] - centre - rest) * r * w[i] + b[i];
@@ -94,7 +96,8 @@ class NormalizedRows {
     const T *const x = row_of(given_.input, row), *const g = row_of(given_.grad, row);
     const T* const w = weight_.data();
     T* const out = row_of(given_.input_product, row);
-    const T mean = static_cast<T>(given_.mean[row]), rest = rounded_off(row), r = static_cast<T>(inverse(row));
+    const T mean = static_cast<T>(given_.mean[row]), rest = rounded_off(row),
+            r = static_cast<T>(inverse(row));
     double h_sum = 0, hx_sum = 0;
     for (int64_t first = 0; first < n_; first += kBlock) {
       T h = 0, hx = 0;
@@ -120,7 +123,8 @@ class NormalizedRows {
     const T *const w = weight_.data(), *const tw = tangent_weight_.data(), *const tb = tangent_bias_.data();
     T* const for_grad = row_of(given_.output, row);
     T* const out = row_of(given_.input_product, row);
-    const T mean = static_cast<T>(given_.mean[row]), rest = rounded_off(row), r = static_cast<T>(inverse(row));
+    const T mean = static_cast<T>(given_.mean[row]), rest = rounded_off(row),
+            r = static_cast<T>(inverse(row));
     double sums[7] = {};
     for (int64_t first = 0; first < n_; first += kBlock) {
       T h = 0, hx = 0, s = 0, sx = 0, sh = 0, k = 0, kx = 0;
@@ -149,10 +153,12 @@ class NormalizedRows {
     const T constant = static_cast<T>(-inverse_root * k + squared * (hx * s + sx * h));
 #pragma omp simd
     for (int64_t i = 0; i < n_; ++i) {
-      const T normal = (x[i] - mean - rest) * r, projected = r * (t[i] - t_mean - normal * tx), gradient = g[i];
+      const T normal = (x[i] - mean - rest) * r, projected = r * (t[i] - t_mean - normal * tx),
+              gradient = g[i];
       for_weight[i] += gradient * projected;
       for_grad[i] = w[i] * projected + tw[i] * normal + tb[i];
-      out[i] = r * tw[i] * gradient + of_tangent * t[i] + of_h * (w[i] * gradient) + of_normal * normal + constant;
+      out[i] =
+          r * tw[i] * gradient + of_tangent * t[i] + of_h * (w[i] * gradient) + of_normal * normal + constant;
     }
   }
 
@@ -161,7 +167,9 @@ class NormalizedRows {
     return static_cast<T>(given_.mean[row] - static_cast<double>(static_cast<T>(given_.mean[row])));
   }
 
-  T mean_of(double sum) const { return given_.centred ? static_cast<T>(sum / static_cast<double>(n_)) : T(0); }
+  T mean_of(double sum) const {
+    return given_.centred ? static_cast<T>(sum / static_cast<double>(n_)) : T(0);
+  }
 
   void add_up(const std::vector<T>& partial, void* product) const {
     if (product == nullptr) return;

@@ -5,21 +5,21 @@
 namespace hvp {
 namespace {
 
-#define HVP_VARIANT_OF(name)     \
-  {#name,                        \
-   name::chunk_kernel,           \
-   name::linear_model_direct,    \
-   name::linear_model_dual,      \
-   name::linear_model_chebyshev, \
-   name::linear_model_lanczos,   \
-   name::run_program,            \
-   name::cross_entropy,          \
-   name::cross_entropy_backward, \
+#define HVP_VARIANT_OF(name)            \
+  {#name,                               \
+   name::chunk_kernel,                  \
+   name::linear_model_direct,           \
+   name::linear_model_dual,             \
+   name::linear_model_chebyshev,        \
+   name::linear_model_lanczos,          \
+   name::run_program,                   \
+   name::cross_entropy,                 \
+   name::cross_entropy_backward,        \
    name::cross_entropy_double_backward, \
-   name::log_softmax,            \
-   name::log_softmax_backward,   \
-   name::log_softmax_double_backward, \
-   name::normalize_images,       \
+   name::log_softmax,                   \
+   name::log_softmax_backward,          \
+   name::log_softmax_double_backward,   \
+   name::normalize_images,              \
    name::normalize_rows}
 
 constexpr Variant kBaseline = HVP_VARIANT_OF(baseline);

@@ -41,31 +41,30 @@ const Variant& variant();
 // itself would use; `capability` is what torch.backends.cpu.get_cpu_capability() returns.
 void choose_variant(const std::string& capability);
 
-#define HVP_DECLARE_VARIANT(name)                                                                         \
-  namespace name {                                                                                        \
-  ChunkKernel chunk_kernel(OpCode op, bool measure, bool wide, DType dtype);                              \
-  void linear_model_direct(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,    \
-                           int threads);                                                                  \
-  void linear_model_dual(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,      \
-                         int threads);                                                                    \
-  void linear_model_chebyshev(const LinearModel&, const ChebyshevTerms&, void* residual, void* direction, \
-                              void* x, double* figures, int threads);                                     \
-  void linear_model_lanczos(const LinearModel&, void* basis, double* diagonal, double* off_diagonal,      \
-                            int64_t steps, int threads);                                                  \
-  bool run_program(const Program&, void* const* slots, const double* row, int threads);                   \
-  int64_t cross_entropy(const CrossEntropy&, void* losses, void* log_sum_exp, int threads);               \
-  int64_t cross_entropy_backward(const CrossEntropy&, const void* grad, const void* log_sum_exp,          \
-                                 void* gradient, int threads);                                            \
-  int64_t cross_entropy_double_backward(const CrossEntropy&, const void* tangent, const void* grad,       \
-                                        const void* log_sum_exp, void* grad_product, void* product,       \
-                                        int threads);                                                     \
-  void log_softmax(bool wide, int64_t rows, int64_t classes, const void* input, void* output,             \
-                   int threads);                                                                          \
-  void log_softmax_backward(const LogSoftmax&, const void* grad, void* gradient, int threads);            \
-  void log_softmax_double_backward(const LogSoftmax&, const void* tangent, const void* grad,              \
-                                   void* grad_product, void* product, int threads);                       \
-  void normalize_images(const Normalization&, int threads);                                               \
-  void normalize_rows(const Normalization&, int threads);                                                 \
+#define HVP_DECLARE_VARIANT(name)                                                                           \
+  namespace name {                                                                                          \
+  ChunkKernel chunk_kernel(OpCode op, bool measure, bool wide, DType dtype);                                \
+  void linear_model_direct(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,      \
+                           int threads);                                                                    \
+  void linear_model_dual(const LinearModel&, const NeumannTerms&, void* v, void* p, double* figures,        \
+                         int threads);                                                                      \
+  void linear_model_chebyshev(const LinearModel&, const ChebyshevTerms&, void* residual, void* direction,   \
+                              void* x, double* figures, int threads);                                       \
+  void linear_model_lanczos(const LinearModel&, void* basis, double* diagonal, double* off_diagonal,        \
+                            int64_t steps, int threads);                                                    \
+  bool run_program(const Program&, void* const* slots, const double* row, int threads);                     \
+  int64_t cross_entropy(const CrossEntropy&, void* losses, void* log_sum_exp, int threads);                 \
+  int64_t cross_entropy_backward(const CrossEntropy&, const void* grad, const void* log_sum_exp,            \
+                                 void* gradient, int threads);                                              \
+  int64_t cross_entropy_double_backward(const CrossEntropy&, const void* tangent, const void* grad,         \
+                                        const void* log_sum_exp, void* grad_product, void* product,         \
+                                        int threads);                                                       \
+  void log_softmax(bool wide, int64_t rows, int64_t classes, const void* input, void* output, int threads); \
+  void log_softmax_backward(const LogSoftmax&, const void* grad, void* gradient, int threads);              \
+  void log_softmax_double_backward(const LogSoftmax&, const void* tangent, const void* grad,                \
+                                   void* grad_product, void* product, int threads);                         \
+  void normalize_images(const Normalization&, int threads);                                                 \
+  void normalize_rows(const Normalization&, int threads);                                                   \
   }
 HVP_DECLARE_VARIANT(baseline)
 HVP_DECLARE_VARIANT(avx2)

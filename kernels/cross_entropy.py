@@ -277,7 +277,7 @@ def log_softmax_double_backward(tangent: Tensor, grad: Tensor, output: Tensor) -
 def _given(
     input: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Dense tensors; and 1 - smoothing, smoothing / classes and the sum of the weights, where a kernel reads float64."""
+    """Dense tensors; and 1 - smoothing, smoothing / classes and the sum of the weights, in memory and in float64."""
     classes = input.shape[1]
     weights = None if weight is None else weight.to(accumulated(input.dtype)).contiguous()
     numbers = [1 - label_smoothing, label_smoothing / classes, float(classes)]

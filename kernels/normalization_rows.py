@@ -255,7 +255,11 @@ def rows_double_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     for_grad, for_input, number = torch.empty_like(input), torch.empty_like(input), _number(eps, input)
-    means, mean, variance = input.new_empty(shape.samples, 2, dtype=torch.float64), mean.contiguous(), variance.contiguous()
+    means, mean, variance = (
+        input.new_empty(shape.samples, 2, dtype=torch.float64),
+        mean.contiguous(),
+        variance.contiguous(),
+    )
     channels = _dense(tangent_weight), _dense(tangent_bias)
     known = grad, input, _dense(weight), mean, variance, number
     _launch(row_double_backward, shape, tangent, *channels, *known, for_grad, for_input, means)

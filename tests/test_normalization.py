@@ -1,4 +1,4 @@
-"""Normalizations with two derivatives by kernels: against torch's own, in every backend that a CPU has."""
+"""Normalizations with two derivatives by kernels: against torch's own, in every backend of a CPU."""
 
 from __future__ import annotations
 
@@ -240,7 +240,11 @@ def test_empty_batches(backend: str) -> None:
 
 
 BAD: list[tuple[type[Exception], str, Callable[[], Tensor]]] = [
-    (ValueError, "more than one value per channel", lambda: differentiable.batch_norm(torch.zeros(1, 3), training=True)),
+    (
+        ValueError,
+        "more than one value per channel",
+        lambda: differentiable.batch_norm(torch.zeros(1, 3), training=True),
+    ),
     (
         ValueError,
         "more than one value per channel.*1, 3, 1, 1",
@@ -374,7 +378,11 @@ def test_a_callers_running_statistics_are_torchs_affair() -> None:
 def test_rows_in_native_programs(kind: type[nn.Module], affine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses_and_normalizations, "_FEWEST_IN_ROWS", 0)
     module = nn.Sequential(
-        nn.Linear(5, 6), kind(6, elementwise_affine=affine), nn.Tanh(), nn.Linear(6, 4), kind(4, elementwise_affine=affine)
+        nn.Linear(5, 6),
+        kind(6, elementwise_affine=affine),
+        nn.Tanh(),
+        nn.Linear(6, 4),
+        kind(4, elementwise_affine=affine),
     ).double()
     net, x, y = hvp.functional(module), randn(3, 7, 5, seed=1), randn(3, 7, 4, seed=2)
 

@@ -154,7 +154,9 @@ def _check(
     if target.dtype != torch.int64:
         raise TypeError(
             f"target: expected classes as int64; got {target.dtype}: torch.nn.functional.cross_entropy takes "
-            "probabilities" if target.is_floating_point() else f"target: expected int64; got {target.dtype}: use .long()"
+            "probabilities"
+            if target.is_floating_point()
+            else f"target: expected int64; got {target.dtype}: use .long()"
         )
     if tuple(target.shape) != shape:
         raise ValueError(f"target: expected shape {shape}, that of the logits without C; got {tuple(target.shape)}")
@@ -163,7 +165,8 @@ def _check(
     if weight is not None:
         if tuple(weight.shape) != (classes,) or not weight.is_floating_point():
             raise ValueError(
-                f"weight: expected {classes} numbers, one for each class; got shape {tuple(weight.shape)}, {weight.dtype}"
+                f"weight: expected {classes} numbers, one for each class; got shape {tuple(weight.shape)}, "
+                f"{weight.dtype}"
             )
         if weight.requires_grad:
             raise ValueError(

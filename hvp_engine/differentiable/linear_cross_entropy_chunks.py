@@ -2,8 +2,8 @@
 
 With logits z = h W^T + b and d = d loss / d z, the first derivative is (d W, d^T h, sum d). Its derivative for tangents
 (s, S, u) goes through d, with the cotangent t = s W^T + h S^T + u, and through W and h:
-(d S + e W, d^T s + e^T h, sum e), where e is the derivative of the loss's for the tangent t. Each chunk takes 2, 3 and 8
-products of matrices at the three levels, of which one makes the logits again.
+(d S + e W, d^T s + e^T h, sum e), where e is the derivative of the loss's for the tangent t. Each chunk takes 1, 3 and
+7 products of matrices at the three levels, of which one makes the logits.
 """
 
 from __future__ import annotations
@@ -110,7 +110,12 @@ def _logits(h: Tensor, linear_weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _tangent(
-    s: Tensor | None, weight_tangent: Tensor | None, bias_tangent: Tensor | None, h: Tensor, w: Tensor, dtype: torch.dtype
+    s: Tensor | None,
+    weight_tangent: Tensor | None,
+    bias_tangent: Tensor | None,
+    h: Tensor,
+    w: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     """s W^T + h S^T + u."""
     t = h.new_zeros(len(h), len(w)) if s is None else s @ w.T

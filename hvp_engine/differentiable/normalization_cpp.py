@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from hvp_engine import _C
-from hvp_engine.differentiable.normalized_shape import Kind, NormalizedShape, keeps_channels_last, laid_out, normalized_shape
+from hvp_engine.differentiable.normalized_shape import (
+    Kind,
+    NormalizedShape,
+    keeps_channels_last,
+    laid_out,
+    normalized_shape,
+)
 from hvp_engine.differentiable.registration import accumulated
 
 
@@ -57,9 +63,10 @@ def normalize_double_backward(
     shape, x = _numbers(kind, input, size)
     t, g = (_like(tensor, x, kind) for tensor in (tangent, grad))
     for_grad, for_input, for_weight = torch.empty_like(x), torch.empty_like(x), x.new_empty(shape.channels)
-    known = x, _channels(weight, x), mean.contiguous(), variance.contiguous(), eps
-    channels = _channels(tangent_weight, x), _channels(tangent_bias, x)
-    _C.normalize_double_backward(_native(shape), for_grad, for_input, for_weight, t, *channels, g, *known)
+    for_channels = _channels(tangent_weight, x), _channels(tangent_bias, x)
+    statistics = mean.contiguous(), variance.contiguous()
+    found = for_grad, for_input, for_weight
+    _C.normalize_double_backward(_native(shape), *found, t, *for_channels, g, x, _channels(weight, x), *statistics, eps)
     return for_grad.to(grad.dtype), for_input.to(input.dtype), for_weight
 
 

@@ -55,8 +55,8 @@ def batch_norm(
     count = input.numel() // channels
     if count == 1:
         raise ValueError(
-            f"input: expected more than one value per channel in training; got shape {tuple(input.shape)}: use a larger "
-            "batch, or training=False"
+            f"input: expected more than one value per channel in training; got shape {tuple(input.shape)}: use a "
+            "larger batch, or training=False"
         )
     output, mean, variance = ops.batch_norm(input, weight, bias, 0, eps)
     with torch.no_grad():
@@ -83,13 +83,11 @@ def group_norm(
     """
     _check_images("group_norm", input, weight, bias)
     if num_groups < 1 or input.shape[1] % num_groups:
-        raise ValueError(
-            f"num_groups: expected a divisor of the {input.shape[1]} channels of input; got {num_groups}"
-        )
+        raise ValueError(f"num_groups: expected a divisor of the {input.shape[1]} channels of input; got {num_groups}")
     if math.prod(input.shape[2:]) * (input.shape[1] // num_groups) == 1:
         raise ValueError(
-            f"input: expected more than one value per group; got shape {tuple(input.shape)} in {num_groups} groups: use "
-            "fewer groups"
+            f"input: expected more than one value per group; got shape {tuple(input.shape)} in {num_groups} groups: "
+            "use fewer groups"
         )
     return ops.group_norm(input, weight, bias, num_groups, eps)[0]
 
@@ -138,9 +136,7 @@ def rms_norm(
     return ops.rms_norm(input, weight, None, size, eps)[0]
 
 
-def _rows(
-    input: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None
-) -> int:
+def _rows(input: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None) -> int:
     """How many dimensions make up a row."""
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     _check_numbers(input, weight, bias, shape)

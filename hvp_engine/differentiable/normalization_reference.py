@@ -10,7 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvp_engine.differentiable.normalized_shape import Kind, NormalizedShape, keeps_channels_last, laid_out, normalized_shape
+from hvp_engine.differentiable.normalized_shape import (
+    Kind,
+    NormalizedShape,
+    keeps_channels_last,
+    laid_out,
+    normalized_shape,
+)
 from hvp_engine.differentiable.registration import accumulated
 
 _GROUP = (1, 3, 4)
@@ -72,7 +78,7 @@ def normalize(
     normal, _, mean, variance = n.statistics(n.whole(input), eps)
     output = normal * n.channels(weight, 1) + n.channels(bias, 0)
     samples, groups = n.shape.samples, n.shape.groups
-    return n.back(output), *(x.double().reshape(samples, groups) for x in (mean, variance))
+    return n.back(output), mean.double().reshape(samples, groups), variance.double().reshape(samples, groups)
 
 
 def normalize_backward(

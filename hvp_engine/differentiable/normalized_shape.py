@@ -15,8 +15,8 @@ Kind = Literal["batch_norm", "group_norm", "layer_norm", "rms_norm"]
 class NormalizedShape:
     """`samples` of `images` of `channels` x `points`; statistics are those of a sample's `groups` of channels.
 
-    A batch of shape (N, C, H, W) has one sample of N images in batch normalization, and C groups; N samples of one image
-    in group normalization. A row is a sample of one image of one point.
+    A batch of shape (N, C, H, W) has one sample of N images in batch normalization, and C groups; N samples of one
+    image in group normalization. A row is a sample of one image of one point.
 
     Attributes:
         rows: whether it is layer or root-mean-square normalization. centred: whether a mean is subtracted.

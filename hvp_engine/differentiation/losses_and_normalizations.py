@@ -53,7 +53,9 @@ def cross_entropy(
     )
 
 
-def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+def log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
     """Ours along the last of many dimensions."""
     last = dim is not None and input.dim() > 1 and dim % input.dim() == input.dim() - 1
     if last and dtype is None and input.is_contiguous() and _many(input, input.shape[-1]):
@@ -102,9 +104,7 @@ def instance_norm(
     """Ours, as group normalization with a group for each channel, for images without running statistics."""
     if use_input_stats and running_mean is None and running_var is None and _images(input):
         return group_norm(input, input.shape[1], weight, bias, eps)
-    return functional.instance_norm(
-        input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
-    )
+    return functional.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
 def layer_norm(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
@@ -58,7 +57,7 @@ def _cross_entropy_double_backward(c: Conversion, node: Any) -> Value:
         return (g * label_weights(z, y, w[0] if w else None, ignore_index, label_smoothing)[2]).unsqueeze(1)
 
     known = [grad, input, target, *([] if weight is None else [weight])]
-    p = c.derive(sizes, lambda z, l: (z - l.unsqueeze(1)).exp(), [input, lse])
+    p = c.derive(sizes, lambda z, total: (z - total.unsqueeze(1)).exp(), [input, lse])
     factor = c.derive((sizes[0], 1), factors, known)
     t = c.place(tangent)
     centred = _difference(c, sizes, t, _sum(c, _product(c, sizes, t, p)))
@@ -71,8 +70,8 @@ def _cross_entropy_backward(c: Conversion, node: Any) -> Value:
     grad, input, lse, target, weight, *settings = node.args
     _refuse_moving(c, node, grad)
 
-    def slope(z: Tensor, l: Tensor, y: Tensor, *w: Tensor) -> Tensor:
-        return ops.cross_entropy_backward(torch.ones_like(l), z, l, y, w[0] if w else None, *settings)
+    def slope(z: Tensor, total: Tensor, y: Tensor, *w: Tensor) -> Tensor:
+        return ops.cross_entropy_backward(torch.ones_like(total), z, total, y, w[0] if w else None, *settings)
 
     known = [input, lse, target, *([] if weight is None else [weight])]
     sizes = c.shape(input)
@@ -170,7 +169,9 @@ def _rows_backward(c: Conversion, node: Any) -> Value:
     grad = node.args[0]
     _refuse_moving(c, node, grad)
     rows, g = _Rows(c, node, grad), c.place(grad)
-    for_input = rows.projected(g if rows.weight is None else rows.product(g, rows.weight)) if _is_read(node, 0) else None
+    for_input = (
+        rows.projected(g if rows.weight is None else rows.product(g, rows.weight)) if _is_read(node, 0) else None
+    )
     for_weight = rows.of_channels(rows.product(g, rows.normal)) if _is_read(node, 1) else None
     return for_input, for_weight, rows.of_channels(g) if _is_read(node, 2) else None
 
@@ -194,9 +195,7 @@ def _rows_double_backward(c: Conversion, node: Any) -> Value:
     along = combined(Code.MULTIPLY, [rows.mean(rows.product(t, gradient)), square], rows.row)
     twice = combined(Code.SCALE, [_product(c, rows.row, shared, slope, rows.root)], rows.row, 2.0)
     of_normal = c.builder.stored(combined(Code.SUBTRACT, [along, twice], rows.row))
-    for_input = combined(
-        Code.ADD, [rows.product(projected, slope), rows.product(gradient, scaled)], rows.sizes
-    )
+    for_input = combined(Code.ADD, [rows.product(projected, slope), rows.product(gradient, scaled)], rows.sizes)
     for_input = combined(Code.ADD, [for_input, rows.product(rows.normal, of_normal)], rows.sizes)
     if tangent_weight is not None:
         tw = c.place(tangent_weight)
