@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from baselines import methods
-from bench import cuda_code, demo, field, hard_models, influence, precision, products, report, results, scripts
+from bench import cuda_code, demo, field, hard_models, influence, levels, precision, products, report, results, scripts
 
 
 def plots(files: list[Path]) -> str:
@@ -36,6 +37,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "summary": lambda: report.summary(report.everything()),
     "cuda code": cuda_code.markdown,
     "demo": demo.block,
+    "second derivatives of losses": partial(levels.markdown, "losses"),
+    "second derivatives of normalizations": partial(levels.markdown, "normalizations"),
     "field": field.markdown,
     "hard models": hard_models.markdown,
     "influence": influence.markdown,

@@ -3,6 +3,7 @@
 The names below are the public API; the README says which one does what.
 """
 
+from hvp_engine import differentiable
 from hvp_engine.diagnostics.hypergradient_check import CheckResult, Verdict, check
 from hvp_engine.differentiation.modules import functional
 from hvp_engine.differentiation.problem import Averaged
@@ -95,6 +96,7 @@ __all__ = [
     "approx_inverse_hvp",
     "best_response",
     "check",
+    "differentiable",
     "extreme_eigenvalues",
     "functional",
     "hypergradient",

@@ -18,6 +18,7 @@ ARGUMENTS = [
     *(str(TESTS / f"test_{name}.py") for name in ("native", "native_fuzz", "ops", "linear_model_series")),
     *(str(TESTS / f"test_linear_{name}.py") for name in ("chebyshev", "lanczos")),
     *(str(TESTS / f"test_{name}.py") for name in ("native_operations", "engines_native")),
+    *(str(TESTS / f"test_{name}.py") for name in ("cross_entropy", "normalization")),
     # Without what tests other backends, measures time, or starts a Python of its own; and without what demands of the
     # float64 sums of cg_step the accuracy of vectorized ones, which sanitizers prevent.
     "-k",

@@ -25,7 +25,8 @@ _LABELS = "Tensor target, Tensor? weight, int ignore_index, float label_smoothin
 def _save(ctx: Any, tensors: tuple[Tensor | None, ...], labels: tuple[Any, ...]) -> None:
     """Keep tensors and the arguments that say what the labels are."""
     ctx.set_materialize_grads(False)
-    target, weight, *ctx.settings = labels
+    target, weight, *settings = labels
+    ctx.settings = tuple(settings)
     ctx.save_for_backward(*tensors, target, weight)
 
 
@@ -95,6 +96,7 @@ register(
 
 
 def _log_softmax_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.settings = ()
     ctx.save_for_backward(output)
 
 
@@ -103,6 +105,7 @@ def _log_softmax_backward(ctx: Any, grad: Tensor) -> Tensor:
 
 
 def _log_softmax_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.settings = ()
     ctx.save_for_backward(*inputs)
 
 

@@ -52,11 +52,12 @@ def _double_backward_fake(
 
 
 def _value_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    input, weight, bias, *ctx.settings = inputs
+    input, weight, bias, size, eps = inputs
     _, mean, variance = output
     ctx.mark_non_differentiable(mean, variance)
     ctx.set_materialize_grads(False)
-    ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+    like = (None, None) if bias is None else (tuple(bias.shape), bias.dtype)
+    ctx.settings = size, eps, like
     ctx.save_for_backward(input, weight, mean, variance)
 
 
@@ -65,8 +66,8 @@ def _value_backward(kind: Kind, ctx: Any, grad: Tensor | None, *_: Any) -> tuple
         return (None,) * 5
     input, weight, mean, variance = ctx.saved_tensors
     backward = getattr(ops, f"{kind}_backward")
-    for_input, for_weight, for_bias = backward(grad, input, weight, mean, variance, *ctx.settings)
-    shape, dtype = ctx.bias or (None, None)
+    size, eps, (shape, dtype) = ctx.settings
+    for_input, for_weight, for_bias = backward(grad, input, weight, mean, variance, size, eps)
     return (
         for_input,
         None if weight is None else for_weight.view(weight.shape).to(weight.dtype),

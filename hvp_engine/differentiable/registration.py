@@ -27,7 +27,7 @@ def register(
     Arguments:
         run: the operation, on a CPU and on CUDA.
         fake: results of the right shapes, dtypes and strides, without values.
-        setup, backward: as `torch.library.register_autograd` takes them.
+        setup, backward: as `torch.library.register_autograd` takes them. What is no tensor goes to `ctx.settings`.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
@@ -51,23 +51,23 @@ def _one_by_one(name: str, info: Any, in_dims: tuple[int | None, ...], *argument
 
 
 def by_reference(reference: Callable[..., Any]) -> tuple[Callable[..., None], Callable[..., Any]]:
-    """`setup` and `backward` of an operation that is its own reference in plain torch, whose derivatives are torch's.
+    """`setup` and `backward` of an operation that has a reference in plain torch, whose derivatives are torch's.
 
     So derivatives of an order for which there is no kernel exist all the same.
     """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
-        ctx.tensors = [index for index, value in enumerate(inputs) if isinstance(value, Tensor)]
-        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.save_for_backward(*(inputs[index] for index in ctx.tensors))
+        ctx.settings = tuple("" if isinstance(value, Tensor) else value for value in inputs)
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        arguments = list(ctx.others)
-        wanted = [index for index in ctx.tensors if ctx.needs_input_grad[index]]
+        arguments = list(ctx.settings)
+        places = [index for index, value in enumerate(arguments) if value == ""]
+        wanted = [index for index in places if ctx.needs_input_grad[index]]
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            for index, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+            for index, tensor in zip(places, ctx.saved_tensors, strict=True):
                 arguments[index] = tensor.view_as(tensor)  # one may depend on another: the derivatives are partial
             found = reference(*arguments)
             outputs: Sequence[Tensor] = found if isinstance(found, tuple) else (found,)

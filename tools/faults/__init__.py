@@ -3,6 +3,7 @@
 from tools.faults.base import Fault
 from tools.faults.cuda import FAULTS as CUDA
 from tools.faults.hypergradients import FAULTS as HYPERGRADIENTS
+from tools.faults.losses import FAULTS as LOSSES
 from tools.faults.native import FAULTS as NATIVE
 from tools.faults.ops import FAULTS as OPS
 from tools.faults.solvers import FAULTS as SOLVERS
@@ -11,4 +12,4 @@ from tools.faults.tuning import FAULTS as TUNING
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS: list[Fault] = [*OPS, *CUDA, *NATIVE, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING]
+FAULTS: list[Fault] = [*OPS, *CUDA, *NATIVE, *LOSSES, *SUPPORT, *SOLVERS, *HYPERGRADIENTS, *TUNING]
