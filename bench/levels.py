@@ -15,7 +15,7 @@ from bench.report import grid
 from bench.results import FOLDER
 from hvp_engine.diagnostics.memory import peak_memory
 
-SECONDS = 0.5
+SECONDS = 0.25
 """Of samples for each comparison, at least three."""
 
 
