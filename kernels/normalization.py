@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hvp_engine.differentiable.normalized_shape import (
+from hvp_engine.differentiable.normalization_shapes import (
     Kind,
     NormalizedShape,
     keeps_channels_last,

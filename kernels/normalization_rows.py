@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hvp_engine.differentiable.normalized_shape import NormalizedShape
+from hvp_engine.differentiable.normalization_shapes import NormalizedShape
 from hvp_engine.differentiable.registration import accumulated
 from hvp_engine.kernels.linear_model import device_of
 

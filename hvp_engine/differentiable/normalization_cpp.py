@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine import _C
-from hvp_engine.differentiable.normalized_shape import (
+from hvp_engine.differentiable.normalization_shapes import (
     Kind,
     NormalizedShape,
     keeps_channels_last,

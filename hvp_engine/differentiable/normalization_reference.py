@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvp_engine.differentiable.normalized_shape import (
+from hvp_engine.differentiable.normalization_shapes import (
     Kind,
     NormalizedShape,
     keeps_channels_last,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine.differentiable import normalization_reference as reference
-from hvp_engine.differentiable.normalized_shape import Kind, keeps_channels_last, laid_out, normalized_shape
+from hvp_engine.differentiable.normalization_shapes import Kind, keeps_channels_last, laid_out, normalized_shape
 from hvp_engine.differentiable.registration import accumulated, by_reference, implementation, register
 
 ops = torch.ops.hvp_engine
