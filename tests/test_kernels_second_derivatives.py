@@ -29,7 +29,7 @@ interpreted_only = pytest.mark.skipif(not kernels.INTERPRETED, reason="without T
 def test_in_the_interpreter() -> None:
     """In a process of its own: it has to be chosen before the import."""
     wanted = "no_class or triton and (all_levels and (mean or weights or smoothing or none or batch_norm-image"
-    wanted += " or group_norm-image or layer_norm-sound-first or rms_norm-sound-first) or infinite or log_softmax"
+    wanted += " or group_norm-image or layer_norm-sound-first or rms_norm-sound-first) or infinite or test_log_softmax"
     wanted += " or all_rows_ignored or empty)"
     files = ("test_kernels_second_derivatives.py", "test_cross_entropy.py", "test_normalization.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(TESTS / f) for f in files)]
