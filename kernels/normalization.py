@@ -162,7 +162,7 @@ class _Images:
     def means(self, per_channel: Tensor) -> Tensor:
         """Over each group of what has been added up for each channel, for each channel."""
         s = self.shape
-        return self.of_groups(per_channel.view(s.samples, s.groups, -1).sum(2) / s.count)
+        return self.of_groups(per_channel.view(s.samples, s.groups, s.channels // s.groups).sum(2) / s.count)
 
     def weights(self, tensor: Tensor | None, otherwise: float) -> Tensor | float:
         return otherwise if tensor is None else tensor.double().reshape(1, -1)
@@ -211,16 +211,16 @@ def normalize(
     images = _Images(kind, input, size, eps)
     s, x = images.shape, images.x
     in_order = x.movedim(1, -1) if s.channels_last and x.dim() > 2 else x
-    first = in_order.reshape(s.samples, -1, s.channels)[:, 0] if s.channels_last else in_order.reshape(
+    first = in_order.reshape(s.samples, s.images * s.points, s.channels)[:, 0] if s.channels_last else in_order.reshape(
         s.samples, s.images, s.channels, s.points
     )[:, 0, :, 0]  # fmt: skip
     shift = first.to(images.dtype).contiguous()
     sums, squares = images.sums(VALUE, shift, torch.ones_like(shift))
     count = s.images * s.points
     own = shift.double() + sums / count
-    mean = own.view(s.samples, s.groups, -1).mean(2)
+    mean = own.view(s.samples, s.groups, s.channels // s.groups).mean(2)
     spread = (squares / count - (sums / count).square()).clamp_min(0) + (own - images.of_groups(mean)).square()
-    variance = spread.view(s.samples, s.groups, -1).mean(2)
+    variance = spread.view(s.samples, s.groups, s.channels // s.groups).mean(2)
     exact = images.of_groups(mean)
     rounded = exact.to(images.dtype)
     slope = images.of_groups((variance + eps).rsqrt()) * images.weights(weight, 1.0)
