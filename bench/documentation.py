@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from baselines import methods
@@ -12,6 +13,7 @@ from bench import (
     field,
     hard_models,
     influence,
+    levels,
     precision,
     products,
     report,
@@ -49,6 +51,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": second_derivatives_attention.markdown,
     "cuda code": cuda_code.markdown,
     "demo": demo.block,
+    "second derivatives of losses": partial(levels.markdown, "losses"),
+    "second derivatives of normalizations": partial(levels.markdown, "normalizations"),
     "field": field.markdown,
     "hard models": hard_models.markdown,
     "influence": influence.markdown,

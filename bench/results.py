@@ -156,7 +156,17 @@ def commit() -> str:
 
 def device_files() -> list[Path]:
     """The files of whole benchmarks, one for each device; other results lie beside them."""
-    others = ("compare-", "cuda-code", "distributed", "field", "influence", "precision", "product", "scripts")
+    others = (
+        "compare-",
+        "cuda-code",
+        "distributed",
+        "field",
+        "influence",
+        "precision",
+        "product",
+        "scripts",
+        "second-",
+    )
     return sorted(file for file in FOLDER.glob("*.csv") if not file.name.startswith(others))
 
 

@@ -27,4 +27,6 @@ PYBIND11_MODULE(_C, module) {
   hvp::bind_program(module);
   hvp::bind_graph_contents(module);
   hvp::bind_recurrent(module);
+  hvp::bind_cross_entropy(module);
+  hvp::bind_normalization(module);
 }

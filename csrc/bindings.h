@@ -11,5 +11,7 @@ void bind_recurrence(pybind11::module_& module);
 void bind_program(pybind11::module_& module);
 void bind_graph_contents(pybind11::module_& module);
 void bind_recurrent(pybind11::module_& module);
+void bind_cross_entropy(pybind11::module_& module);
+void bind_normalization(pybind11::module_& module);
 
 }  // namespace hvp

@@ -63,6 +63,11 @@ inline uintptr_t address(const dlpack::Tensor& view) {
   return reinterpret_cast<uintptr_t>(view.data) + view.byte_offset;
 }
 
+// The memory behind a tensor, or null for None.
+inline void* memory(const py::object& tensor) {
+  return tensor.is_none() ? nullptr : reinterpret_cast<void*>(address(Torch::get().view(tensor.ptr())));
+}
+
 inline int64_t numel(const dlpack::Tensor& view) {
   int64_t product = 1;
   for (int32_t d = 0; d < view.dimensions; ++d) product *= view.shape[d];

@@ -79,3 +79,94 @@ def read_graph(
 def recurrence(
     *, code: int, units: int, batch_sizes: Sequence[int], reverse: bool, tensors: Sequence[Tensor | None]
 ) -> None: ...
+def cross_entropy(
+    losses: Tensor,
+    log_sum_exp: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    weight_total: float,
+    ignored: int,
+    smoothing: float,
+) -> int: ...
+def cross_entropy_backward(
+    gradient: Tensor,
+    grad: Tensor,
+    log_sum_exp: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    weight_total: float,
+    ignored: int,
+    smoothing: float,
+) -> int: ...
+def cross_entropy_double_backward(
+    grad_product: Tensor,
+    product: Tensor,
+    tangent: Tensor,
+    grad: Tensor,
+    log_sum_exp: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    weight_total: float,
+    ignored: int,
+    smoothing: float,
+) -> int: ...
+def log_softmax(output: Tensor, input: Tensor) -> None: ...
+def log_softmax_backward(gradient: Tensor, grad: Tensor, output: Tensor) -> None: ...
+def log_softmax_double_backward(
+    grad_product: Tensor, product: Tensor, tangent: Tensor, grad: Tensor, output: Tensor
+) -> None: ...
+
+class NormalizedShape:
+    def __init__(
+        self,
+        *,
+        rows: bool,
+        centred: bool,
+        channels_last: bool,
+        samples: int,
+        images: int,
+        channels: int,
+        points: int,
+        groups: int,
+    ) -> None: ...
+
+def normalize(
+    shape: NormalizedShape,
+    output: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> None: ...
+def normalize_backward(
+    shape: NormalizedShape,
+    input_product: Tensor,
+    weight_product: Tensor,
+    bias_product: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> None: ...
+def normalize_double_backward(
+    shape: NormalizedShape,
+    grad_product: Tensor,
+    input_product: Tensor,
+    weight_product: Tensor,
+    tangent: Tensor,
+    tangent_weight: Tensor | None,
+    tangent_bias: Tensor | None,
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> None: ...

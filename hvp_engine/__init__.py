@@ -96,6 +96,7 @@ __all__ = [
     "approx_inverse_hvp",
     "best_response",
     "check",
+    "differentiable",
     "extreme_eigenvalues",
     "functional",
     "hypergradient",

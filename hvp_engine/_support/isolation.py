@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from hvp_engine._support.random_state import TURNS, global_generators, random_state_kept, seed_everything
 
@@ -22,6 +23,8 @@ Result = TypeVar("Result")
 _MOST_REFUSALS = 8
 """Calls that had to be run again alone after which an object's calls always are."""
 
+_COPY = "_hvp_engine_copy"
+
 _active: ContextVar[bool] = ContextVar("hvp_engine_isolated", default=False)
 _modules: ContextVar[list[torch.nn.Module] | None] = ContextVar("hvp_engine_modules", default=None)
 
@@ -29,6 +32,18 @@ _modules: ContextVar[list[torch.nn.Module] | None] = ContextVar("hvp_engine_modu
 def is_isolated() -> bool:
     """Whether this code runs inside a call of the library."""
     return _active.get()
+
+
+def copied(buffer: Tensor) -> Tensor:
+    """A copy that belongs to the library, which may change it unseen."""
+    copy = buffer.clone()
+    setattr(copy, _COPY, True)
+    return copy
+
+
+def is_copy(tensor: Tensor) -> bool:
+    """Whether :func:`copied` has made the tensor."""
+    return hasattr(tensor, _COPY)
 
 
 def record_module(module: torch.nn.Module) -> None:

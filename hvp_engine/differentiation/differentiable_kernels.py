@@ -19,6 +19,7 @@ from hvp_engine._support.torch_compat import fused_weight_norm
 from hvp_engine.differentiable.attention.function import is_worthwhile, scaled_dot_product_attention
 from hvp_engine.differentiable.recurrent.layers import gru, lstm
 from hvp_engine.differentiation.formulas import FORMULAS
+from hvp_engine.differentiation.losses_and_normalizations import LOSSES_AND_NORMALIZATIONS
 
 
 class _Replacing(TorchFunctionMode):
@@ -52,8 +53,9 @@ def own_kernels() -> _Replacing:
 
 @contextlib.contextmanager
 def plain_kernels() -> Iterator[_Replacing]:
-    """Attention, recurrent layers, embeddings, weight normalization and :data:`FORMULAS`, with the right second
-    derivatives. Torch's switches are the whole process's, so that its thread runs alone."""
+    """Attention, recurrent layers, embeddings, weight normalization, :data:`FORMULAS` and
+    :data:`LOSSES_AND_NORMALIZATIONS`, with the right second derivatives. Torch's switches are the whole process's, so
+    that its thread runs alone."""
     switches = sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False)
     with one_thread(), switches[0], switches[1], _Replacing(_PLAIN) as replacing:
         yield replacing
@@ -110,4 +112,5 @@ _PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
     fused_weight_norm: _weight_norm,
     embedding: _embedding,
     **FORMULAS,
+    **LOSSES_AND_NORMALIZATIONS,
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hvp_engine._support.isolation import is_isolated, record_module
+from hvp_engine._support.isolation import copied, is_isolated, record_module
 from hvp_engine._support.random_state import TURNS, kept_torch_state, one_thread
 from hvp_engine._support.torch_compat import compiled_from
 
@@ -86,7 +86,7 @@ class FunctionalModule:
                     raise ValueError(f"weights: expected one tensor for tied parameters; got two, one as {name!r}")
         if is_isolated():
             for name, buffer in self.module.named_buffers():
-                state |= dict.fromkeys(places[name], buffer.clone())
+                state |= dict.fromkeys(places[name], copied(buffer))
         return torch.func.functional_call(self.module, state, inputs, keywords, tie_weights=False)
 
     def _places(self) -> dict[str, list[str]]:

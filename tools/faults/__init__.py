@@ -5,6 +5,7 @@ from tools.faults.base import Fault
 from tools.faults.cuda import FAULTS as CUDA
 from tools.faults.examples import FAULTS as EXAMPLES
 from tools.faults.hypergradients import FAULTS as HYPERGRADIENTS
+from tools.faults.losses import FAULTS as LOSSES
 from tools.faults.native import FAULTS as NATIVE
 from tools.faults.ops import FAULTS as OPS
 from tools.faults.recorded import FAULTS as RECORDED
@@ -22,6 +23,7 @@ FAULTS: list[Fault] = [
     *NATIVE,
     *ATTENTION,
     *RECURRENT,
+    *LOSSES,
     *RECORDED,
     *WRITINGS,
     *SUPPORT,

@@ -111,19 +111,19 @@ def _normalized(
         weighted: Operand = gradient
         if weight is not None:
             weighted = c.builder.stored(combined(Code.MULTIPLY, [gradient, weight], sizes))
-        mean = _mean(c, weighted, sizes, means)
-        shared = _mean(c, combined(Code.MULTIPLY, [weighted, statistics], sizes), sizes, means)
+        mean = mean_of(c, weighted, sizes, means)
+        shared = mean_of(c, combined(Code.MULTIPLY, [weighted, statistics], sizes), sizes, means)
         centred = combined(Code.SUBTRACT, [weighted, mean], sizes)
         without = combined(Code.SUBTRACT, [centred, combined(Code.MULTIPLY, [statistics, shared], sizes)], sizes)
         results[0] = c.builder.stored(combined(Code.MULTIPLY, [without, scale], sizes))
     if node.args[-1][1]:
-        results[1] = _total(c, combined(Code.MULTIPLY, [gradient, statistics], sizes), sums, shape)
+        results[1] = total(c, combined(Code.MULTIPLY, [gradient, statistics], sizes), sums, shape)
     if node.args[-1][2]:
-        results[2] = _total(c, gradient, sums, shape)
+        results[2] = total(c, gradient, sums, shape)
     return tuple(results)
 
 
-def _total(c: Conversion, value: Operand, dims: list[int], shape: tuple[int, ...]) -> Place:
+def total(c: Conversion, value: Operand, dims: list[int], shape: tuple[int, ...]) -> Place:
     """The sum over `dims` as a tensor of `shape`, which the result of a sum, being dense, always has."""
     total = c.builder.copied(c.builder.summed(value, dims))
     shown = total.reshaped(shape)
@@ -131,7 +131,7 @@ def _total(c: Conversion, value: Operand, dims: list[int], shape: tuple[int, ...
     return shown
 
 
-def _mean(c: Conversion, value: Operand, sizes: tuple[int, ...], dims: list[int]) -> Operand:
+def mean_of(c: Conversion, value: Operand, sizes: tuple[int, ...], dims: list[int]) -> Operand:
     total = c.builder.summed(value, dims)
     count = math.prod(sizes[d] for d in dims)
     return c.builder.stored(c.builder.combined(Code.SCALE, [total], total.sizes, 1 / count if count else 0.0))

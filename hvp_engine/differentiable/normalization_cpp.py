@@ -1,0 +1,90 @@
+"""Normalizations on a CPU, by the extension; see `csrc/normalization.h`. Half precision is widened to float32 first."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hvp_engine import _C
+from hvp_engine.differentiable.normalization_shapes import (
+    Kind,
+    NormalizedShape,
+    keeps_channels_last,
+    laid_out,
+    normalized_shape,
+)
+from hvp_engine.differentiable.registration import accumulated
+
+
+def normalize(
+    kind: Kind, input: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape, x = _numbers(kind, input, size)
+    output = torch.empty_like(x)
+    mean, variance = (x.new_empty(shape.samples, shape.groups, dtype=torch.float64) for _ in range(2))
+    _C.normalize(_native(shape), output, mean, variance, x, _channels(weight, x), _channels(bias, x), eps)
+    return output.to(input.dtype), mean, variance
+
+
+def normalize_backward(
+    kind: Kind,
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    size: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape, x = _numbers(kind, input, size)
+    product = torch.empty_like(x)
+    for_weight, for_bias = x.new_empty(shape.channels), x.new_empty(shape.channels)
+    known = x, _channels(weight, x), mean.contiguous(), variance.contiguous(), eps
+    _C.normalize_backward(_native(shape), product, for_weight, for_bias, _like(grad, x, kind), *known)
+    return product.to(input.dtype), for_weight, for_bias
+
+
+def normalize_double_backward(
+    kind: Kind,
+    tangent: Tensor,
+    tangent_weight: Tensor | None,
+    tangent_bias: Tensor | None,
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    size: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape, x = _numbers(kind, input, size)
+    t, g = (_like(tensor, x, kind) for tensor in (tangent, grad))
+    for_grad, for_input, for_weight = torch.empty_like(x), torch.empty_like(x), x.new_empty(shape.channels)
+    for_channels = _channels(tangent_weight, x), _channels(tangent_bias, x)
+    statistics = mean.contiguous(), variance.contiguous()
+    found = for_grad, for_input, for_weight
+    _C.normalize_double_backward(_native(shape), *found, t, *for_channels, g, x, _channels(weight, x), *statistics, eps)
+    return for_grad.to(grad.dtype), for_input.to(input.dtype), for_weight
+
+
+def _numbers(kind: Kind, input: Tensor, size: int) -> tuple[NormalizedShape, Tensor]:
+    shape = normalized_shape(kind, input, size)
+    x = input.detach().resolve_neg()
+    x = laid_out(x.to(accumulated(input.dtype)), keeps_channels_last(kind, input))
+    return shape, x
+
+
+@lru_cache(maxsize=256)
+def _native(shape: NormalizedShape) -> _C.NormalizedShape:
+    return _C.NormalizedShape(**asdict(shape))
+
+
+def _like(tensor: Tensor, x: Tensor, kind: Kind) -> Tensor:
+    return laid_out(tensor.detach().resolve_neg().to(x.dtype), keeps_channels_last(kind, x))
+
+
+def _channels(tensor: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.detach().resolve_neg().to(x.dtype).contiguous()
