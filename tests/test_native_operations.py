@@ -16,8 +16,6 @@ from recurrences import BATCHES, arguments
 from torch import Tensor
 
 from hvp_engine.differentiable.recurrent.signatures import OPS
-from hvp_engine.differentiation.native import nonlinear
-from hvp_engine.differentiation.native.conversion import HANDLERS
 
 aten = torch.ops.aten
 DTYPE = torch.float64
@@ -360,14 +358,3 @@ def test_random_programs(data: st.DataObject) -> None:
     x, s, t = (random(6, 6) / 3 for _ in range(3))
     for ours, theirs in zip(by_extension(function, [x], [s, t.t()]), function(x, s, t.t()), strict=True):
         torch.testing.assert_close(ours, theirs.contiguous(), rtol=1e-11, atol=1e-11)
-
-
-def test_each_operator_has_a_case() -> None:
-    seen: set[Any] = set()
-    for case in CASES.values():
-        function, known, shapes = case()
-        graph = graph_of(function, known, [random(*shape) for shape in shapes]).graph
-        seen |= {node.target for node in graph.nodes if node.op == "call_function"}
-    linear = {t for t, handler in HANDLERS.items() if handler.__module__ != nonlinear.__name__}
-    missing = {str(target) for target in linear - seen}
-    assert not missing, sorted(missing)
