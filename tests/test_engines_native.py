@@ -17,6 +17,7 @@ import hvp_engine as hvp
 from bench.problems import build
 from hvp_engine import _C
 from hvp_engine._support.pytree import flatten
+from hvp_engine._support.torch_compat import loaded_library
 from hvp_engine.differentiation.native import extension
 from hvp_engine.differentiation.native import program as native_program
 from hvp_engine.differentiation.native.operations import UnsupportedError
@@ -158,7 +159,7 @@ def test_blas_is_looked_for_where_it_is_said() -> None:
         _C.find_blas("/nowhere/libnone.so")
         assert _C.blas_problem() == "/nowhere/libnone.so is not loaded"
     finally:
-        _C.find_blas(extension.loaded_library("torch_cpu"))
+        _C.find_blas(loaded_library("torch_cpu"))
     assert _C.blas_problem() == ""
 
 
