@@ -85,7 +85,7 @@ class Slot:
 
 @dataclass
 class Builder:
-    """Collects slots, what is derived once from known tensors, and operations."""
+    """Collects slots, what is derived once from known tensors, and operations; once it is `closed`, operations only."""
 
     dtype: torch.dtype
     slots: list[Slot] = field(default_factory=list)
@@ -93,6 +93,7 @@ class Builder:
     operations: list[Operation] = field(default_factory=list)
     preparation: list[Operation] = field(default_factory=list)
     prepared: list[int] = field(default_factory=list)
+    closed: bool = False
     _ordered: dict[tuple[Place, tuple[int, ...]], Place] = field(default_factory=dict)
 
     def slot(
@@ -289,7 +290,7 @@ class Builder:
     def readable(self, leaf: Place, place: Place) -> Place:
         """A known operand, copied once if it is nested otherwise than `place`."""
         copyable = leaf.region.known and leaf.numel <= _SMALL_COPY and 0 not in _needed(leaf)
-        if self.operations is self.preparation or not copyable:
+        if self.closed or self.operations is self.preparation or not copyable:
             return leaf
         order = nesting(place)
         sizes = [leaf.sizes[d] for d in order if leaf.sizes[d] != 1]

@@ -87,7 +87,7 @@ class NativeProgram:
         kept += [one.rest for one in self.weights if one.rest is not None]
         self.workspace = builder.slot((plan([*builder.preparation, *around, *self._body], kept),), (1,))
         self.dtype, self.derived = dtype, tuple(builder.derived)
-        self.slots = Slots(builder.slots, dtype)
+        self.slots, builder.closed = Slots(builder.slots, dtype), True
         assert self.workspace.region.slot is not None
         self.prepared = tuple(builder.prepared)
         self.preparation = self.slots.program(builder.preparation, self.workspace.region.slot)
