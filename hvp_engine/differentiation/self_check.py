@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout, norm_of
 from hvp_engine._support.precision import float32_settings
+from hvp_engine._support.random_state import one_thread
 from hvp_engine.differentiation.linear_map import Linearization
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -41,6 +43,11 @@ class Schedule:
     def due(self) -> bool:
         self.calls += 1
         return _is_power_of_ten(self.calls)
+
+    def due_alone(self) -> bool:
+        """As :meth:`due`, of a check that runs alone: a call that gives up for that is made again, and counted then."""
+        with one_thread() if self.next_is_due() else contextlib.nullcontext():
+            return self.due()
 
     def next_is_due(self) -> bool:
         """Whether the next call is a number at which to check."""

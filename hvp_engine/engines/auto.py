@@ -279,10 +279,10 @@ class AutoEngine(Engine):
         return Choice(fastest, "measured fastest", seconds)
 
     def _try_compiled(self, problem: Problem, choice: Choice) -> None:
-        choice.compile_seconds = None
         start = time.perf_counter()
         try:
             with random_state_kept(problem.weights[0].device):
+                choice.compile_seconds = None  # not before it is this thread's turn: who gives up comes back
                 linearization = self._compiled.linearize(problem)
                 contenders = [(choice.engine, choice.engine.linearize(problem)), (self._compiled, linearization)]
                 before, after = seconds_per_term(contenders)  # again, since the machine may be busier by now

@@ -115,7 +115,7 @@ class LinearizedEngine(Engine):
         self._cache.move_to_end(key)
         if isinstance(functions, Refused) or functions.distrust:
             return self._instead(problem, functions.distrust)
-        if not functions.schedule.due():
+        if not functions.schedule.due_alone():
             return self._linearization(functions, problem, tensors)
         with random_state_kept(problem.weights[0].device):
             eager = self._eager.linearize(problem)

@@ -143,8 +143,8 @@ FAULTS = [
     ),
     Fault(
         "hvp_engine/engines/gradients.py",
-        "if not known.schedule.due():",
-        "if known.schedule.calls or not known.schedule.due():",
+        "if not known.schedule.due_alone():",
+        "if known.schedule.calls or not known.schedule.due_alone():",
         f"{GRADIENTS} -k closure",
         "a traced gradient is compared with autograd's only once",
     ),
