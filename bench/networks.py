@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples import models
+from examples.augmentations import UNet
 
 DIGIT, COLOR = (1, 28, 28), (3, 32, 32)
 """Shapes of an image."""
@@ -23,7 +24,7 @@ def resnet(depth: int) -> nn.Module:
 
 def unet() -> nn.Module:
     """The U-Net away from the identity, where it begins: there gradients reach only its last layer."""
-    module = models.UNet()
+    module = UNet()
     module.residual.reset_parameters()
     return module
 

@@ -116,7 +116,7 @@ class PhasedEngine(engines.Engine):
         with self._phases(LINEARIZE):
             linearization: Any = self._engine.linearize(problem)
         linearization.product = self._phases.within(self._next_term, linearization.product)
-        linearization.mixed = self._phases.within(lambda: MIXED, linearization.mixed)
+        linearization.closing = self._phases.within(lambda: MIXED, linearization.closing)
         bind = linearization.accumulating_terms
 
         def accumulating_terms(*arguments: Any) -> Terms | None:

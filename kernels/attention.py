@@ -3,7 +3,6 @@ computes, and attention_kernels.py beside this file for how."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from hvp_engine.kernels.attention_kernels import (
     attention_query_gradient,
     attention_rows,
 )
+from hvp_engine.kernels.launch import device_of
 
 WARPS = 4
 
@@ -115,7 +115,7 @@ def _launch(kernel: Any, shapes: _Shapes, tensors: Sequence[Tensor], settings: S
         kind = 1 if mask.dtype == torch.bool else 2
         masked = mask.view(torch.uint8) if kind == 1 else mask.resolve_neg()
         strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
-    with torch.cuda.device(query.device) if query.device.type == "cuda" else contextlib.nullcontext():
+    with device_of(query):
         kernel[grid](
             *tensors,
             masked,

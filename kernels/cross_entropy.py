@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hvp_engine.differentiable.registration import accumulated
-from hvp_engine.kernels.linear_model import device_of
+from hvp_engine.kernels.launch import device_of
 
 BLOCK, WARPS = 4096, 8
 

@@ -27,6 +27,11 @@ TYPES = {
 }
 
 
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context in which kernels are launched on the device of `tensor`."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
 def row_tables(layout: Layout, dtypes: Sequence[torch.dtype]) -> list[tuple[tl.dtype, Tensor]]:
     """For each dtype among the products the table of its rows, which :mod:`hvp_engine.kernels.rows` describes."""
     return _row_tables(layout.numels, tuple(dtypes), layout.device)
@@ -85,8 +90,7 @@ class MultiTensorLaunch:
         if not self._rows:
             self._partials.zero_()
             return
-        cuda = self._device.type == "cuda"
-        with torch.cuda.device(self._device) if cuda else contextlib.nullcontext():
+        with device_of(self._partials):
             addresses = self._table_of(tuple(product.data_ptr() for product in products))
             if self._measure is not None:
                 self._launch(self._measure, addresses)

@@ -23,7 +23,7 @@ from hvp_engine.differentiable.normalization_shapes import (
     normalized_shape,
 )
 from hvp_engine.differentiable.registration import accumulated
-from hvp_engine.kernels.linear_model import device_of
+from hvp_engine.kernels.launch import device_of
 from hvp_engine.kernels.normalization_rows import rows_backward, rows_double_backward, rows_value
 
 POINTS, CHANNELS, SPLITS, WARPS = 64, 16, 32, 4

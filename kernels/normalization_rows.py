@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvp_engine.differentiable.normalization_shapes import NormalizedShape
 from hvp_engine.differentiable.registration import accumulated
-from hvp_engine.kernels.linear_model import device_of
+from hvp_engine.kernels.launch import device_of
 
 BLOCK, ROWS, COLUMNS, WARPS = 1024, 32, 64, 4
 """Numbers of a row that are read at once; the tile where rows are added up; warps of one program."""

@@ -3,14 +3,13 @@
 One program works on the numbers of `state`, which stand in the order of the lists in hvp_engine.ops.recurrences.
 """
 
-import contextlib
 from collections.abc import Callable
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hvp_engine.kernels.launch import device_of
 from hvp_engine.ops.recurrences import CG, MINRES
 
 
@@ -161,7 +160,7 @@ def bind_recurrence(name: str, state: Tensor) -> Callable[[], None]:
     kernel = RECURRENCE_KERNELS[name]
 
     def run() -> None:
-        with torch.cuda.device(state.device) if state.is_cuda else contextlib.nullcontext():
+        with device_of(state):
             kernel[(1,)](state, num_warps=1)
 
     return run
