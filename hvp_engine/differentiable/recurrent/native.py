@@ -7,24 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from hvp_engine.differentiable.recurrent.signatures import OPS, Op, empty_results
+from hvp_engine.differentiable.recurrent.signatures import CODES, OPS, Op, by_columns, empty_results, transposes
 from hvp_engine.ops.cpp import _C, find_blas
 
 PROBLEM = find_blas()
 """Why the recurrences cannot run here; empty if they can."""
-
-CODES = {name: code for code, name in enumerate(OPS)}
-"""The number of each operation in the extension, in the order of `RecurrentCode` in csrc/recurrent.h."""
-
-
-def by_columns(weight: Tensor) -> Tensor:
-    """The weight as its product with the state is fastest: (4H, H) as (H, 4H)."""
-    return weight.t().contiguous()
-
-
-def transposes(op: Op) -> bool:
-    """Whether the operation takes the weight transposed: those that go with the recurrence do."""
-    return not op.keeps
 
 
 def _function(op: Op) -> Callable[..., tuple[Tensor, ...]]:

@@ -80,6 +80,19 @@ OPS = {
     )
 }
 
+CODES = {name: code for code, name in enumerate(OPS)}
+"""The number of each operation in the extension, in the order of `RecurrentCode` in csrc/recurrent.h."""
+
+
+def by_columns(weight: Tensor) -> Tensor:
+    """The weight as its product with the state is fastest: (4H, H) as (H, 4H)."""
+    return weight.t().contiguous()
+
+
+def transposes(op: Op) -> bool:
+    """Whether the operation takes the weight transposed: those that go with the recurrence do."""
+    return not op.keeps
+
 
 def sizes(code: str, batch_sizes: Sequence[int], units: int) -> tuple[int, ...]:
     """The shape behind a code: N rows at all times, B sequences, W a weight and V a bias, each times so many units."""

@@ -54,6 +54,8 @@ class _Builder(Builder):
         """A slot for tensors like this one."""
         if tensor.device.type != "cpu":
             raise UnsupportedError(f"a tensor on {tensor.device}")
+        if tensor.layout is not torch.strided:
+            raise UnsupportedError(f"a tensor of layout {tensor.layout}")
         kind = {self.dtype: Kind.NUMBERS, torch.int64: Kind.INDEX}.get(tensor.dtype, Kind.OTHER)
         return self.slot(tensor.shape, strides, known=kind is not Kind.NUMBERS, kind=kind)
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvp_engine.differentiable.recurrent.native import CODES, by_columns, transposes
-from hvp_engine.differentiable.recurrent.signatures import OPS, sizes
+from hvp_engine.differentiable.recurrent.signatures import CODES, OPS, by_columns, sizes, transposes
 from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
 from hvp_engine.differentiation.native.operations import Words
 from hvp_engine.differentiation.native.places import Place, row_major

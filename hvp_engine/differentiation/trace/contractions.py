@@ -97,6 +97,10 @@ class Contraction:
         free = math.prod(sizes[d] for d in self.summed if d not in (*self.a.labels, *self.b.labels))
         if free != 1:
             product = build(aten.mul.Scalar, (product, free), product.meta["val"])
+        # A dimension that stays and that neither operand has: ones(4, 4) @ x has the same row four times.
+        if same := tuple(d for d in sizes if d not in (*self.summed, *labels) and sizes[d] != 1):
+            labels, shape = (*same, *labels), (*(sizes[d] for d in same), *shape)
+            product = build(aten.expand.default, (product, list(shape)), product.meta["val"].expand(shape))
         return _in_order(build, Labelled(product, labels))
 
     def _summed_alone(self, build: Builder, mine: Labelled, other: Labelled) -> Labelled:
