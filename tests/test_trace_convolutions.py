@@ -116,8 +116,11 @@ def stem(channels: int = 8) -> list[nn.Module]:
         pytest.param(lambda: [*stem(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 2)], True, id="flattened"),
         pytest.param(lambda: [*stem(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)], True, id="averaged"),
         pytest.param(lambda: [*stem(), nn.BatchNorm2d(8).eval()], True, id="known-statistics"),
-        pytest.param(lambda: [*stem(), nn.BatchNorm2d(8)], False, id="statistics-of-the-batch"),
-        pytest.param(lambda: [*stem(), nn.GroupNorm(2, 8)], False, id="statistics-of-groups"),
+        pytest.param(lambda: [*stem(), nn.BatchNorm2d(8)], True, id="statistics-of-the-batch"),
+        pytest.param(lambda: [*stem(), nn.GroupNorm(2, 8)], True, id="statistics-of-groups"),
+        pytest.param(
+            lambda: [*stem(), nn.InstanceNorm2d(8, track_running_stats=True)], False, id="statistics-by-torch"
+        ),
         pytest.param(lambda: [*stem(), Viewed()], False, id="takes-images-for-contiguous"),
         pytest.param(lambda: [*stem(), Strided()], False, id="names-strides"),
         pytest.param(lambda: stem(6), False, id="channels-that-fill-no-vector"),
