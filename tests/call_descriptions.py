@@ -17,7 +17,7 @@ class Call:
     Attributes:
         prepare: makes the call; not part of it.
         error: what the call raises.
-        fails_at: the evaluation of a loss that raises.
+        fails_at: the evaluation of a loss from which on it raises.
         returns: what the call returns an instance of.
         changes: what of the snapshot it is for the call to change.
         slow: whether it is made by `make soak` alone.
@@ -32,5 +32,5 @@ class Call:
 
 
 def failing(prepare: Prepare, *evaluations: int) -> list[Call]:
-    """The call as it is, and with a loss that raises at each of these evaluations."""
+    """The call as it is, and with a loss that raises from each of these evaluations on."""
     return [Call(prepare), *(Call(prepare, KeyError, number) for number in evaluations)]

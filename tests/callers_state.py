@@ -29,7 +29,8 @@ class Caller:
     that draw from every global generator.
 
     Attributes:
-        fails_at: the evaluation of a loss that raises `KeyError`; None for none.
+        fails_at: the evaluation of a loss from which on it raises `KeyError`; None for none. An engine may try again
+            what failed in a trace.
         cleanup: what is to be closed afterwards.
     """
 
@@ -61,7 +62,7 @@ class Caller:
     def counted(self) -> None:
         """Count an evaluation of a loss."""
         self.evaluations += 1
-        if self.evaluations == self.fails_at:
+        if self.fails_at is not None and self.evaluations >= self.fails_at:
             raise KeyError("from the loss")
 
     def train_loss(self, weights: dict[str, Tensor], hyper: Tensor, batch: Tensor) -> Tensor:

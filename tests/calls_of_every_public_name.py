@@ -86,6 +86,17 @@ def once(caller: Caller) -> Callable[[], object]:
     return lambda: hvp.HessianOperator(loss, caller.weights) @ caller.like_weights()
 
 
+def of_operations(caller: Caller) -> Callable[[], object]:
+    """A product with the Hessian of a loss that is made of them."""
+
+    def loss(w: dict[str, Tensor]) -> Tensor:
+        caller.counted()
+        scores = hvp.differentiable.layer_norm(caller.net(w, caller.x), (2,))
+        return hvp.differentiable.cross_entropy(scores, caller.y)
+
+    return lambda: hvp.HessianOperator(loss, caller.weights, engine="eager") @ caller.like_weights()
+
+
 def infinite(caller: Caller) -> Callable[[], object]:
     loss = lambda w: caller.net(w, caller.x).sum() * float("inf")  # noqa: E731
     return lambda: hvp.HessianOperator(loss, caller.weights).solve(caller.like_weights(), hvp.Neumann(3))
@@ -168,6 +179,7 @@ CALLS: dict[str, list[Call]] = {
         Call(partial(backward_of_response, 1e9), hvp.DivergenceError),
     ],
     "check": [Call(verdict, returns=hvp.Verdict), *failing(checked, 1, 3)[1:]],
+    "differentiable": failing(of_operations, 1),
     "extreme_eigenvalues": failing(partial(eigenvalues, hvp.extreme_eigenvalues), 1),
     "functional": [
         Call(

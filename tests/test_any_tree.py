@@ -26,6 +26,7 @@ NO_TENSORS = {
     "I",
     "LinearOperator",
     "use_backend",
+    "differentiable",  # functions of tensors, not of trees
     # what is returned
     *("CheckResult", "Estimate", "ExtremeEigenvalues", "History", "HypergradientResult", "Influence", "Record"),
     *("ResponseJacobian", "Solution", "SpectralDensity", "Status", "Verdict"),

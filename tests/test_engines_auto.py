@@ -58,7 +58,8 @@ def test_choices_are_remembered_by_shape_not_by_order() -> None:
     for loss, rows in ((train, 4), (val, 7)):
         hvp.HessianOperator(loss, *point(rows), engine=first)
     names = iter(("eager", "linearized"))
-    state = {"engines": {description: next(names) for description in first.state_dict()["engines"]}}
+    chosen = first.state_dict()
+    state = chosen | {"engines": {description: next(names) for description in chosen["engines"]}}
     second.load_state_dict(state)
     for loss, rows in ((val, 7), (train, 4), (second_loss, 5)):
         hvp.HessianOperator(loss, *point(rows), engine=second)

@@ -144,11 +144,14 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-    """A tensor with the shape, strides, dtype and device of `tensor`, and no values.
+    """A tensor with the shape, layout, strides, dtype and device of `tensor`, and no values.
 
     Made directly, which takes 8 us; an `empty_strided` inside the mode takes 50.
     """
-    shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    if tensor.layout is torch.strided:
+        shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    else:
+        shape = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, device="meta")
     return FakeTensor(mode, shape, tensor.device)
 
 
