@@ -144,8 +144,8 @@ def test_a_loss_sees_the_class_and_its_attributes() -> None:
 
 
 def test_what_an_object_holds_beside_its_items_is_not_kept_by_a_trace() -> None:
-    """`words` is not in the trace's batch, so the loss fails there; `auto` takes an engine without a trace, whose batch is
-    the caller's."""
+    """`words` is not in the trace's batch, so the loss fails there; `auto` takes an engine without a trace, whose batch
+    is the caller's."""
 
     def train(w: Tensor, h: Tensor, batch: Encoding) -> Tensor:
         return len(batch.words) * (batch["x"] @ w).square().mean() + h * w.square().square().sum()
