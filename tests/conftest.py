@@ -16,6 +16,7 @@ import torch
 from fused_op_oracles import TARGETS
 from problems_with_known_answers import BILEVEL, Bilevel
 
+from hvp_engine.differentiation.native.partition_programs import PartitionPrograms
 from hvp_engine.differentiation.recorded.library import Known
 from hvp_engine.differentiation.trace.rewriting import verified_rewrites
 from hvp_engine.ops.backend import use_backend, why_not
@@ -84,6 +85,12 @@ def float64_by_default() -> Iterator[None]:
 def programs_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A recorded program is taken, however fast it is."""
     monkeypatch.setattr(Known, "breaks_even", 0.0)
+
+
+@pytest.fixture
+def no_native_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the extension is missing, or lacks an operation: with a program, vectors go one by one."""
+    monkeypatch.setattr(PartitionPrograms, "for_products", lambda *_: None)
 
 
 @pytest.fixture(params=DEVICES)

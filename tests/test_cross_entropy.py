@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from hvp_engine.differentiable import linear_cross_entropy_chunks
 from hvp_engine.differentiation import losses_and_normalizations
 from hvp_engine.differentiation.trace.partial_evaluation import partition
 from hvp_engine.differentiation.trace.rewriting import verified_rewrites
+from hvp_engine.engines.traced import TracedLinearization
 from hvp_engine.errors import BackendError
 
 WEIGHT = torch.tensor([0.5, 1.0, 0.0, 2.0, 1.5, 0.1, 1.0], dtype=torch.float64)
@@ -420,13 +421,21 @@ def test_losses_of_losses(separately: bool, monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
-def test_several_right_hand_sides() -> None:
+@pytest.mark.usefixtures("no_native_programs")
+def test_several_right_hand_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, made = TracedLinearization._at_once, []
+
+    def counting(self: TracedLinearization, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
+        made.append(len(stacked[0]))
+        return original(self, stacked)
+
+    monkeypatch.setattr(TracedLinearization, "_at_once", counting)
     weights, target = [randn(6, 5, seed=21).float(), randn(5, WORDS, seed=22).float()], torch.arange(40)
     operator = hvp.HessianOperator(loss, weights, target, False, engine="linearized")
-    sides = [randn(3, *w.shape, seed=30 + k).float() for k, w in enumerate(weights)]
+    sides = [randn(9, *w.shape, seed=30 + k).float() for k, w in enumerate(weights)]
     stacked = operator.solve(sides, hvp.Neumann(3, alpha=0.1), batched=True).value
-    assert operator.linear_map.batches, "by vmap, not one by one"
-    for k in range(3):
+    assert made and set(made) == {9}, "by vmap, not one by one"
+    for k in range(9):
         one = operator.solve([side[k] for side in sides], hvp.Neumann(3, alpha=0.1)).value
         for a, b in zip(stacked, one, strict=True):
             assert relative_error(a[k].double(), b.double()) < 1e-5

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import hvp_engine as hvp
 from hvp_engine.differentiation.linear_map import LinearMap
-from hvp_engine.differentiation.native.partition_programs import PartitionPrograms
 from hvp_engine.engines import EagerEngine
 from hvp_engine.engines.traced import TracedLinearization
 from hvp_engine.operators.base import LinearOperator
@@ -34,12 +33,6 @@ def operator_of(name: str) -> tuple[hvp.HessianOperator, dict[str, Tensor]]:
 
 def right_hand_sides(weights: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     return {name: randn(count, *w.shape, seed=seed) for seed, (name, w) in enumerate(weights.items())}
-
-
-@pytest.fixture
-def no_native_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the extension is missing, or lacks an operation: with a program, vectors go one by one."""
-    monkeypatch.setattr(PartitionPrograms, "for_products", lambda *_: None)
 
 
 @pytest.fixture

@@ -180,7 +180,8 @@ def test_hypergradient(name: str, engine: str, device: torch.device) -> None:
     if expected.kind == "refused":
         return
     if engine == "recorded":
-        (tape,) = recorded.tapes
+        *given_up, tape = recorded.tapes
+        assert len(given_up) < 2, "a call that has to build a program may begin again, alone"
         assert (tape.program is None) == (name in BY_AUTOGRAD), tape.fallback
         assert BY_AUTOGRAD.get(name, "") in (tape.fallback or "")
     truth = oracle(model, device)

@@ -404,6 +404,7 @@ def test_one_right_hand_side_and_16_bit_weights_go_one_by_one(blocks: list[int])
 
 
 @DTYPES
+@pytest.mark.usefixtures("no_native_programs")
 @pytest.mark.parametrize("name", ["mlp", "channels_last conv", "lstm", "tied"])
 def test_networks_with_batched_products(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the dense Hessian in float64; products are made side by side, and all are counted."""

@@ -96,6 +96,40 @@ def test_dimensions_of_neither_operand_count() -> None:
     assert left["mm"] == 1 and left["sum"] == 0
 
 
+IN_NEITHER: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
+    "rows": (lambda t, x: torch.bmm(x[:1, :1, :1].expand(1, TIME, OUTPUTS), t[None]), (W, X)),
+    "columns": (lambda t, x: torch.bmm(t[None], x[:1, :1, :1].expand(1, INPUTS, TIME)), (W, X)),
+    "a batch": (lambda t, x: torch.bmm(t.expand(2, OUTPUTS, INPUTS), x[0].mT.expand(2, INPUTS, TIME)), (W, X)),
+    "a batch and rows": (
+        lambda t, x: torch.bmm(x[0, 0].expand(2, TIME, INPUTS), t.mT.expand(2, INPUTS, OUTPUTS)),
+        (W, X),
+    ),
+    "all but one": (lambda t, x: torch.bmm(x[0, :1].expand(2, TIME, INPUTS), t[0, :, None].expand(2, INPUTS, 3)), (W, X)),
+    "summed elsewhere": (lambda t, x: (t.expand(2, OUTPUTS, INPUTS) * x[0, 0].expand(2, OUTPUTS, INPUTS)).sum(2), (W, X)),
+    "points of a convolution": (lambda t, x: F.conv1d(x[:1].mT.expand(BATCH, INPUTS, TIME), t[..., None]), (W, X)),
+}
+
+
+@pytest.mark.parametrize("name", IN_NEITHER)
+def test_dimensions_of_neither_operand_stay(name: str) -> None:
+    """ones(4, 4) @ t has the same row four times: known factors of one number come expanded from a penalty or a sum."""
+    function, shapes = IN_NEITHER[name]
+    left = rewritten(function, *shapes)
+    assert left["bmm"] == left["convolution"] == 0, left
+
+
+SUMMANDS: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
+    "a dimension of one": (lambda t, x: (x.unsqueeze(-2) * t + t.exp()).sum(-1), ((1, INPUTS), X)),
+    "one that stays": (lambda t, x: (x[:, :1, None] * t + (t * 2).expand(BATCH, 1, *W)).sum(-1), (W, X)),
+}
+
+
+@pytest.mark.parametrize("name", SUMMANDS)
+def test_sums_of_products_and_others(name: str) -> None:
+    function, shapes = SUMMANDS[name]
+    rewritten(function, *shapes)
+
+
 APART: dict[str, tuple[Function, tuple[tuple[int, ...], ...], str]] = {
     "different matrices": (lambda t, x: torch.bmm(x, t), ((BATCH, INPUTS, OUTPUTS), X), "bmm"),
     "products of each row": (lambda t, x: (t * x).sum(-1), (X, X), "sum"),

@@ -22,6 +22,20 @@ FAULTS = [
         "products of rows become batches of products of one number",
     ),
     Fault(
+        f"{TRACE}/contractions.py",
+        "if d not in (*self.summed, *labels) and sizes[d] != 1",
+        "if False",
+        f"{CONTRACTIONS} -k operand_stay",
+        "a product with a matrix of equal numbers has lost the dimension along which they are equal",
+    ),
+    Fault(
+        f"{TRACE}/contractions.py",
+        "tuple(None if size == 1 else d for d, size in zip(labels",
+        "tuple(d for d, size in zip(labels",
+        f"{CONTRACTIONS} -k products_and_others",
+        "dimensions of one element make summands of different shapes",
+    ),
+    Fault(
         f"{TRACE}/elementwise_factors.py",
         "        b = _known(build, aten.mul.Tensor, b, -1.0, node)\n",
         "        pass\n",

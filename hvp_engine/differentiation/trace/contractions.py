@@ -192,7 +192,8 @@ def _sum(build: Builder, node: fx.Node) -> Labelled | None:
         if one is not None and good:
             parts.append(one.made(build))
         else:
-            parts.append(_in_order(build, _summed(build, Labelled(x, labels), summed)))
+            several = tuple(None if size == 1 else d for d, size in zip(labels, x.meta["val"].shape, strict=True))
+            parts.append(_in_order(build, _summed(build, Labelled(x, several), summed)))
     total = parts[0].node
     for part in parts[1:]:
         total = build(aten.add.Tensor, (total, part.node), total.meta["val"])
