@@ -132,7 +132,8 @@ FAULTS = [
     Fault(
         "hvp_engine/engines/auto.py",
         "        start = time.perf_counter()\n        try:\n            with random_state_kept(",
-        "        choice.compile_seconds, start = None, time.perf_counter()\n        try:\n            with random_state_kept(",
+        "        choice.compile_seconds, start = None, time.perf_counter()\n        try:\n"
+        "            with random_state_kept(",
         "tests/test_engines_compiled.py -k would_have_paid",
         "compiling is given up where the call has to wait for its turn to run alone",
     ),
