@@ -184,6 +184,9 @@ def test_hypergradient(name: str, engine: str, device: torch.device) -> None:
         assert len(given_up) < 2, "a call that has to build a program may begin again, alone"
         assert (tape.program is None) == (name in BY_AUTOGRAD), tape.fallback
         assert BY_AUTOGRAD.get(name, "") in (tape.fallback or "")
+        recorded.tapes.clear()
+        hypergradient(weights, decays, x, x)
+        assert len(recorded.tapes) == 1, "with its program built, a call records once"
     truth = oracle(model, device)
     difference = float((found - truth).norm() / truth.norm())
     tolerance = max(model.tolerance, 1e-6) if engine == "finite_difference" else model.tolerance

@@ -104,8 +104,14 @@ IN_NEITHER: dict[str, tuple[Function, tuple[tuple[int, ...], ...]]] = {
         lambda t, x: torch.bmm(x[0, 0].expand(2, TIME, INPUTS), t.mT.expand(2, INPUTS, OUTPUTS)),
         (W, X),
     ),
-    "all but one": (lambda t, x: torch.bmm(x[0, :1].expand(2, TIME, INPUTS), t[0, :, None].expand(2, INPUTS, 3)), (W, X)),
-    "summed elsewhere": (lambda t, x: (t.expand(2, OUTPUTS, INPUTS) * x[0, 0].expand(2, OUTPUTS, INPUTS)).sum(2), (W, X)),
+    "all but one": (
+        lambda t, x: torch.bmm(x[0, :1].expand(2, TIME, INPUTS), t[0, :, None].expand(2, INPUTS, 3)),
+        (W, X),
+    ),
+    "summed elsewhere": (
+        lambda t, x: (t.expand(2, OUTPUTS, INPUTS) * x[0, 0].expand(2, OUTPUTS, INPUTS)).sum(2),
+        (W, X),
+    ),
     "points of a convolution": (lambda t, x: F.conv1d(x[:1].mT.expand(BATCH, INPUTS, TIME), t[..., None]), (W, X)),
 }
 
