@@ -135,7 +135,7 @@ def check_no_product_waits_for_the_one_before(rank: int, count: int, folder: Pat
     # The two gradients; four products, each read after the next one was sent; the mixed product.
     solve = "sent 2, sent 3, read 2, sent 4, read 3, sent 5, read 4, read 5"
     expected = f"sent 0, read 0, sent 1, read 1, {solve}, sent 6, read 6"
-    assert ", ".join(events) == expected
+    assert ", ".join(events) == expected, events
 
 
 def check_divergence_is_raised_in_all(rank: int, count: int, folder: Path) -> None:
