@@ -144,7 +144,9 @@ class Hypergradient(Estimator):
                 weight_list[0].device,
                 solved,
                 owners=(self, self.engine),
-                repeatable=all(map(is_constant, (*train.split[1], *val.split[1]))),
+                # Processes that wait for one another's messages must all do the same, once.
+                repeatable=not isinstance(self.train_loss, DataParallel)
+                and all(map(is_constant, (*train.split[1], *val.split[1]))),
                 undo=lambda: self.spectrum.load_state_dict(estimates),
             )
         if self.warm_start:

@@ -213,7 +213,7 @@ class GraphProgram:
                     for slot, tensor in zip(
                         call.slots, found if type(found) in (tuple, list) else [found], strict=True
                     ):
-                        (tensors[slot],) = slots.put(memory, slot, [tensor.contiguous()])
+                        (tensors[slot],) = slots.put(memory, slot, [_kept(tensor, workspace)])
             memory.clear(0, self._count)
             for slot, tensor in self._held.items():
                 memory.put(slot, [tensor])
@@ -251,3 +251,9 @@ class GraphProgram:
                 segment = []
             else:
                 segment.append(operation)
+
+
+def _kept(tensor: Tensor, workspace: Tensor) -> Tensor:
+    """Dense, and no view of the workspace, as a reshape of what lies there is: that memory is written over later."""
+    inside = tensor.untyped_storage().data_ptr() == workspace.untyped_storage().data_ptr()
+    return tensor.clone(memory_format=torch.contiguous_format) if inside else tensor.contiguous()
