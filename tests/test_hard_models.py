@@ -22,6 +22,7 @@ from hvp_engine.engines import RecordedEngine
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the weights are far from a minimum"),
     pytest.mark.filterwarnings("ignore:.*a kernel in it has no second derivative"),
+    pytest.mark.filterwarnings("error:the traced gradient"),
 ]
 
 ITERATIONS, ALPHA, SEED = 3, 0.05, 7
