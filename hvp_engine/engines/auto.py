@@ -43,7 +43,7 @@ _TERMS_OF_A_SOLVE = 10
 """Terms for which engines are compared, set-up of each solve included."""
 
 _SHORT_SECONDS = 0.5
-"""A trace that takes less than so many seconds is made at first sight."""
+"""A trace that takes less than so many seconds is made at first sight; that of a validation loss at the second."""
 
 _MOST_CHOICES = 256
 """Problems whose choices are kept, the latest used."""
@@ -114,8 +114,10 @@ class AutoEngine(Engine):
         return linearization
 
     def gradient(self, problem: Problem) -> Gradient:
-        """By autograd until a trace can repay itself, then by whichever is faster."""
-        return self._gradients(problem, self._linearized.seconds_of_a_trace)
+        """By autograd until a trace can repay itself, or from the second call on if it is short; then by whichever is
+        faster."""
+        seconds = self._linearized.seconds_of_a_trace
+        return self._gradients(problem, sys.float_info.min if seconds < _SHORT_SECONDS else seconds)
 
     def quiet(self, train: Problem, val: Problem) -> bool:
         choice = self.choices.get((train.signature, threads(train)))
