@@ -13,7 +13,7 @@ struct Floating;
 
 template <>
 struct Floating<float> {
-  using Integer = int32_t;
+  using Integer = uint32_t;  // bits: what overflows, for NaN, is lost
   static constexpr int kMantissa = 23, kTerms = 7;
   static constexpr Integer kBias = 127;
   static constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it leaves an integer in the last bits
@@ -22,7 +22,7 @@ struct Floating<float> {
 
 template <>
 struct Floating<double> {
-  using Integer = int64_t;
+  using Integer = uint64_t;
   static constexpr int kMantissa = 52, kTerms = 13;
   static constexpr Integer kBias = 1023;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
