@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -365,16 +366,16 @@ def test_full_memory_in_a_solve_leaves_its_terms_one_by_one(make: Make) -> None:
 
 
 def test_what_is_not_trusted_keeps_no_buffers(make: Make, device: torch.device) -> None:
-    scale = [1.0]
+    scale = ContextVar("scale", default=1.0)
 
     def bound(weights: Any, hyper: Any, batch: Tensor) -> Tensor:
-        return scale[0] * train(weights, hyper, batch)
+        return scale.get() * train(weights, hyper, batch)
 
     engine = make()
     ours, theirs = both(engine, hvp.Neumann(6, 0.1), (bound, val))
     with pytest.warns(UserWarning, match="is replaced by 'eager'"):
         for call in range(10):  # the tenth is compared with eager
-            scale[0] = 1.0 if call < 9 else 2.0
+            scale.set(1.0 if call < 9 else 2.0)
             result = ours(*point(device, call))
     assert_same(result, theirs(*point(device, 9)))
     assert engine._kept == []

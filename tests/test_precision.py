@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -185,16 +186,19 @@ def test_traces_are_trusted_as_far_as_autocast_is_precise(device, dtype):
     )
 
 
-def test_a_stale_closure_under_autocast_is_found(device):
+def test_a_hidden_number_under_autocast_is_found(device):
     digits = Digits(device)
     digits.autocast = lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-    scale = torch.tensor(1.0, device=device)
+    scale = ContextVar("scale", default=1.0)
     hg = hvp.Hypergradient(
-        lambda w, h, b: scale * digits.train(w, h, b), digits.val, hvp.Neumann(ITERATIONS, ALPHA), engine="linearized"
+        lambda w, h, b: scale.get() * digits.train(w, h, b),
+        digits.val,
+        hvp.Neumann(ITERATIONS, ALPHA),
+        engine="linearized",
     )
     arguments = digits.arguments(torch.float32, torch.float32)
     hg(*arguments)
-    scale = torch.tensor(1.2, device=device)
+    scale.set(1.2)
     with pytest.warns(UserWarning, match="replaced by 'eager' for train_loss.*function of its arguments"):
         for _ in range(9):
             hg(*arguments)

@@ -1,4 +1,4 @@
-"""Where in the caller's own code an error came up."""
+"""Which code is the caller's own, and where in it an error came up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
+_OURS = str(Path(__file__).parents[1])
+_PACKAGES = str(Path(torch.__file__).parent), _OURS
+BUILT_IN = "<frozen"
+"""What stands for the file of code that is built into Python."""
+
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
@@ -19,7 +23,7 @@ def innermost_line(error: BaseException) -> str:
     frames = [
         (frame.f_code, line)
         for frame, line in traceback.walk_tb(error.__traceback__)
-        if _is_callers(frame.f_code.co_filename)
+        if is_callers(frame.f_code.co_filename)
     ]
     if not frames:
         return "the loss"
@@ -29,8 +33,22 @@ def innermost_line(error: BaseException) -> str:
     return f"{where}: `{source}`" if source else where
 
 
-def _is_callers(filename: str) -> bool:
-    installed = "site-packages" in filename or "dist-packages" in filename
-    standard = filename.startswith(_STANDARD_LIBRARY) and not installed
-    generated = filename.startswith(("<frozen", "<eval_with_key"))
+def is_ours(filename: str) -> bool:
+    """Whether code of this file is the library's."""
+    return filename.startswith(_OURS)
+
+
+def is_callers(filename: str) -> bool:
+    """Whether code of this file is neither the library's nor torch's or Python's own."""
+    standard = filename.startswith(_STANDARD_LIBRARY) and not _is_installed(filename)
+    generated = filename.startswith((BUILT_IN, "<eval_with_key"))
     return not (filename.startswith(_PACKAGES) or standard or generated)
+
+
+def is_written_here(filename: str) -> bool:
+    """Whether code of this file is the caller's, and not of an installed package."""
+    return is_callers(filename) and not _is_installed(filename)
+
+
+def _is_installed(filename: str) -> bool:
+    return "site-packages" in filename or "dist-packages" in filename

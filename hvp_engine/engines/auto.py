@@ -108,9 +108,12 @@ class AutoEngine(Engine):
             self._try_compiled(problem, choice)
         self.choices.move_to_end(key)
         start = time.perf_counter()
-        linearization = choice.engine.linearize(problem)
+        engine = choice.engine
+        linearization = engine.linearize(problem)
         choice.around += time.perf_counter() - start
-        self._made[linearization] = choice.engine, choice
+        self._made[linearization] = engine, choice
+        if linearization.fallback is not None and engine is not self._recorded:
+            self.choices[key] = Choice(self._recorded, f"{engine.name} was given up: {linearization.fallback}")
         return linearization
 
     def gradient(self, problem: Problem) -> Gradient:

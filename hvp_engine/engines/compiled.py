@@ -21,6 +21,7 @@ from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.differentiation.trace.regions import Regions, distinct, lazily
 from hvp_engine.differentiation.trace.rewriting import Attempts
 from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.engines.surroundings import Surroundings
 from hvp_engine.engines.traced import Functions, LinearizedEngine, TracedLinearization
 from hvp_engine.errors import BackendError
 
@@ -58,8 +59,8 @@ class CompiledFunctions(Functions):
     Small graphs are compiled whole, with the solver's update; of large graphs only the elementwise regions are.
     """
 
-    def __init__(self, parts: Partition, modules: Sequence[torch.nn.Module]):
-        super().__init__(parts, modules)
+    def __init__(self, parts: Partition, surroundings: Surroundings):
+        super().__init__(parts, surroundings)
         self.seconds = 0.0
         self.whole = _size(parts) <= _LARGEST_WHOLE
         if self.whole:
@@ -188,7 +189,7 @@ class CompiledEngine(LinearizedEngine):
         layout = Layout.of(problem.weights)
         return CompiledLinearization(functions, layout, problem.name, functions.at(problem, tensors))
 
-    def _functions(self, parts: Partition, modules: Sequence[torch.nn.Module]) -> Functions:
+    def _functions(self, parts: Partition, surroundings: Surroundings) -> Functions:
         expected = estimated_seconds(parts)
         if expected > self.compile_budget_s:
             raise BackendError(
@@ -196,4 +197,4 @@ class CompiledEngine(LinearizedEngine):
                 f"{self.compile_budget_s:g} s: raise it by engine=hvp.engines.CompiledEngine(compile_budget_s=...), "
                 "or use engine='linearized'"
             )
-        return CompiledFunctions(parts, modules)
+        return CompiledFunctions(parts, surroundings)

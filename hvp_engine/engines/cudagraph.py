@@ -14,6 +14,7 @@ from hvp_engine.differentiation.self_check import difference
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.engines.graphs import CapturedLinearization, Graphs, Solved, Tally
 from hvp_engine.engines.recording import CaptureError, CudaRecorder, Recorder
+from hvp_engine.engines.surroundings import Surroundings
 from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused
 from hvp_engine.errors import TraceError
 from hvp_engine.solvers.base import Solver
@@ -109,20 +110,20 @@ class CudaGraphEngine(LinearizedEngine):
         refusals = {f"{name} term by term: {reason}" for g in self._kept for name, reason in g.refusals().items()}
         return "\n".join([*lines, *sorted(refusals)])
 
-    def _trace(self, problem: Problem) -> Functions | Refused:
+    def _trace(self, problem: Problem, before: Surroundings | None = None) -> Functions | Refused:
         reason = self._why_not(problem)
         if reason is not None:
             return Refused(reason)
         known = None if self._linearized is None else self._linearized.known(problem)
         if known is not None:
-            return Functions(known.partition, known.modes.modules)
+            return Functions(known.partition, known.surroundings)
         try:
-            return super()._trace(problem)
+            return super()._trace(problem, before)
         except TraceError as error:
             return Refused(str(error))
 
-    def _functions(self, parts: Partition, modules: Sequence[torch.nn.Module]) -> Functions:
-        return Functions(parts, modules)
+    def _functions(self, parts: Partition, surroundings: Surroundings) -> Functions:
+        return Functions(parts, surroundings)
 
     def _why_not(self, problem: Problem) -> str | None:
         """Why the inputs alone rule out recording, if they do."""

@@ -22,7 +22,7 @@ from hvp_engine.differentiation.self_check import Schedule, difference_of_produc
 from hvp_engine.differentiation.trace.partial_evaluation import floating_dtypes
 from hvp_engine.differentiation.trace.tracing import trace_gradient
 from hvp_engine.engines.choice import describe
-from hvp_engine.engines.modes import Modes
+from hvp_engine.engines.surroundings import Surroundings
 
 _MOST = 64
 """Losses and shapes that are remembered, the latest used."""
@@ -37,6 +37,7 @@ class _Known:
     Attributes:
         spent, fastest: seconds of its gradients by autograd, in all and at least.
         program: None before it is made, and where `reason` says why there is none.
+        surroundings: what the loss read when it was traced; `outdated`, those of the trace before.
     """
 
     spent: float = 0.0
@@ -44,7 +45,8 @@ class _Known:
     program: GraphProgram | None = None
     reason: str = ""
     description: str = ""
-    modes: Modes | None = None
+    surroundings: Surroundings | None = None
+    outdated: Surroundings | None = None
     schedule: Schedule = field(default_factory=Schedule)
 
 
@@ -74,8 +76,9 @@ class Gradients:
             by_program = self._remembered.get(describe(problem, tensors, others))
             patience = 0.0 if by_program else patience
             known = self._known[key] = _Known(reason="as before the checkpoint" if by_program is False else "")
-        if known is None or (known.modes is not None and not known.modes.unchanged()):
-            known = self._known[key] = _Known()
+        outdated = known.surroundings.changed() if known is not None and known.surroundings is not None else None
+        if known is None or outdated is not None:
+            known = self._known[key] = _after(known, problem, outdated)
             if len(self._known) > _MOST:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
@@ -84,6 +87,8 @@ class Gradients:
             known.description = describe(problem, tensors, others)
         if known.program is None:
             return _timed(problem, known)
+        assert known.surroundings is not None
+        known.surroundings.use()
         if not known.schedule.due_alone():
             return _by_program(known.program, problem, tensors)
         with random_state_kept(problem.weights[0].device):
@@ -109,7 +114,7 @@ class Gradients:
         known = self._known.get((problem.signature, torch.get_num_threads()))
         if known is None or known.program is None or known.program.random or known.schedule.next_is_due():
             return False
-        return known.modes is None or known.modes.unchanged()
+        return known.surroundings is None or known.surroundings.changed() is None
 
     def state_dict(self) -> dict[str, bool]:
         """Which gradients are made by programs, of those that are settled, by what the problems look like."""
@@ -132,7 +137,8 @@ class Gradients:
         try:
             with recorded_modules() as modules, random_state_kept(problem.weights[0].device):
                 graph = trace_gradient(problem)
-            known.program, known.modes = GraphProgram(graph, floating_dtypes(graph.graph)), Modes(modules)
+            known.surroundings = Surroundings(problem, modules, known.outdated)
+            known.program = GraphProgram(graph, floating_dtypes(graph.graph))
         except Exception as error:  # the loss may still work, which autograd then shows
             known.reason = f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -144,6 +150,15 @@ class Gradients:
             _by_program(known.program, problem, tensors)
             best = min(best, time.perf_counter() - start)
         return "" if best < known.fastest else "it is faster"
+
+
+def _after(before: _Known | None, problem: Problem, outdated: str | None) -> _Known:
+    """What is known of a loss at first; or once what it reads under this name is not what it was."""
+    if before is None or before.surroundings is None:
+        return _Known()
+    if before.surroundings.restless:
+        return _Known(reason=f"{problem.name} reads {outdated}, which changes from call to call")
+    return _Known(outdated=before.surroundings)
 
 
 def _timed(problem: Problem, known: _Known) -> Gradient:

@@ -27,21 +27,21 @@ from hvp_engine.differentiation.trace.tracing import trace
 from hvp_engine.engines.base import Engine
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.gradients import Gradients
-from hvp_engine.engines.modes import Modes
+from hvp_engine.engines.surroundings import Surroundings
 
 _MOST_TRACES = 16
 """Traces that one engine keeps; one of a small recurrent net takes about 20 MB."""
 
 
 class Functions(PartitionFunctions):
-    """The callables of a traced loss, and the module modes that the trace saw."""
+    """The callables of a traced loss, and what else the loss has read when it was traced."""
 
-    def __init__(self, parts: Partition, modules: Sequence[torch.nn.Module]):
+    def __init__(self, parts: Partition, surroundings: Surroundings):
         super().__init__(parts)
         self.undone = parts.undone
         self.schedule = Schedule()
         self.distrust: str | None = None
-        self.modes = Modes(modules)
+        self.surroundings = surroundings
 
     def at(self, problem: Problem, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the primal part gives at the problem's point: loss, gradient, residuals."""
@@ -59,19 +59,12 @@ class Functions(PartitionFunctions):
         graphs = (parts.primal, parts.tangent.module, parts.mixed.module)
         return not any(is_random(node) for graph in graphs for node in graph.graph.nodes)
 
-    def modes_unchanged(self) -> bool:
-        """Whether the modules that the loss called are in train or eval mode as they were."""
-        return self.modes.unchanged()
-
 
 @dataclass(frozen=True)
 class Refused:
     """Instead of functions: why there are none."""
 
     distrust: str
-
-    def modes_unchanged(self) -> bool:
-        return True
 
 
 class TracedLinearization(PartitionedLinearization):
@@ -87,7 +80,10 @@ class TracedLinearization(PartitionedLinearization):
 
 
 class LinearizedEngine(Engine):
-    """Traces each (shapes, batch constants, module modes) once; new values of the same shapes reuse the trace.
+    """Traces each (shapes, batch constants) once; new values of the same shapes reuse the trace.
+
+    A trace is made anew where what the loss reads beside its arguments has changed, as a module's mode or a variable of
+    the function around it; where that goes on, eager takes over for good, with a warning.
 
     The first linearization of a trace, and later ones more and more rarely, are compared with eager's. Where they
     disagree, as when a closure was bound to another tensor after the trace, eager takes over for good, with a
@@ -107,14 +103,16 @@ class LinearizedEngine(Engine):
     def linearize(self, problem: Problem) -> Linearization:
         tensors, key = problem.split[0], problem.signature
         functions = self._cache.get(key)
-        if functions is None or not functions.modes_unchanged():
-            functions = self._cache[key] = self._trace(problem)
+        outdated = functions.surroundings.changed() if isinstance(functions, Functions) else None
+        if functions is None or outdated is not None:
+            functions = self._cache[key] = self._traced_again(problem, functions, outdated)
             if len(self._cache) > _MOST_TRACES:
                 self._cache.popitem(last=False)
                 self._forgotten += 1
         self._cache.move_to_end(key)
         if isinstance(functions, Refused) or functions.distrust:
             return self._instead(problem, functions.distrust)
+        functions.surroundings.use()
         if not functions.schedule.due_alone():
             return self._linearization(functions, problem, tensors)
         with random_state_kept(problem.weights[0].device):
@@ -170,12 +168,27 @@ class LinearizedEngine(Engine):
     def known(self, problem: Problem) -> Functions | None:
         """The functions of a problem that has been traced here."""
         functions = self._cache.get(problem.signature)
-        return functions if isinstance(functions, Functions) and functions.modes_unchanged() else None
+        return functions if isinstance(functions, Functions) and functions.surroundings.changed() is None else None
 
-    def _trace(self, problem: Problem) -> Functions | Refused:
+    def _traced_again(
+        self, problem: Problem, before: Functions | Refused | None, outdated: str | None
+    ) -> Functions | Refused:
+        """Functions in place of those `before`, which are outdated by what is called so; or why there are none."""
+        surroundings = before.surroundings if isinstance(before, Functions) else None
+        if surroundings is None or not surroundings.restless:
+            return self._trace(problem, surroundings)
+        reason = f"{problem.name} reads {outdated}, which changes from call to call"
+        warnings.warn(
+            f"engine {self.name!r} is not used: {reason}; pass it in the batch or the hyperparameters",
+            stacklevel=5,
+        )
+        return Refused(reason)
+
+    def _trace(self, problem: Problem, before: Surroundings | None = None) -> Functions | Refused:
         start = time.perf_counter()
         with recorded_modules() as modules, random_state_kept(problem.weights[0].device):
-            functions = self._functions(partition(trace(problem)), modules)
+            parts = partition(trace(problem))
+            functions = self._functions(parts, Surroundings(problem, modules, before))
         self.traces += 1
         self.trace_seconds += time.perf_counter() - start
         return functions
@@ -185,7 +198,7 @@ class LinearizedEngine(Engine):
         layout = Layout.of(problem.weights)
         return TracedLinearization(functions, layout, problem.name, functions.at(problem, tensors))
 
-    def _functions(self, parts: Partition, modules: Sequence[torch.nn.Module]) -> Functions:
-        functions = Functions(parts, modules)
+    def _functions(self, parts: Partition, surroundings: Surroundings) -> Functions:
+        functions = Functions(parts, surroundings)
         functions.run_natively()
         return functions

@@ -3,7 +3,7 @@
 Reverse over reverse: the trace runs the loss, its gradient f = dL/dw, and `autograd.grad(f, (w, lambda), tangents)`
 under `make_fx`. Everything that varies between calls is an input of the graph: weights, hyperparameters, the tensors of
 the batch, the tangents. Other tensors that the loss uses (module buffers, closures) are read by reference. Python
-values, and which tensor a closure is bound to, are fixed by the trace, so losses must be functions of their arguments.
+values, and which tensor a closure is bound to, are fixed by the trace: engines watch what a loss reads.
 """
 
 from __future__ import annotations
