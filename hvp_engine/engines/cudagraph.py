@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -12,11 +13,14 @@ from hvp_engine.differentiation.linear_map import Linearization, LinearMap
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.self_check import difference
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
-from hvp_engine.engines.graphs import CapturedLinearization, Graphs, Solved, Tally
+from hvp_engine.engines.base import side_by_side
+from hvp_engine.engines.graphs import CapturedLinearization, Graphs, Tally
 from hvp_engine.engines.recording import CaptureError, CudaRecorder, Recorder
+from hvp_engine.engines.solves import Solved
 from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused
 from hvp_engine.errors import TraceError
 from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.batched import MOST, pays
 from hvp_engine.solvers.iteration import FinishedIteration
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
@@ -32,7 +36,8 @@ class CudaGraphEngine(LinearizedEngine):
     A problem that cannot be recorded falls back to eager; if only a solver's loop cannot (it waits for the device, it
     has a preconditioner), its terms go one by one. :meth:`report` says which and why. As with the linearized engine,
     the first call of each problem and, more and more rarely, later ones are checked against eager. So is each recorded
-    solve, also at its second call, against one that goes term by term. A loop that could stop early runs to its end.
+    solve, also at its second call, against one that goes term by term. A loop that can stop early is recorded in pieces,
+    between which the host looks whether to go on. Several right-hand sides of a small problem advance together.
 
     Pays off for launch-bound problems: small batches, many layers. Memory: a copy of all inputs, and for each shape the
     intermediate results of its parts. A linearization in use keeps its buffers; another one then gets new buffers.
@@ -69,24 +74,50 @@ class CudaGraphEngine(LinearizedEngine):
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
-        """All terms by one replay, or one by one if that is impossible."""
+        """All terms by few replays, or one by one if that is impossible."""
         if not isinstance(operator, CapturedLinearization):
             return super().run(operator, v, solver, estimate)
-        solve = operator.graphs.solve(solver)
-        solved = None if solve is None or solve.distrust else solve.run(v, estimate)
+        return self._solved(operator, [v], solver, estimate)[0]
+
+    def run_all(
+        self, operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
+    ) -> Iterable[FinishedIteration]:
+        if not isinstance(operator, CapturedLinearization) or not pays(operator, len(vs)):
+            return super().run_all(operator, vs, solver, estimate)
+        groups = (vs[start : start + MOST] for start in range(0, len(vs), MOST))
+        return chain.from_iterable(self._solved(operator, group, solver, estimate) for group in groups)
+
+    def _solved(
+        self,
+        operator: CapturedLinearization,
+        vs: Sequence[Sequence[Tensor]],
+        solver: Solver,
+        estimate: SpectralEstimate | None,
+    ) -> Sequence[FinishedIteration]:
+        """The finished solves for right-hand sides that advance together."""
+        solve = operator.graphs.solve(solver, len(vs))
+        solved = None if solve is None or solve.distrust else solve.run(vs, estimate)
         if solve is None or solved is None:
-            return super().run(operator, v, solver, estimate)
+            return self._term_by_term(operator, vs, solver, estimate)
         due = solve.schedule.due()
         if not due and solve.schedule.calls != 2:  # 2: the first with values other than recorded
             return solved
-        iteration = super().run(operator, v, solver, estimate)
-        one_by_one = Solved(iteration, iteration.finish(), iteration.value)
-        found = difference(solved.value.views, one_by_one.value.views, operator.graphs.functions.partition.dtypes)
+        iterations = self._term_by_term(operator, vs, solver, estimate)
+        one_by_one = [Solved(iteration, iteration.finish()) for iteration in iterations]
+        ours, theirs = ([view for one in side for view in one.value.views] for side in (solved, one_by_one))
+        found = difference(ours, theirs, operator.graphs.functions.partition.dtypes)
         if found is None:
             return solved
         solve.distrust = f"its graph gives a result that differs by {found:.2g} (relative)"
-        warnings.warn(f"{solve.name} goes term by term from now on: {solve.distrust}", stacklevel=4)
+        warnings.warn(f"{solve.name} goes term by term from now on: {solve.distrust}", stacklevel=5)
         return one_by_one
+
+    def _term_by_term(
+        self, operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
+    ) -> list[FinishedIteration]:
+        if len(vs) == 1:
+            return [super().run(operator, vs[0], solver, estimate)]
+        return list(side_by_side(operator, vs, solver, estimate))
 
     def forget(self, problem: Problem) -> None:
         """Drop what was recorded of a problem of these shapes: graphs, buffers and pools, once nothing uses them."""

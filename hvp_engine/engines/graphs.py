@@ -13,26 +13,20 @@ from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout, detached
 from hvp_engine._support.torch_compat import foreach_copy_
-from hvp_engine.differentiation.linear_map import Linearization, LinearMap
+from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
-from hvp_engine.differentiation.self_check import Schedule
-from hvp_engine.engines.recording import Body, CaptureError, Recorder, Recording
+from hvp_engine.engines.recording import Body, CaptureError, Recorder, Recording, copies
+from hvp_engine.engines.solves import Solve
 from hvp_engine.engines.traced import Functions, TracedLinearization
 from hvp_engine.ops import backend
 from hvp_engine.solvers.base import Solver
-from hvp_engine.solvers.iteration import FinishedIteration, Outcome
-from hvp_engine.solvers.spectrum import SpectralEstimate
+from hvp_engine.solvers.batched import LEAST, MOST
 
 _MOST_SOLVES = 4
 """A problem keeps this many recorded solves, the most recently used."""
 
-
-def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies that no replay overwrites, made in few launches."""
-    fresh = [torch.empty_like(tensor) for tensor in tensors]
-    if fresh:
-        foreach_copy_(fresh, list(tensors))
-    return fresh
+_LARGEST_GROUP = 1 << 24
+"""Numbers in the right-hand sides of a recorded group: its buffers, some four times as large, stay where they are."""
 
 
 @dataclass
@@ -44,11 +38,28 @@ class Tally:
     seconds: float = 0.0
 
 
+class Counted:
+    """A recorder whose recordings are counted."""
+
+    def __init__(self, recorder: Recorder, tally: Tally):
+        self.order, self.retire = recorder.order, recorder.retire
+        self.recorder, self._tally = recorder, tally
+
+    def record(self, body: Body) -> Recording:
+        start = time.perf_counter()
+        try:
+            recording = self.recorder.record(body)
+            self._tally.recordings += 1
+        finally:
+            self._tally.seconds += time.perf_counter() - start
+        return recording
+
+
 class Replay:
     """A body that is recorded at its first call and replayed from then on, or just called if it cannot be recorded."""
 
-    def __init__(self, recorder: Recorder, tally: Tally, body: Body):
-        self._recorder, self._tally, self._body = recorder, tally, body
+    def __init__(self, recorder: Counted, body: Body):
+        self._recorder, self._body = recorder, body
         self._recording: Recording | None = None
         self.refusal: str | None = None
 
@@ -69,12 +80,7 @@ class Replay:
 
     def record(self) -> Recording:
         """Record now; :class:`CaptureError` if that is impossible."""
-        start = time.perf_counter()
-        try:
-            self._recording = self._recorder.record(self._body)
-            self._tally.recordings += 1
-        finally:
-            self._tally.seconds += time.perf_counter() - start
+        self._recording = self._recorder.record(self._body)
         return self._recording
 
 
@@ -89,21 +95,22 @@ class Graphs:
     ):
         self.functions = functions
         self.layout = Layout.of(problem.weights)
-        self._recorder, self._tally = recorder, tally
+        counted = self._recorder = Counted(recorder, tally)
         self._inputs = [[t.detach().clone() for t in group] for group in _groups(problem, tensors)]
         self._tangents = FlatVector(self.layout)
         self._user: weakref.ref[Linearization] | None = None
         self._solves: OrderedDict[Hashable, Solve] = OrderedDict()
+        self._products: dict[int, tuple[list[Tensor], Replay]] = {}
         self._refused: dict[str, str] = {}
 
         # Bodies refer to the buffers, not to this object: without a cycle, buffers are freed at once.
         inputs, tangents = [tensor for group in self._inputs for tensor in group], self._tangents.tangents
-        self._primal = Replay(recorder, tally, torch.no_grad()(lambda: functions.primal(*inputs)))
+        self._primal = Replay(counted, torch.no_grad()(lambda: functions.primal(*inputs)))
         traced = TracedLinearization(functions, self.layout, problem.name, self._primal.record().outputs)
         self._traced = traced
-        self._product = Replay(recorder, tally, lambda: traced.product(tangents))
+        self._product = Replay(counted, lambda: traced.product(tangents))
         tally.buffers += 1
-        self._mixed = Replay(recorder, tally, lambda: [t for t in traced.mixed(tangents) if t is not None])
+        self._mixed = Replay(counted, lambda: [t for t in traced.mixed(tangents) if t is not None])
 
     def __del__(self) -> None:
         recorder = vars(self).get("_recorder")  # None if an error in __init__ came first
@@ -123,6 +130,7 @@ class Graphs:
     def refusals(self) -> dict[str, str]:
         """The parts that are not replayed, each with the reason."""
         replays = {"product": self._product.refusal, "mixed product": self._mixed.refusal}
+        replays |= {f"{count} products": replay.refusal for count, (_, replay) in self._products.items()}
         found = replays | {solve.name: solve.refusal for solve in self._solves.values()}
         return self._refused | {name: reason for name, reason in found.items() if reason is not None}
 
@@ -141,6 +149,26 @@ class Graphs:
         self._tangents.copy_(tangents)
         return copies(self._product())
 
+    @property
+    def batches(self) -> bool:
+        """Whether :meth:`products` does more than one product after another."""
+        return self._traced.batches
+
+    def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
+        """H t for several t. A recording serves all counts up to the next multiple of :data:`LEAST`."""
+        self._recorder.order()
+        count, traced = len(stacked[0]), self._traced
+        size = -(-count // LEAST) * LEAST
+        if count > MOST or size * self.layout.size > _LARGEST_GROUP:
+            return traced.products(stacked)
+        if size not in self._products:
+            buffers = [torch.zeros(size, *part.shape[1:], dtype=part.dtype, device=part.device) for part in stacked]
+            self._products[size] = buffers, Replay(self._recorder, lambda: traced.products(buffers))
+        targets, replay = self._products[size]
+        for target, part in zip(targets, stacked, strict=True):
+            target[:count].copy_(part)
+        return copies([product[:count] for product in replay()])
+
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t at the point evaluated last."""
         self._recorder.order()
@@ -148,8 +176,9 @@ class Graphs:
         found = iter(copies(self._mixed()))
         return [next(found) if there else None for there in self.functions.partition.mixed.outputs]
 
-    def solve(self, solver: Solver) -> Solve | None:
-        """The recorded solve of `solver`; None, with the reason noted, if its terms have to go one by one."""
+    def solve(self, solver: Solver, count: int = 1) -> Solve | None:
+        """The recorded solve of `solver` for so many right-hand sides that advance together; None, with the reason
+        noted, if its terms have to go one by one."""
         name = type(solver).__name__
         if solver.preconditioner is not None:
             self._refused[name] = "its preconditioner is the caller's code, whose changes a graph would not see"
@@ -157,11 +186,15 @@ class Graphs:
         if not isinstance(solver, Hashable):
             self._refused[name] = "it is not hashable, so a change of it would go unnoticed"
             return None
+        if count > 1 and count * self.layout.size > _LARGEST_GROUP:
+            self._refused[f"{name} for {count} right-hand sides"] = "their buffers would be too large to keep"
+            return None
         self._recorder.order()
-        key = solver, backend.select(self.layout.device)[0]
+        key = solver, count, backend.select(self.layout.device)[0]
         if key not in self._solves:
             try:
-                self._solves[key] = Solve(solver, self._traced, self._tangents, self._recorder, self._tally)
+                targets = [self._tangents] if count == 1 else [FlatVector(self.layout) for _ in range(count)]
+                self._solves[key] = Solve(solver, self._traced, targets, self._recorder.record)
             except torch.OutOfMemoryError as error:
                 self._refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 return None
@@ -170,57 +203,6 @@ class Graphs:
                 self._solves.popitem(last=False)
         self._solves.move_to_end(key)
         return self._solves[key]
-
-
-class Solve:
-    """All terms of a solver at once, on one problem's buffers."""
-
-    def __init__(self, solver: Solver, operator: LinearMap, tangents: FlatVector, recorder: Recorder, tally: Tally):
-        iteration = self._iteration = solver.allocate(operator.layout)
-        self.name = type(solver).__name__
-        self.schedule = Schedule()
-        self.distrust: str | None = None
-        self._tangents = tangents
-
-        def all_terms() -> Sequence[Tensor]:
-            iteration.start(tangents.tangents)
-            while iteration.steps < iteration.limit:
-                iteration.step(operator.product(iteration.direction.tangents))
-            return [iteration.finish()]
-
-        self._replay = Replay(recorder, tally, all_terms)
-
-    @property
-    def refusal(self) -> str | None:
-        """Why the terms have to go one by one, if they do."""
-        return self.distrust or self._replay.refusal
-
-    def run(self, v: Sequence[Tensor], estimate: SpectralEstimate | None) -> Solved | None:
-        """The finished solve for the right-hand side `v`; None if it cannot be recorded."""
-        iteration = self._iteration
-        iteration.adapt(estimate)
-        self._tangents.copy_(v)
-        if not self._replay.ready():
-            return None
-        (figures,) = copies(self._replay())
-        value = FlatVector(iteration.value.layout, iteration.value.data.clone())
-        return Solved(iteration, figures, value)
-
-
-class Solved(FinishedIteration):
-    """A finished solve with its own value and figures; a later solve in the same buffers overwrites its direction."""
-
-    def __init__(self, iteration: FinishedIteration, figures: Tensor, value: FlatVector):
-        self.value = value
-        self.direction = iteration.direction
-        self.alpha, self.bounds, self.steps = iteration.alpha, iteration.bounds, iteration.steps
-        self._iteration, self._figures = iteration, figures
-
-    def finish(self) -> Tensor:
-        return self._figures
-
-    def read(self, figures: Sequence[float]) -> Outcome:
-        return self._iteration.read(figures)
 
 
 class CapturedLinearization(Linearization):
@@ -234,6 +216,13 @@ class CapturedLinearization(Linearization):
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.graphs.product(tangents)
+
+    @property
+    def batches(self) -> bool:
+        return self.graphs.batches
+
+    def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self.graphs.products(stacked)
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         return self.graphs.mixed(tangents)

@@ -1,0 +1,139 @@
+"""Recorded solves that may stop early, and those of several right-hand sides: on a CPU with recorded calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from recorder_on_cpu import CallRecorder
+from test_engines_cudagraph import Make, assert_same, both, make, point, train, val
+from torch import Tensor
+
+import hvp_engine as hvp
+from hvp_engine.engines import LinearizedEngine
+from hvp_engine.engines.cudagraph import CudaGraphEngine
+from hvp_engine.engines.recording import Body, CaptureError
+from hvp_engine.solvers.settling import Settling
+
+pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
+__all__ = ["make"]  # a fixture
+
+STOPPING = {
+    "conjugate gradient": (hvp.ConjugateGradient(40, tol=1e-2), 4),  # the first product, 5, 5, ..., the last 4, the end
+    "refreshed": (hvp.ConjugateGradient(1000, tol=1e-10), 13),
+    "minres": (hvp.MINRES(1000, tol=1e-3), 5),
+    "settling": (Settling(hvp.ConjugateGradient(40, tol=0.0), 1e-3), 8),
+}
+"""Solvers, and how many recordings they may take."""
+
+
+@pytest.mark.parametrize("name", STOPPING)
+def test_it_stops_where_it_would_without_a_graph(make: Make, device: torch.device, name: str) -> None:
+    solver, most = STOPPING[name]
+    engine = make()
+    ours, theirs = both(engine, solver)
+    for call in range(2):
+        arguments = point(device, call)
+        result, expected = ours(*arguments), theirs(*arguments)
+        assert_same(result, expected)
+        assert result.solution.iterations == expected.solution.iterations < solver_limit(solver)
+        assert result.solution.hvps == expected.solution.hvps
+        assert result.solution.explanation == expected.solution.explanation
+    assert engine.tally.recordings <= 3 + most  # the primal part, a product and the mixed product are recorded too
+    assert "term by term" not in engine.report()
+
+
+def solver_limit(solver: Any) -> int:
+    return getattr(solver, "method", solver).iterations
+
+
+class Failing(CallRecorder):
+    """The recording with this number, counted over all, cannot be made."""
+
+    fails = made = 0
+
+    def record(self, body: Body) -> Any:
+        Failing.made += 1
+        if Failing.made == Failing.fails:
+            raise CaptureError(f"recording {Failing.made} failed")
+        return super().record(body)
+
+
+@pytest.mark.parametrize(("count", "solver"), [(1, hvp.ConjugateGradient(7, tol=1e-12)), (9, hvp.Neumann(2, 0.1))])
+def test_a_recording_that_fails_costs_no_result(count: int, solver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever it is, the rest goes on without it, and the report says so."""
+    traces = LinearizedEngine()
+    weights, hyper, batch, _ = point(torch.device("cpu"), 0)
+    vs = {name: torch.stack([part.cos() * (k + 1) for k in range(count)]) for name, part in weights.items()}
+    hvp.HessianOperator(train, weights, hyper, batch, engine=traces)
+    expected = hvp.HessianOperator(train, weights, hyper, batch, engine="eager").solve(vs, solver, batched=True)
+    with hvp.use_backend("reference"):
+        for fails in range(1, 100):
+            monkeypatch.setattr(Failing, "fails", fails)
+            monkeypatch.setattr(Failing, "made", 0)
+            engine = CudaGraphEngine(linearized=traces, recorder=Failing)
+            operator = hvp.HessianOperator(train, weights, hyper, batch, engine=engine)
+            torch.testing.assert_close(operator.solve(vs, solver, batched=True).value, expected.value)
+            if Failing.made < fails:
+                break
+            assert f"recording {fails} failed" in engine.report()
+    # Three for the linearization; four for the solve, or one, and the batched product that it is compared by.
+    assert fails == (8 if count == 1 else 6)
+
+
+def operators(device: torch.device, engine: CudaGraphEngine) -> tuple[Any, Any, Any]:
+    weights, hyper, batch, _ = point(device, 0)
+    ours = hvp.HessianOperator(train, weights, hyper, batch, engine=engine)
+    return weights, ours, hvp.HessianOperator(train, weights, hyper, batch, engine="eager")
+
+
+def right_hand_sides(weights: dict[str, Tensor], count: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    return {
+        name: torch.randn(count, *part.shape, generator=generator, dtype=part.dtype).to(part.device)
+        for name, part in weights.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "solver", [hvp.Neumann(6), hvp.MINRES(12, tol=1e-2), hvp.ConjugateGradient(40)], ids=["neumann", "minres", "block"]
+)
+def test_many_right_hand_sides_are_as_eager(make: Make, device: torch.device, solver: Any) -> None:
+    engine = make()
+    weights, ours, eager = operators(device, engine)
+    for call in range(3):
+        vs = right_hand_sides(weights, 10, call)
+        found, expected = ours.solve(vs, solver, batched=True), eager.solve(vs, solver, batched=True)
+        torch.testing.assert_close(found.value, expected.value, rtol=1e-6, atol=1e-9)
+        assert found.hvps == expected.hvps or isinstance(solver, hvp.MINRES)  # which go on until all have finished
+        if call == 0:
+            recordings = engine.tally.recordings
+    assert engine.tally.recordings == recordings
+    assert "term by term" not in engine.report()
+
+
+def test_many_products_are_launched_as_one(device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("calls are counted on a CPU")
+    calls = {}
+    for count in (8, 32):
+        engine = CudaGraphEngine(recorder=CallRecorder)
+        with hvp.use_backend("reference"):
+            weights, ours, eager = operators(device, engine)
+            vs = list(right_hand_sides(weights, count, 0).values())
+            for taken in (count, count - 3):
+                some = [part[:taken] for part in vs]
+                torch.testing.assert_close(ours.products(some), eager.products(some))
+        recorded = recordings_of(engine)
+        assert (
+            engine.tally.recordings == len(recorded) == 4
+        )  # the primal part, both products for the check, one for both counts
+        calls[count] = len(recorded[-1].calls)
+    assert calls[8] == calls[32] <= len(recorded[1].calls) + 20
+
+
+def recordings_of(engine: CudaGraphEngine) -> list[Any]:
+    """What each of the recordings of the last problem calls."""
+    counted: Any = engine._kept[-1]._recorder
+    return counted.recorder._all
