@@ -1,4 +1,4 @@
-"""Recorded solves that may stop early, and those of several right-hand sides: on a CPU with recorded calls."""
+"""Recorded solves that may stop early, those of several right-hand sides, and compiled parts: on a CPU, by its calls."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from recorder_on_cpu import CallRecorder
-from test_engines_cudagraph import Make, assert_same, both, make, point, train, val
+from recorder_on_cpu import CallRecorder, launching
+from test_engines_cudagraph import Make, assert_same, both, make, point, train
 from torch import Tensor
 
 import hvp_engine as hvp
-from hvp_engine.engines import LinearizedEngine
+from hvp_engine.engines import LinearizedEngine, compiled
 from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.recording import Body, CaptureError
 from hvp_engine.solvers.settling import Settling
@@ -137,3 +137,39 @@ def recordings_of(engine: CudaGraphEngine) -> list[Any]:
     """What each of the recordings of the last problem calls."""
     counted: Any = engine._kept[-1]._recorder
     return counted.recorder._all
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "regions"])
+def test_compiled_parts_are_recorded(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a single call: here the compiler leaves its graph as it is."""
+    monkeypatch.setattr(compiled, "compile_graph", lambda graph, *_, **__: launching(graph.forward))
+    if not whole:
+        monkeypatch.setattr(compiled, "_LARGEST_WHOLE", 0)
+    calls = {}
+    for budget in (0.0, 1e6):
+        engine = CudaGraphEngine(recorder=CallRecorder, compile_budget_s=budget)
+        with hvp.use_backend("reference"):
+            ours, theirs = both(engine, hvp.Neumann(3, 0.1))
+            for call in range(2):
+                arguments = point(torch.device("cpu"), call)
+                assert_same(ours(*arguments), theirs(*arguments))
+        _, product, *_ = recordings_of(engine)
+        calls[budget] = len(product.calls)
+        assert "term by term" not in engine.report() and "as traced" not in engine.report()
+    assert calls[1e6] == 1 if whole else calls[1e6] < calls[0.0]
+
+
+def test_what_cannot_be_compiled_is_recorded_as_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(compiled, "compile_graph", broken)
+    for budget, reason in ((1e6, "engine 'compiled': inductor failed"), (0.1, "compiling would take about")):
+        engine = CudaGraphEngine(recorder=CallRecorder, compile_budget_s=budget)
+        with hvp.use_backend("reference"):
+            ours, theirs = both(engine, hvp.Neumann(3, 0.1))
+            for call in range(2):
+                arguments = point(torch.device("cpu"), call)
+                assert_same(ours(*arguments), theirs(*arguments))
+        assert f"recorded as traced: {reason}" in engine.report()
+        assert engine.tally.recordings == 4

@@ -9,16 +9,19 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from hvp_engine._support.flat_vector import Layout
+from hvp_engine._support.random_state import random_state_kept
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
 from hvp_engine.differentiation.problem import Problem
-from hvp_engine.differentiation.self_check import difference
+from hvp_engine.differentiation.self_check import difference, probe
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.engines.base import side_by_side
+from hvp_engine.engines.compiled import CompiledFunctions, estimated_seconds
 from hvp_engine.engines.graphs import CapturedLinearization, Graphs, Tally
 from hvp_engine.engines.recording import CaptureError, CudaRecorder, Recorder
 from hvp_engine.engines.solves import Solved
-from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused
-from hvp_engine.errors import TraceError
+from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused, TracedLinearization
+from hvp_engine.errors import BackendError, TraceError
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.batched import MOST, pays
 from hvp_engine.solvers.iteration import FinishedIteration
@@ -36,8 +39,8 @@ class CudaGraphEngine(LinearizedEngine):
     A problem that cannot be recorded falls back to eager; if only a solver's loop cannot (it waits for the device, it
     has a preconditioner), its terms go one by one. :meth:`report` says which and why. As with the linearized engine,
     the first call of each problem and, more and more rarely, later ones are checked against eager. So is each recorded
-    solve, also at its second call, against one that goes term by term. A loop that can stop early is recorded in pieces,
-    between which the host looks whether to go on. Several right-hand sides of a small problem advance together.
+    solve, also at its second call, against one that goes term by term. A loop that can stop early is recorded in
+    pieces, between which the host looks whether to go on. Several right-hand sides of a small problem advance together.
 
     Pays off for launch-bound problems: small batches, many layers. Memory: a copy of all inputs, and for each shape the
     intermediate results of its parts. A linearization in use keeps its buffers; another one then gets new buffers.
@@ -45,6 +48,9 @@ class CudaGraphEngine(LinearizedEngine):
     Arguments:
         most_shapes: recorded problems to keep, the most recently used; each new shape is recorded anew.
         linearized: an engine whose traces are reused where it has them.
+        compile_budget_s: seconds that compiling one problem may be expected to take: its parts then go through
+            inductor as with the compiled engine before they are recorded, so that a term has fewer kernels. 0 never
+            compiles.
         recorder: what makes the recordings.
     """
 
@@ -54,13 +60,16 @@ class CudaGraphEngine(LinearizedEngine):
         self,
         most_shapes: int = 8,
         linearized: LinearizedEngine | None = None,
+        compile_budget_s: float = 0.0,
         recorder: type[Recorder] = CudaRecorder,
     ):
         if isinstance(most_shapes, bool) or not isinstance(most_shapes, int) or most_shapes < 1:
             raise ValueError(f"most_shapes: expected an int >= 1; got {most_shapes!r}")
         super().__init__(None if linearized is None else linearized._eager)
         self.most_shapes = most_shapes
+        self.compile_budget_s = compile_budget_s
         self.tally = Tally()
+        self._not_compiled: set[str] = set()
         self._linearized = linearized
         self._recorder = recorder
         self._kept: list[Graphs] = []
@@ -135,6 +144,7 @@ class CudaGraphEngine(LinearizedEngine):
             f"{super().report()}; {self.tally.buffers} shapes recorded in {self.tally.recordings} graphs and "
             f"{self.tally.seconds:.2f} s; {kept} kept (at most {self.most_shapes}), {inputs:.3g} MB of inputs"
         ]
+        lines += [f"recorded as traced: {reason}" for reason in sorted(self._not_compiled)]
         reasons = {f.distrust for f in self._cache.values() if f.distrust}
         lines += [f"eager instead: {reason}" for reason in sorted(reasons)]
         refusals = {f"{name} term by term: {reason}" for g in self._kept for name, reason in g.refusals().items()}
@@ -146,13 +156,17 @@ class CudaGraphEngine(LinearizedEngine):
             return Refused(reason)
         known = None if self._linearized is None else self._linearized.known(problem)
         if known is not None:
-            return Functions(known.partition, known.modes.modules)
+            return self._functions(known.partition, known.modes.modules)
         try:
             return super()._trace(problem)
         except TraceError as error:
             return Refused(str(error))
 
     def _functions(self, parts: Partition, modules: Sequence[torch.nn.Module]) -> Functions:
+        expected = estimated_seconds(parts) if self.compile_budget_s else 0.0
+        if expected <= self.compile_budget_s:
+            return CompiledFunctions(parts, modules) if self.compile_budget_s else Functions(parts, modules)
+        self._not_compiled.add(f"compiling would take about {expected:.0f} s")
         return Functions(parts, modules)
 
     def _why_not(self, problem: Problem) -> str | None:
@@ -169,6 +183,11 @@ class CudaGraphEngine(LinearizedEngine):
 
     def _linearization(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> Linearization:
         try:
+            self._compile(functions, problem, tensors)
+        except BackendError as error:
+            self._not_compiled.add(str(error))
+            functions = self._cache[problem.signature] = Functions(functions.partition, functions.modes.modules)
+        try:
             return self._captured(functions, problem, tensors)
         except CaptureError as error:
             reason = str(error)
@@ -176,6 +195,14 @@ class CudaGraphEngine(LinearizedEngine):
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         functions.distrust = f"{problem.name} cannot be recorded: {reason}"
         return self._instead(problem, functions.distrust)
+
+    @staticmethod
+    def _compile(functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> None:
+        """Compile what is not compiled yet, outside of a recording; :class:`BackendError` if that fails."""
+        if isinstance(functions, CompiledFunctions) and not functions.seconds:
+            layout = Layout.of(problem.weights)
+            with random_state_kept(layout.device):
+                TracedLinearization(functions, layout, "", functions.at(problem, tensors)).product(probe(layout))
 
     def _captured(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> Linearization:
         return CapturedLinearization(self._graphs_of(functions, problem, tensors), problem, tensors)

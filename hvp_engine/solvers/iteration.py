@@ -124,7 +124,7 @@ class Iteration(FinishedIteration):
 
     def finished(self) -> bool:
         """Whether to stop before the limit."""
-        # After products 1, 6, ..., 51, ...: right after the first one and after each one that recomputed a residual, too.
+        # After products 1, 6, ..., 51, ...: right after the first one and each one that recomputed a residual, too.
         return self.going is not None and self.steps % CHECK_EVERY == 1 and not float(self.going) > 0
 
     def next_look(self) -> int:
