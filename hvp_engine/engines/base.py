@@ -68,6 +68,10 @@ class Engine:
         """The gradient of the problem's loss and its derivatives, at the problem's point."""
         raise NotImplementedError
 
+    def foresee(self, train: Problem, val: Problem, solver: Solver) -> None:
+        """A hypergradient follows: the gradient of `val`, a linearization of `train` and a solve by `solver` from zero.
+        An engine that can do all at once does, and hands over each part when it is asked for."""
+
     def gradient(self, problem: Problem) -> Gradient:
         """The problem's loss and its first derivatives by all that it is a function of."""
         return by_autograd(problem)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.random_state import random_state_kept
+from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.self_check import difference, probe
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.engines.base import side_by_side
 from hvp_engine.engines.compiled import CompiledFunctions, estimated_seconds
-from hvp_engine.engines.graphs import CapturedLinearization, Graphs, Tally
+from hvp_engine.engines.gradients import Gradients
+from hvp_engine.engines.graphs import CapturedLinearization, Counted, Graphs, Tally
 from hvp_engine.engines.recording import CaptureError, CudaRecorder, Recorder
-from hvp_engine.engines.solves import Solved
+from hvp_engine.engines.solves import Solve, Solved, recordable
 from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused, TracedLinearization
+from hvp_engine.engines.whole import CapturedGradient, Foreseen, Whole
 from hvp_engine.errors import BackendError, TraceError
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.batched import MOST, pays
@@ -73,12 +77,32 @@ class CudaGraphEngine(LinearizedEngine):
         self._linearized = linearized
         self._recorder = recorder
         self._kept: list[Graphs] = []
+        self._foreseen: Foreseen | None = None
+        self._gradients = Gradients(self._captured_gradient, "CUDA graphs", recorder.missing, most_shapes)
 
     def linearize(self, problem: Problem) -> Linearization:
         linearization = super().linearize(problem)
         if linearization.fallback is not None:  # what is not trusted is not used again
             self._kept = [graphs for graphs in self._kept if graphs.functions.distrust is None]
         return linearization
+
+    def foresee(self, train: Problem, val: Problem, solver: Solver) -> None:
+        """From the second call on, where nothing is checked then, and no estimate comes between."""
+        self._foreseen = None
+        functions, gradient = self.known(train), self._gradients.settled(val)
+        if functions is None or functions.distrust or not isinstance(gradient, CapturedGradient):
+            return
+        if functions.schedule.next_is_due() or solver.estimates_spectrum or not recordable(solver):
+            return
+        with contextlib.suppress(CaptureError, torch.OutOfMemoryError):  # linearize meets it again, and says so
+            graphs = self._graphs_of(functions, train, train.split[0])
+            self._foreseen = graphs.foresee(train, val, solver, gradient.graph)
+
+    def gradient(self, problem: Problem) -> Gradient:
+        if self._foreseen is not None and self._foreseen.val is problem:
+            self._gradients.counted(problem)
+            return self._foreseen.gradient
+        return super().gradient(problem)
 
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
@@ -104,9 +128,14 @@ class CudaGraphEngine(LinearizedEngine):
         estimate: SpectralEstimate | None,
     ) -> Sequence[FinishedIteration]:
         """The finished solves for right-hand sides that advance together."""
-        solve = operator.graphs.solve(solver, len(vs))
-        solved = None if solve is None or solve.distrust else solve.run(vs, estimate)
-        if solve is None or solved is None:
+        foreseen = operator.foreseen
+        solve: Solve | Whole | None
+        solved: Sequence[Solved] | None
+        if foreseen is not None and len(vs) == 1 and foreseen.is_of(vs[0], solver):
+            solve, solved = foreseen.whole, [foreseen.solved]
+        else:
+            solve, solved = operator.graphs.solved(solver, vs, estimate)
+        if solve is None or not solved:
             return self._term_by_term(operator, vs, solver, estimate)
         due = solve.schedule.due()
         if not due and solve.schedule.calls != 2:  # 2: the first with values other than recorded
@@ -114,6 +143,10 @@ class CudaGraphEngine(LinearizedEngine):
         iterations = self._term_by_term(operator, vs, solver, estimate)
         one_by_one = [Solved(iteration, iteration.finish()) for iteration in iterations]
         ours, theirs = ([view for one in side for view in one.value.views] for side in (solved, one_by_one))
+        if foreseen is not None and solve is foreseen.whole:
+            mixed = operator.mixed(foreseen.solved.value.in_dtypes())
+            ours += [-term for term in foreseen.closing.indirect if term is not None]
+            theirs += [term for term in mixed if term is not None]
         found = difference(ours, theirs, operator.graphs.functions.partition.dtypes)
         if found is None:
             return solved
@@ -205,7 +238,14 @@ class CudaGraphEngine(LinearizedEngine):
                 TracedLinearization(functions, layout, "", functions.at(problem, tensors)).product(probe(layout))
 
     def _captured(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> Linearization:
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen is not None and foreseen.train is problem and self._kept[-1].functions is functions:
+            return CapturedLinearization(self._kept[-1], problem, tensors, foreseen)
         return CapturedLinearization(self._graphs_of(functions, problem, tensors), problem, tensors)
+
+    def _captured_gradient(self, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> CapturedGradient:
+        recorder = self._recorder(inputs[0].device)
+        return CapturedGradient(graph, inputs, recorder, Counted(recorder, self.tally).record)
 
     def _graphs_of(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> Graphs:
         """Unused recordings of the problem, made now if there are none; they are kept in order of use."""

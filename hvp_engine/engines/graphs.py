@@ -9,18 +9,21 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from hvp_engine._support.flat_vector import FlatVector, Layout, detached
 from hvp_engine._support.torch_compat import foreach_copy_
+from hvp_engine.differentiation.closing import Closing
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.engines.recording import Body, CaptureError, Recorder, Recording, copies
-from hvp_engine.engines.solves import Solve
+from hvp_engine.engines.solves import Solve, Solved
 from hvp_engine.engines.traced import Functions, TracedLinearization
+from hvp_engine.engines.whole import Foreseen, Whole
 from hvp_engine.ops import backend
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.batched import LEAST, MOST
+from hvp_engine.solvers.spectrum import SpectralEstimate
 
 _MOST_SOLVES = 4
 """A problem keeps this many recorded solves, the most recently used."""
@@ -100,6 +103,8 @@ class Graphs:
         self._tangents = FlatVector(self.layout)
         self._user: weakref.ref[Linearization] | None = None
         self._solves: OrderedDict[Hashable, Solve] = OrderedDict()
+        self._wholes: dict[Hashable, Whole] = {}
+        self._stale = False
         self._products: dict[int, tuple[list[Tensor], Replay]] = {}
         self._refused: dict[str, str] = {}
 
@@ -132,20 +137,57 @@ class Graphs:
         replays = {"product": self._product.refusal, "mixed product": self._mixed.refusal}
         replays |= {f"{count} products": replay.refusal for count, (_, replay) in self._products.items()}
         found = replays | {solve.name: solve.refusal for solve in self._solves.values()}
+        found |= {whole.name: whole.refusal for whole in self._wholes.values()}
         return self._refused | {name: reason for name, reason in found.items() if reason is not None}
 
     def evaluate(self, user: Linearization, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The loss and the gradient at the problem's point, for `user`, which owns the buffers as long as it lives."""
         self._recorder.order()
         self._user = weakref.ref(user)
+        self._load(problem, tensors)
+        return copies(self._primal()[: 1 + len(problem.weights)])
+
+    def foresee(self, train: Problem, val: Problem, solver: Solver, gradient: fx.GraphModule) -> Foreseen | None:
+        """The whole hypergradient, if it can be recorded; it leaves the primal part to who asks for more."""
+        self._recorder.order()
+        tensors, batch = train.split[0], val.split[0]
+        key = solver, id(gradient), backend.select(self.layout.device)[0]
+        whole = self._wholes.get(key)
+        if whole is None:
+            self._recorder.retire()  # of one that is replaced: each keeps the vectors of a solve
+            self._wholes.clear()
+            try:
+                record = self._recorder.record
+                whole = Whole(solver, self.functions, self.layout, train.name, self._inputs, gradient, batch, record)
+            except torch.OutOfMemoryError as error:
+                self._refused["whole hypergradient"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                return None
+            self._wholes[key] = whole
+        if whole.refusal is not None:
+            return None
+        self._load(train, tensors)
+        return whole.run(train, val, solver, batch)
+
+    def adopt(self, user: Linearization) -> None:
+        """`user` is the linearization at what :meth:`foresee` has loaded."""
+        self._user, self._stale = weakref.ref(user), True
+
+    def _load(self, problem: Problem, tensors: Sequence[Tensor]) -> None:
+        self._stale = False
         for buffers, group in zip(self._inputs, _groups(problem, tensors), strict=True):
             if buffers:
                 foreach_copy_(buffers, detached(group))
-        return copies(self._primal()[: 1 + len(problem.weights)])
+
+    def _in_order(self) -> None:
+        """Before anything is replayed that reads what the primal part gives."""
+        self._recorder.order()
+        if self._stale:
+            self._primal()
+            self._stale = False
 
     def product(self, tangents: Sequence[Tensor]) -> list[Tensor]:
         """H t at the point evaluated last."""
-        self._recorder.order()
+        self._in_order()
         self._tangents.copy_(tangents)
         return copies(self._product())
 
@@ -156,7 +198,7 @@ class Graphs:
 
     def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t for several t. A recording serves all counts up to the next multiple of :data:`LEAST`."""
-        self._recorder.order()
+        self._in_order()
         count, traced = len(stacked[0]), self._traced
         size = -(-count // LEAST) * LEAST
         if count > MOST or size * self.layout.size > _LARGEST_GROUP:
@@ -171,7 +213,7 @@ class Graphs:
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t at the point evaluated last."""
-        self._recorder.order()
+        self._in_order()
         self._tangents.copy_(tangents)
         found = iter(copies(self._mixed()))
         return [next(found) if there else None for there in self.functions.partition.mixed.outputs]
@@ -189,7 +231,7 @@ class Graphs:
         if count > 1 and count * self.layout.size > _LARGEST_GROUP:
             self._refused[f"{name} for {count} right-hand sides"] = "their buffers would be too large to keep"
             return None
-        self._recorder.order()
+        self._in_order()
         key = solver, count, backend.select(self.layout.device)[0]
         if key not in self._solves:
             try:
@@ -204,15 +246,36 @@ class Graphs:
         self._solves.move_to_end(key)
         return self._solves[key]
 
+    def solved(
+        self, solver: Solver, vs: Sequence[Sequence[Tensor]], estimate: SpectralEstimate | None
+    ) -> tuple[Solve | None, list[Solved] | None]:
+        """The recorded solve and what it gives; None where it cannot be recorded or is not trusted."""
+        solve = self.solve(solver, len(vs))
+        return solve, None if solve is None or solve.distrust else solve.run(vs, estimate)
+
 
 class CapturedLinearization(Linearization):
-    """A linearization whose parts are replayed; it owns its graphs as long as it lives."""
+    """A linearization whose parts are replayed; it owns its graphs as long as it lives.
 
-    def __init__(self, graphs: Graphs, problem: Problem, tensors: Sequence[Tensor]):
+    Attributes:
+        foreseen: the hypergradient that it is part of, if that has been made already.
+    """
+
+    def __init__(self, graphs: Graphs, problem: Problem, tensors: Sequence[Tensor], foreseen: Foreseen | None = None):
         self.layout = graphs.layout
         self.name = problem.name
         self.graphs = graphs
-        self.loss, *self.gradient = graphs.evaluate(self, problem, tensors)
+        self.foreseen = foreseen
+        if foreseen is None:
+            self.loss, *self.gradient = graphs.evaluate(self, problem, tensors)
+        else:
+            graphs.adopt(self)
+            self.loss, self.gradient = foreseen.loss, foreseen.train_gradient
+
+    def closing(self, x: Sequence[Tensor]) -> Closing:
+        if self.foreseen is not None and self.foreseen.follows(x):
+            return self.foreseen.closing
+        return super().closing(x)
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.graphs.product(tangents)

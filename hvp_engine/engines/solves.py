@@ -22,6 +22,12 @@ Record = Callable[[Body], Recording]
 _END = "end"
 
 
+def recordable(solver: Solver) -> bool:
+    """Whether a solver has terms that may be recorded, runs no code of the caller's, and tells of its changes."""
+    iterates = type(solver).allocate is not Solver.allocate
+    return iterates and solver.preconditioner is None and isinstance(solver, Hashable)
+
+
 class Pieces:
     """Recordings of the terms of a solve, or of several of one solver that advance together.
 
@@ -53,10 +59,9 @@ class Pieces:
         """Whether everything is recorded; tries to record it if that has not been tried."""
         if not self._recordings and self.refusal is None:
             try:
-                self._record_all()
+                self._recordings = self._recorded()
             except CaptureError as error:
                 self.refusal = str(error)
-                self._recordings.clear()
         return self.refusal is None
 
     def run(self) -> Sequence[Tensor]:
@@ -85,15 +90,16 @@ class Pieces:
         end = min(first.next_look(), self._limit)
         return (first.phase if begin else "start", end - begin), end
 
-    def _record_all(self) -> None:
-        begin = 0
-        while begin < self._limit or not self._recordings:
+    def _recorded(self) -> dict[Hashable, Recording]:
+        begin, found = 0, dict[Hashable, Recording]()
+        while begin < self._limit or not found:
             key, end = self._piece(begin)
-            if key not in self._recordings:
-                self._recordings[key] = self._record(partial(self._body, begin, end))
+            if key not in found:
+                found[key] = self._record(partial(self._body, begin, end))
             begin = end
-        if len(self._recordings) > 1:
-            self._recordings[_END] = self._record(self._end)
+        if len(found) > 1:
+            found[_END] = self._record(self._end)
+        return found
 
     def _body(self, begin: int, end: int) -> Sequence[Tensor]:
         if begin == 0:
