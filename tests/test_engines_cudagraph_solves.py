@@ -172,4 +172,3 @@ def test_what_cannot_be_compiled_is_recorded_as_traced(monkeypatch: pytest.Monke
                 arguments = point(torch.device("cpu"), call)
                 assert_same(ours(*arguments), theirs(*arguments))
         assert f"recorded as traced: {reason}" in engine.report()
-        assert engine.tally.recordings == 5
