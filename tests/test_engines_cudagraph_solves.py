@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from recorder_on_cpu import CallRecorder, launching
+from recorder_on_cpu import CallRecorder, OutOfMemory, launching
 from test_engines_cudagraph import Make, assert_same, both, make, point, train
 from torch import Tensor
 
 import hvp_engine as hvp
+from hvp_engine._support.flat_vector import FlatVector
 from hvp_engine.engines import LinearizedEngine, compiled
 from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.recording import Body, CaptureError
+from hvp_engine.solvers.lanczos import tridiagonalize
 from hvp_engine.solvers.settling import Settling
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
@@ -131,6 +133,25 @@ def test_many_products_are_launched_as_one(device: torch.device) -> None:
         )  # the primal part, both products for the check, one for both counts
         calls[count] = len(recorded[-1].calls)
     assert calls[8] == calls[32] <= len(recorded[1].calls) + 20
+
+
+def test_full_memory_for_several_vectors_leaves_them_unrecorded() -> None:
+    engine = CudaGraphEngine(recorder=CallRecorder)
+    with hvp.use_backend("reference"):
+        weights, ours, eager = operators(torch.device("cpu"), engine)
+        some = list(right_hand_sides(weights, 8, 0).values())
+        start = FlatVector.of(ours.layout, [part.cos() for part in weights.values()])
+        with OutOfMemory(0) as full:
+            found = ours.products(some)
+        assert full.failed
+        torch.testing.assert_close(found, eager.products(some))
+        assert "several products term by term: OutOfMemoryError: CUDA out of memory" in engine.report()
+        alone = tridiagonalize(eager, start, 3)
+        for place in range(2):  # the buffer; what the recording makes
+            with OutOfMemory(place) as full:
+                torch.testing.assert_close(tridiagonalize(ours, start, 3).diagonal, alone.diagonal)
+            assert full.failed
+        assert "('lanczos', 3) term by term: OutOfMemoryError" in engine.report()
 
 
 def recordings_of(engine: CudaGraphEngine) -> list[Any]:

@@ -20,8 +20,9 @@ from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.engines.base import side_by_side
 from hvp_engine.engines.compiled import CompiledFunctions, estimated_seconds
 from hvp_engine.engines.gradients import Gradients
-from hvp_engine.engines.graphs import CapturedLinearization, Counted, Graphs, Tally
+from hvp_engine.engines.graphs import CapturedLinearization, Graphs
 from hvp_engine.engines.recording import CaptureError, CudaRecorder, Recorder
+from hvp_engine.engines.replays import Counted, Tally
 from hvp_engine.engines.solves import Solve, Solved, recordable
 from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused, TracedLinearization
 from hvp_engine.engines.whole import CapturedGradient, Foreseen, Whole
@@ -46,8 +47,12 @@ class CudaGraphEngine(LinearizedEngine):
     solve, also at its second call, against one that goes term by term. A loop that can stop early is recorded in
     pieces, between which the host looks whether to go on. Several right-hand sides of a small problem advance together.
 
+    From the second call on a whole hypergradient is one recording, if the solver needs no estimate of the spectrum;
+    otherwise the gradient of the validation loss, the primal part, the estimate, the solve and the mixed product are.
+
     Pays off for launch-bound problems: small batches, many layers. Memory: a copy of all inputs, and for each shape the
-    intermediate results of its parts. A linearization in use keeps its buffers; another one then gets new buffers.
+    intermediate results of its parts, twice with whole hypergradients. A linearization in use keeps its buffers;
+    another one then gets new buffers.
 
     Arguments:
         most_shapes: recorded problems to keep, the most recently used; each new shape is recorded anew.
@@ -87,10 +92,13 @@ class CudaGraphEngine(LinearizedEngine):
         return linearization
 
     def foresee(self, train: Problem, val: Problem, solver: Solver) -> None:
-        """From the second call on, where nothing is checked then, and no estimate comes between."""
+        """From the second call on, where nothing is checked then, and no estimate comes between. Not with random
+        numbers, which would be drawn again where more is asked for than was foreseen."""
         self._foreseen = None
         functions, gradient = self.known(train), self._gradients.settled(val)
         if functions is None or functions.distrust or not isinstance(gradient, CapturedGradient):
+            return
+        if gradient.random or not functions.calm:
             return
         if functions.schedule.next_is_due() or solver.estimates_spectrum or not recordable(solver):
             return

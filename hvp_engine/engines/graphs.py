@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -14,9 +12,10 @@ from torch import Tensor, fx
 from hvp_engine._support.flat_vector import FlatVector, Layout, detached
 from hvp_engine._support.torch_compat import foreach_copy_
 from hvp_engine.differentiation.closing import Closing
-from hvp_engine.differentiation.linear_map import Linearization
+from hvp_engine.differentiation.linear_map import Linearization, Work
 from hvp_engine.differentiation.problem import Problem
-from hvp_engine.engines.recording import Body, CaptureError, Recorder, Recording, copies
+from hvp_engine.engines.recording import Recorder, copies
+from hvp_engine.engines.replays import Counted, Replay, Tally
 from hvp_engine.engines.solves import Solve, Solved
 from hvp_engine.engines.traced import Functions, TracedLinearization
 from hvp_engine.engines.whole import Foreseen, Whole
@@ -30,61 +29,6 @@ _MOST_SOLVES = 4
 
 _LARGEST_GROUP = 1 << 24
 """Numbers in the right-hand sides of a recorded group: its buffers, some four times as large, stay where they are."""
-
-
-@dataclass
-class Tally:
-    """The cost of recording so far: how many graphs, for how many sets of buffers."""
-
-    recordings: int = 0
-    buffers: int = 0
-    seconds: float = 0.0
-
-
-class Counted:
-    """A recorder whose recordings are counted."""
-
-    def __init__(self, recorder: Recorder, tally: Tally):
-        self.order, self.retire = recorder.order, recorder.retire
-        self.recorder, self._tally = recorder, tally
-
-    def record(self, body: Body) -> Recording:
-        start = time.perf_counter()
-        try:
-            recording = self.recorder.record(body)
-            self._tally.recordings += 1
-        finally:
-            self._tally.seconds += time.perf_counter() - start
-        return recording
-
-
-class Replay:
-    """A body that is recorded at its first call and replayed from then on, or just called if it cannot be recorded."""
-
-    def __init__(self, recorder: Counted, body: Body):
-        self._recorder, self._body = recorder, body
-        self._recording: Recording | None = None
-        self.refusal: str | None = None
-
-    def __call__(self) -> Sequence[Tensor]:
-        if not self.ready() or self._recording is None:
-            return self._body()
-        self._recording.replay()
-        return self._recording.outputs
-
-    def ready(self) -> bool:
-        """Whether it is recorded; tries to record it if that has not been tried."""
-        if self._recording is None and self.refusal is None:
-            try:
-                self.record()
-            except CaptureError as error:
-                self.refusal = str(error)
-        return self._recording is not None
-
-    def record(self) -> Recording:
-        """Record now; :class:`CaptureError` if that is impossible."""
-        self._recording = self._recorder.record(self._body)
-        return self._recording
 
 
 class Graphs:
@@ -104,6 +48,7 @@ class Graphs:
         self._user: weakref.ref[Linearization] | None = None
         self._solves: OrderedDict[Hashable, Solve] = OrderedDict()
         self._wholes: dict[Hashable, Whole] = {}
+        self._works: dict[Hashable, tuple[FlatVector, Replay]] = {}
         self._stale = False
         self._products: dict[int, tuple[list[Tensor], Replay]] = {}
         self._refused: dict[str, str] = {}
@@ -135,6 +80,7 @@ class Graphs:
     def refusals(self) -> dict[str, str]:
         """The parts that are not replayed, each with the reason."""
         replays = {"product": self._product.refusal, "mixed product": self._mixed.refusal}
+        replays |= {str(key): replay.refusal for key, (_, replay) in self._works.items()}
         replays |= {f"{count} products": replay.refusal for count, (_, replay) in self._products.items()}
         found = replays | {solve.name: solve.refusal for solve in self._solves.values()}
         found |= {whole.name: whole.refusal for whole in self._wholes.values()}
@@ -160,7 +106,7 @@ class Graphs:
                 record = self._recorder.record
                 whole = Whole(solver, self.functions, self.layout, train.name, self._inputs, gradient, batch, record)
             except torch.OutOfMemoryError as error:
-                self._refused["whole hypergradient"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                self._refuse("whole hypergradient", error)
                 return None
             self._wholes[key] = whole
         if whole.refusal is not None:
@@ -204,7 +150,11 @@ class Graphs:
         if count > MOST or size * self.layout.size > _LARGEST_GROUP:
             return traced.products(stacked)
         if size not in self._products:
-            buffers = [torch.zeros(size, *part.shape[1:], dtype=part.dtype, device=part.device) for part in stacked]
+            try:
+                buffers = [torch.zeros(size, *part.shape[1:], dtype=part.dtype, device=part.device) for part in stacked]
+            except torch.OutOfMemoryError as error:
+                self._refuse("several products", error)
+                return traced.products(stacked)
             self._products[size] = buffers, Replay(self._recorder, lambda: traced.products(buffers))
         targets, replay = self._products[size]
         for target, part in zip(targets, stacked, strict=True):
@@ -217,6 +167,24 @@ class Graphs:
         self._tangents.copy_(tangents)
         found = iter(copies(self._mixed()))
         return [next(found) if there else None for there in self.functions.partition.mixed.outputs]
+
+    def at_once(self, key: Hashable, work: Work, vector: FlatVector) -> Sequence[Tensor]:
+        """What `work` makes of products at the point evaluated last; the first time compared with what it makes when it
+        is not recorded."""
+        self._in_order()
+        traced = self._traced
+        known = self._works.get(key)
+        if known is None:
+            try:
+                buffer = FlatVector(self.layout)
+            except torch.OutOfMemoryError as error:
+                self._refuse(str(key), error)
+                return work(traced.product, vector)
+            known = self._works[key] = buffer, Replay(self._recorder, lambda: work(traced.product, buffer))
+            buffer.data.copy_(vector.data)
+            known[1].check(self.functions.partition.dtypes)
+        known[0].data.copy_(vector.data)
+        return copies(known[1]())
 
     def solve(self, solver: Solver, count: int = 1) -> Solve | None:
         """The recorded solve of `solver` for so many right-hand sides that advance together; None, with the reason
@@ -238,13 +206,16 @@ class Graphs:
                 targets = [self._tangents] if count == 1 else [FlatVector(self.layout) for _ in range(count)]
                 self._solves[key] = Solve(solver, self._traced, targets, self._recorder.record)
             except torch.OutOfMemoryError as error:
-                self._refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                self._refuse(name, error)
                 return None
             if len(self._solves) > _MOST_SOLVES:
                 self._recorder.retire()
                 self._solves.popitem(last=False)
         self._solves.move_to_end(key)
         return self._solves[key]
+
+    def _refuse(self, name: str, error: Exception) -> None:
+        self._refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
     def solved(
         self, solver: Solver, vs: Sequence[Sequence[Tensor]], estimate: SpectralEstimate | None
@@ -279,6 +250,9 @@ class CapturedLinearization(Linearization):
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.graphs.product(tangents)
+
+    def at_once(self, key: Hashable, work: Work, vector: FlatVector) -> Sequence[Tensor]:
+        return self.graphs.at_once(key, work, vector)
 
     @property
     def batches(self) -> bool:
