@@ -135,6 +135,14 @@ def test_many_products_are_launched_as_one(device: torch.device) -> None:
     assert calls[8] == calls[32] <= len(recorded[1].calls) + 20
 
 
+def test_products_with_several_vectors_are_not_overwritten(make: Make, device: torch.device) -> None:
+    weights, ours, _ = operators(device, make())
+    first = ours.products(list(right_hand_sides(weights, 8, 0).values()))
+    before = [part.clone() for part in first]
+    ours.products(list(right_hand_sides(weights, 8, 1).values()))
+    torch.testing.assert_close(list(first), before, rtol=0, atol=0)
+
+
 def test_full_memory_for_several_vectors_leaves_them_unrecorded() -> None:
     engine = CudaGraphEngine(recorder=CallRecorder)
     with hvp.use_backend("reference"):
