@@ -177,7 +177,16 @@ def unrolled(problem: Problem) -> Run:
 def own_engines() -> dict[str, engines.Engine]:
     """A new engine of every exact kind that is more than eager here; kept for a problem, so that its traces are."""
     left_out = APPROXIMATE if torch.cuda.is_available() else (*APPROXIMATE, "cudagraph")
-    return {name: engines.create(name) for name in engines.ENGINES if name not in left_out}
+    made = {name: engines.create(name) for name in engines.ENGINES if name not in left_out}
+    return made if "cudagraph" in left_out else made | {COMPILED_GRAPH: compiled_graph()}
+
+
+COMPILED_GRAPH = "cudagraph, compiled"
+
+
+def compiled_graph() -> engines.CudaGraphEngine:
+    """CUDA graphs of compiled parts."""
+    return engines.CudaGraphEngine(compile_budget_s=120.0)
 
 
 def settle(made: Mapping[str, engines.Engine], run: Run) -> None:

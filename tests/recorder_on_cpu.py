@@ -6,12 +6,12 @@ the outputs of later recordings. Ops of the extension are not seen, so the refer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from hvp_engine._support.random_state import random_state_kept
@@ -50,12 +50,36 @@ class Calls(TorchDispatchMode):
         self.calls.append((func, args, kwargs, new))
         return result
 
+    def __enter__(self) -> Calls:
+        _ACTIVE.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _ACTIVE.remove(self)
+        super().__exit__(*error)
+
     def poison(self) -> None:
         """Overwrite all results, as an allocator might that gives their memory to others."""
         for *_, new in self.calls:
             for _, tensor in new:
                 if tensor.is_floating_point():
                     tensor.fill_(torch.nan)
+
+
+_ACTIVE: list[Calls] = []
+
+
+def launching(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose work torch does not dispatch, as compiled code's: recordings note it as one call."""
+
+    def call(*arguments: Tensor) -> Any:
+        with _disable_current_modes():
+            results = [tensor.clone(memory_format=torch.contiguous_format) for tensor in function(*arguments)]
+        for calls in _ACTIVE:
+            calls.calls.append((function, arguments, {}, list(enumerate(results))))
+        return results
+
+    return call
 
 
 class OutOfMemory(TorchDispatchMode):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hvp_engine as hvp
-from hvp_engine.solvers.conjugate_gradient import CHECK_EVERY, REFRESH_EVERY
+from hvp_engine.solvers.iteration import CHECK_EVERY, REFRESH_EVERY
 
 SPD = matrix_with([0.1, 0.4, 1.0, 1.7, 3.0, 9.0], seed=1)
 V = randn(6, seed=2)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hvp_engine as hvp
-from hvp_engine.solvers.minres import CHECK_EVERY
+from hvp_engine.solvers.iteration import CHECK_EVERY
 
 VALUES = torch.tensor([-4.0, -1.0, -0.3, 0.2, 0.5, 1.0, 2.0, 6.0], dtype=DTYPE)
 INDEFINITE = matrix_with(VALUES, seed=1)

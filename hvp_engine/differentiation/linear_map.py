@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,10 @@ Terms = Callable[[range], None]
 """Makes the steps of a range, counted from the beginning of a solve."""
 
 
+Work = Callable[[Callable[[Sequence[Tensor]], Sequence[Tensor]], FlatVector], Sequence[Tensor]]
+"""Makes tensors of a product with a linear map, and a vector."""
+
+
 class LinearMap:
     """A linear map A on lists of tensors of one layout. A subclass sets `layout` and defines :meth:`product`; all else
     has a default.
@@ -95,6 +99,11 @@ class LinearMap:
         """A times several vectors, stacked along a new first dimension of each tensor, in and out."""
         singles = [self.product([part[index] for part in stacked]) for index in range(len(stacked[0]))]
         return [torch.stack(list(parts)) for parts in zip(*singles, strict=True)]
+
+    def at_once(self, key: Hashable, work: Work, vector: FlatVector) -> Sequence[Tensor]:
+        """What `work` makes of products and `vector`, without waiting for the device or drawing random numbers. A map
+        may record that once for each key; the results are then copies."""
+        return work(self.product, vector)
 
     def hold(self) -> LinearMap:
         """A map that is the same at every product."""

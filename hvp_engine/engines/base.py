@@ -43,6 +43,18 @@ def advance(iteration: Iteration, operator: LinearMap, terms: Terms | None = Non
         iteration.step(product)
 
 
+def advance_together(iterations: Sequence[Iteration], operator: LinearMap) -> None:
+    """One product and one step for each iteration; by one batched product if that pays off."""
+    if not pays(operator, len(iterations)):
+        for one in iterations:
+            one.step(operator.product(one.direction.tangents))
+        return
+    directions = zip(*(one.direction.tangents for one in iterations), strict=True)
+    images = operator.products([torch.stack(parts) for parts in directions])
+    for index, one in enumerate(iterations):
+        one.step([image[index] for image in images])
+
+
 class Engine:
     """A way to execute the terms of a solve. A subclass defines :meth:`linearize`; the rest has defaults.
 
@@ -55,6 +67,10 @@ class Engine:
     def linearize(self, problem: Problem) -> Linearization:
         """The gradient of the problem's loss and its derivatives, at the problem's point."""
         raise NotImplementedError
+
+    def foresee(self, train: Problem, val: Problem, solver: Solver) -> None:
+        """A hypergradient follows: the gradient of `val`, a linearization of `train` and a solve by `solver` from zero.
+        An engine that can do all at once does, and hands over each part when it is asked for."""
 
     def gradient(self, problem: Problem) -> Gradient:
         """The problem's loss and its first derivatives by all that it is a function of."""
@@ -82,7 +98,7 @@ class Engine:
         """The finished iterations for multiple right-hand sides, with batched products if they pay off."""
         if not pays(operator, len(vs)):
             return (self.run(operator, v, solver, estimate) for v in vs)
-        return _side_by_side(operator, vs, solver, estimate)
+        return side_by_side(operator, vs, solver, estimate)
 
     def report(self) -> str:
         """A description of what the engine did and why."""
@@ -96,16 +112,12 @@ class Engine:
         """Continue from a saved state; that of another engine is ignored."""
 
 
-def _side_by_side(
+def side_by_side(
     operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
 ) -> Iterator[Iteration]:
     """Solves that advance together, at most :data:`MOST` at once, with one batched product per term."""
     for start in range(0, len(vs), MOST):
         group = [begin(operator, v, solver, estimate) for v in vs[start : start + MOST]]
         while active := [one for one in group if one.steps < one.limit and not one.finished()]:
-            stacked = [torch.stack(parts) for parts in zip(*(one.direction.tangents for one in active), strict=True)]
-            together = pays(operator, len(active))
-            images = operator.products(stacked) if together else LinearMap.products(operator, stacked)
-            for index, one in enumerate(active):
-                one.step([image[index] for image in images])
+            advance_together(active, operator)
         yield from group

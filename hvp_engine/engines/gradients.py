@@ -6,11 +6,12 @@ import math
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from hvp_engine._support.flat_vector import detached, norm_of
 from hvp_engine._support.isolation import recorded_modules
@@ -30,6 +31,14 @@ _MOST = 64
 _TRIALS = 3
 
 
+class Program(Protocol):
+    """What gives a loss and its derivatives, None where there is no path."""
+
+    random: bool
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor | None]: ...
+
+
 @dataclass
 class _Known:
     """What is known of one loss and shape.
@@ -42,7 +51,7 @@ class _Known:
 
     spent: float = 0.0
     fastest: float = math.inf
-    program: GraphProgram | None = None
+    program: Program | None = None
     reason: str = ""
     description: str = ""
     surroundings: Surroundings | None = None
@@ -50,13 +59,31 @@ class _Known:
     schedule: Schedule = field(default_factory=Schedule)
 
 
+def native_program(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Program:
+    """A program of the extension."""
+    return GraphProgram(graph, floating_dtypes(graph.graph))
+
+
 class Gradients:
-    """The gradients of losses on a CPU.
+    """The gradients of losses.
 
     A program, like a linearization, is compared with autograd at first and more and more rarely.
+
+    Arguments:
+        make: makes a program of a traced gradient and tensors like its inputs.
+        by: what runs the programs, in words.
+        missing: why there are none on a device, or None.
+        most: losses and shapes that are remembered, the latest used.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        make: Callable[[fx.GraphModule, Sequence[Tensor]], Program] = native_program,
+        by: str = "the extension",
+        missing: Callable[[torch.device], str | None] = lambda device: None if device.type == "cpu" else "no CPU",
+        most: int = _MOST,
+    ) -> None:
+        self._make, self._by, self._missing, self._most = make, by, missing, most
         self._known: OrderedDict[Hashable, _Known] = OrderedDict()
         self._remembered: dict[str, bool] = {}
 
@@ -68,7 +95,7 @@ class Gradients:
                 if it is faster; without, it is.
         """
         tensors, others, _ = problem.split
-        if problem.weights[0].device.type != "cpu" or not all(map(is_constant, others)):
+        if self._missing(problem.weights[0].device) is not None or not all(map(is_constant, others)):
             return by_autograd(problem)
         key = problem.signature, torch.get_num_threads()
         known = self._known.get(key)
@@ -79,7 +106,7 @@ class Gradients:
         outdated = known.surroundings.changed() if known is not None and known.surroundings is not None else None
         if known is None or outdated is not None:
             known = self._known[key] = _after(known, problem, outdated)
-            if len(self._known) > _MOST:
+            if len(self._known) > self._most:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         if known.program is None and not known.reason and known.spent >= patience:
@@ -111,10 +138,19 @@ class Gradients:
 
     def quiet(self, problem: Problem) -> bool:
         """Whether the next gradient runs none of the caller's code and draws no random numbers."""
+        program = self.settled(problem)
+        return program is not None and not program.random
+
+    def settled(self, problem: Problem) -> Program | None:
+        """The program that will make the problem's next gradient, unchecked; None if none will."""
         known = self._known.get((problem.signature, torch.get_num_threads()))
-        if known is None or known.program is None or known.program.random or known.schedule.next_is_due():
-            return False
-        return known.surroundings is None or known.surroundings.changed() is None
+        if known is None or known.schedule.next_is_due():
+            return None
+        return known.program if known.surroundings is None or known.surroundings.changed() is None else None
+
+    def counted(self, problem: Problem) -> None:
+        """A gradient was made without being asked for here, which counts towards the next check."""
+        self._known[problem.signature, torch.get_num_threads()].schedule.due()
 
     def state_dict(self) -> dict[str, bool]:
         """Which gradients are made by programs, of those that are settled, by what the problems look like."""
@@ -130,15 +166,16 @@ class Gradients:
         """How many gradients are programs, and why others are not; empty before the first."""
         made = sum(known.program is not None for known in self._known.values())
         reasons = sorted({known.reason for known in self._known.values() if known.reason})
-        text = [f"{made} gradients by the extension"] if made else []
+        text = [f"{made} gradients by {self._by}"] if made else []
         return "; ".join([*text, *(f"gradients by autograd: {reason}" for reason in reasons)])
 
     def _trace(self, problem: Problem, known: _Known) -> None:
         try:
             with recorded_modules() as modules, random_state_kept(problem.weights[0].device):
                 graph = trace_gradient(problem)
+                inputs = [*detached(problem.weights), *detached(problem.hyperparameters), *problem.split[0]]
             known.surroundings = Surroundings(problem, modules, known.outdated)
-            known.program = GraphProgram(graph, floating_dtypes(graph.graph))
+            known.program = self._make(graph, inputs)
         except Exception as error:  # the loss may still work, which autograd then shows
             known.reason = f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -169,7 +206,7 @@ def _timed(problem: Problem, known: _Known) -> Gradient:
     return found
 
 
-def _by_program(program: GraphProgram, problem: Problem, tensors: Sequence[Tensor]) -> Gradient:
+def _by_program(program: Program, problem: Problem, tensors: Sequence[Tensor]) -> Gradient:
     with torch.no_grad():
         loss, *found = program(*detached(problem.weights), *detached(problem.hyperparameters), *detached(tensors))
     count = len(problem.weights)

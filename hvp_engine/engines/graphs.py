@@ -2,80 +2,33 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from hvp_engine._support.flat_vector import FlatVector, Layout, detached
 from hvp_engine._support.torch_compat import foreach_copy_
-from hvp_engine.differentiation.linear_map import Linearization, LinearMap
+from hvp_engine.differentiation.closing import Closing
+from hvp_engine.differentiation.linear_map import Linearization, Work
 from hvp_engine.differentiation.problem import Problem
-from hvp_engine.differentiation.self_check import Schedule
-from hvp_engine.engines.recording import Body, CaptureError, Recorder, Recording
+from hvp_engine.engines.recording import Recorder, copies
+from hvp_engine.engines.replays import Counted, Replay, Tally
+from hvp_engine.engines.solves import Solve, Solved
 from hvp_engine.engines.traced import Functions, TracedLinearization
+from hvp_engine.engines.whole import Foreseen, Whole
 from hvp_engine.ops import backend
 from hvp_engine.solvers.base import Solver
-from hvp_engine.solvers.iteration import FinishedIteration, Outcome
+from hvp_engine.solvers.batched import LEAST, MOST
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 _MOST_SOLVES = 4
 """A problem keeps this many recorded solves, the most recently used."""
 
-
-def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies that no replay overwrites, made in few launches."""
-    fresh = [torch.empty_like(tensor) for tensor in tensors]
-    if fresh:
-        foreach_copy_(fresh, list(tensors))
-    return fresh
-
-
-@dataclass
-class Tally:
-    """The cost of recording so far: how many graphs, for how many sets of buffers."""
-
-    recordings: int = 0
-    buffers: int = 0
-    seconds: float = 0.0
-
-
-class Replay:
-    """A body that is recorded at its first call and replayed from then on, or just called if it cannot be recorded."""
-
-    def __init__(self, recorder: Recorder, tally: Tally, body: Body):
-        self._recorder, self._tally, self._body = recorder, tally, body
-        self._recording: Recording | None = None
-        self.refusal: str | None = None
-
-    def __call__(self) -> Sequence[Tensor]:
-        if not self.ready() or self._recording is None:
-            return self._body()
-        self._recording.replay()
-        return self._recording.outputs
-
-    def ready(self) -> bool:
-        """Whether it is recorded; tries to record it if that has not been tried."""
-        if self._recording is None and self.refusal is None:
-            try:
-                self.record()
-            except CaptureError as error:
-                self.refusal = str(error)
-        return self._recording is not None
-
-    def record(self) -> Recording:
-        """Record now; :class:`CaptureError` if that is impossible."""
-        start = time.perf_counter()
-        try:
-            self._recording = self._recorder.record(self._body)
-            self._tally.recordings += 1
-        finally:
-            self._tally.seconds += time.perf_counter() - start
-        return self._recording
+_LARGEST_GROUP = 1 << 24
+"""Numbers in the right-hand sides of a recorded group: its buffers, some four times as large, stay where they are."""
 
 
 class Graphs:
@@ -89,21 +42,25 @@ class Graphs:
     ):
         self.functions = functions
         self.layout = Layout.of(problem.weights)
-        self._recorder, self._tally = recorder, tally
+        counted = self._recorder = Counted(recorder, tally)
         self._inputs = [[t.detach().clone() for t in group] for group in _groups(problem, tensors)]
         self._tangents = FlatVector(self.layout)
         self._user: weakref.ref[Linearization] | None = None
         self._solves: OrderedDict[Hashable, Solve] = OrderedDict()
+        self._wholes: dict[Hashable, Whole] = {}
+        self._works: dict[Hashable, tuple[FlatVector, Replay]] = {}
+        self._stale = False
+        self._products: dict[int, tuple[list[Tensor], Replay]] = {}
         self._refused: dict[str, str] = {}
 
         # Bodies refer to the buffers, not to this object: without a cycle, buffers are freed at once.
         inputs, tangents = [tensor for group in self._inputs for tensor in group], self._tangents.tangents
-        self._primal = Replay(recorder, tally, torch.no_grad()(lambda: functions.primal(*inputs)))
+        self._primal = Replay(counted, torch.no_grad()(lambda: functions.primal(*inputs)))
         traced = TracedLinearization(functions, self.layout, problem.name, self._primal.record().outputs)
         self._traced = traced
-        self._product = Replay(recorder, tally, lambda: traced.product(tangents))
+        self._product = Replay(counted, lambda: traced.product(tangents))
         tally.buffers += 1
-        self._mixed = Replay(recorder, tally, lambda: [t for t in traced.mixed(tangents) if t is not None])
+        self._mixed = Replay(counted, lambda: [t for t in traced.mixed(tangents) if t is not None])
 
     def __del__(self) -> None:
         recorder = vars(self).get("_recorder")  # None if an error in __init__ came first
@@ -123,33 +80,115 @@ class Graphs:
     def refusals(self) -> dict[str, str]:
         """The parts that are not replayed, each with the reason."""
         replays = {"product": self._product.refusal, "mixed product": self._mixed.refusal}
+        replays |= {str(key): replay.refusal for key, (_, replay) in self._works.items()}
+        replays |= {f"{count} products": replay.refusal for count, (_, replay) in self._products.items()}
         found = replays | {solve.name: solve.refusal for solve in self._solves.values()}
+        found |= {whole.name: whole.refusal for whole in self._wholes.values()}
         return self._refused | {name: reason for name, reason in found.items() if reason is not None}
 
     def evaluate(self, user: Linearization, problem: Problem, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The loss and the gradient at the problem's point, for `user`, which owns the buffers as long as it lives."""
         self._recorder.order()
         self._user = weakref.ref(user)
+        self._load(problem, tensors)
+        return copies(self._primal()[: 1 + len(problem.weights)])
+
+    def foresee(self, train: Problem, val: Problem, solver: Solver, gradient: fx.GraphModule) -> Foreseen | None:
+        """The whole hypergradient, if it can be recorded; it leaves the primal part to who asks for more."""
+        self._recorder.order()
+        tensors, batch = train.split[0], val.split[0]
+        key = solver, id(gradient), backend.select(self.layout.device)[0]
+        whole = self._wholes.get(key)
+        if whole is None:
+            self._recorder.retire()  # of one that is replaced: each keeps the vectors of a solve
+            self._wholes.clear()
+            try:
+                record = self._recorder.record
+                whole = Whole(solver, self.functions, self.layout, train.name, self._inputs, gradient, batch, record)
+            except torch.OutOfMemoryError as error:
+                self._refuse("whole hypergradient", error)
+                return None
+            self._wholes[key] = whole
+        if whole.refusal is not None:
+            return None
+        self._load(train, tensors)
+        return whole.run(train, val, solver, batch)
+
+    def adopt(self, user: Linearization) -> None:
+        """`user` is the linearization at what :meth:`foresee` has loaded."""
+        self._user, self._stale = weakref.ref(user), True
+
+    def _load(self, problem: Problem, tensors: Sequence[Tensor]) -> None:
+        self._stale = False
         for buffers, group in zip(self._inputs, _groups(problem, tensors), strict=True):
             if buffers:
                 foreach_copy_(buffers, detached(group))
-        return copies(self._primal()[: 1 + len(problem.weights)])
+
+    def _in_order(self) -> None:
+        """Before anything is replayed that reads what the primal part gives."""
+        self._recorder.order()
+        if self._stale:
+            self._primal()
+            self._stale = False
 
     def product(self, tangents: Sequence[Tensor]) -> list[Tensor]:
         """H t at the point evaluated last."""
-        self._recorder.order()
+        self._in_order()
         self._tangents.copy_(tangents)
         return copies(self._product())
 
+    @property
+    def batches(self) -> bool:
+        """Whether :meth:`products` does more than one product after another."""
+        return self._traced.batches
+
+    def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
+        """H t for several t. A recording serves all counts up to the next multiple of :data:`LEAST`."""
+        self._in_order()
+        count, traced = len(stacked[0]), self._traced
+        size = -(-count // LEAST) * LEAST
+        if count > MOST or size * self.layout.size > _LARGEST_GROUP:
+            return traced.products(stacked)
+        if size not in self._products:
+            try:
+                buffers = [torch.zeros(size, *part.shape[1:], dtype=part.dtype, device=part.device) for part in stacked]
+            except torch.OutOfMemoryError as error:
+                self._refuse("several products", error)
+                return traced.products(stacked)
+            self._products[size] = buffers, Replay(self._recorder, lambda: traced.products(buffers))
+        targets, replay = self._products[size]
+        for target, part in zip(targets, stacked, strict=True):
+            target[:count].copy_(part)
+        return copies([product[:count] for product in replay()])
+
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """(df/dlambda)^T t at the point evaluated last."""
-        self._recorder.order()
+        self._in_order()
         self._tangents.copy_(tangents)
         found = iter(copies(self._mixed()))
         return [next(found) if there else None for there in self.functions.partition.mixed.outputs]
 
-    def solve(self, solver: Solver) -> Solve | None:
-        """The recorded solve of `solver`; None, with the reason noted, if its terms have to go one by one."""
+    def at_once(self, key: Hashable, work: Work, vector: FlatVector) -> Sequence[Tensor]:
+        """What `work` makes of products at the point evaluated last; the first time compared with what it makes when it
+        is not recorded."""
+        self._in_order()
+        traced = self._traced
+        known = self._works.get(key)
+        if known is None:
+            try:
+                buffer = FlatVector(self.layout)
+            except torch.OutOfMemoryError as error:
+                self._refuse(str(key), error)
+                return work(traced.product, vector)
+            known = self._works[key] = buffer, Replay(self._recorder, lambda: work(traced.product, buffer))
+            buffer.data.copy_(vector.data)
+            known[1].check(self.functions.partition.dtypes)
+        known[0].data.copy_(vector.data)
+        return copies(known[1]())
+
+    def solve(self, solver: Solver, count: int = 1) -> Solve | None:
+        """The recorded solve of `solver` for so many right-hand sides that advance together; None, with the reason
+        noted, if its terms have to go one by one."""
         name = type(solver).__name__
         if solver.preconditioner is not None:
             self._refused[name] = "its preconditioner is the caller's code, whose changes a graph would not see"
@@ -157,13 +196,17 @@ class Graphs:
         if not isinstance(solver, Hashable):
             self._refused[name] = "it is not hashable, so a change of it would go unnoticed"
             return None
-        self._recorder.order()
-        key = solver, backend.select(self.layout.device)[0]
+        if count > 1 and count * self.layout.size > _LARGEST_GROUP:
+            self._refused[f"{name} for {count} right-hand sides"] = "their buffers would be too large to keep"
+            return None
+        self._in_order()
+        key = solver, count, backend.select(self.layout.device)[0]
         if key not in self._solves:
             try:
-                self._solves[key] = Solve(solver, self._traced, self._tangents, self._recorder, self._tally)
+                targets = [self._tangents] if count == 1 else [FlatVector(self.layout) for _ in range(count)]
+                self._solves[key] = Solve(solver, self._traced, targets, self._recorder.record)
             except torch.OutOfMemoryError as error:
-                self._refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                self._refuse(name, error)
                 return None
             if len(self._solves) > _MOST_SOLVES:
                 self._recorder.retire()
@@ -171,69 +214,52 @@ class Graphs:
         self._solves.move_to_end(key)
         return self._solves[key]
 
+    def _refuse(self, name: str, error: Exception) -> None:
+        self._refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
-class Solve:
-    """All terms of a solver at once, on one problem's buffers."""
-
-    def __init__(self, solver: Solver, operator: LinearMap, tangents: FlatVector, recorder: Recorder, tally: Tally):
-        iteration = self._iteration = solver.allocate(operator.layout)
-        self.name = type(solver).__name__
-        self.schedule = Schedule()
-        self.distrust: str | None = None
-        self._tangents = tangents
-
-        def all_terms() -> Sequence[Tensor]:
-            iteration.start(tangents.tangents)
-            while iteration.steps < iteration.limit:
-                iteration.step(operator.product(iteration.direction.tangents))
-            return [iteration.finish()]
-
-        self._replay = Replay(recorder, tally, all_terms)
-
-    @property
-    def refusal(self) -> str | None:
-        """Why the terms have to go one by one, if they do."""
-        return self.distrust or self._replay.refusal
-
-    def run(self, v: Sequence[Tensor], estimate: SpectralEstimate | None) -> Solved | None:
-        """The finished solve for the right-hand side `v`; None if it cannot be recorded."""
-        iteration = self._iteration
-        iteration.adapt(estimate)
-        self._tangents.copy_(v)
-        if not self._replay.ready():
-            return None
-        (figures,) = copies(self._replay())
-        value = FlatVector(iteration.value.layout, iteration.value.data.clone())
-        return Solved(iteration, figures, value)
-
-
-class Solved(FinishedIteration):
-    """A finished solve with its own value and figures; a later solve in the same buffers overwrites its direction."""
-
-    def __init__(self, iteration: FinishedIteration, figures: Tensor, value: FlatVector):
-        self.value = value
-        self.direction = iteration.direction
-        self.alpha, self.bounds, self.steps = iteration.alpha, iteration.bounds, iteration.steps
-        self._iteration, self._figures = iteration, figures
-
-    def finish(self) -> Tensor:
-        return self._figures
-
-    def read(self, figures: Sequence[float]) -> Outcome:
-        return self._iteration.read(figures)
+    def solved(
+        self, solver: Solver, vs: Sequence[Sequence[Tensor]], estimate: SpectralEstimate | None
+    ) -> tuple[Solve | None, list[Solved] | None]:
+        """The recorded solve and what it gives; None where it cannot be recorded or is not trusted."""
+        solve = self.solve(solver, len(vs))
+        return solve, None if solve is None or solve.distrust else solve.run(vs, estimate)
 
 
 class CapturedLinearization(Linearization):
-    """A linearization whose parts are replayed; it owns its graphs as long as it lives."""
+    """A linearization whose parts are replayed; it owns its graphs as long as it lives.
 
-    def __init__(self, graphs: Graphs, problem: Problem, tensors: Sequence[Tensor]):
+    Attributes:
+        foreseen: the hypergradient that it is part of, if that has been made already.
+    """
+
+    def __init__(self, graphs: Graphs, problem: Problem, tensors: Sequence[Tensor], foreseen: Foreseen | None = None):
         self.layout = graphs.layout
         self.name = problem.name
         self.graphs = graphs
-        self.loss, *self.gradient = graphs.evaluate(self, problem, tensors)
+        self.foreseen = foreseen
+        if foreseen is None:
+            self.loss, *self.gradient = graphs.evaluate(self, problem, tensors)
+        else:
+            graphs.adopt(self)
+            self.loss, self.gradient = foreseen.loss, foreseen.train_gradient
+
+    def closing(self, x: Sequence[Tensor]) -> Closing:
+        if self.foreseen is not None and self.foreseen.follows(x):
+            return self.foreseen.closing
+        return super().closing(x)
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.graphs.product(tangents)
+
+    def at_once(self, key: Hashable, work: Work, vector: FlatVector) -> Sequence[Tensor]:
+        return self.graphs.at_once(key, work, vector)
+
+    @property
+    def batches(self) -> bool:
+        return self.graphs.batches
+
+    def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self.graphs.products(stacked)
 
     def mixed(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         return self.graphs.mixed(tangents)

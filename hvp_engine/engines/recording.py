@@ -17,11 +17,19 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.random_state import random_state_kept
-from hvp_engine._support.torch_compat import end_allocation_to_pool
+from hvp_engine._support.torch_compat import end_allocation_to_pool, foreach_copy_
 from hvp_engine.engines.waits import WaitsRaise
 
 Body = Callable[[], Sequence[Tensor]]
 """A function of tensors at fixed addresses."""
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that no replay overwrites, made in few launches."""
+    fresh = [torch.empty_like(tensor) for tensor in tensors]
+    if fresh:
+        foreach_copy_(fresh, list(tensors))
+    return fresh
 
 
 class CaptureError(RuntimeError):

@@ -51,10 +51,11 @@ class Functions(PartitionFunctions):
     @property
     def quiet(self) -> bool:
         """Whether the next use runs neither the loss, for a check, nor anything random."""
-        return self.distrust is None and self.native is not None and self._calm and not self.schedule.next_is_due()
+        return self.distrust is None and self.native is not None and self.calm and not self.schedule.next_is_due()
 
     @cached_property
-    def _calm(self) -> bool:
+    def calm(self) -> bool:
+        """Whether nothing in it draws random numbers."""
         parts = self.partition
         graphs = (parts.primal, parts.tangent.module, parts.mixed.module)
         return not any(is_random(node) for graph in graphs for node in graph.graph.nodes)

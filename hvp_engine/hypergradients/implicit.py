@@ -128,9 +128,11 @@ class Hypergradient(Estimator):
         val = Problem(self.val_loss, *point, (val_batch,), "val_loss")
 
         def solved() -> tuple[Gradient, Linearization, list[Tensor], Solution, Closing]:
+            x0 = self._previous if _alike(self._previous, weight_list) else None
+            if x0 is None:
+                self.engine.foresee(train, val, self.solver)
             direct = self.engine.gradient(val)
             linearization = self.engine.linearize(train)
-            x0 = self._previous if _alike(self._previous, weight_list) else None
             system = LinearSystem(linearization, self.engine, self.spectrum)
             vector, ours = direct.weights, direct.hyperparameters
             return direct, linearization, *implicit_gradient(system, vector, ours, hyper_list, self.solver, x0)

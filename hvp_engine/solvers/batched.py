@@ -17,7 +17,7 @@ from hvp_engine.differentiation.linear_map import LinearMap
 MOST = 32
 """At most this many vectors go into one product: more cost memory and gain nothing (measured on a CPU)."""
 
-_LEAST = 8
+LEAST = 8
 """A batched product needs at least this many vectors: with 4 it is slower for some networks (measured)."""
 
 _LARGEST = 1 << 14
@@ -44,7 +44,7 @@ class Vectors(Protocol):
 def pays(operator: LinearMap, count: int) -> bool:
     """Whether one product with `count` vectors is possible, and faster than `count` products."""
     small = operator.layout.size <= _LARGEST or operator.layout.device.type != "cpu"
-    return count >= _LEAST and small and operator.batches
+    return count >= LEAST and small and operator.batches
 
 
 def fill(vectors: Vectors, operator: LinearMap) -> None:

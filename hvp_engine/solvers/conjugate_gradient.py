@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,9 +27,6 @@ from hvp_engine.solvers.iteration import (
 )
 from hvp_engine.solvers.preconditioning import precondition
 from hvp_engine.solvers.solution import Status
-
-CHECK_EVERY = 5
-"""The host asks the device once per this many products whether the tolerance is reached."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +107,7 @@ class _ConjugateGradient(Iteration):
         self._scalars = ops.Scalars(ops.CG, layout.device)
         self._recurrence = ops.bind_recurrence("cg_recurrence", self._scalars.data)
         self._rho, self._beta = self._scalars["rho"], self._scalars["beta"]
+        self.going = self._rho
         self._partials = layout.empty_partials()
         one, minus = scalar(1.0, layout.device), scalar(-1.0, layout.device)
         states = (self.value.data, self._residual.data, self._search.data)
@@ -169,9 +167,14 @@ class _ConjugateGradient(Iteration):
         self._mix([self._image.data])
         self._search.refresh()
 
-    def finished(self) -> bool:
-        # Products 1, 6, ..., 51, ...: right after the first one and after each one that recomputed the residual, too.
-        return self.steps % CHECK_EVERY == 1 and not bool(self._rho > 0)
+    @property
+    def phase(self) -> Hashable:
+        return self.steps % REFRESH_EVERY if self._refreshes else 0
+
+    def seek(self, steps: int) -> None:
+        self.steps = steps
+        refreshing = self._refreshes and steps > 0 and steps % REFRESH_EVERY == 0
+        self.direction = self.value if refreshing else self._search
 
     def finish(self) -> Tensor:
         s = self._scalars

@@ -7,7 +7,8 @@ another v, which overwrites `value`.
 
 `start`, `step` and `finish` never wait for the device. Whatever differs between two solves, coefficients included, they
 read from device memory, so they can be captured once and replayed. `adapt` sets the coefficients, outside of a capture.
-`finished` may wait for the device; an engine that captures the loop does not call it.
+`finished` may wait for the device. An engine that captures the loop does so in pieces that end where `next_look` says,
+and calls it between them; steps that begin at the same `phase` are the same to it, and captured once.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from hvp_engine.solvers.spectrum import SpectralEstimate
 
 GROWTH_LIMIT = 1e4
 """A residual of more than this many times the right-hand side raises an error instead of setting a status."""
+
+CHECK_EVERY = 5
+"""The host asks the device once per this many products whether a solve has to go on."""
 
 REFRESH_EVERY = 50
 """After this many updates conjugate gradients recompute b - A x, from which rounding lets their residual drift."""
@@ -93,9 +97,14 @@ class FinishedIteration:
 
 
 class Iteration(FinishedIteration):
-    """One solve in progress, for at most `limit` products."""
+    """One solve in progress, for at most `limit` products.
+
+    Attributes:
+        going: a number on the device that is positive as long as the solve has to go on; None if it makes all products.
+    """
 
     limit: int
+    going: Tensor | None = None
 
     @property
     def accumulation(self) -> Accumulation | None:
@@ -115,7 +124,21 @@ class Iteration(FinishedIteration):
 
     def finished(self) -> bool:
         """Whether to stop before the limit."""
-        return False
+        # After products 1, 6, ..., 51, ...: right after the first one and each one that recomputed a residual, too.
+        return self.going is not None and self.steps % CHECK_EVERY == 1 and not float(self.going) > 0
+
+    def next_look(self) -> int:
+        """After how many products :meth:`finished` may next be true."""
+        return self.limit if self.going is None else self.steps + CHECK_EVERY - (self.steps - 1) % CHECK_EVERY
+
+    @property
+    def phase(self) -> Hashable:
+        """What the host knows of a solve that decides what its next steps launch."""
+        return self.steps
+
+    def seek(self, steps: int) -> None:
+        """Let the host know what it would after so many steps, which the device has made, or will have made by then."""
+        self.steps = steps
 
 
 def tolerance_of(tol: float | None, layout: Layout) -> float:

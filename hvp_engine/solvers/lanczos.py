@@ -78,9 +78,16 @@ def tridiagonalize(
 ) -> Tridiagonalization:
     """`steps` of Lanczos from `start`, but at most one per weight."""
     steps = min(steps, max(1, start.layout.numel))
-    basis = LanczosBasis(operator.product, start, steps, preconditioner)
-    basis.extend(steps)
-    return basis.tridiagonalization
+
+    def extended(product: Product, start: FlatVector) -> Sequence[Tensor]:
+        basis = LanczosBasis(product, start, steps, preconditioner)
+        basis.extend(steps)
+        found = basis.tridiagonalization
+        return found.basis, found.diagonal, found.off_diagonal
+
+    if preconditioner is not None:  # the caller's code
+        return Tridiagonalization(*extended(operator.product, start))
+    return Tridiagonalization(*operator.linear_map.at_once(("lanczos", steps), extended, start))
 
 
 class LanczosBasis:

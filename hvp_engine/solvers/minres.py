@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +23,6 @@ from hvp_engine.solvers.iteration import (
 )
 from hvp_engine.solvers.preconditioning import precondition
 from hvp_engine.solvers.solution import Status
-
-CHECK_EVERY = 5
-"""The host asks the device once per this many products whether the tolerance is reached."""
 
 _FLAT = {torch.float32: 6e-5, torch.float64: 1e-8}
 """If ||A r|| / (||A|| ||r||) is below this, r counts as in the null space: rounding lets the ratio fall no further."""
@@ -100,6 +97,7 @@ class _MINRES(Iteration):
         self._vectors = vectors if self._image is None else [*vectors, self._image]
         self._partials = layout.empty_partials()
         self._scalars = s = ops.Scalars(ops.MINRES, layout.device)
+        self.going = s["moving"]
         one = scalar(1.0, layout.device)
         self._recurrences = [
             ops.bind("scale_accumulate", (u.data,), layout, (one, s["minus_beta"]), 0.0, self._partials)
@@ -178,8 +176,14 @@ class _MINRES(Iteration):
             vector.data.mul_(s["inverse"])
             vector.refresh()
 
-    def finished(self) -> bool:
-        return self.steps % CHECK_EVERY == 1 and not bool(self._scalars["moving"] > 0)
+    @property
+    def phase(self) -> Hashable:
+        return self.steps % 2
+
+    def seek(self, steps: int) -> None:
+        self.steps = steps
+        if self._image is None:
+            self.direction = self._basis[steps % 2]
 
     def finish(self) -> Tensor:
         # The component of x in the null space of a singular A is a multiple of (M times) the least-squares residual.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,40 +50,60 @@ class Settling(Solver):
         return _Settling(self, self.method.allocate(layout), layout)
 
 
+def _comparison(least: int) -> int:
+    """The first number of products, `least` or more, after which x is compared."""
+    number = LEAST
+    while number < least:
+        number += max(LEAST, number // SHARE)
+    return number
+
+
 class _Settling(Iteration):
-    """The method's iteration, watched; only `finished` waits for the device."""
+    """The method's iteration, watched; x is compared where the host looks, outside of what may be captured."""
 
     def __init__(self, solver: Settling, iteration: Iteration, layout: Layout):
         self._error, self._iteration, self._layout = solver.error, iteration, layout
         self._kept = FlatVector(layout)
         self._move = torch.full((), math.inf, dtype=torch.float64, device=layout.device)
-        self._compared, self._next = 0, LEAST
+        self._compared = 0
         self.limit, self.value, self.direction = iteration.limit, iteration.value, iteration.direction
 
     def start(self, v: Sequence[Tensor]) -> None:
         self._iteration.start(v)
         self.direction = self._iteration.direction
         self._kept.data.zero_()
-        self._move = torch.full_like(self._move, math.inf)
-        self.steps, self._compared, self._next = 0, 0, LEAST
+        self._move.fill_(math.inf)
+        self.steps = self._compared = 0
 
     def step(self, product: Sequence[Tensor]) -> None:
         self._iteration.step(product)
         self.steps, self.direction = self._iteration.steps, self._iteration.direction
-        if self.steps == self._next:
-            squares = torch.stack([torch.dist(self.value.data, self._kept.data), self.value.data.norm()]).square()
-            move, norm = self._layout.total(squares.double()).sqrt().unbind()
-            self._move = torch.where(move > 0, move / norm, 0.0)
-            self._kept.data.copy_(self.value.data)
-            self._compared = self.steps
-            self._next += max(LEAST, self.steps // SHARE)
 
     def finished(self) -> bool:
-        if self._iteration.finished():
-            return True
-        if not self.steps or self._compared != self.steps:
+        return self._iteration.finished() or (self._compare() and self._settled(*self._read(self.finish().tolist())))
+
+    def _compare(self) -> bool:
+        """Whether now is a time to compare x with what it was, which is done then."""
+        if self.steps != _comparison(self.steps):
             return False
-        return self._settled(*self._read(self.finish().tolist()))
+        if self.steps != self._compared:
+            self._compared = self.steps
+            squares = torch.stack([torch.dist(self.value.data, self._kept.data), self.value.data.norm()]).square()
+            move, norm = self._layout.total(squares.double()).sqrt().unbind()
+            self._move.copy_(torch.where(move > 0, move / norm, 0.0))
+            self._kept.data.copy_(self.value.data)
+        return True
+
+    def next_look(self) -> int:
+        return min(self._iteration.next_look(), _comparison(self.steps + 1))
+
+    @property
+    def phase(self) -> Hashable:
+        return self._iteration.phase
+
+    def seek(self, steps: int) -> None:
+        self._iteration.seek(steps)
+        self.steps, self.direction = self._iteration.steps, self._iteration.direction
 
     def finish(self) -> Tensor:
         return torch.cat([self._iteration.finish(), self._move.reshape(1)])
@@ -92,6 +112,8 @@ class _Settling(Iteration):
         outcome, move = self._read(figures)
         self.explanation = ""
         if outcome.status is not Status.CONVERGED:
+            if self.steps != self._compared and self._compare():  # at the limit, where nobody has asked
+                move = float(self._move)
             if self._settled(outcome, move):
                 return Outcome(outcome.residual_norm, outcome.residual_of, Status.CONVERGED)
             moved = f", x still moving by {move:.2g} of its norm" if math.isfinite(move) else ""

@@ -4,6 +4,7 @@ from tools.faults.attention import FAULTS as ATTENTION
 from tools.faults.base import Fault
 from tools.faults.cuda import FAULTS as CUDA
 from tools.faults.examples import FAULTS as EXAMPLES
+from tools.faults.graphs import FAULTS as GRAPHS
 from tools.faults.hypergradients import FAULTS as HYPERGRADIENTS
 from tools.faults.losses import FAULTS as LOSSES
 from tools.faults.native import FAULTS as NATIVE
@@ -20,6 +21,7 @@ __all__ = ["FAULTS", "Fault"]
 FAULTS: list[Fault] = [
     *OPS,
     *CUDA,
+    *GRAPHS,
     *NATIVE,
     *ATTENTION,
     *RECURRENT,
