@@ -15,6 +15,7 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import detached, norm_of
 from hvp_engine._support.isolation import recorded_modules
 from hvp_engine._support.random_state import random_state_kept
+from hvp_engine._support.torch_compat import below_autograd
 from hvp_engine.differentiation.gradient import Gradient, by_autograd
 from hvp_engine.differentiation.native.graph_program import GraphProgram
 from hvp_engine.differentiation.problem import Problem, is_constant
@@ -104,12 +105,15 @@ class Gradients:
             return expected
         return found
 
-    def quiet(self, problem: Problem) -> bool:
-        """Whether the next gradient runs none of the caller's code and draws no random numbers."""
+    def quietly(self, problem: Problem) -> Gradient | None:
+        """The gradient, where it runs none of the caller's code and draws no random numbers; else None."""
         known = self._known.get((problem.signature, torch.get_num_threads()))
         if known is None or known.program is None or known.program.random or known.schedule.next_is_due():
-            return False
-        return known.modes is None or known.modes.unchanged()
+            return None
+        if known.modes is not None and not known.modes.unchanged():
+            return None
+        known.schedule.due()
+        return _by_program(known.program, problem, problem.split[0])
 
     def state_dict(self) -> dict[str, bool]:
         """Which gradients are made by programs, of those that are settled, by what the problems look like."""
@@ -155,7 +159,7 @@ def _timed(problem: Problem, known: _Known) -> Gradient:
 
 
 def _by_program(program: GraphProgram, problem: Problem, tensors: Sequence[Tensor]) -> Gradient:
-    with torch.no_grad():
+    with below_autograd():
         loss, *found = program(*detached(problem.weights), *detached(problem.hyperparameters), *detached(tensors))
     count = len(problem.weights)
     assert loss is not None

@@ -13,10 +13,7 @@ class Modes:
     def __init__(self, modules: Sequence[torch.nn.Module]):
         self.modules = list(modules)
         self._parts = [part for module in self.modules for part in module.modules()]
-        self._seen = self._read()
+        self._seen = [part.training for part in self._parts]
 
     def unchanged(self) -> bool:
-        return self._seen == self._read()
-
-    def _read(self) -> list[bool]:
-        return [part.training for part in self._parts]
+        return self._seen == [part.training for part in self._parts]
