@@ -15,6 +15,7 @@ import hvp_engine as hvp
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine.engines import AutoEngine, auto, trial
 from hvp_engine.engines.cudagraph import CudaGraphEngine
+from hvp_engine.engines.gradients import Gradients
 from hvp_engine.engines.traced import LinearizedEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
@@ -157,3 +158,13 @@ def test_another_number_of_threads_is_another_choice_on_the_same_trace() -> None
         torch.set_num_threads(before)
     assert len(engine.choices) == len(engine.state_dict()["engines"]) == 2
     assert engine._linearized.traces == 1
+
+
+def test_a_busy_moment_does_not_put_off_the_trace_of_the_validation_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LinearizedEngine, "seconds_of_a_trace", 1000.0)
+    monkeypatch.setattr(Gradients, "_slower", lambda *arguments: "")
+    solve = hvp.Hypergradient(train, val, hvp.Neumann(3, 0.05), engine=AutoEngine(compile_budget_s=0.0))
+    weights, hyper, batch = point(4)
+    for _ in range(3):
+        solve(weights, hyper, batch, batch)
+    assert "1 gradients by the extension" in solve.report()

@@ -32,7 +32,7 @@ def flatten_batch(batch: Any) -> tuple[list[Any], Structure]:
     that an object holds, such as a tokenizer's encodings, is not in the new one.
     """
     leaves, structure = taken_apart(batch)
-    if any(not isinstance(leaf, Tensor) and isinstance(leaf, Mapping) for leaf in leaves):
+    if structure.shape is None and any(not isinstance(x, Tensor) and isinstance(x, Mapping) for x in leaves):
         leaves, structure = taken_apart(opened(batch))
     return leaves, structure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -98,8 +99,12 @@ def _shape_of(tree: Tree, leaves: list[Any]) -> Shape | None:
         return ()
     if kind is not dict and kind is not list and kind is not tuple:
         return None
-    shapes = []
+    shapes: list[Shape] = []
     for part in tree.values() if kind is dict else tree:
+        if type(part) in _LEAVES:  # as in the call below, which takes longer
+            leaves.append(part)
+            shapes.append(())
+            continue
         shape = _shape_of(part, leaves)
         if shape is None:
             return None
@@ -111,7 +116,7 @@ def _together(shape: Shape, leaves: Iterator[Any]) -> Tree:
     if not shape:
         return next(leaves)
     kind, keys, shapes = shape
-    parts = [_together(part, leaves) for part in shapes]
+    parts = [_together(part, leaves) if part else next(leaves) for part in shapes]
     return dict(zip(keys, parts, strict=True)) if kind is dict else kind(parts)
 
 
@@ -135,11 +140,11 @@ def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor],
             )
         shards = tuple(Shard.of(leaf, name) if is_sharded(leaf) else None for leaf in leaves)
         leaves = [local_part(leaf.detach()) if is_sharded(leaf) else leaf for leaf in leaves]
-    if not all(_is_usable(leaf) for leaf in leaves):
+    if not all(map(_is_usable, leaves)):
         raise _unusable_leaf(tree, name)
     if not leaves:
         raise ValueError(f"{name}: expected at least one tensor; got an empty {type(tree).__name__}")
-    devices = {leaf.device for leaf in leaves}
+    devices = set(map(_device_of, leaves))
     if len(devices) > 1:
         raise ValueError(
             f"{name}: expected all tensors on one device; got {', '.join(sorted(map(str, devices)))}: "
@@ -147,6 +152,8 @@ def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor],
         )
     return leaves, structure if shards is None else Structure(structure.spec, shards)
 
+
+_device_of = operator.attrgetter("device")
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 """Types of which no leaf is a DTensor."""

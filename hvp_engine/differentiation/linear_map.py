@@ -69,6 +69,7 @@ class LinearMap:
         symmetric: whether A = A^T, as most solvers need.
         fixed: whether A is the same at every product; if not, :meth:`hold` returns a fixed one.
         batches: whether :meth:`products` does more than one product after another.
+        origin: what an engine that chooses among others has to know of a map it has made: which, and why.
     """
 
     layout: Layout
@@ -76,6 +77,7 @@ class LinearMap:
     loss: Tensor | None = None
     symmetric: bool = True
     fixed: bool = True
+    origin: Any = None
 
     @property
     def batches(self) -> bool:

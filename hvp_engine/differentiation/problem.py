@@ -85,7 +85,7 @@ class Problem:
                 self.weight_structure,
                 self.hyperparameter_structure,
                 tuple([(t.shape, t.stride(), t.dtype, t.device) for t in leaves]),
-                tuple([leaf if is_constant(leaf) else type(leaf) for leaf in others]),
+                tuple([leaf if leaf is None or is_constant(leaf) else type(leaf) for leaf in others]),
                 structure,
             )
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -42,23 +41,21 @@ class Schedule:
 
     def due(self) -> bool:
         self.calls += 1
-        return _is_power_of_ten(self.calls)
+        return self.calls in _POWERS_OF_TEN
 
     def due_alone(self) -> bool:
         """As :meth:`due`, of a check that runs alone: a call that gives up for that is made again, and counted then."""
-        with one_thread() if self.next_is_due() else contextlib.nullcontext():
+        if not self.next_is_due():
+            return self.due()
+        with one_thread():
             return self.due()
 
     def next_is_due(self) -> bool:
         """Whether the next call is a number at which to check."""
-        return _is_power_of_ten(self.calls + 1)
+        return self.calls + 1 in _POWERS_OF_TEN
 
 
-def _is_power_of_ten(number: int) -> bool:
-    power = 1
-    while power < number:
-        power *= 10
-    return power == number
+_POWERS_OF_TEN = frozenset(10**exponent for exponent in range(20))
 
 
 def probe(layout: Layout) -> list[Tensor]:

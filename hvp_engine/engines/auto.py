@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -21,7 +21,6 @@ from hvp_engine.engines.choice import Choice, describe, threads
 from hvp_engine.engines.compiled import CompiledEngine, estimated_seconds
 from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.eager import EagerEngine
-from hvp_engine.engines.gradients import Gradients
 from hvp_engine.engines.recorded import RecordedEngine
 from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
 from hvp_engine.engines.trial import seconds_around, seconds_per_term
@@ -83,12 +82,11 @@ class AutoEngine(Engine):
         self._linearized = LinearizedEngine(self._eager)
         self._cudagraph = CudaGraphEngine(linearized=self._linearized)
         self._compiled = CompiledEngine(compile_budget_s, self._eager)
-        self._gradients = Gradients()
+        self._expected_seconds = math.inf
         self.choices: OrderedDict[Hashable, Choice] = OrderedDict()
         self._descriptions: dict[Hashable, str] = {}
         self._losses: dict[Hashable, float] = {}
         self._remembered: dict[str, str] = {}
-        self._made: WeakKeyDictionary[LinearMap, tuple[Engine, Choice]] = WeakKeyDictionary()
 
     def linearize(self, problem: Problem) -> Linearization:
         (tensors, others, _), key = problem.split, (problem.signature, threads(problem))
@@ -111,44 +109,45 @@ class AutoEngine(Engine):
         engine = choice.engine
         linearization = engine.linearize(problem)
         choice.around += time.perf_counter() - start
-        self._made[linearization] = engine, choice
+        linearization.origin = engine, choice
         if linearization.fallback is not None and engine is not self._recorded:
             self.choices[key] = Choice(self._recorded, f"{engine.name} was given up: {linearization.fallback}")
         return linearization
 
     def gradient(self, problem: Problem) -> Gradient:
         """By autograd until a trace can repay itself, or from the second call on if it is short; then by whichever is
-        faster."""
-        seconds = self._linearized.seconds_of_a_trace
-        return self._gradients(problem, sys.float_info.min if seconds < _SHORT_SECONDS else seconds)
+        faster. A trace takes what that of the training loss was expected to take: in a busy moment it takes longer."""
+        seconds = min(self._linearized.seconds_of_a_trace, self._expected_seconds)
+        return self._linearized.gradients(problem, sys.float_info.min if seconds < _SHORT_SECONDS else seconds)
 
-    def quiet(self, train: Problem, val: Problem) -> bool:
+    def quietly(self, train: Problem, val: Problem) -> tuple[Gradient, Linearization] | None:
         choice = self.choices.get((train.signature, threads(train)))
-        settled = choice is not None and not choice.trace_is_due() and not choice.compiling_is_due()
-        if choice is None or not settled or choice.engine is not self._linearized:
-            return False
-        functions = self._linearized.known(train)
-        return functions is not None and functions.quiet and self._gradients.quiet(val)
+        if choice is None or choice.engine is not self._linearized or choice.something_is_due():
+            return None
+        found = self._linearized.quietly(train, val)
+        if found is not None:
+            found[1].origin = choice.engine, choice
+        return found
 
     def linearize_by(self, name: str, problem: Problem) -> Linearization:
         """By the engine of this name, whatever would be chosen."""
         return self._engine(name).linearize(problem)
 
     def engine_of(self, linearization: LinearMap) -> str:
-        """The engine that was chosen for a linearization made here."""
-        return self._made[linearization][0].name
+        """The engine that was chosen for a linearization."""
+        return linearization.origin[0].name
 
     def credit(self, linearization: LinearMap, terms: int, seconds: float) -> None:
-        """So many terms were run on a linearization; if it was made here, they count towards what was put off."""
-        if linearization in self._made:
-            choice = self._made[linearization][1]
+        """So many terms were run on a linearization, which count towards what was put off."""
+        if linearization.origin is not None:
+            choice = linearization.origin[1]
             choice.terms, choice.spent = choice.terms + terms, choice.spent + seconds
 
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
         """By the engine that made the linearization."""
-        engine = self._made[operator][0] if operator in self._made else self._eager
+        engine = self._eager if operator.origin is None else operator.origin[0]
         start = time.perf_counter()
         iteration = engine.run(operator, v, solver, estimate)
         self.credit(operator, iteration.steps, time.perf_counter() - start)
@@ -158,20 +157,18 @@ class AutoEngine(Engine):
         """The choices made so far, by what the problems look like."""
         settled = {key: choice for key, choice in self.choices.items() if choice.trace_seconds is None}
         chosen = {self._descriptions[key]: choice.engine.name for key, choice in settled.items()}
-        return {"engines": self._remembered | chosen, "gradients": self._gradients.state_dict()}
+        return {"engines": self._remembered | chosen, "gradients": self._linearized.gradients.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Choose the same again, without measuring: a continued run must round as it did before."""
         self._remembered = dict(state.get("engines", {}))  # another engine's state has none
         self.choices.clear()
-        self._gradients.load_state_dict(state.get("gradients", {}))
+        self._linearized.gradients.load_state_dict(state.get("gradients", {}))
 
     def report(self) -> str:
         """One line for each problem met so far."""
         lines = [choice.describe() for choice in self.choices.values()] or ["not used yet"]
         considered = {name for choice in self.choices.values() for name in choice.seconds}
-        gradients = self._gradients.report()
-        lines += [gradients] if gradients else []
         used = [e for e in self._engines if e is not self._eager and (e is not self._cudagraph or e.name in considered)]
         return "\n".join([*lines, *(f"{engine.name}: {engine.report()}" for engine in used)])
 
@@ -214,6 +211,7 @@ class AutoEngine(Engine):
             choice.reason += f"; a trace takes about {cost:.2g} s, and waits until it can repay itself"
         else:
             self._try_traces(problem, choice)
+            self._expected_seconds = cost
         choice.setup_seconds = time.perf_counter() - began
         return choice
 

@@ -76,10 +76,10 @@ class Engine:
         """The problem's loss and its first derivatives by all that it is a function of."""
         return by_autograd(problem)
 
-    def quiet(self, train: Problem, val: Problem) -> bool:
-        """Whether the next gradient of `val` and linearization of `train` run none of the caller's code and draw from
-        no global generator: then nothing of theirs has to be kept."""
-        return False
+    def quietly(self, train: Problem, val: Problem) -> tuple[Gradient, Linearization] | None:
+        """The gradient of `val` and the linearization of `train`, where they run none of the caller's code and draw
+        from no global generator, so that nothing of theirs has to be kept; else None."""
+        return None
 
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None

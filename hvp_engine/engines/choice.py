@@ -38,8 +38,13 @@ class Choice:
 
         The terms of a recorded program are those of a trace, so a trace saves only what is around them.
         """
-        saved = self.around + (self._terms_took() if self.engine.name == "eager" else 0.0)
-        return self.trace_seconds is not None and saved > self.trace_seconds
+        if self.trace_seconds is None:
+            return False
+        return self.around + (self._terms_took() if self.engine.name == "eager" else 0.0) > self.trace_seconds
+
+    def something_is_due(self) -> bool:
+        """Whether anything that was put off is due."""
+        return self.trace_is_due() or self.compiling_is_due()
 
     def compiling_is_due(self) -> bool:
         """Whether as much time as compiling takes has gone into terms."""

@@ -84,7 +84,7 @@ class CudaGraphEngine(LinearizedEngine):
         self._recorder = recorder
         self._kept: list[Graphs] = []
         self._foreseen: Foreseen | None = None
-        self._gradients = Gradients(self._captured_gradient, "CUDA graphs", recorder.missing, most_shapes)
+        self.gradients = Gradients(self._captured_gradient, "CUDA graphs", recorder.missing, most_shapes)
 
     def linearize(self, problem: Problem) -> Linearization:
         linearization = super().linearize(problem)
@@ -96,7 +96,7 @@ class CudaGraphEngine(LinearizedEngine):
         """From the second call on, where nothing is checked then, and no estimate comes between. Not with random
         numbers, which would be drawn again where more is asked for than was foreseen."""
         self._foreseen = None
-        functions, gradient = self.known(train), self._gradients.settled(val)
+        functions, gradient = self.known(train), self.gradients.settled(val)
         if functions is None or functions.distrust or not isinstance(gradient, CapturedGradient):
             return
         if gradient.random or not functions.calm:
@@ -109,7 +109,7 @@ class CudaGraphEngine(LinearizedEngine):
 
     def gradient(self, problem: Problem) -> Gradient:
         if self._foreseen is not None and self._foreseen.val is problem:
-            self._gradients.counted(problem)
+            self.gradients.counted(problem)
             return self._foreseen.gradient
         return super().gradient(problem)
 

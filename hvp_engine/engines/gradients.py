@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from hvp_engine._support.flat_vector import detached, norm_of
 from hvp_engine._support.isolation import recorded_modules
 from hvp_engine._support.random_state import random_state_kept
+from hvp_engine._support.torch_compat import below_autograd
 from hvp_engine.differentiation.gradient import Gradient, by_autograd
 from hvp_engine.differentiation.native.graph_program import GraphProgram
 from hvp_engine.differentiation.problem import Problem, is_constant
@@ -136,21 +137,27 @@ class Gradients:
             return expected
         return found
 
-    def quiet(self, problem: Problem) -> bool:
-        """Whether the next gradient runs none of the caller's code and draws no random numbers."""
+    def quietly(self, problem: Problem) -> Gradient | None:
+        """The gradient, where it runs none of the caller's code and draws no random numbers; else None."""
         program = self.settled(problem)
-        return program is not None and not program.random
+        if program is None or program.random:
+            return None
+        self.counted(problem)
+        return _by_program(program, problem, problem.split[0])
 
     def settled(self, problem: Problem) -> Program | None:
         """The program that will make the problem's next gradient, unchecked; None if none will."""
         known = self._known.get((problem.signature, torch.get_num_threads()))
-        if known is None or known.schedule.next_is_due():
+        if known is None or known.surroundings is None or known.schedule.next_is_due():
             return None
-        return known.program if known.surroundings is None or known.surroundings.changed() is None else None
+        return known.program if known.surroundings.changed() is None else None
 
     def counted(self, problem: Problem) -> None:
-        """A gradient was made without being asked for here, which counts towards the next check."""
-        self._known[problem.signature, torch.get_num_threads()].schedule.due()
+        """A gradient is made without being asked for here, which counts towards the next check."""
+        known = self._known[problem.signature, torch.get_num_threads()]
+        known.schedule.due()
+        if known.surroundings is not None:
+            known.surroundings.use()
 
     def state_dict(self) -> dict[str, bool]:
         """Which gradients are made by programs, of those that are settled, by what the problems look like."""
@@ -207,7 +214,7 @@ def _timed(problem: Problem, known: _Known) -> Gradient:
 
 
 def _by_program(program: Program, problem: Problem, tensors: Sequence[Tensor]) -> Gradient:
-    with torch.no_grad():
+    with below_autograd():
         loss, *found = program(*detached(problem.weights), *detached(problem.hyperparameters), *detached(tensors))
     count = len(problem.weights)
     assert loss is not None

@@ -10,12 +10,12 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout, detached
 from hvp_engine._support.isolation import recorded_modules
 from hvp_engine._support.random_state import random_state_kept
+from hvp_engine._support.torch_compat import below_autograd
 from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
@@ -45,7 +45,7 @@ class Functions(PartitionFunctions):
 
     def at(self, problem: Problem, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the primal part gives at the problem's point: loss, gradient, residuals."""
-        with torch.no_grad():
+        with below_autograd():
             return self.primal(*detached(problem.weights), *detached(problem.hyperparameters), *tensors)
 
     @property
@@ -99,7 +99,7 @@ class LinearizedEngine(Engine):
         self.traces = 0
         self.trace_seconds = 0.0
         self._forgotten = 0
-        self._gradients = Gradients()
+        self.gradients = Gradients()
 
     def linearize(self, problem: Problem) -> Linearization:
         tensors, key = problem.split[0], problem.signature
@@ -133,11 +133,16 @@ class LinearizedEngine(Engine):
         return eager
 
     def gradient(self, problem: Problem) -> Gradient:
-        return self._gradients(problem)
+        return self.gradients(problem)
 
-    def quiet(self, train: Problem, val: Problem) -> bool:
+    def quietly(self, train: Problem, val: Problem) -> tuple[Gradient, Linearization] | None:
         functions = self.known(train)
-        return functions is not None and functions.quiet and self._gradients.quiet(val)
+        gradient = self.gradients.quietly(val) if functions is not None and functions.quiet else None
+        if functions is None or gradient is None:
+            return None
+        functions.surroundings.use()
+        functions.schedule.due()
+        return gradient, self._linearization(functions, train, train.split[0])
 
     def _instead(self, problem: Problem, reason: str | None) -> Linearization:
         """Eager's linearization, with the reason why it is not this engine's."""
@@ -156,7 +161,7 @@ class LinearizedEngine(Engine):
         text += "".join(f"; {words}" for words in sorted({one.describe() for one in native} - {""}))
         made = [one.seconds for one in native if one.program is not None]
         text += f" ({len(made)} native programs, made in {sum(made):.2f} s)" if made else ""
-        gradients = self._gradients.report()
+        gradients = self.gradients.report()
         text += f"; {gradients}" if gradients else ""
         reasons = {f.unbatched for f in self._cache.values() if isinstance(f, Functions) and f.unbatched}
         return text + "".join(f"; right-hand sides one by one, since vmap failed: {reason}" for reason in reasons)

@@ -127,25 +127,29 @@ class Hypergradient(Estimator):
         train = Problem(self.train_loss, *point, (train_batch,), "train_loss")
         val = Problem(self.val_loss, *point, (val_batch,), "val_loss")
 
-        def solved() -> tuple[Gradient, Linearization, list[Tensor], Solution, Closing]:
-            x0 = self._previous if _alike(self._previous, weight_list) else None
-            if x0 is None:
+        def differentiated() -> tuple[Gradient, Linearization]:
+            if self._previous is None:
                 self.engine.foresee(train, val, self.solver)
-            direct = self.engine.gradient(val)
-            linearization = self.engine.linearize(train)
+            return self.engine.gradient(val), self.engine.linearize(train)
+
+        def solved(
+            direct: Gradient, linearization: Linearization
+        ) -> tuple[Gradient, Linearization, list[Tensor], Solution, Closing]:
+            x0 = self._previous if _alike(self._previous, weight_list) else None
             system = LinearSystem(linearization, self.engine, self.spectrum)
             vector, ours = direct.weights, direct.hyperparameters
             return direct, linearization, *implicit_gradient(system, vector, ours, hyper_list, self.solver, x0)
 
         seed = self.draws.next_seed()
-        if self.solver.quiet and self.engine.quiet(train, val):
-            direct, linearization, grads, solution, closing = solved()
+        quietly = self.engine.quietly(train, val) if self.solver.quiet else None
+        if quietly is not None:
+            direct, linearization, grads, solution, closing = solved(*quietly)
         else:
             estimates = self.spectrum.state_dict()
             direct, linearization, grads, solution, closing = self._company.run(
                 seed,
                 weight_list[0].device,
-                solved,
+                lambda: solved(*differentiated()),
                 owners=(self, self.engine),
                 # Processes that wait for one another's messages must all do the same, once.
                 repeatable=not isinstance(self.train_loss, DataParallel)
@@ -210,13 +214,14 @@ def implicit_gradient(
     value, solution = system.solve(detached(vector), solver, "dL_V/dw, the gradient of val_loss", x0)
     closing = linearization.closing(value)
     indirect = closing.indirect
-    if all(term is None for term in [*direct, *indirect]):
+    unreached = all(term is None for term in indirect)
+    if unreached and all(term is None for term in direct):
         raise GraphError(
             "hyperparameters: expected at least one that the training gradient or the validation loss depends on; "
             "got none: pass the tensors the losses use (a setting of the optimizer, such as its learning rate, does "
             "not change the loss surface and has no implicit gradient)"
         )
-    if all(term is None for term in indirect):
+    if unreached:
         warnings.warn(
             "no hyperparameter reaches the training gradient: the hypergradient is the direct term alone",
             stacklevel=3,

@@ -31,6 +31,10 @@ _FEW_CALLS, _MOST_CALLS = 2, 0.3
 """How many of a graph's operators, and what share of them, PyTorch may compute: by itself it takes less for each."""
 
 
+_View = tuple[int, tuple[int, ...], tuple[int, ...], int]
+"""A slot, and sizes, strides and offset of a part of what is there."""
+
+
 class _Builder(Builder):
     """What is derived becomes part of the program, since nothing is known before it runs."""
 
@@ -169,7 +173,7 @@ class GraphProgram:
         if len(calls) > max(_FEW_CALLS, _MOST_CALLS * sum(node.op == "call_function" for node in nodes)):
             raise UnsupportedError("most of its operators")
         self._results = converted.results
-        self._made = list(self._slots_of_results(builder))
+        self._made = list(self._slots_of_results(builder))  # one after another, and then the workspace
         self._workspace_slot = builder.slot((plan(builder.operations, []),), (1,)).region.slot or 0
         self._slots = Slots(builder.slots, dtype)
         self._segments = list(self._assembled(builder.operations))
@@ -179,6 +183,7 @@ class GraphProgram:
         for slot, tensor in self._held.items():
             self._held[slot] = self._slots.put(self._memory, slot, [tensor])[0]
         self._whole = [(tuple(slot.shape), tuple(slot.strides)) for slot in builder.slots]
+        self._seen = [None if place is None else self._view(place) for place in self._results]
         self._keeps = self._whole[self._workspace_slot][0][0] <= _KEPT_WORKSPACE
         self._workspace: Tensor | None = None
         self._lock = threading.Lock()
@@ -199,17 +204,15 @@ class GraphProgram:
                 tensors |= self._held
             workspace = slots.empty(self._workspace_slot) if self._workspace is None else self._workspace
             self._workspace = workspace if self._keeps else None
-            tensors[self._workspace_slot] = workspace
-            made = [slots.empty(slot) for slot in self._made]
-            if made:
-                slots.put(memory, self._made[0], made)
-                tensors.update(zip(self._made, made, strict=True))
-            memory.put(self._workspace_slot, [workspace])
+            first = self._workspace_slot - len(self._made)
+            made = [*map(slots.empty, self._made), workspace]
+            memory.put(first, made)
+            tensors.update(enumerate(made, first))
             for program, call in self._segments:
                 if program is not None:
                     program.run(memory, [[]])
                 if call is not None:
-                    found = call.compute(*(self._shown(place, tensors) for place in call.reads))
+                    found = call.compute(*(_shown(self._view(place), tensors) for place in call.reads))
                     for slot, tensor in zip(
                         call.slots, found if type(found) in (tuple, list) else [found], strict=True
                     ):
@@ -217,17 +220,15 @@ class GraphProgram:
             memory.clear(0, self._count)
             for slot, tensor in self._held.items():
                 memory.put(slot, [tensor])
-            return [None if place is None else self._shown(place, tensors) for place in self._results]
+            return [tensors[seen] if type(seen) is int else _shown(seen, tensors) for seen in self._seen]
 
-    def _shown(self, place: Place, tensors: dict[int, Tensor]) -> Tensor:
-        """The tensor of a place."""
-        region = place.region
-        if region.slot is None:
-            return tensors[self._workspace_slot].as_strided(place.sizes, place.strides, region.offset + place.offset)
-        tensor = tensors[region.slot]
-        if (place.sizes, place.strides) == self._whole[region.slot] and place.offset == 0:
-            return tensor
-        return tensor.as_strided(place.sizes, place.strides, tensor.storage_offset() + place.offset)
+    def _view(self, place: Place) -> _View | int:
+        """A place as a view of its slot, or the slot that it is."""
+        slot, offset = place.region.slot, place.offset
+        if slot is None:
+            return self._workspace_slot, place.sizes, place.strides, place.region.offset + offset
+        whole = (place.sizes, place.strides) == self._whole[slot] and offset == 0
+        return slot if whole else (slot, place.sizes, place.strides, offset)
 
     def _slots_of_results(self, builder: Builder) -> Iterator[int]:
         """Moves results from the workspace into slots of their own, one after another."""
@@ -251,6 +252,14 @@ class GraphProgram:
                 segment = []
             else:
                 segment.append(operation)
+
+
+def _shown(seen: _View | int | None, tensors: dict[int, Tensor]) -> Tensor | None:
+    """What is seen of tensors by slots."""
+    if seen is None or isinstance(seen, int):
+        return None if seen is None else tensors[seen]
+    slot, sizes, strides, offset = seen
+    return tensors[slot].as_strided(sizes, strides, tensors[slot].storage_offset() + offset)
 
 
 def _kept(tensor: Tensor, workspace: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Update:
 
     @property
     def changed(self) -> set[int]:
-        return {self.target, *(mixing.target for mixing in self.mixings)}
+        return {self.target, *[mixing.target for mixing in self.mixings]}
 
 
 class NativeProgram:
@@ -90,6 +90,8 @@ class NativeProgram:
         self.slots, builder.closed = Slots(builder.slots, dtype), True
         assert self.workspace.region.slot is not None
         self.prepared = tuple(builder.prepared)
+        own = [place.region.slot for place in (self.workspace, *chain(*self.states)) if place.region.slot is not None]
+        self.scratch = (*own, *self.prepared)
         self.preparation = self.slots.program(builder.preparation, self.workspace.region.slot)
         self.projections, self.formations = (
             [self.slots.program(one, self.workspace.region.slot) for one in programs if one]
@@ -205,20 +207,14 @@ class BoundProgram:
         tensors: dict[int, Tensor] = dict(enumerate(self._put(0, known)))
         if program.derived:
             self._derive(tensors)
-        workspace = program.workspace
-        assert workspace.region.slot is not None
-        self._put(workspace.region.slot, [torch.empty(workspace.sizes, dtype=program.dtype, device=CPU)])
-        for slot in program.prepared:
-            self._put(slot, [program.slots.empty(slot)])
+        for slot in program.scratch:
+            self._memory.put(slot, [program.slots.empty(slot)])
         if program.prepared:
             program.preparation.run(self._memory, [[]])
         self._decays = [
             number([residuals[index] for index in program.parts.diagonals[f.weight]], (f.sizes[1], rows.sizes[1]))
             for f, rows in zip(program.factors, program.inputs, strict=True)
         ]
-        for place in chain(*program.states):
-            assert place.region.slot is not None
-            self._put(place.region.slot, [program.slots.empty(place.region.slot)])
 
     def _derive(self, known: dict[int, Tensor]) -> None:
         """Compute what follows from the tensors in the slots."""
@@ -258,17 +254,17 @@ class BoundProgram:
                     self._put(start, vector.views)
                     for start, vector in zip(self._program.firsts, update.vectors, strict=False)
                 ]
-                combinations = self._combinations(placed)
+                combinations, changed = self._combinations(placed), update.changed
                 for projection in self._program.projections[: len(placed)]:
                     projection.run(self._memory, [[]])
                 update.program.run(self._memory, table)
                 for combination in combinations:
                     pairs = [(mixing.target, mixing.source) for mixing in update.mixings]
                     combination.follow(accumulation, update.target, pairs, damping, steps)
-                    combination.form(update.changed)
-                for k in update.changed if combinations else ():
+                    combination.form(changed)
+                for k in changed if combinations else ():
                     self._program.formations[k].run(self._memory, [[]])
-                for k in update.changed:
+                for k in changed:
                     for view, tensor in zip(update.vectors[k].views, placed[k], strict=True):
                         if tensor is not view:  # it was laid out anew
                             view.copy_(tensor)
