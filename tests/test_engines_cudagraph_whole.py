@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -118,15 +119,15 @@ def test_a_recording_that_fails_costs_no_result(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_validation_loss_that_changes_is_found_out(make: Make, device: torch.device) -> None:
-    scale = [1.0]
+    scale = ContextVar("scale", default=1.0)
 
     def bound(weights: Any, hyper: Any, batch: Tensor) -> Tensor:
-        return scale[0] * val(weights, hyper, batch)
+        return scale.get() * val(weights, hyper, batch)
 
     engine = make()
     ours, theirs = both(engine, hvp.Neumann(2, 0.1), (train, bound))
     with pytest.warns(UserWarning, match="the traced gradient of val_loss is replaced by autograd's"):
         for call in range(10):  # the tenth is compared
-            scale[0] = 1.0 if call < 9 else 2.0
+            scale.set(1.0 if call < 9 else 2.0)
             result = ours(*point(device, call))
     assert_same(result, theirs(*point(device, 9)))
