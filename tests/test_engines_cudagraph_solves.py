@@ -24,7 +24,7 @@ __all__ = ["make"]  # a fixture
 STOPPING = {
     "conjugate gradient": (hvp.ConjugateGradient(40, tol=1e-2), 4),  # the first product, 5, 5, ..., the last 4, the end
     "refreshed": (hvp.ConjugateGradient(1000, tol=1e-10), 13),
-    "minres": (hvp.MINRES(1000, tol=1e-3), 5),
+    "minres": (hvp.MINRES(1000, tol=1e-9), 5),
     "settling": (Settling(hvp.ConjugateGradient(40, tol=0.0), 1e-3), 8),
 }
 """Solvers, and how many recordings they may take."""

@@ -150,8 +150,8 @@ FAULTS = [
     ),
     Fault(
         "hvp_engine/engines/gradients.py",
-        "or known.program.random or",
-        "or",
+        "return program is not None and not program.random",
+        "return program is not None",
         f"{GRADIENTS} -k dropout",
         "random numbers of a validation loss are drawn from the caller's generator",
     ),
