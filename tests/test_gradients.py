@@ -213,7 +213,7 @@ def test_auto_comes_to_programs_and_continues_with_them() -> None:
         result = hypergradient(*point(), data(0), data(1))
         if "gradients by the extension" in engine.report() or known == 399:
             break
-        for entry in engine._gradients._known.values():
+        for entry in engine._linearized.gradients._known.values():
             entry.spent += 1.0
     assert "1 gradients by the extension" in engine.report() or "it is faster" in engine.report(), engine.report()
     assert_alike(result, expected)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -144,7 +143,7 @@ def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor],
         raise _unusable_leaf(tree, name)
     if not leaves:
         raise ValueError(f"{name}: expected at least one tensor; got an empty {type(tree).__name__}")
-    devices = set(map(_device_of, leaves))
+    devices = {leaf.device for leaf in leaves}
     if len(devices) > 1:
         raise ValueError(
             f"{name}: expected all tensors on one device; got {', '.join(sorted(map(str, devices)))}: "
@@ -152,8 +151,6 @@ def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor],
         )
     return leaves, structure if shards is None else Structure(structure.spec, shards)
 
-
-_device_of = operator.attrgetter("device")
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 """Types of which no leaf is a DTensor."""
