@@ -20,11 +20,15 @@ _FEWEST, _SLOW, _FEWEST_OF_SLOW = 3, 2.0, 2
 
 @dataclass(frozen=True)
 class Work:
-    """What one sample runs: `call` does `units` of what is measured, and returns its seconds if `self_timed`."""
+    """What one sample runs: `call` does `units` of what is measured, and returns its seconds if `self_timed`.
+
+    It is timed on any number of threads, or on so many `threads` only.
+    """
 
     call: Callable[[], object]
     units: int = 1
     self_timed: bool = False
+    threads: int | None = None
 
 
 @contextlib.contextmanager
@@ -50,6 +54,7 @@ def interleave(works: Mapping[str, Work], device: torch.device, seconds: float, 
         rounds: at most so many samples of each.
     """
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    works = {name: work for name, work in works.items() if work.threads in (None, torch.get_num_threads())}
     repeats = {name: _repeats(work, device) for name, work in works.items()}
     samples: dict[str, list[float]] = {name: [] for name in works}
     spent = dict.fromkeys(works, 0.0)

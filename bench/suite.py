@@ -142,7 +142,7 @@ class ProblemSuite:
                 yield name, methods.operator_of(engine, self.problem).linear_map
 
     def _case(self, benchmark: str, size: int, runs: dict[str, Run]) -> Case:
-        works = {name: Work(partial(run, size)) for name, run in runs.items()}
+        works = {name: Work(partial(run, size), threads=getattr(run, "threads", None)) for name, run in runs.items()}
         return Case(benchmark, self.problem.name, size, works)
 
 

@@ -64,9 +64,15 @@ def test_a_graph_beyond_the_budget_is_refused() -> None:
 
 def test_automatic_choice_tries_compiling_when_it_would_have_paid() -> None:
     weights, hyper, batch = point()
-    automatic = engines.AutoEngine()
-    hypergradient = hvp.Hypergradient(train, val, hvp.Neumann(4, 0.05), engine=automatic)
-    eager = hvp.Hypergradient(train, val, hvp.Neumann(4, 0.05), engine="eager")
+    automatic, by_extension = engines.AutoEngine(), engines.AutoEngine()
+
+    def lacking(weights: list[Tensor], hyper: Tensor, batch: Tensor) -> Tensor:
+        """With a convolution, which the extension lacks."""
+        smooth = torch.nn.functional.conv1d(weights[0][:, None], batch.new_ones(1, 1, 3))
+        return train(weights, hyper, batch) + smooth.square().mean()
+
+    hypergradient = hvp.Hypergradient(lacking, val, hvp.Neumann(4, 0.05), engine=automatic)
+    eager = hvp.Hypergradient(lacking, val, hvp.Neumann(4, 0.05), engine="eager")
     hypergradient(weights, hyper, batch, batch)
     (choice,) = automatic.choices.values()
     assert "compiled" not in choice.seconds and choice.terms == 4 and choice.compile_seconds is not None
@@ -75,8 +81,10 @@ def test_automatic_choice_tries_compiling_when_it_would_have_paid() -> None:
     assert "compiled" in choice.seconds
     torch.testing.assert_close(ours.grads, theirs.grads, rtol=1e-10, atol=1e-13)
     never = engines.AutoEngine(compile_budget_s=0.0)
-    hvp.Hypergradient(train, val, hvp.Neumann(4, 0.05), engine=never)(weights, hyper, batch, batch)
-    assert all(choice.compile_seconds is None for choice in never.choices.values())
+    hvp.Hypergradient(lacking, val, hvp.Neumann(4, 0.05), engine=never)(weights, hyper, batch, batch)
+    hvp.Hypergradient(train, val, hvp.Neumann(4, 0.05), engine=by_extension)(weights, hyper, batch, batch)
+    for choice in (*never.choices.values(), *by_extension.choices.values()):
+        assert choice.compile_seconds is None and choice.engine.name != "compiled"
 
 
 def test_automatic_choice_is_kept_with_the_state() -> None:

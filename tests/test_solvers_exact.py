@@ -19,6 +19,7 @@ from problems_with_known_answers import (
 from torch import Tensor
 
 import hvp_engine as hvp
+from hvp_engine.solvers.batched import fill
 
 V = randn(6, seed=1)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -168,6 +169,28 @@ def test_network(name: str) -> None:
     solution = operator.solve(tree, hvp.Exact(damping=0.01))
     truth = torch.linalg.solve(matrix + 0.01 * torch.eye(len(v), dtype=DTYPE), v)
     assert relative_error(flat(list(solution.value.values())), truth) < 1e-9
+
+
+@pytest.mark.parametrize("engine", ["recorded", "linearized"])
+@pytest.mark.parametrize(
+    ("loss", "samples", "low_rank"), [("softmax", 4, True), ("squared", 5, True), ("softmax", 60, False)]
+)
+def test_linear_model_with_a_decay_for_each_weight(engine: str, loss: str, samples: int, low_rank: bool) -> None:
+    """Softmax has rank 4 * 9 of 410, the squared loss 5 * 10; with 60 samples the rank is that of the matrix."""
+    inputs, weights = randn(samples, 40, seed=3), [randn(10, 40, seed=4), randn(10, seed=5)]
+    decays = [1e-4 * randn(*w.shape, seed=6).exp() for w in weights]
+    operator = hvp.LinearModelOperator(inputs, weights, loss=loss, decay=decays, engine=engine)  # type: ignore[arg-type]
+    vs = [[randn(*w.shape, seed=seed) for w in weights] for seed in (7, 8)]
+    matrix = hvp.Exact(damping=0.0).columns(operator.linear_map.layout)
+    fill(matrix, operator.linear_map)
+    for number, v in enumerate(vs):
+        solution = operator.solve(v, hvp.Exact(max_size=400 if low_rank else 410, damping=1e-3))
+        x = flat(list(solution.value))
+        residual = matrix.matrix @ x + 1e-3 * x - flat(v)
+        assert solution.status is hvp.Status.CONVERGED and solution.hvps < (150 if low_rank else 600)
+        assert torch.linalg.vector_norm(residual) < 1e-12 * torch.linalg.vector_norm(flat(v)), number
+        dense = torch.linalg.solve(matrix.matrix + 1e-3 * torch.eye(410, dtype=DTYPE), flat(v))
+        assert relative_error(x, dense) < 1e-11
 
 
 def test_too_many_weights_name_the_remedy() -> None:

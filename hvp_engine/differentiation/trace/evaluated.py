@@ -83,6 +83,11 @@ class PartitionedLinearization(Linearization):
         native = self.functions.native
         return None if native is None else native.bind(self._residuals)
 
+    @property
+    def by_extension(self) -> bool:
+        """Whether products and terms are made by native programs."""
+        return self._native is not None
+
     def _filled(self, products: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
         found = iter(products)
         present = self.functions.partition.tangent.outputs
