@@ -31,7 +31,6 @@ struct Attention {
 
   AttentionRows query, key, value, grad_output;
   AttentionRows grad_grad_query, grad_grad_key, grad_grad_value;  // each may be missing
-  const void* logsumexp = nullptr;  // batch x heads x queries, of the derivatives
   void* results[4] =
       {};  // contiguous, in the order of the reference; those of keys and values begin as zeros
 };

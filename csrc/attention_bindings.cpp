@@ -26,11 +26,10 @@ void* memory(const py::object& tensor) {
 
 // The caller has checked that everything is on the CPU, of one type and of shapes that fit.
 void run_attention(int level, const py::object& query, const py::object& key, const py::object& value,
-                   const py::object& logsumexp, const py::object& grad_output,
-                   const py::object& grad_grad_query, const py::object& grad_grad_key,
-                   const py::object& grad_grad_value, const py::sequence& results, const py::object& mask,
-                   const py::object& seed, double dropout_p, uint32_t threshold, bool is_causal,
-                   double scale) {
+                   const py::object& grad_output, const py::object& grad_grad_query,
+                   const py::object& grad_grad_key, const py::object& grad_grad_value,
+                   const py::sequence& results, const py::object& mask, const py::object& seed,
+                   double dropout_p, uint32_t threshold, bool is_causal, double scale) {
   const Torch& torch = Torch::get();
   const dlpack::Tensor q = torch.view(query.ptr()), k = torch.view(key.ptr()), v = torch.view(value.ptr());
   Attention p{};
@@ -63,7 +62,6 @@ void run_attention(int level, const py::object& query, const py::object& key, co
   p.grad_grad_query = rows(grad_grad_query);
   p.grad_grad_key = rows(grad_grad_key);
   p.grad_grad_value = rows(grad_grad_value);
-  p.logsumexp = memory(logsumexp);
   for (size_t i = 0; i < results.size(); ++i) p.results[i] = memory(results[i]);
   const bool small = p.batch * p.heads * p.queries * p.keys * (p.width + p.value_width) * (2 + 2 * level) <
                      kParallelProducts;
@@ -84,10 +82,10 @@ void run_attention(int level, const py::object& query, const py::object& key, co
 
 void bind_attention(py::module_& module) {
   module.def("attention", &run_attention, "Attention (level 0) or one of its derivatives.", py::kw_only(),
-             py::arg("level"), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("logsumexp"),
-             py::arg("grad_output"), py::arg("grad_grad_query"), py::arg("grad_grad_key"),
-             py::arg("grad_grad_value"), py::arg("results"), py::arg("mask"), py::arg("seed"),
-             py::arg("dropout_p"), py::arg("threshold"), py::arg("is_causal"), py::arg("scale"));
+             py::arg("level"), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("grad_output"),
+             py::arg("grad_grad_query"), py::arg("grad_grad_key"), py::arg("grad_grad_value"),
+             py::arg("results"), py::arg("mask"), py::arg("seed"), py::arg("dropout_p"), py::arg("threshold"),
+             py::arg("is_causal"), py::arg("scale"));
 }
 
 }  // namespace hvp

@@ -23,10 +23,10 @@ constexpr int64_t kPadding = 16;
 // Blocks that every level needs: weights; weights' gradients; moved scores and the gradients of those.
 constexpr int64_t kBlocks[3] = {1, 2, 4};
 constexpr int64_t kOperands[3] = {1, 2, 3};  // transposed blocks of queries and what is laid out as they are
-constexpr int64_t kSums = 4;                 // rows of numbers, one for each query of a block
+constexpr int64_t kSums = 5;                 // rows of numbers, one for each query of a block
 
 // Keys whose terms are added before the sum joins the others: of numbers, and in a matrix product.
-constexpr int64_t kPart = 32, kLongPart = 256;
+constexpr int64_t kPart = 32, kLongPart = 128;
 
 int64_t block_of(const Attention& p) {
   const int64_t padded = (p.queries + kPadding - 1) / kPadding * kPadding;
@@ -200,18 +200,47 @@ class Block {
     }
   }
 
-  // The weights in place of the scores, from the logarithms of the rows' sums.
-  void weights() const {
-    T *const s = pairs_[0], *const shift = sums_[0];
-    const T* const logarithms = static_cast<const T*>(p_.logsumexp) + index_ * p_.queries + first_;
-    for (int64_t i = 0; i < size_; ++i) {
-      shift[i] = i < count_ && logarithms[i] != kHidden ? logarithms[i] : -kHidden;  // exp(s - inf) = 0
-    }
-    for (int64_t j = 0; j < keys_; ++j) {
-      T* const row = s + j * size_;
+  // The exponentials of the scores in place of them, each row's less its largest, and the rows' sums.
+  void exponentials() const {
+    T *const s = pairs_[0], *const largest = sums_[0], *const total = sums_[1], *const part = sums_[2];
+    std::fill(largest, largest + size_, kHidden);
+    int64_t j = 0;
+    for (; j + 4 <= keys_; j += 4) {
+      const T *const r0 = s + j * size_, *const r1 = r0 + size_, *const r2 = r1 + size_,
+                     *const r3 = r2 + size_;
 #pragma omp simd
-      for (int64_t i = 0; i < size_; ++i) row[i] = exponential(row[i] - shift[i]);
+      for (int64_t i = 0; i < size_; ++i) {
+        const T x = r0[i] > r1[i] ? r0[i] : r1[i], y = r2[i] > r3[i] ? r2[i] : r3[i], z = x > y ? x : y;
+        largest[i] = z > largest[i] ? z : largest[i];
+      }
     }
+    for (; j < keys_; ++j) {
+      const T* const row = s + j * size_;
+#pragma omp simd
+      for (int64_t i = 0; i < size_; ++i) largest[i] = row[i] > largest[i] ? row[i] : largest[i];
+    }
+    for (int64_t i = 0; i < size_; ++i) largest[i] = largest[i] == kHidden ? T(0) : largest[i];
+    std::fill(total, total + size_, T(0));
+    for (int64_t from = 0; from < keys_; from += kPart) {
+      std::fill(part, part + size_, T(0));
+      for (int64_t j = from; j < std::min(keys_, from + kPart); ++j) {
+        T* const row = s + j * size_;
+#pragma omp simd
+        for (int64_t i = 0; i < size_; ++i) {
+          row[i] = exponential(row[i] - largest[i]);
+          part[i] += row[i];
+        }
+      }
+      for (int64_t i = 0; i < size_; ++i) total[i] += part[i];
+    }
+  }
+
+  // The weights in place of the scores, but for one factor for each row: made again from the scores alone,
+  // since a saved logarithm of the sum has been rounded, and is wrong by the same factor in a whole row.
+  void unscaled_weights() const {
+    exponentials();
+    T *const total = sums_[1], *const factor = sums_[4];
+    for (int64_t i = 0; i < size_; ++i) factor[i] = total[i] == T(0) ? T(0) : T(1) / total[i];
   }
 
   // Dropout's factors of the block.
@@ -244,22 +273,7 @@ class Block {
   void value() const {
     T *const s = pairs_[0], *const largest = sums_[0], *const total = sums_[1];
     scores(transposed(p_.query, p_.width, 0));
-    std::fill(largest, largest + size_, kHidden);
-    std::fill(total, total + size_, T(0));
-    for (int64_t j = 0; j < keys_; ++j) {
-#pragma omp simd
-      for (int64_t i = 0; i < size_; ++i)
-        largest[i] = s[j * size_ + i] > largest[i] ? s[j * size_ + i] : largest[i];
-    }
-    for (int64_t i = 0; i < size_; ++i) largest[i] = largest[i] == kHidden ? T(0) : largest[i];
-    for (int64_t j = 0; j < keys_; ++j) {
-      T* const row = s + j * size_;
-#pragma omp simd
-      for (int64_t i = 0; i < size_; ++i) {
-        row[i] = exponential(row[i] - largest[i]);
-        total[i] += row[i];
-      }
-    }
+    exponentials();
     if (p_.dropout) drop(s);
     T* const output = result(0, p_.value_width);
     to_queries(T(1), s, value_, p_.value.row, p_.value_width, T(0), output);
@@ -276,11 +290,11 @@ class Block {
     const T scale = static_cast<T>(p_.scale), *const g = queries(p_.grad_output),
             *const q = queries(p_.query);
     scores(transposed(p_.query, p_.width, 0));
-    weights();
+    unscaled_weights();
     to_pairs(T(1), value_, p_.value.row, transposed(p_.grad_output, p_.value_width, 1), p_.value_width, T(0),
              gradient);
     if (p_.dropout) drop(gradient);
-    means(gradient, mean);
+    means<true>(gradient, mean);
     for (int64_t j = 0; j < keys_; ++j) {
       const T* const w = weight + j * size_;
       T* const d = gradient + j * size_;
@@ -293,16 +307,23 @@ class Block {
     to_keys(T(1), weight, g, p_.grad_output.row, p_.value_width, key_result(2, p_.value_width));
   }
 
-  // mean <- sum over keys of weight x, in parts, whose sums round less than one long sum.
+  // mean <- sum over keys of weight x, in parts, whose sums round less than one long sum. The first one
+  // scales the weights.
+  template <bool kFirst>
   void means(const T* x, T* mean) const {
     T* const part = sums_[0];
+    const T* const factor = sums_[4];
     std::fill(mean, mean + size_, T(0));
     for (int64_t from = 0; from < keys_; from += kPart) {
       std::fill(part, part + size_, T(0));
       for (int64_t j = from; j < std::min(keys_, from + kPart); ++j) {
-        const T *const w = pairs_[0] + j * size_, *const row = x + j * size_;
+        T* const w = pairs_[0] + j * size_;
+        const T* const row = x + j * size_;
 #pragma omp simd
-        for (int64_t i = 0; i < size_; ++i) part[i] += w[i] * row[i];
+        for (int64_t i = 0; i < size_; ++i) {
+          if (kFirst) w[i] *= factor[i];
+          part[i] += w[i] * row[i];
+        }
       }
       for (int64_t i = 0; i < size_; ++i) mean[i] += part[i];
     }
@@ -316,7 +337,7 @@ class Block {
                    *const a = queries(p_.grad_grad_query);
     const T* const columns = transposed(p_.query, p_.width, 0);
     scores(columns);
-    weights();
+    unscaled_weights();
     const T* const g_columns = transposed(p_.grad_output, p_.value_width, 1);
     to_pairs(T(1), value_, p_.value.row, g_columns, p_.value_width, T(0), gradient);
     if (grad_grad_value_ != nullptr) {
@@ -360,21 +381,26 @@ class Block {
   // moved: weights' derivatives; gradient: those of the moved scores; second: those of the scores.
   void combine(const T* weight, T* moved, T* gradient, T* second) const {
     T *const mean_moved = sums_[1], *const mean_gradient = sums_[2], *const mean = sums_[3];
-    means(moved, mean_moved);
-    means(gradient, mean_gradient);
+    means<true>(moved, mean_moved);
+    means<false>(gradient, mean_gradient);
+    T* const part = sums_[0];
     std::fill(mean, mean + size_, T(0));
-    for (int64_t j = 0; j < keys_; ++j) {
-      const T* const w = weight + j * size_;
-      T *const m = moved + j * size_, *const d = gradient + j * size_, *const z = second + j * size_;
+    for (int64_t from = 0; from < keys_; from += kPart) {
+      std::fill(part, part + size_, T(0));
+      for (int64_t j = from; j < std::min(keys_, from + kPart); ++j) {
+        const T* const w = weight + j * size_;
+        T *const m = moved + j * size_, *const d = gradient + j * size_, *const z = second + j * size_;
 #pragma omp simd
-      for (int64_t i = 0; i < size_; ++i) {
-        const T step = m[i] - mean_moved[i], centred = d[i] - mean_gradient[i];
-        const T weighted = w[i] * (step * centred + z[i]);
-        mean[i] += weighted;
-        z[i] = weighted;
-        m[i] = w[i] * step;
-        d[i] = w[i] * centred;
+        for (int64_t i = 0; i < size_; ++i) {
+          const T step = m[i] - mean_moved[i], centred = d[i] - mean_gradient[i];
+          const T weighted = w[i] * (step * centred + z[i]);
+          part[i] += weighted;
+          z[i] = weighted;
+          m[i] = w[i] * step;
+          d[i] = w[i] * centred;
+        }
       }
+      for (int64_t i = 0; i < size_; ++i) mean[i] += part[i];
     }
     for (int64_t j = 0; j < keys_; ++j) {
       const T* const w = weight + j * size_;

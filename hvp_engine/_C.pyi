@@ -15,7 +15,6 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    logsumexp: Tensor | None,
     grad_output: Tensor | None,
     grad_grad_query: Tensor | None,
     grad_grad_key: Tensor | None,

@@ -17,7 +17,7 @@ from hvp_engine._support.torch_compat import without_onednn
 from hvp_engine.differentiable import gru, lstm
 from hvp_engine.differentiable.recurrent import layers
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
-from hvp_engine.errors import SecondDerivativeError, TraceError
+from hvp_engine.errors import TraceError
 
 ENGINES = ("eager", "recorded", "linearized")
 
@@ -343,17 +343,3 @@ def test_a_projected_layer_has_products_by_torchs_kernels(ours: list[str]) -> No
 def test_bad_arguments_get_torchs_errors(make: Callable[[], Any], error: str) -> None:
     with plain_kernels(), pytest.raises((RuntimeError, ValueError, TypeError, AttributeError), match=error):
         make()
-
-
-def test_a_third_derivative_in_a_call_is_refused_with_the_remedy() -> None:
-    """A gradient penalty inside the loss makes a product a third derivative."""
-    torch.manual_seed(0)
-    rnn, x = nn.LSTM(3, 4).double(), torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
-    network = hvp.functional(rnn)
-
-    def loss(weights: dict[str, Tensor]) -> Tensor:
-        value = network(weights, x)[0].sin().sum()
-        return torch.autograd.grad(value, x, create_graph=True)[0].square().sum()
-
-    with pytest.raises(SecondDerivativeError, match="a third one was asked for"):
-        hvp.HessianOperator(loss, rnn, engine="eager").dense()

@@ -359,6 +359,11 @@ def test_names_of_nodes() -> None:
     assert torch_compat.ERROR_NODE in {node.name() for node in graph_nodes(gradient)}
     (gradient,) = torch.autograd.grad(attention(w), w, create_graph=True)
     assert torch_compat.NOT_IMPLEMENTED_NODES & {node.name() for node in graph_nodes(gradient)}
+    x = torch.randn(3, 2, requires_grad=True)
+    for norm, name in ((torch.nn.LayerNorm(2), "layer"), (torch.nn.BatchNorm1d(2), "batch")):
+        (gradient,) = torch.autograd.grad(norm(x).sin().sum(), x, create_graph=True)
+        found = {torch_compat.WRONG_WHEN_DIFFERENTIATED.get(node.name()) for node in graph_nodes(gradient)}
+        assert f"{name} normalization" in found, "if torch has mended it, its formula can go"
     assert "Once" in {torch_compat.once_differentiable(node) for node in graph_nodes(once(w))}
     assert {torch_compat.once_differentiable(node) for node in graph_nodes(hardsigmoid(w))} == {None}
     modules = {torch_compat.control_flow(node) for node in graph_nodes(scanned(w))}

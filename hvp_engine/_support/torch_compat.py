@@ -261,6 +261,14 @@ NOT_IMPLEMENTED_NODES = {
 WEIGHT_NORM_NODE = "WeightNormInterfaceBackward0"
 """The node of :data:`fused_weight_norm`."""
 
+WRONG_WHEN_DIFFERENTIATED = {
+    "NativeLayerNormBackwardBackward0": "layer normalization",
+    "NativeBatchNormBackwardBackward0": "batch normalization",
+    "CudnnBatchNormBackwardBackward0": "batch normalization",
+}
+"""Nodes of second derivatives that take the statistics, which depend on the input, for constants: what autograd makes
+of them, the third derivatives, is wrong."""
+
 CONTROL_FLOW = "torch._higher_order_ops"
 """The package of scan, map, while_loop, cond and their like.
 

@@ -62,29 +62,31 @@ def by_reference(reference: Callable[..., Any]) -> tuple[Callable[..., None], Ca
         ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        arguments = list(ctx.settings)
-        places = [index for index, value in enumerate(arguments) if value == ""]
-        wanted = [index for index in places if ctx.needs_input_grad[index]]
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            for index, tensor in zip(places, ctx.saved_tensors, strict=True):
-                arguments[index] = tensor.view_as(tensor)  # one may depend on another: the derivatives are partial
-            found = reference(*arguments)
-            outputs: Sequence[Tensor] = found if isinstance(found, tuple) else (found,)
-            pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
-            derivatives: Sequence[Tensor | None] = [None] * len(wanted)
-            if pairs:
-                derivatives = torch.autograd.grad(
-                    [y for y, _ in pairs],
-                    [arguments[index] for index in wanted],
-                    [g for _, g in pairs],
-                    create_graph=create_graph,
-                    allow_unused=True,
-                )
-        by_index = dict(zip(wanted, derivatives, strict=True))
-        return tuple(by_index.get(index) for index in range(len(arguments)))
+        saved = iter(ctx.saved_tensors)
+        arguments = [next(saved) if value == "" else value for value in ctx.settings]
+        return derivatives(reference, arguments, ctx.needs_input_grad, grads)
 
     return setup, backward
+
+
+def derivatives(
+    reference: Callable[..., Any], arguments: Sequence[Any], wanted: Sequence[bool], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Of a reference in plain torch, by autograd, with a graph if grad mode is on: for each argument that is wanted,
+    from the gradients of the results."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():  # one argument may depend on another: the derivatives are partial
+        taken = [x.view_as(x) if isinstance(x, Tensor) else x for x in arguments]
+        found = reference(*taken)
+        outputs: Sequence[Tensor] = found if isinstance(found, tuple) else (found,)
+        pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
+        active = [x for x, needed in zip(taken, wanted, strict=True) if needed]
+        by_autograd: Sequence[Tensor | None] = [None] * len(active)
+        if pairs and active:
+            results, gradients = zip(*pairs, strict=True)
+            by_autograd = torch.autograd.grad(results, active, gradients, create_graph=create_graph, allow_unused=True)
+    each = iter(by_autograd)
+    return tuple(next(each) if needed else None for needed in wanted)
 
 
 def implementation(device: torch.device, modules: Mapping[str, str]) -> Any:

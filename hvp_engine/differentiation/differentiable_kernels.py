@@ -20,6 +20,7 @@ from hvp_engine.differentiable.attention.function import is_worthwhile, scaled_d
 from hvp_engine.differentiable.recurrent.layers import gru, lstm
 from hvp_engine.differentiation.formulas import FORMULAS
 from hvp_engine.differentiation.losses_and_normalizations import LOSSES_AND_NORMALIZATIONS
+from hvp_engine.differentiation.normalization_formulas import NORMALIZATION_FORMULAS
 
 
 class _Replacing(TorchFunctionMode):
@@ -52,12 +53,13 @@ def own_kernels() -> _Replacing:
 
 
 @contextlib.contextmanager
-def plain_kernels() -> Iterator[_Replacing]:
+def plain_kernels(thrice: bool = False) -> Iterator[_Replacing]:
     """Attention, recurrent layers, embeddings, weight normalization, :data:`FORMULAS` and
-    :data:`LOSSES_AND_NORMALIZATIONS`, with the right second derivatives. Torch's switches are the whole process's, so
-    that its thread runs alone."""
+    :data:`LOSSES_AND_NORMALIZATIONS`, with the right second derivatives; `thrice`, for losses that themselves take
+    derivatives, with the right third ones too. Torch's switches are the whole process's, so that its thread runs
+    alone."""
     switches = sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False)
-    with one_thread(), switches[0], switches[1], _Replacing(_PLAIN) as replacing:
+    with one_thread(), switches[0], switches[1], _Replacing(_THRICE if thrice else _PLAIN) as replacing:
         yield replacing
 
 
@@ -114,3 +116,5 @@ _PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
     **FORMULAS,
     **LOSSES_AND_NORMALIZATIONS,
 }
+
+_THRICE: dict[Callable[..., Any], Callable[..., Any]] = {**_PLAIN, **NORMALIZATION_FORMULAS}

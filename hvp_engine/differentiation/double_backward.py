@@ -49,6 +49,10 @@ class FastKernelError(SecondDerivativeError):
     """The second derivative of a fast kernel is wrong; `plain_kernels` has the right one."""
 
 
+class ThirdDerivativeError(FastKernelError):
+    """The loss differentiates through kernels whose third derivative is wrong; `plain_kernels(thrice=True)` has it."""
+
+
 def second_derivative_error(operator: str, kind: type[SecondDerivativeError] = SecondDerivativeError) -> Exception:
     """The error for an operator without a second derivative, with the remedy where one is known."""
     remedy = next(
@@ -258,17 +262,29 @@ def other_leaves(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
 
 
 def _refuse_without_second_derivative(loss: Tensor) -> None:
-    """Raise for a once-differentiable function in the loss, for control flow, and for fused weight normalization.
+    """Raise for a once-differentiable function in the loss, for control flow, for fused weight normalization, and for
+    normalizations that the loss differentiates.
 
     The gradient's graph would not show the first behind a linear reduction such as a sum, and the second derivative
-    would be silently wrong, as it is for the other two.
+    would be silently wrong, as it is for the others.
     """
+    refuse_wrong_third_derivative([loss])
     for node in _walk([loss]):
         _refuse_control_flow(node)
         if node.name() == torch_compat.WEIGHT_NORM_NODE:
             raise second_derivative_error("the fused kernel of weight normalization (_weight_norm)", FastKernelError)
         if name := torch_compat.once_differentiable(node):
             raise second_derivative_error(f"{name}, whose backward is once_differentiable")
+
+
+def refuse_wrong_third_derivative(values: Sequence[Tensor]) -> None:
+    """Raise if the values contain first derivatives of normalizations whose second ones alone are right."""
+    for node in _walk([value for value in values if value.requires_grad]):
+        if name := torch_compat.WRONG_WHEN_DIFFERENTIATED.get(node.name()):
+            raise ThirdDerivativeError(
+                f"the loss differentiates through torch's kernel of {name}, whose third derivative, which products "
+                f"then take, is wrong; remedy: {_AS_FUNCTION}, or write the normalization out with Tensor.var and mean"
+            )
 
 
 def _refuse_control_flow(node: Node) -> None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hvp_engine.differentiation.differentiable_kernels import plain_kernels
 from hvp_engine.differentiation.double_backward import differentiate, filled, leaves
 from hvp_engine.differentiation.problem import Problem
-from hvp_engine.errors import GraphError
+from hvp_engine.errors import GraphError, SecondDerivativeError
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,16 @@ class Gradient:
 
 
 def by_autograd(problem: Problem) -> Gradient:
-    """The gradient of the problem's loss at its point."""
+    """The gradient of the problem's loss at its point; on plain kernels if the loss itself takes a derivative which
+    fast ones do not let us differentiate."""
+    try:
+        return _differentiated(problem)
+    except SecondDerivativeError:
+        with plain_kernels():
+            return _differentiated(problem)
+
+
+def _differentiated(problem: Problem) -> Gradient:
     weights, hyperparameters = leaves(problem.weights), leaves(problem.hyperparameters)
     loss = problem.evaluate(weights, hyperparameters)
     if not loss.requires_grad:

@@ -13,7 +13,14 @@ from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import check_scalar, flatten
 from hvp_engine.differentiation.differentiable_kernels import own_kernels, plain_kernels
-from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, leaves
+from hvp_engine.differentiation.double_backward import (
+    Tape,
+    ThirdDerivativeError,
+    differentiate,
+    filled,
+    leaves,
+    refuse_wrong_third_derivative,
+)
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.distributed import for_loss
@@ -77,8 +84,12 @@ class _GaussNewtonEngine(EagerEngine):
         self._model = model
 
     def linearize(self, problem: Problem) -> GaussNewtonProducts:
-        with own_kernels():
-            found = GaussNewtonProducts(self._model, problem)
+        try:
+            with own_kernels():
+                found = GaussNewtonProducts(self._model, problem)
+        except ThirdDerivativeError:
+            with plain_kernels(thrice=True):
+                return GaussNewtonProducts(self._model, problem)
         if found.incomplete:
             warnings.warn(
                 "model: a kernel in it has no second derivative; it is evaluated on plain kernels (no cuDNN, "
@@ -107,6 +118,7 @@ class GaussNewtonProducts(Linearization):
                 "model: expected outputs that depend on the weights; got outputs without an autograd graph: compute "
                 "them from the weights that the model is given, with grad mode on"
             )
+        refuse_wrong_third_derivative(reached)
         self._outputs = leaves(reached)
         points = iter(self._outputs)
         differentiated = [next(points) if output.requires_grad else output for output in outputs]

@@ -33,7 +33,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     g, q, k, v = _operands(grad_output, query, key, value)
     results = [q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)]
-    _run(1, (q, k, v), results, settings, logsumexp, g)
+    _run(1, (q, k, v), results, settings, g)
     grad_query, grad_key, grad_value = (x.to(query.dtype) for x in results)
     return grad_query, grad_key, grad_value
 
@@ -53,7 +53,7 @@ def attention_backward_backward(
     g, q, k, v = _operands(grad_output, query, key, value)
     tangents = [None if x is None else _rows(x) for x in (grad_grad_query, grad_grad_key, grad_grad_value)]
     results = [g.new_empty(g.shape), q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)]
-    _run(2, (q, k, v), results, settings, logsumexp, g, tangents)
+    _run(2, (q, k, v), results, settings, g, tangents)
     grad_grad_output, grad_query, grad_key, grad_value = (x.to(query.dtype) for x in results)
     return grad_grad_output, grad_query, grad_key, grad_value
 
@@ -74,7 +74,6 @@ def _run(
     operands: tuple[Tensor, ...],
     results: Sequence[Tensor],
     settings: Settings,
-    logsumexp: Tensor | None = None,
     grad_output: Tensor | None = None,
     tangents: Sequence[Tensor | None] = (None, None, None),
 ) -> None:
@@ -84,7 +83,6 @@ def _run(
         query=query,
         key=key,
         value=value,
-        logsumexp=None if logsumexp is None else logsumexp.contiguous(),
         grad_output=grad_output,
         grad_grad_query=tangents[0],
         grad_grad_key=tangents[1],

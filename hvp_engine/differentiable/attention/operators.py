@@ -203,7 +203,7 @@ def _third_derivative(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | No
         inputs: list[Any] = [None if x is None else x.view_as(x) if x.requires_grad else x.detach() for x in saved[:7]]
         active = [x for x in inputs if x is not None and x.requires_grad]
         a, b, c, g, q, k, v = inputs
-        outputs = reference.attention_backward_backward(a, b, c, g, q, k, v, saved[7], None, settings)
+        outputs = reference.attention_backward_backward(a, b, c, g, q, k, v, saved[7], saved[8], settings)
         pairs = [(y, t) for y, t in zip(outputs, cotangents, strict=True) if t is not None and y.requires_grad]
         found = iter(
             torch.autograd.grad(

@@ -58,7 +58,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> 
     q, k, v = _operands(query, key, value)
     scores = _scores(q, k, settings)
     logsumexp = scores.logsumexp(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -math.inf)
-    output = (_weights(scores, logsumexp) * _factors(scores, settings)) @ v
+    output = (_weights(scores) * _factors(scores, settings)) @ v
     return output.to(query.dtype), logsumexp
 
 
@@ -75,7 +75,7 @@ def attention_backward(
     q, k, v = _operands(query, key, value)
     g = grad_output.to(q.dtype)
     scores = _scores(q, k, settings)
-    weights, factors = _weights(scores, logsumexp), _factors(scores, settings)
+    weights, factors = _weights(scores), _factors(scores, settings)
     grad_scores = _through_softmax(weights, (g @ v.mT) * factors)
     grad_query = settings.scale * (grad_scores @ k)
     grad_key = settings.scale * (grad_scores.mT @ q)
@@ -92,13 +92,10 @@ def attention_backward_backward(
     key: Tensor,
     value: Tensor,
     output: Tensor,
-    logsumexp: Tensor | None,
+    logsumexp: Tensor,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of grad_output, query, key and value; None stands for gradients of zero.
-
-    Without `logsumexp` the weights are computed without it, so that autograd can differentiate all of this once more.
-    """
+    """The gradients of grad_output, query, key and value; None stands for gradients of zero."""
     q, k, v = _operands(query, key, value)
     g = grad_output.to(q.dtype)
     a = torch.zeros_like(q) if grad_grad_query is None else grad_grad_query.to(q.dtype)
@@ -107,7 +104,7 @@ def attention_backward_backward(
         for one, x in ((grad_grad_key, k), (grad_grad_value, v))
     )
     scores = _scores(q, k, settings)
-    weights, factors = _weights(scores, logsumexp), _factors(scores, settings)
+    weights, factors = _weights(scores), _factors(scores, settings)
     moved = settings.scale * (a @ k.mT + q @ b.mT)
     moved = moved - (weights * moved).sum(-1, keepdim=True)
     moved_weights = weights * moved * factors
@@ -157,13 +154,10 @@ def _scores(q: Tensor, k: Tensor, settings: Settings) -> Tensor:
     return scores.where(mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
 
 
-def _weights(scores: Tensor, logsumexp: Tensor | None) -> Tensor:
-    """softmax(scores); zeros in a row that sees nothing, whose logsumexp is -inf."""
-    if logsumexp is None:
-        seen = (scores > -math.inf).any(-1, keepdim=True)
-        return scores.where(seen, 0.0).softmax(-1).where(seen, 0.0)
-    seen = logsumexp > -math.inf
-    return (scores - logsumexp.where(seen, 0.0).unsqueeze(-1)).exp()
+def _weights(scores: Tensor) -> Tensor:
+    """softmax(scores); zeros in a row that sees nothing."""
+    seen = (scores > -math.inf).any(-1, keepdim=True)
+    return scores.where(seen, 0.0).softmax(-1).where(seen, 0.0)
 
 
 def _factors(scores: Tensor, settings: Settings) -> Tensor | float:

@@ -1,4 +1,5 @@
-"""The derivatives of the registered recurrences: each level is that of the one before, and the third has none.
+"""The derivatives of the registered recurrences: each level is that of the one before, and those of the third are made
+by autograd from the reference.
 
 Matrix products that can be made for the whole sequence at once are made here, by torch, so that rewrites of recorded
 products find them: of the gradient dW = sum_t d_t h_{t-1}^T, whose factors are results of operations.
@@ -13,28 +14,21 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.torch_compat import without_torch_functions
+from hvp_engine.differentiable.recurrent import reference
 from hvp_engine.differentiable.recurrent.schemas import LIBRARY
 from hvp_engine.differentiable.recurrent.signatures import OPS
-from hvp_engine.errors import SecondDerivativeError
+from hvp_engine.differentiable.registration import by_reference, derivatives
 
 Gradients = tuple[Tensor | None, ...]
 
 ops = torch.ops.hvp_engine
 
 
-def _refuse(kind: str) -> None:
-    raise SecondDerivativeError(
-        f"{kind}: expected a first or second derivative; a third one was asked for, which this operation does not "
-        "have: torch's own layer has it, outside of hvp_engine's calls and under "
-        "torch.backends.mkldnn.flags(enabled=False) on a CPU, torch.backends.cudnn.flags(enabled=False) on a GPU"
-    )
-
-
 def _filled(gradient: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if gradient is None else gradient
 
 
-def _keep(ctx: Any, settings: tuple[Any, ...], *tensors: Tensor) -> None:
+def _keep(ctx: Any, settings: tuple[Any, ...], *tensors: Tensor | None) -> None:
     """Save what a backward needs, where a recorder of products finds it: tensors, and the settings that are none."""
     batch_sizes, *rest = settings
     ctx.set_materialize_grads(False)
@@ -61,19 +55,19 @@ def _lstm(ctx: Any, *gradients: Tensor | None) -> Gradients:
 
 
 def _lstm_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    again = any(gradient is not None for gradient in inputs[4:7])
-    _keep(ctx, (*inputs[11:13], again), *inputs[7:11], *output)
-    ctx.mark_non_differentiable(*output[3:])
+    _keep(ctx, inputs[11:], *inputs[:11], *output)
 
 
 def _lstm_backward(ctx: Any, *cotangents: Tensor | None) -> Gradients:
-    weight, gates, previous_cell, squashed, projected, hidden, cell, *kept = ctx.saved_tensors
-    batch_sizes, reverse, again = ctx.settings
-    if again or not len(kept[0]):
-        _refuse("LSTM")
+    inputs, (projected, hidden, cell, *kept) = ctx.saved_tensors[:11], ctx.saved_tensors[11:]
+    if _beyond(ctx, inputs[4:7], cotangents[3:]):
+        return derivatives(
+            reference.lstm_recurrence_backward, (*inputs, *ctx.settings), ctx.needs_input_grad, cotangents
+        )
+    batch_sizes, reverse, _ = ctx.settings
     given = [_filled(one, like) for one, like in zip(cotangents, (projected, hidden, cell), strict=False)]
     output, last_hidden, last_cell, previous, *sources = ops.lstm_recurrence_double_backward(
-        *given, weight, gates, previous_cell, squashed, *kept, batch_sizes, reverse
+        *given, *inputs[7:], *kept, batch_sizes, reverse
     )
     of_weight = projected.t() @ previous if ctx.needs_input_grad[7] else None
     found = output, last_hidden, last_cell, previous, None, None, None, of_weight, *sources, None, None, None
@@ -95,21 +89,29 @@ def _gru(ctx: Any, *gradients: Tensor | None) -> Gradients:
 
 
 def _gru_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _keep(ctx, (*inputs[7:9], inputs[3] is not None), *inputs[4:7], *output)
-    ctx.mark_non_differentiable(*output[3:])
+    _keep(ctx, inputs[7:], *inputs[:7], *output)
 
 
 def _gru_backward(ctx: Any, *cotangents: Tensor | None) -> Gradients:
-    weight, previous, gates, projected, recurrent, hidden, kept = ctx.saved_tensors
-    batch_sizes, reverse, again = ctx.settings
-    if again or not len(kept):
-        _refuse("GRU")
+    inputs, (projected, recurrent, hidden, kept) = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    if _beyond(ctx, inputs[3:4], cotangents[3:]):
+        return derivatives(
+            reference.gru_recurrence_backward, (*inputs, *ctx.settings), ctx.needs_input_grad, cotangents
+        )
+    batch_sizes, reverse, _ = ctx.settings
     given = [_filled(one, like) for one, like in zip(cotangents, (projected, recurrent, hidden), strict=False)]
     output, last_hidden, before, *sources = ops.gru_recurrence_double_backward(
-        *given, weight, previous, gates, projected, kept, batch_sizes, reverse
+        *given, *inputs[4:], projected, kept, batch_sizes, reverse
     )
     of_weight = recurrent.t() @ before if ctx.needs_input_grad[4] else None
     return _needed(ctx, (output, last_hidden, before, None, of_weight, *sources, None, None, None))
+
+
+def _beyond(ctx: Any, of_saved: Gradients, of_kept: Gradients) -> bool:
+    """Whether a backward is to be differentiated that no double backward is made for: one that is part of a product, or
+    of which a third derivative is asked for, or that has kept nothing."""
+    *_, keep = ctx.settings
+    return not keep or any(gradient is not None for gradient in (*of_saved, *of_kept))
 
 
 def _unseen(formula: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,18 +124,14 @@ def _unseen(formula: Callable[..., Any]) -> Callable[..., Any]:
     return unseen
 
 
-def _refused(kind: str) -> Callable[..., None]:
-    return lambda ctx, *_: _refuse(kind)
-
-
-_FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
-    "lstm_recurrence": (_lstm, _lstm_setup),
-    "lstm_recurrence_backward": (_lstm_backward, _lstm_backward_setup),
-    "lstm_recurrence_double_backward": (_refused("LSTM"), None),
-    "gru_recurrence": (_gru, _gru_setup),
-    "gru_recurrence_backward": (_gru_backward, _gru_backward_setup),
-    "gru_recurrence_double_backward": (_refused("GRU"), None),
+_FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "lstm_recurrence": (_lstm_setup, _lstm),
+    "lstm_recurrence_backward": (_lstm_backward_setup, _lstm_backward),
+    "lstm_recurrence_double_backward": by_reference(reference.lstm_recurrence_double_backward),
+    "gru_recurrence": (_gru_setup, _gru),
+    "gru_recurrence_backward": (_gru_backward_setup, _gru_backward),
+    "gru_recurrence_double_backward": by_reference(reference.gru_recurrence_double_backward),
 }
 assert _FORMULAS.keys() == OPS.keys()
-for _name, (_formula, _setup) in _FORMULAS.items():
+for _name, (_setup, _formula) in _FORMULAS.items():
     torch.library.register_autograd(f"hvp_engine::{_name}", _unseen(_formula), setup_context=_setup, lib=LIBRARY)

@@ -62,14 +62,13 @@ def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     Returns (output, h_n, c_n).
 
     Cost: the matrix products of input and weight gradients are made once for the whole sequence, those of the state
-    once for each time. A gradient keeps 8 numbers for each unit and time, and 2 more if it is to be differentiated. A
-    Hessian-vector product is one pass forward in time and one back.
+    once for each time. A gradient keeps 8 numbers for each unit and time, and 3 more if it is to be differentiated. A
+    Hessian-vector product is one pass forward in time and one back. Third derivatives are made from the plain formulas.
 
     What torch's layer does by itself it still does: projections (`proj_size`), autocast, forward mode, `torch.func`,
     sharded tensors and other devices than CPU and CUDA.
 
-    Errors: :class:`SecondDerivativeError` for a third derivative; `ValueError` for batch sizes that grow; for all else
-    those of torch.
+    Errors: `ValueError` for batch sizes that grow; for all else those of torch.
 
     Source: Hochreiter and Schmidhuber, Long short-term memory, Neural Computation, 1997; Pearlmutter, Fast exact
     multiplication by the Hessian, Neural Computation, 1994.
@@ -101,7 +100,7 @@ def gru(*arguments: Any) -> tuple[Tensor, Tensor]:
 
     Returns (output, h_n).
 
-    Cost, errors: as of :func:`lstm`; a gradient keeps 6 numbers for each unit and time, and 7 more if it is to be
+    Cost, errors: as of :func:`lstm`; a gradient keeps 6 numbers for each unit and time, and 8 more if it is to be
     differentiated.
 
     Source: Cho et al., Learning phrase representations using RNN encoder-decoder, EMNLP 2014, as torch has it.

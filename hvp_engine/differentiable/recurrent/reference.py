@@ -8,7 +8,7 @@ value at each time. B = batch_sizes[0] is the number of sequences, H that of uni
 Each recurrence is a function of three levels, written out here. Its backward is linear in the gradients that it takes,
 and a function of what the forward has kept; the backward of that one gives gradients for both. So a product with the
 Hessian is one pass forward in time, `*_double_backward`, and one pass back, `*_backward` again, into which everything
-that the first one found flows.
+that the first one found flows. Nothing is written in place, so that autograd can differentiate all of this further.
 """
 
 from __future__ import annotations
@@ -24,6 +24,16 @@ def _times(batch_sizes: Sequence[int], reverse: bool) -> Iterator[slice]:
     ends = torch.tensor(batch_sizes).cumsum(0).tolist()
     rows = [slice(end - size, end) for end, size in zip(ends, batch_sizes, strict=True)]
     return reversed(rows) if reverse else iter(rows)
+
+
+def _together(times: Sequence[Sequence[Tensor]], reverse: bool) -> list[Tensor]:
+    """What has been found at each time, in the order of the rows."""
+    return [torch.cat(found[::-1] if reverse else found) for found in zip(*times, strict=True)]
+
+
+def _replaced(state: Tensor, first: Tensor) -> Tensor:
+    """The state with other rows for the sequences that still go on, which are the first ones."""
+    return first if len(first) == len(state) else torch.cat([first, state[len(first) :]])
 
 
 def _rows_or_zeros(gradient: Tensor | None) -> Callable[[slice], Tensor | float]:
@@ -48,20 +58,17 @@ def lstm_recurrence(
     takes: `previous` (N, H), which is h_{t-1}, `gates` (N, 4H), `previous_cell` (N, H), which is c_{t-1}, and
     `squashed` (N, H), which is tanh(c_t).
     """
-    size = hidden.shape[1]
-    output, previous, previous_cell, squashed = (projected.new_empty(len(projected), size) for _ in range(4))
-    gates = torch.empty_like(projected, memory_format=torch.contiguous_format)
-    hidden, cell = hidden.clone(), cell.clone()
+    times = []
     for rows in _times(batch_sizes, reverse):
-        count = rows.stop - rows.start
-        previous[rows], previous_cell[rows] = hidden[:count], cell[:count]
-        i, f, g, o = (projected[rows] + hidden[:count] @ weight.t()).chunk(4, 1)
+        before, old = hidden[: rows.stop - rows.start], cell[: rows.stop - rows.start]
+        i, f, g, o = (projected[rows] + before @ weight.t()).chunk(4, 1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        gates[rows] = torch.cat([i, f, g, o], 1)
-        cell[:count] = f * cell[:count] + i * g
-        squashed[rows] = cell[:count].tanh()
-        output[rows] = hidden[:count] = o * squashed[rows]
-    return output, hidden, cell, previous, gates, previous_cell, squashed
+        new = f * old + i * g
+        s = new.tanh()
+        hidden, cell = _replaced(hidden, o * s), _replaced(cell, new)
+        times.append((o * s, before, torch.cat([i, f, g, o], 1), old, s))
+    output, *saved = _together(times, reverse)
+    return output, hidden.clone(), cell.clone(), *saved
 
 
 def lstm_recurrence_backward(
@@ -87,15 +94,14 @@ def lstm_recurrence_backward(
     gradients of h_t and of c_t (N, H), with what comes from later times.
     """
     size = weight.shape[1]
-    projected_grad = torch.empty_like(gates, memory_format=torch.contiguous_format)
-    hidden_grads, cell_grads = (gates.new_empty(len(gates) if keep else 0, size) for _ in range(2))
     hidden, cell = (
-        gates.new_zeros(batch_sizes[0], size) if gradient is None else gradient.clone()
+        gates.new_zeros(batch_sizes[0], size) if gradient is None else gradient
         for gradient in (last_hidden_grad, last_cell_grad)
     )
     of_output, of_previous, of_cell, of_squashed = map(
         _rows_or_zeros, (output_grad, previous_grad, previous_cell_grad, squashed_grad)
     )
+    times = []
     for rows in _times(batch_sizes, not reverse):
         count = rows.stop - rows.start
         i, f, g, o = gates[rows].chunk(4, 1)
@@ -105,12 +111,11 @@ def lstm_recurrence_backward(
         di, df, dg, do = dc * g, dc * previous_cell[rows], dc * i, dh * s
         if gates_grad is not None:
             di, df, dg, do = (x + y for x, y in zip((di, df, dg, do), gates_grad[rows].chunk(4, 1), strict=True))
-        projected_grad[rows] = torch.cat([di * i * (1 - i), df * f * (1 - f), dg * (1 - g * g), do * o * (1 - o)], 1)
-        hidden[:count] = projected_grad[rows] @ weight + of_previous(rows)
-        cell[:count] = dc * f + of_cell(rows)
-        if keep:
-            hidden_grads[rows], cell_grads[rows] = dh, dc
-    return projected_grad, hidden, cell, hidden_grads, cell_grads
+        d = torch.cat([di * i * (1 - i), df * f * (1 - f), dg * (1 - g * g), do * o * (1 - o)], 1)
+        hidden, cell = _replaced(hidden, d @ weight + of_previous(rows)), _replaced(cell, dc * f + of_cell(rows))
+        times.append((d, dh, dc))
+    projected_grad, *kept = _together(times, not reverse)
+    return projected_grad, hidden.clone(), cell.clone(), *(one if keep else gates.new_empty(0, size) for one in kept)
 
 
 def lstm_recurrence_double_backward(
@@ -132,21 +137,19 @@ def lstm_recurrence_double_backward(
     Returns the gradients for `output_grad` (N, H), `last_hidden_grad`, `last_cell_grad` (B, H), `previous_grad` (N, H),
     `gates` (N, 4H), `previous_cell` and `squashed` (N, H); that for `weight` is projected_grad^T times the fourth.
     """
-    size = weight.shape[1]
-    output, previous, cells, squashes = (gates.new_empty(len(gates), size) for _ in range(4))
-    sources = torch.empty_like(gates, memory_format=torch.contiguous_format)
-    hidden, cell = hidden_cotangent.clone(), cell_cotangent.clone()
+    hidden, cell = hidden_cotangent, cell_cotangent
+    times = []
     for rows in _times(batch_sizes, reverse):
         count = rows.stop - rows.start
         i, f, g, o = gates[rows].chunk(4, 1)
         s, before, dh, dc = squashed[rows], previous_cell[rows], hidden_grads[rows], cell_grads[rows]
-        previous[rows], old = hidden[:count], cell[:count].clone()
-        ai, af, ag, ao = (projected_cotangent[rows] + hidden[:count] @ weight.t()).chunk(4, 1)
+        state, old = hidden[:count], cell[:count]
+        ai, af, ag, ao = (projected_cotangent[rows] + state @ weight.t()).chunk(4, 1)
         ui, uf, ug, uo = ai * i * (1 - i), af * f * (1 - f), ag * (1 - g * g), ao * o * (1 - o)
-        cell[:count] = ui * g + uf * before + ug * i + old * f
-        u = cell[:count] * (1 - s * s)
-        output[rows] = hidden[:count] = uo * s + u * o
-        sources[rows] = torch.cat(
+        new = ui * g + uf * before + ug * i + old * f
+        u = new * (1 - s * s)
+        hidden, cell = _replaced(hidden, uo * s + u * o), _replaced(cell, new)
+        sources = torch.cat(
             [
                 dc * (ai * g * (1 - 2 * i) + ug),
                 dc * (af * before * (1 - 2 * f) + old),
@@ -155,9 +158,9 @@ def lstm_recurrence_double_backward(
             ],
             1,
         )
-        cells[rows] = uf * dc
-        squashes[rows] = dh * (uo - 2 * cell[:count] * o * s)
-    return output, hidden, cell, previous, sources, cells, squashes
+        times.append((uo * s + u * o, state, sources, uf * dc, dh * (uo - 2 * new * o * s)))
+    output, *found = _together(times, reverse)
+    return output, hidden.clone(), cell.clone(), *found
 
 
 def gru_recurrence(
@@ -182,20 +185,18 @@ def gru_recurrence(
     Returns `output` (N, H), which is h_t, the last state `last_hidden` (B, H), and what the backward takes: `previous`
     (N, H), which is h_{t-1}, and `gates` (N, 4H), which is r, z, n and m_n.
     """
-    size = hidden.shape[1]
-    output, previous = (projected.new_empty(len(projected), size) for _ in range(2))
-    gates = projected.new_empty(len(projected), 4 * size)
-    hidden = hidden.clone()
+    times = []
     for rows in _times(batch_sizes, reverse):
-        count = rows.stop - rows.start
-        previous[rows] = before = hidden[:count].clone()
+        before = hidden[: rows.stop - rows.start]
         recurrent = before @ weight.t() if bias is None else torch.addmm(bias, before, weight.t())
         (pr, pz, pn), (mr, mz, mn) = projected[rows].chunk(3, 1), recurrent.chunk(3, 1)
         r, z = (pr + mr).sigmoid(), (pz + mz).sigmoid()
         n = (pn + r * mn).tanh()
-        gates[rows] = torch.cat([r, z, n, mn], 1)
-        output[rows] = hidden[:count] = n + z * (before - n)
-    return output, hidden, previous, gates
+        new = n + z * (before - n)
+        hidden = _replaced(hidden, new)
+        times.append((new, before, torch.cat([r, z, n, mn], 1)))
+    output, *saved = _together(times, reverse)
+    return output, hidden.clone(), *saved
 
 
 def gru_recurrence_backward(
@@ -217,24 +218,21 @@ def gru_recurrence_backward(
     takes, else a tensor of no rows: the gradient of h_t (N, H), with what comes from later times.
     """
     size = weight.shape[1]
-    projected_grad, recurrent_grad = (gates.new_empty(len(gates), 3 * size) for _ in range(2))
-    hidden_grads = gates.new_empty(len(gates) if keep else 0, size)
-    hidden = gates.new_zeros(batch_sizes[0], size) if last_hidden_grad is None else last_hidden_grad.clone()
+    hidden = gates.new_zeros(batch_sizes[0], size) if last_hidden_grad is None else last_hidden_grad
     of_output, of_previous = map(_rows_or_zeros, (output_grad, previous_grad))
+    times = []
     for rows in _times(batch_sizes, not reverse):
-        count = rows.stop - rows.start
         r, z, n, m = gates[rows].chunk(4, 1)
-        dh = hidden[:count] + of_output(rows)
+        dh = hidden[: rows.stop - rows.start] + of_output(rows)
         er, ez, en, em = (0.0,) * 4 if gates_grad is None else gates_grad[rows].chunk(4, 1)
         dn = (dh * (1 - z) + en) * (1 - n * n)
         dz = (dh * (previous[rows] - n) + ez) * z * (1 - z)
         dr = (dn * m + er) * r * (1 - r)
-        projected_grad[rows] = torch.cat([dr, dz, dn], 1)
-        recurrent_grad[rows] = torch.cat([dr, dz, dn * r + em], 1)
-        hidden[:count] = recurrent_grad[rows] @ weight + dh * z + of_previous(rows)
-        if keep:
-            hidden_grads[rows] = dh
-    return projected_grad, recurrent_grad, hidden, hidden_grads
+        d = torch.cat([dr, dz, dn * r + em], 1)
+        hidden = _replaced(hidden, d @ weight + dh * z + of_previous(rows))
+        times.append((torch.cat([dr, dz, dn], 1), d, dh))
+    projected_grad, recurrent_grad, kept = _together(times, not reverse)
+    return projected_grad, recurrent_grad, hidden.clone(), kept if keep else gates.new_empty(0, size)
 
 
 def gru_recurrence_double_backward(
@@ -256,23 +254,21 @@ def gru_recurrence_double_backward(
     and `gates` (N, 4H); that for `weight` is recurrent_grad^T times the third.
     """
     size = weight.shape[1]
-    output, before, previous_sources = (gates.new_empty(len(gates), size) for _ in range(3))
-    sources = torch.empty_like(gates, memory_format=torch.contiguous_format)
-    hidden = hidden_cotangent.clone()
+    hidden = hidden_cotangent
+    times = []
     for rows in _times(batch_sizes, reverse):
-        count = rows.stop - rows.start
         r, z, n, m = gates[rows].chunk(4, 1)
         dn, dh, change = projected_grad[rows, 2 * size :], hidden_grads[rows], previous[rows] - n
-        before[rows] = old = hidden[:count].clone()
+        old = hidden[: rows.stop - rows.start]
         ar, az, am = (recurrent_cotangent[rows] + old @ weight.t()).chunk(3, 1)
         pr, pz, pn = projected_cotangent[rows].chunk(3, 1)
         ar, az = ar + pr, az + pz
         ur, uz = ar * r * (1 - r), az * z * (1 - z)
         un = pn + am * r + ur * m
         u = un * (1 - n * n)
-        output[rows] = hidden[:count] = u * (1 - z) + uz * change + old * z
-        previous_sources[rows] = uz * dh
-        sources[rows] = torch.cat(
+        new = u * (1 - z) + uz * change + old * z
+        hidden = _replaced(hidden, new)
+        sources = torch.cat(
             [
                 dn * (am + ar * m * (1 - 2 * r)),
                 dh * (az * change * (1 - 2 * z) + old - u),
@@ -281,4 +277,6 @@ def gru_recurrence_double_backward(
             ],
             1,
         )
-    return output, hidden, before, previous_sources, sources
+        times.append((new, old, uz * dh, sources))
+    output, *found = _together(times, reverse)
+    return output, hidden.clone(), *found

@@ -29,7 +29,15 @@ from hvp_engine._support.torch_compat import (
 )
 from hvp_engine._support.user_code import innermost_line
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
-from hvp_engine.differentiation.double_backward import Pullback, Tape, differentiate, explained, gradients, leaves
+from hvp_engine.differentiation.double_backward import (
+    Pullback,
+    Tape,
+    ThirdDerivativeError,
+    differentiate,
+    explained,
+    gradients,
+    leaves,
+)
 from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.differentiation.trace.functionalize import functionalized, refuse_side_effects, retraced
 from hvp_engine.differentiation.trace.memory_format import (
@@ -129,7 +137,7 @@ def _at(problem: Problem, arguments: Sequence[Tensor]) -> tuple[Problem, list[Te
     return problem.at(structure.rebuild(batch)), weights, hyperparameters
 
 
-def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor]]) -> Trace:
+def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor]], thrice: bool = False) -> Trace:
     """The trace of the loss on `laid_out(weights)`, and of its products on tangents that are laid out alike."""
     known = _known(problem)
 
@@ -144,7 +152,12 @@ def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor
         return [tape.loss, *tape.gradient, *products]
 
     arguments = [*known, *(torch.ones_like(w) for w in problem.weights)]
-    graph, root, undone = _recorded(problem, function, arguments, plain_kernels())
+    try:
+        graph, root, undone = _recorded(problem, function, arguments, plain_kernels(thrice))
+    except ThirdDerivativeError:
+        if thrice:
+            raise
+        return _traced(problem, laid_out, thrice=True)
     count = len(problem.weights)
     return Trace(graph, root, count, 1 + count, tuple(arguments), undone)
 
