@@ -157,12 +157,8 @@ class _Folding:
 
     def _multiplied(self, node: fx.Node, x: fx.Node, place: int) -> Form | None:
         """Each source of the argument at this place, with what the operation makes of its factor."""
-        form = self._sources(x, node)
-        factors = {source: self._applied(node, place, factor) for source, factor in form.items()}
-        before = {known for _, known in form.values()} | set(node.all_input_nodes)
-        made = {factor[1] for factor in factors.values() if factor and alike(factor[1], node)} - before
-        at_once = all(user.target in (row_factors.SUM, *row_factors.CHOICES) for user in node.users)
-        if None in factors.values() or (len(made) > 1 and not at_once):  # several large factors take more memory than x
+        factors = {source: self._applied(node, place, factor) for source, factor in self._sources(x, node).items()}
+        if None in factors.values():
             alone = self._applied(node, place, (1.0, None))
             return None if alone is None else {self._made(x): alone}
         return factors  # type: ignore[return-value]  # without None
