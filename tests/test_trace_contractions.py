@@ -29,8 +29,9 @@ def operands(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def rewritten(function: Function, *shapes: tuple[int, ...]) -> Counter[str]:
-    """How many operations of each name on the first argument are left; the value is checked."""
+def rewritten(function: Function, *shapes: tuple[int, ...], least: int = 0) -> Counter[str]:
+    """How many operations of each name on the first argument are left, whose results have so many elements at least;
+    the value is checked."""
     inputs = operands(*shapes)
     module = make_fx(function, tracing_mode="fake")(*inputs)
     graph = module.graph
@@ -42,7 +43,8 @@ def rewritten(function: Function, *shapes: tuple[int, ...]) -> Counter[str]:
     module.recompile()
     torch.testing.assert_close(module(*inputs), function(*inputs), rtol=1e-12, atol=1e-12)
     linear = dependents(graph, tangent)
-    names = [node.target for node in graph.nodes if node in linear and node.op == "call_function"]
+    made = [node for node in graph.nodes if node in linear and node.op == "call_function"]
+    names = [node.target for node in made if node.meta["val"].numel() >= least]
     return Counter(str(name).removeprefix("aten.").split(".")[0] for name in names)
 
 
@@ -175,6 +177,43 @@ ELEMENTWISE: dict[str, Function] = {
 def test_elementwise_operations_are_one_product(name: str) -> None:
     left = rewritten(ELEMENTWISE[name], (4, 4), (4, 4))
     assert sum(left.values()) <= 2 and sum(left[k] for k in ("mul", "div")) == 1, left
+
+
+def _first(t: Tensor) -> Tensor:
+    return torch.zeros(len(t), 1, dtype=torch.int64)
+
+
+PASSES: dict[str, tuple[Function, int]] = {
+    "centred and summed": (lambda t, k: ((t - t.sum(-1, True) / 4) * k).sum(-1), 1),
+    "shifted by a number of each row": (lambda t, k: (t * k - t.sum(-1, True)).sum(-1), 1),
+    "softmax by hand": (lambda t, k: (p := k.softmax(-1)) * (t - (p * t).sum(-1, keepdim=True)) * 2, 3),
+    "softmax of a centred row": (
+        lambda t, k: aten._softmax_backward_data(t - t.sum(-1, True), k.softmax(-1), -1, torch.float64).gather(
+            -1, _first(t)
+        ),
+        1,
+    ),
+    "logarithm of a softmax": (
+        lambda t, k: aten._log_softmax_backward_data(t * k, k.log_softmax(-1), -1, torch.float64).gather(-1, _first(t)),
+        1,
+    ),
+    "an entry of a centred row": (lambda t, k: ((t - t.sum(-1, True)) * k).gather(-1, _first(t)) * 3, 0),
+    "scattered and summed": (
+        lambda t, k: (torch.zeros_like(k).scatter_add(-1, _first(t), (t * k).sum(-1, True)) * k + t * k).sum(-1),
+        2,
+    ),
+    "summed without the dimension": (lambda t, k: (t.sum(-1)[:, None] * k).sum(1), 0),
+    "stacked with zeros": (lambda t, k: (torch.stack([t, 0 * k]) * torch.stack([k, k.exp()])).sum(0), 1),
+    "an entry of a stack": (lambda t, k: (torch.stack([t, k - k]) * torch.stack([k, k.exp()]))[0] * k, 1),
+    "both branches": (lambda t, k: torch.where(k > 0, t * k, -t), 1),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_what_is_a_number_for_each_row_costs_no_pass_over_rows(name: str) -> None:
+    function, passes = PASSES[name]
+    left = rewritten(function, (4, 4), (4, 4), least=16)
+    assert sum(left.values()) == passes, left
 
 
 def test_rows_and_columns_are_not_multiplied_out() -> None:

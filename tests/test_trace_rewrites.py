@@ -68,21 +68,20 @@ def test_sums_with_sparse_gradients():
 
 
 def test_large_results_of_cheap_operations_are_not_held():
-    x = torch.randn(64, 2048)  # 512 KiB, as are its centred and its scaled form
+    x, v, k, row = (torch.randn(s, dtype=torch.float64) for s in ((64, 8), (8, 2048), (2048, 4), (2048,)))
 
     def loss(w: Tensor) -> Tensor:
-        outputs = x * w
-        centred = outputs - outputs.mean(0)
-        return (centred / (centred.square().mean(0) + 1).sqrt()).tanh().pow(3).sum()
+        outputs, scale = x @ w, torch.exp(x @ v / 4)  # 1 MiB
+        return ((outputs * scale) @ k).square().sum() + (outputs.square() * scale * row).sum()
 
-    w, t = torch.rand(2048), torch.randn(2048)
+    w, t = torch.rand_like(v), torch.randn_like(v)
     here = w.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(here), here, create_graph=True)
     (expected,) = torch.autograd.grad(gradient, here, t)
     linearization = linearization_of(loss, w)
-    torch.testing.assert_close(linearization.product([t])[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(linearization.product([t])[0], expected)
     graph = linearization.functions.partition.tangent.module.graph
     tangents = [node for node in graph.nodes if node.op == "placeholder"][-1:]
     again = set(graph.nodes) - dependents(graph, set(tangents))
-    cheap = (aten.mul.Tensor, aten.div.Tensor, aten.div.Scalar)
-    assert any(node.target in cheap and node.meta["val"].shape == x.shape for node in again)
+    cheap = (aten.mul.Tensor, aten.mul.Scalar)
+    assert any(node.target in cheap and node.meta["val"].shape == (64, 2048) for node in again)

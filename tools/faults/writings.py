@@ -44,10 +44,17 @@ FAULTS = [
     ),
     Fault(
         f"{TRACE}/elementwise_factors.py",
-        "        b = _known(build, aten.mul.Tensor, b, -1.0, node)\n",
-        "        pass\n",
+        "sign = -1.0 if target is aten.sub.Tensor else 1.0",
+        "sign = 1.0",
         f"{CONTRACTIONS} -k one_product",
         "a difference of two products of one tangent is their sum",
+    ),
+    Fault(
+        f"{TRACE}/row_factors.py",
+        "result[place] = number * math.prod(shape_of(x)[d] for d in dims), None",
+        "result[place] = number, None",
+        f"{CONTRACTIONS} -k pass_over_rows",
+        "what is the same along a sum counts once",
     ),
     Fault(
         f"{TRACE}/view_chains.py",

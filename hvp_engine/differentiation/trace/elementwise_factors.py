@@ -1,29 +1,32 @@
-"""Chains and sums of elementwise operations on one tangent as one product with a known factor.
+"""What elementwise operations make of the tangents, as a sum of few sources with known factors.
 
-What depends on the tangents is linear in them. An activation written out is a chain of such operations, whose factors
-the primal part multiplies and adds up once:
+What depends on the tangents is linear in them. A loss written out is a chain of such operations, whose factors the
+primal part multiplies and adds up once:
 
     u = t * 2;  u * a + tanh_backward(u * b, y)      is   t * (2 * a + tanh_backward(2 * b, y))
 
-Without it a term of a tanh written as (e^2x - 1) / (e^2x + 1) reads 14 known tensors, with it one.
+A source may be broadcast, as a mean is to its row; :mod:`hvp_engine.differentiation.trace.row_factors` has what is made
+of rows. Without this a term of a tanh written as (e^2x - 1) / (e^2x + 1) reads 14 known tensors, with it one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from hvp_engine.differentiation.trace import row_factors
+from hvp_engine.differentiation.trace.linear_forms import Arithmetic, Factor, Form, same_along, shape_of
 from hvp_engine.differentiation.trace.patterns import Builder, alike, is_number, same_dtype, same_layout
+from hvp_engine.differentiation.trace.view_chains import shown
 
 aten = torch.ops.aten
 
 _PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
 _QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
-
 _SUMS = (aten.add.Tensor, aten.sub.Tensor)
+_MASKS = (aten.masked_fill.Scalar, aten.where.self)
 
 _SLOPES = (
     aten.tanh_backward.default,
@@ -45,158 +48,167 @@ _SLOPES = (
 )
 """Operations that multiply their first argument by what the others say."""
 
+_READS_SOURCES = (
+    *(*_PRODUCTS, *_QUOTIENTS, *_SUMS, *_MASKS, *_SLOPES, aten.neg.default, aten.expand.default),
+    *(*row_factors.SCATTERED, *row_factors.CHOICES),
+)
+"""Operations on a sum of products that can read its sources instead."""
 
-@dataclass(frozen=True)
-class _Multiple:
-    """source * factor, in so many operations; without a factor it is made when it is asked for."""
-
-    source: fx.Node
-    factor: Any
-    operations: int
+_MOST_SOURCES = 5
+"""Of what is read several times."""
 
 
 def fold_factors(graph: fx.Graph, linear: set[fx.Node]) -> None:
-    """Replace what is made of one tangent by several elementwise operations by one product."""
-    build = Builder(graph, linear)
-    multiples: dict[fx.Node, _Multiple] = {}
+    """Replace what elementwise operations make by the sum of its sources with known factors, where it is read."""
+    folding = _Folding(graph, linear)
     for node in list(graph.nodes):
-        if node not in linear or node.op != "call_function":
-            continue
-        with graph.inserting_before(node):
-            found = _multiple(build, node, multiples)
-            if found is None:
-                continue
-            if found.operations > 1 or isinstance(found.factor, (int, float)):
-                new = _product(build, found, node)
-                node.replace_all_uses_with(new)
-                graph.erase_node(node)
+        if node in linear and node.op != "placeholder":
+            with graph.inserting_before(node):
+                folding.visit(node)
+
+
+class _Folding:
+    """The forms of the nodes up to the one that is visited; a sum is made where something reads it as a whole."""
+
+    def __init__(self, graph: fx.Graph, linear: set[fx.Node]):
+        self._linear = linear
+        self._build = Arithmetic(Builder(graph, linear))
+        self._forms: dict[fx.Node, Form] = {}
+        self._there: set[fx.Node] = set()
+        self._visited: set[fx.Node] = set()
+
+    def visit(self, node: fx.Node) -> None:
+        form = self._form(node) if node.op == "call_function" else None
+        if form is None or any(alike(source, node) and not same_layout(source, node) for source in form):
+            for x in node.all_input_nodes:
+                self._made(x)
+        else:
+            self._forms[node] = form
+            whole = [source for source in form if shape_of(source) == shape_of(node)]
+            many = len(node.users) > 1 and (len(whole) > 1 or len(form) > _MOST_SOURCES)
+            if many or _adds_a_bias(form) or not all(_reads_sources(user, node, form) for user in node.users):
+                self._made(node)
+        self._visited.add(node)
+
+    def _made(self, node: fx.Node) -> fx.Node:
+        """The node, made of its sources; what reads it from now on reads a single source in its place, no others."""
+        form = self._forms.get(node)
+        if form is None or node in self._there:
+            return node
+        (first, (_, known)), *others = form.items()
+        decay = first.op == "placeholder" and known is None and not others
+        direct = node.target in row_factors.STACKS or all(x in form for x in node.all_input_nodes if x in self._linear)
+        del self._forms[node]
+        if decay or not direct:
+            new = self._build.total(form, node)
+            if same_layout(new, node):
+                node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self._visited)
                 node = new
-        multiples[node] = found
+        if not others:
+            self._forms[node] = form
+        self._there.add(node)
+        return node
+
+    def _sources(self, x: fx.Node, node: fx.Node) -> Form:
+        """The form of an argument of the node; what is broadcast counts as one source."""
+        form = self._forms.get(x)
+        if form is None or (len(form) > 1 and shape_of(x) != shape_of(node)):
+            return {self._made(x): (1.0, None)}
+        return form
+
+    def _form(self, node: fx.Node) -> Form | None:
+        """The node as a sum of products; None if it is none, or would be slower as one."""
+        target: Any = node.target
+        args: tuple[Any, ...] = node.args
+        if target is aten.stack.default:
+            entries = [self._made(x) if x in self._linear else None for x in args[0]]
+            return row_factors.of_stack(self._build, node, entries)
+        moving = [place for place, x in enumerate(args) if isinstance(x, fx.Node) and x in self._linear]
+        if not moving or (node.kwargs and target not in _SLOPES) or not _is_tensor(node):
+            return None
+        if not all(_is_tensor(args[place]) and same_dtype(args[place], node) for place in moving):
+            return None
+        if target in _SUMS and len(moving) == 2:
+            a, b = (self._sources(x, node) for x in args)
+            sign = -1.0 if target is aten.sub.Tensor else 1.0
+            return self._build.added(a, self._build.multiplied(b, sign), node)
+        if target is aten.where.self and moving == [1, 2]:
+            chosen = [self._multiplied(node, args[place], place) for place in moving]
+            return self._build.added(chosen[0], chosen[1], node)
+        return self._of_one(node, moving[0]) if len(moving) == 1 else None
+
+    def _of_one(self, node: fx.Node, place: int) -> Form | None:
+        """What is made of one argument and of what is known."""
+        target: Any = node.target
+        x: Any = node.args[place]
+        form = self._forms.get(x)
+        if target is row_factors.SUM:
+            return row_factors.of_sum(self._build, node, form) if form else None
+        if target in row_factors.CHOICES:
+            return row_factors.of_choice(self._build, node, form) if form and place == 0 else None
+        if target in row_factors.SOFTMAXES:
+            opened = form and place == 0 and row_factors.is_opened(node, form)
+            return row_factors.of_softmax(self._build, node, form) if form and opened else None
+        if target in row_factors.SCATTERED:
+            return row_factors.of_scatter(self._build, node, self._sources(x, node)) if place == 3 else None
+        if target is aten.select_backward.default:
+            return row_factors.of_entry(self._build, node, self._made(x))
+        return self._sources(x, node) if target is aten.expand.default else self._multiplied(node, x, place)
+
+    def _multiplied(self, node: fx.Node, x: fx.Node, place: int) -> Form | None:
+        """Each source of the argument at this place, with what the operation makes of its factor."""
+        factors = {source: self._applied(node, place, factor) for source, factor in self._sources(x, node).items()}
+        if None in factors.values():
+            alone = self._applied(node, place, (1.0, None))
+            return None if alone is None else {self._made(x): alone}
+        return factors  # type: ignore[return-value]  # without None
+
+    def _applied(self, node: fx.Node, place: int, factor: Factor) -> Factor | None:
+        """What the operation makes of a factor; None if it does not multiply, or a factor would be larger."""
+        target: Any = node.target
+        args: list[Any] = list(node.args)
+        number, known = factor
+        if target is aten.neg.default:
+            return -number, known
+        if target in _PRODUCTS or (target in _QUOTIENTS and place == 0 and len(args) == 2):
+            other = args[1 - place]
+            if isinstance(other, fx.Node):
+                other = self._build.converted(other, node)
+                if target in _QUOTIENTS:
+                    other = self._build.known(aten.reciprocal.default, other)
+                product = self._build.times(known, other)
+                return None if product is None else (number, product)
+            if target in _PRODUCTS:
+                return number * float(other), known
+            return None if other == 0 or abs(1.0 / other) > 1e30 else (number / other, known)
+        if target is aten.where.self and place and args[3 - place] in self._linear:
+            args[3 - place] = self._build.filled(node.meta["val"].new_empty(()), 0.0)
+        hides = (target is aten.where.self and place and is_number(args[3 - place], 0)) or (
+            target is aten.masked_fill.Scalar and not place and args[2] == 0
+        )
+        if not hides and (target not in _SLOPES or place):
+            return None
+        args[place] = self._build.in_full(factor, node)
+        slope = self._build.known(target, *args, **node.kwargs)
+        if factor == (1.0, None):
+            self._build.slopes[slope] = place
+        return 1.0, slope
 
 
-def _product(build: Builder, found: _Multiple, node: fx.Node) -> fx.Node:
-    """The tangent times its factor; a number is a tensor where the tangent is a weight's: weight decay is a diagonal of
-    the Hessian, which is known by that."""
-    factor, value = found.factor, node.meta["val"]
-    if isinstance(factor, fx.Node):
-        return build(aten.mul.Tensor, (found.source, factor), value)
-    if found.source.op != "placeholder":
-        return build(aten.mul.Scalar, (found.source, factor), value)
-    return build(aten.mul.Tensor, (found.source, build.filled(value.new_empty(()), factor)), value)
+def _reads_sources(user: fx.Node, node: fx.Node, form: Form) -> bool:
+    """Whether the user of the node reads its sources."""
+    if user.target is row_factors.SUM:
+        return any(same_along(source, row_factors.summed_dims(user), node) for source in form)
+    if user.target in row_factors.SOFTMAXES:
+        return row_factors.is_opened(user, form)
+    return user.op == "call_function" and user.target in _READS_SOURCES
 
 
-def _multiple(build: Builder, node: fx.Node, multiples: dict[fx.Node, _Multiple]) -> _Multiple | None:
-    """What the node is a multiple of; None if it is not elementwise, or of several tangents."""
-    target: Any = node.target
-    args: tuple[Any, ...] = node.args
-    moving = [position for position, x in enumerate(args) if isinstance(x, fx.Node) and x in build.linear]
-    if target in _SUMS and len(moving) == 2 and not node.kwargs:
-        return _total(build, node, multiples)
-    if len(moving) != 1 or not same_layout(args[moving[0]], node):
-        return None
-    (place,) = moving
-    inner = multiples.get(args[place])
-    if not _is_elementwise(node, place):
-        return None
-    if inner is None:
-        number = -1.0 if target is aten.neg.default else _number(target, args, place)
-        return _Multiple(args[place], number, 1)
-    factor = _applied(build, node, place, _factor(build, args[place], inner))
-    return _Multiple(inner.source, factor, inner.operations + 1)
+def _adds_a_bias(form: Form) -> bool:
+    """Whether it is a plain sum with a weight's tangent, which a matrix product adds while it is computed."""
+    plain = len(form) > 1 and all(factor == (1.0, None) for factor in form.values())
+    return plain and any(shown(source)[0].op == "placeholder" for source in form)
 
 
-def _total(build: Builder, node: fx.Node, multiples: dict[fx.Node, _Multiple]) -> _Multiple | None:
-    """t * a + t * b, or t * a - t * b, where the sum of the factors is no larger than they are."""
-    parts = []
-    for x in node.args:
-        assert isinstance(x, fx.Node)
-        parts.append((x, multiples.get(x, _Multiple(x, 1.0, 0))))
-    (x, first), (y, second) = parts
-    if not all(alike(z, node) for z in (x, y)):
-        return None
-    source = first.source if first.source in (second.source, y) else second.source
-    first, second = (m if m.source is source else _Multiple(z, 1.0, 0) for z, m in parts)
-    if first.source is not source or second.source is not source or not same_layout(source, node):
-        return None
-    a, b = (_factor(build, z, m) for (z, _), m in zip(parts, (first, second), strict=True))
-    if node.target is aten.sub.Tensor:
-        b = _known(build, aten.mul.Tensor, b, -1.0, node)
-    shapes = [f.meta["val"].shape if isinstance(f, fx.Node) else torch.Size() for f in (a, b)]
-    if torch.broadcast_shapes(*shapes).numel() > max(shape.numel() for shape in shapes):
-        return None
-    return _Multiple(source, _known(build, aten.add.Tensor, a, b, node), first.operations + second.operations + 1)
-
-
-def _is_elementwise(node: fx.Node, place: int) -> bool:
-    """Whether the operation multiplies its argument at `place` by what does not depend on the tangents."""
-    target: Any = node.target
-    args: tuple[Any, ...] = node.args
-    if target in _PRODUCTS:
-        return not node.kwargs
-    if target in _QUOTIENTS or target is aten.neg.default or target in _SLOPES:
-        return place == 0 and len(args) == (2 if target in _QUOTIENTS else len(args))
-    if target is aten.masked_fill.Scalar:
-        return place == 0 and args[2] == 0
-    return target is aten.where.self and place > 0 and is_number(args[3 - place], 0)
-
-
-def _number(target: Any, args: tuple[Any, ...], place: int) -> float | None:
-    """The factor of a single operation with a number."""
-    other = args[1 - place] if target in (*_PRODUCTS, *_QUOTIENTS) else None
-    if isinstance(other, bool) or not isinstance(other, (int, float)):
-        return None
-    if target in _PRODUCTS:
-        return float(other)
-    return 1.0 / other if other != 0 and 0 < abs(1.0 / other) < 1e30 else None
-
-
-def _factor(build: Builder, node: fx.Node, multiple: _Multiple) -> Any:
-    """The factor, made if it has not been needed yet."""
-    if multiple.factor is not None:
-        return multiple.factor
-    (place,) = [position for position, x in enumerate(node.args) if x is multiple.source]
-    return _applied(build, node, place, 1.0)
-
-
-def _applied(build: Builder, node: fx.Node, place: int, factor: Any) -> Any:
-    """What the operation makes of the factor."""
-    target: Any = node.target
-    args: list[Any] = list(node.args)
-    if target is aten.neg.default:
-        return _known(build, aten.mul.Tensor, factor, -1.0, node)
-    if target in _PRODUCTS:
-        return _known(build, aten.mul.Tensor, factor, args[1 - place], node)
-    if target in _QUOTIENTS:
-        return _known(build, aten.div.Tensor, factor, args[1], node)
-    value = node.meta["val"]
-    if not alike(factor, node):
-        ones = build.filled(value, 1)
-        factor = ones if factor == 1.0 else build(aten.mul.Tensor, (ones, factor), value)
-    args[place] = factor
-    return build(target, tuple(args), value, **node.kwargs)
-
-
-def _converted(build: Builder, factor: Any, like: fx.Node) -> Any:
-    """A mask or whole numbers in the dtype of what they multiply."""
-    if not isinstance(factor, fx.Node) or same_dtype(factor, like):
-        return factor
-    dtype = like.meta["val"].dtype
-    value = torch.empty_like(factor.meta["val"], dtype=dtype, device="meta")
-    return build(aten._to_copy.default, (factor,), value, dtype=dtype)
-
-
-def _known(build: Builder, operation: Any, a: Any, b: Any, like: fx.Node) -> Any:
-    """The factor a * b, a / b or a + b, either of which may be a number."""
-    if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
-        return a * b if operation in _PRODUCTS else a / b if operation in _QUOTIENTS else a + b
-    if operation not in _QUOTIENTS and not isinstance(a, fx.Node):
-        a, b = b, a
-    a, b = (_converted(build, x, like) for x in (a, b))
-    if operation in _PRODUCTS and not isinstance(b, fx.Node) and b == 1:
-        return a
-    shapes = [x.meta["val"].shape for x in (a, b) if isinstance(x, fx.Node)]
-    value = torch.empty(torch.broadcast_shapes(*shapes), dtype=like.meta["val"].dtype, device="meta")
-    if isinstance(a, fx.Node):
-        return build(operation, (a, b), value)
-    inverse = build(aten.reciprocal.default, (b,), value)
-    return inverse if a == 1 else build(aten.mul.Tensor, (inverse, a), value)
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)

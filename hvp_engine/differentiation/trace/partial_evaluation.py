@@ -76,6 +76,7 @@ REWRITES: tuple[Rewrite, ...] = (
     compose_views,
     fold_factors,
     fold_linear,
+    compose_views,
     share_factors,
     combine_sums,
     accumulate,

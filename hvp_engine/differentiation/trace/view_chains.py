@@ -17,8 +17,11 @@ aten = torch.ops.aten
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 _PERMUTATIONS = (aten.t.default, aten.transpose.int, aten.permute.default)
-_UNITS = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default)
-"""Operations that take or give dimensions of one element."""
+_UNITS = (
+    *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default),
+    *(aten.select.int, aten.select_backward.default),
+)
+"""Operations that take or give dimensions of one element; a selection does if that was all."""
 
 _KEEPING_ALL = (*_VIEWS, *_PERMUTATIONS, *_UNITS)
 """Views that show each element once."""
@@ -66,6 +69,8 @@ def compose_views(graph: fx.Graph, linear: set[fx.Node]) -> None:
         if node not in linear or node.op != "call_function" or node.target not in _KEEPING_ALL:
             continue
         base, dimensions = shown(node)
+        if base is node and node.target not in _VIEWS:
+            continue  # a real selection
         with graph.inserting_before(node):
             if base is node:  # another shape
                 source: Any = node.args[0]
