@@ -168,3 +168,24 @@ def test_a_busy_moment_does_not_put_off_the_trace_of_the_validation_loss(monkeyp
     for _ in range(3):
         solve(weights, hyper, batch, batch)
     assert "1 gradients by the extension" in solve.report()
+
+
+@pytest.mark.parametrize("solver", [hvp.Identity(), hvp.Neumann(3, 0.05)], ids=["identity", "neumann"])
+def test_what_was_put_off_is_measured_once(monkeypatch: pytest.MonkeyPatch, solver: Any) -> None:
+    """Also where eager is faster than a program, and than a trace after it."""
+    monkeypatch.setattr(auto, "_SHORT_SECONDS", 0.0)
+    monkeypatch.setattr(auto, "_TRACE_SECONDS_PER_NODE", 1e-6)
+    monkeypatch.setattr(auto, "seconds_around", lambda engine, problem, term: float(engine.name != "eager"))
+    measured: list[bool] = []
+    whole = AutoEngine._measured_choice
+    monkeypatch.setattr(
+        AutoEngine,
+        "_measured_choice",
+        lambda self, p, trace_too: measured.append(trace_too) or whole(self, p, trace_too),
+    )
+    solve = hvp.Hypergradient(train, val, solver, engine=AutoEngine(compile_budget_s=0.0, terms=0))
+    weights, hyper, batch = point(4)
+    for _ in range(12):
+        solve(weights, hyper, batch, batch)
+    assert measured == [False, True] and "1 traces" in solve.engine.report()
+    assert solve.engine.report().startswith("eager: measured fastest")

@@ -38,9 +38,6 @@ _FIRST_TRACE_SECONDS = 3.0
 _BUILD_SECONDS_PER_NODE = 1e-3
 """What turning the gradient's graph into a program costs for each of its nodes, roughly."""
 
-_TERMS_OF_A_SOLVE = 10
-"""Terms for which engines are compared, set-up of each solve included."""
-
 _SHORT_SECONDS = 0.5
 """A trace that takes less than so many seconds is made at first sight; that of a validation loss at the second."""
 
@@ -75,9 +72,10 @@ class AutoEngine(Engine):
     ORDER = ("eager", "recorded", "linearized", "cudagraph", "compiled")
     """What is chosen from, simplest first: where one works, so do those before it."""
 
-    def __init__(self, expected_products: int = 200_000, compile_budget_s: float = 120.0) -> None:
+    def __init__(self, expected_products: int = 200_000, compile_budget_s: float = 120.0, terms: int = 10) -> None:
         self.expected_products = expected_products
         self.compile_budget_s = compile_budget_s
+        self.terms = terms
         self._eager = EagerEngine()
         self._recorded = RecordedEngine(self._eager)
         self._linearized = LinearizedEngine(self._eager)
@@ -190,7 +188,7 @@ class AutoEngine(Engine):
             reason = f"another shape of a loss: a program takes about {known:.2g} s, and waits for terms to take that"
             return Choice(self._eager, reason, trace_seconds=known)
         with random_state_kept(problem.weights[0].device):
-            return self._measured_choice(problem, before is not None and before.engine is not self._eager)
+            return self._measured_choice(problem, before is not None and before.program_tried)
 
     def _measured_choice(self, problem: Problem, trace_too: bool) -> Choice:
         began = time.perf_counter()
@@ -213,6 +211,7 @@ class AutoEngine(Engine):
         else:
             self._try_traces(problem, choice)
             self._expected_seconds = cost
+        choice.program_tried = True
         choice.setup_seconds = time.perf_counter() - began
         return choice
 
@@ -271,17 +270,17 @@ class AutoEngine(Engine):
     def _fastest(
         self, problem: Problem, contenders: list[tuple[Engine, Linearization]], before: dict[str, float]
     ) -> Choice:
-        """The engine that is fastest for a solve of :data:`_TERMS_OF_A_SOLVE` terms, set-up for each solve included;
-        the contenders' linearizations are gone afterwards. Its seconds include those measured `before`."""
-        terms = seconds_per_term(contenders)
+        """The engine that is fastest for a solve of :attr:`terms` terms, set-up for each solve included; the
+        contenders' linearizations are gone afterwards. Its seconds include those measured `before`."""
+        seconds_of_terms = seconds_per_term(contenders)
         engines = [engine for engine, _ in contenders]
         contenders.clear()
         totals = {
-            engine.name: seconds_around(engine, problem, term) + _TERMS_OF_A_SOLVE * term
-            for engine, term in zip(engines, terms, strict=True)
+            engine.name: seconds_around(engine, problem, term) + self.terms * term
+            for engine, term in zip(engines, seconds_of_terms, strict=True)
         }
         fastest = min(engines, key=lambda e: totals[e.name] * (_TIE if e is self._eager else 1.0))
-        seconds = before | dict(zip((engine.name for engine in engines), terms, strict=True))
+        seconds = before | dict(zip((engine.name for engine in engines), seconds_of_terms, strict=True))
         return Choice(fastest, "measured fastest", seconds)
 
     def _try_compiled(self, problem: Problem, choice: Choice) -> None:

@@ -19,6 +19,7 @@ class Choice:
     """What was chosen for one problem, and the evidence: seconds for each term, by engine.
 
     `terms` counts the terms run so far, `spent` the seconds they took, `around` those of everything else.
+    `program_tried` says that a recorded program was compared with eager, so that a trace comes next.
     `trace_seconds` is what a trace that was put off would take, `compile_seconds` what compiling would; None once that
     is settled.
     """
@@ -32,6 +33,7 @@ class Choice:
     around: float = 0.0
     trace_seconds: float | None = None
     compile_seconds: float | None = None
+    program_tried: bool = False
 
     def trace_is_due(self) -> bool:
         """Whether as much time as a trace takes has gone into what it could save: waiting longer saves nothing.

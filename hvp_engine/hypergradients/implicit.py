@@ -109,9 +109,9 @@ class Hypergradient(Estimator):
         self.train_loss, self.val_loss = train_loss, val_loss
         self.solver: Solver = Neumann(20) if solver is None else solver
         check_solver(self.solver)
-        # Without products to make, the mixed product alone does not repay a trace.
-        idle = engine == "auto" and not self.solver.makes_products
-        self.engine = for_loss(train_loss, engines.create("eager" if idle else engine))
+        if engine == "auto" and not self.solver.makes_products:
+            engine = engines.AutoEngine(terms=0)
+        self.engine = for_loss(train_loss, engines.create(engine))
         self.spectrum = Spectrum()
         self.draws = Draws()
         self._company = Company(train_loss, val_loss)

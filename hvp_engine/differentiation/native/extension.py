@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine.differentiation.native.builder import CPU, Slot
+from hvp_engine.differentiation.native.builder import CPU, Kind, Slot
 from hvp_engine.differentiation.native.operations import Operation, UnsupportedError, Words
 from hvp_engine.errors import BackendError
 
@@ -64,11 +64,14 @@ class Slots:
     def empty(self, slot: int) -> Tensor:
         """A new tensor for a slot."""
         like = self._slots[slot]
-        return torch.empty_strided(like.shape, like.strides, dtype=self._dtype, device=CPU)
+        return torch.empty_strided(like.shape, like.strides, dtype=self._dtype_of(like), device=CPU)
+
+    def _dtype_of(self, slot: Slot) -> torch.dtype:
+        return torch.int64 if slot.kind is Kind.INDEX else self._dtype
 
     def _laid_out(self, slot: int, tensor: Tensor) -> Tensor:
         """A copy of a tensor with the strides that its slot expects."""
-        shape, dtype = self._slots[slot].shape, self._dtype
+        shape, dtype = self._slots[slot].shape, self._dtype_of(self._slots[slot])
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
             raise BackendError(
                 f"native program: expected a tensor of shape {tuple(shape)} and {dtype} on the CPU; got "
