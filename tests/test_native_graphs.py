@@ -224,6 +224,12 @@ def test_another_layout_of_an_input_is_copied() -> None:
     torch.testing.assert_close(found, other.exp() @ other.t())
 
 
+def test_another_layout_of_indices_is_copied() -> None:
+    rows, index = numbers(5, 3, dtype=torch.float32), torch.arange(4).reshape(2, 2)
+    program = program_of(lambda a, i: F.embedding(i, a) + 1, [rows, index])
+    torch.testing.assert_close(program(rows, index.t())[0], F.embedding(index.t(), rows) + 1)
+
+
 def test_a_copy_is_made_anew() -> None:
     x = torch.randn(6, 4)
     program = copy.deepcopy(program_of(lambda x: x.exp(), [x]))
