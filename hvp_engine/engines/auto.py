@@ -82,6 +82,7 @@ class AutoEngine(Engine):
         self._cudagraph = CudaGraphEngine(linearized=self._linearized)
         self._compiled = CompiledEngine(compile_budget_s, self._eager)
         self._expected_seconds = math.inf
+        self._captures: Problem | None = None
         self.choices: OrderedDict[Hashable, Choice] = OrderedDict()
         self._descriptions: dict[Hashable, str] = {}
         self._losses: dict[Hashable, float] = {}
@@ -113,9 +114,19 @@ class AutoEngine(Engine):
             self.choices[key] = Choice(self._recorded, f"{engine.name} was given up: {linearization.fallback}")
         return linearization
 
+    def foresee(self, train: Problem, val: Problem, solver: Solver) -> None:
+        choice = self.choices.get((train.signature, threads(train)))
+        self._captures = val if choice is not None and choice.engine is self._cudagraph else None
+        if self._captures is not None:
+            self._cudagraph.foresee(train, val, solver)
+
     def gradient(self, problem: Problem) -> Gradient:
-        """By autograd until a trace can repay itself, or from the second call on if it is short; then by whichever is
-        faster. A trace takes what that of the training loss was expected to take: in a busy moment it takes longer."""
+        """As a CUDA graph where the terms are one. Otherwise by autograd until a trace can repay itself, or from the
+        second call on if it is short; then by whichever is faster. A trace takes what that of the training loss was
+        expected to take: in a busy moment it takes longer."""
+        if self._captures is problem:
+            self._captures = None
+            return self._cudagraph.gradient(problem)
         seconds = min(self._linearized.seconds_of_a_trace, self._expected_seconds)
         return self._linearized.gradients(problem, sys.float_info.min if seconds < _SHORT_SECONDS else seconds)
 
@@ -167,7 +178,7 @@ class AutoEngine(Engine):
     def report(self) -> str:
         """One line for each problem met so far."""
         lines = [choice.describe() for choice in self.choices.values()] or ["not used yet"]
-        considered = {name for choice in self.choices.values() for name in choice.seconds}
+        considered = {name for choice in self.choices.values() for name in (*choice.seconds, choice.engine.name)}
         used = [e for e in self._engines if e is not self._eager and (e is not self._cudagraph or e.name in considered)]
         return "\n".join([*lines, *(f"{engine.name}: {engine.report()}" for engine in used)])
 
