@@ -46,11 +46,16 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.rate = 0.1
+        self.calls = 0
+        self.seen: Tensor | None = None
         self.layer = nn.Linear(3, 1, bias=False)
+        self.drop = nn.Dropout(0.0)
         self.register_buffer("shift", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)[:, 0] * (1 + self.rate + self.shift)
+        self.calls += 1
+        self.seen = x
+        return self.drop(self.layer(x))[:, 0] * (1 + self.rate + self.shift)
 
 
 class Trainer:
@@ -275,6 +280,20 @@ def test_what_is_only_counted_or_collected_does_not_matter() -> None:
     engine = hypergradient.engine
     assert isinstance(engine, hvp.engines.LinearizedEngine) and engine.traces == 1
     assert len(seen) > 12 and trainer.calls == len(seen) == count["calls"]
+
+
+def test_what_a_module_counts_and_keeps_does_not_matter() -> None:
+    net = Net()
+    called = functional(net)
+    ours, eager, hypergradient = both(lambda w, h, b: fit(w, h, 0.1) + called(w).square().mean(), "linearized")
+    for _ in range(12):
+        torch.testing.assert_close(ours(), eager())
+        net(torch.randn(2, 3))
+    engine = hypergradient.engine
+    assert isinstance(engine, hvp.engines.LinearizedEngine) and engine.traces == 1
+    net.drop.p = 0.5
+    ours()
+    assert engine.traces == 2
 
 
 def test_equal_numbers_are_one_and_autocast_is_another() -> None:

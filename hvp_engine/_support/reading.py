@@ -68,8 +68,8 @@ def free_variables(functions: Iterable[Any]) -> list[FreeVariable]:
     """What these functions, modules or callable objects read beside their arguments.
 
     Followed are the names that their code reads, and that of the caller's own functions and methods that it reaches:
-    variables of modules and of enclosing functions, attributes, items of lists, tuples and dicts; of modules of torch
-    all public attributes, buffers and parts. Not followed is the code of installed packages.
+    variables of modules and of enclosing functions, attributes, items of lists, tuples and dicts; of torch's modules
+    the mode, buffers and parts. Code of installed packages is not followed: of their modules all numbers are taken.
 
     >>> settings, scale = {"power": 2}, 3.0
     >>> def loss(w):
@@ -216,9 +216,10 @@ class _Walk:
 
     def _module(self, module: torch.nn.Module, name: str) -> None:
         self._class(type(module), name, "forward", "__call__")
-        attributes = vars(module)
+        attributes, followed = vars(module), is_written_here(_file(type(module)))
         for attribute in list(attributes):
-            if not attribute.startswith("_") and not callable(attributes[attribute]):
+            read = attribute in self.names or attribute == "training" if followed else is_plain(attributes[attribute])
+            if read and not attribute.startswith("_"):
                 self._note(f"{name}.{attribute}", attributes, attribute)
         for kind in ("_modules", "_buffers"):
             for attribute in list(attributes[kind]):
