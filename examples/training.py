@@ -52,7 +52,8 @@ def nonmonotone(metric: str, patience: int) -> Callable[[hvp.Tuner, hvp.Record],
 class ProcessorTime(hvp.tuning.Callback):
     """Adds `processor_seconds` to every record: of all steps so far, without what :meth:`untimed` has wrapped.
 
-    Other work on the machine does not count. Threads of OpenMP that wait do, so it is meant for one thread.
+    Other work on the machine does not count. Threads of OpenMP that wait do, so it is meant for one thread. After an
+    interruption the time of the step that it hit is missing.
     """
 
     def __init__(self) -> None:
@@ -70,8 +71,8 @@ class ProcessorTime(hvp.tuning.Callback):
         return wrapped
 
     def on_fit_start(self, tuner: hvp.Tuner) -> None:
-        spent = tuner.history[-1].metrics["processor_seconds"] if tuner.history else 0.0
-        self._start = time.process_time() - spent
+        measured = [record.metrics for record in tuner.history if "processor_seconds" in record.metrics]
+        self._start = time.process_time() - (measured[-1]["processor_seconds"] if measured else 0.0)
 
     def on_evaluate(self, tuner: hvp.Tuner, record: hvp.Record) -> dict[str, float]:
         return {"processor_seconds": time.process_time() - self._start}
