@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from test_examples_resuming import Interrupted
 
 import hvp_engine as hvp
 from examples import models, ptb_tuning, regularized_lstm, text_sets, training
-from examples.__main__ import main
+from examples.__main__ import find, main
+from examples.experiment import Options, Run
 from hvp_engine.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
@@ -246,11 +248,18 @@ def test_tuning_moves_every_rate_and_has_a_row_for_every_search(folder, tmp_path
 
 
 def test_tuned_perplexity_is_below_untuned_at_equal_steps(folder, tmp_path):
+    experiment, options = find("ptb_tuning"), Options("small", tmp_path / "out", folder)
     longer = TINY | {"steps": 144, "learning_rate": 10.0, "hyper_learning_rate": 0.12}
-    run, _ = finished("ptb_tuning", tmp_path / "out", {"data": folder}, **longer, seeds=1, searches=())
-    perplexities = {row["method"]: row for row in rows(run, "table") if row["steps"] == "144"}
+    settings = replace(experiment.settings(options), **longer)
+    run, text = Run(experiment, options, settings), text_sets.load(folder, settings.words)
+    run.start()
+    found = {}
+    for method in ("no tuning", "7", "many"):
+        torch.manual_seed(0)
+        problem = settings.problem(text, torch.device("cpu"))
+        found[method], _ = ptb_tuning._tune(run, settings, problem, method, seed=0, steps=144)
     for part in ("validation", "test"):
-        untuned, *tuned = (float(perplexities[method][part]) for method in ("no tuning", "7", "many"))
+        untuned, *tuned = (getattr(found[method], part) for method in ("no tuning", "7", "many"))
         assert max(tuned) < 0.9 * untuned < 0.9 * 13
 
 
