@@ -123,7 +123,7 @@ class Run:
         *,
         evaluate: Callable[[hvp.Tuner], Mapping[str, float]] | None = None,
         evaluate_every: int = 1,
-        callbacks: Sequence[Callable[[hvp.Tuner, hvp.Record], bool | None]] = (),
+        callbacks: Sequence[hvp.tuning.Callback | Callable[[hvp.Tuner, hvp.Record], bool | None]] = (),
         stop: Callable[[hvp.Record], bool] = lambda record: False,
         checkpoint_every: int = 50,
     ) -> hvp.History:

@@ -13,8 +13,9 @@ leaves it there.
 Training text is read in order. A batch includes the words before it, which set the network's initial state as a
 constant. So a loss is a function of weights, hyperparameters and batch alone, as every search requires.
 
-Hypergradients use the identity for the inverse Hessian (T1-T2). Searches (ptb_searches.py) have the same budget of
-gradients as a tuned run, one for a training step and three for a hyper step.
+Hypergradients use the identity for the inverse Hessian (T1-T2). Tuned runs are compared with plain training of as many
+steps, and of as much time; searches (ptb_searches.py) have that time too. Time is that of the processor, in which other
+work on the machine does not count, without evaluations.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,11 +31,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 import hvp_engine as hvp
+from baselines.search import SearchResult
 from examples import ptb_searches, text_sets
 from examples.datasets import Text
 from examples.experiment import Experiment, Run
 from examples.regularized_lstm import RATES, RegularizedLSTM, Settings
-from examples.training import NoTuning, last_quarter, nonmonotone
+from examples.seeds import difference, spread, verdict
+from examples.training import NoTuning, ProcessorTime, last_quarter, nonmonotone
 
 PAPER = {
     "no tuning": "75.72 / 71.91",
@@ -45,19 +49,21 @@ PAPER = {
     "grid search": "97.32 / 94.58",
 }
 """Validation and test perplexity."""
-HYPER_STEP_COST = 3
-"""How many gradients a hyper step counts as: of the validation loss, of the training loss, and the mixed product."""
+PERPLEXITY = "validation_perplexity"
+CALIBRATION = 150, 450
+"""Gradients of two short self-tuning networks that are timed, to know how many fit into a time. Both look at the
+validation loss fifty times, as a long one does."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A trained network: `steps` of a single training, `gradients` in total."""
+    """A trained network, after `trainings` of `steps` each, in `seconds` of the processor."""
 
     method: str
     seed: int
     hyperparameters: int
+    trainings: int
     steps: int
-    gradients: int
     seconds: float
     validation: float
     test: float
@@ -66,27 +72,36 @@ class Row:
 def run(run: Run, settings: Settings) -> None:
     options = run.options
     text = text_sets.load(options.data, settings.words)
+    seeds = range(options.seed, options.seed + settings.seeds)
     rows: list[Row] = []
     curves: dict[tuple[str, int], hvp.History] = {}
-    budget = settings.steps + settings.steps // settings.inner_steps * HYPER_STEP_COST
-    for seed in range(options.seed, options.seed + settings.seeds):
+
+    def tune(method: str, seed: int, steps: int) -> hvp.History:
+        torch.manual_seed(seed)
+        row, history = _tune(run, settings, settings.problem(text, options.device), method, seed, steps)
+        rows.append(row)
+        return history
+
+    for seed in seeds:
         for method in ("no tuning", "7", "many"):
-            torch.manual_seed(seed)
-            problem = settings.problem(text, options.device)
-            row, curves[method, seed] = _tune(run, settings, problem, method, seed, settings.steps)
-            rows.append(row)
-    torch.manual_seed(options.seed)
-    problem = settings.problem(text, options.device)
-    rows.append(_tune(run, settings, problem, "no tuning", options.seed, budget)[0])
+            curves[method, seed] = tune(method, seed, settings.steps)
+    budget = fmean(row.seconds for row in rows if row.method == "7")
+    step_seconds = fmean(row.seconds / row.steps for row in rows if row.method == "no tuning")
+    every = settings.evaluate_every
+    longer = max(settings.steps // every + 1, round(budget / step_seconds / every)) * every
+    for seed in seeds:
+        tune("no tuning", seed, longer)
+    tune("no tuning", options.seed, 2 * longer)
     for name in settings.searches:
-        rows.append(Row(**run.remember(name, lambda name=name: _search(run, settings, text, name, budget))))
+        rows.append(Row(**run.remember(name, lambda name=name: _search(run, settings, text, name, longer, budget))))
     run.table("table", [vars(row) for row in rows])
     run.note(
         f"PTB with {len(text.words):,} words; {settings.layers} layers of {settings.units}; batches of {settings.rows} "
         f"x {settings.time} words; {settings.steps:,} training steps, a hyper step after each {settings.inner_steps}. "
-        "Perplexities are validation / test, of the whole texts; times are without evaluation."
+        "Perplexities are validation / test, of the whole texts; times are of the processor, without evaluation; ± is "
+        "the standard error of the mean."
     )
-    _compare(run, settings, rows)
+    _compare(run, settings, rows, longer)
     run.picture("tuning", draw(curves, rows))
 
 
@@ -96,8 +111,8 @@ def _tune(
     """Algorithm 1, or plain training in one round for each evaluation."""
     tuned = method != "no tuning"
     hyper = problem.many if method == "many" else problem.seven
-    evaluate_every = settings.steps // settings.evaluations
-    inner_steps = settings.inner_steps if tuned else evaluate_every
+    inner_steps = settings.inner_steps if tuned else settings.evaluate_every
+    clock = ProcessorTime()
     plan = {} if settings.nonmonotone else {"weight_scheduler": last_quarter(steps)}
     way = {"solver": hvp.Identity()} if tuned else {"estimator": NoTuning(problem.train_loss, problem.val_loss)}
     tuner = hvp.Tuner(
@@ -119,81 +134,89 @@ def _tune(
     def evaluate(tuner: hvp.Tuner) -> dict[str, float]:
         rates = {f"rate_{name}": float(hyper[name].sigmoid().mean()) for name in RATES}
         strengths = {name: float(tensor.exp()) for name, tensor in hyper.items() if name not in RATES}
-        return {"validation_perplexity": problem.perplexity(problem.module.state_dict(), part)} | rates | strengths
+        return {PERPLEXITY: problem.perplexity(problem.module.state_dict(), part)} | rates | strengths
 
     history = run.tune(
-        _name(method, steps, seed),
+        f"{method}, {steps} steps, seed {seed}",
         tuner,
         problem.train,
         problem.validation,
         steps // inner_steps,
-        evaluate=evaluate,
-        evaluate_every=evaluate_every // inner_steps,
-        callbacks=[nonmonotone("validation_perplexity", settings.nonmonotone)] if settings.nonmonotone else (),
+        evaluate=clock.untimed(evaluate),
+        evaluate_every=settings.evaluate_every // inner_steps,
+        callbacks=[clock, *([nonmonotone(PERPLEXITY, settings.nonmonotone)] if settings.nonmonotone else [])],
     )
     weights = problem.module.state_dict()
     row = Row(
         method,
         seed,
         sum(tensor.numel() for tensor in hyper.values()) if tuned else 0,
+        1,
         steps,
-        steps + len(history) * HYPER_STEP_COST if tuned else steps,
-        sum(record.training_seconds + (record.hypergradient_seconds if tuned else 0) for record in history),
+        history[-1].metrics["processor_seconds"],
         problem.perplexity(weights, problem.text.validation),
         problem.perplexity(weights, problem.text.test),
     )
     return row, history
 
 
-def _search(run: Run, settings: Settings, text: Text, name: str, budget: int) -> dict[str, Any]:
-    """The row of one search, from the same weights and with `budget` gradients."""
-    seed = run.options.seed
-    torch.manual_seed(seed)
+def _search(run: Run, settings: Settings, text: Text, name: str, steps: int, budget: float) -> dict[str, Any]:
+    """The row of one search from the same weights: `steps` training steps in all, or as many gradients of a self-tuning
+    network as take `budget` seconds."""
+    seed, gradual = run.options.seed, name == "self-tuning network"
+
+    def search(gradients: int) -> tuple[int, SearchResult, float]:
+        torch.manual_seed(seed)
+        before = time.process_time()
+        hyperparameters, found = ptb_searches.search(problem, settings, name, gradients, seed)
+        return hyperparameters, found, time.process_time() - before
+
     problem = settings.problem(text, run.options.device)
-    print(f"{name}: {budget:,} gradients", flush=True)
-    start = time.perf_counter()
-    hyperparameters, found = ptb_searches.search(problem, settings, name, budget, seed)
-    seconds = time.perf_counter() - start
-    steps = found.training_gradients if name == "self-tuning network" else budget // settings.trials
+    gradients = steps
+    if gradual:
+        short, long = (search(count)[2] for count in CALIBRATION)
+        each = (long - short) / (CALIBRATION[1] - CALIBRATION[0])
+        gradients = max(CALIBRATION[0], CALIBRATION[0] + round((budget - short) / each))
+    print(f"{name}: {gradients:,} gradients", flush=True)
+    hyperparameters, found, seconds = search(gradients)
+    trainings, steps = (1, found.training_gradients) if gradual else (settings.trials, steps // settings.trials)
     perplexities = (problem.perplexity(found.weights, part) for part in (text.validation, text.test))
-    return vars(Row(name, seed, hyperparameters, steps, found.gradients, seconds, *perplexities))
+    return vars(Row(name, seed, hyperparameters, trainings, steps, seconds, *perplexities))
 
 
-def _compare(run: Run, settings: Settings, rows: list[Row]) -> None:
-    """Fill the summary's table: equal steps, over the seeds, then equal budgets."""
-    plain = [row for row in rows if row.method == "no tuning" and row.steps == settings.steps]
-    for method in ("no tuning", "7", "many"):
-        mine = [row for row in rows if row.method == method and row.steps == settings.steps]
-        perplexities = "; ".join(f"{row.validation:.1f} / {row.test:.1f}" for row in mine)
-        count = f"{mine[0].hyperparameters:,} hyperparameters" if mine[0].hyperparameters else method
-        run.compare(f"{count}, seeds {mine[0].seed} to {mine[-1].seed}", perplexities, PAPER[method])
-        if method != "no tuning":
-            run.compare(f"{count}: time / plain training", f"{_ratio(run, mine):.2f}")
-    extra = _ratio(run, [row for row in rows if row.method == "7"]) - 1
-    run.note(
-        f"A hyper step counts as {HYPER_STEP_COST} gradients; it takes as long as {extra * settings.inner_steps:.1f} "
-        "training steps, among which fused kernels serve that have no second derivative. Equal budgets are equal "
-        "gradients, not equal times."
-    )
+def _compare(run: Run, settings: Settings, rows: list[Row], longer: int) -> None:
+    """Fill the summary's table: equal steps and equal time over the seeds, then the searches."""
+
+    def of(method: str, steps: int) -> list[Row]:
+        return [row for row in rows if (row.method, row.steps) == (method, steps)][: settings.seeds]
+
+    plain = {"equal steps": of("no tuning", settings.steps), "equal time": of("no tuning", longer)}
+    for method, steps in (("no tuning", settings.steps), ("no tuning", longer), ("no tuning", 2 * longer)):
+        _show(run, f"no tuning, {steps:,} steps", of(method, steps), PAPER[method])
+    for method in ("7", "many"):
+        mine = of(method, settings.steps)
+        name = f"{mine[0].hyperparameters:,} hyperparameters"
+        _show(run, f"{name}, {settings.steps:,} steps", mine, PAPER[method])
+        for when, others in plain.items():
+            for part in ("validation", "test"):
+                pair = [[getattr(row, part) for row in some] for some in (mine, others)]
+                gains = [a - b for a, b in zip(*pair, strict=True)]
+                what = f"{name}: {part} perplexity above no tuning, at {when}"
+                run.compare(what, f"{difference(*pair)} ({verdict(gains)})")
+        ratio = fmean(row.seconds for row in mine) / fmean(row.seconds for row in plain["equal steps"])
+        run.compare(f"{name}: time / plain training of as many steps", f"{ratio:.2f}")
     for row in rows:
-        if row in plain or row.method in ("7", "many"):
-            continue
-        what = (
-            f"{row.method}, {row.gradients:,} gradients, the best training of {row.steps:,} steps, {row.seconds:.0f} s"
-        )
-        run.compare(what, f"{row.validation:.1f} / {row.test:.1f}", PAPER[row.method])
+        if row.method in settings.searches:
+            what = f"{row.method}, the best training of {row.trainings}, {row.steps:,} steps each"
+            _show(run, what, [row], PAPER[row.method])
 
 
-def _ratio(run: Run, rows: list[Row]) -> float:
-    """Total time by the time of its training steps, which ran while the machine was equally busy."""
-    costs = [run.costs[_name(row.method, row.steps, row.seed)] for row in rows]
-    training = sum(cost["seconds"] / cost["ratio_to_plain_training"] for cost in costs)
-    return sum(cost["seconds"] for cost in costs) / training
-
-
-def _name(method: str, steps: int, seed: int) -> str:
-    """The name of a training."""
-    return f"{method}, {steps} steps, seed {seed}"
+def _show(run: Run, what: str, rows: list[Row], paper: str) -> None:
+    seconds = spread([row.seconds for row in rows], 0)
+    parts = (spread([getattr(row, part) for row in rows], 1) for part in ("validation", "test"))
+    each = "; ".join(f"{row.validation:.1f} / {row.test:.1f}" for row in rows)
+    seeds = f" (seeds {rows[0].seed} to {rows[-1].seed}: {each})" if len(rows) > 1 else f" (seed {rows[0].seed})"
+    run.compare(f"{what}: perplexity; seconds", f"{' / '.join(parts)}{seeds}; {seconds}", paper)
 
 
 def draw(curves: Mapping[tuple[str, int], hvp.History], rows: list[Row]) -> Figure:
@@ -203,10 +226,10 @@ def draw(curves: Mapping[tuple[str, int], hvp.History], rows: list[Row]) -> Figu
     colours = {"no tuning": "C7", "7": "C0", "many": "C1"}
     first = min(seed for _, seed in curves)
     for (method, seed), history in curves.items():
-        seen = [record for record in history if record.metrics]
+        seen = [record for record in history if PERPLEXITY in record.metrics]
         steps = [record.weight_steps for record in seen]
         label = method if seed == first else None
-        perplexity = [record.metrics["validation_perplexity"] for record in seen]
+        perplexity = [record.metrics[PERPLEXITY] for record in seen]
         left.plot(steps, perplexity, color=colours[method], label=label, lw=1.6)
         if seed == first and method != "no tuning":
             for number, name in enumerate(RATES):
@@ -222,7 +245,9 @@ def draw(curves: Mapping[tuple[str, int], hvp.History], rows: list[Row]) -> Figu
     for part, (offset, height) in {"validation": (-0.2, 0.4), "test": (0.2, 0.4)}.items():
         values = [getattr(row, part) for row in shown]
         right.barh([place + offset for place in range(len(shown))], values, height, label=part)
-    right.set_yticks(range(len(shown)), [f"{row.method}\n{row.gradients:,} gradients" for row in shown], fontsize=7)
+    right.set_yticks(
+        range(len(shown)), [f"{row.method}, {row.steps:,} steps\n{row.seconds:.0f} s" for row in shown], fontsize=7
+    )
     right.invert_yaxis()
     right.set(xlabel="perplexity", title=f"every method, seed {first}")
     right.set_xlim(right=1.4 * max(max(row.validation, row.test) for row in shown))
@@ -242,12 +267,12 @@ EXPERIMENT = Experiment(
     run=run,
     sizes={
         "small": Settings(
-            words=2000,
-            units=128,
+            words=1000,
+            units=64,
             rows=20,
             time=20,
-            steps=240,
-            inner_steps=2,
+            steps=2400,
+            inner_steps=4,
             evaluations=8,
             curve_words=10_000,
             seeds=3,

@@ -144,6 +144,11 @@ class Settings:
     stn_learning_rate: float = 5e-2
     searches: tuple[str, ...] = ("self-tuning network", "random search", "grid search", "Bayesian optimization")
 
+    @property
+    def evaluate_every(self) -> int:
+        """Training steps between evaluations."""
+        return self.steps // self.evaluations
+
     def problem(self, text: Text, device: torch.device) -> RegularizedLSTM:
         """A new network, with random weights."""
         batch = self.rows, self.time

@@ -18,7 +18,14 @@ def summarize(out: Path) -> None:
     for file in sorted(out.glob("*/results.json")):
         group, _, _ = file.parent.name.rpartition("-seed")
         groups.setdefault(group, []).append((file.parent, json.loads(file.read_text())))
-    lines = ["# Results", ""]
+    everything = [result for runs in groups.values() for _, result in runs]
+    clock, processor = (
+        sum(result.get(name) or 0 for result in everything) for name in ("seconds", "processor_seconds")
+    )
+    together = (
+        f"{len(everything)} runs; together {clock / 60:.0f} minutes by the clock, {processor / 60:.0f} of the processor"
+    )
+    lines = ["# Results", "", f"{together}.", ""]
     for runs in groups.values():
         runs.sort(key=lambda run: run[1]["seed"])
         lines += _section([result for _, result in runs]) + _pictures(runs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -131,20 +133,35 @@ def test_overfitting_fits_the_validation_set(tmp_path):
     assert not (run.folder / "AlexNet.csv").exists()  # has no network for gray images
 
 
-def test_overfitting_ends_at_its_goal_unless_its_length_is_fixed(tmp_path, monkeypatch):
-    monkeypatch.setattr(overfitting, "everything_right", lambda record: True)
-    settings = {"hyper_steps": {"Linear": 3, "LeNet-5": 3}, "fixed": ("LeNet-5",), "examples": 10}
-    run, _ = finished("overfitting", tmp_path, {"dataset": "mnist"}, **settings)
-    assert len(rows(run, "Linear")) == 1 and len(rows(run, "LeNet-5")) == 3
-
-
-def test_overfitting_runs_batch_norm_in_colour(tmp_path, monkeypatch):
+def test_overfitting_runs_batch_norm_in_colour_and_ends_once_both_of_its_accuracies_are_right(tmp_path, monkeypatch):
     data = cifar(tmp_path, "cifar10", 200)
     options = {"size": "paper", "dataset": "cifar10", "data": data}
     monkeypatch.setitem(overfitting.NETWORKS, "ResNet-44", lambda *sizes: models.resnet18(*sizes, width=2))
-    run, result = finished("overfitting", tmp_path / "out", options, hyper_steps={"ResNet-44": 1}, examples=10)
+    by_batches = iter(
+        [1.0, 0.5, 1.0, 1.0, 0.5, 1.0] + [1.0] * 6
+    )  # train, validation and test of two steps, and at the end
+    monkeypatch.setattr(image_sets, "accuracy_of_batches", lambda *_: next(by_batches))
+    monkeypatch.setattr(image_sets, "accuracy", lambda *_: 1.0)
+    settings = {"hyper_steps": {"ResNet-44": 9}, "evaluations": 9, "examples": 10}
+    run, result = finished("overfitting", tmp_path / "out", options, **settings)
+    assert [line["what"].partition(": ")[2] for line in result["comparisons"][:2]] == [
+        "train, validation, test accuracy",
+        "train, validation, test accuracy, BatchNorm in the statistics of each batch",
+    ]
     assert "11,420 decays" in result["comparisons"][0]["what"]
-    assert float(rows(run, "ResNet-44")[0]["val_loss"]) > 0
+    assert [row["validation in batches"] for row in rows(run, "ResNet-44")] == ["0.5", "0.5", "1"]
+
+
+def test_accuracy_of_batches_uses_their_statistics_and_keeps_the_running_ones():
+    torch.manual_seed(0)
+    network = models.resnet18((3, 8, 8), width=2)
+    part = (torch.randn(20, 3, 8, 8) * 5 + 3, torch.randint(10, (20,)))
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    found = image_sets.accuracy_of_batches(network, part, 10)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
+    with torch.no_grad():
+        right = [network(x).argmax(1).eq(y) for x, y in zip(part[0].split(10), part[1].split(10), strict=True)]
+    assert found == pytest.approx(float(torch.cat(right).float().mean()))
 
 
 class Interrupted(BaseException):
@@ -216,6 +233,32 @@ def test_the_command_line(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["inversion_error", "--out", str(tmp_path / "file")]) == 1
     assert "--out: expected a folder that can be written" in capsys.readouterr().err
+
+
+def test_all_runs_every_experiment_in_a_process_of_its_own_and_goes_on_after_a_failure(tmp_path, capsys, monkeypatch):
+    commands = []
+
+    def started(command, stdout, stderr, env):
+        commands.append(command[3:])
+        stdout.write("error: no text\n" if command[3] == "ptb_tuning" else "written\n")
+        assert env["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "1")
+        return subprocess.CompletedProcess(command, command[3] == "ptb_tuning")
+
+    monkeypatch.setattr(subprocess, "run", started)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    options = ["--out", str(tmp_path / "out"), "--recipe", "code", "--data", "folder", "--resume"]
+    assert main(["all", *options]) == 1
+    assert {command[0] for command in commands} == set(NAMES)
+    by_name = {tuple(command[:3]): command for command in commands}
+    assert ("overfitting", "--dataset", "cifar10") in by_name and ("distillation", "--dataset", "cifar100") in by_name
+    code = next(command for command in commands if command[0] == "augmentation")
+    assert code[1:5] == ["--dataset", "cifar10", "--recipe", "code"]
+    assert code[-3:] == ["--data", "folder", "--resume"]
+    assert main([*code[:-2], str(tmp_path)]) == 1  # is understood; there is no CIFAR-10
+    said = capsys.readouterr()
+    assert f"{len(commands) - 1} of {len(commands)} runs" in said.out
+    assert "not run: ptb_tuning: error: no text" in said.err
+    assert (tmp_path / "out" / "SUMMARY.md").exists() and (tmp_path / "out" / "ptb_tuning.log").exists()
 
 
 def test_every_experiment_is_listed():

@@ -45,4 +45,18 @@ FAULTS = [
         "tests/test_examples_splits.py",
         "shares are measured on the seeds that chose them",
     ),
+    Fault(
+        "examples/overfitting.py",
+        'if name.startswith(("train", "validation"))]',
+        'if name in ("train", "validation")]',
+        "tests/test_examples_paper.py",
+        "a run ends although BatchNorm's statistics of the batch leave something wrong",
+    ),
+    Fault(
+        "examples/training.py",
+        "            self._start += time.process_time() - before\n",
+        "",
+        "tests/test_examples_ptb.py",
+        "evaluations count as time of training, which gives plain training of equal time more steps",
+    ),
 ]
