@@ -221,7 +221,8 @@ def test_compiled_parts_are_refused() -> None:
     net = Net()
     net.net = torch.compile(net.net, backend="aot_eager")  # type: ignore[assignment]
     for _ in range(2):
-        gradient = net.gradient()
+        with torch._functorch.config.patch(donated_buffer=False):  # or torch refuses to build a graph of the gradient
+            gradient = net.gradient()
         with pytest.raises(hvp.SecondDerivativeError, match="compiled by torch.compile"):
             OwnedLinearization(gradient, net.weights, name="loss", library=Library()).product(net.weights)
 

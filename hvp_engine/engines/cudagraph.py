@@ -192,7 +192,7 @@ class CudaGraphEngine(LinearizedEngine):
         refusals = {f"{name} term by term: {reason}" for g in self._kept for name, reason in g.refusals().items()}
         return "\n".join([*lines, *sorted(refusals)])
 
-    def _trace(self, problem: Problem, before: Surroundings | None = None) -> Functions | Refused:
+    def _trace(self, problem: Problem) -> Functions | Refused:
         reason = self._why_not(problem)
         if reason is not None:
             return Refused(reason)
@@ -200,7 +200,7 @@ class CudaGraphEngine(LinearizedEngine):
         if known is not None:
             return self._functions(known.partition, known.surroundings)
         try:
-            return super()._trace(problem, before)
+            return super()._trace(problem)
         except TraceError as error:
             return Refused(str(error))
 

@@ -47,7 +47,7 @@ class _Known:
     Attributes:
         spent, fastest: seconds of its gradients by autograd, in all and at least.
         program: None before it is made, and where `reason` says why there is none.
-        surroundings: what the loss read when it was traced; `outdated`, those of the trace before.
+        surroundings: what the loss read when it was traced.
     """
 
     spent: float = 0.0
@@ -56,7 +56,6 @@ class _Known:
     reason: str = ""
     description: str = ""
     surroundings: Surroundings | None = None
-    outdated: Surroundings | None = None
     schedule: Schedule = field(default_factory=Schedule)
 
 
@@ -104,9 +103,8 @@ class Gradients:
             by_program = self._remembered.get(describe(problem, tensors, others))
             patience = 0.0 if by_program else patience
             known = self._known[key] = _Known(reason="as before the checkpoint" if by_program is False else "")
-        outdated = known.surroundings.changed() if known is not None and known.surroundings is not None else None
-        if known is None or outdated is not None:
-            known = self._known[key] = _after(known, problem, outdated)
+        if known is None or (known.surroundings is not None and not known.reason and known.surroundings.outdated()):
+            known = self._known[key] = _Known()
             if len(self._known) > self._most:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
@@ -116,7 +114,9 @@ class Gradients:
         if known.program is None:
             return _timed(problem, known)
         assert known.surroundings is not None
-        known.surroundings.use()
+        if changed := known.surroundings.changed():
+            _give_up(known, problem, f"it reads {changed}, which has changed since it was traced")
+            return _timed(problem, known)
         if not known.schedule.due_alone():
             return _by_program(known.program, problem, tensors)
         with random_state_kept(problem.weights[0].device):
@@ -126,12 +126,7 @@ class Gradients:
         if patience and not wrong and known.schedule.calls == 1:
             known.reason = self._slower(known, problem, tensors)
         if wrong:
-            known.reason = wrong
-            warnings.warn(
-                f"the traced gradient of {problem.name} is replaced by autograd's: {wrong}; a loss must be a function "
-                "of its arguments: pass what changes between calls in the batch or the hyperparameters",
-                stacklevel=4,
-            )
+            _give_up(known, problem, wrong)
         if known.reason:
             known.program = None
             return expected
@@ -150,14 +145,13 @@ class Gradients:
         known = self._known.get((problem.signature, torch.get_num_threads()))
         if known is None or known.surroundings is None or known.schedule.next_is_due():
             return None
-        return known.program if known.surroundings.changed() is None else None
+        if known.surroundings.outdated() or known.surroundings.changed() is not None:
+            return None
+        return known.program
 
     def counted(self, problem: Problem) -> None:
         """A gradient is made without being asked for here, which counts towards the next check."""
-        known = self._known[problem.signature, torch.get_num_threads()]
-        known.schedule.due()
-        if known.surroundings is not None:
-            known.surroundings.use()
+        self._known[problem.signature, torch.get_num_threads()].schedule.due()
 
     def state_dict(self) -> dict[str, bool]:
         """Which gradients are made by programs, of those that are settled, by what the problems look like."""
@@ -181,7 +175,7 @@ class Gradients:
             with recorded_modules() as modules, random_state_kept(problem.weights[0].device):
                 graph = trace_gradient(problem)
                 inputs = [*detached(problem.weights), *detached(problem.hyperparameters), *problem.split[0]]
-            known.surroundings = Surroundings(problem, modules, known.outdated)
+            known.surroundings = Surroundings(problem, modules)
             known.program = self._make(graph, inputs)
         except Exception as error:  # the loss may still work, which autograd then shows
             known.reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -196,13 +190,13 @@ class Gradients:
         return "" if best < known.fastest else "it is faster"
 
 
-def _after(before: _Known | None, problem: Problem, outdated: str | None) -> _Known:
-    """What is known of a loss at first; or once what it reads under this name is not what it was."""
-    if before is None or before.surroundings is None:
-        return _Known()
-    if before.surroundings.restless:
-        return _Known(reason=f"{problem.name} reads {outdated}, which changes from call to call")
-    return _Known(outdated=before.surroundings)
+def _give_up(known: _Known, problem: Problem, reason: str) -> None:
+    known.program, known.reason = None, reason
+    warnings.warn(
+        f"the traced gradient of {problem.name} is replaced by autograd's: {reason}; a loss must be a function of its "
+        "arguments: pass what changes between calls in the batch or the hyperparameters",
+        stacklevel=5,
+    )
 
 
 def _timed(problem: Problem, known: _Known) -> Gradient:

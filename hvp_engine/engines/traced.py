@@ -48,6 +48,10 @@ class Functions(PartitionFunctions):
         with below_autograd():
             return self.primal(*detached(problem.weights), *detached(problem.hyperparameters), *tensors)
 
+    def outdated(self) -> bool:
+        """Whether the loss has to be traced anew."""
+        return self.distrust is None and self.surroundings.outdated()
+
     @property
     def quiet(self) -> bool:
         """Whether the next use runs neither the loss, for a check, nor anything random."""
@@ -67,6 +71,9 @@ class Refused:
 
     distrust: str
 
+    def outdated(self) -> bool:
+        return False
+
 
 class TracedLinearization(PartitionedLinearization):
     """A traced loss at one point. `values` are what the primal part gave there."""
@@ -83,12 +90,10 @@ class TracedLinearization(PartitionedLinearization):
 class LinearizedEngine(Engine):
     """Traces each (shapes, batch constants) once; new values of the same shapes reuse the trace.
 
-    A trace is made anew where what the loss reads beside its arguments has changed, as a module's mode or a variable of
-    the function around it; where that goes on, eager takes over for good, with a warning.
-
-    The first linearization of a trace, and later ones more and more rarely, are compared with eager's. Where they
-    disagree, as when a closure was bound to another tensor after the trace, eager takes over for good, with a
-    warning.
+    A trace is made anew where modules of the loss are in another mode, or autocast is. Where something else that the
+    loss reads beside its arguments has changed, as a variable of the function around it, eager takes over for good,
+    with a warning. So it does where a linearization disagrees with eager's: the first of a trace, and later ones more
+    and more rarely, are compared.
     """
 
     name = "linearized"
@@ -104,16 +109,18 @@ class LinearizedEngine(Engine):
     def linearize(self, problem: Problem) -> Linearization:
         tensors, key = problem.split[0], problem.signature
         functions = self._cache.get(key)
-        outdated = functions.surroundings.changed() if isinstance(functions, Functions) else None
-        if functions is None or outdated is not None:
-            functions = self._cache[key] = self._traced_again(problem, functions, outdated)
+        if functions is None or functions.outdated():
+            functions = self._cache[key] = self._trace(problem)
             if len(self._cache) > _MOST_TRACES:
                 self._cache.popitem(last=False)
                 self._forgotten += 1
         self._cache.move_to_end(key)
         if isinstance(functions, Refused) or functions.distrust:
             return self._instead(problem, functions.distrust)
-        functions.surroundings.use()
+        changed = functions.surroundings.changed()
+        if changed is not None:
+            self._give_up(problem, functions, f"it reads {changed}, which has changed since it was traced")
+            return self._instead(problem, functions.distrust)
         if not functions.schedule.due_alone():
             return self._linearization(functions, problem, tensors)
         with random_state_kept(problem.weights[0].device):
@@ -121,16 +128,20 @@ class LinearizedEngine(Engine):
         traced = self._linearization(functions, problem, tensors)
         if traced.fallback is not None:
             return traced
-        functions.distrust = disagreement(traced, eager, problem.weights, functions.partition.dtypes)
-        if functions.distrust is None:
+        wrong = disagreement(traced, eager, problem.weights, functions.partition.dtypes)
+        if wrong is None:
             return traced
-        warnings.warn(
-            f"engine {self.name!r} is replaced by 'eager' for {problem.name}: {functions.distrust}; a loss must be a "
-            "function of its arguments: pass what changes between calls in the batch or the hyperparameters",
-            stacklevel=4,
-        )
-        eager.fallback = functions.distrust
+        self._give_up(problem, functions, wrong)
+        eager.fallback = wrong
         return eager
+
+    def _give_up(self, problem: Problem, functions: Functions, reason: str) -> None:
+        functions.distrust = reason
+        warnings.warn(
+            f"engine {self.name!r} is replaced by 'eager' for {problem.name}: {reason}; a loss must be a function of "
+            "its arguments: pass what changes between calls in the batch or the hyperparameters",
+            stacklevel=5,
+        )
 
     def gradient(self, problem: Problem) -> Gradient:
         return self.gradients(problem)
@@ -140,7 +151,6 @@ class LinearizedEngine(Engine):
         gradient = self.gradients.quietly(val) if functions is not None and functions.quiet else None
         if functions is None or gradient is None:
             return None
-        functions.surroundings.use()
         functions.schedule.due()
         return gradient, self._linearization(functions, train, train.split[0])
 
@@ -174,27 +184,15 @@ class LinearizedEngine(Engine):
     def known(self, problem: Problem) -> Functions | None:
         """The functions of a problem that has been traced here."""
         functions = self._cache.get(problem.signature)
-        return functions if isinstance(functions, Functions) and functions.surroundings.changed() is None else None
+        if not isinstance(functions, Functions) or functions.outdated():
+            return None
+        return functions if functions.surroundings.changed() is None else None
 
-    def _traced_again(
-        self, problem: Problem, before: Functions | Refused | None, outdated: str | None
-    ) -> Functions | Refused:
-        """Functions in place of those `before`, which are outdated by what is called so; or why there are none."""
-        surroundings = before.surroundings if isinstance(before, Functions) else None
-        if surroundings is None or not surroundings.restless:
-            return self._trace(problem, surroundings)
-        reason = f"{problem.name} reads {outdated}, which changes from call to call"
-        warnings.warn(
-            f"engine {self.name!r} is not used: {reason}; pass it in the batch or the hyperparameters",
-            stacklevel=5,
-        )
-        return Refused(reason)
-
-    def _trace(self, problem: Problem, before: Surroundings | None = None) -> Functions | Refused:
+    def _trace(self, problem: Problem) -> Functions | Refused:
         start = time.perf_counter()
         with recorded_modules() as modules, random_state_kept(problem.weights[0].device):
             parts = partition(trace(problem))
-            functions = self._functions(parts, Surroundings(problem, modules, before))
+            functions = self._functions(parts, Surroundings(problem, modules))
         self.traces += 1
         self.trace_seconds += time.perf_counter() - start
         return functions

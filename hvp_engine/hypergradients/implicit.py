@@ -54,9 +54,9 @@ class Hypergradient(Estimator):
     """dL_V*/dlambda as a function of (weights, hyperparameters, training batch, validation batch).
 
     Arguments:
-        train_loss, val_loss: `loss(weights, hyper, batch)` -> scalar tensor. They should be functions of their
-            arguments: engines trace them and reuse the trace, and trace them again where a variable, attribute or item
-            that they read has changed; what they read from a file, a clock or a package's own state is not seen.
+        train_loss, val_loss: `loss(weights, hyper, batch)` -> scalar tensor. They must be functions of their
+            arguments: an engine may trace them once and reuse the trace. It watches the variables, attributes and
+            items that their code names, and gives the trace up, with a warning, where one has changed.
         solver: how to invert the Hessian of the training loss; default `Neumann(20)`, which estimates alpha.
         engine: how products are executed: "auto", or a name from `hvp_engine.engines`.
         warm_start: start each solve at the solution of the previous call, for one more product and one more vector of

@@ -150,8 +150,8 @@ FAULTS = [
     ),
     Fault(
         "hvp_engine/engines/gradients.py",
-        "return program is not None and not program.random",
-        "return program is not None",
+        "if program is None or program.random:",
+        "if program is None:",
         f"{GRADIENTS} -k dropout",
         "random numbers of a validation loss are drawn from the caller's generator",
     ),
