@@ -73,8 +73,8 @@ def test_gauss_newton_inverse_of_a_linear_model() -> None:
     torch.testing.assert_close(direct - mixed, problem.hypergradient, rtol=1e-9, atol=1e-11)
 
 
-# gradcheck: the inner problem is solved again for every perturbed input. It also makes a backward pass twice, of which the
-# second may be the first to run a program: the two differ by rounding.
+# gradcheck: the inner problem is solved again for every perturbed input. It also makes a backward pass twice, of which
+# the second may be the first to run a program: the two differ by rounding.
 AGAIN = {"eps": 1e-5, "atol": 1e-7, "rtol": 1e-6, "nondet_tol": 1e-11}
 
 
