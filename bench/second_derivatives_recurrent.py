@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import hvp_engine as hvp
+from bench.methods import settle
 from examples import ptb_tuning
 from examples.datasets import Text
 from hvp_engine._support.torch_compat import without_onednn
@@ -100,7 +101,10 @@ def _hyper_step() -> Iterator[Mapping[str, Any]]:
     calls: dict[str, Callable[[], object]] = {"training step": train}
     for engine in ("eager", "linearized", "auto"):
         estimate = hvp.Hypergradient(problem.train_loss, problem.val_loss, solver=hvp.Identity(), engine=engine)
-        calls[f"hvp_engine {engine}"] = partial(estimate, weights, hyper, problem.train[0], problem.validation[0])
+        call = partial(estimate, weights, hyper, problem.train[0], problem.validation[0])
+        call()
+        settle({engine: estimate.engine}, lambda terms, call=call: call())
+        calls[f"hvp_engine {engine}"] = call
     yield from _rows("hyper step", f"text, {settings.layers} layers of {settings.units} units", calls)
 
 
