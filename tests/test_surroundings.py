@@ -334,6 +334,20 @@ def test_names_that_code_reads() -> None:
     assert not read.attributes & {"count", "log"} and not read.cells - {"self"}
 
 
+def test_an_object_that_has_every_attribute_is_no_endless_path() -> None:
+    class Config(dict[str, Any]):
+        def __getattr__(self, name: str) -> Any:
+            return self.setdefault(name, Config())
+
+    config = Config(rate=0.1)
+    ours, eager, _ = both(lambda w, h, b: fit(w, h, config.rate), "linearized")
+    torch.testing.assert_close(ours(), eager())
+    assert config == {"rate": 0.1}
+    config["rate"] = 0.7
+    with pytest.warns(UserWarning, match=r"it reads config\['rate'\], which has changed"):
+        torch.testing.assert_close(ours(), eager())
+
+
 def test_code_of_installed_packages_is_not_followed() -> None:
     names = {variable.name for variable in free_variables([lambda w: torch.special.expit(w).sum() * Constants.rate])}
     assert names == {"torch", "Constants", "Constants.rate"}

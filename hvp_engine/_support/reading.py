@@ -17,7 +17,10 @@ from hvp_engine._support.bytecode import names_read
 from hvp_engine._support.isolation import is_copy
 from hvp_engine._support.user_code import BUILT_IN, is_ours, is_written_here
 
-_PLAIN = (type(None), numbers.Number, str, bytes, enum.Enum, torch.dtype, torch.device, slice, range)
+CONSTANTS = (type(None), numbers.Number, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)
+"""Types of values, beside tensors, that never change, and that can be keys."""
+
+_PLAIN = (*CONSTANTS, slice, range)
 """Types of values that are compared by what they are, not by which they are."""
 
 _MOST_ITEMS = 100
@@ -135,8 +138,8 @@ class _Walk:
         if isinstance(value, Tensor) or is_plain(value) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        if hasattr(value, "__wrapped__"):  # a decorated function, or a method of a class
-            self.visit(value.__wrapped__, name)
+        if callable(value) or isinstance(value, (classmethod, staticmethod)):
+            self.visit(getattr(value, "__wrapped__", None), name)  # of what is decorated
         if isinstance(value, types.FunctionType):
             self._function(value)
         elif isinstance(value, property):
@@ -197,14 +200,14 @@ class _Walk:
             self.visit(default, function.__name__)
 
     def _instance(self, value: Any, name: str) -> None:
-        kind = type(value)
+        kind, attributes = type(value), getattr(value, "__dict__", {})
         if is_ours(_file(kind)):  # a loss around the caller's
-            for attribute, part in vars(value).items():
+            for attribute, part in attributes.items():
                 if callable(part):
-                    self._note(f"{name}.{attribute}", vars(value), attribute)
+                    self._note(f"{name}.{attribute}", attributes, attribute)
             return
         self._class(kind, name, "__call__")
-        self._attributes(getattr(value, "__dict__", {}), name, self.names)
+        self._attributes(attributes, name, self.names)
         for base in kind.__mro__:
             for attribute in self.names.intersection(vars(base).get("__slots__", ())):
                 self._note(f"{name}.{attribute}", _Slots(value), attribute)

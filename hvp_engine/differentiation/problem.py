@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import enum
-import numbers
 import types
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -16,9 +14,7 @@ from torch import Tensor
 
 from hvp_engine._support.mappings import flatten_batch
 from hvp_engine._support.pytree import Structure, check_scalar
-
-_CONSTANTS = (type(None), numbers.Number, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)
-"""Types of leaves of a batch, beside tensors, that never change."""
+from hvp_engine._support.reading import CONSTANTS
 
 
 class GatheringLoss:
@@ -131,4 +127,4 @@ class Averaged:
 
 def is_constant(leaf: Any) -> bool:
     """Whether a leaf of a batch, not a tensor, never changes, so that a trace may bake it in."""
-    return isinstance(leaf, _CONSTANTS) or (callable(leaf) and isinstance(leaf, Hashable))
+    return isinstance(leaf, CONSTANTS) or (callable(leaf) and isinstance(leaf, Hashable))
