@@ -142,3 +142,15 @@ class CallRecorder:
         calls.poison()
         self._all.append(calls)
         return CallRecording(calls, outputs, self._all)
+
+
+class FailingRecorder(CallRecorder):
+    """The recording with number `fails`, counted over all, cannot be made."""
+
+    fails = made = 0
+
+    def record(self, body: Body) -> CallRecording:
+        FailingRecorder.made += 1
+        if FailingRecorder.made == FailingRecorder.fails:
+            raise CaptureError(f"recording {FailingRecorder.made} failed")
+        return super().record(body)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from recorder_on_cpu import CallRecorder, OutOfMemory, launching
+from recorder_on_cpu import CallRecorder, FailingRecorder, OutOfMemory, launching
 from test_engines_cudagraph import Make, assert_same, both, make, point, train
 from torch import Tensor
 
@@ -14,7 +14,6 @@ import hvp_engine as hvp
 from hvp_engine._support.flat_vector import FlatVector
 from hvp_engine.engines import LinearizedEngine, compiled
 from hvp_engine.engines.cudagraph import CudaGraphEngine
-from hvp_engine.engines.recording import Body, CaptureError
 from hvp_engine.solvers.lanczos import tridiagonalize
 from hvp_engine.solvers.settling import Settling
 
@@ -50,18 +49,6 @@ def solver_limit(solver: Any) -> int:
     return getattr(solver, "method", solver).iterations
 
 
-class Failing(CallRecorder):
-    """The recording with this number, counted over all, cannot be made."""
-
-    fails = made = 0
-
-    def record(self, body: Body) -> Any:
-        Failing.made += 1
-        if Failing.made == Failing.fails:
-            raise CaptureError(f"recording {Failing.made} failed")
-        return super().record(body)
-
-
 @pytest.mark.parametrize(("count", "solver"), [(1, hvp.ConjugateGradient(7, tol=1e-12)), (9, hvp.Neumann(2, 0.1))])
 def test_a_recording_that_fails_costs_no_result(count: int, solver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever it is, the rest goes on without it, and the report says so."""
@@ -72,12 +59,12 @@ def test_a_recording_that_fails_costs_no_result(count: int, solver: Any, monkeyp
     expected = hvp.HessianOperator(train, weights, hyper, batch, engine="eager").solve(vs, solver, batched=True)
     with hvp.use_backend("reference"):
         for fails in range(1, 100):
-            monkeypatch.setattr(Failing, "fails", fails)
-            monkeypatch.setattr(Failing, "made", 0)
-            engine = CudaGraphEngine(linearized=traces, recorder=Failing)
+            monkeypatch.setattr(FailingRecorder, "fails", fails)
+            monkeypatch.setattr(FailingRecorder, "made", 0)
+            engine = CudaGraphEngine(linearized=traces, recorder=FailingRecorder)
             operator = hvp.HessianOperator(train, weights, hyper, batch, engine=engine)
             torch.testing.assert_close(operator.solve(vs, solver, batched=True).value, expected.value)
-            if Failing.made < fails:
+            if FailingRecorder.made < fails:
                 break
             assert f"recording {fails} failed" in engine.report()
     # Three for the linearization; four for the solve, or one, and the batched product that it is compared by.
@@ -168,6 +155,14 @@ def recordings_of(engine: CudaGraphEngine) -> list[Any]:
     return counted.recorder._all
 
 
+def assert_as_eager(engine: CudaGraphEngine) -> None:
+    with hvp.use_backend("reference"):
+        ours, theirs = both(engine, hvp.Neumann(3, 0.1))
+        for call in range(2):
+            arguments = point(torch.device("cpu"), call)
+            assert_same(ours(*arguments), theirs(*arguments))
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "regions"])
 def test_compiled_parts_are_recorded(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is a single call: here the compiler leaves its graph as it is."""
@@ -177,11 +172,7 @@ def test_compiled_parts_are_recorded(whole: bool, monkeypatch: pytest.MonkeyPatc
     calls = {}
     for budget in (0.0, 1e6):
         engine = CudaGraphEngine(recorder=CallRecorder, compile_budget_s=budget)
-        with hvp.use_backend("reference"):
-            ours, theirs = both(engine, hvp.Neumann(3, 0.1))
-            for call in range(2):
-                arguments = point(torch.device("cpu"), call)
-                assert_same(ours(*arguments), theirs(*arguments))
+        assert_as_eager(engine)
         _, product, *_ = recordings_of(engine)
         calls[budget] = len(product.calls)
         assert "term by term" not in engine.report() and "as traced" not in engine.report()
@@ -195,9 +186,5 @@ def test_what_cannot_be_compiled_is_recorded_as_traced(monkeypatch: pytest.Monke
     monkeypatch.setattr(compiled, "compile_graph", broken)
     for budget, reason in ((1e6, "engine 'compiled': inductor failed"), (0.1, "compiling would take about")):
         engine = CudaGraphEngine(recorder=CallRecorder, compile_budget_s=budget)
-        with hvp.use_backend("reference"):
-            ours, theirs = both(engine, hvp.Neumann(3, 0.1))
-            for call in range(2):
-                arguments = point(torch.device("cpu"), call)
-                assert_same(ours(*arguments), theirs(*arguments))
+        assert_as_eager(engine)
         assert f"recorded as traced: {reason}" in engine.report()

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from recorder_on_cpu import CallRecorder, CallRecording
+from recorder_on_cpu import CallRecording, FailingRecorder
 from test_engines_cudagraph import Make, assert_same, both, make, point, train, val
 from torch import Tensor
 
 import hvp_engine as hvp
 from hvp_engine.engines.cudagraph import CudaGraphEngine
-from hvp_engine.engines.recording import Body, CaptureError
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
 __all__ = ["make"]  # a fixture
@@ -90,30 +89,18 @@ def test_what_asks_for_more_than_the_whole_gets_it(make: Make, device: torch.dev
     torch.testing.assert_close(list(graphs.product(tangents)), list(eager.product(tangents)))
 
 
-class Failing(CallRecorder):
-    """The recording with this number, counted over all, cannot be made."""
-
-    fails = made = 0
-
-    def record(self, body: Body) -> Any:
-        Failing.made += 1
-        if Failing.made == Failing.fails:
-            raise CaptureError(f"recording {Failing.made} failed")
-        return super().record(body)
-
-
 def test_a_recording_that_fails_costs_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     device, solver = torch.device("cpu"), hvp.Neumann(2, 0.1)
     expected = [both(CudaGraphEngine(), solver)[1](*point(device, call)) for call in range(3)]
     with hvp.use_backend("reference"):
         for fails in range(1, 100):
-            monkeypatch.setattr(Failing, "fails", fails)
-            monkeypatch.setattr(Failing, "made", 0)
-            engine = CudaGraphEngine(recorder=Failing)
+            monkeypatch.setattr(FailingRecorder, "fails", fails)
+            monkeypatch.setattr(FailingRecorder, "made", 0)
+            engine = CudaGraphEngine(recorder=FailingRecorder)
             ours, _ = both(engine, solver)
             for call in range(3):
                 assert_same(ours(*point(device, call)), expected[call])
-            if Failing.made < fails:
+            if FailingRecorder.made < fails:
                 break
             assert f"recording {fails} failed" in engine.report()
     assert fails > 6  # the validation gradient, the primal part, two products, a solve, the whole
