@@ -46,7 +46,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, g, o, logarithms = _contiguous(query, key, value, grad_output, output, logsumexp)
     results = tuple(x.new_empty(x.shape) for x in (q, k, v))
-    shapes, given = _Shapes(q, k, v), (q, k, v, g.to(q.dtype), o, logarithms)
+    corrections = q.new_empty(q.shape[:3], dtype=torch.float32)
+    shapes, given = _Shapes(q, k, v), (q, k, v, g.to(q.dtype), o, logarithms, corrections)
     _launch(attention_query_gradient, shapes, (*given, results[0]), settings)
     _launch(attention_key_gradients, shapes, (*given, *results[1:]), settings)
     return results
@@ -71,7 +72,7 @@ def attention_backward_backward(
         for tangent, x in ((grad_grad_query, q), (grad_grad_key, k), (grad_grad_value, v))
     ]
     results = tuple(x.new_empty(x.shape) for x in (g, q, k, v))
-    sums = q.new_empty((*q.shape[:2], 3, q.shape[2]), dtype=torch.float32)
+    sums = q.new_empty((*q.shape[:2], 4, q.shape[2]), dtype=torch.float32)
     shapes = _Shapes(q, k, v)
     _launch(attention_moved_rows, shapes, (q, k, v, *tangents, g, o, logarithms, results[0], sums), settings)
     given = (q, k, v, *tangents, g, logarithms, sums)

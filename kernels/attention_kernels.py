@@ -9,12 +9,16 @@ them; what a program adds up it keeps in registers, so nothing is added in memor
 * `attention_moved_rows`: o' and m along each row in one pass, since o' = sum of (P * D) (s' v + c) - m o; and
   n = <g, o'>.
 * `attention_query_curvature`, `attention_key_curvatures`: the rest of the derivative of the derivative, given r, m, n.
+
+A logarithm of 8 in float32 is wrong by up to 5e-7, and with it every weight of its row. What goes through the keys first
+therefore adds up exp(s - logsumexp) too, and hands 1 / that sum on as the row's `correction`: the weights sum to 1 again.
 """
 
 import triton
 import triton.language as tl
 
 from hvp_engine.kernels.attention_tiles import (
+    correction_of,
     dropout_factors,
     last_key,
     load_numbers,
@@ -66,7 +70,7 @@ def attention_rows(
 
 @triton.jit
 def attention_query_gradient(
-    q, k, v, grad_output, output, logsumexp, grad_query,
+    q, k, v, grad_output, output, logsumexp, corrections, grad_query,
     mask, mask_batch, mask_head, mask_query, mask_key, seed, threshold, kept, scale,
     heads, key_heads, queries, keys, width, value_width,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
@@ -78,6 +82,7 @@ def attention_query_gradient(
     o = load_rows(output, index, query, queries, value_width, VALUE_WIDTH)
     mean = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     shift = load_numbers(logsumexp, index, query, queries)
+    total = tl.zeros((BLOCK,), tl.float32)
     sums = tl.zeros((BLOCK, WIDTH), tl.float32)
     for start in range(0, last_key(query, keys, CAUSAL, BLOCK), BLOCK):
         key = start + tl.arange(0, BLOCK).to(tl.int64)
@@ -89,15 +94,18 @@ def attention_query_gradient(
             ),
             shift,
         )  # fmt: skip
+        total += tl.sum(weight, 1)
         grad_weight = product(g, tl.trans(load_rows(v, key_index, key, keys, value_width, VALUE_WIDTH)))
         grad_weight *= dropout_factors(query, key, index, seed, threshold, kept, BLOCK, BLOCK, DROPOUT)
         sums += product(weight * (grad_weight - mean[:, None]), tile)
-    store_rows(grad_query, sums * scale, index, query, queries, width, WIDTH)
+    correction = correction_of(total)
+    tl.store(corrections + index * queries + query, correction, mask=query < queries)
+    store_rows(grad_query, sums * (correction * scale)[:, None], index, query, queries, width, WIDTH)
 
 
 @triton.jit
 def attention_key_gradients(
-    q, k, v, grad_output, output, logsumexp, grad_key, grad_value,
+    q, k, v, grad_output, output, logsumexp, corrections, grad_key, grad_value,
     mask, mask_batch, mask_head, mask_query, mask_key, seed, threshold, kept, scale,
     heads, key_heads, queries, keys, width, value_width,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
@@ -123,6 +131,7 @@ def attention_key_gradients(
                 ),
                 load_numbers(logsumexp, index, query, queries),
             )  # fmt: skip
+            weight *= load_numbers(corrections, index, query, queries)[:, None]
             factors = dropout_factors(query, key, index, seed, threshold, kept, BLOCK, BLOCK, DROPOUT)
             grad_weight = product(g, tl.trans(v)) * factors
             key_sums += product(tl.trans(weight * (grad_weight - mean[:, None])), tile)
@@ -139,11 +148,12 @@ def attention_moved_rows(
     CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """`sums` gets r, m and n of each row, one after the other."""
+    """`sums` gets r, m, n and the correction of each row, one after the other."""
     index, query, batch, head, key_index = open_queries(heads, key_heads, BLOCK)
     q = load_rows(q, index, query, queries, width, WIDTH)
     a = load_rows(a, index, query, queries, width, WIDTH)
     shift = load_numbers(logsumexp, index, query, queries)
+    total = tl.zeros((BLOCK,), tl.float32)
     mean_moved = tl.zeros((BLOCK,), tl.float32)
     moved_output = tl.zeros((BLOCK, VALUE_WIDTH), tl.float32)
     for start in range(0, last_key(query, keys, CAUSAL, BLOCK), BLOCK):
@@ -156,6 +166,7 @@ def attention_moved_rows(
             ),
             shift,
         )  # fmt: skip
+        total += tl.sum(weight, 1)
         moved = product(a, tl.trans(tile)) + product(q, tl.trans(load_rows(b, key_index, key, keys, width, WIDTH)))
         moved *= weight * scale
         mean_moved += tl.sum(moved, 1)
@@ -164,12 +175,15 @@ def attention_moved_rows(
         moved_output += product(weight * factors, load_rows(c, key_index, key, keys, value_width, VALUE_WIDTH))
     o = load_rows(output, index, query, queries, value_width, VALUE_WIDTH).to(tl.float32)
     g = load_rows(grad_output, index, query, queries, value_width, VALUE_WIDTH).to(tl.float32)
-    moved_output -= mean_moved[:, None] * o
+    correction = correction_of(total)
+    mean_moved *= correction
+    moved_output = moved_output * correction[:, None] - mean_moved[:, None] * o
     store_rows(grad_grad_output, moved_output, index, query, queries, value_width, VALUE_WIDTH)
-    place = sums + index * 3 * queries + query
+    place = sums + index * 4 * queries + query
     tl.store(place, tl.sum(g * o, 1), mask=query < queries)
     tl.store(place + queries, mean_moved, mask=query < queries)
     tl.store(place + 2 * queries, tl.sum(g * moved_output, 1), mask=query < queries)
+    tl.store(place + 3 * queries, correction, mask=query < queries)
 
 
 @triton.jit
@@ -248,13 +262,14 @@ def attention_key_curvatures(
 @triton.jit
 def moved_tile(q, k, v, a, b, c, g, weight, sums, index, query, queries, factors, scale):
     """Of a block of queries and keys: P' * D, and the gradients of s' and of s."""
-    place = sums + index * 3 * queries + query
+    place = sums + index * 4 * queries + query
     inside = query < queries
     mean, mean_moved, last = (
         tl.load(place, mask=inside, other=0.0),
         tl.load(place + queries, mask=inside, other=0.0),
         tl.load(place + 2 * queries, mask=inside, other=0.0),
     )
+    weight *= tl.load(place + 3 * queries, mask=inside, other=0.0)[:, None]
     step = (product(a, tl.trans(k)) + product(q, tl.trans(b))) * scale - mean_moved[:, None]
     centred = product(g, tl.trans(v)) * factors - mean[:, None]
     grad_scores = weight * (step * centred + product(g, tl.trans(c)) * factors - last[:, None])

@@ -63,6 +63,12 @@ def weights(pairs, logsumexp):
 
 
 @triton.jit
+def correction_of(total):
+    """What makes weights that sum to `total` sum to 1; 1 where nothing is seen."""
+    return 1.0 / tl.where(total > 0, total, 1.0)
+
+
+@triton.jit
 def dropout_factors(
     query, key, head, seed, threshold, kept, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPOUT: tl.constexpr
 ):

@@ -26,7 +26,7 @@ KERNELS = (
     "attention_key_curvatures",
 )
 NUMBERS = {
-    **dict.fromkeys(("logsumexp", "sums"), "*fp32"),
+    **dict.fromkeys(("logsumexp", "corrections", "sums"), "*fp32"),
     **dict.fromkeys(("mask_batch", "mask_head", "mask_query", "mask_key"), "i32"),
     **dict.fromkeys(("heads", "key_heads", "queries", "keys", "width", "value_width"), "i32"),
     **{"seed": "*i64", "threshold": "i64", "kept": "fp32", "scale": "fp32"},
