@@ -6,6 +6,8 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hvp_engine._support.torch_compat import in_transform
 from hvp_engine.differentiable.attention import operators
@@ -40,6 +42,8 @@ def scaled_dot_product_attention(
     Returns the output, ... x heads x queries x the value's width. A query that sees no key gets zeros, and gives no
     gradient.
 
+    Under transforms of `torch.func` and in forward mode it is torch's own function, on its math kernel.
+
     Cost: in multiplications of queries x keys x width for each head: 2 for the value, 5 for the first derivative, 12
     for the derivative of that. Memory beside the outputs: a block of rows for each thread on a CPU. Sums are in float32
     (float64 for float64). Third and higher derivatives exist and need whole matrices of queries x keys.
@@ -63,6 +67,11 @@ def scaled_dot_product_attention(
             raise ValueError(f"{name}: expected ... x length x width; got shape {tuple(tensor.shape)}")
     if is_causal and attn_mask is not None:
         raise ValueError("is_causal: expected False beside attn_mask; got True: put the causal mask into attn_mask")
+    if in_transform():  # which would not see the operators' derivatives
+        with sdpa_kernel(SDPBackend.MATH):
+            return functional.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
     (q, k, v), mask, leading = _prepared(query, key, value, attn_mask, dropout_p, enable_gqa)
     seed = None
     if dropout_p > 0:
