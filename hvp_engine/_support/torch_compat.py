@@ -99,6 +99,11 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a transform has put a batch in place of the tensor: `torch.vmap`, or autograd's `is_grads_batched`."""
+    return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 # Kernels.
 
 fused_weight_norm = torch._weight_norm

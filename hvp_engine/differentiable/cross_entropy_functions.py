@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from hvp_engine._support.torch_compat import in_transform
 from hvp_engine.differentiable import cross_entropy_schemas as _schemas  # noqa: F401  registers the operations
-from hvp_engine.differentiable.registration import accumulated
+from hvp_engine.differentiable.registration import accumulated, check_tensor
 
 ops = torch.ops.hvp_engine
 
@@ -57,6 +57,7 @@ def cross_entropy(
     >>> torch.autograd.grad(gradient[0, 0], z)[0][0]
     tensor([ 0.1875, -0.0625, -0.0625, -0.0625])
     """
+    check_tensor(input, "input")
     if input.dim() == 0:
         raise ValueError("input: expected logits of shape (C,), (N, C) or (N, C, ...); got a 0-dim tensor")
     dim = 0 if input.dim() == 1 else 1
@@ -104,6 +105,8 @@ def linear_cross_entropy(
     >>> differentiable.linear_cross_entropy(h, w, torch.tensor([0, 1, 4])).item() == torch.tensor(5.0).log().item()
     True
     """
+    check_tensor(input, "input")
+    check_tensor(linear_weight, "linear_weight")
     if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1] != linear_weight.shape[1]:
         raise ValueError(
             "input, linear_weight: expected matrices (N, d) and (C, d); got shapes "
@@ -142,6 +145,7 @@ def log_softmax(input: Tensor, dim: int = -1) -> Tensor:
     >>> differentiable.log_softmax(torch.zeros(2, 4))[0, 0]
     tensor(-1.3863)
     """
+    check_tensor(input, "input")
     _check_dtype(input)
     if in_transform():
         return functional.log_softmax(input, dim)
@@ -178,6 +182,7 @@ def _check(
     label_smoothing: float,
 ) -> None:
     _check_dtype(input)
+    check_tensor(target, "target")
     if target.dtype != torch.int64:
         raise TypeError(
             f"target: expected classes as int64; got {target.dtype}: torch.nn.functional.cross_entropy takes "

@@ -13,6 +13,7 @@ from hvp_engine._support.torch_compat import in_transform
 from hvp_engine.differentiable import normalization_reference as reference
 from hvp_engine.differentiable import normalization_schemas as _schemas  # noqa: F401  registers the operations
 from hvp_engine.differentiable.normalization_shapes import Kind
+from hvp_engine.differentiable.registration import check_tensor
 
 ops = torch.ops.hvp_engine
 
@@ -52,6 +53,12 @@ def batch_norm(
     tensor([[-1.],
             [ 1.]])
     """
+    check_tensor(input, "input")
+    if training and momentum is None:
+        raise TypeError(
+            "momentum: expected a number; got None: for an average over all batches pass 1 / (how many there were), as "
+            "torch.nn.BatchNorm2d does"
+        )
     if not training:
         return functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     _check_images("batch_norm", input, weight, bias)
@@ -85,6 +92,7 @@ def group_norm(
     >>> differentiable.group_norm(torch.tensor([[0.0, 2.0, 5.0, 7.0]]), 2, eps=0.0)
     tensor([[-1.,  1., -1.,  1.]])
     """
+    check_tensor(input, "input")
     _check_images("group_norm", input, weight, bias)
     if num_groups < 1 or input.shape[1] % num_groups:
         raise ValueError(f"num_groups: expected a divisor of the {input.shape[1]} channels of input; got {num_groups}")
@@ -152,6 +160,7 @@ def _normalized(
 
 def _rows(input: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None) -> int:
     """How many dimensions make up a row."""
+    check_tensor(input, "input")
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     _check_numbers(input, weight, bias, shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:

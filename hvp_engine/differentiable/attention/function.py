@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hvp_engine._support.torch_compat import in_transform
 from hvp_engine.differentiable.attention import operators
+from hvp_engine.differentiable.registration import check_tensor
 
 
 def scaled_dot_product_attention(
@@ -63,6 +64,7 @@ def scaled_dot_product_attention(
     torch.Size([2, 8, 100, 64])
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(tensor, name)
         if tensor.dim() < 2:
             raise ValueError(f"{name}: expected ... x length x width; got shape {tuple(tensor.shape)}")
     if is_causal and attn_mask is not None:
@@ -135,9 +137,10 @@ def _prepared(
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In the dtype of an autocast that is on, as torch's own function casts."""
-    if not torch.is_autocast_enabled(query.device.type):
+    kind = query.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return query, key, value
-    dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = torch.get_autocast_dtype(kind)
     q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (query, key, value))
     return q, k, v
 
