@@ -187,3 +187,46 @@ def test_best_response_with_a_non_finite_validation_loss(world: World) -> None:
     response = hvp.best_response(world.loss, world.w, world.h, hvp.Neumann(3))
     value = math.nan * response[0].sum()
     world.refuses(hvp.NonFiniteError, "val_loss: expected finite values", lambda: torch.autograd.grad(value, world.h))
+
+
+@pytest.mark.parametrize("engine", ["eager", "recorded"])
+def test_graphs_that_were_freed_name_their_argument(world: World, engine: Any) -> None:
+    def calls(spent: str) -> tuple[torch.Tensor, torch.Tensor]:
+        again = World()
+        losses = {"train_loss": again.loss, "val_loss": (again.w[0] ** 2).sum() + (again.w[1] ** 2).sum()}
+        losses[spent].backward()
+        return hvp.hypergradient(**losses, weights=again.w, hyperparameters=again.h, engine=engine)
+
+    for spent in ("train_loss", "val_loss"):
+        with pytest.raises(hvp.GraphError, match=f"^{spent}: expected a graph that can still .* retain_graph=True"):
+            calls(spent)
+    torch.autograd.grad(world.f, world.w, world.v)
+    with pytest.raises(hvp.GraphError, match=r"^f: expected a graph that can still be differentiated.*compute f again"):
+        hvp.approx_inverse_hvp(world.v, world.f, world.w, 3, 0.1, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["eager", "recorded"])
+def test_weights_that_were_changed_since_name_the_argument(world: World, engine: Any) -> None:
+    (response, *_) = hvp.best_response(world.loss, world.w, world.h, hvp.Neumann(3), engine=engine)
+    with torch.no_grad():
+        for weight in world.w:
+            weight.mul_(2.0)
+    with pytest.raises(hvp.GraphError, match=r"^f: .*changed in place afterwards, as optimizer.step\(\)"):
+        hvp.approx_inverse_hvp(world.v, world.f, world.w, 3, 0.1, engine=engine)
+    with pytest.raises(hvp.GraphError, match=r"^train_loss: .*changed in place afterwards"):
+        response.square().sum().backward()
+
+
+def test_best_response_refuses_a_batch_of_gradients(world: World) -> None:
+    response = hvp.best_response(world.loss, world.w, world.h, hvp.Neumann(3))[0]
+    rows = torch.eye(response.numel(), dtype=DTYPE).view(-1, *response.shape)
+    with pytest.raises(hvp.GraphError, match="one gradient at a time.*hvp.response_jacobian"):
+        torch.autograd.grad(response, world.h, rows, is_grads_batched=True)
+
+
+def test_best_response_under_no_grad_is_differentiable(world: World) -> None:
+    expected = hvp.best_response(world.loss, world.w, world.h, hvp.Neumann(3))[0]
+    with torch.no_grad():
+        found = hvp.best_response(world.loss, world.w, world.h, hvp.Neumann(3))[0]
+    for ours, true in zip(*(torch.autograd.grad(r.square().sum(), world.h) for r in (found, expected)), strict=True):
+        assert torch.allclose(ours, true)

@@ -347,6 +347,18 @@ def test_automatic_choice_reports_its_evidence() -> None:
     assert "engine auto" in report and "one term: eager" in report and "linearized" in report
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_a_compressed_sparse_tensor_is_refused_with_its_line() -> None:
+    adjacency = torch.eye(3).to_sparse_csr()
+
+    def loss(w: Tensor) -> Tensor:
+        return (adjacency @ w).square().sum()
+
+    with pytest.raises(hvp.TraceError, match=r"compressed sparse one at .*adjacency @ w.*to_sparse_coo"):
+        hvp.HessianOperator(loss, torch.ones(3, 2), engine="linearized") @ torch.ones(3, 2)
+    assert torch.equal(hvp.HessianOperator(loss, torch.ones(3, 2)) @ torch.ones(3, 2), 2 * torch.ones(3, 2))
+
+
 def test_an_automatic_operator_does_not_trace_what_cannot_repay() -> None:
     operator = hvp.HessianOperator(lambda w: w.pow(4).sum(), torch.ones(3, dtype=DTYPE))
     engine = operator.engine

@@ -96,7 +96,12 @@ def shares_storage(tensor: Tensor) -> bool:
 
 def in_transform() -> bool:
     """Whether this code runs under a transform of `torch.func` or in a level of forward mode."""
-    return bool(torch._C._functorch.get_interpreter_stack()) or torch.autograd.forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a transform has put a batch in place of the tensor: `torch.vmap`, or autograd's `is_grads_batched`."""
+    return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 # Kernels.
@@ -237,6 +242,13 @@ COMPILED = re.compile("does not currently support double backward|compiled with 
 
 FAKE_AND_REAL = "FakeTensors"
 """`make_fx` met a control-flow operator, whose body it runs on tensors without values."""
+
+
+FREED_GRAPH, CHANGED_TENSOR = "through the graph a second time", "modified by an inplace operation"
+"""In the errors of a graph that was freed, and of one with a tensor that has been changed."""
+
+WITHOUT_STRIDES = "tensors do not have strides"
+"""In the error of a trace that meets a compressed sparse tensor (CSR and its like)."""
 
 
 def says_data_dependent(error: Exception) -> bool:

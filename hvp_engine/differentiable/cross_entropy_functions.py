@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from hvp_engine._support.torch_compat import in_transform
 from hvp_engine.differentiable import cross_entropy_schemas as _schemas  # noqa: F401  registers the operations
+from hvp_engine.differentiable.registration import accumulated, check_tensor
 
 ops = torch.ops.hvp_engine
 
@@ -35,7 +38,8 @@ def cross_entropy(
         reduction: "mean", "sum" or "none".
         label_smoothing: from 0 to 1.
 
-    Values and derivatives are those of torch. Derivatives beyond the second are made by plain torch.
+    Values and derivatives are those of torch. Derivatives beyond the second are made by plain torch, and so is all
+    under transforms of `torch.func` and in forward mode.
 
     Cost: two to three reads of the logits at each level. Memory: value, one number for each row; first and second
     derivative, their results. Between calls the logits are held, and nothing else of their size.
@@ -53,12 +57,15 @@ def cross_entropy(
     >>> torch.autograd.grad(gradient[0, 0], z)[0][0]
     tensor([ 0.1875, -0.0625, -0.0625, -0.0625])
     """
+    check_tensor(input, "input")
     if input.dim() == 0:
         raise ValueError("input: expected logits of shape (C,), (N, C) or (N, C, ...); got a 0-dim tensor")
     dim = 0 if input.dim() == 1 else 1
     classes = input.shape[dim]
     expected = (*input.shape[:dim], *input.shape[dim + 1 :])
     _check(input, classes, target, expected, weight, reduction, label_smoothing)
+    if in_transform():  # which would not see the operation's derivatives
+        return _of_torch(input, target, weight, ignore_index, reduction, label_smoothing)
     rows = input.movedim(dim, -1).reshape(-1, classes)
     labels = target.reshape(-1)
     losses, _ = ops.cross_entropy(rows, labels, weight, ignore_index, label_smoothing)
@@ -98,6 +105,8 @@ def linear_cross_entropy(
     >>> differentiable.linear_cross_entropy(h, w, torch.tensor([0, 1, 4])).item() == torch.tensor(5.0).log().item()
     True
     """
+    check_tensor(input, "input")
+    check_tensor(linear_weight, "linear_weight")
     if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1] != linear_weight.shape[1]:
         raise ValueError(
             "input, linear_weight: expected matrices (N, d) and (C, d); got shapes "
@@ -111,6 +120,9 @@ def linear_cross_entropy(
                 f"{tensor.dtype} and shape {tuple(tensor.shape)}"
             )
     _check(input, classes, target, (input.shape[0],), weight, reduction, label_smoothing)
+    if in_transform():
+        logits = functional.linear(input, linear_weight, bias)
+        return _of_torch(logits, target, weight, ignore_index, reduction, label_smoothing)
     losses, _ = ops.linear_cross_entropy(input, linear_weight, bias, target, weight, ignore_index, label_smoothing)
     return _reduced(losses, target, weight, ignore_index, reduction, (input.shape[0],)).to(input.dtype)
 
@@ -124,7 +136,7 @@ def log_softmax(input: Tensor, dim: int = -1) -> Tensor:
         input: of any shape, in float32, float64, bfloat16 or float16. dim: along which probabilities add up to one.
 
     Cost: two reads at each level. Memory: between calls the result is held. Derivatives beyond the second are made by
-    plain torch.
+    plain torch, and so is all under transforms of `torch.func` and in forward mode.
 
     Errors: `TypeError` for another dtype.
 
@@ -133,12 +145,31 @@ def log_softmax(input: Tensor, dim: int = -1) -> Tensor:
     >>> differentiable.log_softmax(torch.zeros(2, 4))[0, 0]
     tensor(-1.3863)
     """
+    check_tensor(input, "input")
     _check_dtype(input)
+    if in_transform():
+        return functional.log_softmax(input, dim)
     if input.dim() == 0:
         return log_softmax(input.unsqueeze(0)).squeeze(0)
     moved = input.movedim(dim, -1)
     rows = moved.reshape(-1, moved.shape[-1]) if moved.numel() else moved.new_empty(0, moved.shape[-1])
     return ops.log_softmax(rows).view(moved.shape).movedim(-1, dim)
+
+
+def _of_torch(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    """By torch's own kernel, in the dtype in which ours computes."""
+    z = input.to(accumulated(input.dtype))
+    constant = None if weight is None else weight.to(z.dtype)
+    return functional.cross_entropy(
+        z, target, constant, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    ).to(input.dtype)
 
 
 def _check(
@@ -151,6 +182,7 @@ def _check(
     label_smoothing: float,
 ) -> None:
     _check_dtype(input)
+    check_tensor(target, "target")
     if target.dtype != torch.int64:
         raise TypeError(
             f"target: expected classes as int64; got {target.dtype}: torch.nn.functional.cross_entropy takes "

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hvp_engine._support.torch_compat import in_transform
+from hvp_engine.differentiable import normalization_reference as reference
 from hvp_engine.differentiable import normalization_schemas as _schemas  # noqa: F401  registers the operations
+from hvp_engine.differentiable.normalization_shapes import Kind
+from hvp_engine.differentiable.registration import check_tensor
 
 ops = torch.ops.hvp_engine
 
@@ -35,7 +39,8 @@ def batch_norm(
             new, with the unbiased variance; used instead of the batch's in evaluation, where torch's kernel runs.
         weight, bias: (C,).
 
-    Values and derivatives are those of torch. Derivatives beyond the second are made by plain torch.
+    Values and derivatives are those of torch. Derivatives beyond the second are made by plain torch, and so is all
+    under transforms of `torch.func` and in forward mode.
 
     Cost: two reads of the input, and of the gradient and the tangent where there are some, and one write of each
     result, at each level. Memory: the results, and float64 statistics. Images that are channels-last stay so.
@@ -48,6 +53,12 @@ def batch_norm(
     tensor([[-1.],
             [ 1.]])
     """
+    check_tensor(input, "input")
+    if training and momentum is None:
+        raise TypeError(
+            "momentum: expected a number; got None: for an average over all batches pass 1 / (how many there were), as "
+            "torch.nn.BatchNorm2d does"
+        )
     if not training:
         return functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     _check_images("batch_norm", input, weight, bias)
@@ -58,7 +69,7 @@ def batch_norm(
             f"input: expected more than one value per channel in training; got shape {tuple(input.shape)}: use a "
             "larger batch, or training=False"
         )
-    output, mean, variance = ops.batch_norm(input, weight, bias, 0, eps)
+    output, mean, variance = _normalized("batch_norm", input, weight, bias, 0, eps)
     with torch.no_grad():
         for running, new in ((running_mean, mean), (running_var, variance * (count / max(1, count - 1)))):
             if running is not None:
@@ -81,6 +92,7 @@ def group_norm(
     >>> differentiable.group_norm(torch.tensor([[0.0, 2.0, 5.0, 7.0]]), 2, eps=0.0)
     tensor([[-1.,  1., -1.,  1.]])
     """
+    check_tensor(input, "input")
     _check_images("group_norm", input, weight, bias)
     if num_groups < 1 or input.shape[1] % num_groups:
         raise ValueError(f"num_groups: expected a divisor of the {input.shape[1]} channels of input; got {num_groups}")
@@ -89,7 +101,7 @@ def group_norm(
             f"input: expected more than one value per group; got shape {tuple(input.shape)} in {num_groups} groups: "
             "use fewer groups"
         )
-    return ops.group_norm(input, weight, bias, num_groups, eps)[0]
+    return _normalized("group_norm", input, weight, bias, num_groups, eps)[0]
 
 
 def layer_norm(
@@ -112,7 +124,7 @@ def layer_norm(
     tensor([[-1.,  1.],
             [-1.,  1.]])
     """
-    return ops.layer_norm(input, weight, bias, _rows(input, normalized_shape, weight, bias), eps)[0]
+    return _normalized("layer_norm", input, weight, bias, _rows(input, normalized_shape, weight, bias), eps)[0]
 
 
 def rms_norm(
@@ -133,11 +145,22 @@ def rms_norm(
     size = _rows(input, normalized_shape, weight, None)
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
-    return ops.rms_norm(input, weight, None, size, eps)[0]
+    return _normalized("rms_norm", input, weight, None, size, eps)[0]
+
+
+def _normalized(
+    kind: Kind, input: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Output, mean, variance) by the operation; by its formulas where something looks on that would not see the
+    operation's derivatives."""
+    if in_transform():
+        return reference.normalize(kind, input, weight, bias, size, eps)
+    return getattr(ops, kind)(input, weight, bias, size, eps)
 
 
 def _rows(input: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None) -> int:
     """How many dimensions make up a row."""
+    check_tensor(input, "input")
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     _check_numbers(input, weight, bias, shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:

@@ -89,6 +89,12 @@ def derivatives(
     return tuple(next(each) if needed else None for needed in wanted)
 
 
+def check_tensor(value: Any, name: str) -> None:
+    """`TypeError` for an argument that is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor; got {type(value).__name__}")
+
+
 def implementation(device: torch.device, modules: Mapping[str, str]) -> Any:
     """The module that computes on `device`, of those given by backend; the fastest of them where `use_backend` names
     one that is not among them."""

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from hvp_engine import differentiable
 from hvp_engine._support.isolation import is_copy
+from hvp_engine._support.torch_compat import in_transform
 
 _FEWEST_CLASSES, _FEWEST_LOGITS = 512, 1 << 16
 """From which cross-entropy and log-softmax are ours."""
@@ -138,8 +139,9 @@ def _images(input: Tensor) -> bool:
 
 
 def _usable(input: Tensor) -> bool:
-    """Whether kernels take such a tensor, and autocast would not convert it first."""
-    return input.dtype in _DTYPES and not torch.is_autocast_enabled(input.device.type)
+    """Whether kernels take such a tensor, autocast would not convert it first, and no transform of `torch.func` and no
+    forward mode looks on, for which torch's own kernels are as good as ours."""
+    return input.dtype in _DTYPES and not torch.is_autocast_enabled(input.device.type) and not in_transform()
 
 
 LOSSES_AND_NORMALIZATIONS: dict[Callable[..., Any], Callable[..., Any]] = {

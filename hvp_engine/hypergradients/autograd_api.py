@@ -15,11 +15,13 @@ from torch import Tensor
 
 from hvp_engine._support.flat_vector import detached
 from hvp_engine._support.pytree import Tensors, as_list, as_list_like, check_scalar, is_flat_for
+from hvp_engine._support.torch_compat import is_batched
 from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, gradients, other_leaves
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import GraphError, SecondDerivativeError
 from hvp_engine.hypergradients.implicit import implicit_gradient
+from hvp_engine.hypergradients.stale_graphs import refused_if_stale
 from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import LinearSystem, check_solver
 from hvp_engine.solvers.spectrum import Spectrum
@@ -74,13 +76,15 @@ def approx_inverse_hvp(
     solver = Neumann(iterations, alpha, damping=damping)
     weights = as_list(w, "w")
     vector = as_list_like(v, weights, w, "v", "w")
-    tape = _kind(engine)(_gradient_of(f, weights, w), weights, loss=f if _is_loss(f) else None, name="f")
+    with refused_if_stale("f"):
+        tape = _kind(engine)(_gradient_of(f, weights, w), weights, loss=f if _is_loss(f) else None, name="f")
     if not tape.facts.reaches_weights:
         raise GraphError(
             "f: expected gradients that depend on w; got a graph that reaches none of w: pass the tensors that "
             "the forward used (of a loss linear in w the Hessian is zero and has no inverse)"
         )
-    value, _ = _system(tape).solve(detached(vector), solver)
+    with refused_if_stale("f"):
+        value, _ = _system(tape).solve(detached(vector), solver)
     return torch.cat([part.reshape(-1) for part in value]) if is_flat_for(v, weights) else tuple(value)
 
 
@@ -138,10 +142,12 @@ def hypergradient(
         )
     _require_grad(hyper_list)
     active = _active(weight_list)
-    found = differentiate(val_loss, [*active, *hyper_list])
+    with refused_if_stale("val_loss"):
+        found = differentiate(val_loss, [*active, *hyper_list])
     count = len(active)
     vector = filled(found[:count], active)
-    tape = kind(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
+    with refused_if_stale("train_loss"):
+        tape = kind(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
     unused = not tape.facts.reaches_hyperparameters and all(direct is None for direct in found[count:])
     if unused and not other_leaves([train_loss, val_loss], weight_list):
         warnings.warn(
@@ -150,7 +156,8 @@ def hypergradient(
             stacklevel=2,
         )
         return tuple(torch.zeros_like(hyperparameter) for hyperparameter in hyper_list)
-    grads, _, _ = implicit_gradient(_system(tape), vector, found[count:], hyper_list, solver)
+    with refused_if_stale("train_loss"):
+        grads, _, _ = implicit_gradient(_system(tape), vector, found[count:], hyper_list, solver)
     return tuple(grads)
 
 
@@ -197,8 +204,10 @@ def best_response(
     check_scalar(train_loss, "train_loss")
     _require_grad(hyper_list)
     active = _active(weight_list)
-    tape = kind(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
-    return _BestResponse.apply(tape, weight_list, solver, *hyper_list)
+    with refused_if_stale("train_loss"):
+        tape = kind(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
+    with torch.enable_grad():  # under torch.no_grad, too, what is computed from the result depends on it
+        return _BestResponse.apply(tape, weight_list, solver, *hyper_list)
 
 
 class _BestResponse(torch.autograd.Function):
@@ -214,9 +223,15 @@ class _BestResponse(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
             raise _no_second_derivative("best_response")
+        if any(map(is_batched, grad_outputs)):
+            raise GraphError(
+                "best_response: expected one gradient at a time; got a batch of them (is_grads_batched or a transform "
+                "of torch.func): loop over them, or call hvp.response_jacobian, which solves for all of them at once"
+            )
         none = [None] * len(ctx.hyperparameters)
         vector = [g for g, active in zip(grad_outputs, ctx.active, strict=True) if active]
-        grads, _, _ = implicit_gradient(_system(ctx.tape), vector, none, ctx.hyperparameters, ctx.solver)
+        with refused_if_stale("train_loss"):
+            grads, _, _ = implicit_gradient(_system(ctx.tape), vector, none, ctx.hyperparameters, ctx.solver)
         return None, None, None, *grads
 
 

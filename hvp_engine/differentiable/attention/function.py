@@ -6,9 +6,12 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hvp_engine._support.torch_compat import in_transform
 from hvp_engine.differentiable.attention import operators
+from hvp_engine.differentiable.registration import check_tensor
 
 
 def scaled_dot_product_attention(
@@ -40,6 +43,8 @@ def scaled_dot_product_attention(
     Returns the output, ... x heads x queries x the value's width. A query that sees no key gets zeros, and gives no
     gradient.
 
+    Under transforms of `torch.func` and in forward mode it is torch's own function, on its math kernel.
+
     Cost: in multiplications of queries x keys x width for each head: 2 for the value, 5 for the first derivative, 12
     for the derivative of that. Memory beside the outputs: a block of rows for each thread on a CPU. Sums are in float32
     (float64 for float64). Third and higher derivatives exist and need whole matrices of queries x keys.
@@ -59,10 +64,16 @@ def scaled_dot_product_attention(
     torch.Size([2, 8, 100, 64])
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(tensor, name)
         if tensor.dim() < 2:
             raise ValueError(f"{name}: expected ... x length x width; got shape {tuple(tensor.shape)}")
     if is_causal and attn_mask is not None:
         raise ValueError("is_causal: expected False beside attn_mask; got True: put the causal mask into attn_mask")
+    if in_transform():  # which would not see the operators' derivatives
+        with sdpa_kernel(SDPBackend.MATH):
+            return functional.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
     (q, k, v), mask, leading = _prepared(query, key, value, attn_mask, dropout_p, enable_gqa)
     seed = None
     if dropout_p > 0:
@@ -126,9 +137,10 @@ def _prepared(
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In the dtype of an autocast that is on, as torch's own function casts."""
-    if not torch.is_autocast_enabled(query.device.type):
+    kind = query.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return query, key, value
-    dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = torch.get_autocast_dtype(kind)
     q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (query, key, value))
     return q, k, v
 

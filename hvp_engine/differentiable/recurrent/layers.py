@@ -68,7 +68,8 @@ def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     What torch's layer does by itself it still does: projections (`proj_size`), autocast, forward mode, `torch.func`,
     sharded tensors and other devices than CPU and CUDA.
 
-    Errors: `ValueError` for batch sizes that grow; for all else those of torch.
+    Errors: `ValueError` for batch sizes that grow and for an input of another size than the weights', `TypeError` for
+    states of another form; for all else those of torch.
 
     Source: Hochreiter and Schmidhuber, Long short-term memory, Neural Computation, 1997; Pearlmutter, Fast exact
     multiplication by the Hessian, Neural Computation, 1994.
@@ -125,13 +126,15 @@ def _called(torchs: Callable[..., Any], arguments: tuple[Any, ...], layer: Layer
         input = input.transpose(0, 1) if batch_first else input
         fits = input.dim() == 3 and input.numel() > 0
         times = [input.shape[1]] * input.shape[0] if fits else []
-        call = _Call(input, times, [states] if single else states, *rest)
+        call = _Call(input, times, _states(states, single), *rest)
     elif len(arguments) == 9:
         data, batch_sizes, states, *rest = arguments
-        call = _Call(data, batch_sizes.tolist(), [states] if single else states, *rest)
+        call = _Call(data, batch_sizes.tolist(), _states(states, single), *rest)
         fits = data.dim() == 2 and data.numel() > 0
     else:
         fits = False
+    if fits:
+        _check_input(call.data, call.parameters)
     if not fits or not _ours(call):
         with without_onednn():
             return torchs(*arguments)
@@ -149,6 +152,27 @@ def _called(torchs: Callable[..., Any], arguments: tuple[Any, ...], layer: Layer
         output = output.transpose(0, 1) if batch_first else output
     results = output, *last
     return tuple(result.to(dtype) for result in results) if dtype in _HALF else results
+
+
+def _states(given: Any, single: bool) -> Sequence[Tensor]:
+    """A GRU's state, or both of an LSTM."""
+    if isinstance(given, Tensor) if single else _is_pair(given):
+        return [given] if single else given
+    expected = "a tensor, h0" if single else "a pair of tensors, (h0, c0)"
+    raise TypeError(f"states: expected {expected}; got {type(given).__name__}")
+
+
+def _is_pair(given: Any) -> bool:
+    return isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(part, Tensor) for part in given)
+
+
+def _check_input(data: Tensor, parameters: Sequence[Tensor]) -> None:
+    for first in parameters[:1]:
+        if first.dim() == 2 and first.shape[1] != data.shape[-1]:
+            raise ValueError(
+                f"input: expected {first.shape[1]} numbers in the last dimension, as the weights of layer 0 "
+                f"{tuple(first.shape)}; got shape {tuple(data.shape)}"
+            )
 
 
 def _ours(call: _Call) -> bool:

@@ -23,6 +23,7 @@ from hvp_engine._support.torch_compat import (
     FAKE_AND_REAL,
     REGISTER_PYTREE,
     REVERSE_IN_FORWARD,
+    WITHOUT_STRIDES,
     one_fake_mode,
     reverse_in_forward_refused,
     says_data_dependent,
@@ -206,6 +207,12 @@ def _recorded(
             raise TraceError(
                 f"{problem.name}: expected derivatives inside the loss that a trace can follow; got {error}: write "
                 "it with reverse mode alone (torch.func.jacrev), or use engine='eager'"
+            ) from error
+        if WITHOUT_STRIDES in str(error):
+            raise TraceError(
+                f"{problem.name}: expected tensors with strides, or sparse ones in COO format; got a compressed sparse "
+                f"one at {innermost_line(error)}, which torch cannot trace: convert it by Tensor.to_sparse_coo or "
+                "to_dense, or use engine='eager'"
             ) from error
         if says_data_dependent(error):
             raise TraceError(
