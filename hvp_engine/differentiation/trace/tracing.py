@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from hvp_engine._support.mappings import flatten_batch
 from hvp_engine._support.torch_compat import (
     FAKE_AND_REAL,
     REGISTER_PYTREE,
     REVERSE_IN_FORWARD,
+    make_fx,
     one_fake_mode,
     reverse_in_forward_refused,
     says_data_dependent,
