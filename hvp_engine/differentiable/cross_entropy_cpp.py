@@ -9,53 +9,32 @@ import torch
 from torch import Tensor
 
 from hvp_engine import _C
-from hvp_engine.differentiable.cross_entropy_reference import out_of_range
+from hvp_engine.differentiable.cross_entropy_reference import Labels, out_of_range
 from hvp_engine.differentiable.registration import accumulated
 
 
-def cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
+def cross_entropy(input: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
     z = _dense(input)
     losses, lse = z.new_empty(len(z)), z.new_empty(len(z))
-    bad = _C.cross_entropy(losses, lse, z, *_settings(z, target, weight, ignore_index, label_smoothing))
-    _refuse(bad, target, z)
+    _refuse(_C.cross_entropy(losses, lse, z, *_settings(z, labels)), labels, z)
     return losses, lse
 
 
-def cross_entropy_backward(
-    grad: Tensor,
-    input: Tensor,
-    log_sum_exp: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
+def cross_entropy_backward(grad: Tensor, input: Tensor, log_sum_exp: Tensor, labels: Labels) -> Tensor:
     z = _dense(input)
     found = torch.empty_like(z)
-    settings = _settings(z, target, weight, ignore_index, label_smoothing)
-    _refuse(_C.cross_entropy_backward(found, _dense(grad), _dense(log_sum_exp), z, *settings), target, z)
+    given = _dense(grad), _dense(log_sum_exp), z, *_settings(z, labels)
+    _refuse(_C.cross_entropy_backward(found, *given), labels, z)
     return found.to(input.dtype)
 
 
 def cross_entropy_double_backward(
-    tangent: Tensor,
-    grad: Tensor,
-    input: Tensor,
-    log_sum_exp: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
+    tangent: Tensor, grad: Tensor, input: Tensor, log_sum_exp: Tensor, labels: Labels
 ) -> tuple[Tensor, Tensor]:
     z = _dense(input)
     for_grad, product = z.new_empty(len(z)), torch.empty_like(z)
-    settings = _settings(z, target, weight, ignore_index, label_smoothing)
-    bad = _C.cross_entropy_double_backward(
-        for_grad, product, _dense(tangent), _dense(grad), _dense(log_sum_exp), z, *settings
-    )
-    _refuse(bad, target, z)
+    given = _dense(tangent), _dense(grad), _dense(log_sum_exp), z, *_settings(z, labels)
+    _refuse(_C.cross_entropy_double_backward(for_grad, product, *given), labels, z)
     return for_grad, product.to(input.dtype)
 
 
@@ -84,14 +63,13 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.detach().resolve_neg().to(accumulated(tensor.dtype)).contiguous()
 
 
-def _settings(
-    z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor | None, float, int, float]:
+def _settings(z: Tensor, labels: Labels) -> tuple[Tensor, Tensor | None, float, int, float]:
+    target, weight, ignore_index, label_smoothing = labels
     weights = None if weight is None else weight.detach().to(z.dtype).contiguous()
     total = float(z.shape[1]) if weights is None else float(weights.sum(dtype=torch.float64))
     return target.contiguous(), weights, total, ignore_index, label_smoothing
 
 
-def _refuse(bad: int, target: Tensor, z: Tensor) -> None:
+def _refuse(bad: int, labels: Labels, z: Tensor) -> None:
     if bad >= 0:
-        raise out_of_range(int(target[bad]), bad, z.shape[1])
+        raise out_of_range(int(labels.target[bad]), bad, z.shape[1])

@@ -11,7 +11,9 @@ from torch import Tensor
 from hvp_engine import _C
 from hvp_engine.differentiable.normalization_shapes import (
     Kind,
+    Known,
     NormalizedShape,
+    Tangents,
     keeps_channels_last,
     laid_out,
     normalized_shape,
@@ -29,45 +31,24 @@ def normalize(
     return output.to(input.dtype), mean, variance
 
 
-def normalize_backward(
-    kind: Kind,
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    size: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape, x = _numbers(kind, input, size)
+def normalize_backward(kind: Kind, grad: Tensor, known: Known) -> tuple[Tensor, Tensor, Tensor]:
+    shape, x = _numbers(kind, known.input, known.size)
     product = torch.empty_like(x)
     for_weight, for_bias = x.new_empty(shape.channels), x.new_empty(shape.channels)
-    known = x, _channels(weight, x), mean.contiguous(), variance.contiguous(), eps
-    _C.normalize_backward(_native(shape), product, for_weight, for_bias, _like(grad, x, kind), *known)
-    return product.to(input.dtype), for_weight, for_bias
+    given = _like(grad, x, kind), x, *_statistics(known, x)
+    _C.normalize_backward(_native(shape), product, for_weight, for_bias, *given)
+    return product.to(known.input.dtype), for_weight, for_bias
 
 
 def normalize_double_backward(
-    kind: Kind,
-    tangent: Tensor,
-    tangent_weight: Tensor | None,
-    tangent_bias: Tensor | None,
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    size: int,
-    eps: float,
+    kind: Kind, tangents: Tangents, grad: Tensor, known: Known
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape, x = _numbers(kind, input, size)
-    t, g = (_like(tensor, x, kind) for tensor in (tangent, grad))
+    shape, x = _numbers(kind, known.input, known.size)
     for_grad, for_input, for_weight = torch.empty_like(x), torch.empty_like(x), x.new_empty(shape.channels)
-    for_channels = _channels(tangent_weight, x), _channels(tangent_bias, x)
-    statistics = mean.contiguous(), variance.contiguous()
-    found = for_grad, for_input, for_weight
-    _C.normalize_double_backward(_native(shape), *found, t, *for_channels, g, x, _channels(weight, x), *statistics, eps)
-    return for_grad.to(grad.dtype), for_input.to(input.dtype), for_weight
+    moved = _like(tangents.input, x, kind), _channels(tangents.weight, x), _channels(tangents.bias, x)
+    given = *moved, _like(grad, x, kind), x, *_statistics(known, x)
+    _C.normalize_double_backward(_native(shape), for_grad, for_input, for_weight, *given)
+    return for_grad.to(grad.dtype), for_input.to(known.input.dtype), for_weight
 
 
 def _numbers(kind: Kind, input: Tensor, size: int) -> tuple[NormalizedShape, Tensor]:
@@ -84,6 +65,10 @@ def _native(shape: NormalizedShape) -> _C.NormalizedShape:
 
 def _like(tensor: Tensor, x: Tensor, kind: Kind) -> Tensor:
     return laid_out(tensor.detach().resolve_neg().to(x.dtype), keeps_channels_last(kind, x))
+
+
+def _statistics(known: Known, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor, float]:
+    return _channels(known.weight, x), known.mean.contiguous(), known.variance.contiguous(), known.eps
 
 
 def _channels(tensor: Tensor | None, x: Tensor) -> Tensor | None:

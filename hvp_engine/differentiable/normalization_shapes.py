@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -36,6 +36,25 @@ class NormalizedShape:
     def count(self) -> int:
         """Numbers that share statistics."""
         return self.images * self.points * (self.channels // self.groups)
+
+
+class Known(NamedTuple):
+    """What a value was computed from, and its statistics: what its derivatives take beside gradients."""
+
+    input: Tensor
+    weight: Tensor | None
+    mean: Tensor
+    variance: Tensor
+    size: int
+    eps: float
+
+
+class Tangents(NamedTuple):
+    """The gradients of a first derivative's results."""
+
+    input: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 def keeps_channels_last(kind: Kind, input: Tensor) -> bool:
