@@ -27,7 +27,8 @@ def normalize(
     shape, x = _numbers(kind, input, size)
     output = torch.empty_like(x)
     mean, variance = (x.new_empty(shape.samples, shape.groups, dtype=torch.float64) for _ in range(2))
-    _C.normalize(_native(shape), output, mean, variance, x, _channels(weight, x), _channels(bias, x), eps)
+    known = Known(x, weight, mean, variance, size, eps)
+    _run(0, shape, x, known, bias=_channels(bias, x), output=output)
     return output.to(input.dtype), mean, variance
 
 
@@ -35,8 +36,8 @@ def normalize_backward(kind: Kind, grad: Tensor, known: Known) -> tuple[Tensor, 
     shape, x = _numbers(kind, known.input, known.size)
     product = torch.empty_like(x)
     for_weight, for_bias = x.new_empty(shape.channels), x.new_empty(shape.channels)
-    given = _like(grad, x, kind), x, *_statistics(known, x)
-    _C.normalize_backward(_native(shape), product, for_weight, for_bias, *given)
+    results = {"input_product": product, "weight_product": for_weight, "bias_product": for_bias}
+    _run(1, shape, x, known, grad=_like(grad, x, kind), **results)
     return product.to(known.input.dtype), for_weight, for_bias
 
 
@@ -45,10 +46,27 @@ def normalize_double_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, x = _numbers(kind, known.input, known.size)
     for_grad, for_input, for_weight = torch.empty_like(x), torch.empty_like(x), x.new_empty(shape.channels)
-    moved = _like(tangents.input, x, kind), _channels(tangents.weight, x), _channels(tangents.bias, x)
-    given = *moved, _like(grad, x, kind), x, *_statistics(known, x)
-    _C.normalize_double_backward(_native(shape), for_grad, for_input, for_weight, *given)
+    given = {
+        "grad": _like(grad, x, kind),
+        "tangent": _like(tangents.input, x, kind),
+        "tangent_weight": _channels(tangents.weight, x),
+        "tangent_bias": _channels(tangents.bias, x),
+    }
+    _run(2, shape, x, known, **given, output=for_grad, input_product=for_input, weight_product=for_weight)
     return for_grad.to(grad.dtype), for_input.to(known.input.dtype), for_weight
+
+
+def _run(level: int, shape: NormalizedShape, x: Tensor, known: Known, **tensors: Tensor | None) -> None:
+    _C.normalize(
+        _native(shape),
+        level=level,
+        eps=known.eps,
+        input=x,
+        weight=_channels(known.weight, x),
+        mean=known.mean.contiguous(),
+        variance=known.variance.contiguous(),
+        **tensors,
+    )
 
 
 def _numbers(kind: Kind, input: Tensor, size: int) -> tuple[NormalizedShape, Tensor]:
@@ -65,10 +83,6 @@ def _native(shape: NormalizedShape) -> _C.NormalizedShape:
 
 def _like(tensor: Tensor, x: Tensor, kind: Kind) -> Tensor:
     return laid_out(tensor.detach().resolve_neg().to(x.dtype), keeps_channels_last(kind, x))
-
-
-def _statistics(known: Known, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor, float]:
-    return _channels(known.weight, x), known.mean.contiguous(), known.variance.contiguous(), known.eps
 
 
 def _channels(tensor: Tensor | None, x: Tensor) -> Tensor | None:
