@@ -29,7 +29,7 @@ from hvp_engine.kernels.launch import device_of
 from hvp_engine.kernels.normalization_rows import rows_backward, rows_double_backward, rows_value
 
 POINTS, CHANNELS, SPLITS, WARPS = 64, 16, 32, 4
-"""Of one tile; parts into which a sample's points are divided, for sums; warps of one program."""
+"""Points and channels of a tile; parts into which a sample's points are divided for sums; warps of a program."""
 
 VALUE, BACKWARD, DOUBLE_BACKWARD = 0, 1, 2
 
@@ -107,7 +107,7 @@ def image_results(
     input, grad, tangent, mean, coefficients, first_result, second_result, samples, images, points, channels,
     image_stride, point_stride, channel_stride, LEVEL: tl.constexpr, POINTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Of each number: k0 (x - mean) + k1; or k0 g + k1 (x - mean) + k2; or k0 t + k1 (x - mean) + k2 and
+    """For each number: k0 (x - mean) + k1; or k0 g + k1 (x - mean) + k2; or k0 t + k1 (x - mean) + k2 and
     k3 g + k4 t + k5 (x - mean) + k6."""
     blocks = tl.cdiv(channels, CHANNELS)
     sample, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks

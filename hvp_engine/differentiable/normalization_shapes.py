@@ -65,7 +65,7 @@ def keeps_channels_last(kind: Kind, input: Tensor) -> bool:
 
 
 def normalized_shape(kind: Kind, input: Tensor, size: int) -> NormalizedShape:
-    """Of `input`, dense or channels-last; `size` is the number of groups, or of dimensions that make up a row."""
+    """The shape of an input, dense or channels-last; `size` is the number of groups, or of dimensions of a row."""
     shape = tuple(input.shape)
     if kind in ("layer_norm", "rms_norm"):
         samples, channels = math.prod(shape[: len(shape) - size]), math.prod(shape[len(shape) - size :])

@@ -17,10 +17,10 @@ from hvp_engine import differentiable
 from hvp_engine._support.isolation import is_copy
 
 _FEWEST_CLASSES, _FEWEST_LOGITS = 512, 1 << 16
-"""From which cross-entropy and log-softmax are ours."""
+"""Cross-entropy and log-softmax are ours from these sizes on."""
 
 _FEWEST_IN_ROWS = 1 << 16
-"""Numbers from which layer and root-mean-square normalization are ours."""
+"""Layer and root-mean-square normalization are ours from this many numbers on."""
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -25,7 +25,7 @@ _MODULES = {
     "triton": "hvp_engine.kernels.attention",
 }
 _EXACT = {name: module for name, module in _MODULES.items() if name != "triton"}
-"""Those whose products are exact to float64 on every device."""
+"""The modules whose products are exact to float64 on every device."""
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float) -> None:

@@ -36,7 +36,7 @@ from hvp_engine.differentiable.attention.dropout import dropout_factors
 
 @dataclass(frozen=True)
 class Settings:
-    """What the three operations share: which weights there are, beside what is multiplied.
+    """What the three operations share: which weights there are, apart from the operands.
 
     Attributes:
         mask: added to the scores, or, if boolean, True where a query sees a key; batch x heads x queries x keys, where
@@ -160,7 +160,7 @@ def _weights(scores: Tensor) -> Tensor:
 
 
 def _factors(scores: Tensor, settings: Settings) -> Tensor | float:
-    """Of dropout."""
+    """Dropout's factors: 0 for what is dropped, 1 / (1 - p) for the rest."""
     if settings.seed is None:
         return 1.0
     batch, heads, queries, keys = scores.shape
