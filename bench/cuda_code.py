@@ -27,7 +27,7 @@ from hvp_engine.ops import OPS
 ARCHITECTURES = ("sm_90", "sm_100")
 FILE = FOLDER / "cuda-code.csv"
 THREADS, THREADS_OF_SM, REGISTERS_OF_SM = 256, 2048, 65536
-"""Of a block, as csrc/cuda_kernels.cuh has it; and of a multiprocessor, on sm_90 and sm_100."""
+"""Threads of a block, as in csrc/cuda_kernels.cuh; threads and registers of a multiprocessor, on sm_90 and sm_100."""
 
 BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12, "B200": 8.0e12}
 """Nominal bytes per second."""

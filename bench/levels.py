@@ -16,7 +16,7 @@ from bench.results import FOLDER
 from hvp_engine.diagnostics.memory import peak_memory
 
 SECONDS = 0.25
-"""Of samples for each comparison, at least three."""
+"""Time spent on the samples of each comparison, of which there are at least three."""
 
 
 def levels(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[list[float], Sequence[Tensor]]:

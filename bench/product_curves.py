@@ -46,7 +46,7 @@ def lengths(most: int) -> Iterator[int]:
 
 
 def curve(problem: Problem, truth: Tensor, solve: Solve, most: int = MOST) -> Iterator[Point]:
-    """Of one solver. Solves that stop by themselves, for example at all weights' rank, are there once."""
+    """The points of one solver. A solve that stops of its own accord, say at full rank, is there once."""
     last = -1
     for length in lengths(most):
         x, products = solve(length)
@@ -60,7 +60,7 @@ def curve(problem: Problem, truth: Tensor, solve: Solve, most: int = MOST) -> It
 
 
 def best_curve(problem: Problem, basis: Eigenbasis) -> Iterator[Point]:
-    """Of the Neumann series with its best alpha."""
+    """The points of the Neumann series with its best alpha."""
     truth, (_, share) = basis.solution(), best_neumann(problem, basis)
     for products in lengths(LONGEST_NEUMANN):
         error = problem.error(basis.series(share, products + 1), truth)

@@ -38,7 +38,7 @@ MEASURED_FROM = 512
 
 TERMS = 5
 SECONDS = 0.4
-"""Of samples for each method in a case, at least three."""
+"""Time spent on the samples of each method in a case, of which there are at least three."""
 
 
 def math_attention(*arguments: Any, **options: Any) -> Tensor:

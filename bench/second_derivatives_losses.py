@@ -14,7 +14,7 @@ from hvp_engine import differentiable
 
 SIZES = ((64, 1_000), (512, 1_000), (256, 10_000), (128, 50_304))
 WIDTH = 256
-"""Of the hidden states before the layer."""
+"""Width of the hidden states that the layer takes."""
 
 
 def measure(quick: bool) -> Iterator[Mapping[str, Any]]:

@@ -20,10 +20,6 @@ AttentionRows rows(const py::object& tensor) {
   return {reinterpret_cast<const void*>(address(view)), view.strides[0], view.strides[1], view.strides[2]};
 }
 
-void* memory(const py::object& tensor) {
-  return tensor.is_none() ? nullptr : reinterpret_cast<void*>(address(Torch::get().view(tensor.ptr())));
-}
-
 // The caller has checked that everything is on the CPU, of one type and of shapes that fit.
 void run_attention(int level, const py::object& query, const py::object& key, const py::object& value,
                    const py::object& grad_output, const py::object& grad_grad_query,
@@ -33,7 +29,7 @@ void run_attention(int level, const py::object& query, const py::object& key, co
   const Torch& torch = Torch::get();
   const dlpack::Tensor q = torch.view(query.ptr()), k = torch.view(key.ptr()), v = torch.view(value.ptr());
   Attention p{};
-  p.wide = dtype_of(q.dtype) == static_cast<int>(DType::kFloat64);
+  p.wide = is_wide(q);
   p.batch = q.shape[0];
   p.heads = q.shape[1];
   p.queries = q.shape[2];

@@ -7,10 +7,9 @@
 #include <limits>
 
 #include "attention.h"
-#include "blas.h"
 #include "exponential.h"
+#include "matrix_products.h"
 #include "philox.h"
-#include "tile_products.h"
 #include "variants.h"
 
 namespace hvp {
@@ -37,9 +36,7 @@ template <class T>
 class Block {
  public:
   Block(const Attention& attention, int level, T* workspace)
-      : p_(attention),
-        size_(block_of(attention)),
-        gemm_(blas().problem.empty() ? blas().gemm<T>() : nullptr) {
+      : p_(attention), size_(block_of(attention)), has_blas_(blas().problem.empty()) {
     const int64_t pairs = p_.keys * size_;
     for (int64_t i = 0; i < kBlocks[level]; ++i, workspace += pairs) pairs_[i] = workspace;
     if (p_.dropout) {
@@ -98,19 +95,9 @@ class Block {
   void multiply(T alpha, const T* left, int64_t left_row, bool transposed, const T* right, int64_t right_row,
                 T beta, T* to, int64_t to_row, int64_t n, int64_t m, int64_t k) const {
     if (n == 0 || m == 0) return;
-#ifdef HVP_HAS_X86
-    if (m % (kPadding * 4 / static_cast<int64_t>(sizeof(T))) == 0 && tiles_in_use() &&
-        tile_product({false, transposed, m, n, k, alpha, right, right_row, left, left_row, beta, to, to_row},
-                     1)) {
-      return;
-    }
-#endif
-    if (gemm_ != nullptr) {
-      const int rows = static_cast<int>(m), columns = static_cast<int>(n), inner = static_cast<int>(k);
-      const int lda = static_cast<int>(right_row), ldb = static_cast<int>(left_row),
-                ldc = static_cast<int>(to_row);
-      gemm_("N", transposed ? "T" : "N", &rows, &columns, &inner, &alpha, right, &lda, left, &ldb, &beta, to,
-            &ldc);
+    if (has_blas_) {
+      hvp::multiply<T>(
+          {false, transposed, m, n, k, alpha, right, right_row, left, left_row, beta, to, to_row}, 1);
       return;
     }
     const int64_t row = transposed ? 1 : left_row, column = transposed ? left_row : 1;
@@ -202,7 +189,7 @@ class Block {
 
   // The exponentials of the scores in place of them, each row's less its largest, and the rows' sums.
   void exponentials() const {
-    T *const s = pairs_[0], *const largest = sums_[0], *const total = sums_[1], *const part = sums_[2];
+    T *const s = pairs_[0], *const largest = sums_[0];
     std::fill(largest, largest + size_, kHidden);
     int64_t j = 0;
     for (; j + 4 <= keys_; j += 4) {
@@ -220,18 +207,25 @@ class Block {
       for (int64_t i = 0; i < size_; ++i) largest[i] = row[i] > largest[i] ? row[i] : largest[i];
     }
     for (int64_t i = 0; i < size_; ++i) largest[i] = largest[i] == kHidden ? T(0) : largest[i];
-    std::fill(total, total + size_, T(0));
+    add_keys(sums_[1], sums_[2], [s, largest, n = size_](int64_t j, T* part) {
+      T* const row = s + j * n;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        row[i] = exponential(row[i] - largest[i]);
+        part[i] += row[i];
+      }
+    });
+  }
+
+  // sum <- what add(key, part) adds to `part` for each key: in parts, whose sums round less than one long
+  // sum.
+  template <class Add>
+  void add_keys(T* sum, T* part, const Add& add) const {
+    std::fill(sum, sum + size_, T(0));
     for (int64_t from = 0; from < keys_; from += kPart) {
       std::fill(part, part + size_, T(0));
-      for (int64_t j = from; j < std::min(keys_, from + kPart); ++j) {
-        T* const row = s + j * size_;
-#pragma omp simd
-        for (int64_t i = 0; i < size_; ++i) {
-          row[i] = exponential(row[i] - largest[i]);
-          part[i] += row[i];
-        }
-      }
-      for (int64_t i = 0; i < size_; ++i) total[i] += part[i];
+      for (int64_t j = from; j < std::min(keys_, from + kPart); ++j) add(j, part);
+      for (int64_t i = 0; i < size_; ++i) sum[i] += part[i];
     }
   }
 
@@ -307,26 +301,18 @@ class Block {
     to_keys(T(1), weight, g, p_.grad_output.row, p_.value_width, key_result(2, p_.value_width));
   }
 
-  // mean <- sum over keys of weight x, in parts, whose sums round less than one long sum. The first one
-  // scales the weights.
+  // mean <- sum over keys of weight x. The first one scales the weights.
   template <bool kFirst>
   void means(const T* x, T* mean) const {
-    T* const part = sums_[0];
-    const T* const factor = sums_[4];
-    std::fill(mean, mean + size_, T(0));
-    for (int64_t from = 0; from < keys_; from += kPart) {
-      std::fill(part, part + size_, T(0));
-      for (int64_t j = from; j < std::min(keys_, from + kPart); ++j) {
-        T* const w = pairs_[0] + j * size_;
-        const T* const row = x + j * size_;
+    add_keys(mean, sums_[0], [x, weight = pairs_[0], factor = sums_[4], n = size_](int64_t j, T* part) {
+      T* const w = weight + j * n;
+      const T* const row = x + j * n;
 #pragma omp simd
-        for (int64_t i = 0; i < size_; ++i) {
-          if (kFirst) w[i] *= factor[i];
-          part[i] += w[i] * row[i];
-        }
+      for (int64_t i = 0; i < n; ++i) {
+        if (kFirst) w[i] *= factor[i];
+        part[i] += w[i] * row[i];
       }
-      for (int64_t i = 0; i < size_; ++i) mean[i] += part[i];
-    }
+    });
   }
 
   void backward_backward() const {
@@ -383,25 +369,19 @@ class Block {
     T *const mean_moved = sums_[1], *const mean_gradient = sums_[2], *const mean = sums_[3];
     means<true>(moved, mean_moved);
     means<false>(gradient, mean_gradient);
-    T* const part = sums_[0];
-    std::fill(mean, mean + size_, T(0));
-    for (int64_t from = 0; from < keys_; from += kPart) {
-      std::fill(part, part + size_, T(0));
-      for (int64_t j = from; j < std::min(keys_, from + kPart); ++j) {
-        const T* const w = weight + j * size_;
-        T *const m = moved + j * size_, *const d = gradient + j * size_, *const z = second + j * size_;
+    add_keys(mean, sums_[0], [=, n = size_](int64_t j, T* part) {
+      const T* const w = weight + j * n;
+      T *const m = moved + j * n, *const d = gradient + j * n, *const z = second + j * n;
 #pragma omp simd
-        for (int64_t i = 0; i < size_; ++i) {
-          const T step = m[i] - mean_moved[i], centred = d[i] - mean_gradient[i];
-          const T weighted = w[i] * (step * centred + z[i]);
-          part[i] += weighted;
-          z[i] = weighted;
-          m[i] = w[i] * step;
-          d[i] = w[i] * centred;
-        }
+      for (int64_t i = 0; i < n; ++i) {
+        const T step = m[i] - mean_moved[i], centred = d[i] - mean_gradient[i];
+        const T weighted = w[i] * (step * centred + z[i]);
+        part[i] += weighted;
+        z[i] = weighted;
+        m[i] = w[i] * step;
+        d[i] = w[i] * centred;
       }
-      for (int64_t i = 0; i < size_; ++i) mean[i] += part[i];
-    }
+    });
     for (int64_t j = 0; j < keys_; ++j) {
       const T* const w = weight + j * size_;
       T* const z = second + j * size_;
@@ -414,7 +394,7 @@ class Block {
 
   const Attention& p_;
   const int64_t size_;
-  const Gemm<T> gemm_;
+  const bool has_blas_;
   T *pairs_[4] = {}, *factors_ = nullptr, *columns_[3] = {}, *sums_[kSums] = {};
   int64_t batch_ = 0, head_ = 0, index_ = 0, key_index_ = 0, first_ = 0, count_ = 0, keys_ = 0;
   const T *key_ = nullptr, *value_ = nullptr, *grad_grad_key_ = nullptr, *grad_grad_value_ = nullptr;
@@ -427,13 +407,11 @@ void run(const Attention& p, int level, T* workspace, int threads) {
   const int64_t shares = std::min<int64_t>(threads, tasks);
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(shares)) if (shares > 1)
   for (int64_t s = 0; s < shares; ++s) {
-    const bool alone = threads > 1 && blas().set_threads != nullptr;
-    const int before = alone ? blas().set_threads(1) : 0;
+    const OneBlasThread alone(threads > 1);
     Block<T> block(p, level, workspace + s * share);
     for (int64_t task = tasks * s / shares; task < tasks * (s + 1) / shares; ++task) {
       block.run(level, task / p.key_heads, task % p.key_heads);
     }
-    if (alone) blas().set_threads(before);
   }
 }
 

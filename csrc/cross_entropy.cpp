@@ -52,59 +52,75 @@ class Rows {
       : given_(given),
         logits_(static_cast<const T*>(given.logits)),
         weight_(static_cast<const T*>(given.weight)),
+        grad_(static_cast<const T*>(given.grad)),
+        log_sum_exp_(static_cast<T*>(given.log_sum_exp)),
+        per_row_(static_cast<T*>(given.per_row)),
+        product_(static_cast<T*>(given.product)),
         spread_(given.smoothing / static_cast<double>(given.classes)) {}
 
-  int64_t value(T* losses, T* log_sum_exp, int threads) const {
+  int64_t run(int threads) const {
+    switch (given_.level) {
+      case Level::kValue:
+        return value(threads);
+      case Level::kBackward:
+        return backward(threads);
+      case Level::kDoubleBackward:
+        return double_backward(threads);
+    }
+    return -1;
+  }
+
+ private:
+  int64_t value(int threads) const {
     return each(threads, [=](int64_t row) {
       const T* const z = at(row);
       const double lse = log_sum_exp_of(z, given_.classes);
-      log_sum_exp[row] = static_cast<T>(lse);
-      losses[row] = ignored(row) ? T(0) : static_cast<T>(total(row) * lse - dot(row, z));
+      log_sum_exp_[row] = static_cast<T>(lse);
+      per_row_[row] = ignored(row) ? T(0) : static_cast<T>(total(row) * lse - dot(row, z));
     });
   }
 
-  int64_t backward(const T* grad, const T* log_sum_exp, T* gradient, int threads) const {
+  int64_t backward(int threads) const {
     const int64_t n = given_.classes;
     return each(threads, [=](int64_t row) {
-      T* const out = gradient + row * n;
+      T* const out = product_ + row * n;
       if (ignored(row)) {
         std::fill(out, out + n, T(0));
         return;
       }
       const T* const z = at(row);
-      const T lse = log_sum_exp[row], factor = static_cast<T>(grad[row] * total(row));
+      const T lse = log_sum_exp_[row], factor = static_cast<T>(grad_[row] * total(row));
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) out[i] = factor * exponential(z[i] - lse);
-      subtract_targets(row, grad[row], out);
+      subtract_targets(row, grad_[row], out);
     });
   }
 
-  int64_t double_backward(const T* tangent, const T* grad, const T* log_sum_exp, T* grad_product, T* product,
-                          int threads) const {
+  int64_t double_backward(int threads) const {
     const int64_t n = given_.classes;
+    const T* const tangent = static_cast<const T*>(given_.tangent);
     return each(threads, [=](int64_t row) {
-      T* const out = product + row * n;
+      T* const out = product_ + row * n;
       if (ignored(row)) {
         std::fill(out, out + n, T(0));
-        grad_product[row] = T(0);
+        per_row_[row] = T(0);
         return;
       }
       const T* const z = at(row);
       const T* const t = tangent + row * n;
-      const T lse = log_sum_exp[row], factor = static_cast<T>(grad[row] * total(row));
+      const T lse = log_sum_exp_[row], factor = static_cast<T>(grad_[row] * total(row));
       const double mean = summed<T>(n, [=](int64_t i) {
         const T probability = exponential(z[i] - lse);
         out[i] = probability;
         return probability * t[i];
       });
-      grad_product[row] = static_cast<T>(total(row) * mean - dot(row, t));
+      per_row_[row] = static_cast<T>(total(row) * mean - dot(row, t));
       const T shift = static_cast<T>(mean);
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) out[i] = factor * out[i] * (t[i] - shift);
     });
   }
 
- private:
   const T* at(int64_t row) const { return logits_ + row * given_.classes; }
   bool ignored(int64_t row) const { return given_.target[row] == given_.ignored; }
   double at_label(int64_t row) const {
@@ -148,121 +164,70 @@ class Rows {
   }
 
   const CrossEntropy& given_;
-  const T* const logits_;
-  const T* const weight_;
+  const T *const logits_, *const weight_, *const grad_;
+  T *const log_sum_exp_, *const per_row_, *const product_;
   const double spread_;
 };
 
 template <class T>
-void log_softmax_rows(int64_t rows, int64_t n, const T* input, T* output, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < rows; ++row) {
-    const T* const x = input + row * n;
-    T* const out = output + row * n;
-    const T most = largest(x, n);
-    const T rest =
-        static_cast<T>(std::log(summed<T>(n, [=](int64_t i) { return exponential(x[i] - most); })));
+void log_softmax_row(int64_t n, const T* x, T* out) {
+  const T most = largest(x, n);
+  const T rest = static_cast<T>(std::log(summed<T>(n, [=](int64_t i) { return exponential(x[i] - most); })));
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = (x[i] - most) - rest;
+  for (int64_t i = 0; i < n; ++i) out[i] = (x[i] - most) - rest;
+}
+
+template <class T>
+void log_softmax_backward_row(int64_t n, const T* y, const T* g, T* out) {
+  const T sum = static_cast<T>(summed<T>(n, [=](int64_t i) { return g[i]; }));
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = g[i] - exponential(y[i]) * sum;
+}
+
+template <class T>
+void log_softmax_double_backward_row(int64_t n, const T* y, const T* g, const T* t, T* centred, T* out) {
+  const T sum = static_cast<T>(summed<T>(n, [=](int64_t i) { return g[i]; }));
+  const T mean = static_cast<T>(summed<T>(n, [=](int64_t i) {
+    const T probability = exponential(y[i]);
+    out[i] = probability;
+    return probability * t[i];
+  }));
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    centred[i] = t[i] - mean;
+    out[i] *= -sum * t[i];
   }
 }
 
 template <class T>
-void log_softmax_backward_rows(const LogSoftmax& given, const T* grad, T* gradient, int threads) {
-  const int64_t n = given.classes;
-  const T* const output = static_cast<const T*>(given.output);
+void log_softmax_rows(const LogSoftmax& p, int threads) {
+  const int64_t n = p.classes;
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < given.rows; ++row) {
-    const T* const y = output + row * n;
-    const T* const g = grad + row * n;
-    T* const out = gradient + row * n;
-    const T sum = static_cast<T>(summed<T>(n, [=](int64_t i) { return g[i]; }));
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = g[i] - exponential(y[i]) * sum;
-  }
-}
-
-template <class T>
-void log_softmax_double_backward_rows(const LogSoftmax& given, const T* tangent, const T* grad,
-                                      T* grad_product, T* product, int threads) {
-  const int64_t n = given.classes;
-  const T* const output = static_cast<const T*>(given.output);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < given.rows; ++row) {
-    const T* const y = output + row * n;
-    const T* const g = grad + row * n;
-    const T* const t = tangent + row * n;
-    T* const centred = grad_product + row * n;
-    T* const out = product + row * n;
-    const T sum = static_cast<T>(summed<T>(n, [=](int64_t i) { return g[i]; }));
-    const T mean = static_cast<T>(summed<T>(n, [=](int64_t i) {
-      const T probability = exponential(y[i]);
-      out[i] = probability;
-      return probability * t[i];
-    }));
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      centred[i] = t[i] - mean;
-      out[i] *= -sum * t[i];
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const T* const x = static_cast<const T*>(p.given) + row * n;
+    T* const out = static_cast<T*>(p.first) + row * n;
+    if (p.level == Level::kValue) {
+      log_softmax_row(n, x, out);
+      continue;
+    }
+    const T* const g = static_cast<const T*>(p.grad) + row * n;
+    if (p.level == Level::kBackward) {
+      log_softmax_backward_row(n, x, g, out);
+    } else {
+      log_softmax_double_backward_row(n, x, g, static_cast<const T*>(p.tangent) + row * n, out,
+                                      static_cast<T*>(p.second) + row * n);
     }
   }
 }
 
 }  // namespace
 
-int64_t cross_entropy(const CrossEntropy& given, void* losses, void* log_sum_exp, int threads) {
-  return given.wide ? Rows<double>(given).value(static_cast<double*>(losses),
-                                                static_cast<double*>(log_sum_exp), threads)
-                    : Rows<float>(given).value(static_cast<float*>(losses), static_cast<float*>(log_sum_exp),
-                                               threads);
+int64_t cross_entropy(const CrossEntropy& given, int threads) {
+  return given.wide ? Rows<double>(given).run(threads) : Rows<float>(given).run(threads);
 }
 
-int64_t cross_entropy_backward(const CrossEntropy& given, const void* grad, const void* log_sum_exp,
-                               void* gradient, int threads) {
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    return Rows<T>(given).backward(static_cast<const T*>(grad), static_cast<const T*>(log_sum_exp),
-                                   static_cast<T*>(gradient), threads);
-  };
-  return given.wide ? run(0.0) : run(0.0f);
-}
-
-int64_t cross_entropy_double_backward(const CrossEntropy& given, const void* tangent, const void* grad,
-                                      const void* log_sum_exp, void* grad_product, void* product,
-                                      int threads) {
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    return Rows<T>(given).double_backward(static_cast<const T*>(tangent), static_cast<const T*>(grad),
-                                          static_cast<const T*>(log_sum_exp), static_cast<T*>(grad_product),
-                                          static_cast<T*>(product), threads);
-  };
-  return given.wide ? run(0.0) : run(0.0f);
-}
-
-void log_softmax(bool wide, int64_t rows, int64_t classes, const void* input, void* output, int threads) {
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    log_softmax_rows(rows, classes, static_cast<const T*>(input), static_cast<T*>(output), threads);
-  };
-  wide ? run(0.0) : run(0.0f);
-}
-
-void log_softmax_backward(const LogSoftmax& given, const void* grad, void* gradient, int threads) {
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    log_softmax_backward_rows(given, static_cast<const T*>(grad), static_cast<T*>(gradient), threads);
-  };
-  given.wide ? run(0.0) : run(0.0f);
-}
-
-void log_softmax_double_backward(const LogSoftmax& given, const void* tangent, const void* grad,
-                                 void* grad_product, void* product, int threads) {
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    log_softmax_double_backward_rows(given, static_cast<const T*>(tangent), static_cast<const T*>(grad),
-                                     static_cast<T*>(grad_product), static_cast<T*>(product), threads);
-  };
-  given.wide ? run(0.0) : run(0.0f);
+void log_softmax(const LogSoftmax& given, int threads) {
+  given.wide ? log_softmax_rows<double>(given, threads) : log_softmax_rows<float>(given, threads);
 }
 
 }  // namespace HVP_VARIANT

@@ -5,42 +5,36 @@
 
 #include <cstdint>
 
+#include "level.h"
+
 namespace hvp {
 
 struct CrossEntropy {
+  Level level;
   bool wide;  // float64
   int64_t rows, classes, ignored;
   double smoothing;
   const int64_t* target;
-  const void* weight;   // one for each class, or null
-  double weight_total;  // their sum
-  const void* logits;   // rows x classes, dense, as are all that follow
+  const void* weight;                   // one for each class, or null
+  double weight_total;                  // their sum
+  const void *logits, *grad, *tangent;  // rows x classes, dense; grad has one number for each row
+  void* log_sum_exp;                    // of each row; the value writes it, the others read it
+  void* per_row;                        // value: the losses; double backward: the derivatives for grad
+  void* product;  // backward: grad (a p - q); double backward: grad a p (tangent - sum p tangent)
 };
 
-// All return the first row whose label is out of range, or -1. Ignored rows have a loss and derivatives of 0.
-using CrossEntropyValue = int64_t (*)(const CrossEntropy&, void* losses, void* log_sum_exp, int threads);
-
-// gradient <- grad (a p - q).
-using CrossEntropyBackward = int64_t (*)(const CrossEntropy&, const void* grad, const void* log_sum_exp,
-                                         void* gradient, int threads);
-
-// The derivatives of sum tangent * gradient for grad and for the logits: `product` is
-// grad a p (tangent - sum p tangent).
-using CrossEntropyDoubleBackward = int64_t (*)(const CrossEntropy&, const void* tangent, const void* grad,
-                                               const void* log_sum_exp, void* grad_product, void* product,
-                                               int threads);
+// Returns the first row whose label is out of range, or -1. Ignored rows have a loss and derivatives of 0.
+using CrossEntropyKernel = int64_t (*)(const CrossEntropy&, int threads);
 
 // y = log_softmax(z) = z - logsumexp(z). Its derivative for a cotangent g is g - exp(y) sum(g), and the
 // derivatives of that for a tangent t are t - sum(exp(y) t) for g and -sum(g) exp(y) t for y.
 struct LogSoftmax {
+  Level level;
   bool wide;
   int64_t rows, classes;
-  const void* output;  // of log_softmax
+  const void *given, *grad, *tangent;  // given: z for the value, y for the others
+  void *first, *second;                // the result; double backward: those for g and y
 };
-using LogSoftmaxValue = void (*)(bool wide, int64_t rows, int64_t classes, const void* input, void* output,
-                                 int threads);
-using LogSoftmaxBackward = void (*)(const LogSoftmax&, const void* grad, void* gradient, int threads);
-using LogSoftmaxDoubleBackward = void (*)(const LogSoftmax&, const void* tangent, const void* grad,
-                                          void* grad_product, void* product, int threads);
+using LogSoftmaxKernel = void (*)(const LogSoftmax&, int threads);
 
 }  // namespace hvp

@@ -13,25 +13,32 @@
 
 #include <cstdint>
 
+#include "level.h"
+
 namespace hvp {
 
-enum class Level : int { kValue, kBackward, kDoubleBackward };
-
-struct Normalization {
-  Level level;
-  bool wide;           // float64
+// A sample has `images` images of `channels` x `points`. Statistics are those of a sample, in `groups` groups
+// of channels. Batch normalization has one sample, with a group for each channel. A row is a sample with one
+// image of one point.
+struct NormalizedShape {
+  bool rows;
   bool centred;        // of rows; images always are
   bool channels_last;  // of images: the channels of a point lie together
-  // A sample has `images` images of `channels` x `points`. Statistics are those of a sample, in `groups`
-  // groups of channels. Batch normalization has one sample, with a group for each channel. A row is a sample
-  // with one image of one point.
   int64_t samples, images, channels, points, groups;
-  double eps;
-  const void *input, *weight, *bias;  // weight and bias, one for each channel, may be null
-  const void *grad, *tangent, *tangent_weight, *tangent_bias;  // the last two may be null
-  double *mean, *variance;  // samples x groups; the value writes them, the others read them
-  void* output;             // value: the value; double backward: for grad
-  void *input_product, *weight_product, *bias_product;
+};
+
+struct Normalization : NormalizedShape {
+  Level level = Level::kValue;
+  bool wide = false;  // float64
+  double eps = 0;
+  const void *input = nullptr, *weight = nullptr,
+             *bias = nullptr;  // weight and bias, one for each channel, may be null
+  const void *grad = nullptr, *tangent = nullptr;
+  const void *tangent_weight = nullptr, *tangent_bias = nullptr;  // may be null
+  double *mean = nullptr,
+         *variance = nullptr;  // samples x groups; the value writes them, the others read them
+  void* output = nullptr;      // value: the value; double backward: for grad
+  void *input_product = nullptr, *weight_product = nullptr, *bias_product = nullptr;
 };
 
 using NormalizationKernel = void (*)(const Normalization&, int threads);

@@ -107,4 +107,13 @@ inline int dtype_of(const dlpack::DataType& dtype) {
   return kDTypes;
 }
 
+inline bool is_wide(const dlpack::Tensor& view) {
+  return dtype_of(view.dtype) == static_cast<int>(DType::kFloat64);
+}
+
+// Threads for an elementwise pass: one is faster than waking others for few elements.
+inline int threads_for(int64_t elements) {
+  return elements < (int64_t{1} << 16) ? 1 : py::cast<int>(Torch::get().threads());
+}
+
 }  // namespace hvp

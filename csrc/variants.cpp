@@ -5,20 +5,16 @@
 namespace hvp {
 namespace {
 
-#define HVP_VARIANT_OF(name)            \
-  {#name,                               \
-   name::chunk_kernel,                  \
-   name::run_program,                   \
-   name::attention_workspace,           \
-   name::attention,                     \
-   name::run_recurrence,                \
-   name::cross_entropy,                 \
-   name::cross_entropy_backward,        \
-   name::cross_entropy_double_backward, \
-   name::log_softmax,                   \
-   name::log_softmax_backward,          \
-   name::log_softmax_double_backward,   \
-   name::normalize_images,              \
+#define HVP_VARIANT_OF(name)  \
+  {#name,                     \
+   name::chunk_kernel,        \
+   name::run_program,         \
+   name::attention_workspace, \
+   name::attention,           \
+   name::run_recurrence,      \
+   name::cross_entropy,       \
+   name::log_softmax,         \
+   name::normalize_images,    \
    name::normalize_rows}
 
 constexpr Variant kBaseline = HVP_VARIANT_OF(baseline);

@@ -26,12 +26,8 @@ struct Variant {
   AttentionWorkspace attention_workspace;
   AttentionKernel attention;
   RecurrentKernel run_recurrence;
-  CrossEntropyValue cross_entropy;
-  CrossEntropyBackward cross_entropy_backward;
-  CrossEntropyDoubleBackward cross_entropy_double_backward;
-  LogSoftmaxValue log_softmax;
-  LogSoftmaxBackward log_softmax_backward;
-  LogSoftmaxDoubleBackward log_softmax_double_backward;
+  CrossEntropyKernel cross_entropy;
+  LogSoftmaxKernel log_softmax;
   NormalizationKernel normalize_images, normalize_rows;
 };
 
@@ -42,25 +38,17 @@ const Variant& variant();
 // itself would use; `capability` is what torch.backends.cpu.get_cpu_capability() returns.
 void choose_variant(const std::string& capability);
 
-#define HVP_DECLARE_VARIANT(name)                                                                           \
-  namespace name {                                                                                          \
-  ChunkKernel chunk_kernel(OpCode op, bool measure, bool wide, DType dtype);                                \
-  bool run_program(const Program&, void* const* slots, const double* row, int threads);                     \
-  int64_t attention_workspace(const Attention& attention, int level);                                       \
-  void attention(const Attention& attention, int level, void* workspace, int threads);                      \
-  void run_recurrence(const RecurrentLayer&, void* const* tensors, int threads);                            \
-  int64_t cross_entropy(const CrossEntropy&, void* losses, void* log_sum_exp, int threads);                 \
-  int64_t cross_entropy_backward(const CrossEntropy&, const void* grad, const void* log_sum_exp,            \
-                                 void* gradient, int threads);                                              \
-  int64_t cross_entropy_double_backward(const CrossEntropy&, const void* tangent, const void* grad,         \
-                                        const void* log_sum_exp, void* grad_product, void* product,         \
-                                        int threads);                                                       \
-  void log_softmax(bool wide, int64_t rows, int64_t classes, const void* input, void* output, int threads); \
-  void log_softmax_backward(const LogSoftmax&, const void* grad, void* gradient, int threads);              \
-  void log_softmax_double_backward(const LogSoftmax&, const void* tangent, const void* grad,                \
-                                   void* grad_product, void* product, int threads);                         \
-  void normalize_images(const Normalization&, int threads);                                                 \
-  void normalize_rows(const Normalization&, int threads);                                                   \
+#define HVP_DECLARE_VARIANT(name)                                                       \
+  namespace name {                                                                      \
+  ChunkKernel chunk_kernel(OpCode op, bool measure, bool wide, DType dtype);            \
+  bool run_program(const Program&, void* const* slots, const double* row, int threads); \
+  int64_t attention_workspace(const Attention& attention, int level);                   \
+  void attention(const Attention& attention, int level, void* workspace, int threads);  \
+  void run_recurrence(const RecurrentLayer&, void* const* tensors, int threads);        \
+  int64_t cross_entropy(const CrossEntropy&, int threads);                              \
+  void log_softmax(const LogSoftmax&, int threads);                                     \
+  void normalize_images(const Normalization&, int threads);                             \
+  void normalize_rows(const Normalization&, int threads);                               \
   }
 HVP_DECLARE_VARIANT(baseline)
 HVP_DECLARE_VARIANT(avx2)

@@ -61,7 +61,7 @@ class Problem:
         return self.val_loss(weights, log_decays, batch) + (log_decays.exp() * weights.square()).sum() / 2
 
     def hessian(self, log_decays: Tensor) -> Tensor:
-        """Of the training loss."""
+        """The Hessian of the training loss."""
         inputs, _ = self.train
         return 2 / len(inputs) * inputs.T @ inputs + log_decays.exp().diag()
 
@@ -82,7 +82,7 @@ class Problem:
         return torch.full_like(self.train[0][0], log_decay)
 
     def condition(self, log_decays: Tensor) -> float:
-        """Of the Hessian."""
+        """The condition number of the Hessian."""
         return float(torch.linalg.cond(self.hessian(log_decays)))
 
     def hypergradient(self, solver: Any) -> hvp.Hypergradient:

@@ -52,7 +52,7 @@ class Settings:
     bounds: tuple[float, float] = (-14.0, 2.0)
     evaluations: int = 20
     test_images: int = 500
-    """Of the curves; the summary has all."""
+    """Test images behind the curves; the summary is about all of them."""
 
 
 class Overfitting(DecayPerWeight):
@@ -83,7 +83,7 @@ def everything_right(record: hvp.Record) -> bool:
 
 
 def accuracies(module: torch.nn.Module, parts: Mapping[str, Batch], batch: int) -> dict[str, float]:
-    """Of each part; with BatchNorm also in the statistics of batches of `batch` examples, as "PART in batches"."""
+    """The accuracy on each part; with BatchNorm also in the statistics of batches of `batch`: "PART in batches"."""
     found = {name: image_sets.accuracy(module, part) for name, part in parts.items()}
     if any(True for _ in module.buffers()):
         found |= {

@@ -122,7 +122,7 @@ class Settings:
     inner_steps: int
     evaluations: int
     curve_words: int
-    """Of the validation text, for the curves; the table has all."""
+    """Words of the validation text behind the curves; the table is about all of it."""
     seeds: int
     learning_rate: float
     hyper_learning_rate: float
@@ -140,7 +140,7 @@ class Settings:
     strength_bounds: tuple[float, float] = (0.01, 5.0)
     trials: int = 4
     search_batches: int = 20
-    """Of validation, by which searches compare their trials."""
+    """Batches of the validation text by which searches compare their trials."""
     stn_learning_rate: float = 5e-2
     searches: tuple[str, ...] = ("self-tuning network", "random search", "grid search", "Bayesian optimization")
 

@@ -10,7 +10,7 @@ STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; 0 for one value, whose spread is not known."""
+    """The standard error of the mean; 0 for a single value, whose spread is not known."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 

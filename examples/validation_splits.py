@@ -43,7 +43,7 @@ Part = tuple[Tensor, Tensor, Tensor]
 UNTUNED = "untuned"
 TUNINGS = (UNTUNED, "one decay", "one per weight")
 HALVES = slice(0, None, 2), slice(1, None, 2)
-"""Of the seeds."""
+"""The seeds in two halves: a share is chosen on one and judged on the other."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Regressions:
 
     @staticmethod
     def logits(weights: Tensors, images: Tensor) -> Tensor:
-        """Of every share, (N, S, 10)."""
+        """The logits of every share, (N, S, 10)."""
         together = F.linear(images.flatten(1), weights["weight"].flatten(0, 1), weights["bias"].flatten())
         return together.unflatten(1, weights["bias"].shape[:2])
 
@@ -118,7 +118,7 @@ class Regressions:
 
     @torch.no_grad()
     def accuracies(self, part: Part) -> list[float]:
-        """Of each share, in percent."""
+        """The accuracy of each share, in percent."""
         images, labels, importance = part
         right = self.logits(self.weights, images).argmax(2).eq(labels.unsqueeze(1))
         return (100 * right * importance).sum(0).tolist()

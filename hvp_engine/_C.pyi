@@ -79,43 +79,28 @@ def recurrence(
     *, code: int, units: int, batch_sizes: Sequence[int], reverse: bool, tensors: Sequence[Tensor | None]
 ) -> None: ...
 def cross_entropy(
-    losses: Tensor,
-    log_sum_exp: Tensor,
+    *,
+    level: int,
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     weight_total: float,
     ignored: int,
     smoothing: float,
-) -> int: ...
-def cross_entropy_backward(
-    gradient: Tensor,
-    grad: Tensor,
     log_sum_exp: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    weight_total: float,
-    ignored: int,
-    smoothing: float,
+    grad: Tensor | None = None,
+    tangent: Tensor | None = None,
+    per_row: Tensor | None = None,
+    product: Tensor | None = None,
 ) -> int: ...
-def cross_entropy_double_backward(
-    grad_product: Tensor,
-    product: Tensor,
-    tangent: Tensor,
-    grad: Tensor,
-    log_sum_exp: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    weight_total: float,
-    ignored: int,
-    smoothing: float,
-) -> int: ...
-def log_softmax(output: Tensor, input: Tensor) -> None: ...
-def log_softmax_backward(gradient: Tensor, grad: Tensor, output: Tensor) -> None: ...
-def log_softmax_double_backward(
-    grad_product: Tensor, product: Tensor, tangent: Tensor, grad: Tensor, output: Tensor
+def log_softmax(
+    *,
+    level: int,
+    given: Tensor,
+    grad: Tensor | None = None,
+    tangent: Tensor | None = None,
+    first: Tensor,
+    second: Tensor | None = None,
 ) -> None: ...
 
 class NormalizedShape:
@@ -134,38 +119,20 @@ class NormalizedShape:
 
 def normalize(
     shape: NormalizedShape,
-    output: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    *,
+    level: int,
     eps: float,
-) -> None: ...
-def normalize_backward(
-    shape: NormalizedShape,
-    input_product: Tensor,
-    weight_product: Tensor,
-    bias_product: Tensor,
-    grad: Tensor,
     input: Tensor,
     weight: Tensor | None,
     mean: Tensor,
     variance: Tensor,
-    eps: float,
-) -> None: ...
-def normalize_double_backward(
-    shape: NormalizedShape,
-    grad_product: Tensor,
-    input_product: Tensor,
-    weight_product: Tensor,
-    tangent: Tensor,
-    tangent_weight: Tensor | None,
-    tangent_bias: Tensor | None,
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
+    bias: Tensor | None = None,
+    grad: Tensor | None = None,
+    tangent: Tensor | None = None,
+    tangent_weight: Tensor | None = None,
+    tangent_bias: Tensor | None = None,
+    output: Tensor | None = None,
+    input_product: Tensor | None = None,
+    weight_product: Tensor | None = None,
+    bias_product: Tensor | None = None,
 ) -> None: ...

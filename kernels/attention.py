@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine.differentiable.attention.dropout import threshold
-from hvp_engine.differentiable.attention.reference import Settings
+from hvp_engine.differentiable.attention.reference import Known, Settings, Tangents
 from hvp_engine.kernels.attention_kernels import (
     attention_key_curvatures,
     attention_key_gradients,
@@ -35,16 +35,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> 
     return output, logsumexp
 
 
-def attention_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, g, o, logarithms = _contiguous(query, key, value, grad_output, output, logsumexp)
+def attention_backward(grad_output: Tensor, known: Known, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, o, logarithms, g = _contiguous(*known, grad_output)
     results = tuple(x.new_empty(x.shape) for x in (q, k, v))
     corrections = q.new_empty(q.shape[:3], dtype=torch.float32)
     shapes, given = _Shapes(q, k, v), (q, k, v, g.to(q.dtype), o, logarithms, corrections)
@@ -54,28 +46,19 @@ def attention_backward(
 
 
 def attention_backward_backward(
-    grad_grad_query: Tensor | None,
-    grad_grad_key: Tensor | None,
-    grad_grad_value: Tensor | None,
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    settings: Settings,
+    tangents: Tangents, grad_output: Tensor, known: Known, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, g, o, logarithms = _contiguous(query, key, value, grad_output, output, logsumexp)
+    q, k, v, o, logarithms, g = _contiguous(*known, grad_output)
     g = g.to(q.dtype)
-    tangents = [
+    moved = [
         torch.zeros_like(x) if tangent is None else tangent.contiguous().to(x.dtype)
-        for tangent, x in ((grad_grad_query, q), (grad_grad_key, k), (grad_grad_value, v))
+        for tangent, x in zip(tangents, (q, k, v), strict=True)
     ]
     results = tuple(x.new_empty(x.shape) for x in (g, q, k, v))
     sums = q.new_empty((*q.shape[:2], 4, q.shape[2]), dtype=torch.float32)
     shapes = _Shapes(q, k, v)
-    _launch(attention_moved_rows, shapes, (q, k, v, *tangents, g, o, logarithms, results[0], sums), settings)
-    given = (q, k, v, *tangents, g, logarithms, sums)
+    _launch(attention_moved_rows, shapes, (q, k, v, *moved, g, o, logarithms, results[0], sums), settings)
+    given = (q, k, v, *moved, g, logarithms, sums)
     _launch(attention_query_curvature, shapes, (*given, results[1]), settings)
     _launch(attention_key_curvatures, shapes, (*given, *results[2:]), settings)
     return results

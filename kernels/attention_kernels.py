@@ -261,7 +261,7 @@ def attention_key_curvatures(
 
 @triton.jit
 def moved_tile(q, k, v, a, b, c, g, weight, sums, index, query, queries, factors, scale):
-    """Of a block of queries and keys: P' * D, and the gradients of s' and of s."""
+    """P' * D and the gradients of s' and of s, for a block of queries and keys."""
     place = sums + index * 4 * queries + query
     inside = query < queries
     mean, mean_moved, last = (

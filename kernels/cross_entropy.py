@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hvp_engine.differentiable.cross_entropy_reference import Labels
 from hvp_engine.differentiable.registration import accumulated
 from hvp_engine.kernels.launch import device_of
 
@@ -211,45 +212,28 @@ def log_softmax_double_backward_rows(
         begin += BLOCK
 
 
-def cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
-    z, labels, weights, settings = _given(input, target, weight, label_smoothing)
+def cross_entropy(input: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+    z, *given = _given(input, labels)
     losses, lse = (z.new_empty(len(z), dtype=accumulated(z.dtype)) for _ in range(2))
-    _launch(cross_entropy_rows, z, labels, weights, settings, losses, lse, z.shape[1], ignore_index)
+    _launch(cross_entropy_rows, z, *given, losses, lse, z.shape[1], labels.ignore_index)
     return losses, lse
 
 
-def cross_entropy_backward(
-    grad: Tensor,
-    input: Tensor,
-    log_sum_exp: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
-    z, labels, weights, settings = _given(input, target, weight, label_smoothing)
-    gradient, known = torch.empty_like(z), (z, log_sum_exp.contiguous(), labels, weights, settings)
-    _launch(cross_entropy_backward_rows, grad.contiguous(), *known, gradient, z.shape[1], ignore_index, rows=len(z))
+def cross_entropy_backward(grad: Tensor, input: Tensor, log_sum_exp: Tensor, labels: Labels) -> Tensor:
+    z, *given = _given(input, labels)
+    gradient, known = torch.empty_like(z), (grad.contiguous(), z, log_sum_exp.contiguous(), *given)
+    _launch(cross_entropy_backward_rows, *known, gradient, z.shape[1], labels.ignore_index, rows=len(z))
     return gradient
 
 
 def cross_entropy_double_backward(
-    tangent: Tensor,
-    grad: Tensor,
-    input: Tensor,
-    log_sum_exp: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
+    tangent: Tensor, grad: Tensor, input: Tensor, log_sum_exp: Tensor, labels: Labels
 ) -> tuple[Tensor, Tensor]:
-    z, labels, weights, settings = _given(input, target, weight, label_smoothing)
-    given = tangent.contiguous(), grad.contiguous(), z, log_sum_exp.contiguous(), labels, weights, settings
-    for_grad, product = torch.empty_like(given[1]), torch.empty_like(z)
-    _launch(cross_entropy_double_backward_rows, *given, for_grad, product, z.shape[1], ignore_index, rows=len(z))
-    return for_grad, product
+    z, *given = _given(input, labels)
+    g = grad.contiguous()
+    results, known = (torch.empty_like(g), torch.empty_like(z)), (tangent.contiguous(), g, z, log_sum_exp.contiguous())
+    _launch(cross_entropy_double_backward_rows, *known, *given, *results, z.shape[1], labels.ignore_index, rows=len(z))
+    return results
 
 
 def log_softmax(input: Tensor) -> Tensor:
@@ -274,10 +258,9 @@ def log_softmax_double_backward(tangent: Tensor, grad: Tensor, output: Tensor) -
     return results
 
 
-def _given(
-    input: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def _given(input: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Dense tensors; and 1 - smoothing, smoothing / classes and the sum of the weights, in memory and in float64."""
+    target, weight, _, label_smoothing = labels
     classes = input.shape[1]
     weights = None if weight is None else weight.to(accumulated(input.dtype)).contiguous()
     numbers = [1 - label_smoothing, label_smoothing / classes, float(classes)]

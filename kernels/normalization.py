@@ -17,7 +17,9 @@ from torch import Tensor
 
 from hvp_engine.differentiable.normalization_shapes import (
     Kind,
+    Known,
     NormalizedShape,
+    Tangents,
     keeps_channels_last,
     laid_out,
     normalized_shape,
@@ -27,7 +29,7 @@ from hvp_engine.kernels.launch import device_of
 from hvp_engine.kernels.normalization_rows import rows_backward, rows_double_backward, rows_value
 
 POINTS, CHANNELS, SPLITS, WARPS = 64, 16, 32, 4
-"""Of one tile; parts into which a sample's points are divided, for sums; warps of one program."""
+"""Points and channels of a tile; parts into which a sample's points are divided for sums; warps of a program."""
 
 VALUE, BACKWARD, DOUBLE_BACKWARD = 0, 1, 2
 
@@ -105,7 +107,7 @@ def image_results(
     input, grad, tangent, mean, coefficients, first_result, second_result, samples, images, points, channels,
     image_stride, point_stride, channel_stride, LEVEL: tl.constexpr, POINTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Of each number: k0 (x - mean) + k1; or k0 g + k1 (x - mean) + k2; or k0 t + k1 (x - mean) + k2 and
+    """For each number: k0 (x - mean) + k1; or k0 g + k1 (x - mean) + k2; or k0 t + k1 (x - mean) + k2 and
     k3 g + k4 t + k5 (x - mean) + k6."""
     blocks = tl.cdiv(channels, CHANNELS)
     sample, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
@@ -229,19 +231,10 @@ def normalize(
     return output, mean, variance
 
 
-def normalize_backward(
-    kind: Kind,
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    size: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def normalize_backward(kind: Kind, grad: Tensor, known: Known) -> tuple[Tensor, Tensor, Tensor]:
+    input, weight, mean, variance, size, eps = known
     if kind in ("layer_norm", "rms_norm"):
-        shape = normalized_shape(kind, input, size)
-        return rows_backward(shape, grad.contiguous(), input.contiguous(), weight, mean, variance, eps)
+        return rows_backward(normalized_shape(kind, input, size), grad, known)
     images = _Images(kind, input, size, eps)
     g, w = images.like(grad), images.weights(weight, 1.0)
     rounded, away, r, (s1, s2) = images.normalized_sums(BACKWARD, mean, variance, g)
@@ -251,25 +244,14 @@ def normalize_backward(
 
 
 def normalize_double_backward(
-    kind: Kind,
-    tangent: Tensor,
-    tangent_weight: Tensor | None,
-    tangent_bias: Tensor | None,
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    size: int,
-    eps: float,
+    kind: Kind, tangents: Tangents, grad: Tensor, known: Known
 ) -> tuple[Tensor, Tensor, Tensor]:
+    input, weight, mean, variance, size, eps = known
     if kind in ("layer_norm", "rms_norm"):
-        shape, known = normalized_shape(kind, input, size), (weight, mean, variance, eps)
-        dense = (tensor.contiguous() for tensor in (grad, input))
-        return rows_double_backward(shape, tangent.contiguous(), tangent_weight, tangent_bias, *dense, *known)
+        return rows_double_backward(normalized_shape(kind, input, size), tangents, grad, known)
     images = _Images(kind, input, size, eps)
-    g, t, w = images.like(grad), images.like(tangent), images.weights(weight, 1.0)
-    tw, tb = images.weights(tangent_weight, 0.0), images.weights(tangent_bias, 0.0)
+    g, t, w = images.like(grad), images.like(tangents.input), images.weights(weight, 1.0)
+    tw, tb = images.weights(tangents.weight, 0.0), images.weights(tangents.bias, 0.0)
     rounded, away, r, (s1, s2, s3, s4, s5) = images.normalized_sums(DOUBLE_BACKWARD, mean, variance, g, t)
     h, hx, t_mean, tx, th = (images.means(x) for x in (w * s1, w * s2, s3, s4, w * s5))
     k, kx = images.means(tw * s1), images.means(tw * s2)

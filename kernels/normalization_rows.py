@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hvp_engine.differentiable.normalization_shapes import NormalizedShape
+from hvp_engine.differentiable.normalization_shapes import Known, NormalizedShape, Tangents
 from hvp_engine.differentiable.registration import accumulated
 from hvp_engine.kernels.launch import device_of
 
@@ -225,47 +225,31 @@ def rows_value(
     return output, mean, variance
 
 
-def rows_backward(
-    shape: NormalizedShape,
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    product, number = torch.empty_like(input), _number(eps, input)
-    mean, variance = mean.contiguous(), variance.contiguous()
-    _launch(row_backward, shape, grad, input, _dense(weight), mean, variance, number, product)
-    for_weight, for_bias = (input.new_empty(shape.channels, dtype=accumulated(input.dtype)) for _ in range(2))
-    _add_rows(shape, False, grad, input, None, mean, variance, number, None, for_weight, for_bias)
+def rows_backward(shape: NormalizedShape, grad: Tensor, known: Known) -> tuple[Tensor, Tensor, Tensor]:
+    given, statistics = (grad.contiguous(), known.input.contiguous()), _known_statistics(known)
+    product = torch.empty_like(given[1])
+    _launch(row_backward, shape, *given, _dense(known.weight), *statistics, product)
+    for_weight, for_bias = (product.new_empty(shape.channels, dtype=accumulated(product.dtype)) for _ in range(2))
+    _add_rows(shape, False, *given, None, *statistics, None, for_weight, for_bias)
     return product, for_weight, for_bias
 
 
 def rows_double_backward(
-    shape: NormalizedShape,
-    tangent: Tensor,
-    tangent_weight: Tensor | None,
-    tangent_bias: Tensor | None,
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
+    shape: NormalizedShape, tangents: Tangents, grad: Tensor, known: Known
 ) -> tuple[Tensor, Tensor, Tensor]:
-    for_grad, for_input, number = torch.empty_like(input), torch.empty_like(input), _number(eps, input)
-    means, mean, variance = (
-        input.new_empty(shape.samples, 2, dtype=torch.float64),
-        mean.contiguous(),
-        variance.contiguous(),
-    )
-    channels = _dense(tangent_weight), _dense(tangent_bias)
-    known = grad, input, _dense(weight), mean, variance, number
-    _launch(row_double_backward, shape, tangent, *channels, *known, for_grad, for_input, means)
-    for_weight = input.new_empty(shape.channels, dtype=accumulated(input.dtype))
-    _add_rows(shape, True, grad, input, tangent, mean, variance, number, means, for_weight, None)
+    given, statistics = (grad.contiguous(), known.input.contiguous()), _known_statistics(known)
+    tangent = tangents.input.contiguous()
+    for_grad, for_input = (torch.empty_like(given[1]) for _ in range(2))
+    means = for_input.new_empty(shape.samples, 2, dtype=torch.float64)
+    moved = tangent, _dense(tangents.weight), _dense(tangents.bias)
+    _launch(row_double_backward, shape, *moved, *given, _dense(known.weight), *statistics, for_grad, for_input, means)
+    for_weight = for_input.new_empty(shape.channels, dtype=accumulated(for_input.dtype))
+    _add_rows(shape, True, *given, tangent, *statistics, means, for_weight, None)
     return for_grad, for_input, for_weight
+
+
+def _known_statistics(known: Known) -> tuple[Tensor, Tensor, Tensor]:
+    return known.mean.contiguous(), known.variance.contiguous(), _number(known.eps, known.input)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 import hvp_engine as hvp
 from hvp_engine._support.torch_compat import without_onednn
@@ -228,6 +229,23 @@ def test_products_are_those_of_torchs_own_double_backward(form: str, engine: str
         assert operator._linearization.program is not None
         # The graph shows all that the operations keep; that of torch's padding hides something.
         assert bool(operator._linearization._known.hidden) == form.startswith("packed")
+
+
+@pytest.mark.parametrize("form", ["LSTM in wrappers", "GRU in wrappers, both directions"])
+def test_what_checkpointing_computes_again_is_ours_too(form: str, ours: list[str]) -> None:
+    """It happens in the backward pass, where a recurrence hides its own work from those who watch for user code."""
+    weights, loss, batch = problem_of(form)
+    tangents = {name: torch.randn_like(w) for name, w in weights.items()}
+    expected = hvp.HessianOperator(loss, weights, batch, engine=hvp.engines.create("eager")) @ tangents
+    once = len(ours)
+
+    def checkpointed(weights: dict[str, Tensor], batch: Tensor) -> Tensor:
+        return checkpoint(loss, weights, batch, use_reentrant=False)
+
+    operator = hvp.HessianOperator(checkpointed, weights, batch, engine=hvp.engines.create("eager"))
+    assert operator._linearization.fallback is None
+    torch.testing.assert_close(operator @ tangents, expected, rtol=1e-9, atol=1e-12)
+    assert len(ours) >= 3 * once
 
 
 LAYERS: dict[str, tuple[Callable[..., nn.RNNBase], dict[str, Any]]] = {

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -50,7 +49,7 @@ def private(tree: ast.AST) -> Iterator[str]:
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
             for alias in node.names:
                 path = f"{module}.{alias.name}".strip(".")
-                if path.startswith("torch") and any(part.startswith("_") for part in path.split(".")):
+                if path.startswith("torch") and any(part.startswith(("_", "experimental")) for part in path.split(".")):
                     yield path
         elif isinstance(node, ast.Attribute):
             path = ast.unparse(node)
@@ -149,7 +148,7 @@ def test_fake_tensors() -> None:
         return x.sin() + 1
 
     with torch_compat.one_fake_mode():
-        module = make_fx(function)(W)
+        module = torch_compat.make_fx(function)(W)
     values = [node.meta["val"] for node in module.graph.nodes if "val" in node.meta]
     assert values and all(isinstance(value, FakeTensor) for value in values)
     assert len({value.fake_mode for value in values}) == 1
@@ -183,7 +182,7 @@ def test_trees() -> None:
 
 
 def test_compiled_graphs() -> None:
-    compiled = torch_compat.compile_graph(make_fx(lambda x: (x.sin() + 1,))(W), [W], size_asserts=True)
+    compiled = torch_compat.compile_graph(torch_compat.make_fx(lambda x: (x.sin() + 1,))(W), [W], size_asserts=True)
     torch.testing.assert_close(compiled(W)[0], W.sin() + 1)
 
 
@@ -386,15 +385,15 @@ def test_texts_of_traces() -> None:
         return torch.autograd.grad(gradient.sum(), w)[0]
 
     with torch_compat.one_fake_mode(), pytest.raises(AssertionError, match=torch_compat.FAKE_AND_REAL):
-        make_fx(twice)(W)
+        torch_compat.make_fx(twice)(W)
     for loss in (lambda w: w * 2 if w.sum() > 0 else w, lambda w: w * w.sum().item()):
         with torch_compat.one_fake_mode(), pytest.raises(RuntimeError) as raised:
-            make_fx(loss)(W)
+            torch_compat.make_fx(loss)(W)
         assert torch_compat.says_data_dependent(raised.value)
     assert not torch_compat.says_data_dependent(RuntimeError("shapes do not fit"))
     with pytest.raises(hvp.TraceError, match="control-flow|control flow"):
         hvp.HessianOperator(lambda w: (w**3).sum() * (1 if w.sum() > 0 else 2), W, engine="linearized") @ W
-    assert isinstance(make_fx(torch.sin)(W), fx.GraphModule)
+    assert isinstance(torch_compat.make_fx(torch.sin)(W), fx.GraphModule)
 
 
 def test_reverse_mode_inside_forward_mode_is_refused_in_a_trace() -> None:

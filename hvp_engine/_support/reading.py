@@ -24,7 +24,7 @@ _PLAIN = (*CONSTANTS, slice, range)
 """Types of values that are compared by what they are, not by which they are."""
 
 _MOST_ITEMS = 100
-"""Of a longer list or dict only so many are looked at: all of them would take longer than many a product."""
+"""A longer list or dict is looked at up to here only: all of it could take longer than a product."""
 
 _MOST = 5_000
 """Values of one function."""

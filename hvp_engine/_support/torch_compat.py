@@ -21,11 +21,12 @@ from torch._C._functorch import TransformType
 from torch._prims_common import suggest_memory_format as suggest_memory_format
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node
+from torch.fx.experimental.proxy_tensor import make_fx as make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 
-__all__ = ["is_traceable_wrapper_subclass", "pytree", "suggest_memory_format"]
+__all__ = ["is_traceable_wrapper_subclass", "make_fx", "pytree", "suggest_memory_format"]
 
 REGISTER_PYTREE = "torch.utils._pytree.register_pytree_node"
 """What messages tell users to call: torch has no public name for it."""

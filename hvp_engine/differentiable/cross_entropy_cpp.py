@@ -9,74 +9,52 @@ import torch
 from torch import Tensor
 
 from hvp_engine import _C
-from hvp_engine.differentiable.cross_entropy_reference import out_of_range
+from hvp_engine.differentiable.cross_entropy_reference import Labels, out_of_range
 from hvp_engine.differentiable.registration import accumulated
 
 
-def cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
+def cross_entropy(input: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
     z = _dense(input)
     losses, lse = z.new_empty(len(z)), z.new_empty(len(z))
-    bad = _C.cross_entropy(losses, lse, z, *_settings(z, target, weight, ignore_index, label_smoothing))
-    _refuse(bad, target, z)
+    _run(0, z, labels, lse, per_row=losses)
     return losses, lse
 
 
-def cross_entropy_backward(
-    grad: Tensor,
-    input: Tensor,
-    log_sum_exp: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
+def cross_entropy_backward(grad: Tensor, input: Tensor, log_sum_exp: Tensor, labels: Labels) -> Tensor:
     z = _dense(input)
-    found = torch.empty_like(z)
-    settings = _settings(z, target, weight, ignore_index, label_smoothing)
-    _refuse(_C.cross_entropy_backward(found, _dense(grad), _dense(log_sum_exp), z, *settings), target, z)
-    return found.to(input.dtype)
+    gradient = torch.empty_like(z)
+    _run(1, z, labels, _dense(log_sum_exp), grad=_dense(grad), product=gradient)
+    return gradient.to(input.dtype)
 
 
 def cross_entropy_double_backward(
-    tangent: Tensor,
-    grad: Tensor,
-    input: Tensor,
-    log_sum_exp: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
+    tangent: Tensor, grad: Tensor, input: Tensor, log_sum_exp: Tensor, labels: Labels
 ) -> tuple[Tensor, Tensor]:
     z = _dense(input)
     for_grad, product = z.new_empty(len(z)), torch.empty_like(z)
-    settings = _settings(z, target, weight, ignore_index, label_smoothing)
-    bad = _C.cross_entropy_double_backward(
-        for_grad, product, _dense(tangent), _dense(grad), _dense(log_sum_exp), z, *settings
-    )
-    _refuse(bad, target, z)
+    given = {"grad": _dense(grad), "tangent": _dense(tangent)}
+    _run(2, z, labels, _dense(log_sum_exp), **given, per_row=for_grad, product=product)
     return for_grad, product.to(input.dtype)
 
 
 def log_softmax(input: Tensor) -> Tensor:
     z = _dense(input)
     output = torch.empty_like(z)
-    _C.log_softmax(output, z)
+    _C.log_softmax(level=0, given=z, first=output)
     return output.to(input.dtype)
 
 
 def log_softmax_backward(grad: Tensor, output: Tensor) -> Tensor:
     y = _dense(output)
     gradient = torch.empty_like(y)
-    _C.log_softmax_backward(gradient, _dense(grad), y)
+    _C.log_softmax(level=1, given=y, grad=_dense(grad), first=gradient)
     return gradient.to(output.dtype)
 
 
 def log_softmax_double_backward(tangent: Tensor, grad: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     y = _dense(output)
     for_grad, product = torch.empty_like(y), torch.empty_like(y)
-    _C.log_softmax_double_backward(for_grad, product, _dense(tangent), _dense(grad), y)
+    _C.log_softmax(level=2, given=y, grad=_dense(grad), tangent=_dense(tangent), first=for_grad, second=product)
     return for_grad.to(output.dtype), product.to(output.dtype)
 
 
@@ -84,14 +62,18 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.detach().resolve_neg().to(accumulated(tensor.dtype)).contiguous()
 
 
-def _settings(
-    z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor | None, float, int, float]:
-    weights = None if weight is None else weight.detach().to(z.dtype).contiguous()
-    total = float(z.shape[1]) if weights is None else float(weights.sum(dtype=torch.float64))
-    return target.contiguous(), weights, total, ignore_index, label_smoothing
-
-
-def _refuse(bad: int, target: Tensor, z: Tensor) -> None:
+def _run(level: int, z: Tensor, labels: Labels, log_sum_exp: Tensor, **tensors: Tensor) -> None:
+    weight = None if labels.weight is None else labels.weight.detach().to(z.dtype).contiguous()
+    bad = _C.cross_entropy(
+        level=level,
+        logits=z,
+        target=labels.target.contiguous(),
+        weight=weight,
+        weight_total=float(z.shape[1]) if weight is None else float(weight.sum(dtype=torch.float64)),
+        ignored=labels.ignore_index,
+        smoothing=labels.label_smoothing,
+        log_sum_exp=log_sum_exp,
+        **tensors,
+    )
     if bad >= 0:
-        raise out_of_range(int(target[bad]), bad, z.shape[1])
+        raise out_of_range(int(labels.target[bad]), bad, z.shape[1])

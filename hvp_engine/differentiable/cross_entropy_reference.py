@@ -6,10 +6,24 @@ has the loss a logsumexp(z) - sum q z, with the derivative a p - q. Rows of labe
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from hvp_engine.differentiable.registration import accumulated
+
+
+class Labels(NamedTuple):
+    """What the labels are, and what they count for."""
+
+    target: Tensor
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+
+    def of_rows(self, rows: slice) -> Labels:
+        return self._replace(target=self.target[rows])
 
 
 def label_weights(
@@ -23,56 +37,37 @@ def label_weights(
     return weights, at_label.where(kept, 0.0), (at_label + spread).where(kept, 0.0)
 
 
-def _targets(
-    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _targets(logits: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
     """(q, whether the row has a label, a); q and a are zero where it has none."""
-    kept = target != ignore_index
-    weights, at_label, a = label_weights(logits, target, weight, ignore_index, label_smoothing)
-    hot = torch.zeros_like(logits).scatter(1, target.where(kept, 0).unsqueeze(1), at_label.unsqueeze(1))
-    return torch.where(kept.unsqueeze(1), hot + label_smoothing / logits.shape[1] * weights, 0.0), kept, a
+    kept = labels.target != labels.ignore_index
+    weights, at_label, a = label_weights(logits, *labels)
+    hot = torch.zeros_like(logits).scatter(1, labels.target.where(kept, 0).unsqueeze(1), at_label.unsqueeze(1))
+    return torch.where(kept.unsqueeze(1), hot + labels.label_smoothing / logits.shape[1] * weights, 0.0), kept, a
 
 
-def cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
+def cross_entropy(input: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
     """(losses, logsumexp) of rows of logits."""
-    _check_labels(input, target, ignore_index)
+    _check_labels(input, labels)
     z = input.to(accumulated(input.dtype))
-    q, kept, a = _targets(z.detach(), target, weight, ignore_index, label_smoothing)
+    q, kept, a = _targets(z.detach(), labels)
     lse = z.logsumexp(1)
     losses = a * lse - (q * z.where(q != 0, 0.0)).sum(1)
     return losses.where(kept, 0.0), lse
 
 
-def cross_entropy_backward(
-    grad: Tensor,
-    input: Tensor,
-    log_sum_exp: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
+def cross_entropy_backward(grad: Tensor, input: Tensor, log_sum_exp: Tensor, labels: Labels) -> Tensor:
     """grad (a p - q)."""
     z = input.to(grad.dtype)
-    q, kept, a = _targets(z.detach(), target, weight, ignore_index, label_smoothing)
+    q, kept, a = _targets(z.detach(), labels)
     return torch.where(kept.unsqueeze(1), grad.unsqueeze(1) * (a.unsqueeze(1) * z.softmax(1) - q), 0.0).to(input.dtype)
 
 
 def cross_entropy_double_backward(
-    tangent: Tensor,
-    grad: Tensor,
-    input: Tensor,
-    log_sum_exp: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
+    tangent: Tensor, grad: Tensor, input: Tensor, log_sum_exp: Tensor, labels: Labels
 ) -> tuple[Tensor, Tensor]:
     """The derivatives of sum tangent cross_entropy_backward for `grad` and for `input`."""
     z, t = input.to(grad.dtype), tangent.to(grad.dtype)
-    q, kept, a = _targets(z.detach(), target, weight, ignore_index, label_smoothing)
+    q, kept, a = _targets(z.detach(), labels)
     p = z.softmax(1)
     mean = (p * t).sum(1)
     for_grad = torch.where(kept, a * mean - (q * t).sum(1), 0.0)
@@ -108,13 +103,9 @@ def linear_cross_entropy_double_backward(
     linear_weight: Tensor,
     bias: Tensor | None,
     log_sum_exp: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
+    labels: Labels,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The derivatives of the first derivative of a linear layer's cross-entropy for `grad` and what it is taken for."""
-    labels = target, weight, ignore_index, label_smoothing
     wide = accumulated(input.dtype)
     h, w = input.to(wide), linear_weight.to(wide)
     z = h @ w.T if bias is None else h @ w.T + bias
@@ -126,8 +117,8 @@ def linear_cross_entropy_double_backward(
         t = t + h @ weights.T
     if bias_tangent is not None:
         t = t + bias_tangent
-    d = cross_entropy_backward(grad, z, log_sum_exp, *labels)
-    for_grad, e = cross_entropy_double_backward(t, grad, z, log_sum_exp, *labels)
+    d = cross_entropy_backward(grad, z, log_sum_exp, labels)
+    for_grad, e = cross_entropy_double_backward(t, grad, z, log_sum_exp, labels)
     for_input, for_weight = e @ w, e.T @ h
     if weight_tangent is not None:
         for_input = for_input + d @ weights
@@ -136,8 +127,9 @@ def linear_cross_entropy_double_backward(
     return for_grad, for_input.to(input.dtype), for_weight.to(linear_weight.dtype), e.sum(0).to(linear_weight.dtype)
 
 
-def _check_labels(input: Tensor, target: Tensor, ignore_index: int) -> None:
-    bad = (target != ignore_index) & ((target < 0) | (target >= input.shape[1]))
+def _check_labels(input: Tensor, labels: Labels) -> None:
+    target = labels.target
+    bad = (target != labels.ignore_index) & ((target < 0) | (target >= input.shape[1]))
     if bad.any():
         row = int(bad.nonzero()[0])
         raise out_of_range(int(target[row]), row, input.shape[1])

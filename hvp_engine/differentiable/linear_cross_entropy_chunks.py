@@ -9,12 +9,12 @@ With logits z = h W^T + b and d = d loss / d z, the first derivative is (d W, d^
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvp_engine.differentiable.cross_entropy_backends import rows_on
+from hvp_engine.differentiable.cross_entropy_reference import Labels
 from hvp_engine.differentiable.registration import accumulated
 
 CHUNK_BYTES = 1 << 25
@@ -31,26 +31,19 @@ def chunks(rows: int, classes: int, dtype: torch.dtype) -> Iterator[slice]:
 
 
 def linear_cross_entropy(
-    input: Tensor, linear_weight: Tensor, bias: Tensor | None, target: Tensor, weight: Tensor | None, *settings: Any
+    input: Tensor, linear_weight: Tensor, bias: Tensor | None, labels: Labels
 ) -> tuple[Tensor, Tensor]:
     """(losses, logsumexp)."""
     rows = rows_on(input.device)
     losses, lse = (input.new_empty(len(input), dtype=accumulated(input.dtype)) for _ in range(2))
     for part in chunks(len(input), len(linear_weight), input.dtype):
         z = _logits(input[part], linear_weight, bias)
-        losses[part], lse[part] = rows.cross_entropy(z, target[part], weight, *settings)
+        losses[part], lse[part] = rows.cross_entropy(z, labels.of_rows(part))
     return losses, lse
 
 
 def linear_cross_entropy_backward(
-    grad: Tensor,
-    input: Tensor,
-    linear_weight: Tensor,
-    bias: Tensor | None,
-    log_sum_exp: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    *settings: Any,
+    grad: Tensor, input: Tensor, linear_weight: Tensor, bias: Tensor | None, log_sum_exp: Tensor, labels: Labels
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The derivatives for input, linear_weight and bias."""
     rows = rows_on(input.device)
@@ -58,7 +51,7 @@ def linear_cross_entropy_backward(
     for part in chunks(len(input), len(linear_weight), input.dtype):
         h = input[part]
         z = _logits(h, linear_weight, bias)
-        d = rows.cross_entropy_backward(grad[part], z, log_sum_exp[part], target[part], weight, *settings)
+        d = rows.cross_entropy_backward(grad[part], z, log_sum_exp[part], labels.of_rows(part))
         del z
         for_input[part] = d.to(input.dtype) @ linear_weight
         totals.add(d, h)
@@ -75,26 +68,24 @@ def linear_cross_entropy_double_backward(
     linear_weight: Tensor,
     bias: Tensor | None,
     log_sum_exp: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    *settings: Any,
+    labels: Labels,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The derivatives for grad, input, linear_weight and bias."""
     rows = rows_on(input.device)
     for_grad, for_input, totals = torch.empty_like(grad), torch.empty_like(input), _Totals(linear_weight)
     for part in chunks(len(input), len(linear_weight), input.dtype):
-        h, g, lse, y = input[part], grad[part], log_sum_exp[part], target[part]
+        h, g, lse, y = input[part], grad[part], log_sum_exp[part], labels.of_rows(part)
         s = None if input_tangent is None else input_tangent[part]
         z = _logits(h, linear_weight, bias)
         t = _tangent(s, weight_tangent, bias_tangent, h, linear_weight, z.dtype)
-        for_grad[part], e = rows.cross_entropy_double_backward(t, g, z, lse, y, weight, *settings)
+        for_grad[part], e = rows.cross_entropy_double_backward(t, g, z, lse, y)
         del t
         product = e.to(input.dtype) @ linear_weight
         totals.add(e, h)
         totals.add_bias(e)
         del e
         if s is not None or weight_tangent is not None:
-            d = rows.cross_entropy_backward(g, z, lse, y, weight, *settings)
+            d = rows.cross_entropy_backward(g, z, lse, y)
             if weight_tangent is not None:
                 product.addmm_(d.to(input.dtype), weight_tangent)
             if s is not None:

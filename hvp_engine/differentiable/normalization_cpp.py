@@ -11,7 +11,9 @@ from torch import Tensor
 from hvp_engine import _C
 from hvp_engine.differentiable.normalization_shapes import (
     Kind,
+    Known,
     NormalizedShape,
+    Tangents,
     keeps_channels_last,
     laid_out,
     normalized_shape,
@@ -25,49 +27,46 @@ def normalize(
     shape, x = _numbers(kind, input, size)
     output = torch.empty_like(x)
     mean, variance = (x.new_empty(shape.samples, shape.groups, dtype=torch.float64) for _ in range(2))
-    _C.normalize(_native(shape), output, mean, variance, x, _channels(weight, x), _channels(bias, x), eps)
+    known = Known(x, weight, mean, variance, size, eps)
+    _run(0, shape, x, known, bias=_channels(bias, x), output=output)
     return output.to(input.dtype), mean, variance
 
 
-def normalize_backward(
-    kind: Kind,
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    size: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape, x = _numbers(kind, input, size)
+def normalize_backward(kind: Kind, grad: Tensor, known: Known) -> tuple[Tensor, Tensor, Tensor]:
+    shape, x = _numbers(kind, known.input, known.size)
     product = torch.empty_like(x)
     for_weight, for_bias = x.new_empty(shape.channels), x.new_empty(shape.channels)
-    known = x, _channels(weight, x), mean.contiguous(), variance.contiguous(), eps
-    _C.normalize_backward(_native(shape), product, for_weight, for_bias, _like(grad, x, kind), *known)
-    return product.to(input.dtype), for_weight, for_bias
+    results = {"input_product": product, "weight_product": for_weight, "bias_product": for_bias}
+    _run(1, shape, x, known, grad=_like(grad, x, kind), **results)
+    return product.to(known.input.dtype), for_weight, for_bias
 
 
 def normalize_double_backward(
-    kind: Kind,
-    tangent: Tensor,
-    tangent_weight: Tensor | None,
-    tangent_bias: Tensor | None,
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    size: int,
-    eps: float,
+    kind: Kind, tangents: Tangents, grad: Tensor, known: Known
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape, x = _numbers(kind, input, size)
-    t, g = (_like(tensor, x, kind) for tensor in (tangent, grad))
+    shape, x = _numbers(kind, known.input, known.size)
     for_grad, for_input, for_weight = torch.empty_like(x), torch.empty_like(x), x.new_empty(shape.channels)
-    for_channels = _channels(tangent_weight, x), _channels(tangent_bias, x)
-    statistics = mean.contiguous(), variance.contiguous()
-    found = for_grad, for_input, for_weight
-    _C.normalize_double_backward(_native(shape), *found, t, *for_channels, g, x, _channels(weight, x), *statistics, eps)
-    return for_grad.to(grad.dtype), for_input.to(input.dtype), for_weight
+    given = {
+        "grad": _like(grad, x, kind),
+        "tangent": _like(tangents.input, x, kind),
+        "tangent_weight": _channels(tangents.weight, x),
+        "tangent_bias": _channels(tangents.bias, x),
+    }
+    _run(2, shape, x, known, **given, output=for_grad, input_product=for_input, weight_product=for_weight)
+    return for_grad.to(grad.dtype), for_input.to(known.input.dtype), for_weight
+
+
+def _run(level: int, shape: NormalizedShape, x: Tensor, known: Known, **tensors: Tensor | None) -> None:
+    _C.normalize(
+        _native(shape),
+        level=level,
+        eps=known.eps,
+        input=x,
+        weight=_channels(known.weight, x),
+        mean=known.mean.contiguous(),
+        variance=known.variance.contiguous(),
+        **tensors,
+    )
 
 
 def _numbers(kind: Kind, input: Tensor, size: int) -> tuple[NormalizedShape, Tensor]:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from hvp_engine.differentiable.normalization_shapes import (
     Kind,
+    Known,
     NormalizedShape,
+    Tangents,
     keeps_channels_last,
     laid_out,
     normalized_shape,
@@ -81,43 +83,24 @@ def normalize(
     return n.back(output), mean.double().reshape(samples, groups), variance.double().reshape(samples, groups)
 
 
-def normalize_backward(
-    kind: Kind,
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    size: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def normalize_backward(kind: Kind, grad: Tensor, known: Known) -> tuple[Tensor, Tensor, Tensor]:
     """For input, weight and bias; the last two flat."""
-    n = _Numbers(kind, input, size)
-    normal, r, _, _ = n.statistics(n.whole(input), eps)
+    n = _Numbers(kind, known.input, known.size)
+    normal, r, _, _ = n.statistics(n.whole(known.input), known.eps)
     g = n.whole(grad)
-    h = g * n.channels(weight, 1)
+    h = g * n.channels(known.weight, 1)
     product = r * (h - n.centre(h) - normal * n.mean(h * normal))
     return n.back(product), n.of_channels(g * normal), n.of_channels(g)
 
 
 def normalize_double_backward(
-    kind: Kind,
-    tangent: Tensor,
-    tangent_weight: Tensor | None,
-    tangent_bias: Tensor | None,
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    size: int,
-    eps: float,
+    kind: Kind, tangents: Tangents, grad: Tensor, known: Known
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The derivatives of sum tangents normalize_backward for grad, input and weight (flat)."""
-    n = _Numbers(kind, input, size)
-    x, r, _, _ = n.statistics(n.whole(input), eps)
-    t, g, w = n.whole(tangent), n.whole(grad), n.channels(weight, 1)
-    tw, tb = n.channels(tangent_weight, 0), n.channels(tangent_bias, 0)
+    n = _Numbers(kind, known.input, known.size)
+    x, r, _, _ = n.statistics(n.whole(known.input), known.eps)
+    t, g, w = n.whole(tangents.input), n.whole(grad), n.channels(known.weight, 1)
+    tw, tb = n.channels(tangents.weight, 0), n.channels(tangents.bias, 0)
     h, k = g * w, g * tw
     h_mean, t_mean, k_mean = n.centre(h), n.centre(t), n.centre(k)
     hx, tx, kx = (n.mean(a * x) for a in (h, t, k))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -38,6 +38,25 @@ class NormalizedShape:
         return self.images * self.points * (self.channels // self.groups)
 
 
+class Known(NamedTuple):
+    """What a value was computed from, and its statistics: what its derivatives take beside gradients."""
+
+    input: Tensor
+    weight: Tensor | None
+    mean: Tensor
+    variance: Tensor
+    size: int
+    eps: float
+
+
+class Tangents(NamedTuple):
+    """The gradients of a first derivative's results."""
+
+    input: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+
 def keeps_channels_last(kind: Kind, input: Tensor) -> bool:
     """Whether the channels of a point lie together, those of an image do not, and results are to lie alike."""
     if kind in ("layer_norm", "rms_norm") or input.dim() < 3 or input.is_contiguous():
@@ -46,7 +65,7 @@ def keeps_channels_last(kind: Kind, input: Tensor) -> bool:
 
 
 def normalized_shape(kind: Kind, input: Tensor, size: int) -> NormalizedShape:
-    """Of `input`, dense or channels-last; `size` is the number of groups, or of dimensions that make up a row."""
+    """The shape of an input, dense or channels-last; `size` is the number of groups, or of dimensions of a row."""
     shape = tuple(input.shape)
     if kind in ("layer_norm", "rms_norm"):
         samples, channels = math.prod(shape[: len(shape) - size]), math.prod(shape[len(shape) - size :])

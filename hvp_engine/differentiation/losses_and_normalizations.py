@@ -18,10 +18,10 @@ from hvp_engine._support.isolation import is_copy
 from hvp_engine._support.torch_compat import in_transform
 
 _FEWEST_CLASSES, _FEWEST_LOGITS = 512, 1 << 16
-"""From which cross-entropy and log-softmax are ours."""
+"""Cross-entropy and log-softmax are ours from these sizes on."""
 
 _FEWEST_IN_ROWS = 1 << 16
-"""Numbers from which layer and root-mean-square normalization are ours."""
+"""Layer and root-mean-square normalization are ours from this many numbers on."""
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

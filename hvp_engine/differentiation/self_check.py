@@ -131,7 +131,7 @@ def difference_of_products(
 
 
 def _tolerance(dtype: torch.dtype, device_type: str) -> float:
-    """That of a dtype; that of what float32 is reduced to on this type of device, under the settings in force."""
+    """The tolerance for a dtype; for float32 that of what the settings in force reduce it to on this type of device."""
     coarse = [dtype]
     if dtype == torch.float32:
         coarse += [_REDUCED.get(setting, torch.bfloat16) for setting in float32_settings(device_type).values()]

@@ -24,7 +24,7 @@ class Processes:
     """The processes of a torch.distributed group; each must make the same calls in the same order.
 
     An error that one of them raises while it computes its summands is raised in all, after the message for which the
-    others are waiting, so that none waits for ever. The last number of each message says whether a process failed;
+    others are waiting, so that none waits forever. The last number of each message says whether a process failed;
     reading it waits for the device, unless that may be done one message later: see :meth:`ahead`.
 
     Arguments:
@@ -78,7 +78,7 @@ class Processes:
         tail.zero_()
         try:
             yield tail[:-1]
-        except BaseException as raised:  # Ctrl-C too, or the others would wait for ever
+        except BaseException as raised:  # Ctrl-C too, or the others would wait forever
             self._error = raised
             tail[-1] = 1.0
 

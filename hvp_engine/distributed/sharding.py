@@ -81,7 +81,7 @@ class ShardedList:
         return replace(self.layout, whole=ShardedVector(self._processes, numel))
 
     def replicated(self, tensors: Sequence[T]) -> list[T]:
-        """Those of a list like this one that are replicated."""
+        """The tensors of a list like this one that are replicated."""
         return [tensors[index] for index in self._replicated]
 
     def gathered(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from hvp_engine._support.flat_vector import Layout
-from hvp_engine._support.torch_compat import compile_graph
+from hvp_engine._support.torch_compat import compile_graph, make_fx
 from hvp_engine.differentiation.linear_map import Accumulation, Linearization, Terms
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.trace.evaluated import Function

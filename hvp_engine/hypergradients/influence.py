@@ -182,6 +182,6 @@ class _Gradients:
 
 
 def _inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Those of stacked vectors: one row for each of `left`, one column for each of `right`."""
+    """The inner products of stacked vectors: a row for each of `left`, a column for each of `right`."""
     parts = [a.reshape(len(a), -1) @ b.reshape(len(b), -1).T for a, b in zip(left, right, strict=True)]
     return torch.stack(parts).sum(0)

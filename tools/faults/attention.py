@@ -42,10 +42,10 @@ FAULTS = [
         "all heads have the same dropout mask",
     ),
     Fault(
-        f"{FOLDER}/operators.py",
-        "    saved = ctx.saved_tensors  # which checkpointing computes again, with whatever functions are replaced\n"
-        "    with without_torch_functions():\n",
-        "    with without_torch_functions():\n        saved = ctx.saved_tensors\n",
+        "hvp_engine/differentiable/registration.py",
+        "        values = kept(ctx)  # which checkpointing computes again, with whatever functions are replaced\n"
+        "        with without_torch_functions():\n",
+        "        with without_torch_functions():\n            values = kept(ctx)\n",
         f"{CALLS} -k checkpointed",
         "a checkpointed part is computed again by other kernels",
     ),

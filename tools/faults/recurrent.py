@@ -35,7 +35,7 @@ FAULTS = [
         "the second derivative of a GRU forgets that the old state passes through its gate",
     ),
     Fault(
-        f"{FOLDER}/derivatives.py",
+        f"{FOLDER}/operations.py",
         "of_weight = recurrent.t() @ before if",
         "of_weight = projected.t() @ before if",
         f"{LEVELS} -k first_and_second",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine.differentiable.attention.dropout import threshold
-from hvp_engine.differentiable.attention.reference import Settings
+from hvp_engine.differentiable.attention.reference import Known, Settings, Tangents
 from hvp_engine.ops.cpp import _C, find_blas
 
 find_blas()
@@ -22,39 +22,21 @@ def attention(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> 
     return output.to(query.dtype), logsumexp
 
 
-def attention_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor]:
-    g, q, k, v = _operands(grad_output, query, key, value)
+def attention_backward(grad_output: Tensor, known: Known, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    g, q, k, v = _operands(grad_output, known.query, known.key, known.value)
     results = [q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)]
     _run(1, (q, k, v), results, settings, g)
-    grad_query, grad_key, grad_value = (x.to(query.dtype) for x in results)
+    grad_query, grad_key, grad_value = (x.to(known.query.dtype) for x in results)
     return grad_query, grad_key, grad_value
 
 
 def attention_backward_backward(
-    grad_grad_query: Tensor | None,
-    grad_grad_key: Tensor | None,
-    grad_grad_value: Tensor | None,
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    settings: Settings,
+    tangents: Tangents, grad_output: Tensor, known: Known, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    g, q, k, v = _operands(grad_output, query, key, value)
-    tangents = [None if x is None else _rows(x) for x in (grad_grad_query, grad_grad_key, grad_grad_value)]
+    g, q, k, v = _operands(grad_output, known.query, known.key, known.value)
     results = [g.new_empty(g.shape), q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)]
-    _run(2, (q, k, v), results, settings, g, tangents)
-    grad_grad_output, grad_query, grad_key, grad_value = (x.to(query.dtype) for x in results)
+    _run(2, (q, k, v), results, settings, g, [None if x is None else _rows(x) for x in tangents])
+    grad_grad_output, grad_query, grad_key, grad_value = (x.to(known.query.dtype) for x in results)
     return grad_grad_output, grad_query, grad_key, grad_value
 
 

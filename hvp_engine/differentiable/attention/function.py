@@ -74,6 +74,11 @@ def scaled_dot_product_attention(
             return functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
+    if _is_learned(attn_mask):
+        raise ValueError(
+            "attn_mask: expected one that does not require grad, since its gradient has a number for each query and "
+            "key; got one that does: run this attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        )
     (q, k, v), mask, leading = _prepared(query, key, value, attn_mask, dropout_p, enable_gqa)
     seed = None
     if dropout_p > 0:
@@ -111,7 +116,7 @@ def is_worthwhile(
         return False
     if any(x.is_nested or x.dim() < 2 for x in tensors) or (is_causal and attn_mask is not None):
         return False
-    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+    if _is_learned(attn_mask):
         return False
     if query.shape[-2] * key.shape[-2] < WORTHWHILE or operators.runs_on(query.device) == "reference":
         return False
@@ -120,6 +125,10 @@ def is_worthwhile(
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _is_learned(mask: Tensor | None) -> bool:
+    return mask is not None and mask.requires_grad and torch.is_grad_enabled()
 
 
 def _prepared(

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from hvp_engine.differentiable.attention.dropout import dropout_factors
 
 @dataclass(frozen=True)
 class Settings:
-    """What the three operations share: which weights there are, beside what is multiplied.
+    """What the three operations share: which weights there are, apart from the operands.
 
     Attributes:
         mask: added to the scores, or, if boolean, True where a query sees a key; batch x heads x queries x keys, where
@@ -53,6 +54,20 @@ class Settings:
     scale: float = 1.0
 
 
+class Known(NamedTuple):
+    """The operands of attention and its results: what the derivatives take beside gradients."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    logsumexp: Tensor
+
+
+Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""The gradients of those of query, key and value; None stands for zeros."""
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """The output, and the logarithm of each row's sum of exponentials; zeros and -inf for a row that sees nothing."""
     q, k, v = _operands(query, key, value)
@@ -62,16 +77,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> 
     return output.to(query.dtype), logsumexp
 
 
-def attention_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward(grad_output: Tensor, known: Known, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value."""
+    query, key, value, *_ = known
     q, k, v = _operands(query, key, value)
     g = grad_output.to(q.dtype)
     scores = _scores(q, k, settings)
@@ -84,24 +92,15 @@ def attention_backward(
 
 
 def attention_backward_backward(
-    grad_grad_query: Tensor | None,
-    grad_grad_key: Tensor | None,
-    grad_grad_value: Tensor | None,
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    settings: Settings,
+    tangents: Tangents, grad_output: Tensor, known: Known, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of grad_output, query, key and value; None stands for gradients of zero."""
+    """The gradients of grad_output, query, key and value."""
+    query, key, value, *_ = known
     q, k, v = _operands(query, key, value)
     g = grad_output.to(q.dtype)
-    a = torch.zeros_like(q) if grad_grad_query is None else grad_grad_query.to(q.dtype)
-    b, c = (
-        torch.zeros_like(x) if one is None else _repeated(one, query).to(q.dtype)
-        for one, x in ((grad_grad_key, k), (grad_grad_value, v))
+    a, b, c = (
+        torch.zeros_like(x) if tangent is None else _repeated(tangent, query).to(q.dtype)
+        for tangent, x in zip(tangents, (q, k, v), strict=True)
     )
     scores = _scores(q, k, settings)
     weights, factors = _weights(scores), _factors(scores, settings)
@@ -161,7 +160,7 @@ def _weights(scores: Tensor) -> Tensor:
 
 
 def _factors(scores: Tensor, settings: Settings) -> Tensor | float:
-    """Of dropout."""
+    """Dropout's factors: 0 for what is dropped, 1 / (1 - p) for the rest."""
     if settings.seed is None:
         return 1.0
     batch, heads, queries, keys = scores.shape

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hvp_engine._support.dtensor import is_sharded
 from hvp_engine._support.torch_compat import in_transform, without_onednn
-from hvp_engine.differentiable.recurrent import derivatives
+from hvp_engine.differentiable.recurrent.operations import ops
 from hvp_engine.differentiable.recurrent.signatures import DTYPES
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -213,7 +213,7 @@ def _lstm_layer(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     of_input, of_state, *biases = parameters
     projected = F.linear(data, of_input, biases[0] + biases[1] if biases else None)
-    output, hidden, cell, *_ = derivatives.ops.lstm_recurrence(projected, of_state, *states, batch_sizes, reverse)
+    output, hidden, cell, *_ = ops.lstm_recurrence(projected, of_state, *states, batch_sizes, reverse)
     return output, (hidden, cell)
 
 
@@ -223,7 +223,5 @@ def _gru_layer(
     of_input, of_state, *biases = parameters
     of_input_bias, of_state_bias = biases or (None, None)
     projected = F.linear(data, of_input, of_input_bias)
-    output, hidden, *_ = derivatives.ops.gru_recurrence(
-        projected, of_state, of_state_bias, *states, batch_sizes, reverse
-    )
+    output, hidden, *_ = ops.gru_recurrence(projected, of_state, of_state_bias, *states, batch_sizes, reverse)
     return output, (hidden,)

@@ -55,7 +55,7 @@ _READS_SOURCES = (
 """Operations on a sum of products that can read its sources instead."""
 
 _MOST_SOURCES = 5
-"""Of what is read several times."""
+"""A sum with more sources than this is made, if it is read several times."""
 
 
 def fold_factors(graph: fx.Graph, linear: set[fx.Node]) -> None:

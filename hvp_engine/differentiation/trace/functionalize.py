@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from hvp_engine._support.torch_compat import schema_of, tags_of
+from hvp_engine._support.torch_compat import make_fx, schema_of, tags_of
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten

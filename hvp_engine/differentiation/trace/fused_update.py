@@ -81,8 +81,8 @@ def _shows(node: fx.Node, tangents: Sequence[fx.Node]) -> bool:
 
 
 _WEIGHTS_ON_A_GPU = 4_000_000
-"""From so many weights on, an accumulated term saves a GPU more than its launches cost: it spares some 8 bytes of
-traffic for each weight, 10 us for these at 3 TB/s, and takes two or three launches more of about 4 us. An estimate."""
+"""With this many weights, an accumulated term saves a GPU more than its launches cost: it spares about 8 bytes of
+traffic for each weight, 10 us at 3 TB/s, and takes two or three more launches of about 4 us. An estimate."""
 
 
 def accumulating_pays(layout: Layout) -> bool:

@@ -207,6 +207,6 @@ def is_transposed(node: Any) -> bool:
 
 
 def result_bytes(node: fx.Node) -> int:
-    """Of the tensor that a node makes."""
+    """The size in bytes of the tensor that a node makes."""
     value = _value(node)
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

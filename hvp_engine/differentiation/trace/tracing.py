@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from hvp_engine._support.mappings import flatten_batch
 from hvp_engine._support.torch_compat import (
@@ -24,6 +23,7 @@ from hvp_engine._support.torch_compat import (
     REGISTER_PYTREE,
     REVERSE_IN_FORWARD,
     WITHOUT_STRIDES,
+    make_fx,
     one_fake_mode,
     reverse_in_forward_refused,
     says_data_dependent,
