@@ -100,16 +100,13 @@ int operands_of(Code code) {
     case Code::kSquareRoot:
     case Code::kTanh:
     case Code::kSigmoid:
+    case Code::kAffine:
       return 1;
     case Code::kMultiplyAdd:
       return 3;
     default:
       return 2;
   }
-}
-
-bool has_constant(Code code) {
-  return code == Code::kScale || code == Code::kShift || code == Code::kFill || code == Code::kSelectAbove;
 }
 
 // Whether a register that is stored may be the memory itself: where no later instruction reads that memory as
@@ -164,6 +161,7 @@ Elementwise read_elementwise(Reader& reader) {
     int64_t* const operands[] = {&instruction.a, &instruction.b, &instruction.c};
     for (int j = 0; j < operands_of(instruction.code); ++j) *operands[j] = source();
     if (has_constant(instruction.code)) instruction.constant = reader.constant();
+    if (instruction.code == Code::kAffine) instruction.second = reader.constant();
     known[instruction.to] = true;
     operation.registers = std::max(operation.registers, instruction.to + 1);
     operation.instructions.push_back(instruction);

@@ -44,14 +44,20 @@ enum class Code : int64_t {
   kSquareRoot,       // sqrt(a)
   kTanh,             // tanh(a)
   kSigmoid,          // 1 / (1 + e^-a)
+  kAffine,           // a * constant + second
   kCount,
 };
+
+inline bool has_constant(Code code) {
+  return code == Code::kScale || code == Code::kShift || code == Code::kFill || code == Code::kSelectAbove ||
+         code == Code::kAffine;
+}
 
 // `to`, `a`, `b` and `c` are registers, of which the first hold the inputs. A constant is a column of the
 // table of the run if it is >= 0, else number -1 - constant of the program's own.
 struct Instruction {
   Code code;
-  int64_t to, a, b, c, constant;
+  int64_t to, a, b, c, constant, second;
 };
 
 struct Output {

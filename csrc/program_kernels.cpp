@@ -49,6 +49,8 @@ class Interpreter {
 
  private:
   static constexpr int64_t kBlock = kRegisterBytes / static_cast<int64_t>(sizeof(T));
+  // Longer rows are faster where they are than copied side by side.
+  static constexpr int64_t kShort = kBlock / 8;
 
   T* at(const Place& place) const { return static_cast<T*>(slots_[place.slot]) + place.offset; }
 
@@ -56,8 +58,8 @@ class Interpreter {
 
   // One instruction on `n` elements. A register may be the memory of an input, but then it begins where that
   // does.
-  static void execute(const Instruction& instruction, T value, T* to, const T* a, const T* b, const T* c,
-                      int64_t n) {
+  static void execute(const Instruction& instruction, T value, T second, T* to, const T* a, const T* b,
+                      const T* c, int64_t n) {
     switch (instruction.code) {
       case Code::kMultiply:
 #pragma omp simd
@@ -125,13 +127,19 @@ class Interpreter {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) to[i] = logistic(a[i]);
         break;
+      case Code::kAffine:
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) to[i] = a[i] * value + second;
+        break;
       case Code::kCount:
         break;
     }
   }
 
   static HVP_INLINE void load(const T* from, int64_t stride, T* to, int64_t n) {
-    if (stride == 0) {
+    if (stride == 1) {
+      std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
+    } else if (stride == 0) {
       std::fill(to, to + n, *from);
     } else {
       for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];
@@ -146,82 +154,112 @@ class Interpreter {
     }
   }
 
+  // How an elementwise operation is cut: its first `depth` extents give the lines, and each line has blocks,
+  // which are parts of one row or, where rows are short, several rows.
+  struct Cut {
+    int64_t depth, lines, blocks;
+    int64_t rows, width;  // of a line
+    int64_t together;     // rows of a block
+
+    explicit Cut(const Elementwise& operation) {
+      const int64_t inner = std::max<int64_t>(0, operation.extents - 1);
+      width = operation.extents == 0 ? 1 : operation.sizes[inner];
+      const int64_t neighbours = inner == 0 ? 1 : operation.sizes[inner - 1];
+      together = width == 0 || width > kShort ? 1 : std::min(neighbours, kBlock / width);
+      const bool several = together > 1;
+      depth = several ? inner - 1 : inner;
+      rows = several ? neighbours : 1;
+      blocks = several ? (rows + together - 1) / together : (width + kBlock - 1) / kBlock;
+      lines = 1;
+      for (int64_t d = 0; d < depth; ++d) lines *= operation.sizes[d];
+    }
+  };
+
   void elementwise(const Elementwise& operation) const {
-    int64_t rows = 1;
-    for (int64_t d = 0; d + 1 < operation.extents; ++d) rows *= operation.sizes[d];
-    const int64_t width = operation.extents == 0 ? 1 : operation.sizes[operation.extents - 1];
-    if (rows * width == 0) return;
-    const int64_t blocks = (width + kBlock - 1) / kBlock;
-    const int64_t tasks = rows * blocks;
-    if (threads_ == 1 || rows * width < kParallelElements) {
-      run_blocks(operation, 0, tasks, blocks, width);
+    const Cut cut(operation);
+    const int64_t tasks = cut.lines * cut.blocks, elements = cut.lines * cut.rows * cut.width;
+    if (elements == 0) return;
+    if (threads_ == 1 || elements < kParallelElements) {
+      run_blocks(operation, cut, 0, tasks);
       return;
     }
 #pragma omp parallel for schedule(static) num_threads(threads_)
     for (int64_t share = 0; share < threads_; ++share) {
-      run_blocks(operation, tasks * share / threads_, tasks * (share + 1) / threads_, blocks, width);
+      run_blocks(operation, cut, tasks * share / threads_, tasks * (share + 1) / threads_);
     }
   }
 
-  // Blocks [begin, end), counted row by row.
-  void run_blocks(const Elementwise& operation, int64_t begin, int64_t end, int64_t blocks,
-                  int64_t width) const {
+  // Blocks [begin, end), counted line by line.
+  void run_blocks(const Elementwise& operation, const Cut& cut, int64_t begin, int64_t end) const {
     alignas(64) T scratch[kMaxRegisters][kBlock];
     T* registers[kMaxRegisters];
     T* inputs[kMaxInputs];
     T* outputs[kMaxInputs];
-    T values[kMaxRegisters];
-    const int64_t inner = operation.extents - 1;
+    T values[kMaxRegisters], seconds[kMaxRegisters];
+    const bool several = cut.rows > 1;
+    const int64_t inner = std::max<int64_t>(0, operation.extents - 1), outer = several ? inner - 1 : inner;
     const size_t input_count = operation.inputs.size(), output_count = operation.outputs.size();
     const size_t count = operation.instructions.size();
     for (int64_t r = 0; r < operation.registers; ++r) registers[r] = scratch[r];
     for (size_t i = 0; i < count; ++i) {
-      const Code code = operation.instructions[i].code;
-      const bool used =
-          code == Code::kScale || code == Code::kShift || code == Code::kFill || code == Code::kSelectAbove;
-      values[i] = used ? static_cast<T>(constant(operation.instructions[i].constant)) : T(0);
+      const Instruction& next = operation.instructions[i];
+      values[i] = has_constant(next.code) ? static_cast<T>(constant(next.constant)) : T(0);
+      seconds[i] = next.code == Code::kAffine ? static_cast<T>(constant(next.second)) : T(0);
     }
-    int64_t row = begin / blocks, block = begin % blocks;
+    // Whether the elements of each block stand one after another in memory.
+    const auto dense = [&](const Place& place) {
+      return (place.strides[inner] == 1 || cut.width == 1) && (!several || place.strides[outer] == cut.width);
+    };
+    bool dense_inputs[kMaxInputs], dense_outputs[kMaxInputs];
+    for (size_t i = 0; i < input_count; ++i) dense_inputs[i] = dense(operation.inputs[i]);
+    for (size_t i = 0; i < output_count; ++i) dense_outputs[i] = dense(operation.outputs[i].place);
+    int64_t line = begin / cut.blocks, block = begin % cut.blocks;
     for (int64_t task = begin; task < end;) {
       std::array<int64_t, kMaxExtents> position{};
-      for (int64_t d = inner - 1, rest = row; d >= 0; --d) {
+      for (int64_t d = cut.depth - 1, rest = line; d >= 0; --d) {
         position[d] = rest % operation.sizes[d];
         rest /= operation.sizes[d];
       }
-      for (size_t i = 0; i < input_count; ++i) inputs[i] = start(operation.inputs[i], position, inner);
+      for (size_t i = 0; i < input_count; ++i) inputs[i] = start(operation.inputs[i], position, cut.depth);
       for (size_t i = 0; i < output_count; ++i)
-        outputs[i] = start(operation.outputs[i].place, position, inner);
-      for (; block < blocks && task < end; ++block, ++task) {
-        const int64_t first = block * kBlock, n = std::min(kBlock, width - first);
+        outputs[i] = start(operation.outputs[i].place, position, cut.depth);
+      for (; block < cut.blocks && task < end; ++block, ++task) {
+        const int64_t first = block * (several ? cut.together : kBlock);
+        const int64_t rows = several ? std::min(cut.together, cut.rows - first) : 1;
+        const int64_t width = several ? cut.width : std::min(kBlock, cut.width - first), n = rows * width;
         for (size_t i = 0; i < input_count; ++i) {
-          const int64_t stride = inner < 0 ? 0 : operation.inputs[i].strides[inner];
-          T* const from = inputs[i] + first * stride;
-          if (stride == 1 || n == 1) {
-            registers[i] = from;
-          } else {
-            registers[i] = scratch[i];
-            load(from, stride, scratch[i], n);
-          }
+          const Place& place = operation.inputs[i];
+          T* const from = inputs[i] + first * place.strides[outer];
+          registers[i] = dense_inputs[i] ? from : scratch[i];
+          if (dense_inputs[i]) continue;
+          for (int64_t r = 0; r < rows; ++r)
+            load(from + r * place.strides[outer], place.strides[inner], scratch[i] + r * width, width);
         }
         for (size_t i = 0; i < output_count; ++i) {
           const Output& output = operation.outputs[i];
-          if (output.direct && (inner < 0 || output.place.strides[inner] == 1 || n == 1)) {
-            registers[output.source] = outputs[i] + first * (inner < 0 ? 0 : output.place.strides[inner]);
-          }
+          if (!output.direct) continue;
+          T* const to = outputs[i] + first * output.place.strides[outer];
+          registers[output.source] = dense_outputs[i] ? to : scratch[output.source];
         }
         for (size_t i = 0; i < count; ++i) {
           const Instruction& next = operation.instructions[i];
-          execute(next, values[i], registers[next.to], registers[next.a], registers[next.b],
+          execute(next, values[i], seconds[i], registers[next.to], registers[next.a], registers[next.b],
                   registers[next.c], n);
         }
         for (size_t i = 0; i < output_count; ++i) {
-          const Output& output = operation.outputs[i];
-          const int64_t stride = inner < 0 ? 1 : output.place.strides[inner];
-          store(registers[output.source], outputs[i] + first * stride, stride, n);
+          const Place& place = operation.outputs[i].place;
+          const T* const from = registers[operation.outputs[i].source];
+          T* const to = outputs[i] + first * place.strides[outer];
+          if (dense_outputs[i]) {
+            store(from, to, 1, n);
+            continue;
+          }
+          for (int64_t r = 0; r < rows; ++r)
+            store(from + r * width, to + r * place.strides[outer], place.strides[inner], width);
         }
       }
       block = 0;
-      ++row;
+      ++line;
     }
   }
 

@@ -49,6 +49,7 @@ class Expression:
     operands: tuple[Operand, ...]
     sizes: tuple[int, ...]
     constant: Constant = 0.0
+    second: Constant = 0.0
 
     def leaves(self) -> list[Place]:
         """The places that are read."""
@@ -182,7 +183,7 @@ class Builder:
                 return written[whole] if whole in written else inputs[self.readable(whole, place)]
             operands = tuple(register(operand, place) for operand in value.operands)
             to = len(inputs) + len(instructions)
-            instructions.append(Instruction(value.code, to, operands, value.constant))
+            instructions.append(Instruction(value.code, to, operands, value.constant, value.second))
             return to
 
         outputs = []
@@ -193,20 +194,25 @@ class Builder:
         self.operations.append(Elementwise(tuple(inputs), tuple(instructions), tuple(outputs)))
 
     def combined(
-        self, code: Code, operands: Sequence[Operand], sizes: Sequence[int], constant: Constant = 0.0
+        self,
+        code: Code,
+        operands: Sequence[Operand],
+        sizes: Sequence[int],
+        constant: Constant = 0.0,
+        second: Constant = 0.0,
     ) -> Expression:
         """An expression, of which what is too long, or is broadcast, is stored first."""
-        assert constant == 0.0 or code in WITH_CONSTANT
+        assert (constant == 0.0 or code in WITH_CONSTANT) and (second == 0.0 or code is Code.AFFINE)
         sizes = tuple(sizes)
         taken: list[Operand] = []
         for operand in operands:
             whole = isinstance(operand, Place) or operand.sizes == sizes
             taken.append(operand if whole else self.stored(operand))
-        expression = Expression(code, tuple(taken), sizes, constant)
+        expression = Expression(code, tuple(taken), sizes, constant, second)
         while expression.length() > _LONGEST_CHAIN or len(expression.leaves()) > MOST_INPUTS - 2:
             longest = max(range(len(taken)), key=lambda i: _length(taken[i]))
             taken[longest] = self.stored(taken[longest])
-            expression = Expression(code, tuple(taken), sizes, constant)
+            expression = Expression(code, tuple(taken), sizes, constant, second)
         return expression
 
     def filled(self, sizes: Sequence[int], value: Constant) -> Expression:

@@ -41,9 +41,10 @@ class Code(enum.IntEnum):
     SQUARE_ROOT = 14
     TANH = 15
     SIGMOID = 16
+    AFFINE = 17
 
 
-WITH_CONSTANT = (Code.SCALE, Code.SHIFT, Code.FILL, Code.SELECT_ABOVE)
+WITH_CONSTANT = (Code.SCALE, Code.SHIFT, Code.FILL, Code.SELECT_ABOVE, Code.AFFINE)
 
 Constant = float | int
 """A float is a number; an int is a column of the table of a run."""
@@ -81,6 +82,7 @@ class Instruction:
     to: int
     operands: tuple[int, ...]
     constant: Constant = 0.0
+    second: Constant = 0.0
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class Elementwise:
             words.words += [one.code, one.to, *one.operands]
             if one.code in WITH_CONSTANT:
                 words.words.append(words.constant(one.constant))
+            if one.code is Code.AFFINE:
+                words.words.append(words.constant(one.second))
         words.words.append(len(self.outputs))
         for (source, place), steps in zip(self.outputs, strides[len(self.inputs) :], strict=True):
             words.words.append(source)

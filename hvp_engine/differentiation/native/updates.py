@@ -75,11 +75,11 @@ def update(
     builder.operations = operations
     for j, summands in enumerate(weights):
         place = groups[target][j]
-        value: Operand = _advanced(builder, summands, place, damped)
-        later = list(mixings)
+        later, added = list(mixings), []
         # A sum with a vector that stays as it is can come before the matrix products, in the same pass.
         while later and later[0].plain and later[0].target == target and later[0].source != target:
-            value = builder.combined(Code.ADD, [value, groups[later.pop(0).source][j]], place.sizes)
+            added.append(groups[later.pop(0).source][j])
+        value = _advanced(builder, summands, place, damped, added)
         stores: list[tuple[Operand, Place]] = []
         if summands.products:
             if not isinstance(value, Place):
@@ -96,20 +96,24 @@ def update(
     return operations
 
 
-def _advanced(builder: Builder, summands: Summands, place: Place, damped: bool) -> Operand:
-    """The target without its matrix products."""
+def _advanced(builder: Builder, summands: Summands, place: Place, damped: bool, added: Sequence[Place]) -> Operand:
+    """The target without its matrix products, and what is `added` to it."""
     sizes, combined = place.sizes, builder.combined
     diagonal, in_place = _diagonal(builder, summands), place == summands.tangent
-    value: Operand = place
+    others: list[Operand] = [*([] if in_place else [place]), *added]
+    value: Operand | None = place if in_place else None
     if diagonal is not None:
-        factor = combined(Code.SHIFT, [combined(Code.SCALE, [diagonal], sizes, SCALE)], sizes, DAMPED)
-        operands: list[Operand] = [place, factor] if in_place else [summands.tangent, factor, place]
-        value = combined(Code.MULTIPLY if in_place else Code.MULTIPLY_ADD, operands, sizes)
+        factor = combined(Code.AFFINE, [diagonal], sizes, SCALE, DAMPED)
+        operands = [summands.tangent, factor, *others[:1]]
+        value = combined(Code.MULTIPLY_ADD if others else Code.MULTIPLY, operands, sizes)
+        others = others[1:]
     elif damped:
-        scaled = combined(Code.SCALE, [summands.tangent], sizes, DAMPED)
-        value = scaled if in_place else combined(Code.ADD, [place, scaled], sizes)
+        value = combined(Code.SCALE, [summands.tangent], sizes, DAMPED)
     if summands.rest is not None:
-        value = combined(Code.ADD, [value, combined(Code.SCALE, [summands.rest], sizes, SCALE)], sizes)
+        others.append(combined(Code.SCALE, [summands.rest], sizes, SCALE))
+    for other in others:
+        value = other if value is None else combined(Code.ADD, [value, other], sizes)
+    assert value is not None
     return value
 
 
