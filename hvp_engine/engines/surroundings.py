@@ -39,3 +39,7 @@ class Surroundings:
     def changed(self) -> str | None:
         """The name of the first other value that is not what it was: then the loss is no function of its arguments."""
         return changed(self._others)
+
+    def same(self) -> bool:
+        """Whether all is what it was."""
+        return not self.outdated() and self.changed() is None

@@ -203,18 +203,26 @@ class BoundProgram:
         self._program = program
         self._lock = threading.Lock()
         self._memory = program.slots.memory()
-        known = [residuals[index] for index in program.residuals]
-        tensors: dict[int, Tensor] = dict(enumerate(self._put(0, known)))
-        if program.derived:
-            self._derive(tensors)
         for slot in program.scratch:
             self._memory.put(slot, [program.slots.empty(slot)])
+        self.move(residuals)
+
+    def move(self, residuals: Sequence[Tensor]) -> None:
+        """To another point."""
+        program = self._program
+        known = self._put(0, [residuals[index] for index in program.residuals])
+        if program.derived:
+            self._derive(dict(enumerate(known)))
         if program.prepared:
             program.preparation.run(self._memory, [[]])
         self._decays = [
             number([residuals[index] for index in program.parts.diagonals[f.weight]], (f.sizes[1], rows.sizes[1]))
             for f, rows in zip(program.factors, program.inputs, strict=True)
         ]
+
+    def let_go(self) -> None:
+        """Hold no residuals until the next :meth:`move`."""
+        self._memory.clear(0, len(self._program.residuals))
 
     def _derive(self, known: dict[int, Tensor]) -> None:
         """Compute what follows from the tensors in the slots."""

@@ -1,0 +1,176 @@
+"""Whole hypergradients by native programs: both gradients, the solve and what follows it, on memory that stays.
+
+What :mod:`hvp_engine.engines.whole` is on a GPU. A call whose losses are traced, checked and calm runs none of the
+caller's code and draws nothing, so it needs no turn of its own and leaves nothing to put back. If the memory is small
+it is kept, and the next call of the same kind has only to bind its tensors: whether they are laid out as the trace saw
+them, the extension sees on the way.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import Layout, detached
+from hvp_engine._support.torch_compat import below_autograd
+from hvp_engine.differentiation.gradient import Gradient
+from hvp_engine.differentiation.linear_map import LinearMap
+from hvp_engine.differentiation.native.graph_program import BoundGraph, GraphProgram
+from hvp_engine.differentiation.native.partition_programs import BoundPrograms
+from hvp_engine.differentiation.native.partition_programs import Whole as Native
+from hvp_engine.differentiation.problem import Problem
+from hvp_engine.engines.base import begin, make_steps
+from hvp_engine.engines.functions import Functions, TracedLinearization
+from hvp_engine.engines.gradients import Known
+from hvp_engine.ops import backend
+from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.iteration import FinishedIteration, Iteration
+from hvp_engine.solvers.spectrum import SpectralEstimate
+
+_LARGEST = 1 << 20
+"""Elements of memory that is kept between calls; more is the process's again, as allocating it takes a small part of
+the time of such a call."""
+
+
+class NativeWhole:
+    """A hypergradient's programs on memory of their own, which is also what runs the terms of its solve.
+
+    Arguments:
+        train, val: problems as all those that follow, by what they look like.
+        functions, gradient: the settled trace of the training loss, and the settled gradient of the validation loss.
+        primal, program: the program of each.
+    """
+
+    @classmethod
+    def of(
+        cls, train: Problem, val: Problem, solver: Solver, functions: Functions, gradient: Known
+    ) -> NativeWhole | None:
+        """None where a part is not made by a program, or draws."""
+        primal, program = functions.primal, gradient.program
+        if not isinstance(primal, Native) or primal.program is None or not isinstance(program, GraphProgram):
+            return None
+        return None if program.random else cls(train, val, solver, functions, gradient, primal.program, program)
+
+    def __init__(
+        self,
+        train: Problem,
+        val: Problem,
+        solver: Solver,
+        functions: Functions,
+        gradient: Known,
+        primal: GraphProgram,
+        program: GraphProgram,
+    ):
+        self._functions, self._gradient, self._program = functions, gradient, program
+        self._solver, self._name = solver, train.name
+        self._losses, self._trees = (train.loss, val.loss), _trees(train, val)
+        self._settings = _settings()
+        self._layout = Layout.of(train.weights)
+        self._val, self._primal = program.bind(handed_out=[0]), primal.bind(handed_out=[0])
+        self._zeros = [torch.zeros_like(weight) for weight in detached(train.weights)]
+        self._native: BoundPrograms | None = None
+        self._closing: BoundGraph | None = None
+        self._iteration: Iteration | None = None
+        self._inputs: list[list[Tensor]] = []
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of what holds it makes one of its own."""
+        return type(None), ()
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it may be kept."""
+        return self._val.elements + self._primal.elements + 3 * self._layout.size <= _LARGEST
+
+    def begin(self, train: Problem, val: Problem, solver: Solver) -> bool:
+        """Bind the problems' tensors, for the calling thread alone until :meth:`end`; false, with nothing bound, if it
+        cannot be used for them now."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        if self._serves(train, val, solver):
+            point = [*detached(train.weights), *detached(train.hyperparameters)]
+            inputs = [[*point, *detached(val.split[0])], [*point, *detached(train.split[0])]]
+            if self._val.take(inputs[0]) and self._primal.take(inputs[1]):
+                self._inputs = inputs
+                return True
+        self.end()
+        return False
+
+    def _serves(self, train: Problem, val: Problem, solver: Solver) -> bool:
+        functions, gradient = self._functions, self._gradient
+        return (
+            self._losses[0] is train.loss
+            and self._losses[1] is val.loss
+            and self._solver is solver
+            and self._trees == _trees(train, val)
+            and self._settings == _settings()
+            and functions.is_quiet()
+            and gradient.program is self._program
+            and gradient.is_settled()
+        )
+
+    def end(self) -> None:
+        """Let the problems' tensors go."""
+        self._inputs.clear()
+        if self._native is not None:
+            self._native.let_go()
+        self._lock.release()
+
+    def differentiated(self) -> tuple[Gradient, TracedLinearization]:
+        """The validation gradient and the training loss's linearization at what is bound."""
+        self._functions.schedule.due()
+        self._gradient.schedule.due()
+        with below_autograd():
+            loss, *found = self._val.run(self._inputs[0])
+            values = [value for value in self._primal.run(self._inputs[1]) if value is not None]
+        count = len(self._zeros)
+        vector = [zero if part is None else part for part, zero in zip(found, self._zeros, strict=False)]
+        linearization = TracedLinearization(self._functions, self._layout, self._name, values)
+        if self._native is None:
+            self._native = linearization.native
+            closing = self._functions.closing(linearization.gradient)
+            self._closing = None if closing is None else closing.bind(handed_out=range(len(closing.seen)))
+        else:
+            linearization.native = self._native
+            self._native.move(values[1 + count :])
+        linearization.closed_by = self._closing
+        assert loss is not None
+        return Gradient(loss.reshape(()), vector, found[count:]), linearization
+
+    def run(
+        self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
+    ) -> FinishedIteration:
+        """The terms; in vectors that stay as well, if this is the solver that they were made for."""
+        if solver is not self._solver:
+            return make_steps(begin(operator, v, solver, estimate), operator, solver.damping)
+        if self._iteration is None:
+            self._iteration = solver.allocate(self._layout)
+            self._iteration.taken_back = _stays
+        self._iteration.adapt(estimate)
+        self._iteration.start(v)
+        return make_steps(self._iteration, operator, solver.damping)
+
+    def run_all(
+        self, operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
+    ) -> Iterable[FinishedIteration]:
+        """One after another, each to be read before the next."""
+        return (self.run(operator, v, solver, estimate) for v in vs)
+
+
+def _stays(iteration: Iteration) -> None:
+    """Where it is."""
+
+
+def _trees(train: Problem, val: Problem) -> tuple[Any, ...]:
+    """What is no tensor, in the arguments of both losses."""
+    return train.weight_structure, train.hyperparameter_structure, train.split[1:], val.split[1:]
+
+
+def _settings() -> tuple[object, ...]:
+    """What decides how programs run."""
+    return torch.get_num_threads(), backend.chosen()
