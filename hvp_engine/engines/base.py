@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from hvp_engine.differentiation.problem import Problem
 from hvp_engine.solvers.base import Runner, Solver
 from hvp_engine.solvers.batched import MOST, pays
 from hvp_engine.solvers.iteration import FinishedIteration, Iteration
+from hvp_engine.solvers.solution import Solution
 from hvp_engine.solvers.spare_iterations import allocated
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
@@ -65,15 +67,32 @@ def advance_together(iterations: Sequence[Iteration], operator: LinearMap) -> No
         one.step([image[index] for image in images])
 
 
+@dataclass(frozen=True)
+class Parts:
+    """A hypergradient, as lists of tensors that are the caller's, and what else came out on the way.
+
+    Attributes:
+        value: of the solve, which `solution` describes.
+    """
+
+    train_loss: Tensor
+    val_loss: Tensor
+    grads: list[Tensor]
+    value: list[Tensor]
+    solution: Solution
+    gradient_norm: Tensor
+    unfinished: Tensor
+
+
 class Whole(Runner, Protocol):
     """What makes whole hypergradients of problems that look alike. It is an engine of their solves, too."""
 
-    @property
-    def is_small(self) -> bool:
-        """Whether its memory may be kept for the next one."""
-
     def begin(self, train: Problem, val: Problem, solver: Solver) -> bool:
         """Take these problems, until :meth:`end`; false if it cannot serve them, or not now."""
+
+    def at_once(self) -> Parts | None:
+        """The hypergradient by a solve that starts from zero; None if it takes a look at something in between, or is no
+        use."""
 
     def differentiated(self) -> tuple[Gradient, Linearization]:
         """The gradient of the validation loss, and the linearization of the training loss."""

@@ -9,7 +9,7 @@ them, the extension sees on the way.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +19,16 @@ from hvp_engine._support.flat_vector import Layout, detached
 from hvp_engine._support.torch_compat import below_autograd
 from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import LinearMap
+from hvp_engine.differentiation.native.closing import closing_graph
 from hvp_engine.differentiation.native.graph_program import BoundGraph, GraphProgram
 from hvp_engine.differentiation.native.partition_programs import BoundPrograms
 from hvp_engine.differentiation.native.partition_programs import Whole as Native
 from hvp_engine.differentiation.problem import Problem
-from hvp_engine.engines.base import begin, make_steps
+from hvp_engine.engines.base import Parts, begin, make_steps
 from hvp_engine.engines.functions import Functions, TracedLinearization
 from hvp_engine.engines.gradients import Known
 from hvp_engine.ops import backend
-from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.base import Solver, described
 from hvp_engine.solvers.iteration import FinishedIteration, Iteration
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
@@ -49,11 +50,13 @@ class NativeWhole:
     def of(
         cls, train: Problem, val: Problem, solver: Solver, functions: Functions, gradient: Known
     ) -> NativeWhole | None:
-        """None where a part is not made by a program, or draws."""
+        """None where a part is not made by a program, or draws, or where it would keep too much."""
         primal, program = functions.primal, gradient.program
         if not isinstance(primal, Native) or primal.program is None or not isinstance(program, GraphProgram):
             return None
-        return None if program.random else cls(train, val, solver, functions, gradient, primal.program, program)
+        if program.random or primal.program.elements + program.elements > _LARGEST:
+            return None
+        return cls(train, val, solver, functions, gradient, primal.program, program)
 
     def __init__(
         self,
@@ -74,18 +77,16 @@ class NativeWhole:
         self._zeros = [torch.zeros_like(weight) for weight in detached(train.weights)]
         self._native: BoundPrograms | None = None
         self._closing: BoundGraph | None = None
+        self._finishing: BoundGraph | None = None
+        self._rehearsal: Callable[[], list[Tensor]] | None = None
         self._iteration: Iteration | None = None
+        self._in_steps = False
         self._inputs: list[list[Tensor]] = []
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of what holds it makes one of its own."""
         return type(None), ()
-
-    @property
-    def is_small(self) -> bool:
-        """Whether it may be kept."""
-        return self._val.elements + self._primal.elements + 3 * self._layout.size <= _LARGEST
 
     def begin(self, train: Problem, val: Problem, solver: Solver) -> bool:
         """Bind the problems' tensors, for the calling thread alone until :meth:`end`; false, with nothing bound, if it
@@ -117,8 +118,9 @@ class NativeWhole:
     def end(self) -> None:
         """Let the problems' tensors go."""
         self._inputs.clear()
-        if self._native is not None:
-            self._native.let_go()
+        for holder in (self._val, self._primal, self._native, self._closing, self._finishing):
+            if holder is not None:
+                holder.let_go()
         self._lock.release()
 
     def differentiated(self) -> tuple[Gradient, TracedLinearization]:
@@ -127,9 +129,8 @@ class NativeWhole:
         self._gradient.schedule.due()
         with below_autograd():
             loss, *found = self._val.run(self._inputs[0])
-            values = [value for value in self._primal.run(self._inputs[1]) if value is not None]
+            values = _present(self._primal.run(self._inputs[1]))
         count = len(self._zeros)
-        vector = [zero if part is None else part for part, zero in zip(found, self._zeros, strict=False)]
         linearization = TracedLinearization(self._functions, self._layout, self._name, values)
         if self._native is None:
             self._native = linearization.native
@@ -140,7 +141,59 @@ class NativeWhole:
             self._native.move(values[1 + count :])
         linearization.closed_by = self._closing
         assert loss is not None
-        return Gradient(loss.reshape(()), vector, found[count:]), linearization
+        return Gradient(loss.reshape(()), self._filled(found), found[count:]), linearization
+
+    def at_once(self) -> Parts | None:
+        native, iteration = self._native, self._iteration
+        if native is None or iteration is None or self._in_steps:
+            return None
+        count = len(self._zeros)
+        with below_autograd():
+            val_loss, *found = self._val.run(self._inputs[0])
+            train_loss, *values = _present(self._primal.run(self._inputs[1]))
+            native.move(values[count:])
+            if self._rehearsal is None or self._finishing is None:
+                self._in_steps = not self._rehearsed(native, iteration, values[:count], found[count:])
+                return None
+            iteration.start(self._filled(found))
+            iteration.steps = iteration.limit - 1
+            iteration.step(self._rehearsal())
+            outcome = iteration.unscaled()
+            if outcome is None or outcome.failed:
+                return None
+            mixed = [values[count + index] for index in self._functions.partition.mixed.residuals]
+            parts = self._finishing(
+                *mixed, *iteration.value.views, *values[:count], self._alpha, *_present(found[count:])
+            )
+            *results, change, norm = _present(parts)
+            change, norm = change.double(), norm.double()
+        assert val_loss is not None
+        self._functions.schedule.due()
+        self._gradient.schedule.due()
+        solution = described(iteration, outcome, iteration.steps, self._solver.damping)
+        return Parts(train_loss, val_loss.reshape(()), results[count:], results[:count], solution, norm, change)
+
+    def _rehearsed(
+        self, native: BoundPrograms, iteration: Iteration, gradient: list[Tensor], direct: list[Tensor | None]
+    ) -> bool:
+        """Make what is left for :meth:`at_once`; false if the solve has to be made in steps."""
+        functions, accumulation = self._functions, iteration.accumulation
+        mixed = functions.partition.mixed
+        if accumulation is None or self._solver.estimates_spectrum or not iteration.limit or not all(mixed.outputs):
+            return False
+        graph = closing_graph(mixed, gradient, direct)
+        assert functions.native is not None
+        program = functions.native.timed(lambda: GraphProgram(graph, functions.partition.dtypes))[0]
+        self._rehearsal = native.rehearsed(accumulation, self._solver.damping, range(iteration.limit - 1))
+        if program is None or self._rehearsal is None:
+            return False
+        self._finishing = program.bind(handed_out=range(len(program.seen)))
+        self._alpha = gradient[0].new_tensor(iteration.alpha)
+        return True
+
+    def _filled(self, found: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradient by the weights."""
+        return [zero if part is None else part for part, zero in zip(found, self._zeros, strict=False)]
 
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
@@ -160,6 +213,10 @@ class NativeWhole:
     ) -> Iterable[FinishedIteration]:
         """One after another, each to be read before the next."""
         return (self.run(operator, v, solver, estimate) for v in vs)
+
+
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _stays(iteration: Iteration) -> None:

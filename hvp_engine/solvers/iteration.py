@@ -92,6 +92,11 @@ class FinishedIteration:
         """The outcome, from the figures of :meth:`finish`, now on the host."""
         raise NotImplementedError
 
+    def unscaled(self) -> Outcome | None:
+        """The outcome of a solve on the CPU with `value` as it is, which still has to be multiplied by `alpha`; None if
+        there is more to finish."""
+        return None
+
     def outcome(self) -> Outcome:
         """Finish, and read the figures: here every solve waits for the device."""
         return self.read(self.finish().tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -208,6 +209,11 @@ class GraphProgram:
         whole = (place.sizes, place.strides) == self._whole[slot] and offset == 0
         return slot if whole else (slot, place.sizes, place.strides, offset)
 
+    @property
+    def elements(self) -> int:
+        """Of the tensors that a call makes."""
+        return sum(math.prod(self._whole[slot][0]) for slot in self.made)
+
     def _slots_of_results(self, builder: Builder) -> Iterator[int]:
         """Moves results from the workspace into slots of their own, one after another."""
         for place in self._results:
@@ -249,27 +255,23 @@ class BoundGraph:
         seen = [(one if isinstance(one, int) else one and one[0], one) for one in program.seen]
         self._results = [_shown(one, self._own) if slot in self._own else None for slot, one in seen]
         self._renewed = [slot for slot, _ in map(seen.__getitem__, handed_out) if slot in program.made]
-        self._moving = [
-            (index, one)
-            for index, (slot, one) in enumerate(seen)
-            if slot is not None and (slot not in self._own or slot in self._renewed)
-        ]
-
-    @property
-    def elements(self) -> int:
-        """Of all tensors in its memory."""
-        return sum(tensor.numel() for tensor in self._own.values())
+        fixed = {*self._own} - {*self._renewed}
+        self._moving = [(k, one) for k, (slot, one) in enumerate(seen) if one is not None and slot not in fixed]
 
     def take(self, inputs: Sequence[Tensor]) -> bool:
         """Put the inputs where :meth:`run` expects them; false if one of them is not laid out as in the graph."""
         return self._program.sees_inputs and self._memory.put(0, inputs) < 0
+
+    def let_go(self) -> None:
+        """Hold no inputs."""
+        self._memory.clear(0, self._program.inputs)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor | None]:
         """The results for these inputs, copies of those that are not laid out as in the graph."""
         return self.run(self._program.slots.put(self._memory, 0, inputs))
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-        """The results for the inputs that have been put; they are let go."""
+        """The results for the inputs that have been put."""
         program, memory, tensors = self._program, self._memory, self._own.copy()
         tensors.update(enumerate(inputs))
         for slot in self._renewed:
@@ -283,10 +285,9 @@ class BoundGraph:
                 found = call.compute(*(_shown(program.view(place), tensors) for place in call.reads))
                 for slot, tensor in zip(call.slots, found if type(found) in (tuple, list) else [found], strict=True):
                     (tensors[slot],) = program.slots.put(memory, slot, [_kept(tensor, workspace)])
-        memory.clear(0, program.inputs)
         results = self._results.copy()
         for index, seen in self._moving:
-            results[index] = _shown(seen, tensors)
+            results[index] = tensors[seen] if type(seen) is int else _shown(seen, tensors)
         return results
 
 

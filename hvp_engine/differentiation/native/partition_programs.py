@@ -178,6 +178,12 @@ class BoundPrograms:
 
         return run
 
+    def rehearsed(self, accumulation: Accumulation, damping: float, steps: range) -> Callable[[], list[Tensor]] | None:
+        """See :meth:`BoundProgram.rehearsed`; None where another program is faster for so many terms."""
+        if len(steps) >= self._programs.fewest_terms(self._residuals, grams_exist=False):
+            return None
+        return self._bound.rehearsed(accumulation, damping, steps)
+
     @cached_property
     def _bound(self) -> BoundProgram:
         program = self._programs.for_products(self._residuals)

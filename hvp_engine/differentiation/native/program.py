@@ -196,6 +196,15 @@ def _total_of(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
     return lambda *tensors: sum(tensors, torch.zeros(sizes, dtype=tensors[0].dtype, device=CPU))
 
 
+def _table(accumulation: Accumulation, damping: float, steps: range) -> list[list[float]]:
+    """The parameters of each step."""
+    scale, in_place = accumulation.scale, accumulation.target is accumulation.direction
+    first = [-scale, (1.0 if in_place else 0.0) - scale * damping]
+    if all(one.factors is None for one in accumulation.mixings):
+        return [[*first, *[1.0] * (2 * len(accumulation.mixings))]] * len(steps)
+    return [[*first, *chain(*(one.factors_at(step) for one in accumulation.mixings))] for step in steps]
+
+
 class BoundProgram:
     """A program with known tensors, ready to multiply and to solve, by one thread at a time."""
 
@@ -224,6 +233,29 @@ class BoundProgram:
         """Hold no residuals until the next :meth:`move`."""
         self._memory.clear(0, len(self._program.residuals))
 
+    def rehearsed(self, accumulation: Accumulation, damping: float, steps: range) -> Callable[[], list[Tensor]] | None:
+        """These terms, and the product after them, which lies in the same memory every time; None if vectors have to be
+        laid out anew, or are kept in the space of the batch."""
+        program, memory = self._program, self._memory
+        update = program.update(accumulation, damping != 0.0)
+        results = [*map(program.slots.empty, range(program.firsts[1], program.firsts[1] + program.count))]
+        placed = [(first, one.views) for first, one in zip(program.firsts, update.vectors, strict=False)]
+        if program.factors or any(memory.put(first, views) >= 0 for first, views in placed):
+            return None
+        table = _table(accumulation, damping, steps)
+
+        def run() -> list[Tensor]:
+            with self._lock:
+                for first, views in placed:
+                    memory.put(first, views)
+                update.program.run(memory, table)
+                memory.put(program.firsts[1], results)
+                program.product.run(memory, [[]])
+                self._forget()
+            return results
+
+        return run
+
     def _derive(self, known: dict[int, Tensor]) -> None:
         """Compute what follows from the tensors in the slots."""
         with torch.no_grad():
@@ -249,14 +281,9 @@ class BoundProgram:
     def terms(self, accumulation: Accumulation, damping: float) -> Terms:
         """All terms of a solve but the last, whose norms are asked for."""
         update = self._program.update(accumulation, damping != 0.0)
-        scale, in_place = accumulation.scale, accumulation.target is accumulation.direction
-        first = [-scale, (1.0 if in_place else 0.0) - scale * damping]
 
         def run(steps: range) -> None:
-            if all(one.factors is None for one in accumulation.mixings):
-                table = [[*first, *[1.0] * (2 * len(accumulation.mixings))]] * len(steps)
-            else:
-                table = [[*first, *chain(*(one.factors_at(step) for one in accumulation.mixings))] for step in steps]
+            table = _table(accumulation, damping, steps)
             with self._lock:
                 placed = [
                     self._put(start, vector.views)
