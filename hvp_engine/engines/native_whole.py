@@ -54,7 +54,9 @@ class NativeWhole:
         primal, program = functions.primal, gradient.program
         if not isinstance(primal, Native) or primal.program is None or not isinstance(program, GraphProgram):
             return None
-        if program.random or primal.program.elements + program.elements > _LARGEST:
+        if program.random or not (program.sees_inputs and primal.program.sees_inputs):
+            return None
+        if program.elements + primal.program.elements > _LARGEST:
             return None
         return cls(train, val, solver, functions, gradient, primal.program, program)
 
@@ -94,8 +96,8 @@ class NativeWhole:
         if not self._lock.acquire(blocking=False):
             return False
         if self._serves(train, val, solver):
-            point = [*detached(train.weights), *detached(train.hyperparameters)]
-            inputs = [[*point, *detached(val.split[0])], [*point, *detached(train.split[0])]]
+            point = *train.weights, *train.hyperparameters
+            inputs = [[*point, *val.split[0]], [*point, *train.split[0]]]
             if self._val.take(inputs[0]) and self._primal.take(inputs[1]):
                 self._inputs = inputs
                 return True
@@ -128,8 +130,8 @@ class NativeWhole:
         self._functions.schedule.due()
         self._gradient.schedule.due()
         with below_autograd():
-            loss, *found = self._val.run(self._inputs[0])
-            values = _present(self._primal.run(self._inputs[1]))
+            loss, *found = [one if one is None else one.detach() for one in self._val.run(self._inputs[0])]
+            values = detached(_present(self._primal.run(self._inputs[1])))
         count = len(self._zeros)
         linearization = TracedLinearization(self._functions, self._layout, self._name, values)
         if self._native is None:
@@ -141,7 +143,7 @@ class NativeWhole:
             self._native.move(values[1 + count :])
         linearization.closed_by = self._closing
         assert loss is not None
-        return Gradient(loss.reshape(()), self._filled(found), found[count:]), linearization
+        return Gradient(_scalar(loss), self._filled(found), found[count:]), linearization
 
     def at_once(self) -> Parts | None:
         native, iteration = self._native, self._iteration
@@ -171,7 +173,7 @@ class NativeWhole:
         self._functions.schedule.due()
         self._gradient.schedule.due()
         solution = described(iteration, outcome, iteration.steps, self._solver.damping)
-        return Parts(train_loss, val_loss.reshape(()), results[count:], results[:count], solution, norm, change)
+        return Parts(_scalar(train_loss), _scalar(val_loss), results[count:], results[:count], solution, norm, change)
 
     def _rehearsed(
         self, native: BoundPrograms, iteration: Iteration, gradient: list[Tensor], direct: list[Tensor | None]
@@ -217,6 +219,12 @@ class NativeWhole:
 
 def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    """The loss, which may be an argument itself, on its own."""
+    loss = loss.detach() if loss.requires_grad else loss
+    return loss.reshape(()) if loss.dim() else loss
 
 
 def _stays(iteration: Iteration) -> None:

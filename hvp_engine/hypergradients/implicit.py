@@ -181,12 +181,13 @@ class Hypergradient(Estimator):
         """What makes this hypergradient all at once, ready to; None if nothing can."""
         if not self.solver.quiet:
             return None
-        if self._whole is None or not self._whole.begin(train, val, self.solver):
-            found = self.engine.whole(train, val, self.solver)
-            if found is None or not found.begin(train, val, self.solver):
+        whole = self._whole  # another thread may replace it
+        if whole is None or not whole.begin(train, val, self.solver):
+            whole = self.engine.whole(train, val, self.solver)
+            if whole is None or not whole.begin(train, val, self.solver):
                 return None
-            self._whole = found
-        return self._whole
+            self._whole = whole
+        return whole
 
     def report(self) -> str:
         """What the engine did and why, and how precise float32 is."""

@@ -274,9 +274,9 @@ class BoundGraph:
         """The results for the inputs that have been put."""
         program, memory, tensors = self._program, self._memory, self._own.copy()
         tensors.update(enumerate(inputs))
-        for slot in self._renewed:
-            tensors[slot] = program.slots.empty(slot)
-            memory.put(slot, [tensors[slot]])
+        if self._renewed:
+            tensors.update(zip(self._renewed, map(program.slots.empty, self._renewed), strict=True))
+            memory.put(program.made[0], [tensors[slot] for slot in program.made])
         workspace = tensors[program.made[-1]]
         for native, call in program.segments:
             if native is not None:
