@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -81,8 +82,7 @@ class NativeWhole:
         self._closing: BoundGraph | None = None
         self._finishing: BoundGraph | None = None
         self._rehearsal: Callable[[], list[Tensor]] | None = None
-        self._iteration: Iteration | None = None
-        self._in_steps = False
+        self._in_steps = solver.estimates_spectrum
         self._inputs: list[list[Tensor]] = []
         self._lock = threading.Lock()
 
@@ -136,27 +136,31 @@ class NativeWhole:
         linearization = TracedLinearization(self._functions, self._layout, self._name, values)
         if self._native is None:
             self._native = linearization.native
-            closing = self._functions.closing(linearization.gradient)
-            self._closing = None if closing is None else closing.bind(handed_out=range(len(closing.seen)))
         else:
             linearization.native = self._native
             self._native.move(values[1 + count :])
+        if self._closing is None:
+            closing = self._functions.closing(linearization.gradient)
+            self._closing = None if closing is None else closing.bind(handed_out=range(len(closing.seen)))
         linearization.closed_by = self._closing
         assert loss is not None
         return Gradient(_scalar(loss), self._filled(found), found[count:]), linearization
 
     def at_once(self) -> Parts | None:
-        native, iteration = self._native, self._iteration
-        if native is None or iteration is None or self._in_steps:
+        if self._in_steps:
             return None
         count = len(self._zeros)
         with below_autograd():
             val_loss, *found = self._val.run(self._inputs[0])
             train_loss, *values = _present(self._primal.run(self._inputs[1]))
-            native.move(values[count:])
-            if self._rehearsal is None or self._finishing is None:
-                self._in_steps = not self._rehearsed(native, iteration, values[:count], found[count:])
+            if self._rehearsal is not None and self._native is not None:
+                self._native.move(values[count:])
+            elif not self._rehearsed(values[:count], values[count:], found[count:]):
+                self._in_steps = True
                 return None
+            assert self._rehearsal is not None and self._finishing is not None and val_loss is not None
+            iteration = self._vectors
+            iteration.adapt(None)
             iteration.start(self._filled(found))
             iteration.steps = iteration.limit - 1
             iteration.step(self._rehearsal())
@@ -169,29 +173,34 @@ class NativeWhole:
             )
             *results, change, norm = _present(parts)
             change, norm = change.double(), norm.double()
-        assert val_loss is not None
         self._functions.schedule.due()
         self._gradient.schedule.due()
         solution = described(iteration, outcome, iteration.steps, self._solver.damping)
         return Parts(_scalar(train_loss), _scalar(val_loss), results[count:], results[:count], solution, norm, change)
 
-    def _rehearsed(
-        self, native: BoundPrograms, iteration: Iteration, gradient: list[Tensor], direct: list[Tensor | None]
-    ) -> bool:
-        """Make what is left for :meth:`at_once`; false if the solve has to be made in steps."""
-        functions, accumulation = self._functions, iteration.accumulation
-        mixed = functions.partition.mixed
-        if accumulation is None or self._solver.estimates_spectrum or not iteration.limit or not all(mixed.outputs):
+    def _rehearsed(self, gradient: list[Tensor], residuals: list[Tensor], direct: list[Tensor | None]) -> bool:
+        """Make what :meth:`at_once` needs; false if the solve has to be made in steps."""
+        functions, iteration = self._functions, self._vectors
+        mixed, programs = functions.partition.mixed, functions.native
+        self._native = None if programs is None else programs.bind(residuals)
+        if programs is None or self._native is None or not iteration.limit or not all(mixed.outputs):
             return False
-        graph = closing_graph(mixed, gradient, direct)
-        assert functions.native is not None
-        program = functions.native.timed(lambda: GraphProgram(graph, functions.partition.dtypes))[0]
-        self._rehearsal = native.rehearsed(accumulation, self._solver.damping, range(iteration.limit - 1))
-        if program is None or self._rehearsal is None:
+        iteration.adapt(None)
+        graph, accumulation = closing_graph(mixed, gradient, direct), iteration.accumulation
+        program = programs.timed(lambda: GraphProgram(graph, functions.partition.dtypes))[0]
+        if program is None or accumulation is None:
             return False
+        self._rehearsal = self._native.rehearsed(accumulation, self._solver.damping, range(iteration.limit - 1))
         self._finishing = program.bind(handed_out=range(len(program.seen)))
         self._alpha = gradient[0].new_tensor(iteration.alpha)
-        return True
+        return self._rehearsal is not None
+
+    @cached_property
+    def _vectors(self) -> Iteration:
+        """The solver's, which stay."""
+        iteration = self._solver.allocate(self._layout)
+        iteration.taken_back = _stays
+        return iteration
 
     def _filled(self, found: Sequence[Tensor | None]) -> list[Tensor]:
         """The gradient by the weights."""
@@ -203,12 +212,9 @@ class NativeWhole:
         """The terms; in vectors that stay as well, if this is the solver that they were made for."""
         if solver is not self._solver:
             return make_steps(begin(operator, v, solver, estimate), operator, solver.damping)
-        if self._iteration is None:
-            self._iteration = solver.allocate(self._layout)
-            self._iteration.taken_back = _stays
-        self._iteration.adapt(estimate)
-        self._iteration.start(v)
-        return make_steps(self._iteration, operator, solver.damping)
+        self._vectors.adapt(estimate)
+        self._vectors.start(v)
+        return make_steps(self._vectors, operator, solver.damping)
 
     def run_all(
         self, operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
