@@ -21,7 +21,7 @@ from hvp_engine.differentiation.native.extension import Slots, check
 from hvp_engine.differentiation.native.memory_plan import plan
 from hvp_engine.differentiation.native.operations import Code, Operation
 from hvp_engine.differentiation.native.places import Place
-from hvp_engine.differentiation.native.updates import FIRST_FACTOR, Mixing, Summands, product, update
+from hvp_engine.differentiation.native.updates import FIRST_FACTOR, Mixing, Summands, product, table_of, update
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 
 _HANDLERS = (adjoints, differentiable, elementwise, linear_algebra, recurrent, shaping)
@@ -196,15 +196,6 @@ def _total_of(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
     return lambda *tensors: sum(tensors, torch.zeros(sizes, dtype=tensors[0].dtype, device=CPU))
 
 
-def _table(accumulation: Accumulation, damping: float, steps: range) -> list[list[float]]:
-    """The parameters of each step."""
-    scale, in_place = accumulation.scale, accumulation.target is accumulation.direction
-    first = [-scale, (1.0 if in_place else 0.0) - scale * damping]
-    if all(one.factors is None for one in accumulation.mixings):
-        return [[*first, *[1.0] * (2 * len(accumulation.mixings))]] * len(steps)
-    return [[*first, *chain(*(one.factors_at(step) for one in accumulation.mixings))] for step in steps]
-
-
 class BoundProgram:
     """A program with known tensors, ready to multiply and to solve, by one thread at a time."""
 
@@ -242,7 +233,7 @@ class BoundProgram:
         placed = [(first, one.views) for first, one in zip(program.firsts, update.vectors, strict=False)]
         if program.factors or any(memory.put(first, views) >= 0 for first, views in placed):
             return None
-        table = _table(accumulation, damping, steps)
+        table = table_of(accumulation, damping, steps)
 
         def run() -> list[Tensor]:
             with self._lock:
@@ -283,7 +274,7 @@ class BoundProgram:
         update = self._program.update(accumulation, damping != 0.0)
 
         def run(steps: range) -> None:
-            table = _table(accumulation, damping, steps)
+            table = table_of(accumulation, damping, steps)
             with self._lock:
                 placed = [
                     self._put(start, vector.views)
