@@ -20,7 +20,7 @@ from hvp_engine.differentiable import linear_cross_entropy_chunks
 from hvp_engine.differentiation import losses_and_normalizations
 from hvp_engine.differentiation.trace.partial_evaluation import partition
 from hvp_engine.differentiation.trace.rewriting import verified_rewrites
-from hvp_engine.engines.traced import TracedLinearization
+from hvp_engine.engines.functions import TracedLinearization
 from hvp_engine.errors import BackendError
 
 WEIGHT = torch.tensor([0.5, 1.0, 0.0, 2.0, 1.5, 0.1, 1.0], dtype=torch.float64)

@@ -18,7 +18,8 @@ from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.pytree import flatten
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.trace.fused_update import accumulating_pays
-from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
+from hvp_engine.engines.functions import TracedLinearization
+from hvp_engine.engines.traced import LinearizedEngine
 
 DTYPE = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")

@@ -24,7 +24,8 @@ from hvp_engine.differentiation.native.operations import UnsupportedError
 from hvp_engine.differentiation.native.program import NativeProgram
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.engines import EagerEngine
-from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
+from hvp_engine.engines.functions import TracedLinearization
+from hvp_engine.engines.traced import LinearizedEngine
 from hvp_engine.solvers.base import Solver
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")

@@ -14,7 +14,7 @@ from torch import Tensor
 import hvp_engine as hvp
 from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.engines import EagerEngine
-from hvp_engine.engines.traced import TracedLinearization
+from hvp_engine.engines.functions import TracedLinearization
 from hvp_engine.operators.base import LinearOperator
 
 COUNT = 11

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hvp_engine as hvp
 from hvp_engine._support.isolation import Draws
 from hvp_engine.differentiation.recorded.owned import OwnedLinearization
-from hvp_engine.engines.traced import TracedLinearization
+from hvp_engine.engines.functions import TracedLinearization
 
 pytestmark = [
     pytest.mark.filterwarnings("error:.*is replaced by"),

@@ -18,7 +18,7 @@ from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.recorded.owned import OwnedLinearization
 from hvp_engine.engines import Engine, create
-from hvp_engine.engines.traced import TracedLinearization
+from hvp_engine.engines.functions import TracedLinearization
 
 pytestmark = [
     pytest.mark.filterwarnings("error:.*is replaced by"),

@@ -15,7 +15,8 @@ import hvp_engine as hvp
 from hvp_engine.differentiation.native.program import NativeProgram
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.engines import EagerEngine
-from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
+from hvp_engine.engines.functions import TracedLinearization
+from hvp_engine.engines.traced import LinearizedEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
 

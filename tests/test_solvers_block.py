@@ -15,7 +15,7 @@ from problems_with_known_answers import DTYPE, NETWORKS, flat, matrix_with, rand
 from torch import Tensor
 
 import hvp_engine as hvp
-from hvp_engine.engines.traced import TracedLinearization
+from hvp_engine.engines.functions import TracedLinearization
 from hvp_engine.solvers import block_conjugate_gradient
 from hvp_engine.solvers.base import LinearSystem
 from hvp_engine.solvers.block_conjugate_gradient import BlockConjugateGradientSolve

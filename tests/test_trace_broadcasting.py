@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hvp_engine.differentiation.trace.broadcasting import expand_last
 from hvp_engine.engines import EagerEngine
-from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
+from hvp_engine.engines.functions import TracedLinearization
+from hvp_engine.engines.traced import LinearizedEngine
 
 ROWS = torch.arange(1.0, 4.0, dtype=DTYPE)[:, None]
 MATRIX = randn(3, 5, seed=1)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import hvp_engine as hvp
 from hvp_engine.engines import LinearizedEngine
-from hvp_engine.engines.traced import TracedLinearization
+from hvp_engine.engines.functions import TracedLinearization
 
 aten = torch.ops.aten
 Loss = Callable[[list[Tensor], Tensor], Tensor]

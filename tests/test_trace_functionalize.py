@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import hvp_engine as hvp
 from hvp_engine.differentiation.trace.functionalize import _RANDOM, out_of_place
-from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
+from hvp_engine.engines.functions import TracedLinearization
+from hvp_engine.engines.traced import LinearizedEngine
 
 aten = torch.ops.aten
 DTYPE = torch.float64

@@ -12,7 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import hvp_engine as hvp
 from hvp_engine.differentiation.trace.inplace import written_over
-from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
+from hvp_engine.engines.functions import TracedLinearization
+from hvp_engine.engines.traced import LinearizedEngine
 
 aten = torch.ops.aten
 DTYPE = torch.float64

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import hvp_engine as hvp
 from hvp_engine.differentiation.trace.rewriting import dependents
-from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
+from hvp_engine.engines.functions import TracedLinearization
+from hvp_engine.engines.traced import LinearizedEngine
 
 aten = torch.ops.aten
 

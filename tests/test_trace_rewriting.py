@@ -15,7 +15,8 @@ from hvp_engine.differentiation.trace.rewriting import WrongRewriteError
 from hvp_engine.engines import compiled
 from hvp_engine.engines.auto import AutoEngine
 from hvp_engine.engines.compiled import CompiledEngine
-from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
+from hvp_engine.engines.functions import TracedLinearization
+from hvp_engine.engines.traced import LinearizedEngine
 
 aten = torch.ops.aten
 DTYPE = torch.float64

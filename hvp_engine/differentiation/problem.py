@@ -49,8 +49,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss, GatheringLoss):
-            structures = {"weights": self.weight_structure, "hyper": self.hyperparameter_structure}
-            for name, structure in structures.items():
+            for name, structure in (("weights", self.weight_structure), ("hyper", self.hyperparameter_structure)):
                 if structure is not None and structure.shards is not None:
                     raise TypeError(
                         f"{name}: expected tensors that are whole in this process; got DTensors: wrap the loss in "

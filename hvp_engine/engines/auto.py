@@ -16,13 +16,14 @@ from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
 from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.differentiation.self_check import probe
-from hvp_engine.engines.base import Engine
+from hvp_engine.engines.base import Engine, Whole
 from hvp_engine.engines.choice import Choice, describe, threads
 from hvp_engine.engines.compiled import CompiledEngine, estimated_seconds
 from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.engines.functions import TracedLinearization
 from hvp_engine.engines.recorded import RecordedEngine
-from hvp_engine.engines.traced import LinearizedEngine, TracedLinearization
+from hvp_engine.engines.traced import LinearizedEngine
 from hvp_engine.engines.trial import seconds_around, seconds_per_term
 from hvp_engine.errors import BackendError
 from hvp_engine.solvers.base import Solver
@@ -130,14 +131,12 @@ class AutoEngine(Engine):
         seconds = min(self._linearized.seconds_of_a_trace, self._expected_seconds)
         return self._linearized.gradients(problem, sys.float_info.min if seconds < _SHORT_SECONDS else seconds)
 
-    def quietly(self, train: Problem, val: Problem) -> tuple[Gradient, Linearization] | None:
+    def whole(self, train: Problem, val: Problem, solver: Solver) -> Whole | None:
+        """Where the choice is final."""
         choice = self.choices.get((train.signature, threads(train)))
-        if choice is None or choice.engine is not self._linearized or choice.something_is_due():
+        if choice is None or choice.engine is not self._linearized or not choice.is_final:
             return None
-        found = self._linearized.quietly(train, val)
-        if found is not None:
-            found[1].origin = choice.engine, choice
-        return found
+        return self._linearized.whole(train, val, solver)
 
     def linearize_by(self, name: str, problem: Problem) -> Linearization:
         """By the engine of this name, whatever would be chosen."""

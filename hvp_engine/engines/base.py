@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from torch import Tensor
 from hvp_engine.differentiation.gradient import Gradient, by_autograd
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap, Terms
 from hvp_engine.differentiation.problem import Problem
-from hvp_engine.solvers.base import Solver
+from hvp_engine.solvers.base import Runner, Solver
 from hvp_engine.solvers.batched import MOST, pays
 from hvp_engine.solvers.iteration import FinishedIteration, Iteration
+from hvp_engine.solvers.solution import Solution
 from hvp_engine.solvers.spare_iterations import allocated
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
@@ -43,6 +45,16 @@ def advance(iteration: Iteration, operator: LinearMap, terms: Terms | None = Non
         iteration.step(product)
 
 
+def make_steps(iteration: Iteration, operator: LinearMap, damping: float) -> Iteration:
+    """All steps of an iteration that has been started, by the fastest way that the operator knows."""
+    if operator.learning:
+        advance(iteration, operator, limit=1)
+    accumulation = iteration.accumulation if iteration.limit > 1 else None
+    terms = None if accumulation is None else operator.accumulating_terms(accumulation, damping)
+    advance(iteration, operator, terms)
+    return iteration
+
+
 def advance_together(iterations: Sequence[Iteration], operator: LinearMap) -> None:
     """One product and one step for each iteration; by one batched product if that pays off."""
     if not pays(operator, len(iterations)):
@@ -53,6 +65,40 @@ def advance_together(iterations: Sequence[Iteration], operator: LinearMap) -> No
     images = operator.products([torch.stack(parts) for parts in directions])
     for index, one in enumerate(iterations):
         one.step([image[index] for image in images])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A hypergradient, as lists of tensors that are the caller's, and what else came out on the way.
+
+    Attributes:
+        value: of the solve, which `solution` describes.
+    """
+
+    train_loss: Tensor
+    val_loss: Tensor
+    grads: list[Tensor]
+    value: list[Tensor]
+    solution: Solution
+    gradient_norm: Tensor
+    unfinished: Tensor
+
+
+class Whole(Runner, Protocol):
+    """What makes whole hypergradients of problems that look alike. It is an engine of their solves, too."""
+
+    def begin(self, train: Problem, val: Problem, solver: Solver) -> bool:
+        """Take these problems, until :meth:`end`; false if it cannot serve them, or not now."""
+
+    def at_once(self) -> Parts | None:
+        """The hypergradient by a solve that starts from zero; None if it takes a look at something in between, or is no
+        use."""
+
+    def differentiated(self) -> tuple[Gradient, Linearization]:
+        """The gradient of the validation loss, and the linearization of the training loss."""
+
+    def end(self) -> None:
+        """Let the problems go."""
 
 
 class Engine:
@@ -76,21 +122,15 @@ class Engine:
         """The problem's loss and its first derivatives by all that it is a function of."""
         return by_autograd(problem)
 
-    def quietly(self, train: Problem, val: Problem) -> tuple[Gradient, Linearization] | None:
-        """The gradient of `val` and the linearization of `train`, where they run none of the caller's code and draw
-        from no global generator, so that nothing of theirs has to be kept; else None."""
+    def whole(self, train: Problem, val: Problem, solver: Solver) -> Whole | None:
+        """What makes the hypergradient of such problems all at once, without running the caller's code or drawing from
+        a global generator; None where nothing can, or not now."""
         return None
 
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
     ) -> FinishedIteration:
-        iteration = begin(operator, v, solver, estimate)
-        if operator.learning:
-            advance(iteration, operator, limit=1)
-        accumulation = iteration.accumulation if iteration.limit > 1 else None
-        terms = None if accumulation is None else operator.accumulating_terms(accumulation, solver.damping)
-        advance(iteration, operator, terms)
-        return iteration
+        return make_steps(begin(operator, v, solver, estimate), operator, solver.damping)
 
     def run_all(
         self, operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None

@@ -44,9 +44,10 @@ class Choice:
             return False
         return self.around + (self._terms_took() if self.engine.name == "eager" else 0.0) > self.trace_seconds
 
-    def something_is_due(self) -> bool:
-        """Whether anything that was put off is due."""
-        return self.trace_is_due() or self.compiling_is_due()
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing was put off."""
+        return self.trace_seconds is None and self.compile_seconds is None
 
     def compiling_is_due(self) -> bool:
         """Whether as much time as compiling takes has gone into terms."""

@@ -20,8 +20,9 @@ from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.differentiation.trace.regions import Regions, distinct, lazily
 from hvp_engine.differentiation.trace.rewriting import Attempts
 from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.engines.functions import Functions, TracedLinearization
 from hvp_engine.engines.surroundings import Surroundings
-from hvp_engine.engines.traced import Functions, LinearizedEngine, TracedLinearization
+from hvp_engine.engines.traced import LinearizedEngine
 from hvp_engine.errors import BackendError
 
 _FIXED_SECONDS = 2.0

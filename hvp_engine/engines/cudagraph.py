@@ -19,13 +19,14 @@ from hvp_engine.differentiation.self_check import difference, probe
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.engines.base import side_by_side
 from hvp_engine.engines.compiled import CompiledFunctions, estimated_seconds
+from hvp_engine.engines.functions import Functions, Refused, TracedLinearization
 from hvp_engine.engines.gradients import Gradients
 from hvp_engine.engines.graphs import CapturedLinearization, Graphs
 from hvp_engine.engines.recording import CaptureError, CudaRecorder, Recorder
 from hvp_engine.engines.replays import Counted, Tally
 from hvp_engine.engines.solves import Solve, Solved, recordable
 from hvp_engine.engines.surroundings import Surroundings
-from hvp_engine.engines.traced import Functions, LinearizedEngine, Refused, TracedLinearization
+from hvp_engine.engines.traced import LinearizedEngine
 from hvp_engine.engines.whole import CapturedGradient, Foreseen, Whole
 from hvp_engine.errors import BackendError, TraceError
 from hvp_engine.solvers.base import Solver
@@ -96,7 +97,8 @@ class CudaGraphEngine(LinearizedEngine):
         """From the second call on, where nothing is checked then, and no estimate comes between. Not with random
         numbers, which would be drawn again where more is asked for than was foreseen."""
         self._foreseen = None
-        functions, gradient = self.known(train), self.gradients.settled(val)
+        functions, settled = self.known(train), self.gradients.settled(val)
+        gradient = None if settled is None else settled.program
         if functions is None or functions.distrust or not isinstance(gradient, CapturedGradient):
             return
         if gradient.random or not functions.calm:

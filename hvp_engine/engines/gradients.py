@@ -41,7 +41,7 @@ class Program(Protocol):
 
 
 @dataclass
-class _Known:
+class Known:
     """What is known of one loss and shape.
 
     Attributes:
@@ -57,6 +57,11 @@ class _Known:
     description: str = ""
     surroundings: Surroundings | None = None
     schedule: Schedule = field(default_factory=Schedule)
+
+    def is_settled(self) -> bool:
+        """Whether the next gradient is made by the program, unchecked."""
+        there = self.program is not None and self.surroundings is not None
+        return there and not self.schedule.next_is_due() and self.surroundings.same()  # type: ignore[union-attr]
 
 
 def native_program(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Program:
@@ -84,7 +89,7 @@ class Gradients:
         most: int = _MOST,
     ) -> None:
         self._make, self._by, self._missing, self._most = make, by, missing, most
-        self._known: OrderedDict[Hashable, _Known] = OrderedDict()
+        self._known: OrderedDict[Hashable, Known] = OrderedDict()
         self._remembered: dict[str, bool] = {}
 
     def __call__(self, problem: Problem, patience: float = 0.0) -> Gradient:
@@ -102,9 +107,9 @@ class Gradients:
         if known is None and self._remembered:
             by_program = self._remembered.get(describe(problem, tensors, others))
             patience = 0.0 if by_program else patience
-            known = self._known[key] = _Known(reason="as before the checkpoint" if by_program is False else "")
+            known = self._known[key] = Known(reason="as before the checkpoint" if by_program is False else "")
         if known is None or (known.surroundings is not None and not known.reason and known.surroundings.outdated()):
-            known = self._known[key] = _Known()
+            known = self._known[key] = Known()
             if len(self._known) > self._most:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
@@ -132,22 +137,10 @@ class Gradients:
             return expected
         return found
 
-    def quietly(self, problem: Problem) -> Gradient | None:
-        """The gradient, where it runs none of the caller's code and draws no random numbers; else None."""
-        program = self.settled(problem)
-        if program is None or program.random:
-            return None
-        self.counted(problem)
-        return _by_program(program, problem, problem.split[0])
-
-    def settled(self, problem: Problem) -> Program | None:
-        """The program that will make the problem's next gradient, unchecked; None if none will."""
+    def settled(self, problem: Problem) -> Known | None:
+        """What will make the problem's next gradient by its program, unchecked; None if nothing will."""
         known = self._known.get((problem.signature, torch.get_num_threads()))
-        if known is None or known.surroundings is None or known.schedule.next_is_due():
-            return None
-        if known.surroundings.outdated() or known.surroundings.changed() is not None:
-            return None
-        return known.program
+        return known if known is not None and known.is_settled() else None
 
     def counted(self, problem: Problem) -> None:
         """A gradient is made without being asked for here, which counts towards the next check."""
@@ -170,7 +163,7 @@ class Gradients:
         text = [f"{made} gradients by {self._by}"] if made else []
         return "; ".join([*text, *(f"gradients by autograd: {reason}" for reason in reasons)])
 
-    def _trace(self, problem: Problem, known: _Known) -> None:
+    def _trace(self, problem: Problem, known: Known) -> None:
         try:
             with recorded_modules() as modules, random_state_kept(problem.weights[0].device):
                 graph = trace_gradient(problem)
@@ -180,7 +173,7 @@ class Gradients:
         except Exception as error:  # the loss may still work, which autograd then shows
             known.reason = f"{type(error).__name__}: {error}".splitlines()[0]
 
-    def _slower(self, known: _Known, problem: Problem, tensors: Sequence[Tensor]) -> str:
+    def _slower(self, known: Known, problem: Problem, tensors: Sequence[Tensor]) -> str:
         assert known.program is not None
         best = math.inf
         for _ in range(_TRIALS):
@@ -190,7 +183,7 @@ class Gradients:
         return "" if best < known.fastest else "it is faster"
 
 
-def _give_up(known: _Known, problem: Problem, reason: str) -> None:
+def _give_up(known: Known, problem: Problem, reason: str) -> None:
     known.program, known.reason = None, reason
     warnings.warn(
         f"the traced gradient of {problem.name} is replaced by autograd's: {reason}; a loss must be a function of its "
@@ -199,7 +192,7 @@ def _give_up(known: _Known, problem: Problem, reason: str) -> None:
     )
 
 
-def _timed(problem: Problem, known: _Known) -> Gradient:
+def _timed(problem: Problem, known: Known) -> Gradient:
     start = time.perf_counter()
     found = by_autograd(problem)
     took = time.perf_counter() - start

@@ -14,10 +14,10 @@ from hvp_engine._support.torch_compat import foreach_copy_
 from hvp_engine.differentiation.closing import Closing
 from hvp_engine.differentiation.linear_map import Linearization, Work
 from hvp_engine.differentiation.problem import Problem
+from hvp_engine.engines.functions import Functions, TracedLinearization
 from hvp_engine.engines.recording import Recorder, copies
 from hvp_engine.engines.replays import Counted, Replay, Tally
 from hvp_engine.engines.solves import Solve, Solved
-from hvp_engine.engines.traced import Functions, TracedLinearization
 from hvp_engine.engines.whole import Foreseen, Whole
 from hvp_engine.ops import backend
 from hvp_engine.solvers.base import Solver

@@ -27,7 +27,7 @@ class Surroundings:
     def __init__(self, problem: Problem, modules: Sequence[torch.nn.Module]):
         self._device_type = problem.weights[0].device.type
         self._settings = dtype_settings(self._device_type)
-        variables = free_variables([problem.loss, *modules])
+        self._all = variables = free_variables([problem.loss, *modules])
         self._modes = [variable for variable in variables if variable.key == "training"]
         self._others = [variable for variable in variables if variable.key != "training"]
 
@@ -39,3 +39,7 @@ class Surroundings:
     def changed(self) -> str | None:
         """The name of the first other value that is not what it was: then the loss is no function of its arguments."""
         return changed(self._others)
+
+    def same(self) -> bool:
+        """Whether all is what it was: neither outdated nor changed."""
+        return changed(self._all) is None and dtype_settings(self._device_type) == self._settings

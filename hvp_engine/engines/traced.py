@@ -7,84 +7,28 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 from torch import Tensor
 
-from hvp_engine._support.flat_vector import Layout, detached
+from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.isolation import recorded_modules
 from hvp_engine._support.random_state import random_state_kept
-from hvp_engine._support.torch_compat import below_autograd
 from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
-from hvp_engine.differentiation.self_check import Schedule, disagreement
-from hvp_engine.differentiation.trace.evaluated import PartitionedLinearization, PartitionFunctions
-from hvp_engine.differentiation.trace.functionalize import is_random
+from hvp_engine.differentiation.self_check import disagreement
 from hvp_engine.differentiation.trace.partial_evaluation import Partition, partition
 from hvp_engine.differentiation.trace.tracing import trace
-from hvp_engine.engines.base import Engine
+from hvp_engine.engines.base import Engine, Whole
 from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.engines.functions import Functions, Refused, TracedLinearization
 from hvp_engine.engines.gradients import Gradients
+from hvp_engine.engines.native_whole import NativeWhole
 from hvp_engine.engines.surroundings import Surroundings
+from hvp_engine.solvers.base import Solver
 
 _MOST_TRACES = 16
 """Traces that one engine keeps; one of a small recurrent net takes about 20 MB."""
-
-
-class Functions(PartitionFunctions):
-    """The callables of a traced loss, and what else the loss has read when it was traced."""
-
-    def __init__(self, parts: Partition, surroundings: Surroundings):
-        super().__init__(parts)
-        self.undone = parts.undone
-        self.schedule = Schedule()
-        self.distrust: str | None = None
-        self.surroundings = surroundings
-
-    def at(self, problem: Problem, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What the primal part gives at the problem's point: loss, gradient, residuals."""
-        with below_autograd():
-            return self.primal(*detached(problem.weights), *detached(problem.hyperparameters), *tensors)
-
-    def outdated(self) -> bool:
-        """Whether the loss has to be traced anew."""
-        return self.distrust is None and self.surroundings.outdated()
-
-    @property
-    def quiet(self) -> bool:
-        """Whether the next use runs neither the loss, for a check, nor anything random."""
-        return self.distrust is None and self.native is not None and self.calm and not self.schedule.next_is_due()
-
-    @cached_property
-    def calm(self) -> bool:
-        """Whether nothing in it draws random numbers."""
-        parts = self.partition
-        graphs = (parts.primal, parts.tangent.module, parts.mixed.module)
-        return not any(is_random(node) for graph in graphs for node in graph.graph.nodes)
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Instead of functions: why there are none."""
-
-    distrust: str
-
-    def outdated(self) -> bool:
-        return False
-
-
-class TracedLinearization(PartitionedLinearization):
-    """A traced loss at one point. `values` are what the primal part gave there."""
-
-    functions: Functions
-
-    def __init__(self, functions: Functions, layout: Layout, name: str, values: Sequence[Tensor]):
-        count = 1 + len(layout.shapes)
-        super().__init__(functions, layout, name, values[count:])
-        self.loss = values[0]
-        self.gradient = list(values[1:count])
 
 
 class LinearizedEngine(Engine):
@@ -146,13 +90,12 @@ class LinearizedEngine(Engine):
     def gradient(self, problem: Problem) -> Gradient:
         return self.gradients(problem)
 
-    def quietly(self, train: Problem, val: Problem) -> tuple[Gradient, Linearization] | None:
-        functions = self.known(train)
-        gradient = self.gradients.quietly(val) if functions is not None and functions.quiet else None
-        if functions is None or gradient is None:
+    def whole(self, train: Problem, val: Problem, solver: Solver) -> Whole | None:
+        functions = self._cache.get(train.signature)
+        if not isinstance(functions, Functions) or not functions.is_quiet():
             return None
-        functions.schedule.due()
-        return gradient, self._linearization(functions, train, train.split[0])
+        gradient = self.gradients.settled(val)
+        return None if gradient is None else NativeWhole.of(train, val, solver, functions, gradient)
 
     def _instead(self, problem: Problem, reason: str | None) -> Linearization:
         """Eager's linearization, with the reason why it is not this engine's."""

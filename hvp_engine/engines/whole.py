@@ -15,9 +15,9 @@ from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.self_check import Schedule
 from hvp_engine.differentiation.trace.functionalize import is_random
+from hvp_engine.engines.functions import Functions, TracedLinearization
 from hvp_engine.engines.recording import Recorder, copies
 from hvp_engine.engines.solves import Pieces, Record, Solved
-from hvp_engine.engines.traced import Functions, TracedLinearization
 from hvp_engine.solvers.base import Solver
 
 

@@ -25,10 +25,11 @@ from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.distributed import DataParallel, for_loss
+from hvp_engine.engines.base import Parts, Whole
 from hvp_engine.errors import GraphError
 from hvp_engine.hypergradients.estimator import Estimate, Estimator
 from hvp_engine.solvers import Neumann, Solver
-from hvp_engine.solvers.base import LinearSystem, check_solver
+from hvp_engine.solvers.base import LinearSystem, Runner, check_solver
 from hvp_engine.solvers.solution import Solution
 from hvp_engine.solvers.spectrum import Spectrum
 
@@ -118,6 +119,7 @@ class Hypergradient(Estimator):
         self.warm_start = warm_start
         self._previous: list[Tensor] | None = None
         self._stationarity = Stationarity()
+        self._whole: Whole | None = None
 
     def __call__(self, weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> HypergradientResult:
         weight_list, weight_structure = flatten(weights, "weights", sharded=True)
@@ -127,29 +129,34 @@ class Hypergradient(Estimator):
         train = Problem(self.train_loss, *point, (train_batch,), "train_loss")
         val = Problem(self.val_loss, *point, (val_batch,), "val_loss")
 
-        def differentiated() -> tuple[Gradient, Linearization]:
+        x0 = self._previous if _alike(self._previous, weight_list) else None
+
+        def solved(runner: Runner, direct: Gradient, linearization: Linearization) -> Parts:
+            system = LinearSystem(linearization, runner, self.spectrum)
+            vector, ours = direct.weights, direct.hyperparameters
+            grads, solution, closing = implicit_gradient(system, vector, ours, hyper_list, self.solver, x0)
+            loss, value = linearization.loss, solution.value
+            assert loss is not None
+            return Parts(loss, direct.loss, grads, value, solution, closing.gradient_norm, closing.unfinished)
+
+        def part_by_part() -> Parts:
             if self._previous is None:
                 self.engine.foresee(train, val, self.solver)
-            return self.engine.gradient(val), self.engine.linearize(train)
-
-        def solved(
-            direct: Gradient, linearization: Linearization
-        ) -> tuple[Gradient, Linearization, list[Tensor], Solution, Closing]:
-            x0 = self._previous if _alike(self._previous, weight_list) else None
-            system = LinearSystem(linearization, self.engine, self.spectrum)
-            vector, ours = direct.weights, direct.hyperparameters
-            return direct, linearization, *implicit_gradient(system, vector, ours, hyper_list, self.solver, x0)
+            return solved(self.engine, self.engine.gradient(val), self.engine.linearize(train))
 
         seed = self.draws.next_seed()
-        quietly = self.engine.quietly(train, val) if self.solver.quiet else None
-        if quietly is not None:
-            direct, linearization, grads, solution, closing = solved(*quietly)
+        whole = self._begun(train, val)
+        if whole is not None:
+            try:
+                parts = (whole.at_once() if x0 is None else None) or solved(whole, *whole.differentiated())
+            finally:
+                whole.end()
         else:
             estimates = self.spectrum.state_dict()
-            direct, linearization, grads, solution, closing = self._company.run(
+            parts = self._company.run(
                 seed,
                 weight_list[0].device,
-                lambda: solved(*differentiated()),
+                part_by_part,
                 owners=(self, self.engine),
                 # Processes that wait for one another's messages must all do the same, once.
                 repeatable=not isinstance(self.train_loss, DataParallel)
@@ -157,19 +164,30 @@ class Hypergradient(Estimator):
                 undo=lambda: self.spectrum.load_state_dict(estimates),
             )
         if self.warm_start:
-            self._previous = [part.clone() for part in solution.value]
-        assert linearization.loss is not None
+            self._previous = [part.clone() for part in parts.value]
         result = HypergradientResult(
-            grads=hyper_structure.rebuild(grads),
-            train_loss=linearization.loss,
-            val_loss=direct.loss,
-            gradient_norm=closing.gradient_norm,
-            unfinished=closing.unfinished,
-            solution=solution.of(weight_structure.rebuild(solution.value)),
+            grads=hyper_structure.rebuild(parts.grads),
+            train_loss=parts.train_loss,
+            val_loss=parts.val_loss,
+            gradient_norm=parts.gradient_norm,
+            unfinished=parts.unfinished,
+            solution=parts.solution.of(weight_structure.rebuild(parts.value)),
         )
-        if solution.iterations:  # without iterations, `unfinished` stands for no training
-            self._stationarity.check(result.unfinished, direct.loss, result.gradient_norm)
+        if parts.solution.iterations:  # without iterations, `unfinished` stands for no training
+            self._stationarity.check(result.unfinished, result.val_loss, result.gradient_norm)
         return result
+
+    def _begun(self, train: Problem, val: Problem) -> Whole | None:
+        """What makes this hypergradient all at once, ready to; None if nothing can."""
+        if not self.solver.quiet:
+            return None
+        whole = self._whole  # another thread may replace it
+        if whole is None or not whole.begin(train, val, self.solver):
+            whole = self.engine.whole(train, val, self.solver)
+            if whole is None or not whole.begin(train, val, self.solver):
+                return None
+            self._whole = whole
+        return whole
 
     def report(self) -> str:
         """What the engine did and why, and how precise float32 is."""
@@ -190,6 +208,7 @@ class Hypergradient(Estimator):
         self.spectrum.load_state_dict(state["spectrum"])
         self._previous = state["previous"]
         self.engine.load_state_dict(state["engine"])
+        self._whole = None
 
 
 def _alike(previous: Sequence[Tensor] | None, weights: Sequence[Tensor]) -> bool:

@@ -14,8 +14,9 @@ and calls it between them; steps that begin at the same `phase` are the same to 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class FinishedIteration:
         steps: products made.
         alpha, bounds: the step, or the interval of the spectrum, that was used; None for solvers without one.
         explanation: what an automatic setting chose, and why; empty otherwise.
-        spare_key: what solves the buffers may serve after this one; None if no other.
+        taken_back: takes the buffers back after the solve, whose value is then copied; None if nobody wants them.
     """
 
     value: FlatVector
@@ -81,7 +82,7 @@ class FinishedIteration:
     alpha: float | None = None
     bounds: tuple[float, float] | None = None
     explanation: str = ""
-    spare_key: Hashable = None
+    taken_back: Callable[[Any], None] | None = None
 
     def finish(self) -> Tensor:
         """Complete `value`; return float64 figures, still on the device, for :meth:`read`."""
@@ -90,6 +91,11 @@ class FinishedIteration:
     def read(self, figures: Sequence[float]) -> Outcome:
         """The outcome, from the figures of :meth:`finish`, now on the host."""
         raise NotImplementedError
+
+    def unscaled(self) -> Outcome | None:
+        """The outcome of a solve on the CPU with `value` as it is, which still has to be multiplied by `alpha`; None if
+        there is more to finish."""
+        return None
 
     def outcome(self) -> Outcome:
         """Finish, and read the figures: here every solve waits for the device."""

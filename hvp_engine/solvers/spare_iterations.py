@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -48,21 +49,24 @@ def allocated(solver: Allocates, layout: Layout) -> Iteration:
         return solver.allocate(layout)
     if iteration is None:
         iteration = solver.allocate(layout)
-        iteration.spare_key = key
+        iteration.taken_back = partial(_keep, key)
     return iteration
 
 
-def released(iteration: FinishedIteration, value: list[Tensor]) -> list[Tensor]:
-    """`value`, which may be views of the iteration's buffers; copies of them if those are kept."""
-    if iteration.spare_key is None:
-        return value
-    value = [part.clone() for part in value]
-    assert isinstance(iteration, Iteration)
+def _keep(key: Hashable, iteration: Iteration) -> None:
     with _lock:
-        kept = _spare.setdefault(iteration.spare_key, [])
-        _spare.move_to_end(iteration.spare_key)
+        kept = _spare.setdefault(key, [])
+        _spare.move_to_end(key)
         if len(kept) < _MOST:
             kept.append(iteration)
         if len(_spare) > _MOST:
             _spare.popitem(last=False)
+
+
+def released(iteration: FinishedIteration, value: list[Tensor]) -> list[Tensor]:
+    """`value`, which may be views of the iteration's buffers; copies of them if somebody takes those back."""
+    if iteration.taken_back is None:
+        return value
+    value = [part.clone() for part in value]
+    iteration.taken_back(iteration)
     return value

@@ -12,8 +12,8 @@ FAULTS = [
     ),
     Fault(
         "hvp_engine/hypergradients/implicit.py",
-        "self._previous = [part.clone() for part in solution.value]",
-        "self._previous = list(solution.value)",
+        "self._previous = [part.clone() for part in parts.value]",
+        "self._previous = list(parts.value)",
         "tests/test_implicit_state.py tests/test_right_hand_sides.py",
         "a caller who changes the solution changes the next warm start",
     ),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import operator
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,9 +23,6 @@ aten = torch.ops.aten
 
 _HANDLERS = (elementwise, linear_algebra, nonlinear, shaping)
 """The modules whose handlers are in the table once they are imported."""
-
-_KEPT_WORKSPACE = 1 << 12
-"""Elements of a workspace that is kept from run to run; a larger one is the process's again in between."""
 
 _FEW_CALLS, _MOST_CALLS = 2, 0.3
 """How many of a graph's operators, and what share of them, PyTorch may compute: by itself it takes less for each."""
@@ -158,6 +155,10 @@ class GraphProgram:
 
     Attributes:
         random: whether a call draws from the global generators.
+        inputs, sees_inputs: how many there are, and whether all of them are numbers or indices, so that memory refuses
+            what is not laid out as they were.
+        slots, made, held, seen, segments: for :class:`BoundGraph`: what tensors look like; the slots of results, and at
+            last that of the workspace; tensors of the graph's own; where results are; and what there is to run.
 
     Errors: :class:`UnsupportedError` says why there is no such program.
     """
@@ -173,20 +174,17 @@ class GraphProgram:
         if len(calls) > max(_FEW_CALLS, _MOST_CALLS * sum(node.op == "call_function" for node in nodes)):
             raise UnsupportedError("most of its operators")
         self._results = converted.results
-        self._made = list(self._slots_of_results(builder))  # one after another, and then the workspace
-        self._workspace_slot = builder.slot((plan(builder.operations, []),), (1,)).region.slot or 0
-        self._slots = Slots(builder.slots, dtype)
-        self._segments = list(self._assembled(builder.operations))
-        self._memory = self._slots.memory()
-        self._count = len(builder.slots)
-        self._held = dict(converted.attributes)
-        for slot, tensor in self._held.items():
-            self._held[slot] = self._slots.put(self._memory, slot, [tensor])[0]
+        self.made = [*self._slots_of_results(builder)]  # one after another, and then the workspace
+        self.made += [builder.slot((plan(builder.operations, []),), (1,)).region.slot or 0]
+        self.slots = Slots(builder.slots, dtype)
+        self.segments = list(self._assembled(builder.operations))
+        memory = self.slots.memory()
+        self.held = {slot: self.slots.put(memory, slot, [t])[0] for slot, t in converted.attributes.items()}
         self._whole = [(tuple(slot.shape), tuple(slot.strides)) for slot in builder.slots]
-        self._seen = [None if place is None else self._view(place) for place in self._results]
-        self._keeps = self._whole[self._workspace_slot][0][0] <= _KEPT_WORKSPACE
-        self._workspace: Tensor | None = None
-        self._lock = threading.Lock()
+        self.seen = [None if place is None else self.view(place) for place in self._results]
+        inputs = builder.slots[: sum(node.op == "placeholder" for node in nodes)]
+        self.inputs = len(inputs)
+        self.sees_inputs = all(slot.kind is not Kind.OTHER for slot in inputs)
 
     def __getstate__(self) -> tuple[fx.GraphModule, frozenset[torch.dtype]]:
         """A copy is made anew."""
@@ -197,38 +195,24 @@ class GraphProgram:
 
     def __call__(self, *inputs: Tensor) -> list[Tensor | None]:
         """The values, in new memory or as views of the `inputs`, which are detached; called without grad mode."""
-        slots, memory = self._slots, self._memory
-        with self._lock:
-            tensors = dict(enumerate(slots.put(memory, 0, inputs)))
-            if self._held:
-                tensors |= self._held
-            workspace = slots.empty(self._workspace_slot) if self._workspace is None else self._workspace
-            self._workspace = workspace if self._keeps else None
-            first = self._workspace_slot - len(self._made)
-            made = [*map(slots.empty, self._made), workspace]
-            memory.put(first, made)
-            tensors.update(enumerate(made, first))
-            for program, call in self._segments:
-                if program is not None:
-                    program.run(memory, [[]])
-                if call is not None:
-                    found = call.compute(*(_shown(self._view(place), tensors) for place in call.reads))
-                    for slot, tensor in zip(
-                        call.slots, found if type(found) in (tuple, list) else [found], strict=True
-                    ):
-                        (tensors[slot],) = slots.put(memory, slot, [_kept(tensor, workspace)])
-            memory.clear(0, self._count)
-            for slot, tensor in self._held.items():
-                memory.put(slot, [tensor])
-            return [tensors[seen] if type(seen) is int else _shown(seen, tensors) for seen in self._seen]
+        return self.bind()(*inputs)
 
-    def _view(self, place: Place) -> _View | int:
+    def bind(self, handed_out: Sequence[int] = ()) -> BoundGraph:
+        """With memory that stays."""
+        return BoundGraph(self, handed_out)
+
+    def view(self, place: Place) -> _View | int:
         """A place as a view of its slot, or the slot that it is."""
         slot, offset = place.region.slot, place.offset
         if slot is None:
-            return self._workspace_slot, place.sizes, place.strides, place.region.offset + offset
+            return self.made[-1], place.sizes, place.strides, place.region.offset + offset
         whole = (place.sizes, place.strides) == self._whole[slot] and offset == 0
         return slot if whole else (slot, place.sizes, place.strides, offset)
+
+    @property
+    def elements(self) -> int:
+        """Of the tensors that a call makes."""
+        return sum(math.prod(self._whole[slot][0]) for slot in self.made)
 
     def _slots_of_results(self, builder: Builder) -> Iterator[int]:
         """Moves results from the workspace into slots of their own, one after another."""
@@ -248,10 +232,63 @@ class GraphProgram:
         segment: list[Operation] = []
         for operation in [*operations, None]:
             if operation is None or isinstance(operation, Call):
-                yield (self._slots.program(segment, self._workspace_slot) if segment else None), operation
+                yield (self.slots.program(segment, self.made[-1]) if segment else None), operation
                 segment = []
             else:
                 segment.append(operation)
+
+
+class BoundGraph:
+    """A program with memory of its own, for one call at a time.
+
+    What it gives lies in that memory, until the next call, or in that of the inputs.
+
+    Arguments:
+        handed_out: numbers of results that get new memory at each call.
+    """
+
+    def __init__(self, program: GraphProgram, handed_out: Sequence[int] = ()):
+        self._program, self._memory = program, program.slots.memory()
+        self._own = program.held | {slot: program.slots.empty(slot) for slot in program.made}
+        for slot, tensor in self._own.items():
+            self._memory.put(slot, [tensor])
+        seen = [(one if isinstance(one, int) else one and one[0], one) for one in program.seen]
+        self._results = [_shown(one, self._own) if slot in self._own else None for slot, one in seen]
+        self._renewed = [slot for slot, _ in map(seen.__getitem__, handed_out) if slot in program.made]
+        fixed = {*self._own} - {*self._renewed}
+        self._moving = [(k, one) for k, (slot, one) in enumerate(seen) if one is not None and slot not in fixed]
+
+    def take(self, inputs: Sequence[Tensor]) -> bool:
+        """Put the inputs where :meth:`run` expects them; false if one of them is not laid out as in the graph."""
+        return self._program.sees_inputs and self._memory.put(0, inputs) < 0
+
+    def let_go(self) -> None:
+        """Hold no inputs."""
+        self._memory.clear(0, self._program.inputs)
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor | None]:
+        """The results for these inputs, copies of those that are not laid out as in the graph."""
+        return self.run(self._program.slots.put(self._memory, 0, inputs))
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """The results for the inputs that have been put."""
+        program, memory, tensors = self._program, self._memory, self._own.copy()
+        tensors.update(enumerate(inputs))
+        if self._renewed:
+            tensors.update(zip(self._renewed, map(program.slots.empty, self._renewed), strict=True))
+            memory.put(program.made[0], [tensors[slot] for slot in program.made])
+        workspace = tensors[program.made[-1]]
+        for native, call in program.segments:
+            if native is not None:
+                native.run(memory, [[]])
+            if call is not None:
+                found = call.compute(*(_shown(program.view(place), tensors) for place in call.reads))
+                for slot, tensor in zip(call.slots, found if type(found) in (tuple, list) else [found], strict=True):
+                    (tensors[slot],) = program.slots.put(memory, slot, [_kept(tensor, workspace)])
+        results = self._results.copy()
+        for index, seen in self._moving:
+            results[index] = tensors[seen] if type(seen) is int else _shown(seen, tensors)
+        return results
 
 
 def _shown(seen: _View | int | None, tensors: dict[int, Tensor]) -> Tensor | None:

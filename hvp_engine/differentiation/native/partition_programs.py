@@ -129,6 +129,11 @@ class Whole:
             self._run = programs.timed(lambda: GraphProgram(graph, programs.dtypes))[0] or otherwise
         return self._run(*known)
 
+    @property
+    def program(self) -> GraphProgram | None:
+        """The program, once it is made; None before, and where there is none."""
+        return self._run if isinstance(self._run, GraphProgram) else None
+
 
 class BoundPrograms:
     """The programs of a partition at one point."""
@@ -143,6 +148,22 @@ class BoundPrograms:
     def __setstate__(self, state: tuple[PartitionPrograms, Sequence[Tensor]]) -> None:
         self._programs, self._residuals = state
 
+    def move(self, residuals: Sequence[Tensor]) -> None:
+        """To another point."""
+        self._residuals = residuals
+        for bound in self._made():
+            bound.move(residuals)
+
+    def let_go(self) -> None:
+        """Hold no residuals until the next :meth:`move`."""
+        self._residuals = ()
+        for bound in self._made():
+            bound.let_go()
+
+    def _made(self) -> list[BoundProgram]:
+        made = vars(self).get("_bound"), vars(self).get("_factored")
+        return [bound for bound in made if bound is not None]
+
     def product(self, tangents: Sequence[Tensor], layout: Layout) -> list[Tensor]:
         """H t, in new memory."""
         return self._bound.product(tangents, layout)
@@ -156,6 +177,12 @@ class BoundPrograms:
             (self._bound if factored is None else factored).terms(accumulation, damping)(steps)
 
         return run
+
+    def rehearsed(self, accumulation: Accumulation, damping: float, steps: range) -> Callable[[], list[Tensor]] | None:
+        """See :meth:`BoundProgram.rehearsed`; None where another program is faster for so many terms."""
+        if len(steps) >= self._programs.fewest_terms(self._residuals, grams_exist=False):
+            return None
+        return self._bound.rehearsed(accumulation, damping, steps)
 
     @cached_property
     def _bound(self) -> BoundProgram:

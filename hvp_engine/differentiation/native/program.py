@@ -21,7 +21,7 @@ from hvp_engine.differentiation.native.extension import Slots, check
 from hvp_engine.differentiation.native.memory_plan import plan
 from hvp_engine.differentiation.native.operations import Code, Operation
 from hvp_engine.differentiation.native.places import Place
-from hvp_engine.differentiation.native.updates import FIRST_FACTOR, Mixing, Summands, product, update
+from hvp_engine.differentiation.native.updates import FIRST_FACTOR, Mixing, Summands, product, table_of, update
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 
 _HANDLERS = (adjoints, differentiable, elementwise, linear_algebra, recurrent, shaping)
@@ -203,18 +203,49 @@ class BoundProgram:
         self._program = program
         self._lock = threading.Lock()
         self._memory = program.slots.memory()
-        known = [residuals[index] for index in program.residuals]
-        tensors: dict[int, Tensor] = dict(enumerate(self._put(0, known)))
-        if program.derived:
-            self._derive(tensors)
         for slot in program.scratch:
             self._memory.put(slot, [program.slots.empty(slot)])
+        self.move(residuals)
+
+    def move(self, residuals: Sequence[Tensor]) -> None:
+        """To another point."""
+        program = self._program
+        known = self._put(0, [residuals[index] for index in program.residuals])
+        if program.derived:
+            self._derive(dict(enumerate(known)))
         if program.prepared:
             program.preparation.run(self._memory, [[]])
         self._decays = [
             number([residuals[index] for index in program.parts.diagonals[f.weight]], (f.sizes[1], rows.sizes[1]))
             for f, rows in zip(program.factors, program.inputs, strict=True)
         ]
+
+    def let_go(self) -> None:
+        """Hold no residuals until the next :meth:`move`."""
+        self._memory.clear(0, len(self._program.residuals))
+
+    def rehearsed(self, accumulation: Accumulation, damping: float, steps: range) -> Callable[[], list[Tensor]] | None:
+        """These terms, and the product after them, which lies in the same memory every time; None if vectors have to be
+        laid out anew, or are kept in the space of the batch."""
+        program, memory = self._program, self._memory
+        update = program.update(accumulation, damping != 0.0)
+        results = [*map(program.slots.empty, range(program.firsts[1], program.firsts[1] + program.count))]
+        placed = [(first, one.views) for first, one in zip(program.firsts, update.vectors, strict=False)]
+        if program.factors or any(memory.put(first, views) >= 0 for first, views in placed):
+            return None
+        table = table_of(accumulation, damping, steps)
+
+        def run() -> list[Tensor]:
+            with self._lock:
+                for first, views in placed:
+                    memory.put(first, views)
+                update.program.run(memory, table)
+                memory.put(program.firsts[1], results)
+                program.product.run(memory, [[]])
+                self._forget()
+            return results
+
+        return run
 
     def _derive(self, known: dict[int, Tensor]) -> None:
         """Compute what follows from the tensors in the slots."""
@@ -241,14 +272,9 @@ class BoundProgram:
     def terms(self, accumulation: Accumulation, damping: float) -> Terms:
         """All terms of a solve but the last, whose norms are asked for."""
         update = self._program.update(accumulation, damping != 0.0)
-        scale, in_place = accumulation.scale, accumulation.target is accumulation.direction
-        first = [-scale, (1.0 if in_place else 0.0) - scale * damping]
 
         def run(steps: range) -> None:
-            if all(one.factors is None for one in accumulation.mixings):
-                table = [[*first, *[1.0] * (2 * len(accumulation.mixings))]] * len(steps)
-            else:
-                table = [[*first, *chain(*(one.factors_at(step) for one in accumulation.mixings))] for step in steps]
+            table = table_of(accumulation, damping, steps)
             with self._lock:
                 placed = [
                     self._put(start, vector.views)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+from hvp_engine.differentiation.linear_map import Accumulation
 from hvp_engine.differentiation.native.builder import Builder, Operand
 from hvp_engine.differentiation.native.operations import Code, Operation
 from hvp_engine.differentiation.native.places import Place
@@ -134,3 +136,12 @@ def _independent(stores: Sequence[tuple[Operand, Place]]) -> list[list[tuple[Ope
             passes.append([])
         passes[-1].append((value, place))
     return [one for one in passes if one]
+
+
+def table_of(accumulation: Accumulation, damping: float, steps: range) -> list[list[float]]:
+    """The table of a run: what each step computes with."""
+    scale, in_place = accumulation.scale, accumulation.target is accumulation.direction
+    first = [-scale, (1.0 if in_place else 0.0) - scale * damping]
+    if all(one.factors is None for one in accumulation.mixings):
+        return [[*first, *[1.0] * (2 * len(accumulation.mixings))]] * len(steps)
+    return [[*first, *chain(*(one.factors_at(step) for one in accumulation.mixings))] for step in steps]

@@ -64,29 +64,30 @@ class PartitionedLinearization(Linearization):
         self.layout = layout
         self.name = name
         self.functions = functions
+        self._complete = all(functions.partition.tangent.outputs)
         parts = functions.partition
         self._residuals = residuals
         self._tangent_residuals = [residuals[index] for index in parts.tangent.residuals]
         self._mixed_residuals = [residuals[index] for index in parts.mixed.residuals]
-        self._complete = all(parts.tangent.outputs)
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t."""
-        if self._native is not None:
-            return self._native.product(tangents, self.layout)
+        if self.native is not None:
+            return self.native.product(tangents, self.layout)
         with below_autograd():
             products = self.functions.tangent(*self._tangent_residuals, *tangents)
         return products if self._complete else self._filled(products, tangents)
 
     @cached_property
-    def _native(self) -> BoundPrograms | None:
+    def native(self) -> BoundPrograms | None:
+        """The programs of products and terms on the residuals, if there are any."""
         native = self.functions.native
         return None if native is None else native.bind(self._residuals)
 
     @property
     def by_extension(self) -> bool:
         """Whether products and terms are made by native programs."""
-        return self._native is not None
+        return self.native is not None
 
     def _filled(self, products: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
         found = iter(products)
@@ -95,7 +96,7 @@ class PartitionedLinearization(Linearization):
 
     @property
     def batches(self) -> bool:
-        return self._native is None and not self.functions.unbatched  # a native program launches nothing
+        return self.native is None and not self.functions.unbatched  # a native program launches nothing
 
     def products(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t for several t, by vmap; one by one where it has no rule for some operation, which the report names."""
@@ -128,20 +129,24 @@ class PartitionedLinearization(Linearization):
             found = iter(self.functions.mixed(*self._mixed_residuals, *tangents))
         return [next(found) if there else None for there in self.functions.partition.mixed.outputs]
 
+    @cached_property
+    def closed_by(self) -> Callable[..., Sequence[Tensor | None]] | None:
+        """The program of :meth:`closing`, if there is one; its results are the caller's."""
+        return self.functions.closing(self.gradient)
+
     def closing(self, x: Sequence[Tensor]) -> Closing:
-        closing = self.functions.closing(self.gradient)
-        if closing is None:
+        if self.closed_by is None:
             return super().closing(x)
         with below_autograd():
-            *found, change, square = closing(*self._mixed_residuals, *x, *self.gradient)
+            *found, change, square = self.closed_by(*self._mixed_residuals, *x, *self.gradient)
         assert change is not None and square is not None
         present = iter(found)
         indirect = [next(present) if there else None for there in self.functions.partition.mixed.outputs]
         return Closing(indirect, x, self.gradient, self.layout, (change, square))
 
     def accumulating_terms(self, accumulation: Accumulation, damping: float) -> Terms | None:
-        if self._native is not None:
-            return self._native.terms(accumulation, damping)
+        if self.native is not None:
+            return self.native.terms(accumulation, damping)
         parts = self.functions.partition
         if not parts.accumulates or self.layout.low_precision or not accumulating_pays(self.layout):
             return None

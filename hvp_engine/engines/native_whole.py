@@ -1,0 +1,247 @@
+"""Whole hypergradients by native programs: both gradients, the solve and what follows it, on memory that stays.
+
+What :mod:`hvp_engine.engines.whole` is on a GPU. A call whose losses are traced, checked and calm runs none of the
+caller's code and draws nothing, so it needs no turn of its own and leaves nothing to put back. If the memory is small
+it is kept, and the next call of the same kind has only to bind its tensors: whether they are laid out as the trace saw
+them, the extension sees on the way.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine._support.flat_vector import Layout, detached
+from hvp_engine._support.torch_compat import below_autograd
+from hvp_engine.differentiation.gradient import Gradient
+from hvp_engine.differentiation.linear_map import LinearMap
+from hvp_engine.differentiation.native.closing import closing_graph
+from hvp_engine.differentiation.native.graph_program import BoundGraph, GraphProgram
+from hvp_engine.differentiation.native.partition_programs import BoundPrograms
+from hvp_engine.differentiation.native.partition_programs import Whole as Native
+from hvp_engine.differentiation.problem import Problem
+from hvp_engine.engines.base import Parts, begin, make_steps
+from hvp_engine.engines.functions import Functions, TracedLinearization
+from hvp_engine.engines.gradients import Known
+from hvp_engine.ops import backend
+from hvp_engine.solvers.base import Solver, described
+from hvp_engine.solvers.iteration import FinishedIteration, Iteration
+from hvp_engine.solvers.spectrum import SpectralEstimate
+
+_LARGEST = 1 << 20
+"""Elements of memory that is kept between calls; more is the process's again, as allocating it takes a small part of
+the time of such a call."""
+
+
+class NativeWhole:
+    """A hypergradient's programs on memory of their own, which is also what runs the terms of its solve.
+
+    Arguments:
+        train, val: problems as all those that follow, by what they look like.
+        functions, gradient: the settled trace of the training loss, and the settled gradient of the validation loss.
+        primal, program: the program of each.
+    """
+
+    @classmethod
+    def of(
+        cls, train: Problem, val: Problem, solver: Solver, functions: Functions, gradient: Known
+    ) -> NativeWhole | None:
+        """None where a part is not made by a program, or draws, or where it would keep too much."""
+        primal, program = functions.primal, gradient.program
+        if not isinstance(primal, Native) or primal.program is None or not isinstance(program, GraphProgram):
+            return None
+        if program.random or not (program.sees_inputs and primal.program.sees_inputs):
+            return None
+        if program.elements + primal.program.elements > _LARGEST:
+            return None
+        return cls(train, val, solver, functions, gradient, primal.program, program)
+
+    def __init__(
+        self,
+        train: Problem,
+        val: Problem,
+        solver: Solver,
+        functions: Functions,
+        gradient: Known,
+        primal: GraphProgram,
+        program: GraphProgram,
+    ):
+        self._functions, self._gradient, self._program = functions, gradient, program
+        self._solver, self._name = solver, train.name
+        self._losses, self._trees = (train.loss, val.loss), _trees(train, val)
+        self._settings = _settings()
+        self._layout = Layout.of(train.weights)
+        self._val, self._primal = program.bind(handed_out=[0]), primal.bind(handed_out=[0])
+        self._zeros = [torch.zeros_like(weight) for weight in detached(train.weights)]
+        self._native: BoundPrograms | None = None
+        self._closing: BoundGraph | None = None
+        self._finishing: BoundGraph | None = None
+        self._rehearsal: Callable[[], list[Tensor]] | None = None
+        self._in_steps = solver.estimates_spectrum
+        self._inputs: list[list[Tensor]] = []
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of what holds it makes one of its own."""
+        return type(None), ()
+
+    def begin(self, train: Problem, val: Problem, solver: Solver) -> bool:
+        """Bind the problems' tensors, for the calling thread alone until :meth:`end`; false, with nothing bound, if it
+        cannot be used for them now."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        if self._serves(train, val, solver):
+            point = *train.weights, *train.hyperparameters
+            inputs = [[*point, *val.split[0]], [*point, *train.split[0]]]
+            if self._val.take(inputs[0]) and self._primal.take(inputs[1]):
+                self._inputs = inputs
+                return True
+        self.end()
+        return False
+
+    def _serves(self, train: Problem, val: Problem, solver: Solver) -> bool:
+        functions, gradient = self._functions, self._gradient
+        return (
+            self._losses[0] is train.loss
+            and self._losses[1] is val.loss
+            and self._solver is solver
+            and self._trees == _trees(train, val)
+            and self._settings == _settings()
+            and functions.is_quiet()
+            and gradient.program is self._program
+            and gradient.is_settled()
+        )
+
+    def end(self) -> None:
+        """Let the problems' tensors go."""
+        self._inputs.clear()
+        for holder in (self._val, self._primal, self._native, self._closing, self._finishing):
+            if holder is not None:
+                holder.let_go()
+        self._lock.release()
+
+    def differentiated(self) -> tuple[Gradient, TracedLinearization]:
+        """The validation gradient and the training loss's linearization at what is bound."""
+        self._functions.schedule.due()
+        self._gradient.schedule.due()
+        with below_autograd():
+            loss, *found = [one if one is None else one.detach() for one in self._val.run(self._inputs[0])]
+            values = detached(_present(self._primal.run(self._inputs[1])))
+        count = len(self._zeros)
+        linearization = TracedLinearization(self._functions, self._layout, self._name, values)
+        if self._native is None:
+            self._native = linearization.native
+        else:
+            linearization.native = self._native
+            self._native.move(values[1 + count :])
+        if self._closing is None:
+            closing = self._functions.closing(linearization.gradient)
+            self._closing = None if closing is None else closing.bind(handed_out=range(len(closing.seen)))
+        linearization.closed_by = self._closing
+        assert loss is not None
+        return Gradient(_scalar(loss), self._filled(found), found[count:]), linearization
+
+    def at_once(self) -> Parts | None:
+        if self._in_steps:
+            return None
+        count = len(self._zeros)
+        with below_autograd():
+            val_loss, *found = self._val.run(self._inputs[0])
+            train_loss, *values = _present(self._primal.run(self._inputs[1]))
+            if self._rehearsal is not None and self._native is not None:
+                self._native.move(values[count:])
+            elif not self._rehearsed(values[:count], values[count:], found[count:]):
+                self._in_steps = True
+                return None
+            assert self._rehearsal is not None and self._finishing is not None and val_loss is not None
+            iteration = self._vectors
+            iteration.adapt(None)
+            iteration.start(self._filled(found))
+            iteration.steps = iteration.limit - 1
+            iteration.step(self._rehearsal())
+            outcome = iteration.unscaled()
+            if outcome is None or outcome.failed:
+                return None
+            mixed = [values[count + index] for index in self._functions.partition.mixed.residuals]
+            parts = self._finishing(
+                *mixed, *iteration.value.views, *values[:count], self._alpha, *_present(found[count:])
+            )
+            *results, change, norm = _present(parts)
+            change, norm = change.double(), norm.double()
+        self._functions.schedule.due()
+        self._gradient.schedule.due()
+        solution = described(iteration, outcome, iteration.steps, self._solver.damping)
+        return Parts(_scalar(train_loss), _scalar(val_loss), results[count:], results[:count], solution, norm, change)
+
+    def _rehearsed(self, gradient: list[Tensor], residuals: list[Tensor], direct: list[Tensor | None]) -> bool:
+        """Make what :meth:`at_once` needs; false if the solve has to be made in steps."""
+        functions, iteration = self._functions, self._vectors
+        mixed, programs = functions.partition.mixed, functions.native
+        self._native = None if programs is None else programs.bind(residuals)
+        if programs is None or self._native is None or not iteration.limit or not all(mixed.outputs):
+            return False
+        iteration.adapt(None)
+        graph, accumulation = closing_graph(mixed, gradient, direct), iteration.accumulation
+        program = programs.timed(lambda: GraphProgram(graph, functions.partition.dtypes))[0]
+        if program is None or accumulation is None:
+            return False
+        self._rehearsal = self._native.rehearsed(accumulation, self._solver.damping, range(iteration.limit - 1))
+        self._finishing = program.bind(handed_out=range(len(program.seen)))
+        self._alpha = gradient[0].new_tensor(iteration.alpha)
+        return self._rehearsal is not None
+
+    @cached_property
+    def _vectors(self) -> Iteration:
+        """The solver's, which stay."""
+        iteration = self._solver.allocate(self._layout)
+        iteration.taken_back = _stays
+        return iteration
+
+    def _filled(self, found: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradient by the weights."""
+        return [zero if part is None else part for part, zero in zip(found, self._zeros, strict=False)]
+
+    def run(
+        self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
+    ) -> FinishedIteration:
+        """The terms; in vectors that stay as well, if this is the solver that they were made for."""
+        if solver is not self._solver:
+            return make_steps(begin(operator, v, solver, estimate), operator, solver.damping)
+        self._vectors.adapt(estimate)
+        self._vectors.start(v)
+        return make_steps(self._vectors, operator, solver.damping)
+
+    def run_all(
+        self, operator: LinearMap, vs: Sequence[Sequence[Tensor]], solver: Solver, estimate: SpectralEstimate | None
+    ) -> Iterable[FinishedIteration]:
+        """One after another, each to be read before the next."""
+        return (self.run(operator, v, solver, estimate) for v in vs)
+
+
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    """The loss, which may be an argument itself, on its own."""
+    loss = loss.detach() if loss.requires_grad else loss
+    return loss.reshape(()) if loss.dim() else loss
+
+
+def _stays(iteration: Iteration) -> None:
+    """Where it is."""
+
+
+def _trees(train: Problem, val: Problem) -> tuple[Any, ...]:
+    """What is no tensor, in the arguments of both losses."""
+    return train.weight_structure, train.hyperparameter_structure, train.split[1:], val.split[1:]
+
+
+def _settings() -> tuple[object, ...]:
+    """What decides how programs run."""
+    return torch.get_num_threads(), backend.chosen()
