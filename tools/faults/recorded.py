@@ -4,7 +4,7 @@ from tools.faults.base import Fault
 
 FAULTS = [
     Fault(
-        "hvp_engine/differentiation/recorded/graph_contents.py",
+        "hvp_engine/differentiation/graph_structure.py",
         "[None if x.is_leaf else _edge(x) for x in inputs]",
         "[None for x in inputs]",
         "tests/test_graph_contents.py -k exchanged",

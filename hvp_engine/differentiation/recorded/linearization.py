@@ -22,15 +22,15 @@ from torch import Tensor
 from hvp_engine._support.precision import without_autocast
 from hvp_engine._support.torch_compat import versions_of
 from hvp_engine.differentiation.double_backward import GraphFacts, Pullback, Tape, filled
+from hvp_engine.differentiation.graph_structure import Graph, HiddenContentsError, walk
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
-from hvp_engine.differentiation.recorded.graph_contents import GraphContents, HiddenContentsError, read_graph
+from hvp_engine.differentiation.recorded.graph_contents import GraphContents, contents_of
+from hvp_engine.differentiation.recorded.known_graphs import Known, Shortcut, Solve
 from hvp_engine.differentiation.recorded.library import (
     LIBRARY,
     MOST_VALUES,
-    Known,
     Library,
     Loosened,
-    Shortcut,
     numbers_taken,
     place_constants,
     with_numbers_as_constants,
@@ -52,8 +52,9 @@ class RecordedLinearization(Tape):
         gradient, weights, hyperparameters, loss, name, symmetric, inside: as of :class:`Tape`.
         library: where programs are kept.
 
-    Cost: reading the graph, 2 to 4 us for each node; at the second sight of a kind of graph, building the program,
-    about 0.5 ms for each operation of a product; from the third on it runs, where it is faster.
+    Cost: a walk through the graph, 0.5 us for each node, and where a program may gain, reading it, 2 to 4 us for each
+    node; at the second sight of a kind of graph, building the program, about 0.5 ms for each operation of a product;
+    from the third on it runs, where it is faster.
 
     Autocast around products is off for the program and for what it is made from: the graph has what the forward cast.
     """
@@ -73,35 +74,67 @@ class RecordedLinearization(Tape):
         library: Library = LIBRARY,
     ):
         self._inputs = (*weights, *hyperparameters)
+        self._solve = Solve()
         self._both = Pullback(gradient, self._inputs)
         self._library = library
         self._contents: GraphContents | None = None
         self._program: PartitionedLinearization | None = None
         self._watch(())
         self._begun = False
+        self._walked: Graph | None = None
         self._asked = 0
+        self._read_at = math.inf
         self._record_at = self._adopt_at = math.inf
         self._shortcut: Shortcut | None = None
         super().__init__(gradient, weights, hyperparameters, loss, name, symmetric, inside)
 
     def _examined(self, hyperparameters: Sequence[Tensor]) -> GraphFacts:
-        """Read the graph; what a walk through it finds is known of an earlier one of the same text."""
+        """Walk through the graph, and read it where that pays; what a full examination finds is known of an earlier
+        one of the same structure."""
         active = [x for x in self._inputs if x.requires_grad]
         try:
-            contents = read_graph(self._both.outputs, active)
+            graph = walk(self._both.outputs, active)
         except HiddenContentsError as reason:
             facts = super()._examined(hyperparameters)
-            kinds = tuple(map(kind_of, active))
-            self._known = self._library.known((str(reason), facts.nodes, kinds))
-            self._known.hidden = str(reason)
+            self._outline = self._library.outline((str(reason), facts.nodes))
+            self._hidden(str(reason), facts)
+        else:
+            self._outline = self._library.outline((graph.structure, self._both.pattern, len(self.weights)))
+            facts = self._outline.facts or super()._examined(hyperparameters)
+            self._outline.facts = facts
+            self._walked, self._read_at = graph, self._reading_pays_from()
+            if self._outline.products >= self._read_at:
+                self._read()
+            else:
+                self._known = self._outline.kinds[-1]
+        return facts
+
+    def _reading_pays_from(self) -> float:
+        """Products from which a solve should read the graph."""
+        return self._outline.pays_from()
+
+    def _read(self) -> None:
+        """Read the graph, to look for a program of its kind."""
+        assert self._walked is not None and self._outline.facts is not None
+        start = time.perf_counter()
+        try:
+            contents = contents_of(self._walked, [x for x in self._inputs if x.requires_grad])
+        except HiddenContentsError as reason:
+            self._hidden(str(reason), self._outline.facts)
         else:
             self._known = self._library.known((contents.text, self._both.pattern, len(self.weights)))
-            facts = self._known.facts or super()._examined(hyperparameters)
-            self._known.facts = facts
             if not self._known.hidden and not self._known.refused:
                 self._contents = contents
                 self._watch(contents.tensors)
-        return facts
+        self._walked, self._read_at = None, math.inf
+        self._outline.read(self._known)
+        self._solve.fixed += time.perf_counter() - start
+
+    def _hidden(self, reason: str, facts: GraphFacts) -> None:
+        """Go on with a graph that does not show all that it holds."""
+        kinds = tuple([kind_of(x) for x in self._inputs if x.requires_grad])
+        self._known = self._library.known((reason, facts.nodes, kinds))
+        self._known.hidden = reason
 
     @property
     def program(self) -> PartitionedLinearization | None:
@@ -117,24 +150,34 @@ class RecordedLinearization(Tape):
         """H t; a weight that f does not depend on gets zeros."""
         if not self._begun:
             self._begin()
+        if self._asked >= self._read_at:
+            self._read()
+            self._decide()
         if self._program is None and self._asked >= self._adopt_at and self._shortcut is not None:
             self._run_on_graph(self._shortcut)
-        known, self._asked = self._known, self._asked + 1
-        known.products = self._asked
+        self._asked = self._outline.products = self._asked + 1
         start = time.perf_counter()
         if self._program is not None:
             with without_autocast(self.layout.device):
                 products = self._program.product(tangents)
-            known.program_seconds = min(known.program_seconds, time.perf_counter() - start)
+            self._timed(start, 1, True)
         elif self._asked > self._record_at:
             with without_autocast(self.layout.device):
                 products = self._written_down(tangents)
         else:
             products = super().product(tangents)
-            seconds = time.perf_counter() - start
-            self._library.plain_seconds += seconds
-            known.plain_seconds = min(known.plain_seconds, seconds)
+            self._library.plain_seconds += self._timed(start, 1, False)
         return products
+
+    def _timed(self, start: float, products: int, by_program: bool) -> float:
+        """Note that products have been made from `start` on; returns the seconds."""
+        solve, now = self._solve, time.perf_counter()
+        if not solve.products:
+            solve.began, solve.by_program = start, by_program
+        solve.mixed |= by_program is not solve.by_program
+        solve.products += products
+        solve.ended = now
+        return now - start
 
     @property
     def batches(self) -> bool:
@@ -161,17 +204,16 @@ class RecordedLinearization(Tape):
     def accumulating_terms(self, accumulation: Accumulation, damping: float) -> Terms | None:
         if not self._begun:
             self._begin()
-        known = self._known
         terms = None if self._program is None else self._program.accumulating_terms(accumulation, damping)
         if terms is None:
             return None
 
         def counted(steps: range) -> None:
-            self._asked = known.products = self._asked + len(steps)
+            self._asked = self._outline.products = self._asked + len(steps)
             start = time.perf_counter()
             with without_autocast(self.layout.device):
                 terms(steps)
-            known.program_seconds = min(known.program_seconds, (time.perf_counter() - start) / max(len(steps), 1))
+            self._timed(start, len(steps), True)
 
         return counted
 
@@ -182,8 +224,17 @@ class RecordedLinearization(Tape):
             self._watch(())
         if self._begun:
             return
-        self._begun, known, expected = True, self._known, self._known.products
+        self._begun = True
+        if self._walked is None:
+            self._decide()
+        else:
+            self.fallback = self._known.refused or None
+
+    def _decide(self) -> None:
+        """Choose who makes the products of a graph that has been read, or that cannot be."""
+        known, expected = self._known, self._outline.products
         known.sights += 1
+        known.begin(self._solve)
         if known.refused or not self._both.outputs:
             self.fallback = known.refused or None
             return
@@ -204,7 +255,10 @@ class RecordedLinearization(Tape):
 
     def _hesitation(self, known: Known, expected: int) -> float:
         """Products by autograd before a known program is taken."""
-        return 0 if expected >= known.breaks_even else known.breaks_even
+        even = known.breaks_even
+        if self._outline.tries_again(known):
+            return math.inf if expected >= even else 0
+        return 0 if expected >= even else even
 
     def _patience(self, known: Known, expected: int) -> float:
         """Products by autograd before one is written down, where a solve is expected to need so many."""
@@ -220,7 +274,7 @@ class RecordedLinearization(Tape):
         start = time.perf_counter()
         with without_autocast(self.layout.device):
             self._adopt(shortcut.program, shortcut.constants(self._contents))
-            self._known.fixed_seconds = min(self._known.fixed_seconds, time.perf_counter() - start)
+            self._solve.fixed += time.perf_counter() - start
             self._contents = self._shortcut = None
             if not shortcut.program.schedule.due() or self._check(shortcut.program):
                 self._settle()
@@ -252,7 +306,7 @@ class RecordedLinearization(Tape):
             self._learn_from_graph(written, contents, tangents)
         if self._program is not None:
             if contents is None:
-                self._known.fixed_seconds = min(self._known.fixed_seconds, time.perf_counter() - start)
+                self._solve.fixed += time.perf_counter() - start
             if self._waits and self._known.adoptions == 1 and self._asked == 1:
                 self._program = None  # for the next solve: two calls in a row give the same, bit for bit
                 return filled(products[:count], self.weights)
