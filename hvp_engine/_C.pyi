@@ -80,6 +80,14 @@ def walk_graph(
     readers: dict[type, Any],
     reader_of: Callable[[Any], Any],
 ) -> Graph | str: ...
+def plain_series(
+    product: Callable[[tuple[Tensor, ...]], Sequence[Tensor | None]],
+    v: Sequence[Tensor],
+    p: tuple[Tensor, ...],
+    terms: int,
+    alpha: float,
+    damping: float,
+) -> tuple[float, ...] | None: ...
 def recurrence(
     *, code: int, units: int, batch_sizes: Sequence[int], reverse: bool, tensors: Sequence[Tensor | None]
 ) -> None: ...

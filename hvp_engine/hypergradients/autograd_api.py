@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -15,14 +16,14 @@ from torch import Tensor
 
 from hvp_engine._support.flat_vector import detached
 from hvp_engine._support.pytree import Tensors, as_list, as_list_like, check_scalar, is_flat_for
-from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, gradients, other_leaves
+from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, gradients
+from hvp_engine.differentiation.missing_derivatives import other_leaves
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
-from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import GraphError, SecondDerivativeError
 from hvp_engine.hypergradients.implicit import implicit_gradient
+from hvp_engine.hypergradients.plain_series import TapeSystem, plain_series
 from hvp_engine.solvers import Neumann, Solver
-from hvp_engine.solvers.base import LinearSystem, check_solver
-from hvp_engine.solvers.spectrum import Spectrum
+from hvp_engine.solvers.base import check_solver
 
 OptionalTensors = Tensors | Sequence[Tensor | None] | Mapping[Any, Tensor | None]
 
@@ -71,7 +72,7 @@ def approx_inverse_hvp(
     >>> hvp.approx_inverse_hvp(torch.ones(2), loss, w, iterations=50, alpha=0.5)
     (tensor([0.5000, 1.0000]),)
     """
-    solver = Neumann(iterations, alpha, damping=damping)
+    solver = _series(iterations, alpha, damping)
     weights = as_list(w, "w")
     vector = as_list_like(v, weights, w, "v", "w")
     tape = _kind(engine)(_gradient_of(f, weights, w), weights, loss=f if _is_loss(f) else None, name="f")
@@ -80,7 +81,9 @@ def approx_inverse_hvp(
             "f: expected gradients that depend on w; got a graph that reaches none of w: pass the tensors that "
             "the forward used (of a loss linear in w the Hessian is zero and has no inverse)"
         )
-    value, _ = _system(tape).solve(detached(vector), solver)
+    vector = detached(vector)
+    found = plain_series(tape, vector, solver)
+    value, _ = TapeSystem(tape).solve(vector, solver) if found is None else found
     return torch.cat([part.reshape(-1) for part in value]) if is_flat_for(v, weights) else tuple(value)
 
 
@@ -150,7 +153,7 @@ def hypergradient(
             stacklevel=2,
         )
         return tuple(torch.zeros_like(hyperparameter) for hyperparameter in hyper_list)
-    grads, _, _ = implicit_gradient(_system(tape), vector, found[count:], hyper_list, solver)
+    grads, _, _ = implicit_gradient(TapeSystem(tape), vector, found[count:], hyper_list, solver)
     return tuple(grads)
 
 
@@ -216,12 +219,8 @@ class _BestResponse(torch.autograd.Function):
             raise _no_second_derivative("best_response")
         none = [None] * len(ctx.hyperparameters)
         vector = [g for g, active in zip(grad_outputs, ctx.active, strict=True) if active]
-        grads, _, _ = implicit_gradient(_system(ctx.tape), vector, none, ctx.hyperparameters, ctx.solver)
+        grads, _, _ = implicit_gradient(TapeSystem(ctx.tape), vector, none, ctx.hyperparameters, ctx.solver)
         return None, None, None, *grads
-
-
-def _system(tape: Tape) -> LinearSystem:
-    return LinearSystem(tape, EagerEngine(), Spectrum())
 
 
 def _kind(engine: str) -> type[Tape]:
@@ -233,6 +232,17 @@ def _kind(engine: str) -> type[Tape]:
             "the other engines need the loss as a function (hvp.Hypergradient, hvp.HessianOperator)"
         )
     return kinds[engine]
+
+
+def _series(iterations: int, alpha: float | Literal["auto"], damping: float) -> Neumann:
+    """The solver; one made before, where these are plain numbers."""
+    plain = type(iterations) is int and type(alpha) in (float, str) and type(damping) is float
+    return (_same_series if plain else Neumann)(iterations, alpha, damping=damping)
+
+
+@lru_cache(64)
+def _same_series(iterations: int, alpha: float | Literal["auto"], damping: float) -> Neumann:
+    return Neumann(iterations, alpha, damping=damping)
 
 
 def _is_loss(f: Any) -> TypeGuard[Tensor]:

@@ -99,8 +99,10 @@ def contents_of(graph: Graph, inputs: Sequence[Tensor]) -> GraphContents:
     if any(has_hooks(x) for x in inputs):
         raise HiddenContentsError("hooks on the weights")
     try:
-        by_python = isinstance(graph, WalkedGraph)
-        found = contents_by_python(graph, _NUMBERS) if by_python else graph.contents(_NUMBERS, PRIVATE_NAMES)
+        if isinstance(graph, WalkedGraph):
+            found = contents_by_python(graph, _NUMBERS)
+        else:
+            found = graph.contents(_NUMBERS, PRIVATE_NAMES)
     except (RuntimeError, TypeError) as error:  # a freed or changed tensor, about which autograd itself will say more
         raise HiddenContentsError("a saved tensor that cannot be read any more") from error
     if isinstance(found, str):

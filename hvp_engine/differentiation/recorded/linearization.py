@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 
 from torch import Tensor
 
@@ -89,8 +90,7 @@ class RecordedLinearization(Tape):
         super().__init__(gradient, weights, hyperparameters, loss, name, symmetric, inside)
 
     def _examined(self, hyperparameters: Sequence[Tensor]) -> GraphFacts:
-        """Walk through the graph, and read it where that pays; what a full examination finds is known of an earlier
-        one of the same structure."""
+        """Walk through the graph; what a full examination finds is known of an earlier one of the same structure."""
         active = [x for x in self._inputs if x.requires_grad]
         try:
             graph = walk(self._both.outputs, active)
@@ -101,12 +101,7 @@ class RecordedLinearization(Tape):
         else:
             self._outline = self._library.outline((graph.structure, self._both.pattern, len(self.weights)))
             facts = self._outline.facts or super()._examined(hyperparameters)
-            self._outline.facts = facts
-            self._walked, self._read_at = graph, self._reading_pays_from()
-            if self._outline.products >= self._read_at:
-                self._read()
-            else:
-                self._known = self._outline.kinds[-1]
+            self._outline.facts, self._walked = facts, graph
         return facts
 
     def _reading_pays_from(self) -> float:
@@ -116,7 +111,7 @@ class RecordedLinearization(Tape):
     def _read(self) -> None:
         """Read the graph, to look for a program of its kind."""
         assert self._walked is not None and self._outline.facts is not None
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             contents = contents_of(self._walked, [x for x in self._inputs if x.requires_grad])
         except HiddenContentsError as reason:
@@ -128,7 +123,7 @@ class RecordedLinearization(Tape):
                 self._watch(contents.tensors)
         self._walked, self._read_at = None, math.inf
         self._outline.read(self._known)
-        self._solve.fixed += time.perf_counter() - start
+        self._solve.fixed += time.thread_time() - start
 
     def _hidden(self, reason: str, facts: GraphFacts) -> None:
         """Go on with a graph that does not show all that it holds."""
@@ -146,6 +141,19 @@ class RecordedLinearization(Tape):
         self._begin()
         return self._program is None and min(self._record_at, self._adopt_at) <= self._asked
 
+    @cached_property
+    def _product(self) -> Pullback:
+        return self._both if len(self._inputs) == len(self.weights) else Pullback(self._graph, self.weights)
+
+    def plain_products(self, count: int) -> Pullback | None:
+        self._outline.products = count
+        if not self._begun:
+            self._begin()
+        if self._walked is None or self._asked + count >= self._read_at:
+            return None
+        self._asked += count
+        return super().plain_products(count)
+
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t; a weight that f does not depend on gets zeros."""
         if not self._begun:
@@ -156,7 +164,7 @@ class RecordedLinearization(Tape):
         if self._program is None and self._asked >= self._adopt_at and self._shortcut is not None:
             self._run_on_graph(self._shortcut)
         self._asked = self._outline.products = self._asked + 1
-        start = time.perf_counter()
+        start = time.thread_time()
         if self._program is not None:
             with without_autocast(self.layout.device):
                 products = self._program.product(tangents)
@@ -171,7 +179,7 @@ class RecordedLinearization(Tape):
 
     def _timed(self, start: float, products: int, by_program: bool) -> float:
         """Note that products have been made from `start` on; returns the seconds."""
-        solve, now = self._solve, time.perf_counter()
+        solve, now = self._solve, time.thread_time()
         if not solve.products:
             solve.began, solve.by_program = start, by_program
         solve.mixed |= by_program is not solve.by_program
@@ -210,7 +218,7 @@ class RecordedLinearization(Tape):
 
         def counted(steps: range) -> None:
             self._asked = self._outline.products = self._asked + len(steps)
-            start = time.perf_counter()
+            start = time.thread_time()
             with without_autocast(self.layout.device):
                 terms(steps)
             self._timed(start, len(steps), True)
@@ -225,10 +233,15 @@ class RecordedLinearization(Tape):
         if self._begun:
             return
         self._begun = True
-        if self._walked is None:
-            self._decide()
-        else:
-            self.fallback = self._known.refused or None
+        if self._walked is not None:
+            self._read_at = self._reading_pays_from()
+            if self._outline.products >= self._read_at:
+                self._read()
+            else:
+                self._known = self._outline.kinds[-1]
+                self.fallback = self._known.refused or None
+                return
+        self._decide()
 
     def _decide(self) -> None:
         """Choose who makes the products of a graph that has been read, or that cannot be."""
@@ -271,10 +284,10 @@ class RecordedLinearization(Tape):
     def _run_on_graph(self, shortcut: Shortcut) -> None:
         """Adopt a program whose constants the graph holds."""
         assert self._contents is not None
-        start = time.perf_counter()
+        start = time.thread_time()
         with without_autocast(self.layout.device):
             self._adopt(shortcut.program, shortcut.constants(self._contents))
-            self._solve.fixed += time.perf_counter() - start
+            self._solve.fixed += time.thread_time() - start
             self._contents = self._shortcut = None
             if not shortcut.program.schedule.due() or self._check(shortcut.program):
                 self._settle()
@@ -290,7 +303,7 @@ class RecordedLinearization(Tape):
     def _written_down(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """The product by autograd, written down; a program for the next ones, if possible."""
         contents, self._contents, self._record_at = self._contents, None, math.inf
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             with self._inside():
                 products, written = record(self._both, tangents, whole=contents is not None)
@@ -306,7 +319,7 @@ class RecordedLinearization(Tape):
             self._learn_from_graph(written, contents, tangents)
         if self._program is not None:
             if contents is None:
-                self._solve.fixed += time.perf_counter() - start
+                self._solve.fixed += time.thread_time() - start
             if self._waits and self._known.adoptions == 1 and self._asked == 1:
                 self._program = None  # for the next solve: two calls in a row give the same, bit for bit
                 return filled(products[:count], self.weights)

@@ -37,5 +37,6 @@ class OwnedLinearization(RecordedLinearization):
         return super().learning
 
     def _settle(self) -> None:
+        _ = self.gradient  # of the graph that goes
         self._graph, self._saved, self._versions = (), [], []
         self._product = self._mixed = self._both = Pullback((), ())
