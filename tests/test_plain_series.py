@@ -20,6 +20,7 @@ from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.hypergradients import plain_series as module
 from hvp_engine.hypergradients.plain_series import plain_series
 from hvp_engine.solvers.base import LinearSystem
+from hvp_engine.solvers.neumann import outcome_of
 from hvp_engine.solvers.spectrum import Spectrum
 
 pytestmark = pytest.mark.skipif(module._C is None, reason="the extension has not been built")
@@ -68,8 +69,9 @@ def test_a_general_solve_gives_the_same_bit_for_bit(name: str, damping: float) -
     assert found is not None
     true, solution = LinearSystem(tape, EagerEngine(), Spectrum()).solve(v, solver)
     assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(found[0], true, strict=True))
-    assert found[1].residual_norm == pytest.approx(solution.residual_norm, rel=1e-5)
-    assert found[1].status is solution.status
+    outcome = outcome_of(found[1], 6, v[0].dtype)
+    assert outcome.residual_norm == pytest.approx(solution.residual_norm, rel=1e-5)
+    assert outcome.status is solution.status
     assert all(torch.equal(a, b) for a, b in zip(v, kept, strict=True))
 
 
@@ -183,8 +185,9 @@ def test_a_graph_is_not_read_where_autograd_is_faster(monkeypatch: pytest.Monkey
         tape = RecordedLinearization(gradient, weights, library=library)
         v = [torch.randn_like(w) for w in weights]
         found = plain_series(tape, v, hvp.Neumann(terms, 0.05))
-        assert (found is not None) == (terms == 3 and call > 0), "the first one is read to learn"
-    assert len(reads) == 3 and len(series) == 3
+        assert (found is not None) == (terms == 3 or call == 0)
+    assert len(reads) == 3, "the first one, to learn, and those of many terms"
+    assert len(series) == 4
 
 
 def test_any_number_of_terms_in_turns() -> None:

@@ -201,8 +201,8 @@ grad."""
 
 def as_list(tensors: Tensors, name: str) -> list[Tensor]:
     """The tensors in a checked list, those of a dict or a module in its order."""
-    flat = _unnested(tensors, name)
-    if type(flat) is list and flat and all(_is_plain(part) and part.device == flat[0].device for part in flat):
+    flat = list(tensors) if type(tensors) in (list, tuple) else _unnested(tensors, name)  # type: ignore[arg-type]
+    if type(flat) is list and flat and all(map(_is_plain, flat)) and len({part.device for part in flat}) == 1:
         refuse_inference_mode(name)
         return flat  # nothing that a general tree has to be asked about, at a fifth of the time
     leaves, _ = flatten(flat, name)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -58,37 +59,36 @@ class Pullback:
 
     Attributes:
         outputs: those that depend on anything.
+        active: the inputs that are not frozen.
+        whole: whether those are all.
         pattern: which of all outputs do, and which inputs are not frozen.
     """
 
     def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]):
         self._inputs = tuple(inputs)
-        self._count = len(outputs)
         self._varying = tuple([index for index, output in enumerate(outputs) if output.requires_grad])
         self.outputs = tuple([outputs[index] for index in self._varying])
-        self._active = tuple([x for x in inputs if x.requires_grad])
-        self.pattern = self._varying, tuple([x.requires_grad for x in inputs])
+        free = tuple([x.requires_grad for x in inputs])
+        all_free = False not in free
+        self.active = self._inputs if all_free else tuple([x for x in inputs if x.requires_grad])
+        self.whole = all_free and len(self.outputs) == len(outputs)
+        self.pattern = self._varying, free
 
     def __call__(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """The product, dense; None for an input that is frozen or that the outputs do not depend on."""
-        if not self.outputs or not self._active:
+        if not self.outputs or not self.active:
             return [None] * len(self._inputs)
         cotangents = tuple([tangents[index] for index in self._varying])
         with explained():
             found = self.raw(cotangents)
-        if len(self._active) < len(self._inputs):
+        if len(self.active) < len(self._inputs):
             products = iter(found)
             found = [next(products) if x.requires_grad else None for x in self._inputs]
         return [_dense(product) for product in found]
 
-    @property
-    def whole(self) -> bool:
-        """Whether all outputs depend on something, and no input is frozen."""
-        return len(self._varying) == self._count and len(self._active) == len(self._inputs)
-
     def raw(self, cotangents: tuple[Tensor, ...]) -> Sequence[Tensor | None]:
         """The product of those outputs that vary, for the inputs that are active, as autograd gives it."""
-        return torch_compat.backward(self.outputs, cotangents, self._active)
+        return torch_compat.backward(self.outputs, cotangents, self.active)
 
 
 def _dense(product: Tensor | None) -> Tensor | None:
@@ -110,6 +110,9 @@ def gradients(loss: Tensor, weights: Sequence[Tensor], name: str) -> list[Tensor
             f"{len(weights)} weights: pass the tensors that the forward used"
         )
     return filled(found, weights)
+
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -195,10 +198,12 @@ class Tape(Linearization):
         incomplete = not torch_compat.NOT_IMPLEMENTED_NODES.isdisjoint(names)
         return GraphFacts(len(nodes), reaches_weights, reaches_hyperparameters, incomplete)
 
-    def plain_products(self, count: int) -> Pullback | None:
-        """What makes the products of a solve of so many, where autograd should, and nothing has to be around it."""
-        plain = self._product.whole and self._inside is contextlib.nullcontext
-        return self._product if plain else None
+    def plainly(self, count: int, work: Callable[[Pullback], Made]) -> Made | None:
+        """What `work` makes by so many plain products; None if those are made otherwise, or in a context."""
+        return work(self._product) if self._product.whole and self._inside is contextlib.nullcontext else None
+
+    def took(self, seconds: float) -> None:
+        """A solve has taken so long."""
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t; a weight that f does not depend on gets zeros."""

@@ -83,7 +83,7 @@ def approx_inverse_hvp(
         )
     vector = detached(vector)
     found = plain_series(tape, vector, solver)
-    value, _ = TapeSystem(tape).solve(vector, solver) if found is None else found
+    value, _ = TapeSystem(tape).general(vector, solver) if found is None else found
     return torch.cat([part.reshape(-1) for part in value]) if is_flat_for(v, weights) else tuple(value)
 
 

@@ -7,13 +7,17 @@ series in one call.
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from hvp_engine.differentiation.double_backward import Tape
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import LinearSystem, Result, Vector
-from hvp_engine.solvers.iteration import Outcome
+from hvp_engine.solvers.iteration import GROWTH_LIMIT
 from hvp_engine.solvers.neumann import outcome_of
 from hvp_engine.solvers.solution import Solution
 from hvp_engine.solvers.spectrum import Spectrum
@@ -27,8 +31,8 @@ _LARGEST = 1 << 16
 """Elements up to which one thread updates vectors as fast as several."""
 
 
-def plain_series(tape: Tape, v: Vector, solver: Solver) -> tuple[list[Tensor], Outcome] | None:
-    """What a general solve gives too, bit for bit, and how it went.
+def plain_series(tape: Tape, v: Vector, solver: Solver) -> tuple[list[Tensor], Sequence[float]] | None:
+    """What a general solve gives too, bit for bit, and its figures, which `outcome_of` reads.
 
     None where a general solve is needed: for other solvers, on other devices, where a program is faster, and for
     whatever goes wrong, which it explains.
@@ -37,16 +41,19 @@ def plain_series(tape: Tape, v: Vector, solver: Solver) -> tuple[list[Tensor], O
         return None
     if solver.preconditioner is not None or not solver.iterations or sum([part.numel() for part in v]) > _LARGEST:
         return None
-    pullback = tape.plain_products(solver.iterations)
-    if pullback is None:
-        return None
     p = tuple([part.clone() for part in v])
+    alpha, run = solver.alpha, _C.plain_series
     try:
-        figures = _C.plain_series(pullback.raw, v, p, solver.iterations, solver.alpha, solver.damping)
+        figures = tape.plainly(
+            solver.iterations, lambda pullback: run(pullback.raw, v, p, solver.iterations, alpha, solver.damping)
+        )
     except RuntimeError:
         return None
-    outcome = None if figures is None else outcome_of(figures, solver.iterations, p[0].dtype)
-    return None if outcome is None or outcome.failed else (list(p), outcome)
+    if figures is None:
+        return None
+    squared_v, _, bad_v, squared_residual, _, bad = figures
+    good = bad_v == 0 == bad and squared_residual <= GROWTH_LIMIT**2 * squared_v < math.inf  # none of them is NaN
+    return (list(p), figures) if good else None
 
 
 class TapeSystem(LinearSystem):
@@ -55,13 +62,22 @@ class TapeSystem(LinearSystem):
     def __init__(self, tape: Tape):
         super().__init__(tape, EagerEngine(), Spectrum())
 
+    def general(self, v: Vector, solver: Solver, name: str = "v", x0: Vector | None = None) -> Result:
+        """The solution by a general solve, whose time the tape is told."""
+        assert isinstance(self.operator, Tape)
+        start = time.thread_time()
+        result = super().solve(v, solver, name, x0)
+        self.operator.took(time.thread_time() - start)
+        return result
+
     def solve(self, v: Vector, solver: Solver, name: str = "v", x0: Vector | None = None) -> Result:
         assert isinstance(self.operator, Tape)
         found = plain_series(self.operator, v, solver) if x0 is None else None
         if found is None:
-            return super().solve(v, solver, name, x0)
+            return self.general(v, solver, name, x0)
         assert isinstance(solver, Neumann)
-        value, outcome = found
+        value, figures = found
+        outcome = outcome_of(figures, solver.iterations, value[0].dtype)
         solution = Solution(
             value=None,
             iterations=solver.iterations,

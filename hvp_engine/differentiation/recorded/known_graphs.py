@@ -76,6 +76,7 @@ class Solve:
 
     Attributes:
         fixed: seconds before its first product that plain products do without.
+        whole: seconds of all that was done, where it is known.
         began, ended: when its first product began, and its last one ended.
         products: how many there were.
         by_program: who made them.
@@ -83,6 +84,7 @@ class Solve:
     """
 
     fixed: float = 0.0
+    whole: float = 0.0
     began: float = 0.0
     ended: float = 0.0
     products: int = 0
@@ -134,10 +136,10 @@ class Known:
         """Take the time of the solve before this one."""
         before, self.solve = self.solve, solve
         if before.products and not before.mixed:
-            seconds = (before.ended - before.began) / before.products
-            (self.program if before.by_program else self.plain).append(seconds)
+            seconds = before.ended - before.began
+            (self.program if before.by_program else self.plain).append(seconds / before.products)
             if before.by_program:
-                self.fixed.append(before.fixed)
+                self.fixed.append(max(before.fixed, before.whole - seconds))
 
     def fitting(self, contents: GraphContents) -> Shortcut | None:
         """A program for such a graph."""
@@ -163,9 +165,12 @@ class Outline:
     def pays_from(self) -> float:
         """Products from which a solve is faster if the graph is read: as for the kind of it that gains most."""
         self.sights += 1
-        if not all(known.settled for known in self.kinds):
-            return 0.0
-        least = min((math.inf if known.refused else known.breaks_even for known in self.kinds), default=0.0)
+        least = math.inf if self.kinds else 0.0
+        for known in self.kinds:
+            if not known.settled:
+                return 0.0
+            if not known.refused:
+                least = min(least, known.breaks_even)
         return 0.0 if self._again(least) else least
 
     def tries_again(self, known: Known) -> bool:

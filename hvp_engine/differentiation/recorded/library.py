@@ -68,8 +68,11 @@ class Library:
 
     def outline(self, structure: Hashable) -> Outline:
         """What is known of graphs of this structure."""
-        with self._lock:
-            return _latest(self._outlines, structure, Outline)
+        found = self._outlines.get(structure)
+        if found is None:
+            with self._lock:
+                found = _latest(self._outlines, structure, Outline)
+        return found
 
     def affords(self, nodes: int) -> bool:
         """Whether a program of so many operations may be built by now."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hvp_engine._support.precision import without_autocast
 from hvp_engine._support.torch_compat import versions_of
-from hvp_engine.differentiation.double_backward import GraphFacts, Pullback, Tape, filled
+from hvp_engine.differentiation.double_backward import GraphFacts, Made, Pullback, Tape, filled
 from hvp_engine.differentiation.graph_structure import Graph, HiddenContentsError, walk
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.recorded.graph_contents import GraphContents, contents_of
@@ -63,6 +63,17 @@ class RecordedLinearization(Tape):
     _waits = True
     """Whether a program waits until the time that building takes has been earned."""
 
+    # What a linearization begins with: few of them change in the solves of a tiny model, whose every line counts.
+    _contents: GraphContents | None = None
+    _program: PartitionedLinearization | None = None
+    _shortcut: Shortcut | None = None
+    _walked: Graph | None = None
+    _saved: Sequence[Tensor] = ()
+    _versions: Sequence[int] = ()
+    _begun = False
+    _asked = 0
+    _read_at = _record_at = _adopt_at = math.inf
+
     def __init__(
         self,
         gradient: Sequence[Tensor],
@@ -78,22 +89,12 @@ class RecordedLinearization(Tape):
         self._solve = Solve()
         self._both = Pullback(gradient, self._inputs)
         self._library = library
-        self._contents: GraphContents | None = None
-        self._program: PartitionedLinearization | None = None
-        self._watch(())
-        self._begun = False
-        self._walked: Graph | None = None
-        self._asked = 0
-        self._read_at = math.inf
-        self._record_at = self._adopt_at = math.inf
-        self._shortcut: Shortcut | None = None
         super().__init__(gradient, weights, hyperparameters, loss, name, symmetric, inside)
 
     def _examined(self, hyperparameters: Sequence[Tensor]) -> GraphFacts:
         """Walk through the graph; what a full examination finds is known of an earlier one of the same structure."""
-        active = [x for x in self._inputs if x.requires_grad]
         try:
-            graph = walk(self._both.outputs, active)
+            graph = walk(self._both.outputs, self._both.active)
         except HiddenContentsError as reason:
             facts = super()._examined(hyperparameters)
             self._outline = self._library.outline((str(reason), facts.nodes))
@@ -113,7 +114,7 @@ class RecordedLinearization(Tape):
         assert self._walked is not None and self._outline.facts is not None
         start = time.thread_time()
         try:
-            contents = contents_of(self._walked, [x for x in self._inputs if x.requires_grad])
+            contents = contents_of(self._walked, self._both.active)
         except HiddenContentsError as reason:
             self._hidden(str(reason), self._outline.facts)
         else:
@@ -127,7 +128,7 @@ class RecordedLinearization(Tape):
 
     def _hidden(self, reason: str, facts: GraphFacts) -> None:
         """Go on with a graph that does not show all that it holds."""
-        kinds = tuple([kind_of(x) for x in self._inputs if x.requires_grad])
+        kinds = tuple(map(kind_of, self._both.active))
         self._known = self._library.known((reason, facts.nodes, kinds))
         self._known.hidden = reason
 
@@ -145,14 +146,21 @@ class RecordedLinearization(Tape):
     def _product(self) -> Pullback:
         return self._both if len(self._inputs) == len(self.weights) else Pullback(self._graph, self.weights)
 
-    def plain_products(self, count: int) -> Pullback | None:
+    def plainly(self, count: int, work: Callable[[Pullback], Made]) -> Made | None:
         self._outline.products = count
         if not self._begun:
             self._begin()
-        if self._walked is None or self._asked + count >= self._read_at:
+        if self._program is not None or self._asked + count > min(self._read_at, self._adopt_at, self._record_at):
             return None
-        self._asked += count
-        return super().plain_products(count)
+        start = time.thread_time()
+        made = super().plainly(count, work)
+        if made is not None:
+            self._asked += count
+            self._library.plain_seconds += self._timed(start, count, False)
+        return made
+
+    def took(self, seconds: float) -> None:
+        self._solve.whole = seconds
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t; a weight that f does not depend on gets zeros."""
@@ -227,7 +235,7 @@ class RecordedLinearization(Tape):
 
     def _begin(self) -> None:
         """Before a solve: decide once how products will be made; give up a program whose tensors have changed."""
-        if versions_of(self._saved) != self._versions:
+        if self._saved and versions_of(self._saved) != self._versions:
             self._program = self._shortcut = self._contents = None
             self._watch(())
         if self._begun:
