@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import hvp_engine as hvp
 from hvp_engine.differentiation.double_backward import Tape
-from hvp_engine.differentiation.recorded import linearization
+from hvp_engine.differentiation.recorded import choice
 from hvp_engine.differentiation.recorded.known_graphs import Known, Outline, Solve
 from hvp_engine.differentiation.recorded.library import Library
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
@@ -177,8 +177,8 @@ def test_a_graph_is_not_read_where_autograd_is_faster(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Known, "settled", True)
     monkeypatch.setattr(Known, "breaks_even", 5.0)
     library, reads, series = Library(), [], []
-    read, run = linearization.contents_of, module._C.plain_series
-    monkeypatch.setattr(linearization, "contents_of", lambda *a: reads.append(1) or read(*a))
+    read, run = choice.contents_of, module._C.plain_series
+    monkeypatch.setattr(choice, "contents_of", lambda *a: reads.append(1) or read(*a))
     monkeypatch.setattr(module._C, "plain_series", lambda *a: series.append(1) or run(*a))
     for call, terms in enumerate([3, 3, 3, 8, 3, 8]):
         gradient, weights = network()
