@@ -159,13 +159,13 @@ void bind_plain_series(py::module_& module) {
         Series series(alpha, damping);
         if (!series.start(v, p)) return py::none();
         for (int64_t i = 0; i < terms; ++i) {
-          if (!series.step(py::sequence(product(p)))) return py::none();
+          if (!series.step(py::sequence(product()))) return py::none();
         }
         return series.finish();
       },
       py::arg("product"), py::arg("v"), py::arg("p"), py::arg("terms"), py::arg("alpha"), py::arg("damping"),
-      "Neumann terms in p, which is v before, from products with a tuple of tensors; the figures of the solve, "
-      "or None where some tensor is not dense, float32 or float64, and on the CPU.");
+      "Neumann terms in p, which is v before, from products with what p is then; the figures of the solve, or "
+      "None where some tensor is not dense, float32 or float64, and on the CPU.");
 }
 
 }  // namespace hvp

@@ -81,7 +81,7 @@ def walk_graph(
     reader_of: Callable[[Any], Any],
 ) -> Graph | str: ...
 def plain_series(
-    product: Callable[[tuple[Tensor, ...]], Sequence[Tensor | None]],
+    product: Callable[[], Sequence[Tensor | None]],
     v: Sequence[Tensor],
     p: tuple[Tensor, ...],
     terms: int,

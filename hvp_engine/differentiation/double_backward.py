@@ -80,15 +80,15 @@ class Pullback:
             return [None] * len(self._inputs)
         cotangents = tuple([tangents[index] for index in self._varying])
         with explained():
-            found = self.raw(cotangents)
+            found = torch_compat.backward(self.outputs, cotangents, self.active)
         if len(self.active) < len(self._inputs):
             products = iter(found)
             found = [next(products) if x.requires_grad else None for x in self._inputs]
         return [_dense(product) for product in found]
 
-    def raw(self, cotangents: tuple[Tensor, ...]) -> Sequence[Tensor | None]:
-        """The product of those outputs that vary, for the inputs that are active, as autograd gives it."""
-        return torch_compat.backward(self.outputs, cotangents, self.active)
+    def at(self, cotangents: tuple[Tensor, ...]) -> Callable[[], Sequence[Tensor | None]]:
+        """The product, as autograd gives it, of what the cotangents are at each call, where the map is `whole`."""
+        return torch_compat.backward_at(self.outputs, cotangents, self.active)
 
 
 def _dense(product: Tensor | None) -> Tensor | None:

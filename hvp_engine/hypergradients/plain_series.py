@@ -45,7 +45,7 @@ def plain_series(tape: Tape, v: Vector, solver: Solver) -> tuple[list[Tensor], S
     alpha, run = solver.alpha, _C.plain_series
     try:
         figures = tape.plainly(
-            solver.iterations, lambda pullback: run(pullback.raw, v, p, solver.iterations, alpha, solver.damping)
+            solver.iterations, lambda pullback: run(pullback.at(p), v, p, solver.iterations, alpha, solver.damping)
         )
     except RuntimeError:
         return None

@@ -114,10 +114,12 @@ class Choice(Tape):
             self._begin()
         if self._program is not None or self._asked + count > min(self._read_at, self._adopt_at, self._record_at):
             return None
+        self._asked += count
+        if self._walked is not None:  # nothing is to be found out
+            return super().plainly(count, work)
         start = time.thread_time()
         made = super().plainly(count, work)
         if made is not None:
-            self._asked += count
             self._library.plain_seconds += self._timed(start, count, False)
         return made
 

@@ -20,7 +20,7 @@ from hvp_engine.differentiation.recorded.graph_contents import GraphContents
 from hvp_engine.differentiation.recorded.product_recorder import Entry
 from hvp_engine.differentiation.recorded.programs import Program
 
-_SAMPLES = 3
+_SAMPLES = 4
 """Solves by autograd, and by the program, that are timed before one of them is chosen; later ones replace them."""
 
 _CLOSE, _AGAIN, _AGAIN_IF_CLOSE = 2.0, 256, 32
