@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hvp_engine.differentiation.double_backward import Tape
+from hvp_engine.differentiation.double_backward import Pullback, Tape
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import LinearSystem, Result, Vector
@@ -41,19 +41,22 @@ def plain_series(tape: Tape, v: Vector, solver: Solver) -> tuple[list[Tensor], S
         return None
     if solver.preconditioner is not None or not solver.iterations or sum([part.numel() for part in v]) > _LARGEST:
         return None
-    p = tuple([part.clone() for part in v])
-    alpha, run = solver.alpha, _C.plain_series
-    try:
-        figures = tape.plainly(
-            solver.iterations, lambda pullback: run(pullback.at(p), v, p, solver.iterations, alpha, solver.damping)
-        )
-    except RuntimeError:
+    alpha, damping, terms = solver.alpha, solver.damping, solver.iterations
+
+    def series(pullback: Pullback) -> tuple[list[Tensor], Sequence[float]] | None:
+        p = tuple([part.clone() for part in v])
+        try:
+            figures = _C.plain_series(pullback.at(p), v, p, terms, alpha, damping)
+        except RuntimeError:  # autograd's, which it raises again
+            return None
+        return None if figures is None else (list(p), figures)
+
+    found = tape.plainly(terms, series)
+    if found is None:
         return None
-    if figures is None:
-        return None
-    squared_v, _, bad_v, squared_residual, _, bad = figures
+    squared_v, _, bad_v, squared_residual, _, bad = found[1]
     good = bad_v == 0 == bad and squared_residual <= GROWTH_LIMIT**2 * squared_v < math.inf  # none of them is NaN
-    return (list(p), figures) if good else None
+    return found if good else None
 
 
 class TapeSystem(LinearSystem):
