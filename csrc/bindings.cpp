@@ -26,6 +26,7 @@ PYBIND11_MODULE(_C, module) {
   hvp::bind_recurrence(module);
   hvp::bind_program(module);
   hvp::bind_graph_contents(module);
+  hvp::bind_plain_series(module);
   hvp::bind_recurrent(module);
   hvp::bind_cross_entropy(module);
   hvp::bind_normalization(module);

@@ -10,6 +10,7 @@ void bind_plan(pybind11::module_& module);
 void bind_recurrence(pybind11::module_& module);
 void bind_program(pybind11::module_& module);
 void bind_graph_contents(pybind11::module_& module);
+void bind_plain_series(pybind11::module_& module);
 void bind_recurrent(pybind11::module_& module);
 void bind_cross_entropy(pybind11::module_& module);
 void bind_normalization(pybind11::module_& module);

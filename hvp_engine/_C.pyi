@@ -66,15 +66,28 @@ class Program:
     def steps(self) -> int: ...
     def run(self, memory: Memory, table: Sequence[Sequence[float]]) -> None: ...
 
-def read_graph(
+class Graph:
+    structure: bytes
+    nodes: list[Any]
+    def contents(
+        self, numbers: dict[Hashable, int], names: tuple[str, ...]
+    ) -> tuple[bytes, list[Tensor], list[int]] | str: ...
+
+def walk_graph(
     roots: list[tuple[Any, int]],
     inputs: list[Tensor],
     edges: list[tuple[Any, int] | None],
     readers: dict[type, Any],
     reader_of: Callable[[Any], Any],
-    numbers: dict[Hashable, int],
-    names: tuple[str, ...],
-) -> tuple[list[Any], bytes, list[Tensor], list[int]] | str: ...
+) -> Graph | str: ...
+def plain_series(
+    product: Callable[[], Sequence[Tensor | None]],
+    v: Sequence[Tensor],
+    p: tuple[Tensor, ...],
+    terms: int,
+    alpha: float,
+    damping: float,
+) -> tuple[float, ...] | None: ...
 def recurrence(
     *, code: int, units: int, batch_sizes: Sequence[int], reverse: bool, tensors: Sequence[Tensor | None]
 ) -> None: ...

@@ -10,8 +10,9 @@ them; what a program adds up it keeps in registers, so nothing is added in memor
   n = <g, o'>.
 * `attention_query_curvature`, `attention_key_curvatures`: the rest of the derivative of the derivative, given r, m, n.
 
-A logarithm of 8 in float32 is wrong by up to 5e-7, and with it every weight of its row. What goes through the keys first
-therefore adds up exp(s - logsumexp) too, and hands 1 / that sum on as the row's `correction`: the weights sum to 1 again.
+A logarithm of 8 in float32 is wrong by up to 5e-7, and with it every weight of its row. What goes through the keys
+first therefore adds up exp(s - logsumexp) too, and hands 1 / that sum on as the row's `correction`: the weights sum to
+1 again.
 """
 
 import triton

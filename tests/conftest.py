@@ -17,7 +17,7 @@ from fused_op_oracles import TARGETS
 from problems_with_known_answers import BILEVEL, Bilevel
 
 from hvp_engine.differentiation.native.partition_programs import PartitionPrograms
-from hvp_engine.differentiation.recorded.library import Known
+from hvp_engine.differentiation.recorded.known_graphs import Known
 from hvp_engine.differentiation.trace.rewriting import verified_rewrites
 from hvp_engine.ops.backend import use_backend, why_not
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import hvp_engine as hvp
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
-from hvp_engine.differentiation.double_backward import second_derivative_error
 from hvp_engine.differentiation.formulas import FORMULAS
+from hvp_engine.differentiation.missing_derivatives import second_derivative_error
 
 CLASSES = torch.tensor([0, 3, 1, 2, 2])
 LABELS = torch.tensor([[0, 3, -1, 2], [-1, 0, 0, 0], [2, 1, 0, 3], [1, 1, -1, -1], [3, -1, 1, 1]])

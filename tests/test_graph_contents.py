@@ -11,23 +11,25 @@ from recorded_checks import gradient_of
 from recorded_models import MODELS
 from torch import Tensor, nn
 
+from hvp_engine.differentiation import graph_structure
+from hvp_engine.differentiation.graph_structure import HiddenContentsError, walk
 from hvp_engine.differentiation.recorded import graph_contents
-from hvp_engine.differentiation.recorded.graph_contents import GraphContents, HiddenContentsError, read_graph
+from hvp_engine.differentiation.recorded.graph_contents import GraphContents, contents_of
 
 pytestmark = [
     pytest.mark.usefixtures("float64_by_default"),
-    pytest.mark.skipif(graph_contents._C is None, reason="the extension has not been built"),
+    pytest.mark.skipif(graph_structure._C is None, reason="the extension has not been built"),
 ]
 READERS = {"extension": "the extension's", "Python": "Python's"}
 
 
 def read(reader: str, outputs: list[Tensor], inputs: list[Tensor], patch: pytest.MonkeyPatch) -> GraphContents | str:
     """The contents, or why they are hidden."""
-    assert graph_contents._C is not None
-    chosen = graph_contents._C.read_graph if reader == "extension" else graph_contents.read_by_python
-    patch.setattr(graph_contents, "_read", chosen)
+    assert graph_structure._C is not None
+    chosen = graph_structure._C.walk_graph if reader == "extension" else graph_structure.walk_by_python
+    patch.setattr(graph_structure, "_walk", chosen)
     try:
-        return read_graph(outputs, inputs)
+        return contents_of(walk(outputs, inputs), inputs)
     except HiddenContentsError as reason:
         return str(reason)
 
@@ -45,8 +47,8 @@ def assert_same_contents(outputs: list[Tensor], inputs: list[Tensor], patch: pyt
 
 
 def test_the_extension_reads_where_there_is_one() -> None:
-    assert graph_contents._C is not None
-    assert graph_contents._read is graph_contents._C.read_graph
+    assert graph_structure._C is not None
+    assert graph_structure._walk is graph_structure._C.walk_graph
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -141,9 +143,9 @@ def test_reading_leaves_nothing_behind() -> None:
     weights = list(net.parameters())
     gradient = gradient_of(net(torch.rand(3, 4)).pow(2).sum(), weights)
     gc.collect()
-    counted = [graph_contents._NUMBERS, graph_contents._READERS, torch.float64, weights[0], gradient[0], None]
+    counted = [graph_contents._NUMBERS, graph_structure._READERS, torch.float64, weights[0], gradient[0], None]
     before = [sys.getrefcount(thing) for thing in counted[:-1]]
     for _ in range(200):
-        read_graph(gradient, weights)
+        contents_of(walk(gradient, weights), weights)
     gc.collect()
     assert all(abs(sys.getrefcount(t) - b) < 50 for t, b in zip(counted[:-1], before, strict=True))

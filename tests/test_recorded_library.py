@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hvp_engine as hvp
 from hvp_engine._support.torch_compat_nodes import NodeFields
+from hvp_engine.differentiation import graph_structure
 from hvp_engine.differentiation.recorded import graph_contents, library, linearization, programs
 from hvp_engine.differentiation.recorded.library import Library
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
@@ -140,19 +141,18 @@ def test_numbers_of_texts_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None
 def test_numbers_of_node_classes_are_no_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both threads come to a class that neither has seen before, at once: each gets another number."""
     readers: dict[type, Any] = {}
-    monkeypatch.setattr(graph_contents, "_READERS", readers)
-    meeting, fields_of = threading.Barrier(2), graph_contents.fields_of
+    monkeypatch.setattr(graph_structure, "_READERS", readers)
+    meeting, fields_of = threading.Barrier(2), graph_structure.fields_of
 
     def slow(node: Any) -> Any:
         if type(node).__name__.startswith(("Sin", "Exp")):
             meeting.wait(10)
         return fields_of(node)
 
-    monkeypatch.setattr(graph_contents, "fields_of", slow)
+    monkeypatch.setattr(graph_structure, "fields_of", slow)
     w = torch.randn(3, requires_grad=True)
     threads = [
-        threading.Thread(target=graph_contents.read_graph, args=([function(w)], [w]))
-        for function in (torch.sin, torch.exp)
+        threading.Thread(target=graph_structure.walk, args=([function(w)], [w])) for function in (torch.sin, torch.exp)
     ]
     for thread in threads:
         thread.start()
@@ -197,14 +197,14 @@ def test_a_wrong_program_is_found_and_told_once(hidden: bool, monkeypatch: pytes
 def test_a_program_that_goes_wrong_later_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the check of the tenth call, as of an input that the text misses."""
     kept, w = Library(), torch.randn(6, requires_grad=True)
-    fields_of = graph_contents.fields_of
+    fields_of = graph_structure.fields_of
 
     def tensors_alone(node: Any) -> Any:  # no number of any node is seen
         fields = fields_of(node)
         return fields if isinstance(fields, str) else NodeFields(fields.tensors, ())
 
-    monkeypatch.setattr(graph_contents, "_READERS", {})
-    monkeypatch.setattr(graph_contents, "fields_of", tensors_alone)
+    monkeypatch.setattr(graph_structure, "_READERS", {})
+    monkeypatch.setattr(graph_structure, "fields_of", tensors_alone)
     with pytest.warns(UserWarning, match="a recorded product does not agree"):
         for call in range(12):
             gradient = gradient_of((w.abs() + 1).pow(2.5 + (call > 3)).sum(), [w])
@@ -248,7 +248,7 @@ def test_engines_by_name() -> None:
     w = torch.ones(3, requires_grad=True)
     with pytest.raises(ValueError, match="engine: expected 'recorded' or 'eager'"):
         hvp.approx_inverse_hvp([w], (w**3).sum(), w, 3, 0.1, engine="linearized")  # type: ignore[arg-type]
-    assert linearization.LIBRARY is library.LIBRARY
+    assert RecordedLinearization([w], [w])._library is library.LIBRARY
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "programs built" in library.LIBRARY.report()

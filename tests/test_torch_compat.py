@@ -100,6 +100,8 @@ def test_backward_is_grad_with_the_graph_kept() -> None:
     y = w.pow(3)
     for _ in range(2):
         found, none = torch_compat.backward((y,), (W,), (w, unused))
+        again, _ = torch_compat.backward_at((y,), (W,), (w, unused))()
+        assert found is not None and again is not None and torch.equal(found, again)
         torch.testing.assert_close(found, 3 * W**3)
         assert none is None
     assert w.grad is None

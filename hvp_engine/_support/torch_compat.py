@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,14 @@ def backward(
 ) -> Sequence[Tensor | None]:
     """As `torch.autograd.grad` with a retained graph and `allow_unused`, without 60 us of checks."""
     return _run_backward(outputs, tangents, True, False, inputs, allow_unreachable=True, accumulate_grad=False)
+
+
+def backward_at(
+    outputs: Sequence[Tensor], tangents: tuple[Tensor, ...], inputs: Sequence[Tensor]
+) -> Callable[[], Sequence[Tensor | None]]:
+    """:func:`backward` of what the tangents are at each call."""
+    keywords = {"allow_unreachable": True, "accumulate_grad": False}
+    return partial(_run_backward, outputs, tangents, True, False, inputs, **keywords)
 
 
 _run_backward = torch.autograd.Variable._execution_engine.run_backward

@@ -3,80 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from hvp_engine._support import torch_compat
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine.differentiation.linear_map import Linearization
-from hvp_engine.errors import GraphError, SecondDerivativeError
-
-_AS_FUNCTION = "hand over the loss as a function (hvp.Hypergradient, hvp.HessianOperator), which uses a formula for it"
-_REMEDIES = {
-    "_MeanLoss": "pass the hvp.DataParallel itself to hvp.Hypergradient or an operator, with hvp.Averaged inside it",
-    "_scaled_dot_product": "call hvp_engine.differentiable.scaled_dot_product_attention in its place, or run the "
-    "forward under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
-    "_cudnn_rnn": "run the forward under torch.backends.cudnn.flags(enabled=False)",
-    "mkldnn_rnn": "run the forward under torch.backends.mkldnn.flags(enabled=False)",
-    "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint",
-    "sparse gradients": "make the embedding with sparse=False: products are dense anyway",
-    "torch.compile": "hand the original module or function to the loss, as hvp.functional does with a compiled module",
-    torch_compat.CONTROL_FLOW: "write it as a Python loop (cond: with torch.where), or use engine='finite_difference'",
-    "_weight_norm": "compute the weight as v * (g / torch.norm_except_dim(v, 2, dim)), as calls with loss functions do",
-    "hardsigmoid": f"{_AS_FUNCTION}, or write hardtanh(x + 3, 0.0, 6.0) / 6",
-    "cdist": f"{_AS_FUNCTION}, or write (x1.unsqueeze(-2) - x2.unsqueeze(-3)).square().sum(-1).sqrt()",
-    "pdist": f"{_AS_FUNCTION}, or write the norms of x[i] - x[j], with i, j = torch.triu_indices(len(x), len(x), 1)",
-    "embedding_bag": f"{_AS_FUNCTION}, or sum the rows of torch.nn.functional.embedding by Tensor.index_add",
-    "multi_margin_loss": f"{_AS_FUNCTION}, or write out its sum with torch.relu",
-    "multilabel_margin_loss": f"{_AS_FUNCTION}, or write out its sum with torch.relu",
-    "ctc_loss": f"{_AS_FUNCTION}, or write out its forward recursion with torch.logsumexp",
-    "segment_reduce": "use Tensor.index_add (sums, means) or Tensor.scatter_reduce (amax, amin)",
-    "sparse": "use dense tensors (Tensor.to_dense())",
-    "mkldnn": "use dense tensors (Tensor.to_dense(), or the module as it was before to_mkldnn)",
-    "fake_quantize_learnable": "use torch.fake_quantize_per_tensor_affine, with a scale that is not learned",
-    "standard_gamma": "draw without a derivative (Distribution.sample in place of rsample)",
-    "once_differentiable": "write its backward with differentiable operations and drop once_differentiable",
-}
-
-
-class FastKernelError(SecondDerivativeError):
-    """The second derivative of a fast kernel is wrong; `plain_kernels` has the right one."""
-
-
-class ThirdDerivativeError(FastKernelError):
-    """The loss differentiates through kernels whose third derivative is wrong; `plain_kernels(thrice=True)` has it."""
-
-
-def second_derivative_error(operator: str, kind: type[SecondDerivativeError] = SecondDerivativeError) -> Exception:
-    """The error for an operator without a second derivative, with the remedy where one is known."""
-    remedy = next(
-        (text for part, text in _REMEDIES.items() if part in operator),
-        "replace it by an operator whose backward is differentiable, or use engine='finite_difference'",
-    )
-    return kind(f"the loss uses {operator}, which has no second derivative; remedy: {remedy}")
-
-
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Turns autograd's error about an operator without a second derivative into ours, which names the remedy."""
-    try:
-        yield
-    except RuntimeError as error:
-        if match := torch_compat.NOT_DIFFERENTIABLE.search(str(error)):
-            raise second_derivative_error(match[1] or match[2]) from error
-        if torch_compat.REENTRANT in str(error):
-            raise second_derivative_error(f"gradient checkpointing with {torch_compat.REENTRANT}") from error
-        if torch_compat.SPARSE_AND_DENSE in str(error):
-            raise second_derivative_error("sparse gradients beside dense ones", FastKernelError) from error
-        if torch_compat.COMPILED.search(str(error)):
-            raise second_derivative_error("a part compiled by torch.compile") from error
-        raise
+from hvp_engine.differentiation.missing_derivatives import (
+    explained,
+    nodes_of,
+    refuse_control_flow,
+    refuse_without_second_derivative,
+    second_derivative_error,
+)
+from hvp_engine.errors import GraphError
 
 
 def differentiate(
@@ -112,6 +59,8 @@ class Pullback:
 
     Attributes:
         outputs: those that depend on anything.
+        active: the inputs that are not frozen.
+        whole: whether those are all.
         pattern: which of all outputs do, and which inputs are not frozen.
     """
 
@@ -119,20 +68,27 @@ class Pullback:
         self._inputs = tuple(inputs)
         self._varying = tuple([index for index, output in enumerate(outputs) if output.requires_grad])
         self.outputs = tuple([outputs[index] for index in self._varying])
-        self._active = tuple([x for x in inputs if x.requires_grad])
-        self.pattern = self._varying, tuple([x.requires_grad for x in inputs])
+        free = tuple([x.requires_grad for x in inputs])
+        all_free = False not in free
+        self.active = self._inputs if all_free else tuple([x for x in inputs if x.requires_grad])
+        self.whole = all_free and len(self.outputs) == len(outputs)
+        self.pattern = self._varying, free
 
     def __call__(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """The product, dense; None for an input that is frozen or that the outputs do not depend on."""
-        if not self.outputs or not self._active:
+        if not self.outputs or not self.active:
             return [None] * len(self._inputs)
         cotangents = tuple([tangents[index] for index in self._varying])
         with explained():
-            found: Sequence[Tensor | None] = torch_compat.backward(self.outputs, cotangents, self._active)
-        if len(self._active) < len(self._inputs):
+            found = torch_compat.backward(self.outputs, cotangents, self.active)
+        if len(self.active) < len(self._inputs):
             products = iter(found)
             found = [next(products) if x.requires_grad else None for x in self._inputs]
         return [_dense(product) for product in found]
+
+    def at(self, cotangents: tuple[Tensor, ...]) -> Callable[[], Sequence[Tensor | None]]:
+        """The product, as autograd gives it, of what the cotangents are at each call, where the map is `whole`."""
+        return torch_compat.backward_at(self.outputs, cotangents, self.active)
 
 
 def _dense(product: Tensor | None) -> Tensor | None:
@@ -146,7 +102,7 @@ def gradients(loss: Tensor, weights: Sequence[Tensor], name: str) -> list[Tensor
             f"{name}: expected a loss with an autograd graph; got a tensor that does not require grad: compute it "
             "from the weights with grad mode on, and without .detach() or .item()"
         )
-    _refuse_without_second_derivative(loss)
+    refuse_without_second_derivative(loss)
     found = differentiate(loss, weights, create_graph=True)
     if all(gradient is None for gradient in found):
         raise GraphError(
@@ -154,6 +110,9 @@ def gradients(loss: Tensor, weights: Sequence[Tensor], name: str) -> list[Tensor
             f"{len(weights)} weights: pass the tensors that the forward used"
         )
     return filled(found, weights)
+
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -200,14 +159,21 @@ class Tape(Linearization):
         symmetric: bool = True,
         inside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ):
-        self.layout, self.symmetric, self._inside = Layout.of(weights), symmetric, inside
+        self.symmetric, self._inside = symmetric, inside
         self.loss = None if loss is None else loss.detach()
-        self.gradient = [g.detach() for g in gradient]
         self.weights = tuple(weights)
         self.name = name
         self._graph, self._hyperparameters = tuple(gradient), tuple(hyperparameters)
         self.facts = self._examined(hyperparameters)
         self.nodes = self.facts.nodes
+
+    @cached_property
+    def layout(self) -> Layout:  # type: ignore[override]  # made where it is asked for
+        return Layout.of(self.weights)
+
+    @cached_property
+    def gradient(self) -> Sequence[Tensor]:  # type: ignore[override]  # likewise
+        return [g.detach() for g in self._graph]
 
     @cached_property
     def _product(self) -> Pullback:
@@ -219,10 +185,10 @@ class Tape(Linearization):
 
     def _examined(self, hyperparameters: Sequence[Tensor]) -> GraphFacts:
         """Walk through the graph; raise for a part whose second derivative is known to be missing or wrong."""
-        nodes = _walk(self._product.outputs)
+        nodes = nodes_of(self._product.outputs)
         names = {node.name(): node for node in nodes}
         for node in names.values():
-            _refuse_control_flow(node)
+            refuse_control_flow(node)
         if torch_compat.ERROR_NODE in names:  # autograd would return zeros without a word
             raise second_derivative_error("a function whose backward is marked once_differentiable")
         reaches_weights, reaches_hyperparameters = (
@@ -231,6 +197,13 @@ class Tape(Linearization):
         )
         incomplete = not torch_compat.NOT_IMPLEMENTED_NODES.isdisjoint(names)
         return GraphFacts(len(nodes), reaches_weights, reaches_hyperparameters, incomplete)
+
+    def plainly(self, count: int, work: Callable[[Pullback], Made]) -> Made | None:
+        """What `work` makes by so many plain products; None if those are made otherwise, or in a context."""
+        return work(self._product) if self._product.whole and self._inside is contextlib.nullcontext else None
+
+    def took(self, seconds: float) -> None:
+        """A solve has taken so long."""
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t; a weight that f does not depend on gets zeros."""
@@ -241,56 +214,6 @@ class Tape(Linearization):
         """(df/dlambda)^T t."""
         with self._inside():
             return self._mixed(tangents)
-
-
-def _walk(outputs: Sequence[Tensor]) -> set[Node]:
-    """The nodes of the graph of `outputs`."""
-    seen: set[Node] = set()
-    stack = [get_gradient_edge(output).node for output in outputs]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(following for following, _ in node.next_functions if following is not None)
-    return seen
-
-
-def other_leaves(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
-    """Whether `outputs` depend on leaves that require grad and are none of the `known` ones."""
-    leaf_nodes = {node for node in _walk(outputs) if not node.next_functions}
-    return not leaf_nodes <= {get_gradient_edge(tensor).node for tensor in known if tensor.requires_grad}
-
-
-def _refuse_without_second_derivative(loss: Tensor) -> None:
-    """Raise for a once-differentiable function in the loss, for control flow, for fused weight normalization, and for
-    normalizations that the loss differentiates.
-
-    The gradient's graph would not show the first behind a linear reduction such as a sum, and the second derivative
-    would be silently wrong, as it is for the others.
-    """
-    refuse_wrong_third_derivative([loss])
-    for node in _walk([loss]):
-        _refuse_control_flow(node)
-        if node.name() == torch_compat.WEIGHT_NORM_NODE:
-            raise second_derivative_error("the fused kernel of weight normalization (_weight_norm)", FastKernelError)
-        if name := torch_compat.once_differentiable(node):
-            raise second_derivative_error(f"{name}, whose backward is once_differentiable")
-
-
-def refuse_wrong_third_derivative(values: Sequence[Tensor]) -> None:
-    """Raise if the values contain first derivatives of normalizations whose second ones alone are right."""
-    for node in _walk([value for value in values if value.requires_grad]):
-        if name := torch_compat.WRONG_WHEN_DIFFERENTIATED.get(node.name()):
-            raise ThirdDerivativeError(
-                f"the loss differentiates through torch's kernel of {name}, whose third derivative, which products "
-                f"then take, is wrong; remedy: {_AS_FUNCTION}, or write the normalization out with Tensor.var and mean"
-            )
-
-
-def _refuse_control_flow(node: Node) -> None:
-    """Raise for scan, map, while_loop, cond and their like, whose second derivative is wrong."""
-    if module := torch_compat.control_flow(node):
-        raise second_derivative_error(module)
 
 
 def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:

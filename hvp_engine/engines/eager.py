@@ -13,13 +13,9 @@ import torch
 
 from hvp_engine._support.random_state import RandomState
 from hvp_engine.differentiation.differentiable_kernels import own_kernels, plain_kernels
-from hvp_engine.differentiation.double_backward import (
-    Tape,
-    ThirdDerivativeError,
-    gradients,
-    leaves,
-)
+from hvp_engine.differentiation.double_backward import Tape, gradients, leaves
 from hvp_engine.differentiation.linear_map import Linearization
+from hvp_engine.differentiation.missing_derivatives import ThirdDerivativeError
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.engines.base import Engine
 from hvp_engine.errors import SecondDerivativeError

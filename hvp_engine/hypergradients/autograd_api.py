@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -16,15 +17,15 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import detached
 from hvp_engine._support.pytree import Tensors, as_list, as_list_like, check_scalar, is_flat_for
 from hvp_engine._support.torch_compat import is_batched
-from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, gradients, other_leaves
+from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, gradients
+from hvp_engine.differentiation.missing_derivatives import other_leaves
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
-from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import GraphError, SecondDerivativeError
 from hvp_engine.hypergradients.implicit import implicit_gradient
+from hvp_engine.hypergradients.plain_series import TapeSystem, plain_series
 from hvp_engine.hypergradients.stale_graphs import refused_if_stale
 from hvp_engine.solvers import Neumann, Solver
-from hvp_engine.solvers.base import LinearSystem, check_solver
-from hvp_engine.solvers.spectrum import Spectrum
+from hvp_engine.solvers.base import check_solver
 
 OptionalTensors = Tensors | Sequence[Tensor | None] | Mapping[Any, Tensor | None]
 
@@ -73,7 +74,7 @@ def approx_inverse_hvp(
     >>> hvp.approx_inverse_hvp(torch.ones(2), loss, w, iterations=50, alpha=0.5)
     (tensor([0.5000, 1.0000]),)
     """
-    solver = Neumann(iterations, alpha, damping=damping)
+    solver = _series(iterations, alpha, damping)
     weights = as_list(w, "w")
     vector = as_list_like(v, weights, w, "v", "w")
     with refused_if_stale("f"):
@@ -83,8 +84,10 @@ def approx_inverse_hvp(
             "f: expected gradients that depend on w; got a graph that reaches none of w: pass the tensors that "
             "the forward used (of a loss linear in w the Hessian is zero and has no inverse)"
         )
+    vector = detached(vector)
     with refused_if_stale("f"):
-        value, _ = _system(tape).solve(detached(vector), solver)
+        found = plain_series(tape, vector, solver)
+        value, _ = TapeSystem(tape).general(vector, solver) if found is None else found
     return torch.cat([part.reshape(-1) for part in value]) if is_flat_for(v, weights) else tuple(value)
 
 
@@ -157,7 +160,7 @@ def hypergradient(
         )
         return tuple(torch.zeros_like(hyperparameter) for hyperparameter in hyper_list)
     with refused_if_stale("train_loss"):
-        grads, _, _ = implicit_gradient(_system(tape), vector, found[count:], hyper_list, solver)
+        grads, _, _ = implicit_gradient(TapeSystem(tape), vector, found[count:], hyper_list, solver)
     return tuple(grads)
 
 
@@ -231,12 +234,8 @@ class _BestResponse(torch.autograd.Function):
         none = [None] * len(ctx.hyperparameters)
         vector = [g for g, active in zip(grad_outputs, ctx.active, strict=True) if active]
         with refused_if_stale("train_loss"):
-            grads, _, _ = implicit_gradient(_system(ctx.tape), vector, none, ctx.hyperparameters, ctx.solver)
+            grads, _, _ = implicit_gradient(TapeSystem(ctx.tape), vector, none, ctx.hyperparameters, ctx.solver)
         return None, None, None, *grads
-
-
-def _system(tape: Tape) -> LinearSystem:
-    return LinearSystem(tape, EagerEngine(), Spectrum())
 
 
 def _kind(engine: str) -> type[Tape]:
@@ -248,6 +247,17 @@ def _kind(engine: str) -> type[Tape]:
             "the other engines need the loss as a function (hvp.Hypergradient, hvp.HessianOperator)"
         )
     return kinds[engine]
+
+
+def _series(iterations: int, alpha: float | Literal["auto"], damping: float) -> Neumann:
+    """The solver; one made before, where these are plain numbers."""
+    plain = type(iterations) is int and type(alpha) in (float, str) and type(damping) is float
+    return (_same_series if plain else Neumann)(iterations, alpha, damping=damping)
+
+
+@lru_cache(64)
+def _same_series(iterations: int, alpha: float | Literal["auto"], damping: float) -> Neumann:
+    return Neumann(iterations, alpha, damping=damping)
 
 
 def _is_loss(f: Any) -> TypeGuard[Tensor]:

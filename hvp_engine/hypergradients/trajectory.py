@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hvp_engine._support.flat_vector import detached, norm_of
 from hvp_engine._support.random_state import random_state_kept
-from hvp_engine.differentiation.double_backward import differentiate, explained, filled, gradients, leaves
+from hvp_engine.differentiation.double_backward import differentiate, filled, gradients, leaves
+from hvp_engine.differentiation.missing_derivatives import explained
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.errors import GraphError, SecondDerivativeError
 from hvp_engine.hypergradients.update_rules import Moved, UpdateRule

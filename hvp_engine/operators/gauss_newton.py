@@ -13,15 +13,9 @@ from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import check_scalar, flatten
 from hvp_engine.differentiation.differentiable_kernels import own_kernels, plain_kernels
-from hvp_engine.differentiation.double_backward import (
-    Tape,
-    ThirdDerivativeError,
-    differentiate,
-    filled,
-    leaves,
-    refuse_wrong_third_derivative,
-)
+from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, leaves
 from hvp_engine.differentiation.linear_map import Linearization
+from hvp_engine.differentiation.missing_derivatives import ThirdDerivativeError, refuse_wrong_third_derivative
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.distributed import for_loss
 from hvp_engine.engines.eager import EagerEngine

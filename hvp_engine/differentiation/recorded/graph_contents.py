@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from sys import intern
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from hvp_engine._support.torch_compat_nodes import (
     PRIVATE_NAMES,
-    NodeFields,
-    fields_of,
     has_hooks,
     has_unpack_hook,
     hooks_registered,
@@ -31,16 +27,8 @@ from hvp_engine._support.torch_compat_nodes import (
     sequence_number,
     sequence_number_of,
 )
+from hvp_engine.differentiation.graph_structure import Graph, HiddenContentsError, NodeReader, WalkedGraph
 from hvp_engine.differentiation.recorded.tensor_kinds import is_plain
-
-try:
-    from hvp_engine.ops.cpp import _C
-except ImportError:
-    _C = None  # type: ignore[assignment]
-
-
-class HiddenContentsError(Exception):
-    """Some node does not show what it holds; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -83,45 +71,6 @@ _MOST_NUMBERS = 1 << 18
 _NUMBERS = _Numbers()
 
 
-class _Reader(NamedTuple):
-    """How to read the nodes of one class.
-
-    Attributes:
-        number: of the class.
-        hidden: why they cannot be read; empty if they can.
-        tensors: names of saved tensors, as they are and before unpacking.
-        plain: names of other values.
-        leaf: whether they accumulate the gradient of a leaf.
-        of_several: whether they have saved no size of constants among what they put together.
-    """
-
-    number: int
-    hidden: str = ""
-    tensors: tuple[tuple[str, str], ...] = ()
-    plain: tuple[str, ...] = ()
-    leaf: bool = False
-    of_several: bool = False
-
-
-_READERS: dict[type, _Reader] = {}
-
-_READER_NUMBERS = count()
-
-
-def _reader_of(node: Any) -> _Reader:
-    """The reader for nodes like this one, which is a class's first."""
-    fields: NodeFields | str = fields_of(node)
-    number = next(_READER_NUMBERS)  # two threads never get the same
-    if isinstance(fields, str):
-        reader = _Reader(number, hidden=fields)
-    else:
-        tensors = tuple((intern(name), intern(f"_raw_{name.lstrip('_')}")) for name in fields.tensors)
-        kind = type(node).__name__
-        reader = _Reader(number, "", tensors, fields.plain, kind == "AccumulateGrad", kind == "CatBackward0")
-    _READERS[type(node)] = reader
-    return reader
-
-
 class _Hooks(threading.local):
     """Which graphs of this thread may have hooks: those with a node from before the last hook that was registered.
 
@@ -142,80 +91,42 @@ class _Hooks(threading.local):
 _HOOKS = _Hooks()
 
 
-def read_graph(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> GraphContents:
-    """The contents of the graph from `outputs` back to `inputs`; :class:`HiddenContentsError` where it hides some.
+def contents_of(graph: Graph, inputs: Sequence[Tensor]) -> GraphContents:
+    """What a graph that reaches `inputs` holds; :class:`HiddenContentsError` where it hides some.
 
-    Cost: some 1 us for each node; without the extension 4.
+    Cost: some 1 us for each node; without the extension 3.
     """
     if any(has_hooks(x) for x in inputs):
         raise HiddenContentsError("hooks on the weights")
-    roots = [_edge(output) for output in outputs]
-    edges = [None if x.is_leaf else _edge(x) for x in inputs]
     try:
-        found = _read(roots, list(inputs), edges, _READERS, _reader_of, _NUMBERS, PRIVATE_NAMES)
+        if isinstance(graph, WalkedGraph):
+            found = contents_by_python(graph, _NUMBERS)
+        else:
+            found = graph.contents(_NUMBERS, PRIVATE_NAMES)
     except (RuntimeError, TypeError) as error:  # a freed or changed tensor, about which autograd itself will say more
         raise HiddenContentsError("a saved tensor that cannot be read any more") from error
     if isinstance(found, str):
         raise HiddenContentsError(found)
-    nodes, text, tensors, numbers = found
-    return GraphContents((_HOOKS.possible(nodes), text), tensors, numbers)
+    text, tensors, numbers = found
+    return GraphContents((_HOOKS.possible(graph.nodes), graph.structure, text), tensors, numbers)
 
 
-def _edge(tensor: Tensor) -> tuple[Any, int]:
-    """The node that computes the tensor's gradient, and which of its inputs that is."""
-    if tensor.grad_fn is not None:
-        return tensor.grad_fn, tensor.output_nr
-    edge = get_gradient_edge(tensor)
-    return edge.node, edge.output_nr
-
-
-def read_by_python(
-    roots: Sequence[tuple[Any, int]],
-    inputs: Sequence[Tensor],
-    edges: Sequence[tuple[Any, int] | None],
-    readers: dict[type, _Reader],
-    reader_of: Callable[[Any], _Reader],
-    things: dict[Hashable, int],
-    private_names: tuple[str, ...],
-) -> tuple[list[Any], bytes, list[Tensor], list[int]] | str:
-    """What `_C.read_graph` does too: nodes, their text, what they have saved, and which of that may be numbers; or what
-    hides some of it.
+def contents_by_python(graph: WalkedGraph, things: dict[Hashable, int]) -> tuple[bytes, list[Tensor], list[int]] | str:
+    """What `_C.Graph.contents` does too: the text of what nodes hold, what they have saved, and which of that may be
+    numbers; or what hides some of it.
 
     Arguments:
-        roots: edges to the outputs.
-        inputs, edges: leaves, with None for their edges, and other tensors, with theirs.
-        readers, reader_of: by class of nodes, and what makes one that is missing.
         things: numbers of what is no integer.
     """
-    nodes: list[Any] = []
-    index: dict[Any, int] = {None: -1}
-    following: list[Any] = []
-    leaves: dict[int, int] = {}
-    stack = [node for node, _ in reversed(roots)]
-    while stack:
-        node = stack.pop()
-        if node in index:
-            continue
-        index[node] = len(nodes)
-        reader = readers.get(type(node)) or reader_of(node)
-        if reader.leaf:
-            leaves[id(node.variable)] = len(nodes)
-        nodes.append(node)
-        following.append(node.next_functions)
-        stack += [after for after, _ in following[-1] if after not in index]
     contents = _Contents(things)
-    text = contents.text
-    for node, number in roots:
-        text += index[node], number
-    for x, edge in zip(inputs, edges, strict=True):
-        text += (leaves.get(id(x), -1), 0) if edge is None else (index.get(edge[0], -1), edge[1])
+    for x in graph.inputs:
         contents.add_kind(x)
     try:
-        for node, edges_of_node in zip(nodes, following, strict=True):
-            contents.add_node(node, [(index[after], number) for after, number in edges_of_node], readers[type(node)])
+        for node, following, reader in zip(graph.nodes, graph.following, graph.readers, strict=True):
+            contents.add_node(node, following, reader)
     except HiddenContentsError as reason:
         return str(reason)
-    return nodes, array("q", text).tobytes(), contents.tensors, contents.numbers
+    return array("q", contents.text).tobytes(), contents.tensors, contents.numbers
 
 
 class _Contents:
@@ -228,12 +139,7 @@ class _Contents:
         self._places: dict[int, int] = {}
         self._things = things
 
-    def add_node(self, node: Any, following: list[tuple[int, int]], reader: _Reader) -> None:
-        if reader.hidden:
-            raise HiddenContentsError(reader.hidden)
-        self.text += reader.number, len(following)
-        for edge in following:
-            self.text += edge
+    def add_node(self, node: Any, following: list[tuple[int, int]], reader: NodeReader) -> None:
         checked = False
         for name, raw in reader.tensors:
             if not checked and has_unpack_hook(getattr(node, raw)):
@@ -279,5 +185,3 @@ class _Contents:
 
 _TENSOR, _INTEGER, _LIST, _OTHER = range(4)
 """In front of a value in a text."""
-
-_read = read_by_python if _C is None else _C.read_graph

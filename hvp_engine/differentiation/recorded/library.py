@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hvp_engine._support.random_state import one_thread
-from hvp_engine.differentiation.double_backward import GraphFacts
 from hvp_engine.differentiation.recorded.graph_contents import GraphContents
+from hvp_engine.differentiation.recorded.known_graphs import Known, Outline, Shortcut, Source
 from hvp_engine.differentiation.recorded.product_recorder import (
     Constant,
     Entry,
@@ -35,9 +34,6 @@ _CREDIT, _SHARE = 10.0, 0.25
 _MOST_GRAPHS, _MOST_NODES = 1024, 1 << 18
 """Graphs that are remembered, and operations in all programs that are kept, the latest used."""
 
-_FEW_ADOPTIONS, _MEASURE_AGAIN = 4, 32
-"""Solves by a program before it may be found slow, and graphs of a kind after which it is tried again."""
-
 MOST_VALUES = 4
 """Programs of one graph that differ in a number."""
 
@@ -50,86 +46,7 @@ _TENSOR_FORMS = {
 """Operations whose second argument may be a number, in the form that takes a tensor."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a graph keeps a constant: which of its tensors; with a dtype, the number that the tensor stands for."""
-
-    place: int
-    dtype: torch.dtype | None = None
-
-
-@dataclass(frozen=True)
-class Shortcut:
-    """A program whose constants the graph itself holds, so that no product needs to be written down.
-
-    Attributes:
-        guards: numbers that the program has taken as they are, by their place in the graph.
-        entries: what was written down, for comparison with another that differs in a number.
-        equal: places of numbers of which the program takes the first for all, since they have been the same.
-    """
-
-    program: Program
-    sources: tuple[Source, ...]
-    guards: dict[int, Any]
-    entries: tuple[Entry, ...]
-    equal: tuple[tuple[int, ...], ...] = ()
-
-    def fits(self, contents: GraphContents) -> bool:
-        """Whether the graph has the numbers that are part of the program, and the same ones where it has had those."""
-        number = contents.number
-        return all(number(place) == value for place, value in self.guards.items()) and all(
-            number(place) == number(places[0]) for places in self.equal for place in places
-        )
-
-    def constants(self, contents: GraphContents) -> list[Tensor]:
-        """The constants of a graph of the same text."""
-        tensors = [contents.tensors[source.place].detach() for source in self.sources]
-        return [
-            t if source.dtype is None else t.to(source.dtype) for t, source in zip(tensors, self.sources, strict=True)
-        ]
-
-
-@dataclass
-class Known:
-    """What is known of graphs of one text.
-
-    Attributes:
-        facts: what a walk through one of them found.
-        sights: how many there were.
-        products: how many the last one was asked for.
-        hidden: why the graph does not show all constants, so that each solve has to write down a product.
-        refused: why there is no program at all.
-        adoptions: solves that a program has served.
-        plain_seconds, program_seconds: the fastest product by autograd, and by the program.
-        fixed_seconds: the least that a solve spent, after its graph had been read, before its first product by the
-            program. The fastest of many is what a busy machine does not change much.
-    """
-
-    facts: GraphFacts | None = None
-    sights: int = 0
-    products: int = 0
-    hidden: str = ""
-    refused: str = ""
-    shortcuts: list[Shortcut] = field(default_factory=list)
-    adoptions: int = 0
-    plain_seconds: float = math.inf
-    program_seconds: float = math.inf
-    fixed_seconds: float = math.inf
-
-    @property
-    def breaks_even(self) -> float:
-        """Products from which a solve is faster by the program; 0 until that has been measured often enough.
-
-        Now and then it is measured again, since a busy moment may have made the program look slow.
-        """
-        if self.adoptions < _FEW_ADOPTIONS or self.sights % _MEASURE_AGAIN == 0 or self.plain_seconds == math.inf:
-            return 0.0
-        gain = self.plain_seconds - self.program_seconds
-        return self.fixed_seconds / gain if gain > 0 else math.inf
-
-    def fitting(self, contents: GraphContents) -> Shortcut | None:
-        """A program for such a graph."""
-        return next((shortcut for shortcut in self.shortcuts if shortcut.fits(contents)), None)
+Kept = TypeVar("Kept")
 
 
 class Library:
@@ -137,6 +54,7 @@ class Library:
 
     def __init__(self) -> None:
         self._graphs: OrderedDict[Hashable, Known] = OrderedDict()
+        self._outlines: OrderedDict[Hashable, Outline] = OrderedDict()
         self._programs: OrderedDict[Hashable, Program | str] = OrderedDict()
         self._lock = threading.RLock()
         self.built = 0
@@ -146,10 +64,14 @@ class Library:
     def known(self, text: Hashable) -> Known:
         """What is known of graphs of this text."""
         with self._lock:
-            found = self._graphs.setdefault(text, Known())
-            self._graphs.move_to_end(text)
-            if len(self._graphs) > _MOST_GRAPHS:
-                self._graphs.popitem(last=False)
+            return _latest(self._graphs, text, Known)
+
+    def outline(self, structure: Hashable) -> Outline:
+        """What is known of graphs of this structure."""
+        found = self._outlines.get(structure)
+        if found is None:
+            with self._lock:
+                found = _latest(self._outlines, structure, Outline)
         return found
 
     def affords(self, nodes: int) -> bool:
@@ -198,6 +120,17 @@ class Library:
         hidden = {known.hidden for known in self._graphs.values() if known.hidden and not known.refused}
         text += "".join(f"; one product of each solve written down: {reason}" for reason in sorted(hidden))
         return text + "".join(f"; by autograd: {reason}" for reason in sorted(reasons))
+
+
+def _latest(of: OrderedDict[Hashable, Kept], key: Hashable, make: Callable[[], Kept]) -> Kept:
+    """The entry of `key`, made if it is missing; the one that was not asked for the longest is forgotten."""
+    found = of.get(key)
+    if found is None:
+        found = of[key] = make()
+        if len(of) > _MOST_GRAPHS:
+            of.popitem(last=False)
+    of.move_to_end(key)
+    return found
 
 
 LIBRARY = Library()

@@ -10,98 +10,44 @@ Three levels, each of which falls back to the next:
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from hvp_engine._support.precision import without_autocast
-from hvp_engine._support.torch_compat import versions_of
-from hvp_engine.differentiation.double_backward import GraphFacts, Pullback, Tape, filled
+from hvp_engine.differentiation.double_backward import filled
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
-from hvp_engine.differentiation.recorded.graph_contents import GraphContents, HiddenContentsError, read_graph
+from hvp_engine.differentiation.recorded.choice import Choice
+from hvp_engine.differentiation.recorded.graph_contents import GraphContents
+from hvp_engine.differentiation.recorded.known_graphs import Shortcut
 from hvp_engine.differentiation.recorded.library import (
-    LIBRARY,
-    MOST_VALUES,
-    Known,
-    Library,
     Loosened,
-    Shortcut,
     numbers_taken,
     place_constants,
     with_numbers_as_constants,
 )
 from hvp_engine.differentiation.recorded.product_recorder import RecordedProduct, record
 from hvp_engine.differentiation.recorded.programs import Program
-from hvp_engine.differentiation.recorded.tensor_kinds import kind_of
 from hvp_engine.differentiation.self_check import difference_of_products, probe
 from hvp_engine.differentiation.trace.evaluated import PartitionedLinearization
 
-_MANY = 200
-"""Products of one gradient after which a program is made at first sight."""
 
-
-class RecordedLinearization(Tape):
+class RecordedLinearization(Choice):
     """A :class:`Tape` whose products run a program, where there is one; its numbers are those of autograd, to rounding.
 
     Arguments:
         gradient, weights, hyperparameters, loss, name, symmetric, inside: as of :class:`Tape`.
         library: where programs are kept.
 
-    Cost: reading the graph, 2 to 4 us for each node; at the second sight of a kind of graph, building the program,
-    about 0.5 ms for each operation of a product; from the third on it runs, where it is faster.
+    Cost: a walk through the graph, 0.5 us for each node, and where a program may gain, reading it, 2 to 4 us for each
+    node; at the second sight of a kind of graph, building the program, about 0.5 ms for each operation of a product;
+    from the third on it runs, where it is faster.
 
     Autocast around products is off for the program and for what it is made from: the graph has what the forward cast.
     """
-
-    _waits = True
-    """Whether a program waits until the time that building takes has been earned."""
-
-    def __init__(
-        self,
-        gradient: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        hyperparameters: Sequence[Tensor] = (),
-        loss: Tensor | None = None,
-        name: str = "loss",
-        symmetric: bool = True,
-        inside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
-        library: Library = LIBRARY,
-    ):
-        self._inputs = (*weights, *hyperparameters)
-        self._both = Pullback(gradient, self._inputs)
-        self._library = library
-        self._contents: GraphContents | None = None
-        self._program: PartitionedLinearization | None = None
-        self._watch(())
-        self._begun = False
-        self._asked = 0
-        self._record_at = self._adopt_at = math.inf
-        self._shortcut: Shortcut | None = None
-        super().__init__(gradient, weights, hyperparameters, loss, name, symmetric, inside)
-
-    def _examined(self, hyperparameters: Sequence[Tensor]) -> GraphFacts:
-        """Read the graph; what a walk through it finds is known of an earlier one of the same text."""
-        active = [x for x in self._inputs if x.requires_grad]
-        try:
-            contents = read_graph(self._both.outputs, active)
-        except HiddenContentsError as reason:
-            facts = super()._examined(hyperparameters)
-            kinds = tuple(map(kind_of, active))
-            self._known = self._library.known((str(reason), facts.nodes, kinds))
-            self._known.hidden = str(reason)
-        else:
-            self._known = self._library.known((contents.text, self._both.pattern, len(self.weights)))
-            facts = self._known.facts or super()._examined(hyperparameters)
-            self._known.facts = facts
-            if not self._known.hidden and not self._known.refused:
-                self._contents = contents
-                self._watch(contents.tensors)
-        return facts
 
     @property
     def program(self) -> PartitionedLinearization | None:
@@ -117,23 +63,23 @@ class RecordedLinearization(Tape):
         """H t; a weight that f does not depend on gets zeros."""
         if not self._begun:
             self._begin()
+        if self._asked >= self._read_at:
+            self._read()
+            self._decide()
         if self._program is None and self._asked >= self._adopt_at and self._shortcut is not None:
             self._run_on_graph(self._shortcut)
-        known, self._asked = self._known, self._asked + 1
-        known.products = self._asked
-        start = time.perf_counter()
+        self._asked = self._outline.products = self._asked + 1
+        start = time.thread_time()
         if self._program is not None:
             with without_autocast(self.layout.device):
                 products = self._program.product(tangents)
-            known.program_seconds = min(known.program_seconds, time.perf_counter() - start)
+            self._timed(start, 1, True)
         elif self._asked > self._record_at:
             with without_autocast(self.layout.device):
                 products = self._written_down(tangents)
         else:
             products = super().product(tangents)
-            seconds = time.perf_counter() - start
-            self._library.plain_seconds += seconds
-            known.plain_seconds = min(known.plain_seconds, seconds)
+            self._library.plain_seconds += self._timed(start, 1, False)
         return products
 
     @property
@@ -161,66 +107,26 @@ class RecordedLinearization(Tape):
     def accumulating_terms(self, accumulation: Accumulation, damping: float) -> Terms | None:
         if not self._begun:
             self._begin()
-        known = self._known
         terms = None if self._program is None else self._program.accumulating_terms(accumulation, damping)
         if terms is None:
             return None
 
         def counted(steps: range) -> None:
-            self._asked = known.products = self._asked + len(steps)
-            start = time.perf_counter()
+            self._asked = self._outline.products = self._asked + len(steps)
+            start = time.thread_time()
             with without_autocast(self.layout.device):
                 terms(steps)
-            known.program_seconds = min(known.program_seconds, (time.perf_counter() - start) / max(len(steps), 1))
+            self._timed(start, len(steps), True)
 
         return counted
-
-    def _begin(self) -> None:
-        """Before a solve: decide once how products will be made; give up a program whose tensors have changed."""
-        if versions_of(self._saved) != self._versions:
-            self._program = self._shortcut = self._contents = None
-            self._watch(())
-        if self._begun:
-            return
-        self._begun, known, expected = True, self._known, self._known.products
-        known.sights += 1
-        if known.refused or not self._both.outputs:
-            self.fallback = known.refused or None
-            return
-        if self._contents is not None:
-            self._shortcut = known.fitting(self._contents)
-        if self._shortcut is not None:
-            self._adopt_at = self._hesitation(known, expected)
-            if self._adopt_at == 0:
-                self._run_on_graph(self._shortcut)
-        elif len(known.shortcuts) >= MOST_VALUES:
-            known.refused = self.fallback = "a number in the loss changes from call to call"
-        else:
-            self._record_at = self._patience(known, expected)
-
-    def _watch(self, tensors: Sequence[Tensor]) -> None:
-        """Products are of the values that these have now."""
-        self._saved, self._versions = tensors, versions_of(tensors)
-
-    def _hesitation(self, known: Known, expected: int) -> float:
-        """Products by autograd before a known program is taken."""
-        return 0 if expected >= known.breaks_even else known.breaks_even
-
-    def _patience(self, known: Known, expected: int) -> float:
-        """Products by autograd before one is written down, where a solve is expected to need so many."""
-        if known.sights == 1:
-            return _MANY
-        if not self._library.affords(self.nodes):
-            return math.inf
-        return self._hesitation(known, expected)
 
     def _run_on_graph(self, shortcut: Shortcut) -> None:
         """Adopt a program whose constants the graph holds."""
         assert self._contents is not None
-        start = time.perf_counter()
+        start = time.thread_time()
         with without_autocast(self.layout.device):
             self._adopt(shortcut.program, shortcut.constants(self._contents))
-            self._known.fixed_seconds = min(self._known.fixed_seconds, time.perf_counter() - start)
+            self._solve.fixed += time.thread_time() - start
             self._contents = self._shortcut = None
             if not shortcut.program.schedule.due() or self._check(shortcut.program):
                 self._settle()
@@ -236,7 +142,7 @@ class RecordedLinearization(Tape):
     def _written_down(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """The product by autograd, written down; a program for the next ones, if possible."""
         contents, self._contents, self._record_at = self._contents, None, math.inf
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             with self._inside():
                 products, written = record(self._both, tangents, whole=contents is not None)
@@ -252,7 +158,7 @@ class RecordedLinearization(Tape):
             self._learn_from_graph(written, contents, tangents)
         if self._program is not None:
             if contents is None:
-                self._known.fixed_seconds = min(self._known.fixed_seconds, time.perf_counter() - start)
+                self._solve.fixed += time.thread_time() - start
             if self._waits and self._known.adoptions == 1 and self._asked == 1:
                 self._program = None  # for the next solve: two calls in a row give the same, bit for bit
                 return filled(products[:count], self.weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hvp_engine._support.precision import without_autocast
 from hvp_engine.differentiation.double_backward import Pullback
-from hvp_engine.differentiation.recorded.library import Known
+from hvp_engine.differentiation.recorded.known_graphs import Known
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
 from hvp_engine.differentiation.self_check import probe
 
@@ -17,6 +17,9 @@ class OwnedLinearization(RecordedLinearization):
     """
 
     _waits = False
+
+    def _reading_pays_from(self) -> float:
+        return 0
 
     def _hesitation(self, known: Known, expected: int) -> float:
         return 0
@@ -34,5 +37,6 @@ class OwnedLinearization(RecordedLinearization):
         return super().learning
 
     def _settle(self) -> None:
+        _ = self.gradient  # of the graph that goes
         self._graph, self._saved, self._versions = (), [], []
         self._product = self._mixed = self._both = Pullback((), ())

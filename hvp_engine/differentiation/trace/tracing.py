@@ -30,15 +30,8 @@ from hvp_engine._support.torch_compat import (
 )
 from hvp_engine._support.user_code import innermost_line
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels
-from hvp_engine.differentiation.double_backward import (
-    Pullback,
-    Tape,
-    ThirdDerivativeError,
-    differentiate,
-    explained,
-    gradients,
-    leaves,
-)
+from hvp_engine.differentiation.double_backward import Pullback, Tape, differentiate, gradients, leaves
+from hvp_engine.differentiation.missing_derivatives import ThirdDerivativeError, explained
 from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.differentiation.trace.functionalize import functionalized, refuse_side_effects, retraced
 from hvp_engine.differentiation.trace.memory_format import (

@@ -1,0 +1,187 @@
+"""What is known of graphs that have been met: their programs, and whether those are faster than autograd.
+
+A graph is known by its structure, which is read fast, and by its text, which says all that a product depends on. Solves
+by autograd and by a program are timed; where autograd is faster for as many products as were asked for, graphs of such
+a structure are not read at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvp_engine.differentiation.double_backward import GraphFacts
+from hvp_engine.differentiation.recorded.graph_contents import GraphContents
+from hvp_engine.differentiation.recorded.product_recorder import Entry
+from hvp_engine.differentiation.recorded.programs import Program
+
+_SAMPLES = 4
+"""Solves by autograd, and by the program, that are timed before one of them is chosen; later ones replace them."""
+
+_CLOSE, _AGAIN, _AGAIN_IF_CLOSE = 2.0, 256, 32
+"""Graphs of a structure after which the other way is tried once more, sooner where the two differ less than so many
+times."""
+
+_LATEST = 8
+"""Kinds of graphs of one structure that are looked at before another is read."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a graph keeps a constant: which of its tensors; with a dtype, the number that the tensor stands for."""
+
+    place: int
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """A program whose constants the graph itself holds, so that no product needs to be written down.
+
+    Attributes:
+        guards: numbers that the program has taken as they are, by their place in the graph.
+        entries: what was written down, for comparison with another that differs in a number.
+        equal: places of numbers of which the program takes the first for all, since they have been the same.
+    """
+
+    program: Program
+    sources: tuple[Source, ...]
+    guards: dict[int, Any]
+    entries: tuple[Entry, ...]
+    equal: tuple[tuple[int, ...], ...] = ()
+
+    def fits(self, contents: GraphContents) -> bool:
+        """Whether the graph has the numbers that are part of the program, and the same ones where it has had those."""
+        number = contents.number
+        return all(number(place) == value for place, value in self.guards.items()) and all(
+            number(place) == number(places[0]) for places in self.equal for place in places
+        )
+
+    def constants(self, contents: GraphContents) -> list[Tensor]:
+        """The constants of a graph of the same text."""
+        tensors = [contents.tensors[source.place].detach() for source in self.sources]
+        return [
+            t if source.dtype is None else t.to(source.dtype) for t, source in zip(tensors, self.sources, strict=True)
+        ]
+
+
+@dataclass
+class Solve:
+    """What a solve has taken so far.
+
+    Attributes:
+        fixed: seconds before its first product that plain products do without.
+        whole: seconds of all that was done, where it is known.
+        began, ended: when its first product began, and its last one ended.
+        products: how many there were.
+        by_program: who made them.
+        mixed: whether both did, which tells nothing.
+    """
+
+    fixed: float = 0.0
+    whole: float = 0.0
+    began: float = 0.0
+    ended: float = 0.0
+    products: int = 0
+    by_program: bool = False
+    mixed: bool = False
+
+
+@dataclass(eq=False)
+class Known:
+    """What is known of graphs of one text.
+
+    Attributes:
+        sights: how many there were.
+        hidden: why the graph does not show all constants, so that each solve has to write down a product.
+        refused: why there is no program at all.
+        adoptions: solves that a program has served.
+        solve: the latest, whose time is taken when the next one begins.
+        plain, program, fixed: seconds of each product by autograd and by the program, the mean of a solve, and of what
+            only solves by the program spend before; of the latest few. The fastest of a few is what a busy machine
+            does not change much, and both are measured in the same way: cold, as solves between other work are.
+    """
+
+    sights: int = 0
+    hidden: str = ""
+    refused: str = ""
+    shortcuts: list[Shortcut] = field(default_factory=list)
+    adoptions: int = 0
+    solve: Solve = field(default_factory=Solve)
+    plain: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
+    program: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
+    fixed: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is known what is faster, or that there is no choice."""
+        return bool(self.refused) or min(len(self.plain), len(self.program)) == _SAMPLES
+
+    @property
+    def breaks_even(self) -> float:
+        """Products from which a solve is faster by the program; 0 or infinite for a trial of the one or the other."""
+        if not self.adoptions or len(self.program) < min(len(self.plain) + 1, _SAMPLES):
+            return 0.0
+        if len(self.plain) < _SAMPLES:
+            return math.inf
+        gain = min(self.plain) - min(self.program)
+        return min(self.fixed) / gain if gain > 0 else math.inf
+
+    def begin(self, solve: Solve) -> None:
+        """Take the time of the solve before this one."""
+        before, self.solve = self.solve, solve
+        if before.products and not before.mixed:
+            seconds = before.ended - before.began
+            (self.program if before.by_program else self.plain).append(seconds / before.products)
+            if before.by_program:
+                self.fixed.append(max(before.fixed, before.whole - seconds))
+
+    def fitting(self, contents: GraphContents) -> Shortcut | None:
+        """A program for such a graph."""
+        return next((shortcut for shortcut in self.shortcuts if shortcut.fits(contents)), None)
+
+
+@dataclass(eq=False)
+class Outline:
+    """What is known of graphs of one structure, whatever their nodes hold.
+
+    Attributes:
+        facts: what a walk through one of them found.
+        sights: how many there were.
+        products: how many the last one was asked for.
+        kinds: those that were read lately.
+    """
+
+    facts: GraphFacts | None = None
+    sights: int = 0
+    products: int = 0
+    kinds: deque[Known] = field(default_factory=lambda: deque(maxlen=_LATEST))
+
+    def pays_from(self) -> float:
+        """Products from which a solve is faster if the graph is read: as for the kind of it that gains most."""
+        self.sights += 1
+        least = math.inf if self.kinds else 0.0
+        for known in self.kinds:
+            if not known.settled:
+                return 0.0
+            if not known.refused:
+                least = min(least, known.breaks_even)
+        return 0.0 if self._again(least) else least
+
+    def tries_again(self, known: Known) -> bool:
+        """Whether this graph is for trying the way that was found slower."""
+        return known.settled and self._again(known.breaks_even)
+
+    def _again(self, even: float) -> bool:
+        close = even / _CLOSE < self.products < even * _CLOSE
+        return self.sights % (_AGAIN_IF_CLOSE if close else _AGAIN) == 0
+
+    def read(self, known: Known) -> None:
+        """Keep a kind that was read among the latest."""
+        if known not in self.kinds:
+            self.kinds.append(known)

@@ -1,0 +1,217 @@
+"""Short series by plain products in one call of the extension: what a general solve gives, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from recorded_checks import gradient_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hvp_engine as hvp
+from hvp_engine.differentiation.double_backward import Tape
+from hvp_engine.differentiation.recorded import choice
+from hvp_engine.differentiation.recorded.known_graphs import Known, Outline, Solve
+from hvp_engine.differentiation.recorded.library import Library
+from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
+from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.hypergradients import plain_series as module
+from hvp_engine.hypergradients.plain_series import plain_series
+from hvp_engine.solvers.base import LinearSystem
+from hvp_engine.solvers.neumann import outcome_of
+from hvp_engine.solvers.spectrum import Spectrum
+
+pytestmark = pytest.mark.skipif(module._C is None, reason="the extension has not been built")
+
+Case = tuple[list[Tensor], list[Tensor]]
+"""The gradient and the weights."""
+
+
+def network(dtype: torch.dtype = torch.float32, width: int = 8) -> Case:
+    net = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3)).to(dtype)
+    weights = list(net.parameters())
+    loss = F.cross_entropy(net(torch.randn(5, 6, dtype=dtype)), torch.randint(3, (5,)))
+    return gradient_of(loss + 0.1 * sum(w.square().sum() for w in weights), weights), weights
+
+
+def each_others() -> Case:
+    """The product for either weight is the tangent of the other one, which the update changes."""
+    a, b = (torch.randn(7, requires_grad=True) for _ in range(2))
+    return gradient_of((a * b).sum(), [a, b]), [a, b]
+
+
+def itself() -> Case:
+    w = torch.randn(7, requires_grad=True)
+    return gradient_of(w.square().sum() / 2, [w]), [w]
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "float32": network,
+    "float64": lambda: network(torch.float64),
+    "several chunks": lambda: network(width=1000),
+    "products that are each other's tangents": each_others,
+    "a product that is its tangent": itself,
+    "a scalar": lambda: (gradient_of((w := torch.tensor(0.3, requires_grad=True)).exp(), [w]), [w]),
+}
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.parametrize("name", CASES)
+def test_a_general_solve_gives_the_same_bit_for_bit(name: str, damping: float) -> None:
+    torch.manual_seed(0)
+    gradient, weights = CASES[name]()
+    v = [torch.randn_like(w) for w in weights]
+    kept = [x.clone() for x in v]
+    solver, tape = hvp.Neumann(6, 0.05, damping=damping), Tape(gradient, weights)
+    found = plain_series(tape, v, solver)
+    assert found is not None
+    true, solution = LinearSystem(tape, EagerEngine(), Spectrum()).solve(v, solver)
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(found[0], true, strict=True))
+    outcome = outcome_of(found[1], 6, v[0].dtype)
+    assert outcome.residual_norm == pytest.approx(solution.residual_norm, rel=1e-5)
+    assert outcome.status is solution.status
+    assert all(torch.equal(a, b) for a, b in zip(v, kept, strict=True))
+
+
+def test_what_a_general_solve_is_for() -> None:
+    gradient, weights = network()
+    v = [torch.randn_like(w) for w in weights]
+    tape = Tape(gradient, weights)
+    for solver in (
+        hvp.Neumann(3),
+        hvp.Neumann(0, 0.1),
+        hvp.Neumann(3, 0.1, form="accumulate"),
+        hvp.Neumann(3, 0.1, preconditioner=lambda x: x),
+        hvp.ConjugateGradient(3),
+        hvp.Neumann(100, 1e3),  # diverges
+    ):
+        assert plain_series(tape, v, solver) is None
+    v[0][0] = torch.nan
+    assert plain_series(tape, v, hvp.Neumann(3, 0.1)) is None
+
+
+@pytest.mark.parametrize("what", ["transposed", "unused", "sparse", "bfloat16", "wide vector"])
+def test_products_that_are_not_dense(what: str) -> None:
+    w = torch.randn(4, 4, requires_grad=True)
+    weights, v = [w], [torch.randn(4, 4)]
+    if what == "transposed":
+        gradient = gradient_of((w @ w).sum() + (w * w.t()).sum(), weights)
+    elif what == "unused":
+        weights, v = [w, torch.ones(2, requires_grad=True)], [v[0], torch.ones(2)]
+        gradient = gradient_of((w**3).sum(), weights)
+    elif what == "sparse":
+        gradient = [F.embedding(torch.tensor([1, 2]), w, sparse=True).pow(3).sum() * torch.ones(4, 4)]
+    elif what == "bfloat16":
+        weights = [w.detach().bfloat16().requires_grad_()]
+        gradient = gradient_of((weights[0] ** 3).sum(), weights)
+    else:
+        weights = [w.detach().double().requires_grad_()]
+        gradient = gradient_of((weights[0] ** 3).sum(), weights)
+    found = plain_series(Tape(gradient, weights), v, hvp.Neumann(3, 0.01))
+    if found is not None:  # torch made a dense product all the same
+        assert what == "transposed"
+    ours = hvp.approx_inverse_hvp(v, gradient, weights, 3, 0.01, engine="eager")
+    true, _ = LinearSystem(Tape(gradient, weights), EagerEngine(), Spectrum()).solve(v, hvp.Neumann(3, 0.01))
+    assert all(torch.equal(a, b) for a, b in zip(ours, true, strict=True))
+
+
+def test_errors_are_those_of_a_general_solve() -> None:
+    gradient, weights = network()
+    v = [torch.randn_like(w) for w in weights]
+    with pytest.raises(hvp.DivergenceError, match="alpha"):
+        hvp.approx_inverse_hvp(v, gradient, weights, 60, 1e3, engine="eager")
+    w = torch.randn(3, requires_grad=True)
+    freed = gradient_of((w**3).sum(), [w])
+    torch.autograd.grad(freed, [w], [torch.ones(3)])
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        hvp.approx_inverse_hvp([torch.ones(3)], freed, [w], 3, 0.1)
+    changed = gradient_of((w**3).sum(), [w])
+    with torch.no_grad():
+        w.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        hvp.approx_inverse_hvp([torch.ones(3)], changed, [w], 3, 0.1)
+
+
+# --- Who makes the products -------------------------------------------------------------------------------------------
+
+
+def known(plain: float, program: float, fixed: float) -> Known:
+    """A kind of graph whose solves have been timed."""
+    found = Known(adoptions=1)
+    for by_program, seconds in [(True, program), (False, plain)] * 4:
+        found.begin(Solve(fixed=fixed, began=0.0, ended=4 * seconds, products=4, by_program=by_program))
+    found.begin(Solve())
+    return found
+
+
+def test_where_a_program_breaks_even() -> None:
+    assert known(plain=2.0, program=1.0, fixed=5.0).breaks_even == 5.0
+    assert known(plain=1.0, program=2.0, fixed=5.0).breaks_even == float("inf")
+    assert known(plain=2.0, program=1.0, fixed=5.0).settled
+
+
+def test_both_ways_are_tried_in_turns_and_mixed_solves_tell_nothing() -> None:
+    one, tried = Known(adoptions=1), []
+    one.begin(Solve(products=9, ended=1.0, mixed=True))
+    while not one.settled:
+        tried.append(one.breaks_even == 0)
+        one.begin(Solve(products=1, ended=1.0, by_program=tried[-1]))
+        assert len(tried) < 20
+    assert sum(tried) in (4, 5), "a solve's time is taken when the next one begins"
+
+
+def test_graphs_are_read_again_now_and_then() -> None:
+    outline = Outline(products=3)
+    assert outline.pays_from() == 0, "nothing is known yet"
+    outline.read(known(plain=2.0, program=1.0, fixed=5.0))
+    assert [outline.pays_from() for _ in range(31)].count(0.0) == 1, "close to what breaks even"
+    outline.products = 1
+    assert [outline.pays_from() for _ in range(200)].count(0.0) == 0
+    outline.read(Known())
+    assert outline.pays_from() == 0, "a kind without a program yet"
+
+
+def test_a_graph_is_not_read_where_autograd_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Known, "settled", True)
+    monkeypatch.setattr(Known, "breaks_even", 5.0)
+    library, reads, series = Library(), [], []
+    read, run = choice.contents_of, module._C.plain_series
+    monkeypatch.setattr(choice, "contents_of", lambda *a: reads.append(1) or read(*a))
+    monkeypatch.setattr(module._C, "plain_series", lambda *a: series.append(1) or run(*a))
+    for call, terms in enumerate([3, 3, 3, 8, 3, 8]):
+        gradient, weights = network()
+        tape = RecordedLinearization(gradient, weights, library=library)
+        v = [torch.randn_like(w) for w in weights]
+        found = plain_series(tape, v, hvp.Neumann(terms, 0.05))
+        assert (found is not None) == (terms == 3 or call == 0)
+    assert len(reads) == 3, "the first one, to learn, and those of many terms"
+    assert len(series) == 4
+
+
+def test_any_number_of_terms_in_turns() -> None:
+    """As whoever is found faster makes them, numbers are those of the loop."""
+    torch.manual_seed(0)
+    for call in range(40):
+        gradient, weights = network(torch.float64)
+        v = [torch.randn_like(w) for w in weights]
+        terms = (3, 20, 1, 5)[call % 4]
+        ours = hvp.approx_inverse_hvp(v, gradient, weights, terms, 0.1)
+        term, total = v, v
+        for _ in range(terms):
+            products = torch.autograd.grad(gradient, weights, term, retain_graph=True)
+            term = [a - 0.1 * b for a, b in zip(term, products, strict=True)]
+            total = [a + b for a, b in zip(total, term, strict=True)]
+        for mine, true in zip(ours, total, strict=True):
+            torch.testing.assert_close(mine, 0.1 * true, rtol=1e-9, atol=1e-12)
+
+
+def test_a_series_that_was_not_made_tells_nothing_of_its_time() -> None:
+    """As where products are not dense: a general solve makes them, and is timed."""
+    w = torch.randn(4, 4, requires_grad=True)
+    tape = RecordedLinearization(gradient_of((w**3).sum(), [w]), [w], library=Library())
+    assert tape.plainly(3, lambda _: None) is None
+    assert not tape._solve.products
+    assert tape.plainly(3, lambda pullback: pullback.at((torch.ones(4, 4),))()) is not None
+    assert tape._solve.products == 3
