@@ -1,6 +1,6 @@
 // Reads an autograd graph as hvp_engine.differentiation.graph_structure and recorded.graph_contents do in
-// Python, which say what for: the same texts and the same tensors, in a quarter of the time. Nodes and tensors
-// are seen as Python objects, by attributes.
+// Python, which say what for: the same texts and the same tensors, in a quarter of the time. Nodes and
+// tensors are seen as Python objects, by attributes.
 #include <memory>
 #include <string>
 #include <unordered_map>

@@ -1,5 +1,5 @@
-// The terms of a Neumann series whose products autograd makes, without a line of Python between them. A model of
-// 20 weights spends more on what is around its products than on them.
+// The terms of a Neumann series whose products autograd makes, without a line of Python between them. A model
+// of 20 weights spends more on what is around its products than on them.
 #include <algorithm>
 #include <vector>
 
@@ -27,8 +27,7 @@ bool read(PyObject* tensor, Dense* dense) {
     return false;
   }
   const int dtype = dtype_of(view.dtype);
-  const bool known =
-      dtype == static_cast<int>(DType::kFloat32) || dtype == static_cast<int>(DType::kFloat64);
+  const bool known = dtype == static_cast<int>(DType::kFloat32) || dtype == static_cast<int>(DType::kFloat64);
   if (!known || view.device.type != dlpack::kCpu) return false;
   int64_t expected = 1;
   for (int32_t d = view.dimensions; d-- > 0;) {
@@ -127,7 +126,8 @@ class Series {
     }
   }
 
-  // Of a loss such as (w1 * w2).sum() the product for w1 is the tangent of w2 itself, which the update changes.
+  // Of a loss such as (w1 * w2).sum() the product for w1 is the tangent of w2 itself, which the update
+  // changes.
   void keep_apart(Dense* product) {
     const int64_t size = product->numel * (wide_ ? sizeof(double) : sizeof(float));
     for (const Dense& one : p_) {
@@ -164,7 +164,8 @@ void bind_plain_series(py::module_& module) {
         return series.finish();
       },
       py::arg("product"), py::arg("v"), py::arg("p"), py::arg("terms"), py::arg("alpha"), py::arg("damping"),
-      "Neumann terms in p, which is v before, from products with what p is then; the figures of the solve, or "
+      "Neumann terms in p, which is v before, from products with what p is then; the figures of the solve, "
+      "or "
       "None where some tensor is not dense, float32 or float64, and on the CPU.");
 }
 
