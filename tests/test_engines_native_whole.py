@@ -280,3 +280,13 @@ def test_a_settled_call_is_a_short_way_through_few_files() -> None:
     finally:
         sys.setprofile(None)
     assert len(set(entered)) <= 22 and len(entered) <= 150, (len(set(entered)), len(entered))
+
+
+@pytest.mark.parametrize("engine", ["auto", "linearized", "recorded", "eager"])
+def test_a_settled_hypergradient_can_be_copied(engine: str) -> None:
+    ours = settled(engine=engine)
+    twin = copy.deepcopy(ours)
+    for seed in range(5, 8):
+        expected = hvp.Hypergradient(train_loss, val_loss, hvp.Neumann(6, alpha=0.1), engine="eager")(*arguments(seed))
+        agree(ours(*arguments(seed)), expected)
+        agree(twin(*arguments(seed)), expected)

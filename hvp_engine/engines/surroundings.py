@@ -31,6 +31,10 @@ class Surroundings:
         self._modes = [variable for variable in variables if variable.key == "training"]
         self._others = [variable for variable in variables if variable.key != "training"]
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Surroundings:
+        """The same one: it looks at the globals of the loss's functions, which copies of these share."""
+        return self
+
     def outdated(self) -> bool:
         """Whether modules are in another mode, training or evaluation, or torch computes in other dtypes: then the loss
         is traced anew."""
