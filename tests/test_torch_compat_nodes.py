@@ -280,5 +280,7 @@ def test_nodes_of_our_own_operators_show_all_that_they_keep() -> None:
         node = x.grad_fn
         assert node.name().startswith(torch_compat_nodes.OWN_NODES)
         assert torch_compat_nodes.fields_of(node) == NodeFields(("saved_tensors",), ("settings",))
-        assert node.settings == (0.5, False, 0.7) and len(node.saved_tensors) == tensors
+        *places, p, causal, scale = node.settings  # "" where a tensor is saved, None where there is none
+        assert (p, causal, scale) == (0.5, False, 0.7) and len(places) == tensors and {*places} <= {"", None}
+        assert len(node.saved_tensors) == places.count("")
         assert not torch_compat_nodes.has_unpack_hook(node._raw_saved_tensors)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.mappings import map_leaves
-from hvp_engine._support.pytree import as_list, check_like, check_scalar, flatten
+from hvp_engine._support.pytree import check_like, check_scalar, flatten
+from hvp_engine._support.tensor_lists import as_list
 
 
 class Pair(NamedTuple):

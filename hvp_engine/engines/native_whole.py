@@ -86,10 +86,6 @@ class NativeWhole:
         self._inputs: list[list[Tensor]] = []
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of what holds it makes one of its own."""
-        return type(None), ()
-
     def begin(self, train: Problem, val: Problem, solver: Solver) -> bool:
         """Bind the problems' tensors, for the calling thread alone until :meth:`end`; false, with nothing bound, if it
         cannot be used for them now."""

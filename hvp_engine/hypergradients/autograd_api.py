@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import detached
-from hvp_engine._support.pytree import Tensors, as_list, as_list_like, check_scalar, is_flat_for
+from hvp_engine._support.pytree import check_scalar
+from hvp_engine._support.tensor_lists import Tensors, as_list, as_list_like, is_flat_for
 from hvp_engine._support.torch_compat import is_batched
 from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, gradients
 from hvp_engine.differentiation.missing_derivatives import other_leaves
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
 from hvp_engine.errors import GraphError, SecondDerivativeError
 from hvp_engine.hypergradients.implicit import implicit_gradient
-from hvp_engine.hypergradients.plain_series import TapeSystem, plain_series
+from hvp_engine.hypergradients.short_series import TapeSystem, plain_series
 from hvp_engine.hypergradients.stale_graphs import refused_if_stale
 from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import check_solver

@@ -33,6 +33,10 @@ from hvp_engine.solvers.base import LinearSystem, Runner, check_solver
 from hvp_engine.solvers.solution import Solution
 from hvp_engine.solvers.spectrum import Spectrum
 
+_KEPT_WHOLES, _PATIENCE = 4, 32
+"""Kinds of calls, such as shapes of batches, whose memory is kept; and how many calls that none of these serves come
+before one of them is given up for another."""
+
 _FAR = 0.5
 """The weights count as far away if further training would change the validation loss by more than this share of it."""
 
@@ -119,7 +123,8 @@ class Hypergradient(Estimator):
         self.warm_start = warm_start
         self._previous: list[Tensor] | None = None
         self._stationarity = Stationarity()
-        self._whole: Whole | None = None
+        self._wholes: tuple[Whole, ...] = ()
+        self._unserved = 0
 
     def __call__(self, weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> HypergradientResult:
         weight_list, weight_structure = flatten(weights, "weights", sharded=True)
@@ -177,17 +182,26 @@ class Hypergradient(Estimator):
             self._stationarity.check(result.unfinished, result.val_loss, result.gradient_norm)
         return result
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy keeps memory of its own."""
+        return self.__dict__ | {"_wholes": ()}
+
     def _begun(self, train: Problem, val: Problem) -> Whole | None:
         """What makes this hypergradient all at once, ready to; None if nothing can."""
         if not self.solver.quiet:
             return None
-        whole = self._whole  # another thread may replace it
-        if whole is None or not whole.begin(train, val, self.solver):
-            whole = self.engine.whole(train, val, self.solver)
-            if whole is None or not whole.begin(train, val, self.solver):
-                return None
-            self._whole = whole
-        return whole
+        kept = self._wholes  # another thread may replace them
+        for whole in kept:
+            if whole.begin(train, val, self.solver):
+                return whole
+        self._unserved += 1
+        if len(kept) == _KEPT_WHOLES and self._unserved % _PATIENCE:
+            return None
+        made = self.engine.whole(train, val, self.solver)
+        if made is None or not made.begin(train, val, self.solver):
+            return None
+        self._wholes = (made, *kept[: _KEPT_WHOLES - 1])
+        return made
 
     def report(self) -> str:
         """What the engine did and why, and how precise float32 is."""
@@ -208,7 +222,7 @@ class Hypergradient(Estimator):
         self.spectrum.load_state_dict(state["spectrum"])
         self._previous = state["previous"]
         self.engine.load_state_dict(state["engine"])
-        self._whole = None
+        self._wholes = ()
 
 
 def _alike(previous: Sequence[Tensor] | None, weights: Sequence[Tensor]) -> bool:

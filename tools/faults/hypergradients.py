@@ -82,8 +82,8 @@ FAULTS = [
     ),
     Fault(
         "hvp_engine/hypergradients/autograd_api.py",
-        "    _require_grad(hyper_list)\n    active = _active(weight_list)\n    found",
-        "    active = _active(weight_list)\n    found",
+        '    _require_grad(hyper_list)\n    active = _active(weight_list)\n    with refused_if_stale("val_loss")',
+        '    active = _active(weight_list)\n    with refused_if_stale("val_loss")',
         "tests/test_bad_input_tape.py tests/test_implicit.py",
         "hyperparameters without a graph give zeros instead of an error",
     ),

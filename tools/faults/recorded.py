@@ -49,14 +49,14 @@ FAULTS = [
         "csrc/plain_series.cpp",
         "for (Dense& product : products_) keep_apart(&product);",
         "",
-        "tests/test_plain_series.py",
+        "tests/test_short_series.py",
         "a product that is the other weight's tangent is read after that has been updated",
     ),
     Fault(
         "hvp_engine/differentiation/recorded/known_graphs.py",
         "if before.products and not before.mixed:",
         "if before.products:",
-        "tests/test_plain_series.py",
+        "tests/test_short_series.py",
         "a solve made half by autograd and half by a program is taken for one of them",
     ),
 ]

@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from hvp_engine.differentiation.native.expressions import Expression, Operand, length
 from hvp_engine.differentiation.native.operations import (
     MOST_INPUTS,
     MOST_REGISTERS,
@@ -39,31 +40,6 @@ _FEW_COLUMNS = 16
 
 _SMALL_COPY = 1 << 18
 """A known tensor of at most so many elements is copied once to be read in the order of what it is combined with."""
-
-
-@dataclass(frozen=True)
-class Expression:
-    """An elementwise result that is not stored yet."""
-
-    code: Code
-    operands: tuple[Operand, ...]
-    sizes: tuple[int, ...]
-    constant: Constant = 0.0
-    second: Constant = 0.0
-
-    def leaves(self) -> list[Place]:
-        """The places that are read."""
-        found: list[Place] = []
-        for operand in self.operands:
-            found += [operand] if isinstance(operand, Place) else operand.leaves()
-        return found
-
-    def length(self) -> int:
-        """Instructions."""
-        return 1 + sum(operand.length() for operand in self.operands if isinstance(operand, Expression))
-
-
-Operand = Place | Expression
 
 
 class Kind(enum.IntEnum):
@@ -210,7 +186,7 @@ class Builder:
             taken.append(operand if whole else self.stored(operand))
         expression = Expression(code, tuple(taken), sizes, constant, second)
         while expression.length() > _LONGEST_CHAIN or len(expression.leaves()) > MOST_INPUTS - 2:
-            longest = max(range(len(taken)), key=lambda i: _length(taken[i]))
+            longest = max(range(len(taken)), key=lambda i: length(taken[i]))
             taken[longest] = self.stored(taken[longest])
             expression = Expression(code, tuple(taken), sizes, constant, second)
         return expression
@@ -320,7 +296,3 @@ def _upright(place: Place) -> bool:
 def _needed(place: Place) -> list[int]:
     """The strides along dimensions of more than one element."""
     return [stride for size, stride in zip(place.sizes, place.strides, strict=True) if size > 1]
-
-
-def _length(operand: Operand) -> int:
-    return operand.length() if isinstance(operand, Expression) else 0

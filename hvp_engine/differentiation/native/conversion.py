@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine.differentiation.native.builder import Builder, Expression, Kind, Operand
+from hvp_engine.differentiation.native.builder import Builder, Kind
+from hvp_engine.differentiation.native.expressions import Expression, Operand
 from hvp_engine.differentiation.native.operations import Code, UnsupportedError
 from hvp_engine.differentiation.native.places import Place
 from hvp_engine.differentiation.trace.rewriting import dependents

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hvp_engine.differentiable.cross_entropy_reference import label_weights
-from hvp_engine.differentiation.native.builder import Operand
 from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
+from hvp_engine.differentiation.native.expressions import Operand
 from hvp_engine.differentiation.native.linear_algebra import mean_of, total
 from hvp_engine.differentiation.native.operations import Code, UnsupportedError
 from hvp_engine.differentiation.native.places import Place

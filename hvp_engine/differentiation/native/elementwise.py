@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine.differentiation.native.builder import CPU, Operand
+from hvp_engine.differentiation.native.builder import CPU
 from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
+from hvp_engine.differentiation.native.expressions import Operand
 from hvp_engine.differentiation.native.operations import Code, UnsupportedError
 
 aten = torch.ops.aten

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from hvp_engine.differentiation.native import elementwise, linear_algebra, nonlinear, shaping
-from hvp_engine.differentiation.native.builder import Builder, Kind, Operand
+from hvp_engine.differentiation.native.builder import Builder, Kind
 from hvp_engine.differentiation.native.conversion import HANDLERS, Conversion, Value
+from hvp_engine.differentiation.native.expressions import Operand
 from hvp_engine.differentiation.native.extension import Slots, check
 from hvp_engine.differentiation.native.memory_plan import plan
 from hvp_engine.differentiation.native.operations import Call, Code, Operation, UnsupportedError

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from hvp_engine.differentiation.native.builder import Operand
 from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
+from hvp_engine.differentiation.native.expressions import Operand
 from hvp_engine.differentiation.native.operations import Code, UnsupportedError
 from hvp_engine.differentiation.native.places import Place
 

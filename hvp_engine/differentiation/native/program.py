@@ -15,8 +15,9 @@ from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.native import adjoints, differentiable, elementwise, linear_algebra, recurrent, shaping
 from hvp_engine.differentiation.native.batch_space import Combination, Factor, number, one_for_each_output
-from hvp_engine.differentiation.native.builder import CPU, Builder, Operand
+from hvp_engine.differentiation.native.builder import CPU, Builder
 from hvp_engine.differentiation.native.conversion import Conversion
+from hvp_engine.differentiation.native.expressions import Operand
 from hvp_engine.differentiation.native.extension import Slots, check
 from hvp_engine.differentiation.native.memory_plan import plan
 from hvp_engine.differentiation.native.operations import Code, Operation

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import chain
 
 from hvp_engine.differentiation.linear_map import Accumulation
-from hvp_engine.differentiation.native.builder import Builder, Operand
+from hvp_engine.differentiation.native.builder import Builder
+from hvp_engine.differentiation.native.expressions import Operand
 from hvp_engine.differentiation.native.operations import Code, Operation
 from hvp_engine.differentiation.native.places import Place
 

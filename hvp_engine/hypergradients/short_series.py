@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hvp_engine.differentiation.double_backward import Pullback, Tape
 from hvp_engine.engines.eager import EagerEngine
+from hvp_engine.ops.backend import select
 from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import LinearSystem, Result, Vector
 from hvp_engine.solvers.iteration import GROWTH_LIMIT
@@ -40,6 +41,8 @@ def plain_series(tape: Tape, v: Vector, solver: Solver) -> tuple[list[Tensor], S
     if _C is None or type(solver) is not Neumann or solver.alpha == "auto" or solver.form != "horner":
         return None
     if solver.preconditioner is not None or not solver.iterations or sum([part.numel() for part in v]) > _LARGEST:
+        return None
+    if select(v[0].device)[0] != "cpp":
         return None
     alpha, damping, terms = solver.alpha, solver.damping, solver.iterations
 

@@ -17,8 +17,8 @@ from hvp_engine.differentiation.recorded.known_graphs import Known, Outline, Sol
 from hvp_engine.differentiation.recorded.library import Library
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
 from hvp_engine.engines.eager import EagerEngine
-from hvp_engine.hypergradients import plain_series as module
-from hvp_engine.hypergradients.plain_series import plain_series
+from hvp_engine.hypergradients import short_series as module
+from hvp_engine.hypergradients.short_series import plain_series
 from hvp_engine.solvers.base import LinearSystem
 from hvp_engine.solvers.neumann import outcome_of
 from hvp_engine.solvers.spectrum import Spectrum
