@@ -359,8 +359,10 @@ def test_a_long_solve_can_be_interrupted() -> None:
     done = threading.Event()
 
     def interrupt() -> None:
-        while not done.wait(0.3):  # again, since Python drops what is raised in a weak reference's callback
+        wait = 0.3
+        while not done.wait(wait):  # again, since Python drops what is raised in a weak reference's callback
             os.kill(os.getpid(), signal.SIGINT)
+            wait = 10.0  # in which the first one has been caught
 
     def handler(*_: Any) -> None:
         if not done.is_set():
