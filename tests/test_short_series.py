@@ -176,6 +176,7 @@ def test_graphs_are_read_again_now_and_then() -> None:
 def test_a_graph_is_not_read_where_autograd_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Known, "settled", True)
     monkeypatch.setattr(Known, "breaks_even", 5.0)
+    monkeypatch.setattr(Library, "affords", lambda *_: True)
     library, reads, series = Library(), [], []
     read, run = choice.contents_of, module._C.plain_series
     monkeypatch.setattr(choice, "contents_of", lambda *a: reads.append(1) or read(*a))
