@@ -60,8 +60,9 @@ class Known:
 
     def is_settled(self) -> bool:
         """Whether the next gradient is made by the program, unchecked."""
-        there = self.program is not None and self.surroundings is not None
-        return there and not self.schedule.next_is_due() and self.surroundings.same()  # type: ignore[union-attr]
+        if self.program is None or self.surroundings is None:
+            return False
+        return not self.schedule.next_is_due() and self.surroundings.same()
 
 
 def native_program(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Program:

@@ -38,7 +38,7 @@ def plain_series(tape: Tape, v: Vector, solver: Solver) -> tuple[list[Tensor], S
     None where a general solve is needed: for other solvers, on other devices, where a program is faster, and for
     whatever goes wrong, which it explains.
     """
-    if _C is None or type(solver) is not Neumann or solver.alpha == "auto" or solver.form != "horner":
+    if type(solver) is not Neumann or solver.alpha == "auto" or solver.form != "horner":
         return None
     if solver.preconditioner is not None or not solver.iterations or sum([part.numel() for part in v]) > _LARGEST:
         return None

@@ -34,4 +34,5 @@ Operand = Place | Expression
 
 
 def length(operand: Operand) -> int:
+    """Instructions before the operand can be read."""
     return operand.length() if isinstance(operand, Expression) else 0

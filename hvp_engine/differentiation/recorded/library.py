@@ -68,11 +68,8 @@ class Library:
 
     def outline(self, structure: Hashable) -> Outline:
         """What is known of graphs of this structure."""
-        found = self._outlines.get(structure)
-        if found is None:
-            with self._lock:
-                found = _latest(self._outlines, structure, Outline)
-        return found
+        with self._lock:
+            return _latest(self._outlines, structure, Outline)
 
     def affords(self, nodes: int) -> bool:
         """Whether a program of so many operations may be built by now."""
