@@ -7,6 +7,7 @@ tests then: `HVP_TEST_DEVICE=cuda pytest -m "gpu and not soak"` runs all that ne
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -20,6 +21,9 @@ from hvp_engine.differentiation.native.partition_programs import PartitionProgra
 from hvp_engine.differentiation.recorded.known_graphs import Known
 from hvp_engine.differentiation.trace.rewriting import verified_rewrites
 from hvp_engine.ops.backend import use_backend, why_not
+
+# Torch tells pytest's log handler of every node that it traces, an eighth of the time of tests that trace.
+logging.getLogger("torch.__trace").disabled = True
 
 # Test processes side by side share the cores.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
