@@ -188,6 +188,15 @@ def test_compiled_graphs() -> None:
     torch.testing.assert_close(compiled(W)[0], W.sin() + 1)
 
 
+def test_code_of_a_graph_is_written_at_its_first_use() -> None:
+    made = torch_compat.make_fx(torch.sin)(W)
+    module = torch_compat.graph_module(torch.nn.Module(), made.graph)
+    torch.testing.assert_close(module(W), W.sin())
+    function = torch_compat.function_of(torch_compat.graph_module(torch.nn.Module(), made.graph))
+    assert "lazy" not in function.__name__
+    torch.testing.assert_close(function(W), W.sin())
+
+
 def test_compiled_modules_keep_the_original() -> None:
     module = nn.Linear(2, 2)
     name, original = torch_compat.compiled_from(torch.compile(module)) or ("", None)

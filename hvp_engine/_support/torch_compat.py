@@ -22,6 +22,7 @@ from torch._C._functorch import TransformType
 from torch._prims_common import suggest_memory_format as suggest_memory_format
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx as make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -203,6 +204,18 @@ def reverse_in_forward_refused() -> Iterator[None]:
         yield
     finally:
         transforms.grad_increment_nesting = original
+
+
+def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A module of the graph, whose Python code is written when it is needed: most are only read, and writing the code
+    of all of them takes a tenth of the time to build a program."""
+    return _LazyGraphModule(root, graph)
+
+
+def function_of(module: fx.GraphModule) -> Callable[..., Any]:
+    """The module's code, without what calling a module adds."""
+    _LazyGraphModule.force_recompile(module)
+    return module.forward
 
 
 def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor], size_asserts: bool) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from hvp_engine._support.flat_vector import Layout
-from hvp_engine._support.torch_compat import compile_graph, make_fx
+from hvp_engine._support.torch_compat import compile_graph, function_of, make_fx
 from hvp_engine.differentiation.linear_map import Accumulation, Linearization, Terms
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.trace.evaluated import Function
@@ -74,11 +74,11 @@ class CompiledFunctions(Functions):
                 return attempts.call(outline, module, otherwise=module)
 
             def reusing(module: fx.GraphModule) -> Function:
-                return attempts.call(written_over, module, otherwise=module).forward
+                return function_of(attempts.call(written_over, module, otherwise=module))
 
             self.tangent = reusing(outlined(parts.tangent.module))
             self.accumulating = reusing(outlined(parts.accumulating.module))
-            self.primal = outlined(parts.primal).forward
+            self.primal = function_of(outlined(parts.primal))
             self.undone = (*parts.undone, *attempts.undone)
         self._terms: dict[tuple[bool, float], Callable[..., Any]] = {}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import FakeMode, fake_like
+from hvp_engine._support.torch_compat import FakeMode, fake_like, graph_module
 from hvp_engine.differentiation.trace.partial_evaluation import Part
 
 aten = torch.ops.aten
@@ -70,4 +70,4 @@ def closing_graph(
         change, square = figures
         value = change.meta["val"]
         graph.output((*x, *grads, call(aten.neg.default, (change,), value), call(aten.sqrt.default, (square,), value)))
-    return fx.GraphModule(mixed.module, graph)
+    return graph_module(mixed.module, graph)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from hvp_engine._support.flat_vector import Layout
+from hvp_engine._support.torch_compat import function_of
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.native.batch_space import Factor, factors, fewest_terms
 from hvp_engine.differentiation.native.graph_program import GraphProgram
@@ -47,7 +48,7 @@ class PartitionPrograms:
     def __setstate__(self, parts: Partition) -> None:
         self.__init__(parts)  # type: ignore[misc]  # as a new one
 
-    def whole(self, graph: fx.GraphModule, otherwise: Callable[..., Sequence[Tensor]]) -> Whole:
+    def whole(self, graph: fx.GraphModule, otherwise: fx.GraphModule) -> Whole:
         """A part of the partition that runs once at each point, by the extension if that can."""
         return Whole(self, graph, otherwise)
 
@@ -112,7 +113,7 @@ class Whole:
     """A function of known tensors, detached and without grad mode: by a program that the first call makes, else by
     `otherwise`."""
 
-    def __init__(self, programs: PartitionPrograms, graph: fx.GraphModule, otherwise: Callable[..., Sequence[Tensor]]):
+    def __init__(self, programs: PartitionPrograms, graph: fx.GraphModule, otherwise: fx.GraphModule):
         self._parts = programs, graph, otherwise
         self._run: Callable[..., Sequence[Any]] | None = None
 
@@ -126,7 +127,7 @@ class Whole:
     def __call__(self, *known: Tensor) -> Sequence[Any]:
         if self._run is None:
             programs, graph, otherwise = self._parts
-            self._run = programs.timed(lambda: GraphProgram(graph, programs.dtypes))[0] or otherwise
+            self._run = programs.timed(lambda: GraphProgram(graph, programs.dtypes))[0] or function_of(otherwise)
         return self._run(*known)
 
     @property

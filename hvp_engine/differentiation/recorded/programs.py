@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import FakeMode, below_autograd, fake_like
+from hvp_engine._support.torch_compat import FakeMode, below_autograd, fake_like, graph_module
 from hvp_engine.differentiation.recorded.product_recorder import Constant, RecordedProduct, Value
 from hvp_engine.differentiation.self_check import Schedule
 from hvp_engine.differentiation.trace.evaluated import PartitionFunctions
@@ -56,7 +56,7 @@ def traced(product: RecordedProduct, tangents: Sequence[Tensor]) -> Trace:
     graph = _graph(product, tangents)
     attempts = Attempts()
     candidate = copied(graph)
-    root = fx.GraphModule(torch.nn.Module(), graph)
+    root = graph_module(torch.nn.Module(), graph)
     if not attempts.call(functionalized, candidate, otherwise=False):
         with TRACING:
             root = retraced(root, graph, arguments)

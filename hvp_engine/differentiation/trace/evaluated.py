@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout
-from hvp_engine._support.torch_compat import below_autograd
+from hvp_engine._support.torch_compat import below_autograd, function_of
 from hvp_engine.differentiation.closing import Closing
 from hvp_engine.differentiation.linear_map import Accumulation, Linearization, Terms
 from hvp_engine.differentiation.native.closing import closing_graph
@@ -31,19 +31,32 @@ class PartitionFunctions:
 
     def __init__(self, parts: Partition):
         self.partition = parts
-        self.primal: Function = parts.primal.forward
-        self.tangent: Function = parts.tangent.in_place.forward
-        self.mixed: Function = parts.mixed.in_place.forward
-        self.accumulating: Function = parts.accumulating.in_place.forward
         self.unbatched = ""
         self.native: PartitionPrograms | None = None
         self._closing: list[GraphProgram | None] = []
 
+    @cached_property
+    def primal(self) -> Function:
+        return function_of(self.partition.primal)
+
+    @cached_property
+    def tangent(self) -> Function:
+        return function_of(self.partition.tangent.in_place)
+
+    @cached_property
+    def mixed(self) -> Function:
+        return function_of(self.partition.mixed.in_place)
+
+    @cached_property
+    def accumulating(self) -> Function:
+        return function_of(self.partition.accumulating.in_place)
+
     def run_natively(self) -> None:
         """Have the extension run what it can."""
-        self.native = PartitionPrograms(self.partition)
-        self.primal = self.native.whole(self.partition.primal, self.primal)
-        self.mixed = self.native.whole(self.partition.mixed.module, self.mixed)
+        parts = self.partition
+        self.native = PartitionPrograms(parts)
+        self.primal = self.native.whole(parts.primal, parts.primal)
+        self.mixed = self.native.whole(parts.mixed.module, parts.mixed.in_place)
 
     def closing(self, gradient: Sequence[Tensor]) -> GraphProgram | None:
         """The program of what follows a solve, for gradients like this one; None if there is none."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import make_fx, schema_of, tags_of
+from hvp_engine._support.torch_compat import graph_module, make_fx, schema_of, tags_of
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
@@ -111,7 +111,7 @@ def retraced(root: fx.GraphModule, graph: fx.Graph, arguments: Sequence[Tensor])
             copies[node] = places[str(node.target)]
         elif node.op != "placeholder":
             copies[node] = lifted.node_copy(node, lambda argument: copies[argument])
-    pure = torch.func.functionalize(fx.GraphModule(root, lifted))
+    pure = torch.func.functionalize(graph_module(root, lifted))
     with torch.no_grad():
         again = make_fx(pure)(*arguments, *(tensor.clone() for tensor in taken.values()))
     placeholders = [node for node in again.graph.nodes if node.op == "placeholder"][inputs:]

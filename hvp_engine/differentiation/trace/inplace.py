@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hvp_engine._support.torch_compat import graph_module
 from hvp_engine.differentiation.trace.functionalize import is_view
 from hvp_engine.differentiation.trace.patterns import same_layout
 
@@ -78,7 +79,7 @@ def written_over(module: fx.GraphModule) -> fx.GraphModule:
             copy.target = _IN_PLACE[node.target]
         bases[node] = {base}
         last[base] = last[node]
-    return fx.GraphModule(module, new)
+    return graph_module(module, new)
 
 
 def _last_reads(graph: fx.Graph, order: dict[fx.Node, int]) -> dict[fx.Node, int]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hvp_engine._support.torch_compat import graph_module
 from hvp_engine.differentiation.trace.broadcasting import expand_last
 from hvp_engine.differentiation.trace.combining import combine_sums, share_factors
 from hvp_engine.differentiation.trace.contractions import contract
@@ -213,4 +214,4 @@ def _subgraph(
         if node in live and node not in copies:
             copies[node] = new.node_copy(node, lambda argument: copies[argument])
     new.output(tuple(copies[node] for node in outputs))
-    return fx.GraphModule(root, new)
+    return graph_module(root, new)

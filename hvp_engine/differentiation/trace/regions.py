@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import tags_of
+from hvp_engine._support.torch_compat import graph_module, tags_of
 from hvp_engine.differentiation.trace.functionalize import is_random
 from hvp_engine.differentiation.trace.patterns import result_bytes
 
@@ -97,7 +97,7 @@ class Regions:
             for index, output in enumerate(outputs):
                 copies[output] = new.call_function(operator.getitem, (call, index))
                 copies[output].meta = dict(output.meta)
-        return fx.GraphModule(module, new)
+        return graph_module(module, new)
 
     def _function(
         self, module: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
@@ -109,7 +109,7 @@ class Regions:
             for node in nodes:
                 copies[node] = graph.node_copy(node, lambda argument: copies[argument])
             graph.output(tuple(copies[node] for node in outputs))
-            self._functions[key] = lazily(self._compile, fx.GraphModule(module, graph))
+            self._functions[key] = lazily(self._compile, graph_module(module, graph))
         return self._functions[key]
 
 

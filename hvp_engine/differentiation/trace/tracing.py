@@ -23,6 +23,7 @@ from hvp_engine._support.torch_compat import (
     REGISTER_PYTREE,
     REVERSE_IN_FORWARD,
     WITHOUT_STRIDES,
+    graph_module,
     make_fx,
     one_fake_mode,
     reverse_in_forward_refused,
@@ -111,7 +112,7 @@ def trace_gradient(problem: Problem) -> fx.GraphModule:
 
     graph, root, _ = _recorded(problem, function, _known(problem), contextlib.nullcontext())
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    return fx.GraphModule(root, graph)
+    return graph_module(root, graph)
 
 
 def _known(problem: Problem) -> list[Tensor]:
