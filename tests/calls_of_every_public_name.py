@@ -137,7 +137,7 @@ CALLS: dict[str, list[Call]] = {
     "GaussNewtonOperator": failing(gauss_newton, 1),
     "HessianOperator": [
         *(call for engine in ("eager", "linearized", "auto") for call in failing(partial(hessian, engine), 1)),
-        Call(compiled, returns=hvp.Solution, changes=COMPILING),
+        Call(compiled, returns=hvp.Solution, changes=COMPILING, slow=True),
     ],
     "Hypergradient": [
         *hypergradients(),

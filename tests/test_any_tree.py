@@ -34,7 +34,7 @@ NO_TENSORS = {
     *(name for name in hvp.__all__ if name.endswith("Error")),
 }
 """Public names that no caller hands tensors to."""
-EXAMPLES, IN_SOAK = 500, 10_000
+EXAMPLES, IN_SOAK = 300, 10_000
 """In all, spread over the subjects."""
 DOCUMENTED = (hvp.HvpError, ValueError, TypeError)
 

@@ -45,7 +45,7 @@ def ridge(seed: int, dtype: torch.dtype) -> tuple[Callable[..., Tensor], list[Te
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("first", [*range(0, 40, 10), *(pytest.param(k, marks=SOAK) for k in range(40, 1000, 10))])
+@pytest.mark.parametrize("first", [0, 10, *(pytest.param(k, marks=SOAK) for k in range(20, 1000, 10))])
 def test_no_false_alarm_at_a_minimum(dtype: torch.dtype, first: int) -> None:
     for seed in range(first, first + 10):
         loss, weights, decay = ridge(seed, dtype)

@@ -53,8 +53,13 @@ def live_tensors() -> int:
     return sum(isinstance(item, Tensor) for item in gc.get_objects())
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("style", ["tape", "eager", "recorded", "linearized", "auto"])
+STYLES = ("tape", "eager", "recorded", "linearized", "auto")
+
+
+@pytest.mark.parametrize(
+    ("style", "solver"),
+    [*((style, "neumann") for style in STYLES), *((s, n) for s in ("tape", "linearized") for n in list(SOLVERS)[1:])],
+)
 def test_live_tensors_stay_as_many_without_the_collector(style: str, solver: str) -> None:
     run = tape(SOLVERS[solver]) if style == "tape" else functional(SOLVERS[solver], style)
     for _ in range(4):  # until all that is kept for further calls is there
