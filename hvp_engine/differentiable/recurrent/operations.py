@@ -27,6 +27,7 @@ ops = torch.ops.hvp_engine
 _MODULES = {
     "reference": "hvp_engine.differentiable.recurrent.reference",
     "cpp": "hvp_engine.differentiable.recurrent.cpp",
+    "triton": "hvp_engine.kernels.recurrent",
 }
 
 
