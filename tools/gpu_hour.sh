@@ -2,7 +2,7 @@
 # All that a GPU can tell, in three commands of less than ten minutes each on a machine with one:
 #
 #   bash tools/gpu_hour.sh 1    build, smoke, all gpu tests
-#   bash tools/gpu_hour.sh 2    compute-sanitizer, what the graphs are worth, benchmarks
+#   bash tools/gpu_hour.sh 2    compute-sanitizer, what the graphs are worth, recurrent layers, benchmarks
 #   bash tools/gpu_hour.sh 3    profiles, ncu, memory, repeatability, precision
 #
 # No network is used. Results of all steps so far are packed after each step into $OUT (default: out/gpu-hour). A step
@@ -81,6 +81,7 @@ case $STAGE in
   for problem in $GRAPHS; do
     step "graphs-$problem" 60 20 "$PYTHON -m tools.gpu_graphs --device $DEVICE --problem $problem"
   done
+  step recurrent 60 40 "$PYTHON -m tools.gpu_recurrent --device $DEVICE"
   step bench-step 60 30 "$BENCH --benchmarks step"
   for problem in $PROBLEMS; do
     step "bench-$problem" 70 12 "$BENCH --problems $problem --benchmarks update hvp inverse_hvp hypergradient memory"

@@ -28,6 +28,20 @@ FAULTS = [
         "tanh of small numbers loses its digits",
     ),
     Fault(
+        "kernels/recurrent_gates.py",
+        "return tl.where(y < 0.25, near, 1 - 2 / (1 + tl.exp(2 * x)))",
+        "return 1 - 2 / (1 + tl.exp(2 * x))",
+        f"{LEVELS} -k 'triton and activations'",
+        "on a GPU, tanh of small numbers loses its digits",
+    ),
+    Fault(
+        "kernels/recurrent_gates.py",
+        "_plus(dh * z, previous_grad,",
+        "_plus(dh * (1 - z), previous_grad,",
+        f"{LEVELS} -k 'triton and values_are_those and packed and gru_recurrence_backward'",
+        "on a GPU, the gradient of a GRU's old state passes through the wrong gate",
+    ),
+    Fault(
         f"{FOLDER}/reference.py",
         "dh * (az * change * (1 - 2 * z) + old - u),",
         "dh * (az * change * (1 - 2 * z) - u),",

@@ -17,12 +17,18 @@ from torch import Tensor
 from hvp_engine._support.torch_compat import without_torch_functions
 from hvp_engine.differentiable.recurrent import reference
 from hvp_engine.differentiable.recurrent.signatures import OPS, Op, check, empty_results
-from hvp_engine.differentiable.registration import by_reference, derivatives, keep, kept, register
-from hvp_engine.ops import backend
+from hvp_engine.differentiable.registration import by_reference, derivatives, implementation, keep, kept, register
 
 Gradients = tuple[Tensor | None, ...]
 
 ops = torch.ops.hvp_engine
+
+
+_MODULES = {
+    "reference": "hvp_engine.differentiable.recurrent.reference",
+    "cpp": "hvp_engine.differentiable.recurrent.cpp",
+    "triton": "hvp_engine.kernels.recurrent",
+}
 
 
 def _runner(op: Op) -> Callable[..., tuple[Tensor, ...]]:
@@ -30,13 +36,7 @@ def _runner(op: Op) -> Callable[..., tuple[Tensor, ...]]:
         tensors, batch_sizes = arguments[: len(op.arguments)], arguments[len(op.arguments)]
         check(op, tensors, batch_sizes)
         weight = tensors[list(op.arguments).index("weight")]
-        name, _ = backend.select(weight.device, among=("cpp", "reference"))
-        if name == "cpp":
-            from hvp_engine.differentiable.recurrent import native  # exists only where the extension does
-
-            if not native.PROBLEM:
-                return native.FUNCTIONS[op.name](*arguments)
-        return getattr(reference, op.name)(*arguments)
+        return getattr(implementation(weight.device, _MODULES), op.name)(*arguments)
 
     return run
 

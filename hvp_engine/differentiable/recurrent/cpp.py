@@ -7,14 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from hvp_engine.differentiable.recurrent.signatures import CODES, OPS, Op, by_columns, empty_results, transposes
+from hvp_engine.differentiable.recurrent import reference
+from hvp_engine.differentiable.recurrent.signatures import CODES, OPS, by_columns, empty_results, transposes
 from hvp_engine.ops.cpp import _C, find_blas
 
-PROBLEM = find_blas()
-"""Why the recurrences cannot run here; empty if they can."""
 
+def _function(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    op = OPS[name]
+    if find_blas():  # nothing that multiplies matrices
+        formulas: Callable[..., tuple[Tensor, ...]] = getattr(reference, name)
+        return formulas
 
-def _function(op: Op) -> Callable[..., tuple[Tensor, ...]]:
     def run(*arguments: Any) -> tuple[Tensor, ...]:
         given: Sequence[Tensor | None] = arguments[: len(op.arguments)]
         batch_sizes, reverse, *keep = arguments[len(op.arguments) :]
@@ -43,4 +46,9 @@ def _function(op: Op) -> Callable[..., tuple[Tensor, ...]]:
     return run
 
 
-FUNCTIONS = {name: _function(op) for name, op in OPS.items()}
+lstm_recurrence = _function("lstm_recurrence")
+lstm_recurrence_backward = _function("lstm_recurrence_backward")
+lstm_recurrence_double_backward = _function("lstm_recurrence_double_backward")
+gru_recurrence = _function("gru_recurrence")
+gru_recurrence_backward = _function("gru_recurrence_backward")
+gru_recurrence_double_backward = _function("gru_recurrence_double_backward")
