@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's outputs, without the matrix of all of them: rows are done chunk by chunk.
+"""Cross-entropy of a linear layer's outputs, chunk by chunk of rows, so that the whole matrix of them never exists.
 
 With logits z = h W^T + b and d = d loss / d z, the first derivative is (d W, d^T h, sum d). Its derivative for tangents
 (s, S, u) goes through d, with the cotangent t = s W^T + h S^T + u, and through W and h:
