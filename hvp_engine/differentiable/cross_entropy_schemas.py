@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hvp_engine.differentiable import cross_entropy_reference as reference
 from hvp_engine.differentiable import linear_cross_entropy_chunks as chunks
-from hvp_engine.differentiable.cross_entropy_backends import rows_on
 from hvp_engine.differentiable.cross_entropy_reference import Labels
 from hvp_engine.differentiable.registration import accumulated, register_levels, split_off
 
@@ -41,7 +40,7 @@ def _with_labels(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _rows(function: str) -> Callable[..., Any]:
     """A function of the module whose backend runs."""
-    return lambda *arguments: getattr(rows_on(arguments[0].device), function)(*arguments)
+    return lambda *arguments: getattr(chunks.rows_on(arguments[0].device), function)(*arguments)
 
 
 _LABELS = "Tensor target, Tensor? weight, int ignore_index, float label_smoothing"
