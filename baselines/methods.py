@@ -82,11 +82,6 @@ class Method:
     make: Callable[[Setting, int], Estimator] | None = None
     search: type | None = None
 
-    @property
-    def grows(self) -> bool:
-        """Whether memory grows with i."""
-        return " i" in self.memory
-
 
 def _implicit(
     name: str, solver: Callable[[Setting, int], Solver], formula: str, source: str, cost: str = "i HVPs"

@@ -8,18 +8,17 @@ reads or writes, for 50 million weights at the memory's nominal bandwidth.
 
 from __future__ import annotations
 
-import csv
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from bench import tables
 from bench.report import grid
 from bench.results import FOLDER, ROOT
 from hvp_engine.ops import OPS
@@ -132,18 +131,11 @@ def launches(name: str) -> int:
     return 3 if name in MEASURED else 1
 
 
-def read(file: Path = FILE) -> list[Kernel]:
-    """What was written."""
-    with file.open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    kinds = {field.name: field.type for field in fields(Kernel)}
-    convert = {"int": int, "bool": lambda text: text == "True", "str": str}
-    return [Kernel(**{name: convert[str(kinds[name])](text) for name, text in row.items()}) for row in rows]
-
-
 def markdown(file: Path = FILE) -> str:
     """The table of the documentation: float32, for up to 64 tensors."""
-    kernels = {(k.architecture, k.name, k.measuring): k for k in read(file) if not k.wide and k.capacity == 64}
+    kernels = {
+        (k.architecture, k.name, k.measuring): k for k in tables.read(file, Kernel) if not k.wide and k.capacity == 64
+    }
     body = []
     for name in OPS:
         row = [f"`{name}`", str(launches(name)), str(4 * words(name))]
@@ -162,17 +154,9 @@ def main() -> int:
         print(f"nothing to look at: {reason}")
         return 1
     kernels = [kernel for architecture in ARCHITECTURES for kernel in compiled(architecture)]
-    write(kernels)
+    tables.write(FILE, kernels)
     print(markdown())
     return 0
-
-
-def write(kernels: Sequence[Kernel], file: Path = FILE) -> None:
-    """Write the results file."""
-    with file.open("w", newline="") as lines:
-        writer = csv.DictWriter(lines, [field.name for field in fields(Kernel)])
-        writer.writeheader()
-        writer.writerows(asdict(kernel) for kernel in kernels)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
+from bench import tables
 from bench.report import grid
 from bench.results import FOLDER
 
@@ -36,26 +35,9 @@ class Row:
     date: str
 
 
-def read(file: Path = FILE) -> list[Row]:
-    """The rows of a file; none where there is no file."""
-    if not file.exists():
-        return []
-    types = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(Row)}
-    with file.open(newline="") as lines:
-        return [Row(**{name: types[name](value) for name, value in row.items()}) for row in csv.DictReader(lines)]
-
-
-def write(file: Path, rows: Sequence[Row]) -> None:
-    """Replace a file."""
-    with file.open("w", newline="") as lines:
-        writer = csv.DictWriter(lines, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
 def markdown(file: Path = FILE) -> str:
     """The table of docs/field.md."""
-    rows = read(file)
+    rows = tables.read(file, Row)
     if not rows:
         return "No results have been committed yet."
     head = ["model", "weights", "eager", "linearized", "`auto` takes", "plain loop", "eager", "linearized", "`auto`"]

@@ -12,13 +12,12 @@ below 2: `pip install "pydvl[influence]"`; without it, its rows are left out.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import hvp_engine as hvp
+from bench import tables
 from bench.report import grid
 from bench.results import FOLDER, Environment, version
 from hvp_engine.demo.images import digits
@@ -151,18 +151,9 @@ def measure(rounds: int) -> list[Row]:
     return rows
 
 
-def read(file: Path = FILE) -> list[Row]:
-    """The rows of a file; none where there is no file."""
-    if not file.exists():
-        return []
-    types = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(Row)}
-    with file.open(newline="") as lines:
-        return [Row(**{name: types[name](value) for name, value in row.items()}) for row in csv.DictReader(lines)]
-
-
 def markdown(rows: list[Row] | None = None) -> str:
     """A table, of the committed results by default."""
-    rows = read() if rows is None else rows
+    rows = tables.read(FILE, Row) if rows is None else rows
     if not rows:
         return "No results have been committed yet."
     head = ["error of the matrix", "method", "iterations", "CPU time"]
@@ -181,10 +172,7 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows = measure(options.rounds)
-    with options.out.open("w", newline="") as lines:
-        writer = csv.DictWriter(lines, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    tables.write(options.out, rows)
     print(markdown(rows))
 
 

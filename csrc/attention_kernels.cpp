@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "attention.h"
-#include "exponential.h"
+#include "elementary_functions.h"
 #include "matrix_products.h"
 #include "philox.h"
 #include "variants.h"
@@ -96,7 +96,7 @@ class Block {
                 T beta, T* to, int64_t to_row, int64_t n, int64_t m, int64_t k) const {
     if (n == 0 || m == 0) return;
     if (has_blas_) {
-      hvp::multiply<T>(
+      HVP_VARIANT::multiply<T>(
           {false, transposed, m, n, k, alpha, right, right_row, left, left_row, beta, to, to_row}, 1);
       return;
     }
@@ -211,7 +211,7 @@ class Block {
       T* const row = s + j * n;
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
-        row[i] = exponential(row[i] - largest[i]);
+        row[i] = exponential_or_zero(row[i] - largest[i]);
         part[i] += row[i];
       }
     });

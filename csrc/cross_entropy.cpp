@@ -7,7 +7,7 @@
 #include <cmath>
 #include <limits>
 
-#include "exponential.h"
+#include "elementary_functions.h"
 
 namespace hvp {
 namespace HVP_VARIANT {
@@ -42,7 +42,7 @@ double log_sum_exp_of(const T* z, int64_t n) {
   const T most = largest(z, n);
   // All logits -inf, or one inf: NaN, as their differences are. A NaN among finite ones enters by its term.
   return static_cast<double>(most) +
-         std::log(summed<T>(n, [=](int64_t i) { return exponential(z[i] - most); }));
+         std::log(summed<T>(n, [=](int64_t i) { return exponential_or_zero(z[i] - most); }));
 }
 
 template <class T>
@@ -91,7 +91,7 @@ class Rows {
       const T* const z = at(row);
       const T lse = log_sum_exp_[row], factor = static_cast<T>(grad_[row] * total(row));
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) out[i] = factor * exponential(z[i] - lse);
+      for (int64_t i = 0; i < n; ++i) out[i] = factor * exponential_or_zero(z[i] - lse);
       subtract_targets(row, grad_[row], out);
     });
   }
@@ -110,7 +110,7 @@ class Rows {
       const T* const t = tangent + row * n;
       const T lse = log_sum_exp_[row], factor = static_cast<T>(grad_[row] * total(row));
       const double mean = summed<T>(n, [=](int64_t i) {
-        const T probability = exponential(z[i] - lse);
+        const T probability = exponential_or_zero(z[i] - lse);
         out[i] = probability;
         return probability * t[i];
       });
@@ -172,7 +172,8 @@ class Rows {
 template <class T>
 void log_softmax_row(int64_t n, const T* x, T* out) {
   const T most = largest(x, n);
-  const T rest = static_cast<T>(std::log(summed<T>(n, [=](int64_t i) { return exponential(x[i] - most); })));
+  const T rest =
+      static_cast<T>(std::log(summed<T>(n, [=](int64_t i) { return exponential_or_zero(x[i] - most); })));
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = (x[i] - most) - rest;
 }
@@ -181,14 +182,14 @@ template <class T>
 void log_softmax_backward_row(int64_t n, const T* y, const T* g, T* out) {
   const T sum = static_cast<T>(summed<T>(n, [=](int64_t i) { return g[i]; }));
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = g[i] - exponential(y[i]) * sum;
+  for (int64_t i = 0; i < n; ++i) out[i] = g[i] - exponential_or_zero(y[i]) * sum;
 }
 
 template <class T>
 void log_softmax_double_backward_row(int64_t n, const T* y, const T* g, const T* t, T* centred, T* out) {
   const T sum = static_cast<T>(summed<T>(n, [=](int64_t i) { return g[i]; }));
   const T mean = static_cast<T>(summed<T>(n, [=](int64_t i) {
-    const T probability = exponential(y[i]);
+    const T probability = exponential_or_zero(y[i]);
     out[i] = probability;
     return probability * t[i];
   }));

@@ -5,6 +5,8 @@
 #include "tile_products.h"
 
 namespace hvp {
+namespace HVP_VARIANT {
+namespace {
 
 // Below so many multiplications one thread is faster than waking others.
 constexpr int64_t kParallelProducts = int64_t{1} << 22;
@@ -38,4 +40,6 @@ void multiply(const TileProduct<T>& p, [[maybe_unused]] int threads) {
                    &ldb, &p.beta, p.c, &ldc);
 }
 
+}  // namespace
+}  // namespace HVP_VARIANT
 }  // namespace hvp

@@ -5,9 +5,8 @@
 #include <cmath>
 #include <vector>
 
-#include "dtypes.h"
 #include "normalization.h"
-#include "tiles.h"
+#include "vectors.h"
 
 namespace hvp {
 namespace HVP_VARIANT {
@@ -26,13 +25,6 @@ constexpr int kCoefficients = level == Level::kValue      ? 2
                                                           : 7;
 
 template <class V, class T>
-HVP_INLINE V read(const T* from) {
-  V value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-template <class V, class T>
 HVP_INLINE V spread(T x) {
   return V{} + x;
 }
@@ -43,17 +35,17 @@ template <Level level, class V, class T>
 HVP_INLINE void add_strip(const T* x, const T* g, const T* t, int64_t points, int64_t stride, V shift,
                           V scale, V* sums) {
   for (int64_t p = 0; p < points; ++p) {
-    const V normal = (read<V>(x + p * stride) - shift) * scale;
+    const V normal = (load<V>(x + p * stride) - shift) * scale;
     if (level == Level::kValue) {
       sums[0] += normal;
       sums[1] += normal * normal;
       continue;
     }
-    const V gradient = read<V>(g + p * stride);
+    const V gradient = load<V>(g + p * stride);
     sums[0] += gradient;
     sums[1] += gradient * normal;
     if (level == Level::kDoubleBackward) {
-      const V tangent = read<V>(t + p * stride);
+      const V tangent = load<V>(t + p * stride);
       sums[2] += tangent;
       sums[3] += tangent * normal;
       sums[4] += tangent * gradient;
@@ -67,18 +59,18 @@ HVP_INLINE void combine_strip(const T* x, const T* g, const T* t, T* first, T* s
                               int64_t stride, V mean, const V* k) {
   for (int64_t p = 0; p < points; ++p) {
     const int64_t at = p * stride;
-    const V centred = read<V>(x + at) - mean;
+    const V centred = load<V>(x + at) - mean;
     V one, two;
     if (level == Level::kValue) {
       one = k[0] * centred + k[1];
       std::memcpy(first + at, &one, sizeof one);
       continue;
     }
-    const V gradient = read<V>(g + at);
+    const V gradient = load<V>(g + at);
     if (level == Level::kBackward) {
       two = k[0] * gradient + k[1] * centred + k[2];
     } else {
-      const V tangent = read<V>(t + at);
+      const V tangent = load<V>(t + at);
       one = k[0] * tangent + k[1] * centred + k[2];
       two = k[3] * gradient + k[4] * tangent + k[5] * centred + k[6];
       std::memcpy(first + at, &one, sizeof one);
@@ -173,7 +165,7 @@ class Images {
         sum_line(start, points, *shift, *scale, to);
       }
     });
-    totals_.assign(static_cast<size_t>(given_.samples * given_.channels * kQ), 0.0);
+    totals_ = std::vector<double>(static_cast<size_t>(given_.samples * given_.channels * kQ));
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t sample = part / (parts / given_.samples);
       const int64_t channel = given_.channels_last ? 0 : part % given_.channels;
@@ -199,8 +191,8 @@ class Images {
     int64_t c = 0;
     for (; c + kLanes <= given_.channels; c += kLanes) {
       V sums[kQ] = {};
-      add_strip<level>(x_ + start + c, g_ + start + c, t_ + start + c, points, stride, read<V>(shift + c),
-                       read<V>(scale + c), sums);
+      add_strip<level>(x_ + start + c, g_ + start + c, t_ + start + c, points, stride, load<V>(shift + c),
+                       load<V>(scale + c), sums);
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         for (int q = 0; q < kQ; ++q) to[(c + lane) * kQ + q] += static_cast<double>(sums[q][lane]);
       }
@@ -257,7 +249,7 @@ class Images {
   void coefficients() {
     const int64_t channels = given_.channels, members = channels / given_.groups;
     const double count = static_cast<double>(given_.images * given_.points * members);
-    coefficients_.assign(static_cast<size_t>(given_.samples * kK * channels), T(0));
+    coefficients_ = std::vector<T>(static_cast<size_t>(given_.samples * kK * channels));
     std::vector<double> weight_product(channels), bias_product(channels);
     for (int64_t group = 0; group < given_.samples * given_.groups; ++group) {
       const int64_t sample = group / given_.groups, begin = group % given_.groups * members;
@@ -328,8 +320,8 @@ class Images {
       const int64_t here = start + p * given_.channels, count = std::min(kTile, points - p);
       int64_t c = 0;
       for (; c + kLanes <= given_.channels; c += kLanes) {
-        strip<V>(here + c, count, given_.channels, read<V>(mean + c),
-                 [&](int i) { return read<V>(k + i * given_.channels + c); });
+        strip<V>(here + c, count, given_.channels, load<V>(mean + c),
+                 [&](int i) { return load<V>(k + i * given_.channels + c); });
       }
       for (; c < given_.channels; ++c) {
         strip<T>(here + c, count, given_.channels, mean[c],

@@ -21,11 +21,7 @@ struct Dense {
 bool read(PyObject* tensor, Dense* dense) {
   const Torch& torch = Torch::get();
   dlpack::Tensor view;
-  if (!torch.is_tensor(tensor)) return false;
-  if (torch.table->view(tensor, &view) != 0) {
-    PyErr_Clear();
-    return false;
-  }
+  if (!torch.try_view(tensor, &view)) return false;
   const int dtype = dtype_of(view.dtype);
   const bool known = dtype == static_cast<int>(DType::kFloat32) || dtype == static_cast<int>(DType::kFloat64);
   if (!known || view.device.type != dlpack::kCpu) return false;

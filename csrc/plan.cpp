@@ -107,11 +107,7 @@ class Plan {
     const Torch& torch = Torch::get();
     const Expected& expected = expected_[index];
     dlpack::Tensor view;
-    if (!torch.is_tensor(item)) return false;
-    if (torch.table->view(item, &view) != 0) {  // a tensor without plain memory: conform says what is wrong
-      PyErr_Clear();
-      return false;
-    }
+    if (!torch.try_view(item, &view)) return false;  // conform says what is wrong
     if (view.device.type != device_.type || view.device.index != device_.index ||
         dtype_of(view.dtype) != static_cast<int>(expected.dtype) ||
         view.dimensions != static_cast<int32_t>(expected.shape.size())) {

@@ -113,13 +113,8 @@ class Memory {
  private:
   bool read(PyObject* tensor, size_t slot, uintptr_t* pointer) const {
     const Expected& expected = slots_->expected[slot];
-    const Torch& torch = Torch::get();
     dlpack::Tensor view;
-    if (!torch.is_tensor(tensor)) return false;
-    if (torch.table->view(tensor, &view) != 0) {
-      PyErr_Clear();
-      return false;
-    }
+    if (!Torch::get().try_view(tensor, &view)) return false;
     const bool fits =
         expected.element == Element::kIndex
             ? view.dtype.code == dlpack::kInt && view.dtype.bits == 64

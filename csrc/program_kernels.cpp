@@ -5,8 +5,8 @@
 #include <limits>
 
 #include "dtypes.h"
+#include "elementary_functions.h"
 #include "matrix_products.h"
-#include "program_math.h"
 #include "variants.h"
 
 namespace hvp {
@@ -125,7 +125,7 @@ class Interpreter {
         break;
       case Code::kSigmoid:
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) to[i] = logistic(a[i]);
+        for (int64_t i = 0; i < n; ++i) to[i] = sigmoid(a[i]);
         break;
       case Code::kAffine:
 #pragma omp simd
@@ -386,9 +386,10 @@ class Interpreter {
   }
 
   void recurrence(const RecurrenceStep& step) const {
-    std::vector<void*> tensors;
-    for (const Place& place : step.tensors) tensors.push_back(place.slot < 0 ? nullptr : at(place));
-    run_recurrence(step.recurrence, tensors.data(), threads_);
+    void* tensors[kMostRecurrentTensors];
+    std::transform(step.tensors.begin(), step.tensors.end(), tensors,
+                   [this](const Place& place) { return place.slot < 0 ? nullptr : at(place); });
+    run_recurrence(step.recurrence, tensors, threads_);
   }
 
   static constexpr int64_t kColumns = 256;

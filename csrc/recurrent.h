@@ -28,6 +28,8 @@ struct RecurrentTensor {
   bool given;     // by the recurrence
 };
 
+constexpr int kMostRecurrentTensors = 16;
+
 // In the order of the reference, except that the value and the double backward take the weight transposed.
 const std::vector<RecurrentTensor>& recurrence_tensors(RecurrentCode code);
 

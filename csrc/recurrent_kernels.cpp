@@ -4,7 +4,7 @@
 #include <numeric>
 #include <vector>
 
-#include "activations.h"
+#include "elementary_functions.h"
 #include "matrix_products.h"
 #include "recurrent.h"
 #include "variants.h"

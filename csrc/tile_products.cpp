@@ -5,12 +5,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
+
+#include "vectors.h"
 
 namespace hvp {
 namespace {
 
-constexpr int kVectorBytes = 64;
 // Below this many multiplications BLAS is as fast.
 constexpr int64_t kLeast = int64_t{1} << 15;
 // Vectors of an inner product from which its sums repay their last additions, across lanes.
@@ -19,21 +19,6 @@ constexpr int64_t kShortest = 12;
 constexpr int64_t kMostPacked = 128;
 // Rows that are read again and again stay in the second-level cache.
 constexpr int64_t kCacheBytes = int64_t{1} << 18;
-
-template <class T>
-struct Vectors {
-  typedef T Vector __attribute__((vector_size(kVectorBytes)));
-  static constexpr int64_t kLanes = kVectorBytes / sizeof(T);
-};
-template <class T>
-using Vector = typename Vectors<T>::Vector;
-
-template <class T>
-inline __attribute__((always_inline)) Vector<T> load(const T* from) {
-  Vector<T> vector;
-  std::memcpy(&vector, from, sizeof vector);
-  return vector;
-}
 
 inline float total(Vector<float> vector) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(vector)); }
 inline double total(Vector<double> vector) { return _mm512_reduce_add_pd(reinterpret_cast<__m512d>(vector)); }
@@ -47,9 +32,9 @@ void dot_tile(const TileProduct<T>& p, int64_t i, int64_t j) {
   int64_t k = 0;
   for (; k + kLanes <= p.k; k += kLanes) {
     Vector<T> left[C];
-    for (int x = 0; x < C; ++x) left[x] = load(b + x * p.ldb + k);
+    for (int x = 0; x < C; ++x) left[x] = load<Vector<T>>(b + x * p.ldb + k);
     for (int y = 0; y < R; ++y) {
-      const Vector<T> right = load(a + y * p.lda + k);
+      const Vector<T> right = load<Vector<T>>(a + y * p.lda + k);
       for (int x = 0; x < C; ++x) sums[x][y] += left[x] * right;
     }
   }
@@ -91,7 +76,7 @@ void add_tile(const TileProduct<T>& p, int64_t i, int64_t j, int64_t column, int
   Vector<T> sums[C][V] = {};
   for (int64_t k = 0; k < p.k; ++k) {
     Vector<T> from[V];
-    for (int v = 0; v < V; ++v) from[v] = load(a + k * p.lda + v * kLanes);
+    for (int v = 0; v < V; ++v) from[v] = load<Vector<T>>(a + k * p.lda + v * kLanes);
     for (int x = 0; x < C; ++x) {
       const T factor = b[x * column + k * row];
       for (int v = 0; v < V; ++v) sums[x][v] += factor * from[v];
@@ -101,7 +86,7 @@ void add_tile(const TileProduct<T>& p, int64_t i, int64_t j, int64_t column, int
     for (int v = 0; v < V; ++v) {
       T* const to = p.c + (j + x) * p.ldc + i + v * kLanes;
       Vector<T> result = p.alpha * sums[x][v];
-      if (p.beta != T(0)) result += p.beta * load(to);
+      if (p.beta != T(0)) result += p.beta * load<Vector<T>>(to);
       std::memcpy(to, &result, sizeof result);
     }
   }
@@ -153,7 +138,7 @@ void packed_tile(const Packed<T>& p, int64_t s, int64_t l) {
   Vector<T> sums[C][V] = {};
   for (int64_t k = 0; k < p.k; ++k) {
     Vector<T> from[V];
-    for (int v = 0; v < V; ++v) from[v] = load(few + k * p.width + v * kLanes);
+    for (int v = 0; v < V; ++v) from[v] = load<Vector<T>>(few + k * p.width + v * kLanes);
     for (int x = 0; x < C; ++x) {
       const T factor = many[x * p.leading + k];
       for (int v = 0; v < V; ++v) sums[x][v] += factor * from[v];
@@ -198,19 +183,39 @@ void packed_dots(const Packed<T>& p, int64_t first, int64_t last) {
   }
 }
 
+// Memory that is used again. (The functions of a std::vector would be compiled for AVX-512 here, and the
+// linker might keep these for the whole module.)
+template <class T>
+struct Memory {
+  T* data = nullptr;
+  int64_t size = 0;
+
+  T* zeros(int64_t count) {
+    if (count > size) {
+      delete[] data;
+      data = nullptr, size = 0;
+      data = new T[static_cast<size_t>(count)];
+      size = count;
+    }
+    std::memset(data, 0, static_cast<size_t>(count) * sizeof(T));
+    return data;
+  }
+  ~Memory() { delete[] data; }
+};
+
 // `columns` of k contiguous numbers as k rows of `width`.
 template <class T>
 const T* packed(const T* from, int64_t leading, int64_t columns, int64_t k, int64_t width) {
-  thread_local std::vector<T> memory;
-  memory.assign(static_cast<size_t>(k * width), T(0));
+  thread_local Memory<T> memory;
+  T* const to = memory.zeros(k * width);
   constexpr int64_t kBlock = 16;
   for (int64_t start = 0; start < k; start += kBlock) {
     const int64_t end = std::min(k, start + kBlock);
     for (int64_t i = 0; i < columns; ++i) {
-      for (int64_t j = start; j < end; ++j) memory[j * width + i] = from[i * leading + j];
+      for (int64_t j = start; j < end; ++j) to[j * width + i] = from[i * leading + j];
     }
   }
-  return memory.data();
+  return to;
 }
 
 template <class T>

@@ -43,6 +43,14 @@ struct Torch {
 
   bool is_tensor(PyObject* object) const { return PyObject_TypeCheck(object, type); }
 
+  // False, without an error, for what is no tensor with a view.
+  bool try_view(PyObject* object, dlpack::Tensor* view) const {
+    if (!is_tensor(object)) return false;
+    if (table->view(object, view) == 0) return true;
+    PyErr_Clear();
+    return false;
+  }
+
   dlpack::Tensor view(PyObject* tensor) const {
     dlpack::Tensor view;
     if (table->view(tensor, &view) != 0) throw py::error_already_set();

@@ -23,6 +23,10 @@ class GraphError(HvpError, ValueError):
     """A gradient or loss carries no autograd graph, or the graph does not reach what it should."""
 
 
+class StaleGraphError(GraphError, RuntimeError):
+    """The graph of a loss or a gradient has been freed, or a tensor in it was changed in place."""
+
+
 class TraceError(HvpError, RuntimeError):
     """A loss cannot be traced into a graph, because it depends on tensor values in Python or changes tensors."""
 

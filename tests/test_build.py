@@ -131,6 +131,21 @@ def test_sdist_holds_all_that_a_build_needs(sources, tmp_path):
     assert [name for name in NOT_BUILT if (unpacked / name).exists()] == []
 
 
+OBJECTS = [
+    str(path)
+    for path in (ROOT / "build").glob("cmake-*/CMakeFiles/*.dir/csrc/*.o")
+    if path.parent.parent.name.startswith(("kernels_", "tiles"))
+]
+
+
+@pytest.mark.skipif(not OBJECTS, reason="the extension was not built here")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
+def test_no_function_of_one_instruction_set_can_replace_one_of_another():
+    """As the linker would do with functions of one name, such as those of a `std::vector`, which are weak symbols."""
+    symbols = subprocess.run(["nm", "--demangle", *OBJECTS], capture_output=True, text=True, check=True).stdout
+    assert re.findall(r" [Tt] hvp::.*", symbols) and not re.findall(r" [Ww] [^_].*\(.*", symbols)
+
+
 def test_extension_names_its_reason_without_a_gpu():
     code = "from hvp_engine.ops import cpp; print(cpp.missing('cuda'))"
     result = subprocess.run(

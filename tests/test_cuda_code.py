@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench import cuda_code
+from bench import cuda_code, tables
 from bench.cuda_code import ARCHITECTURES, MEASURED, Kernel
 from hvp_engine.ops import OPS
 
@@ -33,7 +33,7 @@ def test_kernels_do_not_spill_and_move_whole_vectors(architecture: str) -> None:
 
 def test_the_table_is_of_all_ops() -> None:
     """The committed results, whatever is installed here."""
-    kernels = cuda_code.read()
+    kernels = tables.read(cuda_code.FILE, Kernel)
     assert {(k.architecture, k.name) for k in kernels if k.name != "total_kernel"} == {
         (architecture, name) for architecture in ARCHITECTURES for name in OPS
     }

@@ -6,11 +6,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from problems_with_known_answers import DTYPE, NETWORKS, flat, randn, relative_error
+from threads_at_once import at_once
 from torch import Tensor, nn
 
 import hvp_engine as hvp
@@ -314,25 +316,14 @@ def test_threads_share_one_linearization() -> None:
     vs = [[torch.randn_like(w) for w in problem.weights] for _ in range(4)]
     solver = hvp.Neumann(5, alpha=0.01)
     expected = [engine.run(linearization, v, solver, None).value.data for v in vs]
-    wrong: list[object] = []
     start = threading.Barrier(len(vs))
 
-    def work(index: int) -> None:
-        try:
-            start.wait()
-            for _ in range(30):
-                found = engine.run(linearization, vs[index], solver, None).value.data
-                if not torch.equal(found, expected[index]):
-                    wrong.append(index)
-        except BaseException as error:
-            wrong.append(error)
+    def work(index: int) -> bool:
+        start.wait()
+        found = [engine.run(linearization, vs[index], solver, None).value.data.clone() for _ in range(30)]
+        return all(torch.equal(one, expected[index]) for one in found)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(vs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert at_once(*(partial(work, index) for index in range(len(vs)))) == [True] * len(vs)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -6,15 +6,16 @@ import copy
 import gc
 import math
 import sys
-import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from problems_with_known_answers import DTYPE, flat, randn, relative_error
+from threads_at_once import at_once
 from torch import Tensor, nn
 
 import hvp_engine as hvp
@@ -224,21 +225,12 @@ def test_two_threads_get_their_own_numbers() -> None:
     made = settled()
     calls = [arguments(seed) for seed in (70, 80)]
     expected = [by_eager(*call) for call in calls]
-    failures: list[BaseException] = []
 
     def work(index: int) -> None:
-        try:
-            for _ in range(25):
-                agree(made(*calls[index]), expected[index])
-        except BaseException as error:
-            failures.append(error)
+        for _ in range(25):
+            agree(made(*calls[index]), expected[index])
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not failures
+    assert at_once(*(partial(work, index) for index in range(2))) == [None, None]
 
 
 def test_auto_takes_it_once_its_choice_is_final(monkeypatch: pytest.MonkeyPatch) -> None:

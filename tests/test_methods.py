@@ -79,7 +79,7 @@ def test_memory_grows_where_the_formula_says_so(method: Method) -> None:
             estimate(method, length, problem)
         peaks.append(meter.peak_bytes)
     size = WEIGHTS.nbytes
-    if method.grows:
+    if " i" in method.memory:
         copies = (peaks[1] - peaks[0]) / (long - short) / size
         assert copies > (0.45 if "truncated" in method.name else 0.9), "at least a copy of the weights for each step"
     else:

@@ -7,11 +7,13 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from recorded_checks import assert_same, calls, checked, gradient_of, level, plain, reason
+from threads_at_once import at_once
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -151,13 +153,7 @@ def test_numbers_of_node_classes_are_no_two_threads(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(graph_structure, "fields_of", slow)
     w = torch.randn(3, requires_grad=True)
-    threads = [
-        threading.Thread(target=graph_structure.walk, args=([function(w)], [w])) for function in (torch.sin, torch.exp)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(*(partial(graph_structure.walk, [function(w)], [w]) for function in (torch.sin, torch.exp)))
     assert len({reader.number for reader in readers.values()}) == len(readers) == 3
 
 

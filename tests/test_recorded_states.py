@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from recorded_checks import UNPACKED, assert_same, calls, checked, gradient_of, level, plain, reason
+from threads_at_once import at_once
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -225,27 +226,18 @@ def test_a_mode_of_the_caller_inside_the_loss() -> None:
 def test_threads_share_a_library() -> None:
     script = Script()
     script.net.eval()
-    failures: list[BaseException] = []
-    made: list[RecordedLinearization] = []
 
-    def work(seed: int) -> None:
-        try:
-            net = copy.deepcopy(script.net)
-            w, generator = list(net.parameters()), torch.Generator().manual_seed(seed)
-            for _ in range(8):
-                x = torch.randn(5, 8, generator=generator)
-                loss = F.cross_entropy(net(x), torch.randint(3, (5,), generator=generator))
-                made.append(checked(script.library, gradient_of(loss, w), w, products=2))
-        except BaseException as error:
-            failures.append(error)
+    def work(seed: int) -> set[int]:
+        net = copy.deepcopy(script.net)
+        w, generator = list(net.parameters()), torch.Generator().manual_seed(seed)
+        found = set()
+        for _ in range(8):
+            x = torch.randn(5, 8, generator=generator)
+            loss = F.cross_entropy(net(x), torch.randint(3, (5,), generator=generator))
+            found.add(level(checked(script.library, gradient_of(loss, w), w, products=2)))
+        return found
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures[0]
-    assert len(made) == 48 and {level(tape) for tape in made} == {1}
+    assert at_once(*(partial(work, seed) for seed in range(6))) == [{1}] * 6
     assert script.library.built == 1
 
 

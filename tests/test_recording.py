@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from threads_at_once import at_once
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -234,11 +235,7 @@ def test_two_threads_do_not_record_at_once(play: Any) -> None:
         inside -= 1
         return []
 
-    threads = [threading.Thread(target=CudaRecorder(DEVICE).record, args=(body,)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(*[lambda: CudaRecorder(DEVICE).record(body)] * 4)
     assert most == 1 and played.steps.count("end") == 4
 
 

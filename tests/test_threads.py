@@ -8,11 +8,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import numpy
 import pytest
 import torch
 from numpy.random import mtrand
+from threads_at_once import at_once
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -54,24 +56,15 @@ def test_threads_with_a_hypergradient_each(engine: str) -> None:
     for seed in range(4):
         hypergradient, call = problem(seed, engine)
         expected.append(call(hypergradient))
-    different: list[object] = []
     start, count = threading.Barrier(4), torch.get_num_threads()
 
-    def work(seed: int) -> None:
-        try:
-            torch.set_num_threads(count)  # each thread has a number of its own, and rounding depends on it
-            hypergradient, call = problem(seed, engine)
-            start.wait()
-            different.extend(seed for _ in range(10) if not same(call(hypergradient), expected[seed]))
-        except BaseException as error:
-            different.append(error)
+    def work(seed: int) -> bool:
+        torch.set_num_threads(count)  # each thread has a number of its own, and rounding depends on it
+        hypergradient, call = problem(seed, engine)
+        start.wait()
+        return all(same(call(hypergradient), expected[seed]) for _ in range(10))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not different
+    assert at_once(*(partial(work, seed) for seed in range(4))) == [True] * 4
 
 
 def test_a_backward_pass_in_another_thread_waits_for_nobody() -> None:
@@ -92,23 +85,15 @@ def test_a_backward_pass_in_another_thread_waits_for_nobody() -> None:
 def test_threads_that_share_a_hypergradient(engine: str) -> None:
     """And the module in its losses, and the process's generators."""
     hypergradient, call = problem(0, engine)
-    expected, different = call(hypergradient), []
+    expected = call(hypergradient)
     before = torch.get_rng_state(), mtrand.get_bit_generator(), str(numpy.random.get_state())
     count = torch.get_num_threads()
 
-    def work() -> None:
-        try:
-            torch.set_num_threads(count)
-            different.extend("values" for _ in range(10) if not same(call(hypergradient), expected))
-        except BaseException as error:
-            different.append(repr(error))
+    def work() -> bool:
+        torch.set_num_threads(count)
+        return all(same(call(hypergradient), expected) for _ in range(10))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not different
+    assert at_once(*[work] * 4) == [True] * 4
     assert torch.equal(before[0], torch.get_rng_state())
     assert (mtrand.get_bit_generator(), str(numpy.random.get_state())) == before[1:]
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy
 import pytest
 import torch
+from threads_at_once import at_once
 from torch import Tensor, nn
 
 import hvp_engine as hvp
@@ -18,24 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minim
 
 def same(found: list[Tensor], expected: list[Tensor]) -> bool:
     return all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
-
-
-def at_once(*calls: Callable[[], object]) -> list[object]:
-    """What each call returns or raises, each in a thread of its own."""
-    found: list[object] = [None] * len(calls)
-
-    def work(index: int) -> None:
-        try:
-            found[index] = calls[index]()
-        except BaseException as error:
-            found[index] = error
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return found
 
 
 class Meeting:

@@ -21,7 +21,9 @@ from hvp_engine.tuning import checkpoint
 def state_in_layout_1(tuner: hvp.Tuner) -> dict[str, Any]:
     """A state in the layout of version 1, written out key by key: such files must load whatever becomes of the code."""
     generator = torch.Generator().manual_seed(3)
-    weights = {name: torch.full_like(w, 2.0) for name, w in zip(tuner.weight_names, tuner.weights, strict=True)}
+    weights = {
+        name: torch.full_like(w, 2.0) for name, w in zip(tuner.problem.weights.names, tuner.weights, strict=True)
+    }
     record = {
         "hyper_step": 0, "weight_steps": 5, "train_loss": 1.0, "val_loss": 2.0, "gradient_norm": 3.0,
         "hypergradient_norm": 4.0, "unfinished": 5.0, "residual_norm": 6.0, "status": "CONVERGED", "alpha": 0.5,

@@ -245,5 +245,5 @@ def test_frozen_parameters_are_no_weights() -> None:
 
     tuner = tuner_of(module, h, train=train, val=lambda w, h, b: net(w, x).mean(), weight_optimizer=sgd(0.1))
     tuner.fit([0], [0], 2, progress=False)
-    assert tuner.weight_names == ["['1.weight']", "['1.bias']"]
+    assert tuner.problem.weights.names == ["['1.weight']", "['1.bias']"]
     assert torch.equal(module[0].weight, before)

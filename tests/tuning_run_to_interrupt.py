@@ -86,8 +86,10 @@ class TuningRun:
     def result(self) -> dict[str, Tensor]:
         tuner = self.tuner
         losses = [[record.val_loss, record.train_loss, record.metrics.get("draw", 0.0)] for record in tuner.history]
-        state = {f"hyper{name}": tensor for name, tensor in zip(tuner.hyper_names, tuner.hyper, strict=True)}
-        state |= {f"weights{name}": tensor for name, tensor in zip(tuner.weight_names, tuner.weights, strict=True)}
+        state = {f"hyper{name}": tensor for name, tensor in zip(tuner.problem.hyper.names, tuner.hyper, strict=True)}
+        state |= {
+            f"weights{name}": tensor for name, tensor in zip(tuner.problem.weights.names, tuner.weights, strict=True)
+        }
         return state | tuner.buffers() | {"losses": torch.tensor(losses), "random": torch.get_rng_state()}
 
 

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from field_models import MODELS, FieldModel  # noqa: E402
 from field_problems import Problem, difference  # noqa: E402
 
-from bench import field, results  # noqa: E402
+from bench import field, results, tables  # noqa: E402
 from hvp_engine.engines import AutoEngine, create  # noqa: E402
 
 ENGINES = ("eager", "linearized", "auto")
@@ -106,8 +106,10 @@ def main() -> None:
         if not MODELS[name].installed:
             print(f"{name}: {MODELS[name].package} is not installed", file=sys.stderr)
             continue
-        rows = {row.model: row for row in field.read(arguments.out)} | {name: measured(name, arguments.rounds)}
-        field.write(arguments.out, [rows[model] for model in MODELS if model in rows])
+        rows = {row.model: row for row in tables.read(arguments.out, field.Row)} | {
+            name: measured(name, arguments.rounds)
+        }
+        tables.write(arguments.out, [rows[model] for model in MODELS if model in rows])
         print(name, "done", file=sys.stderr, flush=True)
     print(field.markdown(arguments.out))
 

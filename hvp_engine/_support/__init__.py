@@ -1,1 +1,1 @@
-"""What every room needs: arguments, trees, flat vectors, random state, private torch."""
+"""What all other subpackages use: arguments, trees, flat vectors, random state, private torch."""

@@ -1,9 +1,9 @@
 """Turns of threads: what changes something that belongs to the whole process runs alone, everything else together.
 
-Alone is whatever draws, or may draw, random numbers: the global generators are seeded for it and put back. A loss that
-drew nothing leaves them as they were, so that calls of such losses may run together. That they drew nothing again is
-seen afterwards, since nobody who runs alone is there to change the generators meanwhile; one that did is run again,
-alone. What is found to need the process for itself only on the way, such as a trace, gives up and is run again, alone.
+Whatever draws, or may draw, random numbers runs alone: the global generators are seeded for it and restored afterwards.
+Calls of losses that drew nothing so far run together. Whether one has drawn something after all shows in the generators
+afterwards, since nothing that runs alone can change them meanwhile; such a call is run again, alone. So is a call that
+turns out on the way to need the process for itself, for example for a trace.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which code is the caller's own, and where in it an error came up."""
+"""Which code is the caller's own, and where in it an error arose."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from hvp_engine._support.torch_compat import in_transform
 from hvp_engine.differentiable import cross_entropy_schemas as _schemas  # noqa: F401  registers the operations
-from hvp_engine.differentiable.registration import accumulated, check_tensor
+from hvp_engine.differentiable.registration import accumulated, check_dtype, check_tensor
 
 ops = torch.ops.hvp_engine
 
@@ -146,7 +146,7 @@ def log_softmax(input: Tensor, dim: int = -1) -> Tensor:
     tensor(-1.3863)
     """
     check_tensor(input, "input")
-    _check_dtype(input)
+    check_dtype(input)
     if in_transform():
         return functional.log_softmax(input, dim)
     if input.dim() == 0:
@@ -181,7 +181,7 @@ def _check(
     reduction: str,
     label_smoothing: float,
 ) -> None:
-    _check_dtype(input)
+    check_dtype(input)
     check_tensor(target, "target")
     if target.dtype != torch.int64:
         raise TypeError(
@@ -209,11 +209,6 @@ def _check(
         raise ValueError(f"reduction: expected one of {', '.join(map(repr, _REDUCTIONS))}; got {reduction!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number from 0 to 1; got {label_smoothing}")
-
-
-def _check_dtype(input: Tensor) -> None:
-    if input.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"input: expected float32, float64, bfloat16 or float16; got {input.dtype}")
 
 
 def _reduced(

@@ -1,4 +1,4 @@
-"""The operations of cross-entropy and log-softmax, registered: each derivative is one, and is differentiable.
+"""The registered operations of cross-entropy and log-softmax: derivatives are operations, too.
 
 `cross_entropy`, `log_softmax` and `linear_cross_entropy` have first derivatives of the same names with `_backward`, and
 the derivatives of those with `_double_backward`. The last are linear in `tangent`, and what they take beside it has
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from hvp_engine.differentiable import cross_entropy_reference as reference
 from hvp_engine.differentiable import linear_cross_entropy_chunks as chunks
-from hvp_engine.differentiable.cross_entropy_backends import rows_on
 from hvp_engine.differentiable.cross_entropy_reference import Labels
-from hvp_engine.differentiable.registration import accumulated, register_levels
+from hvp_engine.differentiable.registration import accumulated, register_levels, split_off
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -31,12 +30,17 @@ def _per_row(input: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 def _with_labels(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, whose last argument says what the labels are, for all that an operation takes."""
-    return lambda *arguments: function(*arguments[:-4], Labels(*arguments[-4:]))
+
+    def packed(*arguments: Any) -> Any:
+        tensors, labels = split_off(Labels, arguments)
+        return function(*tensors, labels)
+
+    return packed
 
 
 def _rows(function: str) -> Callable[..., Any]:
     """A function of the module whose backend runs."""
-    return lambda *arguments: getattr(rows_on(arguments[0].device), function)(*arguments)
+    return lambda *arguments: getattr(chunks.rows_on(arguments[0].device), function)(*arguments)
 
 
 _LABELS = "Tensor target, Tensor? weight, int ignore_index, float label_smoothing"

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's outputs, without the matrix of all of them: rows are done chunk by chunk.
+"""Cross-entropy of a linear layer's outputs, chunk by chunk of rows, so that the whole matrix of them never exists.
 
 With logits z = h W^T + b and d = d loss / d z, the first derivative is (d W, d^T h, sum d). Its derivative for tangents
 (s, S, u) goes through d, with the cotangent t = s W^T + h S^T + u, and through W and h:
@@ -9,19 +9,30 @@ With logits z = h W^T + b and d = d loss / d z, the first derivative is (d W, d^
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvp_engine.differentiable.cross_entropy_backends import rows_on
 from hvp_engine.differentiable.cross_entropy_reference import Labels
-from hvp_engine.differentiable.registration import accumulated
+from hvp_engine.differentiable.registration import accumulated, implementation
+
+_MODULES = {
+    "reference": "hvp_engine.differentiable.cross_entropy_reference",
+    "cpp": "hvp_engine.differentiable.cross_entropy_cpp",
+    "triton": "hvp_engine.kernels.cross_entropy",
+}
 
 CHUNK_BYTES = 1 << 25
 """Logits of one chunk. With fewer rows, products of matrices are slower and the weight's derivative is read and written
 more often."""
 
 LEAST_ROWS = 32
+
+
+def rows_on(device: torch.device) -> Any:
+    """The module whose functions compute rows on `device`."""
+    return implementation(device, _MODULES)
 
 
 def chunks(rows: int, classes: int, dtype: torch.dtype) -> Iterator[slice]:

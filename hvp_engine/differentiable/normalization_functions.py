@@ -13,7 +13,7 @@ from hvp_engine._support.torch_compat import in_transform
 from hvp_engine.differentiable import normalization_reference as reference
 from hvp_engine.differentiable import normalization_schemas as _schemas  # noqa: F401  registers the operations
 from hvp_engine.differentiable.normalization_shapes import Kind
-from hvp_engine.differentiable.registration import check_tensor
+from hvp_engine.differentiable.registration import check_dtype, check_tensor
 
 ops = torch.ops.hvp_engine
 
@@ -181,8 +181,7 @@ def _check_images(name: str, input: Tensor, weight: Tensor | None, bias: Tensor 
 
 
 def _check_numbers(input: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]) -> None:
-    if input.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"input: expected float32, float64, bfloat16 or float16; got {input.dtype}")
+    check_dtype(input)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}; got {tuple(tensor.shape)}")

@@ -1,4 +1,4 @@
-"""The operations of normalization, registered: for each kind the value, its derivative and the derivative of that.
+"""The registered operations of normalization: for each kind the value, its derivative and the derivative of that.
 
 `batch_norm` (on batch statistics), `group_norm`, `layer_norm` and `rms_norm` have first derivatives of the same names
 with `_backward`, and the derivatives of those with `_double_backward`. The last are linear in the tangents, and the
@@ -23,7 +23,7 @@ from hvp_engine.differentiable.normalization_shapes import (
     laid_out,
     normalized_shape,
 )
-from hvp_engine.differentiable.registration import accumulated, implementation, register_levels
+from hvp_engine.differentiable.registration import accumulated, implementation, register_levels, split_off
 
 _MODULES = {
     "reference": "hvp_engine.differentiable.normalization_reference",
@@ -61,8 +61,8 @@ def _packed(kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of a derivative, for all that its operation takes."""
 
     def packed(*arguments: Any) -> Any:
-        *tangents, grad = arguments[:-6]
-        return function(kind, *([Tangents(*tangents)] if tangents else []), grad, Known(*arguments[-6:]))
+        (*tangents, grad), known = split_off(Known, arguments)
+        return function(kind, *([Tangents(*tangents)] if tangents else []), grad, known)
 
     return packed
 

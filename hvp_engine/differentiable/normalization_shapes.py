@@ -1,4 +1,4 @@
-"""Over which numbers each kind of normalization makes its statistics, and how they lie in memory."""
+"""Which numbers share statistics in each kind of normalization, and how they lie in memory."""
 
 from __future__ import annotations
 

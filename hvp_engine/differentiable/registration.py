@@ -6,13 +6,16 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from hvp_engine._support.flat_vector import INPUT_DTYPES
 from hvp_engine._support.torch_compat import without_torch_functions
 from hvp_engine.ops.backend import fastest, select
+
+Fields = TypeVar("Fields", bound=NamedTuple)
 
 LIBRARY = torch.library.Library("hvp_engine", "FRAGMENT")
 
@@ -185,10 +188,22 @@ def derivatives(
     return tuple(next(each) if needed else None for needed in wanted)
 
 
+def split_off(kind: type[Fields], arguments: Sequence[Any]) -> tuple[Sequence[Any], Fields]:
+    """The arguments, and the last of them as the named tuple that they make up."""
+    count = len(arguments) - len(kind._fields)
+    return arguments[:count], kind._make(arguments[count:])
+
+
 def check_tensor(value: Any, name: str) -> None:
     """`TypeError` for an argument that is no tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor; got {type(value).__name__}")
+
+
+def check_dtype(input: Tensor) -> None:
+    """`TypeError` for a dtype that no kernel takes."""
+    if input.dtype not in INPUT_DTYPES:
+        raise TypeError(f"input: expected float32, float64, bfloat16 or float16; got {input.dtype}")
 
 
 def backend_among(device: torch.device, names: Sequence[str]) -> str:

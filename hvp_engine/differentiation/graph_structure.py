@@ -1,6 +1,6 @@
-"""How an autograd graph is made: which nodes it has and what follows which, read without running anything.
+"""The structure of an autograd graph: its nodes and edges, read without running anything.
 
-That much is read fast, and decides what a graph can do: whether it reaches the weights, and whether each of its parts
+It is quick to read, and decides what a graph can do: whether it reaches the weights, and whether each of its parts
 has a second derivative. What the nodes hold is read in :mod:`hvp_engine.differentiation.recorded.graph_contents`.
 """
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hvp_engine import differentiable
+from hvp_engine._support.flat_vector import INPUT_DTYPES
 from hvp_engine._support.isolation import is_copy
 from hvp_engine._support.torch_compat import in_transform
 
@@ -22,8 +23,6 @@ _FEWEST_CLASSES, _FEWEST_LOGITS = 512, 1 << 16
 
 _FEWEST_IN_ROWS = 1 << 16
 """Layer and root-mean-square normalization are ours from this many numbers on."""
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def cross_entropy(
@@ -141,7 +140,7 @@ def _images(input: Tensor) -> bool:
 def _usable(input: Tensor) -> bool:
     """Whether kernels take such a tensor, autocast would not convert it first, and no transform of `torch.func` and no
     forward mode looks on, for which torch's own kernels are as good as ours."""
-    return input.dtype in _DTYPES and not torch.is_autocast_enabled(input.device.type) and not in_transform()
+    return input.dtype in INPUT_DTYPES and not torch.is_autocast_enabled(input.device.type) and not in_transform()
 
 
 LOSSES_AND_NORMALIZATIONS: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -1,4 +1,4 @@
-"""What has no second derivative, or a wrong one: found in the graph of a loss, or told by autograd, with the remedy."""
+"""What has no or a wrong second derivative: found in the graph of a loss or reported by autograd, with the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums over processes, by one message each, which also tell whether a process has failed."""
+"""Sums over processes in one message each, which also says whether a process has failed."""
 
 from __future__ import annotations
 

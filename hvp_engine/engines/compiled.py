@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.torch_compat import compile_graph, function_of, make_fx
-from hvp_engine.differentiation.linear_map import Accumulation, Linearization, Terms
-from hvp_engine.differentiation.problem import Problem
+from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.trace.evaluated import Function
 from hvp_engine.differentiation.trace.functionalize import is_random
 from hvp_engine.differentiation.trace.inplace import written_over
@@ -175,6 +173,7 @@ class CompiledEngine(LinearizedEngine):
     """
 
     name = "compiled"
+    linearization = CompiledLinearization
 
     def __init__(self, compile_budget_s: float = 120.0, eager: EagerEngine | None = None) -> None:
         super().__init__(eager)
@@ -184,10 +183,6 @@ class CompiledEngine(LinearizedEngine):
         """One line on what was traced and compiled."""
         seconds = sum(f.seconds for f in self._cache.values() if isinstance(f, CompiledFunctions))
         return f"{super().report()}; compiled in {seconds:.1f} s"
-
-    def _linearization(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> Linearization:
-        layout = Layout.of(problem.weights)
-        return CompiledLinearization(functions, layout, problem.name, functions.at(problem, tensors))
 
     def _functions(self, parts: Partition, surroundings: Surroundings) -> Functions:
         expected = estimated_seconds(parts)

@@ -1,4 +1,4 @@
-"""Gradients of losses: by autograd, or by a traced program where that is there and right."""
+"""Gradients of losses: by a traced program where there is one that agrees with autograd, else by autograd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies that are recorded at their first call, and what recording them has cost."""
+"""Functions that are recorded at their first call, and what recording them has cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Solves that are recorded, in pieces between which the host looks whether they have to go on."""
+"""Solves that are recorded in pieces, between which the host looks whether to go on."""
 
 from __future__ import annotations
 

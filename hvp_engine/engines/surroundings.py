@@ -1,4 +1,4 @@
-"""Whether what a loss reads beside its arguments is still what a trace saw."""
+"""Whether everything that a loss reads beside its arguments is still as it was when the loss was traced."""
 
 from __future__ import annotations
 

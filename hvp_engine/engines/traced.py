@@ -41,6 +41,7 @@ class LinearizedEngine(Engine):
     """
 
     name = "linearized"
+    linearization = TracedLinearization
 
     def __init__(self, eager: EagerEngine | None = None) -> None:
         self._eager = EagerEngine() if eager is None else eager
@@ -143,7 +144,7 @@ class LinearizedEngine(Engine):
     def _linearization(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> Linearization:
         """Of functions that are trusted; without trust in them afterwards, it is eager's."""
         layout = Layout.of(problem.weights)
-        return TracedLinearization(functions, layout, problem.name, functions.at(problem, tensors))
+        return self.linearization(functions, layout, problem.name, functions.at(problem, tensors))
 
     def _functions(self, parts: Partition, surroundings: Surroundings) -> Functions:
         functions = Functions(parts, surroundings)

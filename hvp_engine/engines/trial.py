@@ -1,4 +1,4 @@
-"""How long engines take, measured in turns on one problem."""
+"""How long each engine takes for one problem, measured alternately."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operations for which the host waits for a CUDA device, found before a graph is captured: there they fail."""
+"""Operations that make the host wait for a CUDA device, found before a capture, in which they would fail."""
 
 from __future__ import annotations
 

@@ -51,6 +51,14 @@ class Estimator:
         """Continue from a saved state."""
 
 
+def check_functions(remedy: str = "", **functions: object) -> None:
+    """`TypeError` for one that is no function, naming the argument."""
+    for name, function in functions.items():
+        if not callable(function):
+            got = type(function).__name__
+            raise TypeError(f"{name}: expected a function of (weights, hyper, batch); got {got}{remedy}")
+
+
 EstimatorLike = Estimator | Callable[[Any, Any, Any, Any], Estimate]
 
 

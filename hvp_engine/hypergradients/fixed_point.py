@@ -22,7 +22,7 @@ from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.recorded.owned import OwnedLinearization
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.errors import DivergenceError, NonFiniteError
-from hvp_engine.hypergradients.estimator import Estimator
+from hvp_engine.hypergradients.estimator import Estimator, check_functions
 from hvp_engine.hypergradients.implicit import (
     HypergradientResult,
     Stationarity,
@@ -77,11 +77,7 @@ class FixedPointHypergradient(Estimator):
         val_loss: Callable[[Any, Any, Any], Tensor],
         solver: Solver | None = None,
     ):
-        for name, function in (("phi", phi), ("val_loss", val_loss)):
-            if not callable(function):
-                raise TypeError(
-                    f"{name}: expected a function of (weights, hyper, batch); got {type(function).__name__}"
-                )
+        check_functions(phi=phi, val_loss=val_loss)
         self.phi, self.val_loss = phi, val_loss
         self.solver = _for_nonsymmetric(Neumann(20) if solver is None else solver)
         self.draws = Draws()

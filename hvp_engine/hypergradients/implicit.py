@@ -27,7 +27,7 @@ from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.distributed import DataParallel, for_loss
 from hvp_engine.engines.base import Parts, Whole
 from hvp_engine.errors import GraphError
-from hvp_engine.hypergradients.estimator import Estimate, Estimator
+from hvp_engine.hypergradients.estimator import Estimate, Estimator, check_functions
 from hvp_engine.solvers import Neumann, Solver
 from hvp_engine.solvers.base import LinearSystem, Runner, check_solver
 from hvp_engine.solvers.solution import Solution
@@ -100,12 +100,8 @@ class Hypergradient(Estimator):
         engine: str | engines.Engine = "auto",
         warm_start: bool = False,
     ):
-        for name, loss in (("train_loss", train_loss), ("val_loss", val_loss)):
-            if not callable(loss):
-                raise TypeError(
-                    f"{name}: expected a function of (weights, hyper, batch); got {type(loss).__name__}; "
-                    "for losses that are already computed use hvp.hypergradient"
-                )
+        remedy = "; for losses that are already computed use hvp.hypergradient"
+        check_functions(remedy, train_loss=train_loss, val_loss=val_loss)
         if isinstance(train_loss, DataParallel) != isinstance(val_loss, DataParallel):
             raise ValueError(
                 "train_loss, val_loss: expected both or none as hvp.DataParallel, so that an error in either reaches "

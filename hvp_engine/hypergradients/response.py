@@ -15,6 +15,7 @@ from hvp_engine._support.pytree import check_like, flatten
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.errors import GraphError
+from hvp_engine.hypergradients.estimator import check_functions
 from hvp_engine.operators.hessian import engine_for_operator
 from hvp_engine.solvers import ConjugateGradient, Solver
 from hvp_engine.solvers.base import LinearSystem, check_solver, worst_of
@@ -82,8 +83,7 @@ def response_jacobian(
     >>> hvp.response_jacobian(train, w, decay, target, torch.eye(2)).rows
     tensor([-0.2500, -0.5000])
     """
-    if not callable(train_loss):
-        raise TypeError(f"train_loss: expected a function of (weights, hyper, batch); got {type(train_loss).__name__}")
+    check_functions(train_loss=train_loss)
     solver = ConjugateGradient(100) if solver is None else solver
     check_solver(solver)
     weight_list, weight_structure = flatten(weights, "weights")

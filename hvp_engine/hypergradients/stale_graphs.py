@@ -1,4 +1,4 @@
-"""Graphs that autograd can differentiate no more, since they were freed or their tensors have changed."""
+"""Graphs that autograd can no longer differentiate, because they were freed or their tensors have changed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from hvp_engine._support.torch_compat import CHANGED_TENSOR, FREED_GRAPH
-from hvp_engine.errors import GraphError
-
-
-class StaleGraphError(GraphError, RuntimeError):
-    """The graph of a loss or a gradient has been freed, or a tensor in it was changed in place."""
+from hvp_engine.errors import StaleGraphError
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from hvp_engine._support.arguments import check_count
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import flatten
 from hvp_engine.differentiation.problem import Problem
-from hvp_engine.hypergradients.estimator import Estimate, Estimator
+from hvp_engine.hypergradients.estimator import Estimate, Estimator, check_functions
 from hvp_engine.hypergradients.trajectory import Trajectory, forward, reverse
 from hvp_engine.hypergradients.update_rules import UpdateRule
 
@@ -95,11 +95,7 @@ class Unrolled(Estimator):
         checkpointing: bool = False,
         batch_per_step: bool = False,
     ):
-        for name, loss in (("train_loss", train_loss), ("val_loss", val_loss)):
-            if not callable(loss):
-                raise TypeError(
-                    f"{name}: expected a function of (weights, hyper, batch); got {type(loss).__name__}: define one"
-                )
+        check_functions(": define one", train_loss=train_loss, val_loss=val_loss)
         steps = check_count(steps, "steps", what="the training steps to unroll")
         truncation = steps if truncation is None else truncation
         truncation = check_count(truncation, "truncation", what="the last steps to differentiate")

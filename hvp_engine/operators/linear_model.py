@@ -1,4 +1,4 @@
-"""The Hessian of a linear model's loss, by the name of the loss."""
+"""The Hessian of a linear model's loss by its formula, for the losses that are known by name."""
 
 from __future__ import annotations
 

@@ -119,8 +119,7 @@ class Tuner:
         hyper_moves = hyper_optimizer, hyper_scheduler, hyper_clip
         problem = BilevelProblem(module, hyper, train_loss, estimator, weight_moves, hyper_moves, bounds)
         self.problem = problem
-        self.weights, self.weight_names = problem.weights.tensors, problem.weights.names
-        self.hyper, self.hyper_names = problem.hyper.tensors, problem.hyper.names
+        self.weights, self.hyper = problem.weights.tensors, problem.hyper.tensors
         self.weight_side, self.hyper_side = problem.weight_side, problem.hyper_side
         self.estimator, self.processes, self.device = problem.given_estimator, problem.processes, self.weights[0].device
         self.history, self.streams, self.hyper_steps = History(), Streams(self.device), 0

@@ -28,9 +28,9 @@ FAULTS = [
         "every block of queries has the same dropout mask",
     ),
     Fault(
-        "csrc/exponential.h",
-        "return x < kLeast ? 0.0f : sum * power;",
-        "return sum * power;",
+        "csrc/elementary_functions.h",
+        "return x < kLeast ? T(0) : power_of_two",
+        "return power_of_two",
         f"{LEVELS} -k 'see_nothing and cpp'",
         "a weight that is masked is tiny in place of zero",
     ),

@@ -10,8 +10,8 @@ FOLDER = "hvp_engine/differentiation/native"
 FAULTS = [
     Fault(
         "csrc/tile_products.cpp",
-        "if (p.beta != T(0)) result += p.beta * load(to);",
-        "if (p.beta != T(0)) result += load(to) * p.alpha;",
+        "if (p.beta != T(0)) result += p.beta * load<Vector<T>>(to);",
+        "if (p.beta != T(0)) result += load<Vector<T>>(to) * p.alpha;",
         f"{OPERATIONS} -k larger_products",
         "a product onto something scales that; noticed where AVX-512 tiles are in use",
     ),
@@ -114,9 +114,9 @@ FAULTS = [
         "a factor without dimensions changes the type of a result",
     ),
     Fault(
-        "csrc/program_math.h",
-        "x = x > 89.f ? 89.f : x;",
-        "x = x > 88.f ? 88.f : x;",
+        "csrc/elementary_functions.h",
+        "kInfinite = 89.0F",
+        "kInfinite = 88.0F",
         f"{GRAPHS} -k float32_functions",
         "e^x stops growing before float32 ends",
     ),

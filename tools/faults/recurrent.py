@@ -21,9 +21,9 @@ FAULTS = [
         "sequences that are to be read from their ends are read from their beginnings",
     ),
     Fault(
-        "csrc/activations.h",
-        "const T t = power * rest + (power - T(1));",
-        "const T t = (power + power * rest) - T(1);",
+        "csrc/elementary_functions.h",
+        "t = power * e.rest + (power - T(1));",
+        "t = (power + power * e.rest) - T(1);",
         f"{LEVELS} -k activations",
         "tanh of small numbers loses its digits",
     ),

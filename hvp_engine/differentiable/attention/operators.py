@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine._support.flat_vector import INPUT_DTYPES
 from hvp_engine.differentiable.attention import reference
 from hvp_engine.differentiable.attention.reference import Known, Settings
-from hvp_engine.differentiable.registration import Signature, backend_among, implementation, register_levels
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from hvp_engine.differentiable.registration import Signature, backend_among, implementation, register_levels, split_off
 
 _MODULES = {
     "reference": "hvp_engine.differentiable.attention.reference",
@@ -31,7 +30,7 @@ _EXACT = {name: module for name, module in _MODULES.items() if name != "triton"}
 def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float) -> None:
     """Raise `ValueError` or `TypeError`, naming the argument, unless the arguments fit together."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dtype not in DTYPES or tensor.dtype != query.dtype:
+        if tensor.dtype not in INPUT_DTYPES or tensor.dtype != query.dtype:
             raise TypeError(
                 f"attention: {name}: expected float32, float64, bfloat16 or float16, and the query's dtype; "
                 f"got {tensor.dtype} beside a query of {query.dtype}: convert them to one dtype"
@@ -56,7 +55,7 @@ def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropou
     if heads % groups if groups else heads:
         raise ValueError(f"attention: key: expected heads that divide the query's {heads}; got {groups}")
     if mask is not None:
-        if mask.dtype != torch.bool and mask.dtype not in DTYPES:
+        if mask.dtype != torch.bool and mask.dtype not in INPUT_DTYPES:
             raise TypeError(f"attention: mask: expected a boolean or floating dtype; got {mask.dtype}")
         full = (batch, heads, queries, keys)
         if mask.dim() != 4 or any(size not in (1, whole) for size, whole in zip(mask.shape, full, strict=True)):
@@ -101,11 +100,11 @@ def _packed(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of one of the modules, for all that its operator takes."""
 
     def packed(*arguments: Any) -> Any:
-        *tensors, settings = *arguments[:-5], Settings(*arguments[-5:])
+        tensors, settings = split_off(Settings, arguments)
         if len(tensors) == 3:
             return function(*tensors, settings)
-        *tangents, grad_output = tensors[:-5]
-        return function(*([tangents] if tangents else []), grad_output, Known(*tensors[-5:]), settings)
+        (*tangents, grad_output), known = split_off(Known, tensors)
+        return function(*([tangents] if tangents else []), grad_output, known, settings)
 
     return packed
 

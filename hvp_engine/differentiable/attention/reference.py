@@ -25,7 +25,6 @@ Source for the first derivative: Dao et al., FlashAttention: fast and memory-eff
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -34,8 +33,7 @@ from torch import Tensor
 from hvp_engine.differentiable.attention.dropout import dropout_factors
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What the three operations share: which weights there are, apart from the operands.
 
     Attributes:

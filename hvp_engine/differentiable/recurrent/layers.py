@@ -1,4 +1,4 @@
-"""LSTM and GRU layers, called as torch's own are, on the recurrences of this package."""
+"""LSTM and GRU layers with the interface of torch's own, on the recurrences of this package."""
 
 from __future__ import annotations
 

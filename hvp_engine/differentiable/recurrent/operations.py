@@ -2,8 +2,8 @@
 
 `torch.ops.hvp_engine.<name>` computes what the function of that name in the reference says. Each level is the
 derivative of the one before, and those of the third are made by autograd from the reference. Matrix products that can
-be made for the whole sequence at once are made here, by torch, so that rewrites of recorded products find them: of the
-gradient dW = sum_t d_t h_{t-1}^T, whose factors are results of operations.
+be made for the whole sequence at once, such as the gradient dW = sum_t d_t h_{t-1}^T, are made here by torch, so that
+rewrites of recorded products find them.
 """
 
 from __future__ import annotations

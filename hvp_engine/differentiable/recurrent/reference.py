@@ -2,7 +2,7 @@
 
 A recurrence is what remains of a layer when the matrix products over the whole sequence are made outside: it starts
 from `projected` = x W_ih^T + b. Sequences are packed, as in :class:`torch.nn.utils.rnn.PackedSequence`: time t has
-`batch_sizes[t]` rows, which do not become more, and N = sum(batch_sizes) is the number of rows of everything that has a
+`batch_sizes[t]` rows, which never grows, and N = sum(batch_sizes) is the number of rows of everything that has a
 value at each time. B = batch_sizes[0] is the number of sequences, H that of units.
 
 Each recurrence is a function of three levels, written out here. Its backward is linear in the gradients that it takes,

@@ -1,4 +1,4 @@
-"""Operators that move elements by numbers known beforehand, and their adjoints: along one dimension, or one by one."""
+"""Operators that move elements to places known beforehand, and their adjoints: along one dimension, or one by one."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _laid_out(c: Conversion, node: Any, new: bool) -> Place:
     return c.builder.copied(place, strides) if new or place.strides != strides or place.offset else place
 
 
-def _strided(c: Conversion, node: Any, place: Place, first: int) -> Place:
+def _strided(node: Any, place: Place, first: int) -> Place:
     sizes, strides, *offset = [*node.args[first:], None][:3]
     if node.args[0].meta["val"].storage_offset():
         raise UnsupportedError(f"{node.target} of a part of a tensor")
@@ -147,20 +147,14 @@ def _strided(c: Conversion, node: Any, place: Place, first: int) -> Place:
 
 @handles(aten.as_strided.default)
 def _as_strided(c: Conversion, node: Any) -> Value:
-    return _strided(c, node, _laid_out(c, node.args[0], new=False), 1)
+    return _strided(node, _laid_out(c, node.args[0], new=False), 1)
 
 
 @handles(aten.as_strided_scatter.default)
 def _as_strided_scatter(c: Conversion, node: Any) -> Value:
     result = _laid_out(c, node.args[0], new=True)
-    c.builder.stored(c.place(node.args[1]), _strided(c, node, result, 2))
+    c.builder.stored(c.place(node.args[1]), _strided(node, result, 2))
     return result
-
-
-@handles(aten.new_empty_strided.default)
-def _empty(c: Conversion, node: Any) -> Value:
-    """What is overwritten before it is read."""
-    return c.builder.filled(c.shape(node), 0.0)
 
 
 @handles(aten.unfold.default, every_term=True)

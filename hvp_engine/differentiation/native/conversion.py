@@ -1,4 +1,4 @@
-"""A graph on known tensors and tangents as operations."""
+"""Converts a traced graph of known tensors and tangents into operations of the extension."""
 
 from __future__ import annotations
 

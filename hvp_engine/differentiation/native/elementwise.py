@@ -11,6 +11,7 @@ from hvp_engine.differentiation.native.builder import CPU
 from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
 from hvp_engine.differentiation.native.expressions import Operand
 from hvp_engine.differentiation.native.operations import Code, UnsupportedError
+from hvp_engine.differentiation.trace.elementwise_factors import SLOPES
 
 aten = torch.ops.aten
 
@@ -21,7 +22,7 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _scaled(c: Conversion, node: Any, value: Operand, factor: Any) -> Operand:
+def _scaled(c: Conversion, value: Operand, factor: Any) -> Operand:
     number = _number(factor)
     return value if number == 1.0 else c.builder.combined(Code.SCALE, [value], value.sizes, number)
 
@@ -36,7 +37,7 @@ def _add(c: Conversion, node: Any) -> Value:
         return c.builder.combined(Code.SHIFT, [c.operand(first, node)], c.shape(node), shift)
     if not isinstance(first, fx.Node):
         raise UnsupportedError("a sum with a number in the first place")
-    scaled = _scaled(c, node, c.operand(second, node), alpha)
+    scaled = _scaled(c, c.operand(second, node), alpha)
     code = Code.SUBTRACT if minus else Code.ADD
     return c.builder.combined(code, [c.operand(first, node), scaled], c.shape(node))
 
@@ -68,17 +69,12 @@ def _neg(c: Conversion, node: Any) -> Value:
     return c.builder.combined(Code.SCALE, [c.operand(node.args[0], node)], c.shape(node), -1.0)
 
 
-@handles(aten.addcmul.default, every_term=True)
-def _addcmul(c: Conversion, node: Any) -> Value:
+@handles(aten.addcmul.default, aten.addcdiv.default, every_term=True)
+def _added(c: Conversion, node: Any) -> Value:
     onto, first, second = (c.operand(argument, node) for argument in node.args[:3])
-    first = _scaled(c, node, first, node.kwargs.get("value", 1))
-    return c.builder.combined(Code.MULTIPLY_ADD, [first, second, onto], c.shape(node))
-
-
-@handles(aten.addcdiv.default, every_term=True)
-def _addcdiv(c: Conversion, node: Any) -> Value:
-    onto, first, second = (c.operand(argument, node) for argument in node.args[:3])
-    first = _scaled(c, node, first, node.kwargs.get("value", 1))
+    first = _scaled(c, first, node.kwargs.get("value", 1))
+    if node.target is aten.addcmul.default:
+        return c.builder.combined(Code.MULTIPLY_ADD, [first, second, onto], c.shape(node))
     quotient = c.builder.combined(Code.DIVIDE, [first, second], c.shape(node))
     return c.builder.combined(Code.ADD, [onto, quotient], c.shape(node))
 
@@ -101,21 +97,7 @@ def _threshold(c: Conversion, node: Any) -> Value:
     return c.builder.combined(Code.SELECT_ABOVE, operands, c.shape(node), _number(threshold))
 
 
-@handles(
-    aten.gelu_backward.default,
-    aten.silu_backward.default,
-    aten.mish_backward.default,
-    aten.elu_backward.default,
-    aten.leaky_relu_backward.default,
-    aten.softplus_backward.default,
-    aten.hardtanh_backward.default,
-    aten.hardsigmoid_backward.default,
-    aten.hardswish_backward.default,
-    aten.log_sigmoid_backward.default,
-    aten.softshrink_backward.default,
-    aten.hardshrink_backward.default,
-    aten.native_dropout_backward.default,
-)
+@handles(*SLOPES)
 def _slope(c: Conversion, node: Any) -> Value:
     """A gradient times a known slope, which the operator itself gives for a gradient of ones."""
     grad, *rest = node.args
@@ -160,7 +142,7 @@ def _masked_fill(c: Conversion, node: Any) -> Value:
     return c.builder.combined(Code.SELECT, [c.operand(value, node), left], c.shape(node))
 
 
-@handles(aten.zeros_like.default, aten.new_zeros.default)
+@handles(aten.zeros_like.default, aten.new_zeros.default, aten.new_empty_strided.default)  # the last is overwritten
 def _zeros(c: Conversion, node: Any) -> Value:
     return c.builder.filled(c.shape(node), 0.0)
 

@@ -1,4 +1,4 @@
-"""Elementwise results before they are stored: what a chain of instructions is made of."""
+"""Elementwise expressions that are not stored yet: what becomes one chain of instructions."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""What programs need of the extension: slots for tensors, and operations as it reads them."""
+"""What programs need of the extension: slots for tensors, and operations in the form that it reads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +32,18 @@ def check(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 class Slots:
-    """What the tensors of programs look like, and the programs on them."""
+    """What the tensors of programs look like, and the programs on them.
+
+    Attributes:
+        new: a function for each slot that makes a tensor for it.
+    """
 
     def __init__(self, slots: Sequence[Slot], dtype: torch.dtype):
-        self._slots, self._dtype = tuple(slots), dtype
+        self._expected = [(slot.shape, torch.int64 if slot.kind is Kind.INDEX else dtype) for slot in slots]
+        self.new = [
+            partial(torch.empty_strided, shape, slot.strides, dtype=dtype, device=CPU)
+            for slot, (shape, dtype) in zip(slots, self._expected, strict=True)
+        ]
         kinds = [(int(slot.kind), slot.shape, slot.strides) for slot in slots]
         self._extension = _C.Slots(dtype == torch.float64, kinds)
 
@@ -61,21 +70,13 @@ class Slots:
             placed[done] = self._laid_out(first + done, placed[done])
         return placed
 
-    def empty(self, slot: int) -> Tensor:
-        """A new tensor for a slot."""
-        like = self._slots[slot]
-        return torch.empty_strided(like.shape, like.strides, dtype=self._dtype_of(like), device=CPU)
-
-    def _dtype_of(self, slot: Slot) -> torch.dtype:
-        return torch.int64 if slot.kind is Kind.INDEX else self._dtype
-
     def _laid_out(self, slot: int, tensor: Tensor) -> Tensor:
         """A copy of a tensor with the strides that its slot expects."""
-        shape, dtype = self._slots[slot].shape, self._dtype_of(self._slots[slot])
+        shape, dtype = self._expected[slot]
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
             raise BackendError(
                 f"native program: expected a tensor of shape {tuple(shape)} and {dtype} on the CPU; got "
                 f"{tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}: this is a fault of hvp_engine: please "
                 "report it"
             )
-        return self.empty(slot).copy_(tensor.detach())
+        return self.new[slot]().copy_(tensor.detach())

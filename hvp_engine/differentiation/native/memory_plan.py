@@ -1,4 +1,4 @@
-"""Where intermediate results are in the workspace: as few elements as possible, by when each is last read."""
+"""Places intermediate results in a small workspace: memory is reused once a result has been read for the last time."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ class BoundProgram:
         self._lock = threading.Lock()
         self._memory = program.slots.memory()
         for slot in program.scratch:
-            self._memory.put(slot, [program.slots.empty(slot)])
+            self._memory.put(slot, [program.slots.new[slot]()])
         self.move(residuals)
 
     def move(self, residuals: Sequence[Tensor]) -> None:
@@ -230,7 +230,7 @@ class BoundProgram:
         laid out anew, or are kept in the space of the batch."""
         program, memory = self._program, self._memory
         update = program.update(accumulation, damping != 0.0)
-        results = [*map(program.slots.empty, range(program.firsts[1], program.firsts[1] + program.count))]
+        results = [new() for new in program.slots.new[program.firsts[1] :][: program.count]]
         placed = [(first, one.views) for first, one in zip(program.firsts, update.vectors, strict=False)]
         if program.factors or any(memory.put(first, views) >= 0 for first, views in placed):
             return None

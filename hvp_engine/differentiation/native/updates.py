@@ -1,4 +1,4 @@
-"""What follows a partition's summands in a program: their sum, or a solver's update with it."""
+"""How a program ends: with the sum of a product's summands, or with a solver's update by that sum."""
 
 from __future__ import annotations
 

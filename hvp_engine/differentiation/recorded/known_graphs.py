@@ -1,4 +1,4 @@
-"""What is known of graphs that have been met: their programs, and whether those are faster than autograd.
+"""What is known of the graphs seen so far: their programs, and whether those are faster than autograd.
 
 A graph is known by its structure, which is read fast, and by its text, which says all that a product depends on. Solves
 by autograd and by a program are timed; where autograd is faster for as many products as were asked for, graphs of such

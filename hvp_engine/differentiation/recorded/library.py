@@ -1,4 +1,4 @@
-"""Programs of products, by what they are made from, and the decision when one is worth making."""
+"""A library of programs for products, and the decision when another one is worth making."""
 
 from __future__ import annotations
 

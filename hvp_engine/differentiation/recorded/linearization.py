@@ -1,4 +1,4 @@
-"""A gradient with its graph, whose products learn: the first ones by autograd, the others by a program.
+"""A gradient with its graph: autograd makes the first products, a program learned from them the others.
 
 Three levels, each of which falls back to the next:
 

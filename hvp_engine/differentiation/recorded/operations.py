@@ -1,4 +1,4 @@
-"""What a recorder of products has to know of operators."""
+"""What a recorder of products has to know about operators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sees what Python code calls of torch while autograd runs: hooks, and the backward of custom functions."""
+"""Sees which functions of torch Python calls while autograd runs: hooks, and the backward of custom functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What graphs and programs ask of a tensor beside its values: whether it is plain, its kind, and where it is."""
+"""What graphs and programs have to know of a tensor, beside its values: whether it is plain, its kind, its place."""
 
 from __future__ import annotations
 

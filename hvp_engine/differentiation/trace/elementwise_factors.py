@@ -28,10 +28,7 @@ _QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
 _SUMS = (aten.add.Tensor, aten.sub.Tensor)
 _MASKS = (aten.masked_fill.Scalar, aten.where.self)
 
-_SLOPES = (
-    aten.tanh_backward.default,
-    aten.sigmoid_backward.default,
-    aten.threshold_backward.default,
+SLOPES = (
     aten.gelu_backward.default,
     aten.silu_backward.default,
     aten.mish_backward.default,
@@ -47,6 +44,9 @@ _SLOPES = (
     aten.native_dropout_backward.default,
 )
 """Operations that multiply their first argument by what the others say."""
+
+_SLOPES = (aten.tanh_backward.default, aten.sigmoid_backward.default, aten.threshold_backward.default, *SLOPES)
+"""All of them; those of which the extension has none of its own are above."""
 
 _READS_SOURCES = (
     *(*_PRODUCTS, *_QUOTIENTS, *_SUMS, *_MASKS, *_SLOPES, aten.neg.default, aten.expand.default),

@@ -16,7 +16,6 @@ from hvp_engine.solvers.preconditioners.layers import (
     checked_weights,
     eigen,
     hessian_roots,
-    no_layers,
     path,
     recorded_layers,
 )
@@ -98,8 +97,6 @@ class KFACPreconditioner:
         self._layout = Layout.of(leaves)
         self._blocks, self._means, self.gradients = _factors(module, loss, weights, inputs, targets, places)
         self.hvps = 0
-        if not self._blocks:
-            raise no_layers()
 
     def __call__(self, v: list[Tensor]) -> list[Tensor]:
         check_like(v, self._layout, "v", "weights")

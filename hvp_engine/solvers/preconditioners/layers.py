@@ -34,16 +34,11 @@ def not_finite() -> NonFiniteError:
     )
 
 
-def no_layers() -> ValueError:
-    """The error for a module of which no layer is supported."""
-    return ValueError("module: expected torch.nn.Linear or Conv2d layers with weights in `weights`; got none")
-
-
 def recorded_layers(
     module: nn.Module, weights: Mapping[str, Tensor], inputs: Any, places: Mapping[str, int]
 ) -> tuple[dict[str, nn.Module], Calls, Tensor, dict[str, Tensor]]:
     """The linear and convolutional layers whose weights are in `places`, the calls of those that are used once, the
-    outputs of the module, and the leaves that these depend on."""
+    outputs of the module, and the leaves that these depend on; `ValueError` if there is no such layer."""
     layers = {name: layer for name, layer in module.named_modules() if path(name, "weight") in places}
     layers = {name: layer for name, layer in layers.items() if _is_known(layer)}
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
@@ -60,7 +55,10 @@ def recorded_layers(
     finally:
         for hook in hooks:
             hook.remove()
-    return layers, {name: found[0] for name, found in calls.items() if len(found) == 1}, outputs, state
+    once = {name: found[0] for name, found in calls.items() if len(found) == 1}
+    if not once:
+        raise ValueError("module: expected torch.nn.Linear or Conv2d layers with weights in `weights`; got none")
+    return layers, once, outputs, state
 
 
 def path(layer: str, kind: str) -> str:

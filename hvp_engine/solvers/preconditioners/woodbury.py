@@ -15,7 +15,6 @@ from hvp_engine._support.pytree import check_like, flatten
 from hvp_engine.solvers.preconditioners.layers import (
     checked_weights,
     hessian_roots,
-    no_layers,
     not_finite,
     path,
     recorded_layers,
@@ -148,8 +147,6 @@ class WoodburyPreconditioner:
         self._layout = Layout.of(leaves)
         self._inverses = [1 / d for d in _diagonals(diagonal, weights, leaves)]
         layers, calls, outputs, _ = recorded_layers(module, weights, inputs, places)
-        if not calls:
-            raise no_layers()
         roots = hessian_roots(loss, outputs, targets)
         self.hvps, self.gradients = 0, roots.shape[2]
         size = roots.shape[0] * roots.shape[2]
