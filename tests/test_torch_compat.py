@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hvp_engine as hvp
-from hvp_engine._support import torch_compat
+from hvp_engine._support import torch_compat, torch_compat_nodes
 from hvp_engine.differentiation.double_backward import Tape, gradients
 
 ROOT = Path(__file__).parent.parent
@@ -362,23 +362,23 @@ def test_offending_graphs_are_refused(loss: Callable[[Tensor], Tensor], remedy: 
 
 def test_names_of_nodes() -> None:
     w = W.clone().requires_grad_()
-    assert torch_compat.WEIGHT_NORM_NODE in {node.name() for node in graph_nodes(normalized(w))}
+    assert torch_compat_nodes.WEIGHT_NORM_NODE in {node.name() for node in graph_nodes(normalized(w))}
     (gradient,) = torch.autograd.grad(Once.apply(w).sum(), w, create_graph=True)
-    assert gradient.grad_fn is None or torch_compat.ERROR_NODE in {node.name() for node in graph_nodes(gradient)}
+    assert gradient.grad_fn is None or torch_compat_nodes.ERROR_NODE in {node.name() for node in graph_nodes(gradient)}
     (gradient,) = torch.autograd.grad(once(w), w, create_graph=True)
-    assert torch_compat.ERROR_NODE in {node.name() for node in graph_nodes(gradient)}
+    assert torch_compat_nodes.ERROR_NODE in {node.name() for node in graph_nodes(gradient)}
     (gradient,) = torch.autograd.grad(attention(w), w, create_graph=True)
-    assert torch_compat.NOT_IMPLEMENTED_NODES & {node.name() for node in graph_nodes(gradient)}
+    assert torch_compat_nodes.NOT_IMPLEMENTED_NODES & {node.name() for node in graph_nodes(gradient)}
     x = torch.randn(3, 2, requires_grad=True)
     for norm, name in ((torch.nn.LayerNorm(2), "layer"), (torch.nn.BatchNorm1d(2), "batch")):
         (gradient,) = torch.autograd.grad(norm(x).sin().sum(), x, create_graph=True)
-        found = {torch_compat.WRONG_WHEN_DIFFERENTIATED.get(node.name()) for node in graph_nodes(gradient)}
+        found = {torch_compat_nodes.WRONG_WHEN_DIFFERENTIATED.get(node.name()) for node in graph_nodes(gradient)}
         assert f"{name} normalization" in found, "if torch has mended it, its formula can go"
-    assert "Once" in {torch_compat.once_differentiable(node) for node in graph_nodes(once(w))}
-    assert {torch_compat.once_differentiable(node) for node in graph_nodes(hardsigmoid(w))} == {None}
-    modules = {torch_compat.control_flow(node) for node in graph_nodes(scanned(w))}
+    assert "Once" in {torch_compat_nodes.once_differentiable(node) for node in graph_nodes(once(w))}
+    assert {torch_compat_nodes.once_differentiable(node) for node in graph_nodes(hardsigmoid(w))} == {None}
+    modules = {torch_compat_nodes.control_flow(node) for node in graph_nodes(scanned(w))}
     assert modules - {None} == {"torch._higher_order_ops.scan"}
-    assert {torch_compat.control_flow(node) for node in graph_nodes(once(w))} == {None}
+    assert {torch_compat_nodes.control_flow(node) for node in graph_nodes(once(w))} == {None}
 
 
 def test_the_fused_weight_norm_has_a_wrong_second_derivative() -> None:

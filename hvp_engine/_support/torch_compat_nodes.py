@@ -1,6 +1,7 @@
-"""What the package uses of autograd's nodes beyond torch's public interface: what they hold, and what hooks there are.
+"""What the package uses of autograd's nodes beyond torch's public interface: what they hold, what hooks there are,
+and which of them stand for a derivative that is missing.
 
-As in `torch_compat`, each name has a test, in `tests/test_torch_compat_nodes.py`.
+As in `torch_compat`, each name has a test, in the files `tests/test_torch_compat*.py`.
 """
 
 from __future__ import annotations
@@ -87,3 +88,52 @@ def sequence_number() -> int:
 def sequence_number_of(node: Any) -> int:
     """A number that grows from node to node in one thread; huge for a leaf's node."""
     return node._sequence_nr()
+
+
+ERROR_NODE = "torch::autograd::Error"
+"""Stands for the backward of a once-differentiable function; autograd returns zeros through it without a word."""
+
+NOT_IMPLEMENTED_NODES = {
+    "torch::autograd::NotImplemented",
+    "CdistBackwardBackward0",
+    "PdistBackwardBackward0",
+    "EmbeddingBagBackwardBackward0",
+}
+"""Stand for backward kernels without a derivative: they raise where they are reached."""
+
+WEIGHT_NORM_NODE = "WeightNormInterfaceBackward0"
+"""The node of :data:`fused_weight_norm`."""
+
+WRONG_WHEN_DIFFERENTIATED = {
+    "NativeLayerNormBackwardBackward0": "layer normalization",
+    "NativeBatchNormBackwardBackward0": "batch normalization",
+    "CudnnBatchNormBackwardBackward0": "batch normalization",
+}
+"""Nodes of second derivatives that take the statistics, which depend on the input, for constants: what autograd makes
+of them, the third derivatives, is wrong."""
+
+CONTROL_FLOW = "torch._higher_order_ops"
+"""The package of scan, map, while_loop, cond and their like.
+
+Their backward, a graph run without grad mode, drops terms of the second derivative, or all, without a word (seen in
+2.13). associative_scan is of ordinary operators.
+"""
+
+
+def control_flow(node: Node) -> str | None:
+    """The module of a control-flow operator that `node` is the backward of."""
+    module = getattr(getattr(node, "_forward_cls", None), "__module__", "")
+    return module if module.startswith(f"{CONTROL_FLOW}.") else None
+
+
+def once_differentiable(node: Node) -> str | None:
+    """The name of a Python function whose backward is marked so, if `node` is its backward.
+
+    The decorator wraps the backward in a function of the file that defines it.
+    """
+    function: Any = getattr(node, "_forward_cls", None)
+    method = getattr(function, "backward", None)
+    code = getattr(method, "__code__", None)
+    if code is None or code.co_filename != torch.autograd.function.__file__ or not hasattr(method, "__wrapped__"):
+        return None
+    return function.__name__

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from hvp_engine._support import torch_compat
+from hvp_engine._support import torch_compat, torch_compat_nodes
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.missing_derivatives import (
@@ -189,13 +189,13 @@ class Tape(Linearization):
         names = {node.name(): node for node in nodes}
         for node in names.values():
             refuse_control_flow(node)
-        if torch_compat.ERROR_NODE in names:  # autograd would return zeros without a word
+        if torch_compat_nodes.ERROR_NODE in names:  # autograd would return zeros without a word
             raise second_derivative_error("a function whose backward is marked once_differentiable")
         reaches_weights, reaches_hyperparameters = (
             any(get_gradient_edge(tensor).node in nodes for tensor in tensors if tensor.requires_grad)
             for tensors in (self.weights, hyperparameters)
         )
-        incomplete = not torch_compat.NOT_IMPLEMENTED_NODES.isdisjoint(names)
+        incomplete = not torch_compat_nodes.NOT_IMPLEMENTED_NODES.isdisjoint(names)
         return GraphFacts(len(nodes), reaches_weights, reaches_hyperparameters, incomplete)
 
     def plainly(self, count: int, work: Callable[[Pullback], Made]) -> Made | None:

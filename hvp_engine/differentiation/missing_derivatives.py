@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from hvp_engine._support import torch_compat
+from hvp_engine._support import torch_compat, torch_compat_nodes
 from hvp_engine.differentiation.graph_structure import HiddenContentsError, walk
 from hvp_engine.errors import SecondDerivativeError
 
@@ -22,7 +22,9 @@ _REMEDIES = {
     "use_reentrant": "pass use_reentrant=False to torch.utils.checkpoint",
     "sparse gradients": "make the embedding with sparse=False: products are dense anyway",
     "torch.compile": "hand the original module or function to the loss, as hvp.functional does with a compiled module",
-    torch_compat.CONTROL_FLOW: "write it as a Python loop (cond: with torch.where), or use engine='finite_difference'",
+    torch_compat_nodes.CONTROL_FLOW: (
+        "write it as a Python loop (cond: with torch.where), or use engine='finite_difference'"
+    ),
     "_weight_norm": "compute the weight as v * (g / torch.norm_except_dim(v, 2, dim)), as calls with loss functions do",
     "hardsigmoid": f"{_AS_FUNCTION}, or write hardtanh(x + 3, 0.0, 6.0) / 6",
     "cdist": f"{_AS_FUNCTION}, or write (x1.unsqueeze(-2) - x2.unsqueeze(-3)).square().sum(-1).sqrt()",
@@ -109,9 +111,9 @@ def refuse_without_second_derivative(loss: Tensor) -> None:
     refuse_wrong_third_derivative([loss])
     for node in nodes_of([loss]):
         refuse_control_flow(node)
-        if node.name() == torch_compat.WEIGHT_NORM_NODE:
+        if node.name() == torch_compat_nodes.WEIGHT_NORM_NODE:
             raise second_derivative_error("the fused kernel of weight normalization (_weight_norm)", FastKernelError)
-        if name := torch_compat.once_differentiable(node):
+        if name := torch_compat_nodes.once_differentiable(node):
             raise second_derivative_error(f"{name}, whose backward is once_differentiable")
     if structure is not None:
         if len(_PASSED) >= _MOST_PASSED:
@@ -127,7 +129,7 @@ _PASSED: set[bytes | None] = set()
 def refuse_wrong_third_derivative(values: Sequence[Tensor]) -> None:
     """Raise if the values contain first derivatives of normalizations whose second ones alone are right."""
     for node in nodes_of([value for value in values if value.requires_grad]):
-        if name := torch_compat.WRONG_WHEN_DIFFERENTIATED.get(node.name()):
+        if name := torch_compat_nodes.WRONG_WHEN_DIFFERENTIATED.get(node.name()):
             raise ThirdDerivativeError(
                 f"the loss differentiates through torch's kernel of {name}, whose third derivative, which products "
                 f"then take, is wrong; remedy: {_AS_FUNCTION}, or write the normalization out with Tensor.var and mean"
@@ -136,5 +138,5 @@ def refuse_wrong_third_derivative(values: Sequence[Tensor]) -> None:
 
 def refuse_control_flow(node: Node) -> None:
     """Raise for scan, map, while_loop, cond and their like, whose second derivative is wrong."""
-    if module := torch_compat.control_flow(node):
+    if module := torch_compat_nodes.control_flow(node):
         raise second_derivative_error(module)
