@@ -144,8 +144,11 @@ class Choice(Tape):
         if self._begun:
             return
         self._begun = True
-        if self._walked is not None:
-            self._read_at = self._reading_pays_from()
+        pays_from = self._reading_pays_from()
+        if self._walked is None:
+            self._outline.read(self._known)
+        else:
+            self._read_at = pays_from
             if self._outline.products >= self._read_at:
                 self._read()
             else:
@@ -176,8 +179,6 @@ class Choice(Tape):
     def _hesitation(self, known: Known, expected: int) -> float:
         """Products by autograd before a known program is taken."""
         even = known.breaks_even
-        if self._outline.tries_again(known):
-            return math.inf if expected >= even else 0
         return 0 if expected >= even else even
 
     def _patience(self, known: Known, expected: int) -> float:
