@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -268,3 +270,23 @@ def test_a_series_that_was_not_made_tells_nothing_of_its_time() -> None:
     assert not tape._solve.products
     assert tape.plainly(3, lambda pullback: pullback.at((torch.ones(4, 4),))()) is not None
     assert tape._solve.products == 3
+
+
+def test_reading_a_graph_is_part_of_what_a_solve_by_a_program_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it is read before the general solve that is timed."""
+    now, read = [0.0], choice.contents_of
+
+    def slowly(*arguments: Any) -> Any:
+        now[0] += 100
+        return read(*arguments)
+
+    monkeypatch.setattr(time, "thread_time", lambda: now[0])
+    monkeypatch.setattr(choice, "contents_of", slowly)
+    monkeypatch.setattr(Known, "breaks_even", 0.0)
+    library = Library()
+    for _ in range(4):
+        gradient, weights = network()
+        tape = RecordedLinearization(gradient, weights, library=library)
+        module.TapeSystem(tape).solve([torch.ones_like(w) for w in weights], hvp.Neumann(3, 0.05))
+    assert tape.program is not None
+    assert tape._solve.whole == 100

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -88,9 +87,8 @@ def approx_inverse_hvp(
         )
     vector = detached(vector)
     with refused_if_stale("f"):
-        since = time.thread_time()
         found = plain_series(tape, vector, solver)
-        value, _ = TapeSystem(tape).general(since, vector, solver) if found is None else found
+        value, _ = TapeSystem(tape).general(vector, solver) if found is None else found
     return torch.cat([part.reshape(-1) for part in value]) if is_flat_for(v, weights) else tuple(value)
 
 

@@ -68,20 +68,19 @@ class TapeSystem(LinearSystem):
     def __init__(self, tape: Tape):
         super().__init__(tape, EagerEngine(), Spectrum())
 
-    def general(self, since: float, v: Vector, solver: Solver, name: str = "v", x0: Vector | None = None) -> Result:
-        """The solution by a general solve. The tape is told what that took, from `since` on: what was tried before has
-        read the graph, which costs as much as many products do."""
+    def general(self, v: Vector, solver: Solver, name: str = "v", x0: Vector | None = None) -> Result:
+        """The solution by a general solve, whose time the tape is told."""
         assert isinstance(self.operator, Tape)
+        start = time.thread_time()
         result = super().solve(v, solver, name, x0)
-        self.operator.took(time.thread_time() - since)
+        self.operator.solved(time.thread_time() - start)
         return result
 
     def solve(self, v: Vector, solver: Solver, name: str = "v", x0: Vector | None = None) -> Result:
         assert isinstance(self.operator, Tape)
-        since = time.thread_time()
         found = plain_series(self.operator, v, solver) if x0 is None else None
         if found is None:
-            return self.general(since, v, solver, name, x0)
+            return self.general(v, solver, name, x0)
         assert isinstance(solver, Neumann)
         value, figures = found
         outcome = outcome_of(figures, solver.iterations, value[0].dtype)

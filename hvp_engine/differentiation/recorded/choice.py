@@ -43,6 +43,7 @@ class Choice(Tape):
     _saved: Sequence[Tensor] = ()
     _versions: Sequence[int] = ()
     _begun = False
+    _before = 0.0
     _asked = 0
     _read_at = _record_at = _adopt_at = math.inf
 
@@ -112,6 +113,7 @@ class Choice(Tape):
         self._outline.products = count
         if not self._begun:
             self._begin()
+            self._before = self._solve.fixed  # a general solve that follows does not see it
         if self._program is not None or self._asked + count > min(self._read_at, self._adopt_at, self._record_at):
             return None
         self._asked += count
@@ -123,8 +125,8 @@ class Choice(Tape):
             self._library.plain_seconds += self._timed(start, count, False)
         return made
 
-    def took(self, seconds: float) -> None:
-        self._solve.whole = seconds
+    def solved(self, seconds: float) -> None:
+        self._solve.whole = seconds + self._before
 
     def _timed(self, start: float, products: int, by_program: bool) -> float:
         """Note that products have been made from `start` on; returns the seconds."""
