@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -137,17 +140,23 @@ def test_errors_are_those_of_a_general_solve() -> None:
 # --- Who makes the products -------------------------------------------------------------------------------------------
 
 
+def solve(by_program: bool, plain: float, program: float, fixed: float, products: int = 3) -> Solve:
+    """One that has been timed."""
+    seconds = products * (program if by_program else plain)
+    return Solve(fixed=fixed, ended=seconds, products=products, by_program=by_program)
+
+
 def known(plain: float, program: float, fixed: float) -> Known:
     """A kind of graph whose solves have been timed."""
     found = Known(adoptions=1)
-    for by_program, seconds in [(True, program), (False, plain)] * 4:
-        found.begin(Solve(fixed=fixed, began=0.0, ended=4 * seconds, products=4, by_program=by_program))
+    for by_program in [True, False] * 4:
+        found.begin(solve(by_program, plain, program, fixed))
     found.begin(Solve())
     return found
 
 
 def test_where_a_program_breaks_even() -> None:
-    assert known(plain=2.0, program=1.0, fixed=5.0).breaks_even == 5.0
+    assert known(plain=2.0, program=1.0, fixed=5.0).breaks_even == pytest.approx(5.0 / 0.94)
     assert known(plain=1.0, program=2.0, fixed=5.0).breaks_even == float("inf")
     assert known(plain=2.0, program=1.0, fixed=5.0).settled
 
@@ -162,13 +171,58 @@ def test_both_ways_are_tried_in_turns_and_mixed_solves_tell_nothing() -> None:
     assert sum(tried) in (4, 5), "a solve's time is taken when the next one begins"
 
 
-def test_graphs_are_read_again_now_and_then() -> None:
+def shares_of_the_slower_way(plain: float, program: float, fixed: float, noise: Random) -> list[float]:
+    """Of simulated solves of 3 products, on a machine that is busy now and then: in each 64 graphs, how many go the
+    slower way."""
+    outline, one, slower = Outline(products=3), Known(adoptions=1), []
+    outline.read(one)
+    for graph in range(512):
+        if graph % 40 == 0:  # a busy phase slows all that falls into it, more or less
+            busy = noise.choice([1.0, 1.0, 2.0, 4.0])
+        by_program = False
+        if outline.pays_from() <= 3:
+            slow = busy * noise.lognormvariate(0, 0.2) * (10 if noise.random() < 0.1 else 1)
+            timed = Solve()
+            one.begin(timed)
+            by_program = one.breaks_even <= 3
+            vars(timed).update(vars(solve(by_program, slow * plain, slow * program, slow * fixed)))
+        slower.append(by_program is not (fixed + 3 * program < 3 * plain))
+    return [sum(slower[i : i + 64]) / 64 for i in range(0, 512, 64)]
+
+
+@pytest.mark.parametrize(("plain", "program", "fixed"), [(1.0, 0.9, 2.0), (2.0, 0.5, 2.0), (1.0, 2.0, 1.0)])
+def test_the_faster_way_is_found_among_noise_and_kept(plain: float, program: float, fixed: float) -> None:
+    noise = Random(0)
+    late = sorted(sum(shares_of_the_slower_way(plain, program, fixed, noise)[1:]) / 7 for _ in range(60))
+    assert late[30] < 0.02
+    assert late[-3] < 0.2
+
+
+def test_a_wrong_verdict_is_revised_and_a_right_one_confirmed_at_half_the_cost() -> None:
+    outline, one = Outline(), known(plain=9.0, program=1.0, fixed=2.0)
+    assert one.breaks_even < 1, "as if autograd had been busy with something else all four times"
+    outline.read(one)
+    for solves in (8, 4):
+        one.time_again()
+        made = 0
+        one.begin(timed := Solve())
+        while not one.settled:
+            vars(timed).update(vars(solve(one.breaks_even == 0, 1.0, 1.0, 2.0)))
+            one.begin(timed := Solve())
+            made += 1
+        assert (made, one.breaks_even) == (solves, float("inf"))
+
+
+def test_graphs_are_timed_again_at_intervals_that_double() -> None:
     outline = Outline(products=3)
     assert outline.pays_from() == 0, "nothing is known yet"
     outline.read(known(plain=2.0, program=1.0, fixed=5.0))
-    assert [outline.pays_from() for _ in range(31)].count(0.0) == 1, "close to what breaks even"
-    outline.products = 1
-    assert [outline.pays_from() for _ in range(200)].count(0.0) == 0
+    again = []
+    while outline.sights < 1536:
+        if outline.pays_from() == 0:
+            again.append(outline.sights)
+            outline.kinds[0].judged = True
+    assert again == [16, 32, 64, 128, 256, 512, 1024, 1536]
     outline.read(Known())
     assert outline.pays_from() == 0, "a kind without a program yet"
 
@@ -216,3 +270,23 @@ def test_a_series_that_was_not_made_tells_nothing_of_its_time() -> None:
     assert not tape._solve.products
     assert tape.plainly(3, lambda pullback: pullback.at((torch.ones(4, 4),))()) is not None
     assert tape._solve.products == 3
+
+
+def test_reading_a_graph_is_part_of_what_a_solve_by_a_program_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it is read before the general solve that is timed."""
+    now, read = [0.0], choice.contents_of
+
+    def slowly(*arguments: Any) -> Any:
+        now[0] += 100
+        return read(*arguments)
+
+    monkeypatch.setattr(time, "thread_time", lambda: now[0])
+    monkeypatch.setattr(choice, "contents_of", slowly)
+    monkeypatch.setattr(Known, "breaks_even", 0.0)
+    library = Library()
+    for _ in range(4):
+        gradient, weights = network()
+        tape = RecordedLinearization(gradient, weights, library=library)
+        module.TapeSystem(tape).solve([torch.ones_like(w) for w in weights], hvp.Neumann(3, 0.05))
+    assert tape.program is not None
+    assert tape._solve.whole == 100

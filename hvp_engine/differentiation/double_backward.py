@@ -202,8 +202,8 @@ class Tape(Linearization):
         """What `work` makes by so many plain products; None if those are made otherwise, or in a context."""
         return work(self._product) if self._product.whole and self._inside is contextlib.nullcontext else None
 
-    def took(self, seconds: float) -> None:
-        """A solve has taken so long."""
+    def solved(self, seconds: float) -> None:
+        """A general solve has taken so long, from its call on."""
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t; a weight that f does not depend on gets zeros."""

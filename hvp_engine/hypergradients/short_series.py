@@ -73,7 +73,7 @@ class TapeSystem(LinearSystem):
         assert isinstance(self.operator, Tape)
         start = time.thread_time()
         result = super().solve(v, solver, name, x0)
-        self.operator.took(time.thread_time() - start)
+        self.operator.solved(time.thread_time() - start)
         return result
 
     def solve(self, v: Vector, solver: Solver, name: str = "v", x0: Vector | None = None) -> Result:

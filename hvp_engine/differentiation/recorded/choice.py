@@ -43,6 +43,7 @@ class Choice(Tape):
     _saved: Sequence[Tensor] = ()
     _versions: Sequence[int] = ()
     _begun = False
+    _before = 0.0
     _asked = 0
     _read_at = _record_at = _adopt_at = math.inf
 
@@ -112,6 +113,7 @@ class Choice(Tape):
         self._outline.products = count
         if not self._begun:
             self._begin()
+            self._before = self._solve.fixed  # a general solve that follows does not see it
         if self._program is not None or self._asked + count > min(self._read_at, self._adopt_at, self._record_at):
             return None
         self._asked += count
@@ -123,8 +125,8 @@ class Choice(Tape):
             self._library.plain_seconds += self._timed(start, count, False)
         return made
 
-    def took(self, seconds: float) -> None:
-        self._solve.whole = seconds
+    def solved(self, seconds: float) -> None:
+        self._solve.whole = seconds + self._before
 
     def _timed(self, start: float, products: int, by_program: bool) -> float:
         """Note that products have been made from `start` on; returns the seconds."""
@@ -144,8 +146,11 @@ class Choice(Tape):
         if self._begun:
             return
         self._begun = True
-        if self._walked is not None:
-            self._read_at = self._reading_pays_from()
+        pays_from = self._reading_pays_from()
+        if self._walked is None:
+            self._outline.read(self._known)
+        else:
+            self._read_at = pays_from
             if self._outline.products >= self._read_at:
                 self._read()
             else:
@@ -176,8 +181,6 @@ class Choice(Tape):
     def _hesitation(self, known: Known, expected: int) -> float:
         """Products by autograd before a known program is taken."""
         even = known.breaks_even
-        if self._outline.tries_again(known):
-            return math.inf if expected >= even else 0
         return 0 if expected >= even else even
 
     def _patience(self, known: Known, expected: int) -> float:

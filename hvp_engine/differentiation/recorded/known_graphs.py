@@ -20,12 +20,16 @@ from hvp_engine.differentiation.recorded.graph_contents import GraphContents
 from hvp_engine.differentiation.recorded.product_recorder import Entry
 from hvp_engine.differentiation.recorded.programs import Program
 
-_SAMPLES = 4
-"""Solves by autograd, and by the program, that are timed before one of them is chosen; later ones replace them."""
+_SAMPLES, _CONFIRMING = 4, 2
+"""Solves by autograd, and by the program, that are timed in turns before one of them is chosen; and before what was
+chosen is confirmed."""
 
-_CLOSE, _AGAIN, _AGAIN_IF_CLOSE = 2.0, 256, 32
-"""Graphs of a structure after which the other way is tried once more, sooner where the two differ less than so many
-times."""
+_FIRST, _INTERVAL = 16, 512
+"""Graphs of a structure after which both are timed again, at intervals that double up to the second: a choice that was
+made in a busy moment is revised soon, one that was confirmed costs little."""
+
+_GAIN = 0.97
+"""Of the time that autograd takes for a product, what a program must stay below: closer than that noise decides."""
 
 _LATEST = 8
 """Kinds of graphs of one structure that are looked at before another is read."""
@@ -103,8 +107,11 @@ class Known:
         adoptions: solves that a program has served.
         solve: the latest, whose time is taken when the next one begins.
         plain, program, fixed: seconds of each product by autograd and by the program, the mean of a solve, and of what
-            only solves by the program spend before; of the latest few. The fastest of a few is what a busy machine
-            does not change much, and both are measured in the same way: cold, as solves between other work are.
+            only solves by the program spend before, since they were timed last. The fastest of a few neighbours is
+            what a busy machine does not change much, and both are measured in the same way: cold, as solves between
+            other work are.
+        verdict: products from which a solve is faster by the program, as far as it is known.
+        judged: whether that is of the latest samples.
     """
 
     sights: int = 0
@@ -113,33 +120,47 @@ class Known:
     shortcuts: list[Shortcut] = field(default_factory=list)
     adoptions: int = 0
     solve: Solve = field(default_factory=Solve)
-    plain: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
-    program: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
-    fixed: deque[float] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
+    plain: list[float] = field(default_factory=list)
+    program: list[float] = field(default_factory=list)
+    fixed: list[float] = field(default_factory=list)
+    verdict: float = math.nan
+    judged: bool = False
 
     @property
     def settled(self) -> bool:
         """Whether it is known what is faster, or that there is no choice."""
-        return bool(self.refused) or min(len(self.plain), len(self.program)) == _SAMPLES
+        return bool(self.refused) or self.judged
 
     @property
     def breaks_even(self) -> float:
-        """Products from which a solve is faster by the program; 0 or infinite for a trial of the one or the other."""
-        if not self.adoptions or len(self.program) < min(len(self.plain) + 1, _SAMPLES):
-            return 0.0
-        if len(self.plain) < _SAMPLES:
-            return math.inf
-        gain = min(self.plain) - min(self.program)
-        return min(self.fixed) / gain if gain > 0 else math.inf
+        """Products from which a solve is made by the program; 0 or infinite for a trial of the one or the other."""
+        if self.judged:
+            return self.verdict
+        return 0.0 if not self.adoptions or len(self.program) <= len(self.plain) else math.inf
 
     def begin(self, solve: Solve) -> None:
         """Take the time of the solve before this one."""
         before, self.solve = self.solve, solve
-        if before.products and not before.mixed:
-            seconds = before.ended - before.began
-            (self.program if before.by_program else self.plain).append(seconds / before.products)
-            if before.by_program:
-                self.fixed.append(max(before.fixed, before.whole - seconds))
+        if self.judged or before.mixed or not before.products:
+            return
+        seconds = before.ended - before.began
+        (self.program if before.by_program else self.plain).append(seconds / before.products)
+        if before.by_program:
+            self.fixed.append(max(before.fixed, before.whole - seconds))
+        count = min(len(self.plain), len(self.program))
+        if count < _CONFIRMING:
+            return
+        gain = _GAIN * min(self.plain) - min(self.program)
+        even = min(self.fixed) / gain if gain > 0 else math.inf
+        confirmed = not math.isnan(self.verdict) and (even > before.products) is (self.verdict > before.products)
+        if count >= _SAMPLES or confirmed:
+            self.verdict, self.judged = even, True
+
+    def time_again(self) -> None:
+        """Doubt what is known."""
+        self.solve, self.judged = Solve(), False
+        for samples in (self.plain, self.program, self.fixed):
+            samples.clear()
 
     def fitting(self, contents: GraphContents) -> Shortcut | None:
         """A program for such a graph."""
@@ -165,21 +186,16 @@ class Outline:
     def pays_from(self) -> float:
         """Products from which a solve is faster if the graph is read: as for the kind of it that gains most."""
         self.sights += 1
+        if self.sights >= _FIRST and (self.sights % _INTERVAL == 0 or self.sights.bit_count() == 1):
+            for known in self.kinds:
+                known.time_again()
         least = math.inf if self.kinds else 0.0
         for known in self.kinds:
             if not known.settled:
                 return 0.0
             if not known.refused:
                 least = min(least, known.breaks_even)
-        return 0.0 if self._again(least) else least
-
-    def tries_again(self, known: Known) -> bool:
-        """Whether this graph is for trying the way that was found slower."""
-        return known.settled and self._again(known.breaks_even)
-
-    def _again(self, even: float) -> bool:
-        close = even / _CLOSE < self.products < even * _CLOSE
-        return self.sights % (_AGAIN_IF_CLOSE if close else _AGAIN) == 0
+        return least
 
     def read(self, known: Known) -> None:
         """Keep a kind that was read among the latest."""
