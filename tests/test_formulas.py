@@ -175,7 +175,9 @@ class Block(nn.Module):
         return x + self.project(y)
 
 
-@pytest.mark.parametrize("engine", ["eager", "linearized", "compiled", "auto", "finite_difference"])
+@pytest.mark.parametrize(
+    "engine", ["eager", "linearized", pytest.param("compiled", marks=pytest.mark.soak), "auto", "finite_difference"]
+)
 @pytest.mark.filterwarnings("ignore:.*a kernel in it has no second derivative")
 def test_an_inverted_residual(engine: str) -> None:
     torch.manual_seed(0)

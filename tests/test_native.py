@@ -76,7 +76,7 @@ def test_kernels_for_a_cpu_without_avx2():
 import sys, pytest
 from hvp_engine.ops import cpp as native
 assert native.CPU_VARIANT == "baseline", native.CPU_VARIANT
-sys.exit(pytest.main([*sys.argv[1:], "-q", "-p", "no:cacheprovider", "-k", "cpu-cpp and mixed and all or float"]))
+sys.exit(pytest.main([*sys.argv[1:], "-q", "-p", "no:cacheprovider", "-k", "cpu-cpp and mixed and all or float32"]))
 """
     tests = [str(TESTS / name) for name in ("test_ops.py", "test_engines_native.py")]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
