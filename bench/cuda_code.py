@@ -154,7 +154,7 @@ def main() -> int:
         print(f"nothing to look at: {reason}")
         return 1
     kernels = [kernel for architecture in ARCHITECTURES for kernel in compiled(architecture)]
-    tables.write(FILE, kernels)
+    tables.write(FILE, Kernel, kernels)
     print(markdown())
     return 0
 

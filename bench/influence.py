@@ -172,7 +172,7 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows = measure(options.rounds)
-    tables.write(options.out, rows)
+    tables.write(options.out, Row, rows)
     print(markdown(rows))
 
 

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
-import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 import hvp_engine as hvp
+from bench import tables
 from bench.report import grid
 from bench.results import FOLDER, Environment
 from examples import datasets
@@ -212,19 +211,7 @@ def measure(makers: Iterable[Callable[[int], Problem]], iterations: Sequence[int
 
 def write(file: Path, rows: Sequence[Row]) -> None:
     """The rows as CSV, all at once or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
-        {name: f"{x:.3e}" if isinstance(x, float) else x for name, x in asdict(row).items()} for row in rows
-    )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        partial.write_text(text.getvalue())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    tables.write(file, Row, rows, ".3e")
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -9,13 +9,14 @@ import re
 import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import tables
 from bench.peers import PACKAGES
 from hvp_engine.diagnostics.doctor import cpu_name
 
@@ -189,19 +190,8 @@ def read(file: Path) -> list[Row]:
 
 
 def write(file: Path, rows: Iterable[Row]) -> None:
-    """Write rows in a fixed order, times to four digits; the file is complete at every moment."""
-
-    def text(value: object) -> object:
-        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".part")
-    with partial.open("w", newline="") as lines:
-        writer = csv.DictWriter(lines, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: text(value) for name, value in asdict(row).items()})
-    partial.replace(file)
+    """Write rows in the order of :class:`Row`, times to four digits."""
+    tables.write(file, Row, rows, ".4g")
 
 
 def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:

@@ -109,7 +109,7 @@ def main() -> None:
         rows = {row.model: row for row in tables.read(arguments.out, field.Row)} | {
             name: measured(name, arguments.rounds)
         }
-        tables.write(arguments.out, [rows[model] for model in MODELS if model in rows])
+        tables.write(arguments.out, field.Row, [rows[model] for model in MODELS if model in rows])
         print(name, "done", file=sys.stderr, flush=True)
     print(field.markdown(arguments.out))
 
