@@ -277,6 +277,3 @@ def says_data_dependent(error: Exception) -> bool:
     """Whether a trace failed since Python asked a tensor for its value."""
     text = str(error)
     return "data-dependent" in text or "proxy" in text.lower() or ".item()" in text
-
-
-# Names of autograd's nodes.

@@ -102,7 +102,7 @@ NOT_IMPLEMENTED_NODES = {
 """Stand for backward kernels without a derivative: they raise where they are reached."""
 
 WEIGHT_NORM_NODE = "WeightNormInterfaceBackward0"
-"""The node of :data:`fused_weight_norm`."""
+"""The node of `torch_compat.fused_weight_norm`."""
 
 WRONG_WHEN_DIFFERENTIATED = {
     "NativeLayerNormBackwardBackward0": "layer normalization",

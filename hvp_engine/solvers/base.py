@@ -95,7 +95,7 @@ class Solver:
     @property
     def makes_products(self) -> bool:
         """Whether a solve multiplies by A at all."""
-        return getattr(self, "iterations", 1) > 0
+        return True
 
     def allocate(self, layout: Layout) -> Iteration:
         """The buffers of a term-by-term solve, with the ops bound to them; their addresses never change."""
@@ -290,6 +290,10 @@ class KrylovSolver(Solver):
             atol=check_not_negative(self.atol, "atol"),
         )
         check_preconditioner(self.preconditioner)
+
+    @property
+    def makes_products(self) -> bool:
+        return self.iterations > 0
 
     def relaxed(self: AnyKrylovSolver, layout: Layout, share: float, norm: float) -> AnyKrylovSolver | None:
         tol = tolerance_of(self.tol, layout)

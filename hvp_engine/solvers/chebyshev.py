@@ -90,6 +90,10 @@ class Chebyshev(Solver):
     def estimates_spectrum(self) -> bool:
         return self.bounds == "auto"
 
+    @property
+    def makes_products(self) -> bool:
+        return self.iterations > 0
+
     def allocate(self, layout: Layout) -> Iteration:
         return _Chebyshev(self, layout) if self.preconditioner is None else _Preconditioned(self, layout)
 

@@ -81,6 +81,10 @@ class Neumann(Solver):
     def quiet(self) -> bool:
         return self.preconditioner is None
 
+    @property
+    def makes_products(self) -> bool:
+        return self.iterations > 0
+
     def without_estimate(self) -> Neumann:
         """With alpha = 1 / (1 + damping): a map that contracts makes of I - J a matrix near I."""
         return replace(self, alpha=1 / (1 + self.damping)) if self.alpha == "auto" else self
@@ -269,6 +273,10 @@ class Identity(Solver):
 
     def __post_init__(self) -> None:
         replace_fields(self, damping=check_not_negative(self.damping, "damping"))
+
+    @property
+    def makes_products(self) -> bool:
+        return False
 
     def allocate(self, layout: Layout) -> Iteration:
         return _Accumulate(Neumann(0, 1.0 / (1.0 + self.damping)), layout)
