@@ -149,3 +149,9 @@ def test_reading_leaves_nothing_behind() -> None:
         contents_of(walk(gradient, weights), weights)
     gc.collect()
     assert all(abs(sys.getrefcount(t) - b) < 50 for t, b in zip(counted[:-1], before, strict=True))
+
+
+def test_a_class_of_nodes_keeps_its_reader():
+    # a thread that also met the class as its first must not replace what the extension points into
+    node = torch.ones(2, requires_grad=True).cosh().grad_fn
+    assert graph_structure._reader_of(node) is graph_structure._reader_of(node)

@@ -55,15 +55,15 @@ _READER_NUMBERS = count()
 def _reader_of(node: Any) -> NodeReader:
     """The reader for nodes like this one, which is a class's first."""
     fields: NodeFields | str = fields_of(node)
-    number = next(_READER_NUMBERS)  # two threads never get the same
+    number = next(_READER_NUMBERS)
     if isinstance(fields, str):
         reader = NodeReader(number, hidden=fields)
     else:
         tensors = tuple((intern(name), intern(f"_raw_{name.lstrip('_')}")) for name in fields.tensors)
         kind = type(node).__name__
         reader = NodeReader(number, "", tensors, fields.plain, kind == "AccumulateGrad", kind == "CatBackward0")
-    _READERS[type(node)] = reader
-    return reader
+    # One for good: the extension's graphs point into it, so that a thread that comes second must not replace it.
+    return _READERS.setdefault(type(node), reader)
 
 
 def walk(outputs: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> Graph:
