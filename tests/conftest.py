@@ -7,9 +7,13 @@ tests then: `HVP_TEST_DEVICE=cuda pytest -m "gpu and not soak"` runs all that ne
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
+import re
+import tempfile
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +31,35 @@ logging.getLogger("torch.__trace").disabled = True
 
 # Test processes side by side share the cores.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+CRASHES = pytest.StashKey[Path]()
+"""The folder in which test processes leave, each in a file of its own, where they were when they crashed."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Where pytest-xdist starts a process."""
+    if CRASHES not in node.config.stash:
+        node.config.stash[CRASHES] = Path(tempfile.mkdtemp(prefix="hvp_engine-crashes-"))
+    node.workerinput["crashes"] = str(node.config.stash[CRASHES])
+
+
+@pytest.hookimpl(trylast=True)  # after pytest's own, whose output is far above the summary, if it is kept at all
+def pytest_sessionstart(session: pytest.Session) -> None:
+    worker: dict[str, str] = getattr(session.config, "workerinput", {})
+    if worker:
+        faulthandler.enable(os.open(Path(worker["crashes"], worker["workerid"]), os.O_WRONLY | os.O_CREAT))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for file in sorted(config.stash[CRASHES].iterdir()) if CRASHES in config.stash else ():
+        lines = [
+            line for line in file.read_text().splitlines() if not re.search("/(_pytest|pluggy|xdist|execnet)/", line)
+        ]
+        if lines:
+            terminalreporter.section(f"{file.name} crashed")
+            terminalreporter.write("\n".join([*lines, ""]))
+
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available():

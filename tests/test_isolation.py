@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hvp_engine._support.isolation import Draws, is_isolated, isolated
-from hvp_engine._support.random_state import random_state_kept
+from hvp_engine._support.random_state import _put_back, global_generators, random_state_kept
 
 CPU = torch.device("cpu")
 
@@ -68,6 +68,18 @@ def test_another_bit_generator_of_numpy_comes_back() -> None:
         with random_state_kept(CPU):
             inside = numpy.random.rand(3)
         assert (numpy.random.rand(3) == inside).all()
+    finally:
+        numpy.random.set_bit_generator(before)
+
+
+def test_a_state_comes_back_whatever_bit_generator_was_put_in_meanwhile() -> None:
+    before = numpy.random.get_bit_generator()
+    state = global_generators()
+    assert state is not None
+    try:
+        numpy.random.set_bit_generator(numpy.random.PCG64(1))
+        _put_back(state)
+        assert global_generators() == state
     finally:
         numpy.random.set_bit_generator(before)
 

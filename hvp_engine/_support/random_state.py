@@ -172,7 +172,11 @@ def global_generators() -> tuple[Any, ...] | None:
 def _put_back(state: tuple[Any, ...]) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray(state[0]), dtype=torch.uint8))
     random.setstate(state[1])
-    ctypes.memmove(mtrand.get_bit_generator().ctypes.state_address, state[2], _MT19937_BYTES)
+    generator = mtrand.get_bit_generator()
+    if not isinstance(generator, numpy.random.MT19937):  # a smaller one, put in meanwhile, whose memory ends before
+        generator = numpy.random.MT19937(0)
+        mtrand.set_bit_generator(generator)
+    ctypes.memmove(generator.ctypes.state_address, state[2], _MT19937_BYTES)
 
 
 TURNS = Turns(global_generators, _put_back)
