@@ -15,14 +15,15 @@ constant. So a loss is a function of weights, hyperparameters and batch alone, a
 
 Hypergradients use the identity for the inverse Hessian (T1-T2). Tuned runs are compared with plain training of as many
 steps, and of as much time; searches (ptb_searches.py) have that time too. Time is that of the processor, in which other
-work on the machine does not count, without evaluations.
+work on the machine does not count, without evaluations. `--recipe converged` trains until plain training gains nothing
+any more, with one seed and without searches.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -50,6 +51,8 @@ PAPER = {
 }
 """Validation and test perplexity."""
 PERPLEXITY = "validation_perplexity"
+CONVERGED = {"steps": 16_000, "evaluations": 32, "seeds": 1, "searches": ()}
+"""What `--recipe converged` changes in the settings of the small size."""
 CALIBRATION = 150, 450
 """Gradients of two short self-tuning networks that are timed, to know how many fit into a time. Both look at the
 validation loss fifty times, as a long one does."""
@@ -71,6 +74,8 @@ class Row:
 
 def run(run: Run, settings: Settings) -> None:
     options = run.options
+    if options.recipe == "converged":
+        settings = replace(settings, **CONVERGED)
     text = text_sets.load(options.data, settings.words)
     seeds = range(options.seed, options.seed + settings.seeds)
     rows: list[Row] = []
@@ -91,7 +96,8 @@ def run(run: Run, settings: Settings) -> None:
     longer = max(settings.steps // every + 1, round(budget / step_seconds / every)) * every
     for seed in seeds:
         tune("no tuning", seed, longer)
-    tune("no tuning", options.seed, 2 * longer)
+    if settings.searches:
+        tune("no tuning", options.seed, 2 * longer)
     for name in settings.searches:
         rows.append(Row(**run.remember(name, lambda name=name: _search(run, settings, text, name, longer, budget))))
     run.table("table", [vars(row) for row in rows])
@@ -191,8 +197,8 @@ def _compare(run: Run, settings: Settings, rows: list[Row], longer: int) -> None
         return [row for row in rows if (row.method, row.steps) == (method, steps)][: settings.seeds]
 
     plain = {"equal steps": of("no tuning", settings.steps), "equal time": of("no tuning", longer)}
-    for method, steps in (("no tuning", settings.steps), ("no tuning", longer), ("no tuning", 2 * longer)):
-        _show(run, f"no tuning, {steps:,} steps", of(method, steps), PAPER[method])
+    for steps in sorted({row.steps for row in rows if row.method == "no tuning"}):
+        _show(run, f"no tuning, {steps:,} steps", of("no tuning", steps), PAPER["no tuning"])
     for method in ("7", "many"):
         mine = of(method, settings.steps)
         name = f"{mine[0].hyperparameters:,} hyperparameters"
@@ -298,4 +304,5 @@ EXPERIMENT = Experiment(
             stn_learning_rate=1e-3,
         ),
     },
+    recipes=("short", "converged"),
 )

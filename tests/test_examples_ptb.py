@@ -247,6 +247,15 @@ def test_tuning_moves_every_rate_and_has_a_row_for_every_search(folder, tmp_path
     assert result["costs"]["many, 48 steps, seed 0"]["ratio_to_plain_training"] > 1
 
 
+def test_the_recipe_that_converges_has_no_searches(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ptb_tuning, "CONVERGED", ptb_tuning.CONVERGED | {"steps": 24, "evaluations": 3})
+    run, result = finished("ptb_tuning", tmp_path / "out", {"data": folder, "recipe": "converged"}, **TINY, seeds=2)
+    table = rows(run, "table")
+    assert [row["method"] for row in table] == ["no tuning", "7", "many", "no tuning"]
+    assert [row["steps"] for row in table[:3]] == ["24"] * 3 and {row["seed"] for row in table} == {"0"}
+    assert sum(line["what"].startswith("no tuning, ") for line in result["comparisons"]) == 2
+
+
 def test_tuned_perplexity_is_below_untuned_at_equal_steps(folder, tmp_path):
     experiment, options = find("ptb_tuning"), Options("small", tmp_path / "out", folder)
     longer = TINY | {"steps": 144, "learning_rate": 10.0, "hyper_learning_rate": 0.12}
