@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,11 @@ from torch import Tensor
 
 import hvp_engine as hvp
 from hvp_engine._support.flat_vector import Layout
-from hvp_engine.engines import AutoEngine, auto, trial
+from hvp_engine._support.pytree import flatten
+from hvp_engine.differentiation.double_backward import Tape
+from hvp_engine.differentiation.problem import Problem
+from hvp_engine.differentiation.trace.evaluated import PartitionedLinearization
+from hvp_engine.engines import AutoEngine, EagerEngine, auto, trial
 from hvp_engine.engines.cudagraph import CudaGraphEngine
 from hvp_engine.engines.gradients import Gradients
 from hvp_engine.engines.traced import LinearizedEngine
@@ -176,7 +181,7 @@ def test_what_was_put_off_is_measured_once(monkeypatch: pytest.MonkeyPatch, solv
     """Also where eager is faster than a program, and than a trace after it."""
     monkeypatch.setattr(auto, "_SHORT_SECONDS", 0.0)
     monkeypatch.setattr(auto, "_TRACE_SECONDS_PER_NODE", 1e-6)
-    monkeypatch.setattr(auto, "seconds_around", lambda engine, problem, term: float(engine.name != "eager"))
+    monkeypatch.setattr(auto, "seconds_around", lambda engine, *arguments: float(engine.name != "eager"))
     measured: list[bool] = []
     whole = AutoEngine._measured_choice
     monkeypatch.setattr(
@@ -190,3 +195,32 @@ def test_what_was_put_off_is_measured_once(monkeypatch: pytest.MonkeyPatch, solv
         solve(weights, hyper, batch, batch)
     assert measured == [False, True] and "1 traces" in solve.engine.report()
     assert solve.engine.report().startswith("eager: measured fastest")
+
+
+def test_without_terms_no_products_are_made_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T1-T2 makes none, and of a large model each takes seconds; but a trace is checked with one by each engine."""
+    products: list[object] = []
+    for kind in (Tape, PartitionedLinearization):
+        product = kind.product
+        counted = lambda *arguments, product=product: products.append(0) or product(*arguments)  # noqa: E731
+        monkeypatch.setattr(kind, "product", counted)
+    solve = hvp.Hypergradient(train, val, hvp.Identity())
+    weights, hyper, batch = point(4)
+    for _ in range(6):
+        found = solve(weights, hyper, batch, batch)
+    assert "(one call: eager" in solve.report() and len(products) <= 2
+    expected = hvp.Hypergradient(train, val, hvp.Identity(), engine="eager")(weights, hyper, batch, batch)
+    torch.testing.assert_close(found.grads, expected.grads)
+
+
+def test_a_trial_that_takes_long_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(trial, "_LONG", 0.5)
+    solves: list[int] = []
+    monkeypatch.setattr(trial, "seconds_of_solve", lambda *arguments: solves.append(arguments[-1]) or 1.0)
+    weights, hyper, batch = point(4)
+    problem = Problem(train, *flatten(weights, "weights"), *flatten(hyper, "hyper"), (batch,))
+    contenders = [(EagerEngine(), EagerEngine().linearize(problem)) for _ in range(2)]
+    assert trial.seconds_per_term(contenders) == [1 / trial.SHORT] * 2
+    assert solves == [trial.SHORT] * 4  # each once to warm up

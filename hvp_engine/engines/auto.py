@@ -24,7 +24,7 @@ from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.functions import TracedLinearization
 from hvp_engine.engines.recorded import RecordedEngine
 from hvp_engine.engines.traced import LinearizedEngine
-from hvp_engine.engines.trial import seconds_around, seconds_per_term
+from hvp_engine.engines.trial import SHORT, seconds_around, seconds_per_term
 from hvp_engine.errors import BackendError
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import FinishedIteration
@@ -204,7 +204,7 @@ class AutoEngine(Engine):
         began = time.perf_counter()
         eager = self._eager.linearize(problem)
         start = time.perf_counter()
-        eager.product(probe(eager.layout))
+        self._try(eager)
         affordable = self.expected_products * (time.perf_counter() - start)
         nodes = eager.nodes
         del eager  # of what is tried, as little as possible is there at once: each takes the memory of a graph
@@ -234,12 +234,16 @@ class AutoEngine(Engine):
             return Choice(self._eager, reason)
         recorded = self._recorded.linearize(problem)
         for _ in range(2):  # a graph that hides something is recorded in part at the second product
-            recorded.product(probe(recorded.layout))
+            self._try(recorded)
         if recorded.fallback is not None:
             return Choice(self._eager, f"products cannot be recorded: {recorded.fallback}")
         contenders = [(self._eager, self._eager.linearize(problem)), (self._recorded, recorded)]
         del recorded
         return self._fastest(problem, contenders, {})
+
+    def _try(self, linearization: Linearization) -> None:
+        """Make a product; where solves have no terms, a mixed one."""
+        (linearization.product if self.terms else linearization.mixed)(probe(linearization.layout))
 
     def _try_traces(self, problem: Problem, choice: Choice) -> None:
         """Choose an engine that needs a trace where one is faster; remarks on why there is none."""
@@ -282,16 +286,16 @@ class AutoEngine(Engine):
     ) -> Choice:
         """The engine that is fastest for a solve of :attr:`terms` terms, set-up for each solve included; the
         contenders' linearizations are gone afterwards. Its seconds include those measured `before`."""
-        seconds_of_terms = seconds_per_term(contenders)
+        seconds_of_terms = seconds_per_term(contenders) if self.terms else [0.0] * len(contenders)
         engines = [engine for engine, _ in contenders]
         contenders.clear()
         totals = {
-            engine.name: seconds_around(engine, problem, term) + self.terms * term
+            engine.name: seconds_around(engine, problem, term, min(self.terms, SHORT)) + self.terms * term
             for engine, term in zip(engines, seconds_of_terms, strict=True)
         }
         fastest = min(engines, key=lambda e: totals[e.name] * (_TIE if e is self._eager else 1.0))
-        seconds = before | dict(zip((engine.name for engine in engines), seconds_of_terms, strict=True))
-        return Choice(fastest, "measured fastest", seconds)
+        seconds = dict(zip(totals, seconds_of_terms, strict=True)) if self.terms else totals
+        return Choice(fastest, "measured fastest", before | seconds, unit="term" if self.terms else "call")
 
     def _try_compiled(self, problem: Problem, choice: Choice) -> None:
         start = time.perf_counter()

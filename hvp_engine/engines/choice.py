@@ -16,7 +16,8 @@ from hvp_engine.engines.base import Engine
 
 @dataclass
 class Choice:
-    """What was chosen for one problem, and the evidence: seconds for each term, by engine.
+    """What was chosen for one problem, and the evidence: seconds for each term, by engine; or, where solves have no
+    terms, for each call.
 
     `terms` counts the terms run so far, `spent` the seconds they took, `around` those of everything else.
     `program_tried` says that a recorded program was compared with eager, so that a trace comes next.
@@ -34,6 +35,7 @@ class Choice:
     trace_seconds: float | None = None
     compile_seconds: float | None = None
     program_tried: bool = False
+    unit: str = "term"
 
     def trace_is_due(self) -> bool:
         """Whether as much time as a trace takes has gone into what it could save: waiting longer saves nothing.
@@ -61,11 +63,11 @@ class Choice:
         timings = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in self.seconds.items())
         text = f"{self.engine.name}: {self.reason}"
         if timings:
-            text += f" (one term: {timings})"
+            text += f" (one {self.unit}: {timings})"
         if self.setup_seconds and self.engine.name in self.seconds:
-            gain = self.seconds["eager"] - self.seconds[self.engine.name]
+            setup, gain = self.setup_seconds, self.seconds["eager"] - self.seconds[self.engine.name]
             if gain > 0:
-                text += f"; set up in {self.setup_seconds:.2f} s, which {self.setup_seconds / gain:.0f} terms repay"
+                text += f"; set up in {setup:.2f} s, which {setup / gain:.0f} {self.unit}s repay"
         return text
 
 

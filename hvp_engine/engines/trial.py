@@ -22,9 +22,10 @@ milliseconds on a GPU, is not counted."""
 _SETUP_SHOWS = 0.01
 """Where all short solves take more seconds than this, they alone are timed, and their set-up counts with the terms."""
 
-_TRIAL_SECONDS = 0.3
+_TRIAL_SECONDS, _LONG = 0.3, 3.0
 _FEWEST_TRIALS, _MOST_TRIALS = 3, 50
-"""After a round to warm up, trials go on for the fewest rounds, and until one of the others is reached."""
+"""After a round to warm up, trials go on for the fewest rounds, and until one of the others is reached. What takes long
+is tried once: a moment's noise is a small part of it, and a trial must not cost more than it can save."""
 
 Contenders = Sequence[tuple[Engine, Linearization]]
 
@@ -43,16 +44,16 @@ def seconds_per_term(contenders: Contenders) -> list[float]:
         for contender, fastest in zip(contenders, best, strict=True):
             for index, terms in enumerate(lengths):
                 fastest[index] = min(fastest[index], seconds_of_solve(*contender, tangents, terms))
-        if trial >= _FEWEST_TRIALS and time.perf_counter() - started > _TRIAL_SECONDS:
+        if time.perf_counter() - started > (_TRIAL_SECONDS if trial >= _FEWEST_TRIALS else _LONG):
             break
     if lengths == [SHORT]:
         return [short / SHORT for (short,) in best]
     return [max(long - short, 0.0) / (LONG - SHORT) for short, long in best]
 
 
-def seconds_around(engine: Engine, problem: Problem, term: float) -> float:
+def seconds_around(engine: Engine, problem: Problem, term: float, terms: int = SHORT) -> float:
     """Seconds that a solve takes beside its terms: to linearize the problem, to begin and end, and for what comes
-    after it, the mixed product.
+    after it, the mixed product. It is tried with so many terms, of so many seconds each; with none there is no solve.
 
     A linearization of an earlier trial must be gone: an engine whose linearizations own buffers would make others.
     """
@@ -62,7 +63,7 @@ def seconds_around(engine: Engine, problem: Problem, term: float) -> float:
         linearization = engine.linearize(problem)
         linearized = clock() - start
         tangents = probe(linearization.layout)
-        solved = seconds_of_solve(engine, linearization, tangents, SHORT)
+        solved = seconds_of_solve(engine, linearization, tangents, terms) - terms * term if terms else 0.0
         start = clock()
         if problem.hyperparameters:
             linearization.mixed(tangents)
@@ -70,7 +71,7 @@ def seconds_around(engine: Engine, problem: Problem, term: float) -> float:
         del linearization
         if time.perf_counter() - began > _TRIAL_SECONDS:
             break
-    return max(0.0, fastest - SHORT * term)
+    return max(0.0, fastest)
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
