@@ -66,6 +66,17 @@ FUNCTIONAL: dict[str, tuple[Callable[[World], dict[str, Any]], type[Exception], 
         hvp.GraphError,
         r"^hyperparameters: expected at least one",
     ),
+    "val_loss of others": (
+        lambda a: {"val_loss": lambda w, h, b: World().value + h},
+        hvp.GraphError,
+        r"^val_loss: .*reaches none of the 2 weights: .*hvp.functional",
+    ),
+    "engine class": (
+        lambda a: {"engine": hvp.engines.EagerEngine},
+        TypeError,
+        r"^engine: expected a name, .* got the class EagerEngine itself",
+    ),
+    "engine none": (lambda a: {"engine": None}, TypeError, r"^engine: expected a name, .* got NoneType"),
     "engine": (lambda a: {"engine": "warp"}, ValueError, r"^engine: expected one of .*'eager'.*; got 'warp'"),
     "weights empty": (
         lambda a: {"weights": []},
@@ -76,7 +87,7 @@ FUNCTIONAL: dict[str, tuple[Callable[[World], dict[str, Any]], type[Exception], 
     "weights integer": (lambda a: {"weights": [a.w[0].long(), a.w[1]]}, TypeError, r"^weights\[0\]: .*torch.int64"),
     "weights without any": (lambda a: {"weights": nn.ReLU()}, ValueError, r"^weights: expected at least one tensor"),
     "hyper empty": (lambda a: {"hyper": {}}, ValueError, r"^hyper: expected at least one tensor; got an empty dict"),
-    "hyper number": (lambda a: {"hyper": 0.1}, TypeError, r"^hyper: expected a tensor; got float"),
+    "hyper number": (lambda a: {"hyper": 0.1}, TypeError, r"^hyper: .*got float: pass torch.tensor\(0.1\)"),
 }
 
 
@@ -94,9 +105,39 @@ def test_hypergradient_object(name: str, alpha: float | str, world: World) -> No
     world.refuses(error, message, call)
 
 
+@pytest.mark.parametrize("engine", ["eager", "recorded", "linearized"])
+def test_a_validation_loss_of_hyperparameters_alone(engine: str, world: World) -> None:
+    """It has a direct term, and a warning; with other weights than those it was given it is refused every time."""
+    hypergradient = hvp.Hypergradient(world.train, lambda w, h, b: h.square(), hvp.Neumann(3, 0.01), engine)
+    with pytest.warns(UserWarning, match="^val_loss does not depend on the weights: the hypergradient is the direct"):
+        assert float(hypergradient(world.w, world.h, None, None).grads) == pytest.approx(0.4)
+    others = [w.detach().clone().requires_grad_() for w in world.w]
+    hypergradient = hvp.Hypergradient(world.train, lambda w, h, b: world.val(others, h, b), engine=engine)
+    for _ in range(3):
+        with pytest.raises(hvp.GraphError, match="^val_loss: .*reaches none"):
+            hypergradient(world.w, world.h, None, None)
+
+
 SOLVERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "iterations": (lambda: hvp.Neumann(-3), ValueError, r"^iterations: expected .*>= 0; got -3"),
-    "iterations type": (lambda: hvp.Neumann("20"), TypeError, r"^iterations: expected an int >= 0; got str"),
+    "iterations type": (lambda: hvp.Neumann("20"), TypeError, r"^iterations: expected an int >= 0; got '20'"),
+    "alpha word": (
+        lambda: hvp.Neumann(3, alpha="Auto"),
+        TypeError,
+        r"^alpha: expected \"auto\" or a finite number > 0; got 'Auto'",
+    ),
+    "rho word": (lambda: hvp.Nystrom(3, rho="Auto"), TypeError, r"^rho: expected \"auto\" or .*; got 'Auto'"),
+    "damping word": (
+        lambda: hvp.Budget(hvps=3, damping="on"),
+        TypeError,
+        r"^damping: expected \"auto\" or .*; got 'on'",
+    ),
+    "bounds word": (lambda: hvp.Chebyshev(3, bounds="Auto"), TypeError, r"^bounds: expected 'auto' or .*; got 'Auto'"),
+    "preconditioner class": (
+        lambda: hvp.ConjugateGradient(3, preconditioner=hvp.JacobiPreconditioner),
+        TypeError,
+        r"^preconditioner: .*; got the class JacobiPreconditioner itself",
+    ),
     "alpha": (lambda: hvp.Neumann(3, alpha=-1), ValueError, r"^alpha: expected a finite number > 0; got -1"),
     "alpha type": (lambda: hvp.Neumann(3, alpha=torch.tensor([0.1, 0.2])), TypeError, r"^alpha: .*got Tensor"),
     "form": (

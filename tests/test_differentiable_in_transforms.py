@@ -24,6 +24,16 @@ CLASS_WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 0.1, 0.7], dtype=DTYPE)
 OUTPUT_LAYER = randn(5, 3, seed=1)
 OPTIONS = {"label_smoothing": 0.1}
 
+LAYER = [randn(*shape, seed=5) for shape in ((8, 3), (8, 2), (8,), (8,))]
+
+
+def recurrent(function: Callable[..., tuple[Tensor, ...]], gates: int) -> Function:
+    """Outputs of a layer of two units; a GRU has fewer gates, and one state."""
+    parameters, state = [p[: 2 * gates] for p in LAYER], torch.zeros(1, 2, 2, dtype=DTYPE)
+    states = (state, state) if gates == 4 else state
+    return lambda x: function(x, states, parameters, True, 1, 0.0, True, False, False)[0].square().sum()
+
+
 FUNCTIONS: dict[str, tuple[Function, tuple[int, ...]]] = {
     "attention": (lambda x: differentiable.scaled_dot_product_attention(x, x, x).square().sum(), (1, 4, 3)),
     "causal attention": (
@@ -36,6 +46,8 @@ FUNCTIONS: dict[str, tuple[Function, tuple[int, ...]]] = {
     "batch_norm": (lambda x: differentiable.batch_norm(x, training=True).pow(3).sum(), (4, 2, 2)),
     "group_norm": (lambda x: differentiable.group_norm(x, 2).pow(3).sum(), (2, 6)),
     "layer_norm": (lambda x: differentiable.layer_norm(x, (4,)).pow(3).sum(), (3, 4)),
+    "lstm": (recurrent(differentiable.lstm, 4), (4, 2, 3)),
+    "gru": (recurrent(differentiable.gru, 3), (4, 2, 3)),
     "rms_norm": (lambda x: differentiable.rms_norm(x, 4, eps=0.1).pow(3).sum(), (3, 4)),
 }
 
@@ -90,11 +102,19 @@ class Scores(nn.Linear):
         return F.cross_entropy(super().forward(x), torch.arange(len(x)))
 
 
+class States(nn.Sequential):
+    """Outputs of a recurrent layer, without its last state."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+
 MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "GroupNorm": (lambda: images(nn.GroupNorm(2, 4)), (2, 2, 5, 5)),
     "BatchNorm2d": (lambda: images(nn.BatchNorm2d(4, track_running_stats=False)), (2, 2, 5, 5)),
     "InstanceNorm2d": (lambda: images(nn.InstanceNorm2d(4, affine=True)), (2, 2, 5, 5)),
     "RMSNorm": (lambda: nn.Sequential(nn.Linear(3, 512), nn.RMSNorm(512)), (128, 3)),
+    "LSTM": (lambda: States(nn.LSTM(3, 2)), (3, 2, 3)),
     "cross-entropy": (lambda: Scores(3, 512), (128, 3)),
 }
 

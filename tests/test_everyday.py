@@ -31,7 +31,6 @@ SEED = 7
 ENGINES, NOT_TRACED = ("eager", "linearized", "recorded"), ("linearized",)
 UNMENDED: dict[str, tuple[str, ...]] = {
     # Python asks a tensor
-    "one_hot": NOT_TRACED,
     "one_hot without a number": NOT_TRACED,
     "gaussian_nll_loss": NOT_TRACED,
     "correlation": NOT_TRACED,

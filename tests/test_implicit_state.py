@@ -130,7 +130,12 @@ def test_a_fresh_mask_for_every_call_and_none_from_the_caller() -> None:
     again = hvp.Hypergradient(train, val, hvp.Neumann(3, alpha=0.1))
     torch.rand(5)
     assert all(torch.equal(again(w, h, None, None).grads, call) for call in calls), "reproducible from the seed"
+    saved = again.state_dict()
     torch.manual_seed(8)
+    after = [again(w, h, None, None).grads]
+    again.load_state_dict(saved)
+    torch.manual_seed(9)
+    assert torch.equal(again(w, h, None, None).grads, after[0]), "not from the seed at a call"
     other = hvp.Hypergradient(train, val, hvp.Neumann(3, alpha=0.1))
     assert not torch.equal(other(w, h, None, None).grads, calls[0])
 

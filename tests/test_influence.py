@@ -207,6 +207,9 @@ def test_bad_arguments_are_named(logistic: Any) -> None:
         call(train_examples=(train[0], train[1][1:]))
     with pytest.raises(ValueError, match=r"^test_loss: expected a scalar tensor; got shape \(4,\)"):
         call(test_loss=lambda w, batch: w["slope"])
+    stranger = torch.ones((), requires_grad=True)
+    with pytest.raises(hvp.GraphError, match=r"^test_loss: .*reaches none of the"):
+        call(test_loss=lambda w, batch: stranger * batch[0].sum())
     with pytest.raises(hvp.GraphError, match=r"^train_loss: expected a loss that depends on the weights"):
         call(train_loss=lambda w, batch: batch[0].sum())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import warnings
@@ -170,7 +171,7 @@ def test_a_builder_that_raises_leaves_products_to_autograd(monkeypatch: pytest.M
         assert level(made) == 3
         assert "could not be built: KeyError" in reason(made)
     assert "could not be built: KeyError" in (made.fallback or "")
-    assert "could not be built" in kept.report() and kept.built == 0
+    assert "could not be built" in kept.report(kept._graphs.values()) and kept.built == 0
 
 
 @pytest.mark.parametrize("hidden", [False, True], ids=["level 1", "level 2"])
@@ -187,7 +188,7 @@ def test_a_wrong_program_is_found_and_told_once(hidden: bool, monkeypatch: pytes
         made = calls(net.loss, net.weights, library=kept)
     assert len([warning for warning in told if "recorded product" in str(warning.message)]) == 1
     assert {level(tape) for tape in made} == {3}
-    assert "does not agree" in (made[-1].fallback or "") and "does not agree" in kept.report()
+    assert "does not agree" in (made[-1].fallback or "") and "does not agree" in kept.report(kept._graphs.values())
 
 
 def test_a_program_that_goes_wrong_later_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +209,25 @@ def test_a_program_that_goes_wrong_later_is_found(monkeypatch: pytest.MonkeyPatc
             made.product([torch.ones(6)])
     checked(kept, gradient_of((w.abs() + 1).pow(3.5).sum(), [w]), [w])
     assert level(made) == 3
+
+
+def test_a_report_is_of_the_engines_own_losses() -> None:
+    """Programs belong to the process; what went wrong with somebody else's loss does not."""
+
+    def plain(w: Tensor) -> Tensor:
+        return w.tanh().square().sum()
+
+    def hiding(w: Tensor) -> Tensor:
+        return checkpoint(plain, w, use_reentrant=False).exp()
+
+    reports = []
+    for loss in (hiding, plain):
+        operator = hvp.HessianOperator(loss, torch.randn(6), engine="recorded")
+        operator @ torch.ones(6)
+        reports.append(operator.engine.report())
+    assert "1 of 1 kinds" in reports[0] and "written down" in reports[0]
+    assert "1 of 1 kinds" in reports[1] and "written down" not in reports[1]
+    assert copy.deepcopy(operator.engine).report() == reports[1]
 
 
 # --- Refused ----------------------------------------------------------------------------------------------------------
@@ -247,4 +267,4 @@ def test_engines_by_name() -> None:
     assert RecordedLinearization([w], [w])._library is library.LIBRARY
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert "programs built" in library.LIBRARY.report()
+        assert "programs built" in library.LIBRARY.report([])

@@ -231,6 +231,39 @@ def test_products_are_those_of_torchs_own_double_backward(form: str, engine: str
         assert bool(operator._linearization._known.hidden) == form.startswith("packed")
 
 
+@pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_layers_under_vmap(kind: Callable[..., nn.RNNBase], engine: str) -> None:
+    """One sequence after another, which torch's own layers refuse, in both losses of a hypergradient."""
+    torch.manual_seed(0)
+    layer = kind(3, 2).double()
+    network, weights, batch = hvp.functional(layer), dict(layer.named_parameters()), torch.randn(4, 3, 3).double()
+
+    def at_once(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return network(weights, x.transpose(0, 1))[0].transpose(0, 1)
+
+    def mapped(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.vmap(lambda one: network(weights, one)[0])(x)
+
+    def hypergradient(outputs: Callable[..., Tensor], engine: str) -> Tensor:
+        def train(weights: dict[str, Tensor], hyper: Tensor, x: Tensor) -> Tensor:
+            penalty = sum(w.square().sum() for w in weights.values())
+            return outputs(weights, x).cos().mean() + hyper.exp() * penalty
+
+        def val(weights: dict[str, Tensor], hyper: Tensor, x: Tensor) -> Tensor:
+            return (outputs(weights, x) - 1).square().mean()
+
+        hyper = torch.tensor(-2.0, dtype=torch.float64)
+        assert hvp.HessianOperator(train, weights, hyper, batch, engine=engine).linear_map.fallback is None
+        implicit = hvp.Hypergradient(train, val, hvp.Neumann(5, alpha=0.1), engine)
+        for _ in range(3):
+            result = implicit(weights, hyper, batch, batch)
+        return torch.cat([part.flatten() for part in (result.grads, *result.solution.value.values())])
+
+    torch.testing.assert_close(hypergradient(mapped, engine), hypergradient(at_once, "eager"), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("form", ["LSTM in wrappers", "GRU in wrappers, both directions"])
 def test_what_checkpointing_computes_again_is_ours_too(form: str, ours: list[str]) -> None:
     """It happens in the backward pass, where a recurrence hides its own work from those who watch for user code."""
@@ -311,19 +344,12 @@ def test_half_precision_is_computed_in_float32(kind: Callable[..., nn.RNNBase], 
 def left_to_torch() -> dict[str, Callable[[], Any]]:
     x = torch.randn(5, 2, 3)
 
-    def dual() -> Any:
-        rnn = nn.LSTM(3, 4)
-        with torch.autograd.forward_ad.dual_level():
-            return rnn(torch.autograd.forward_ad.make_dual(x, x))
-
     def autocast() -> Any:
         with torch.autocast("cpu"):
             return nn.LSTM(3, 4)(x)
 
     return {
         "projections": lambda: nn.LSTM(3, 4, proj_size=2)(x),
-        "forward mode": dual,
-        "torch.func.grad": lambda: torch.func.grad(lambda one: nn.LSTM(3, 4)(one)[0].sum())(x),
         "autocast": autocast,
         "nn.RNN": lambda: nn.RNN(3, 4)(x),
     }

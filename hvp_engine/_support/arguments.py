@@ -1,12 +1,14 @@
 """Checks of numbers that callers pass, as Python's own, NumPy's or in a tensor of one element.
 
-Each check returns the plain Python number: `TypeError` for another type, `ValueError` for a number out of range.
+Each check returns the plain Python number, or "auto" where that may come: `TypeError` for another type, `ValueError`
+for a number out of range.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -18,12 +20,29 @@ def check_count(value: Any, name: str, least: int = 1, what: str = "") -> int:
     try:
         count = operator.index(plain)
     except TypeError:
-        raise TypeError(f"{expected}; got {type(value).__name__}") from None
+        raise TypeError(f"{expected}; got {shown(value)}") from None
     if isinstance(plain, bool):
-        raise TypeError(f"{expected}; got {type(value).__name__}")
+        raise TypeError(f"{expected}; got {shown(value)}")
     if count < least:
         raise ValueError(f"{expected}; got {count}")
     return count
+
+
+def check_or_auto(check: Callable[[Any, str], float], value: Any, name: str) -> Any:
+    """ "auto", or what the check returns."""
+    if isinstance(value, str) and value == "auto":
+        return value
+    try:
+        return check(value, name)
+    except TypeError as error:
+        raise TypeError(str(error).replace("expected", 'expected "auto" or', 1)) from None
+
+
+def shown(value: Any) -> str:
+    """What a message says that came: text as it is, a class by its name, of anything else its type."""
+    if isinstance(value, str):
+        return repr(value)
+    return f"the class {value.__name__} itself" if isinstance(value, type) else type(value).__name__
 
 
 def check_positive(value: Any, name: str) -> float:
@@ -61,7 +80,7 @@ def as_number(value: Any) -> float:
     if type(plain) in (int, float):
         return plain
     if isinstance(plain, bool) or not isinstance(plain, Real):
-        raise TypeError(f"expected a number; got {type(value).__name__}")
+        raise TypeError(f"expected a number; got {shown(value)}")
     return plain if isinstance(plain, int) else float(plain)
 
 
@@ -69,4 +88,4 @@ def _number(value: Any, name: str, range_of: str) -> float:
     try:
         return as_number(value)
     except TypeError:
-        raise TypeError(f"{name}: expected a finite number {range_of}; got {type(value).__name__}") from None
+        raise TypeError(f"{name}: expected a finite number {range_of}; got {shown(value)}") from None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine._support.arguments import shown
 from hvp_engine._support.dtensor import Shard, is_sharded, local_part
 from hvp_engine._support.flat_vector import INPUT_DTYPES, Layout
 from hvp_engine._support.torch_compat import pytree
@@ -185,7 +186,8 @@ def _unusable_leaf(tree: Tree, name: str) -> TypeError:
     path, leaf = next(item for item in pytree.tree_leaves_with_path(tree) if not _is_usable(item[1]))
     where = f"{name}{pytree.keystr(path)}"
     if not isinstance(leaf, Tensor):
-        return TypeError(f"{where}: expected a tensor; got {type(leaf).__name__}")
+        remedy = f": pass torch.tensor({leaf})" if isinstance(leaf, (int, float)) else ""
+        return TypeError(f"{where}: expected a tensor; got {shown(leaf)}{remedy}")
     if leaf.dtype not in INPUT_DTYPES:
         return TypeError(
             f"{where}: expected a real floating dtype (float32, float64, bfloat16 or float16); got {leaf.dtype}"

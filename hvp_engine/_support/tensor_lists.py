@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.pytree import PLAIN, check_like, flatten, is_plain, refuse_inference_mode, trainable
+from hvp_engine.errors import GraphError
 
 Tensors = Tensor | Sequence[Tensor] | Mapping[Any, Tensor] | torch.nn.Module
 """How functions of recorded losses take weights: without nesting. A module stands for its parameters that require
@@ -36,7 +37,8 @@ def as_list_like(tensors: Any, weights: Sequence[Tensor], given: Tensors, name: 
     * flat: one vector with the elements of all weights, one after another;
     * with None for a weight that is not used, as from `torch.autograd.grad(..., allow_unused=True)`: zeros.
 
-    Errors: as :func:`check_like`; `name` and `like` are the arguments that messages name.
+    Errors: :class:`GraphError` where all are None; else as :func:`check_like`. `name` and `like` are the arguments that
+    messages name.
     """
     if type(tensors) in (list, tuple) and _are_alike(tensors, weights):
         refuse_inference_mode(name)
@@ -57,6 +59,11 @@ def as_list_like(tensors: Any, weights: Sequence[Tensor], given: Tensors, name: 
             raise ValueError(f"{name}: expected the keys of {like}; these are in one of them only: {differing}")
         found = [found[key] for key in (keys if isinstance(keys, Mapping) else found)]
     if isinstance(found, list) and len(found) == len(weights):
+        if all(part is None for part in found):
+            raise GraphError(
+                f"{name}: expected a gradient for at least one of {like}; got None for each: what was differentiated "
+                f"does not depend on {like}; compute it from these very tensors"
+            )
         found = [torch.zeros_like(w) if part is None else part for part, w in zip(found, weights, strict=True)]
     leaves = as_list(found, name)
     check_like(leaves, layout, name, like)

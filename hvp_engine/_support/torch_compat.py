@@ -265,6 +265,8 @@ COMPILED = re.compile("does not currently support double backward|compiled with 
 FAKE_AND_REAL = "FakeTensors"
 """`make_fx` met a control-flow operator, whose body it runs on tensors without values."""
 
+NOT_BATCHED = "Batching rule not implemented"
+"""`torch.vmap` met an operator, such as torch's recurrent layers, that it has no batched form of."""
 
 FREED_GRAPH, CHANGED_TENSOR = "through the graph a second time", "modified by an inplace operation"
 """In the errors of a graph that was freed, and of one with a tensor that has been changed."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hvp_engine._support.arguments import check_not_negative
 from hvp_engine._support.torch_compat import in_transform
 from hvp_engine.differentiable import cross_entropy_schemas as _schemas  # noqa: F401  registers the operations
 from hvp_engine.differentiable.registration import accumulated, check_dtype, check_tensor
@@ -207,7 +208,7 @@ def _check(
             )
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(map(repr, _REDUCTIONS))}; got {reduction!r}")
-    if not 0 <= label_smoothing <= 1:
+    if check_not_negative(label_smoothing, "label_smoothing") > 1:
         raise ValueError(f"label_smoothing: expected a number from 0 to 1; got {label_smoothing}")
 
 

@@ -52,9 +52,14 @@ def own_kernels() -> _Replacing:
     return _Replacing(_OWN)
 
 
+def traceable_kernels() -> _Replacing:
+    """A context in which what is itself no gradient, but looks at values of tensors in passing, can be traced."""
+    return _Replacing(_TRACEABLE)
+
+
 @contextlib.contextmanager
 def plain_kernels(thrice: bool = False) -> Iterator[_Replacing]:
-    """Attention, recurrent layers, embeddings, weight normalization, :data:`FORMULAS` and
+    """Attention, recurrent layers, embeddings, weight normalization, one-hot labels, :data:`FORMULAS` and
     :data:`LOSSES_AND_NORMALIZATIONS`, with the right second derivatives; `thrice`, for losses that themselves take
     derivatives, with the right third ones too. Torch's switches are the whole process's, so that its thread runs
     alone."""
@@ -102,6 +107,15 @@ def _embedding(input: Tensor, weight: Tensor, *arguments: Any, **options: Any) -
     return embedding(input, weight, *arguments[:4], **(options | {"sparse": False}))
 
 
+def _one_hot(input: Tensor, num_classes: int = -1) -> Tensor:
+    """Without a look at the labels; one that is out of range is an error of `scatter`, too."""
+    if input.dtype is not torch.int64 or num_classes < 1:
+        return functional.one_hot(input, num_classes)
+    return input.new_zeros(*input.shape, num_classes).scatter(-1, input.unsqueeze(-1), 1)
+
+
+_TRACEABLE: dict[Callable[..., Any], Callable[..., Any]] = {functional.one_hot: _one_hot}
+
 _OWN: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.scaled_dot_product_attention: _attention,
     functional.multi_head_attention_forward: _multi_head_attention,
@@ -111,6 +125,7 @@ _OWN: dict[Callable[..., Any], Callable[..., Any]] = {
 
 _PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
     **_OWN,
+    **_TRACEABLE,
     fused_weight_norm: _weight_norm,
     embedding: _embedding,
     **FORMULAS,

@@ -104,12 +104,18 @@ def gradients(loss: Tensor, weights: Sequence[Tensor], name: str) -> list[Tensor
         )
     refuse_without_second_derivative(loss)
     found = differentiate(loss, weights, create_graph=True)
+    check_reached(found, name)
+    return filled(found, weights)
+
+
+def check_reached(found: Sequence[Tensor | None], name: str) -> None:
+    """`GraphError` where the derivatives by all weights are None."""
     if all(gradient is None for gradient in found):
         raise GraphError(
             f"{name}: expected a loss that depends on the weights; got one whose graph reaches none of the "
-            f"{len(weights)} weights: pass the tensors that the forward used"
+            f"{len(found)} weights: pass the tensors that the forward used, or, in a loss function, use the weights "
+            "that it is given (hvp.functional does with a module, which has its own)"
         )
-    return filled(found, weights)
 
 
 Made = TypeVar("Made")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hvp_engine._support.arguments import shown
 from hvp_engine.engines.auto import AutoEngine
 from hvp_engine.engines.base import Engine
 from hvp_engine.engines.compiled import CompiledEngine
@@ -26,9 +27,14 @@ ENGINES: dict[str, Callable[[], Engine]] = {
 
 
 def create(engine: str | Engine) -> Engine:
-    """A new engine by name, or the given one; `ValueError` for an unknown name."""
-    if not isinstance(engine, str):
+    """A new engine by name, or the given one; `ValueError` for an unknown name, `TypeError` for anything else."""
+    if isinstance(engine, Engine):
         return engine
+    if not isinstance(engine, str):
+        raise TypeError(
+            f"engine: expected a name, such as 'auto', or an engine, such as hvp.engines.AutoEngine(); got "
+            f"{shown(engine)}"
+        )
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(map(repr, ENGINES))}; got {engine!r}")
     return ENGINES[engine]()

@@ -40,7 +40,7 @@ class EagerEngine(Engine):
     def linearize(self, problem: Problem) -> Linearization:
         return self.recorded_as(Tape, problem)
 
-    def recorded_as(self, kind: type[Tape], problem: Problem) -> Linearization:
+    def recorded_as(self, kind: Callable[..., Tape], problem: Problem) -> Linearization:
         """The gradient graph, with products as this kind of linearization makes them."""
         if self._instead is not None:
             with contextlib.suppress(ThirdDerivativeError):
@@ -71,7 +71,9 @@ class EagerEngine(Engine):
             )
         return tape
 
-    def _record(self, kind: type[Tape], problem: Problem, kernels: Callable[[], AbstractContextManager[Any]]) -> Tape:
+    def _record(
+        self, kind: Callable[..., Tape], problem: Problem, kernels: Callable[[], AbstractContextManager[Any]]
+    ) -> Tape:
         weights, hyperparameters = leaves(problem.weights), leaves(problem.hyperparameters)
         with torch.enable_grad(), kernels() as replacing:
             loss = problem.evaluate(weights, hyperparameters)

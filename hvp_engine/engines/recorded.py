@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+from weakref import WeakKeyDictionary
+
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
+from hvp_engine.differentiation.recorded.known_graphs import Known
 from hvp_engine.differentiation.recorded.library import LIBRARY
 from hvp_engine.differentiation.recorded.owned import OwnedLinearization
 from hvp_engine.engines.base import Engine
@@ -24,10 +28,11 @@ class RecordedEngine(Engine):
 
     def __init__(self, eager: EagerEngine | None = None) -> None:
         self._eager = EagerEngine() if eager is None else eager
+        self._met: WeakKeyDictionary[Known, None] = WeakKeyDictionary()
 
     def linearize(self, problem: Problem) -> Linearization:
-        return self._eager.recorded_as(OwnedLinearization, problem)
+        return self._eager.recorded_as(partial(OwnedLinearization, met=self._met), problem)
 
     def report(self) -> str:
-        """What was built in this process, and what was not and why."""
-        return LIBRARY.report()
+        """Which products of its losses are not by programs, and why."""
+        return LIBRARY.report(list(self._met))

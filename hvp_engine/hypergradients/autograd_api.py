@@ -18,7 +18,8 @@ from hvp_engine._support.flat_vector import detached
 from hvp_engine._support.pytree import check_scalar
 from hvp_engine._support.tensor_lists import Tensors, as_list, as_list_like, is_flat_for
 from hvp_engine._support.torch_compat import is_batched
-from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, gradients
+from hvp_engine.differentiation.double_backward import Tape, check_reached, differentiate, filled, gradients
+from hvp_engine.differentiation.gradient import DIRECT_ALONE
 from hvp_engine.differentiation.missing_derivatives import other_leaves
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
 from hvp_engine.errors import GraphError, SecondDerivativeError
@@ -149,6 +150,10 @@ def hypergradient(
     with refused_if_stale("val_loss"):
         found = differentiate(val_loss, [*active, *hyper_list])
     count = len(active)
+    if all(derivative is None for derivative in found[:count]):
+        if other_leaves([val_loss], hyper_list):
+            check_reached(found[:count], "val_loss")
+        warnings.warn(f"val_loss does not depend on the weights: {DIRECT_ALONE}", stacklevel=2)
     vector = filled(found[:count], active)
     with refused_if_stale("train_loss"):
         tape = kind(gradients(train_loss, active, "train_loss"), active, hyper_list, train_loss, "train_loss")
@@ -242,7 +247,7 @@ class _BestResponse(torch.autograd.Function):
 def _kind(engine: str) -> type[Tape]:
     """The linearization whose products the engine of this name makes."""
     kinds: dict[str, type[Tape]] = {"recorded": RecordedLinearization, "eager": Tape}
-    if engine not in kinds:
+    if not isinstance(engine, str) or engine not in kinds:
         raise ValueError(
             f"engine: expected 'recorded' or 'eager' for a loss that autograd has recorded already; got {engine!r}: "
             "the other engines need the loss as a function (hvp.Hypergradient, hvp.HessianOperator)"

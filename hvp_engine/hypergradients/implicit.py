@@ -21,7 +21,7 @@ from hvp_engine._support.isolation import Company, Draws
 from hvp_engine._support.precision import float32_arithmetic
 from hvp_engine._support.pytree import flatten
 from hvp_engine.differentiation.closing import Closing
-from hvp_engine.differentiation.gradient import Gradient
+from hvp_engine.differentiation.gradient import DIRECT_ALONE, Gradient
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.distributed import DataParallel, for_loss
@@ -72,6 +72,11 @@ class Hypergradient(Estimator):
     tensors (a module stands for its named parameters that require grad). Batches may be anything, but only tensors,
     numbers and strings in tuples, lists and dicts can be traced. It returns a :class:`HypergradientResult` and changes
     none of the caller's tensors, `.grad`, buffers and random state.
+
+    What the losses draw (dropout, noise) is one draw for all terms of a solve and another in the next call. It follows
+    from torch's seed when this object was made and from the number of its calls, not from a `torch.manual_seed` before
+    a call. To repeat the numbers, make the object anew after `torch.manual_seed`, or load its `state_dict()`; for draws
+    of your own, pass the mask or the noise in the batch.
 
     Cost of a call: one gradient of each loss, the solver's products, one mixed product. Memory: the graph of the
     training gradient and the solver's vectors, whatever the number of products.
@@ -252,7 +257,7 @@ def implicit_gradient(
         )
     if unreached:
         warnings.warn(
-            "no hyperparameter reaches the training gradient: the hypergradient is the direct term alone",
+            f"no hyperparameter reaches the training gradient: {DIRECT_ALONE}",
             stacklevel=3,
         )
     grads = []

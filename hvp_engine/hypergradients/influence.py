@@ -13,7 +13,7 @@ from hvp_engine._support.arguments import check_count
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import Structure, check_scalar, flatten
 from hvp_engine._support.torch_compat import pytree
-from hvp_engine.differentiation.double_backward import differentiate, filled, leaves
+from hvp_engine.differentiation.double_backward import check_reached, differentiate, filled, leaves
 from hvp_engine.errors import GraphError, NonFiniteError
 from hvp_engine.operators.base import solve
 from hvp_engine.solvers import ConjugateGradient, Solver
@@ -140,9 +140,11 @@ class _Gradients:
         self._vectorized = True
         self._seed = Draws().next_seed()
         with isolated(self._seed, weights[0].device):
-            value = self._value(leaves(weights), [self._leaves[index][:1] for index in self._tensors])
+            active = leaves(weights)
+            value = self._value(active, [self._leaves[index][:1] for index in self._tensors])
         if not value.requires_grad:
             raise GraphError(f"{name}_loss: expected a loss that depends on the weights; got one without a graph")
+        check_reached(differentiate(value, active, retain_graph=False), f"{name}_loss")
 
     def chunks(self, size: int) -> Iterator[list[Tensor]]:
         """The gradients of at most `size` examples after another, stacked along a first dimension."""

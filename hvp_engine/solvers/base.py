@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from hvp_engine._support.arguments import check_count, check_not_negative, replace_fields
+from hvp_engine._support.arguments import check_count, check_not_negative, replace_fields, shown
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.solvers.failures import any_bad, divergence, overflow, refusal, underflow
@@ -267,7 +267,7 @@ def worst_of(solutions: Sequence[Solution]) -> Solution:
 
 def check_solver(solver: Any) -> None:
     if not isinstance(solver, Solver):
-        raise TypeError(f"solver: expected a solver such as hvp.Neumann(20); got {type(solver).__name__}")
+        raise TypeError(f"solver: expected a solver such as hvp.Neumann(20); got {shown(solver)}")
 
 
 @dataclass(frozen=True)

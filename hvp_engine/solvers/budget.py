@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from hvp_engine._support.arguments import check_count, check_not_negative, check_positive, replace_fields
+from hvp_engine._support.arguments import check_count, check_not_negative, check_or_auto, check_positive, replace_fields
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine.solvers.base import LinearSystem, Prepared, Result, Solver, Vector
 from hvp_engine.solvers.conjugate_gradient import ConjugateGradient
@@ -101,8 +101,7 @@ class Budget(Solver):
             replace_fields(self, error=check_positive(self.error, "error"))
         if self.hvps is not None:
             replace_fields(self, hvps=check_count(self.hvps, "hvps", what="the number of products"))
-        if self.damping != "auto":
-            replace_fields(self, damping=check_not_negative(self.damping, "damping"))
+        replace_fields(self, damping=check_or_auto(check_not_negative, self.damping, "damping"))
 
     def prepare(self, system: LinearSystem) -> BudgetSolve:
         return BudgetSolve(self, system)

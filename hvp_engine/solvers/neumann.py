@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine import ops
-from hvp_engine._support.arguments import check_count, check_not_negative, check_positive, replace_fields
+from hvp_engine._support.arguments import check_count, check_not_negative, check_or_auto, check_positive, replace_fields
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.linear_map import Accumulation, Mixing
 from hvp_engine.solvers.base import Solver
@@ -66,7 +66,7 @@ class Neumann(Solver):
     needs_fixed_operator: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        alpha = self.alpha if self.alpha == "auto" else check_positive(self.alpha, "alpha")
+        alpha = check_or_auto(check_positive, self.alpha, "alpha")
         iterations = check_count(self.iterations, "iterations", least=0)
         replace_fields(self, iterations=iterations, alpha=alpha, damping=check_not_negative(self.damping, "damping"))
         check_preconditioner(self.preconditioner)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hvp_engine._support.arguments import check_count, check_not_negative, check_positive, replace_fields
+from hvp_engine._support.arguments import check_count, check_not_negative, check_or_auto, check_positive, replace_fields
 from hvp_engine._support.flat_vector import FlatVector
 from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.solvers.base import LinearSystem, Prepared, Result, Solver
@@ -67,7 +67,7 @@ class Nystrom(Solver):
 
     def __post_init__(self) -> None:
         rank = check_count(self.rank, "rank", what="the number of test vectors")
-        rho = self.rho if self.rho == "auto" else check_positive(self.rho, "rho")
+        rho = check_or_auto(check_positive, self.rho, "rho")
         replace_fields(self, rank=rank, rho=rho, damping=check_not_negative(self.damping, "damping"))
         check_kind(self.sketch)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine._support.arguments import shown
 from hvp_engine._support.flat_vector import FlatVector
 from hvp_engine._support.pytree import check_like
 
@@ -16,10 +17,10 @@ Preconditioner = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
 def check_preconditioner(preconditioner: Any) -> None:
-    if preconditioner is not None and not callable(preconditioner):
+    if preconditioner is not None and (not callable(preconditioner) or isinstance(preconditioner, type)):
         raise TypeError(
             "preconditioner: expected a callable v -> M v on lists of tensors such as hvp.DiagonalPreconditioner, or "
-            f"None; got {type(preconditioner).__name__}"
+            f"None; got {shown(preconditioner)}"
         )
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from hvp_engine._support.dtensor import is_sharded
 from hvp_engine._support.torch_compat import in_transform, without_onednn
+from hvp_engine.differentiable.recurrent import reference
 from hvp_engine.differentiable.recurrent.operations import ops
 from hvp_engine.differentiable.recurrent.signatures import DTYPES
 
@@ -65,8 +66,9 @@ def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     once for each time. A gradient keeps 8 numbers for each unit and time, and 3 more if it is to be differentiated. A
     Hessian-vector product is one pass forward in time and one back. Third derivatives are made from the plain formulas.
 
-    What torch's layer does by itself it still does: projections (`proj_size`), autocast, forward mode, `torch.func`,
-    sharded tensors and other devices than CPU and CUDA.
+    What torch's layer does by itself it still does: projections (`proj_size`), autocast, sharded tensors and other
+    devices than CPU and CUDA. Under `torch.func` (`vmap` too, which torch's layer refuses) and in forward mode it is
+    the plain formulas.
 
     Errors: `ValueError` for batch sizes that grow and for an input of another size than the weights', `TypeError` for
     states of another form; for all else those of torch.
@@ -186,7 +188,6 @@ def _ours(call: _Call) -> bool:
         and call.data.device.type in ("cpu", "cuda")
         and not any(is_sharded(tensor) for tensor in tensors)
         and not torch.is_autocast_enabled(call.data.device.type)
-        and not in_transform()
     )
 
 
@@ -208,12 +209,18 @@ def _stacked(call: _Call, layer: Layer) -> list[Tensor]:
     return [data, *(torch.stack(one) for one in zip(*found, strict=True))]
 
 
+def _formulas_or_ops() -> Any:
+    """Where the recurrences are: a transform does not see the derivatives of an operation."""
+    return reference if in_transform() else ops
+
+
 def _lstm_layer(
     data: Tensor, parameters: Sequence[Tensor], states: Sequence[Tensor], batch_sizes: list[int], reverse: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     of_input, of_state, *biases = parameters
     projected = F.linear(data, of_input, biases[0] + biases[1] if biases else None)
-    output, hidden, cell, *_ = ops.lstm_recurrence(projected, of_state, *states, batch_sizes, reverse)
+    recurrence = _formulas_or_ops().lstm_recurrence
+    output, hidden, cell, *_ = recurrence(projected, of_state, *states, batch_sizes, reverse)
     return output, (hidden, cell)
 
 
@@ -223,5 +230,6 @@ def _gru_layer(
     of_input, of_state, *biases = parameters
     of_input_bias, of_state_bias = biases or (None, None)
     projected = F.linear(data, of_input, of_input_bias)
-    output, hidden, *_ = ops.gru_recurrence(projected, of_state, of_state_bias, *states, batch_sizes, reverse)
+    recurrence = _formulas_or_ops().gru_recurrence
+    output, hidden, *_ = recurrence(projected, of_state, of_state_bias, *states, batch_sizes, reverse)
     return output, (hidden,)

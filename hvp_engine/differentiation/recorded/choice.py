@@ -174,7 +174,7 @@ class Choice(Tape):
             if self._adopt_at == 0:
                 self._run_on_graph(self._shortcut)
         elif len(known.shortcuts) >= MOST_VALUES:
-            known.refused = self.fallback = "a number in the loss changes from call to call"
+            known.refused = self.fallback = f"a number in graphs of this kind has had more than {MOST_VALUES} values"
         else:
             self._record_at = self._patience(known, expected)
 

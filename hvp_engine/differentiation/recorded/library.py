@@ -110,13 +110,14 @@ class Library:
                 for known in self._graphs.values():
                     known.shortcuts = [shortcut for shortcut in known.shortcuts if shortcut.program is not dropped]
 
-    def report(self) -> str:
-        """What was built, and what was not and why, in a line."""
-        text = f"{self.built} programs built in {self.build_seconds:.2f} s"
-        reasons = {known.refused for known in self._graphs.values() if known.refused}
-        hidden = {known.hidden for known in self._graphs.values() if known.hidden and not known.refused}
+    def report(self, met: Collection[Known]) -> str:
+        """Of the graphs that were `met`, whose products are not by programs and why, in a line; and what was built."""
+        served = sum(known.adoptions > 0 for known in met)
+        text = f"{served} of {len(met)} kinds of gradients by programs"
+        hidden = {known.hidden for known in met if known.hidden and not known.refused}
         text += "".join(f"; one product of each solve written down: {reason}" for reason in sorted(hidden))
-        return text + "".join(f"; by autograd: {reason}" for reason in sorted(reasons))
+        text += "".join(f"; by autograd: {reason}" for reason in sorted({known.refused for known in met} - {""}))
+        return f"{text} ({self.built} programs built in {self.build_seconds:.2f} s, for all losses of this process)"
 
 
 def _latest(of: OrderedDict[Hashable, Kept], key: Hashable, make: Callable[[], Kept]) -> Kept:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from typing import Any
+
 from hvp_engine._support.precision import without_autocast
 from hvp_engine.differentiation.double_backward import Pullback
 from hvp_engine.differentiation.recorded.known_graphs import Known
@@ -14,9 +17,20 @@ class OwnedLinearization(RecordedLinearization):
 
     A program is made at first sight and always used, whatever was measured, so that numbers do not depend on when a
     process began.
+
+    Arguments:
+        met: takes down what is known of its graph, where it was asked for products.
     """
 
     _waits = False
+
+    def __init__(self, *arguments: Any, met: MutableMapping[Known, None] | None = None, **options: Any):
+        self._met = {} if met is None else met
+        super().__init__(*arguments, **options)
+
+    def _decide(self) -> None:
+        self._met[self._known] = None
+        super()._decide()
 
     def _reading_pays_from(self) -> float:
         return 0

@@ -30,8 +30,9 @@ from hvp_engine._support.torch_compat import (
     says_data_dependent,
 )
 from hvp_engine._support.user_code import innermost_line
-from hvp_engine.differentiation.differentiable_kernels import plain_kernels
-from hvp_engine.differentiation.double_backward import Pullback, Tape, differentiate, gradients, leaves
+from hvp_engine.differentiation.differentiable_kernels import plain_kernels, traceable_kernels
+from hvp_engine.differentiation.double_backward import Pullback, Tape, gradients, leaves
+from hvp_engine.differentiation.gradient import derivatives
 from hvp_engine.differentiation.missing_derivatives import ThirdDerivativeError, explained
 from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.differentiation.trace.functionalize import functionalized, refuse_side_effects, retraced
@@ -108,9 +109,9 @@ def trace_gradient(problem: Problem) -> fx.GraphModule:
         here, weights, hyperparameters = _at(problem, arguments)
         with torch.enable_grad():
             loss = here.evaluate(weights, hyperparameters)
-            return [loss.detach(), *differentiate(loss, weights + hyperparameters, retain_graph=False)]
+            return [loss.detach(), *derivatives(loss, weights, hyperparameters, problem.name)]
 
-    graph, root, _ = _recorded(problem, function, _known(problem), contextlib.nullcontext())
+    graph, root, _ = _recorded(problem, function, _known(problem), traceable_kernels())
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return graph_module(root, graph)
 
@@ -211,8 +212,8 @@ def _recorded(
         if says_data_dependent(error):
             raise TraceError(
                 f"{problem.name}: expected a loss without control flow that depends on tensor values; Python asks for "
-                f"the value of a tensor at {innermost_line(error)}: keep it a tensor (torch.where in place of if), or "
-                "use engine='eager'"
+                f"the value of a tensor at {innermost_line(error)}: keep it a tensor (torch.where in place of if, "
+                "one_hot with num_classes), or use engine='eager'"
             ) from error
         raise
     return graph, root, tuple(attempts.undone)
