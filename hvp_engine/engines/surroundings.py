@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from hvp_engine._support.precision import dtype_settings
 from hvp_engine._support.reading import changed, free_variables
@@ -27,6 +28,7 @@ class Surroundings:
     def __init__(self, problem: Problem, modules: Sequence[torch.nn.Module]):
         self._device_type = problem.weights[0].device.type
         self._settings = dtype_settings(self._device_type)
+        self._called = modules
         self._all = variables = free_variables([problem.loss, *modules])
         self._modes = [variable for variable in variables if variable.key == "training"]
         self._others = [variable for variable in variables if variable.key != "training"]
@@ -43,6 +45,20 @@ class Surroundings:
     def changed(self) -> str | None:
         """The name of the first other value that is not what it was: then the loss is no function of its arguments."""
         return changed(self._others)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among them, buffers left out."""
+        buffers = {id(buffer) for buffer in self.buffers}
+        found = (variable.value for variable in self._others if isinstance(variable.value, Tensor))
+        return [tensor for tensor in found if id(tensor) not in buffers]
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The buffers of all modules among them, which a loss may change."""
+        modules = (variable.value for variable in self._others if isinstance(variable.value, torch.nn.Module))
+        found = {id(buffer): buffer for module in (*self._called, *modules) for buffer in module.buffers()}
+        return list(found.values())
 
     def same(self) -> bool:
         """Whether all is what it was: neither outdated nor changed."""
