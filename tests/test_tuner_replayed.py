@@ -370,6 +370,22 @@ def test_recordings_that_do_not_last_are_given_up() -> None:
     assert ours.line(WEIGHTS).startswith("weight step: 3 graphs")
 
 
+SPARSE = torch.eye(8).to_sparse()
+LAST: ContextVar[Tensor] = ContextVar("last")
+
+
+def renewing(loss: Loss) -> Loss:
+    """It takes what it has put where no look at its variables sees it."""
+    LAST.set(torch.ones(3))
+
+    def own(w: Any, h: Any, b: Any) -> Tensor:
+        value = loss(w, h, b) * LAST.get().mean()
+        LAST.set(torch.ones(3))
+        return value
+
+    return own
+
+
 ELSEWHERE = torch.ones(2, device="meta")
 SCALE = ContextVar("scale", default=1.0)
 
@@ -387,7 +403,9 @@ LOSSES: dict[str, tuple[Callable[[Loss], Loss], str]] = {
     "reads a value": (lambda loss: lambda w, h, b: loss(w, h, b) * (1 + b[0].sum().item()), "_local_scalar_dense"),
     "counts": (Counter, "the loss reads Counter.calls, which changes"),
     "draws on the host": (lambda loss: lambda w, h, b: loss(w, h, b) * numpy.random.rand(), "draws random numbers"),
-    "reads what is elsewhere": (lambda loss: lambda w, h, b: loss(w, h, b) * ELSEWHERE.shape[0], "a tensor on meta"),
+    "reads what is elsewhere": (lambda loss: lambda w, h, b: loss(w, h, b) + 0 * len(ELSEWHERE + 1), "tensor on meta"),
+    "reads what is sparse": (lambda loss: lambda w, h, b: loss(w, h, [SPARSE @ b[0], b[1]]), "made of several tensors"),
+    "reads something new": (renewing, "the loss reads other tensors every time"),
     "changes its batch": (lambda loss: lambda w, h, b: loss(w, h, [b[0].mul_(0.9), b[1]]), "changes a tensor that it"),
 }
 
@@ -404,6 +422,29 @@ def test_losses_that_cannot_be_recorded(name: str) -> None:
     assert_equal(ours, run(plain))
     assert ours.line(GRADIENT).startswith("training gradient: 0 graphs, 0 replays") and reason in ours.line(GRADIENT)
     assert "1 graphs" in ours.line(WEIGHTS)
+
+
+def test_what_a_loss_changes_in_place_is_changed_once() -> None:
+    """Statistics that belong to no module: their kernel does not tell that it has changed them."""
+
+    def run(make: Callable[..., Run]) -> tuple[Run, Tensor]:
+        statistics, count = (torch.zeros(4), torch.ones(4)), torch.zeros(())
+
+        def around(loss: Loss) -> Loss:
+            def own(w: Any, h: Any, b: Any) -> Tensor:
+                count.add_(1)
+                normal = nn.functional.batch_norm(b[0], *statistics, training=True)
+                return loss(w, h, [normal, b[1]]) * (1 + 1 / count)
+
+            return own
+
+        one = make(around=around, accumulate=1).steps(15)
+        return one, torch.cat([*statistics, count[None]])
+
+    (ours, changed), (theirs, expected) = run(Run), run(plain)
+    assert_equal(ours, theirs)
+    assert torch.equal(changed, expected) and int(changed[-1]) == 30
+    assert ours.line(GRADIENT).endswith("1 graphs, 12 replays")
 
 
 def test_a_loss_that_changes_unseen_is_found_out() -> None:

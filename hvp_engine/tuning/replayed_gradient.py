@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvp_engine._support.isolation import recorded_modules
 from hvp_engine._support.random_state import global_generators, random_state_kept
-from hvp_engine._support.torch_compat import foreach_copy_, versions_of
+from hvp_engine._support.torch_compat import foreach_copy_, is_traceable_wrapper_subclass, versions_of
 from hvp_engine.differentiation.double_backward import filled
 from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.problem import Problem, is_constant
@@ -21,11 +21,15 @@ from hvp_engine.differentiation.self_check import Schedule
 from hvp_engine.engines.gradients import gradients_disagree
 from hvp_engine.engines.recording import CaptureError, copies
 from hvp_engine.engines.replays import Counted
-from hvp_engine.engines.surroundings import Surroundings
+from hvp_engine.engines.surroundings import Reads, Surroundings, address_of
 from hvp_engine.tuning.replayed import Grads, Replayed, Take, first_line, kept
 
 Evaluate = Callable[[Sequence[Any]], tuple[Tensor, Grads]]
 """A loss and its gradient, of batches."""
+
+_SMALL = 1 << 16
+"""Numbers in a tensor up to which it is put back after a recording, unseen whether it was changed: kernels of batch
+normalization do not tell."""
 
 _MOST = 8
 """Kinds of batches that are known at a time, the latest used."""
@@ -36,7 +40,8 @@ class _Kind:
     """What is known of batches that look alike.
 
     Attributes:
-        changes: the tensors that the loss may change.
+        read: the tensors that the loss reads beside the batches, by the address of their memory.
+        changes: those that it may change.
         there: which tensors have a gradient.
         addresses: of the tensors that a recording reads where they are.
     """
@@ -45,6 +50,7 @@ class _Kind:
     refused: bool = False
     surroundings: Surroundings | None = None
     schedule: Schedule = field(default_factory=Schedule)
+    read: dict[int, Tensor] = field(default_factory=dict)
     changes: list[Tensor] = field(default_factory=list)
     there: list[bool] = field(default_factory=list)
     addresses: tuple[int, ...] = ()
@@ -85,7 +91,7 @@ class ReplayedGradient(Replayed):
             return evaluate(*problem.inputs)
         if kind.surroundings is None:
             with recorded_modules() as modules:
-                found = evaluate(*problem.inputs)
+                found, kind.read = _watched(problem, evaluate)
             kind.surroundings = Surroundings(problem, modules)
             return found
         return self._first(kind, kind.surroundings, problem, evaluate, buffers)
@@ -121,14 +127,17 @@ class ReplayedGradient(Replayed):
         buffers: Callable[[], list[Tensor]],
     ) -> tuple[Tensor, Grads]:
         """The loss and its gradient without a graph; it is recorded if a replay will do all that this has done."""
-        tensors = problem.split[0]
-        device = problem.weights[0].device
-        reason = _unfit(problem, surroundings)
+        tensors, device = problem.split[0], problem.weights[0].device
+        changes = {id(tensor): tensor for tensor in (*buffers(), *surroundings.buffers)}
+        changes |= {id(tensor): tensor for tensor in _small(kind.read, problem)}
+        unchanging = [tensor for tensor in (*tensors, *kind.read.values()) if id(tensor) not in changes]
+        reason = _unfit(problem, [*tensors, *kind.read.values(), *changes.values()])
+        versions, drawn = [] if reason else versions_of(unchanging), _drawn_on_host(device)
+        found, read = _watched(problem, evaluate)
         if reason is None:
-            read = [*tensors, *problem.hyperparameters, *surroundings.tensors]
-            versions, drawn = versions_of(read), _drawn_on_host(device)
-            found = evaluate(*problem.inputs)
-            if versions != versions_of(read):
+            if read.keys() != kind.read.keys():
+                reason = "the loss reads other tensors every time"
+            elif versions != versions_of(unchanging):
                 reason = "the loss changes a tensor that it reads"
             elif drawn is None or drawn != _drawn_on_host(device):
                 reason = "the loss draws random numbers on the host"
@@ -136,13 +145,10 @@ class ReplayedGradient(Replayed):
                 reason = "gradients are sparse"
             elif not surroundings.same():
                 reason = f"the loss reads {surroundings.changed() or 'a mode'}, which changes"
-        else:
-            found = evaluate(*problem.inputs)
         if reason is not None:
             kind.surroundings = None
             self._fail(reason)
             return found
-        changes = {id(tensor): tensor for tensor in (*buffers(), *surroundings.buffers)}
         kind.changes, kind.schedule = list(changes.values()), Schedule()
         kind.there = [grad is not None for grad in found[1]]
         try:
@@ -200,19 +206,37 @@ class ReplayedGradient(Replayed):
 
 
 def _addresses(problem: Problem, kind: _Kind) -> tuple[int, ...]:
-    return tuple([t.data_ptr() for t in (*problem.weights, *problem.hyperparameters, *kind.changes)])
+    moved = *problem.weights, *problem.hyperparameters
+    return tuple([tensor.data_ptr() for tensor in (*moved, *kind.changes, *kind.read.values())])
 
 
-def _unfit(problem: Problem, surroundings: Surroundings) -> str | None:
+def _watched(problem: Problem, evaluate: Evaluate) -> tuple[tuple[Tensor, Grads], dict[int, Tensor]]:
+    """The loss and its gradient, and what was read for them beside the batches."""
+    with Reads() as reads:
+        found = evaluate(*problem.inputs)
+    for tensor in problem.split[0]:
+        reads.found.pop(address_of(tensor), None)
+    return found, reads.found
+
+
+def _small(read: dict[int, Tensor], problem: Problem) -> list[Tensor]:
+    """Those beside weights and hyperparameters that are cheap to put back, whether or not the loss changes them."""
+    own = set(map(address_of, (*problem.weights, *problem.hyperparameters)))
+    others = [tensor for address, tensor in read.items() if address not in own and tensor.numel() <= _SMALL]
+    return [tensor for tensor in others if tensor.layout is torch.strided and 0 not in tensor.stride()]
+
+
+def _unfit(problem: Problem, tensors: Sequence[Tensor]) -> str | None:
     """Why what the loss reads rules out a recording, if it does."""
     device = problem.weights[0].device
-    tensors, others, _ = problem.split
-    for tensor in (*tensors, *problem.hyperparameters, *surroundings.tensors, *surroundings.buffers):
+    for tensor in tensors:
         if tensor.device != device:
             return f"the loss reads a tensor on {tensor.device}: move all to {device}, batches in the loader"
+        if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+            return f"the loss reads a {type(tensor).__name__} that is made of several tensors"
         if tensor.is_inference():
             return "the loss reads a tensor that was made in inference mode"
-    for leaf in others:
+    for leaf in problem.split[1]:
         if not is_constant(leaf):
             return f"a batch has a {type(leaf).__name__}, whose changes a graph would not see"
     return None
