@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
 
 import hvp_engine as hvp
@@ -458,3 +460,19 @@ def test_transforms_are_seen() -> None:
         function(W)
     function(W)
     assert seen == [False, True, True, True, True, False]
+
+
+def test_hooks_around_steps_are_seen() -> None:
+    optimizer = torch.optim.SGD([W.clone()], lr=0.1)
+    assert not torch_compat.has_step_hooks(optimizer)
+    register: list[Callable[..., Any]] = [
+        optimizer.register_step_pre_hook,
+        optimizer.register_step_post_hook,
+        register_optimizer_step_pre_hook,
+        register_optimizer_step_post_hook,
+    ]
+    for hook in register:
+        handle = hook(lambda *_: None)
+        assert torch_compat.has_step_hooks(optimizer)
+        handle.remove()
+    assert not torch_compat.has_step_hooks(optimizer)

@@ -1,6 +1,6 @@
 """What each part of the CUDA graphs is worth: beside the same work without it, in one process, in turns.
 
-    python -m tools.gpu_graphs [--device cuda|cpu] [--problem NAME]
+    python -m tools.gpu_graphs [--device cuda|cpu] [--problem NAME] [--only PART ...]
 
 On a CPU the linearized engine takes the place of the graphs, so that only the script is tried.
 """
@@ -32,6 +32,13 @@ class InParts(CudaGraphEngine):
 
     def foresee(self, *_: Any) -> None:
         """Nothing is."""
+
+
+class StepsApart(CudaGraphEngine):
+    """Hypergradients are graphs; the steps of a tuner around them are not."""
+
+    def recorder(self, device: torch.device) -> None:
+        return None
 
 
 def seconds(works: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
@@ -121,11 +128,48 @@ def whole_hypergradients(problem: Problem, graphs: Callable[..., Engine]) -> Non
     compare("a hypergradient, 20 terms", works, problem.device)
 
 
+def steps_of_a_tuner(problem: Problem, graphs: Callable[..., Engine]) -> None:
+    """A round of Algorithm 1: five training steps and a hyper step."""
+    on_gpu = problem.device.type == "cuda"
+    apart: Callable[[], Engine] = StepsApart if on_gpu else LinearizedEngine
+    engines = {"steps replayed": graphs(), "hypergradients alone": apart(), "without graphs": LinearizedEngine()}
+    works: dict[str, Callable[[], object]] = {}
+    tuners: dict[str, hvp.Tuner] = {}
+    for name, engine in engines.items():
+        solver = hvp.Neumann(20, problem.alpha)
+        tuners[name] = tuner = hvp.Tuner(
+            {key: weight.detach().clone() for key, weight in problem.weights.items()},
+            {key: decay.detach().clone() for key, decay in problem.hyper.items()},
+            problem.train_loss,
+            problem.val_loss,
+            weight_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=1e-4, capturable=on_gpu),
+            hyper_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=1e-3, capturable=on_gpu),
+            estimator=hvp.Hypergradient(problem.train_loss, problem.val_loss, solver, engine),
+            inner_steps=5,
+        )
+        works[name] = lambda tuner=tuner: tuner.fit(  # type: ignore[misc]
+            [problem.train], [problem.val], tuner.hyper_steps + 1, progress=False
+        )
+    compare("five training steps and a hyper step, 20 terms", works, problem.device)
+    for line in tuners["steps replayed"].report().splitlines():
+        print(f"  {line}")
+
+
+PARTS: dict[str, Callable[[Problem, Callable[..., Engine]], None]] = {
+    "stopping": early_stopping,
+    "compiled": compiled_parts,
+    "batched": many_right_hand_sides,
+    "whole": whole_hypergradients,
+    "steps": steps_of_a_tuner,
+}
+
+
 def main() -> int:
-    """Measure all parts."""
+    """Measure all parts, or some."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--problem", default="lenet")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     problem = build(options.problem, options.device)
@@ -133,8 +177,8 @@ def main() -> int:
     def graphs(**given: Any) -> Engine:
         return CudaGraphEngine(**given) if options.device.type == "cuda" else LinearizedEngine()
 
-    for part in (early_stopping, compiled_parts, many_right_hand_sides, whole_hypergradients):
-        part(problem, graphs)
+    for part in options.only:
+        PARTS[part](problem, graphs)
     return 0
 
 

@@ -72,14 +72,19 @@ case $STAGE in
     QUICK="--seconds 0.3 --rounds 5"
     PROBLEMS="mlp lenet resnet44 transformer"
     GRAPHS="lenet resnet20"
+    TUNERS="mlp lenet lstm"
   else
     QUICK="--quick --threads 1"
     PROBLEMS=logistic
     GRAPHS=logistic
+    TUNERS=logistic
   fi
   BENCH="$PYTHON -m bench.run --device $DEVICE $QUICK --out $WORK/bench"
   for problem in $GRAPHS; do
-    step "graphs-$problem" 60 20 "$PYTHON -m tools.gpu_graphs --device $DEVICE --problem $problem"
+    step "graphs-$problem" 60 20 "$PYTHON -m tools.gpu_graphs --device $DEVICE --problem $problem --only stopping compiled batched whole"
+  done
+  for problem in $TUNERS; do
+    step "steps-$problem" 60 12 "$PYTHON -m tools.gpu_graphs --device $DEVICE --problem $problem --only steps"
   done
   step recurrent 60 40 "$PYTHON -m tools.gpu_recurrent --device $DEVICE"
   step bench-step 60 30 "$BENCH --benchmarks step"

@@ -23,6 +23,7 @@ from torch._prims_common import suggest_memory_format as suggest_memory_format
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx as make_fx
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
@@ -139,6 +140,15 @@ def without_onednn() -> Iterator[None]:
 def end_allocation_to_pool(device: int, pool: Any) -> None:
     """Undo what a CUDA capture that failed to begin or end has left: allocations would go to the graph's pool on."""
     torch._C._cuda_endAllocateToPool(device, pool)
+
+
+# Optimizers.
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks are called before or after steps, of this optimizer or of all."""
+    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    return any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))
 
 
 # Graphs.

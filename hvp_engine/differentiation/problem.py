@@ -72,22 +72,29 @@ class Problem:
     @cached_property
     def signature(self) -> Hashable:
         """What a trace depends on besides the values of tensors: the loss, and what its arguments look like."""
+        point = _look_of([*self.weights, *self.hyperparameters])
+        structures = self.weight_structure, self.hyperparameter_structure
+        return _Signature((self.identity, *structures, point, *self.look_of_inputs))
+
+    @property
+    def look_of_inputs(self) -> tuple[Hashable, ...]:
+        """What a trace depends on besides the values of the batch's tensors."""
         tensors, others, structure = self.split
-        leaves = [*self.weights, *self.hyperparameters, *tensors]
-        return _Signature(
-            (
-                self.identity,
-                self.weight_structure,
-                self.hyperparameter_structure,
-                tuple([(t.shape, t.stride(), t.dtype, t.device) for t in leaves]),
-                tuple([leaf if leaf is None or is_constant(leaf) else type(leaf) for leaf in others]),
-                structure,
-            )
-        )
+        plain = tuple([leaf if leaf is None or is_constant(leaf) else type(leaf) for leaf in others])
+        return _look_of(tensors), plain, structure
 
     def at(self, inputs: tuple[Any, ...]) -> Problem:
         """This problem with other inputs."""
         return replace(self, inputs=inputs)
+
+    def inputs_of(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The inputs with these in place of the batch's tensors."""
+        _, others, structure = self.split
+        there, given = [isinstance(leaf, Tensor) for leaf in flatten_batch(self.inputs)[0]], iter(tensors)
+        inputs: tuple[Any, ...] = structure.rebuild(
+            [next(given) if tensor else leaf for tensor, leaf in zip(there, others, strict=True)]
+        )
+        return inputs
 
     def evaluate(self, weights: Sequence[Tensor], hyperparameters: Sequence[Tensor]) -> Tensor:
         """The loss at these leaves; checked to be a scalar."""
@@ -97,6 +104,10 @@ class Problem:
         value = self.loss(*arguments, *self.inputs)
         check_scalar(value, self.name)
         return value
+
+
+def _look_of(tensors: Sequence[Tensor]) -> Hashable:
+    return tuple([(t.shape, t.stride(), t.dtype, t.device) for t in tensors])
 
 
 class Averaged:

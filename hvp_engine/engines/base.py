@@ -13,6 +13,7 @@ from torch import Tensor
 from hvp_engine.differentiation.gradient import Gradient, by_autograd
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap, Terms
 from hvp_engine.differentiation.problem import Problem
+from hvp_engine.engines.replays import Counted
 from hvp_engine.solvers.base import Runner, Solver
 from hvp_engine.solvers.batched import MOST, pays
 from hvp_engine.solvers.iteration import FinishedIteration, Iteration
@@ -139,6 +140,10 @@ class Engine:
         if not pays(operator, len(vs)):
             return (self.run(operator, v, solver, estimate) for v in vs)
         return side_by_side(operator, vs, solver, estimate)
+
+    def recorder(self, device: torch.device) -> Counted | None:
+        """What records other work on the device that goes on around hypergradients; None where that would not do."""
+        return None
 
     def report(self) -> str:
         """A description of what the engine did and why."""

@@ -49,6 +49,8 @@ class CudaGraphEngine(LinearizedEngine):
     solve, also at its second call, against one that goes term by term. A loop that can stop early is recorded in
     pieces, between which the host looks whether to go on. Several right-hand sides of a small problem advance together.
 
+    A :class:`~hvp_engine.Tuner` whose hypergradients this engine makes has its training and hyper steps recorded, too.
+
     From the second call on a whole hypergradient is one recording, if the solver needs no estimate of the spectrum;
     otherwise the gradient of the validation loss, the primal part, the estimate, the solve and the mixed product are.
 
@@ -181,6 +183,9 @@ class CudaGraphEngine(LinearizedEngine):
         """Why this engine cannot do more than eager does on `device`, or None if it can."""
         return self._recorder.missing(device)
 
+    def recorder(self, device: torch.device) -> Counted | None:
+        return None if self.missing(device) else Counted(self._recorder(device), self.tally)
+
     def report(self) -> str:
         """What was recorded, what was not, and why."""
         kept, inputs = len(self._kept), sum(graphs.bytes for graphs in self._kept) / 1e6
@@ -255,8 +260,7 @@ class CudaGraphEngine(LinearizedEngine):
         return CapturedLinearization(self._graphs_of(functions, problem, tensors), problem, tensors)
 
     def _captured_gradient(self, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> CapturedGradient:
-        recorder = self._recorder(inputs[0].device)
-        return CapturedGradient(graph, inputs, recorder, Counted(recorder, self.tally).record)
+        return CapturedGradient(graph, inputs, Counted(self._recorder(inputs[0].device), self.tally))
 
     def _graphs_of(self, functions: Functions, problem: Problem, tensors: Sequence[Tensor]) -> Graphs:
         """Unused recordings of the problem, made now if there are none; they are kept in order of use."""

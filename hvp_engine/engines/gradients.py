@@ -128,7 +128,7 @@ class Gradients:
         with random_state_kept(problem.weights[0].device):
             expected = _timed(problem, known)
         found = _by_program(known.program, problem, tensors)
-        wrong = _disagreement(found, expected, problem)
+        wrong = gradients_disagree(found, expected, problem)
         if patience and not wrong and known.schedule.calls == 1:
             known.reason = self._slower(known, problem, tensors)
         if wrong:
@@ -210,7 +210,7 @@ def _by_program(program: Program, problem: Problem, tensors: Sequence[Tensor]) -
     return Gradient(loss.reshape(()) if loss.dim() else loss, weights, found[count:])
 
 
-def _disagreement(found: Gradient, expected: Gradient, problem: Problem) -> str:
+def gradients_disagree(found: Gradient, expected: Gradient, problem: Problem) -> str:
     """What differs, in words; gradients relative to what a gradient of such a loss is like, if that is more."""
     dtypes = {tensor.dtype for tensor in (*problem.weights, *problem.hyperparameters)}
     if difference_of_products([found.loss], [expected.loss], dtypes):

@@ -3,12 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from hvp_engine._support.precision import dtype_settings
 from hvp_engine._support.reading import changed, free_variables
+from hvp_engine._support.torch_compat import DispatchMode, is_traceable_wrapper_subclass, pytree
 from hvp_engine.differentiation.problem import Problem
+
+
+class Reads(DispatchMode):
+    """Notes the tensors that this thread's operations in the block take and that were there before.
+
+    Attributes:
+        found: each by the address of its memory, which cannot become another's as long as it is held here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, Tensor] = {}
+        self._made: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        taken, given = _by_address((args, kwargs)), _by_address(result)
+        if func is torch.ops.aten.lift_fresh.default:  # of a tensor made from a number, which no operation did
+            self._made |= taken.keys()
+        self._made |= given.keys() - taken.keys()
+        self.found |= {address: taken[address] for address in taken.keys() - self._made - self.found.keys()}
+        return result
+
+
+def _by_address(tree: Any) -> dict[int, Tensor]:
+    return {address_of(leaf): leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.numel()}
+
+
+def address_of(tensor: Tensor) -> int:
+    """Where a tensor's memory begins that others may share; of one that is made of tensors where it is itself."""
+    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr()
 
 
 class Surroundings:
@@ -27,6 +63,7 @@ class Surroundings:
     def __init__(self, problem: Problem, modules: Sequence[torch.nn.Module]):
         self._device_type = problem.weights[0].device.type
         self._settings = dtype_settings(self._device_type)
+        self._called = modules
         self._all = variables = free_variables([problem.loss, *modules])
         self._modes = [variable for variable in variables if variable.key == "training"]
         self._others = [variable for variable in variables if variable.key != "training"]
@@ -43,6 +80,13 @@ class Surroundings:
     def changed(self) -> str | None:
         """The name of the first other value that is not what it was: then the loss is no function of its arguments."""
         return changed(self._others)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The buffers of all modules among them, which a loss may change."""
+        modules = (variable.value for variable in self._others if isinstance(variable.value, torch.nn.Module))
+        found = {id(buffer): buffer for module in (*self._called, *modules) for buffer in module.buffers()}
+        return list(found.values())
 
     def same(self) -> bool:
         """Whether all is what it was: neither outdated nor changed."""

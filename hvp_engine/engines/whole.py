@@ -16,7 +16,8 @@ from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.self_check import Schedule
 from hvp_engine.differentiation.trace.functionalize import is_random
 from hvp_engine.engines.functions import Functions, TracedLinearization
-from hvp_engine.engines.recording import Recorder, copies
+from hvp_engine.engines.recording import copies
+from hvp_engine.engines.replays import Counted
 from hvp_engine.engines.solves import Pieces, Record, Solved
 from hvp_engine.solvers.base import Solver
 
@@ -28,7 +29,7 @@ class CapturedGradient:
         graph: gives the loss and its derivatives by weights and hyperparameters, None where there is no path.
     """
 
-    def __init__(self, graph: fx.GraphModule, inputs: Sequence[Tensor], recorder: Recorder, record: Record):
+    def __init__(self, graph: fx.GraphModule, inputs: Sequence[Tensor], recorder: Counted):
         self.graph = graph
         self.random = any(is_random(node) for node in graph.graph.nodes)
         buffers = self._buffers = [tensor.detach().clone() for tensor in inputs]
@@ -40,7 +41,7 @@ class CapturedGradient:
             self._there[:] = [tensor is not None for tensor in found]
             return [tensor for tensor in found if tensor is not None]
 
-        self._recorder, self._recording = recorder, record(body)
+        self._recorder, self._recording = recorder, recorder.record(body)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor | None]:
         self._recorder.order()

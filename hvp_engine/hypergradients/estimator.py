@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hvp_engine.engines.replays import Counted
 from hvp_engine.solvers.solution import Solution
 
 
@@ -42,6 +44,14 @@ class Estimator:
     def __call__(self, weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> Estimate:
         """The hypergradient at these weights and hyperparameters."""
         raise NotImplementedError(f"{type(self).__name__}: expected a __call__(weights, hyper, train_batch, val_batch)")
+
+    def recorder(self, device: torch.device) -> Counted | None:
+        """What records the steps around hypergradients too, if the engine behind them makes recordings."""
+        return None
+
+    def report(self) -> str:
+        """How hypergradients are computed, and why so; empty if there is nothing to say."""
+        return ""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to continue with the same numbers, as tensors and plain values."""

@@ -26,6 +26,7 @@ from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.distributed import DataParallel, for_loss
 from hvp_engine.engines.base import Parts, Whole
+from hvp_engine.engines.replays import Counted
 from hvp_engine.errors import GraphError
 from hvp_engine.hypergradients.estimator import Estimate, Estimator, check_functions
 from hvp_engine.solvers import Neumann, Solver
@@ -203,6 +204,9 @@ class Hypergradient(Estimator):
             return None
         self._wholes = (made, *kept[: _KEPT_WHOLES - 1])
         return made
+
+    def recorder(self, device: torch.device) -> Counted | None:
+        return self.engine.recorder(device)
 
     def report(self) -> str:
         """What the engine did and why, and how precise float32 is."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from hvp_engine._support.pytree import flatten, trainable
 from hvp_engine._support.random_state import RandomState
 from hvp_engine._support.torch_compat import pytree
-from hvp_engine.distributed import averaged
+from hvp_engine.differentiation.problem import Problem
+from hvp_engine.distributed import DataParallel, averaged
 from hvp_engine.errors import DivergenceError
 from hvp_engine.hypergradients.estimator import Estimate, EstimatorLike, as_estimator
 from hvp_engine.hypergradients.implicit import Hypergradient
@@ -22,6 +23,7 @@ from hvp_engine.tuning.bounds import Bounds
 from hvp_engine.tuning.checkpoint import compact
 from hvp_engine.tuning.optimizer_step import Descent, Grads, OptimizerLike, SchedulerLike
 from hvp_engine.tuning.processes import processes_of
+from hvp_engine.tuning.replayed_gradient import ReplayedGradient
 
 Loss = Callable[[Any, Any, Any], Tensor]
 
@@ -115,18 +117,24 @@ class BilevelProblem:
                 f"{type(self.hyper_side.optimizer).__name__}: a hypergradient is valid only where the weights are "
                 "trained"
             )
+        self._point = weights, self.weights.structure, hypers, hyper_structure
         self._train_loss = train_loss
         self._device = weights[0].device
+        self._replayed: ReplayedGradient | None = None
+        recorder = self.estimator.recorder(self._device)
+        if recorder is not None and not isinstance(train_loss, DataParallel):
+            self._replayed = ReplayedGradient(recorder)
+            self.weight_side.replay_by(recorder), self.hyper_side.replay_by(recorder)
         self.failures = 0
         self.initial_weights = [weight.detach().to("cpu", copy=True) for weight in weights]
         self.initial_buffers = {name: buffer.to("cpu", copy=True) for name, buffer in self.buffers().items()}
 
     def train_step(self, batches: Sequence[Any], tolerance: float | None = None) -> tuple[Tensor, bool]:
         """A step of the weight optimizer, unless ||dL_T/dw|| <= `tolerance`; the loss, and whether a step was made."""
-        loss, grads = self._training_gradient(batches)
+        loss, grads = self._gradient(batches)
         if tolerance is not None and float(self._weight_norm(grads)) <= tolerance:
             return loss, False
-        self.weight_side.step(loss, grads, lambda: self._training_gradient(batches))
+        self.weight_side.step(loss, grads, lambda: self._gradient(batches))
         return loss, True
 
     def hyper_step(self, train_batch: Any, val_batch: Any) -> tuple[Estimate | None, dict[str, Any]]:
@@ -156,9 +164,16 @@ class BilevelProblem:
         self.hyper_side.step(estimate.val_loss, grads)
         return estimate, figures
 
+    def _gradient(self, batches: Sequence[Any]) -> tuple[Tensor, Grads]:
+        """The training loss and dL_T/dw, averaged over `batches`: by a graph, where there is one."""
+        if self._replayed is None:
+            return self._training_gradient(batches)
+        problem = Problem(self._train_loss, *self._point, (batches,), "train_loss")
+        return self._replayed(problem, self._training_gradient, lambda: list(self.buffers().values()))
+
     @torch.enable_grad()
     def _training_gradient(self, batches: Sequence[Any]) -> tuple[Tensor, Grads]:
-        """The training loss and dL_T/dw, averaged over `batches`."""
+        """The same without a graph."""
         tensors = self.weights.tensors
         total = torch.zeros((), device=tensors[0].device)
         sums: list[Tensor | None] = [None] * len(tensors)
@@ -176,6 +191,11 @@ class BilevelProblem:
     def moves(self) -> tuple[int, int]:
         """Steps begun by the two optimizers. While they stay the same, a step can be taken back to a position."""
         return self.weight_side.steps, self.hyper_side.steps
+
+    def report(self) -> str:
+        """How hypergradients are executed, and the steps around them if their engine makes recordings."""
+        parts = (self.estimator, self._replayed, self.weight_side.replayed, self.hyper_side.replayed)
+        return "\n".join([text for text in [part.report() for part in parts if part is not None] if text])
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers of the module, and of the hyperparameters if they are a module's."""

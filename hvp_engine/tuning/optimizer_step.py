@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hvp_engine._support.flat_vector import norm_of
+from hvp_engine.engines.replays import Counted
 from hvp_engine.tuning.bounds import Bounds
+from hvp_engine.tuning.replayed import Grads
+from hvp_engine.tuning.replayed_step import ReplayedStep
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 SchedulerLike = LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler]
-Grads = Sequence[Tensor | None]
 
 
 class Descent:
@@ -32,7 +34,8 @@ class Descent:
         norm: computes the norm of a gradient.
         bounds: the tensors are projected to them after each step.
 
-    `steps` counts the steps that were begun: it is increased before anything else changes.
+    `steps` counts the steps that were begun: it is increased before anything else changes. After :meth:`replay_by` they
+    are replayed where they can be.
     """
 
     def __init__(
@@ -53,7 +56,16 @@ class Descent:
         closure = inspect.signature(self.optimizer.step).parameters.get("closure")
         self.needs_closure = closure is not None and closure.default is inspect.Parameter.empty
         self.steps = 0
+        self.name = name
+        self.replayed: ReplayedStep | None = None
         self._initial = copy.deepcopy(self.state_dict())
+
+    def replay_by(self, recorder: Counted) -> ReplayedStep:
+        """Record the steps, and replay them, where that is possible; returns what tells about it."""
+        self.replayed = ReplayedStep(f"{self.name} step", recorder, self.optimizer, self.tensors)
+        if self.needs_closure:
+            self.replayed.refuse(f"{type(self.optimizer).__name__} evaluates the loss in the middle of its step")
+        return self.replayed
 
     def step(self, loss: Tensor, grads: Grads, again: Callable[[], tuple[Tensor, Grads]] | None = None) -> None:
         """One step with these gradients; the tensors' `.grad` fields are restored afterwards.
@@ -61,10 +73,21 @@ class Descent:
         `again` evaluates loss and gradients at the updated tensors, for an optimizer that `needs_closure` (L-BFGS).
         """
         self.steps += 1
-        kept = [tensor.grad for tensor in self.tensors]
-        known: list[tuple[Tensor, Grads]] = [(loss, grads)]
+        if self.replayed is None or not self.replayed(grads, self._move):
+            self._move(grads, loss, again)
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(float(loss))
+        elif self.scheduler is not None:
+            self.scheduler.step()
 
-        def closure() -> Tensor:
+    def _move(
+        self, grads: Grads, loss: Tensor | None = None, again: Callable[[], tuple[Tensor, Grads]] | None = None
+    ) -> None:
+        """The part of a step that moves the tensors."""
+        kept = [tensor.grad for tensor in self.tensors]
+        known: list[tuple[Tensor | None, Grads]] = [(loss, grads)]
+
+        def closure() -> Tensor | None:
             value, found = known.pop() if known else again()  # type: ignore[misc]
             for tensor, grad in zip(self.tensors, self._clipped(found), strict=True):
                 tensor.grad = grad
@@ -81,10 +104,6 @@ class Descent:
                 tensor.grad = grad
         if self.bounds is not None:
             self.bounds.project(self.tensors)
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(float(loss))
-        elif self.scheduler is not None:
-            self.scheduler.step()
 
     def _clipped(self, grads: Grads) -> Grads:
         """The gradients scaled down to the norm `clip`; not in place, since autograd may return one tensor twice."""

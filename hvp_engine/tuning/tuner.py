@@ -38,6 +38,7 @@ class Tuner:
         weight_optimizer, hyper_optimizer: torch optimizers over these tensors, or functions that make one from the
             list of tensors, as in `lambda tensors: torch.optim.Adam(tensors, lr=1e-3)`.
         solver, engine: how to compute the hypergradient, see :class:`Hypergradient`; default `Neumann(20)`, "auto".
+            On a GPU "cudagraph" replays the training steps and the step of the hyperparameters, too.
         inner_steps: training steps before each hyper step, >= 1; the maximum if there is an `inner_tolerance`.
         inner_tolerance: end a round's training once ||dL_T/dw|| on the batches of a step is at most this.
         warmup_steps: training steps before the first round.
@@ -111,8 +112,7 @@ class Tuner:
         self.val_batches = check_count(val_batches, "val_batches")
         if not (inner_tolerance is None or inner_tolerance >= 0):
             raise ValueError(f"inner_tolerance: expected a number >= 0 or None; got {inner_tolerance!r}")
-        self.inner_tolerance, self.train_loss = inner_tolerance, train_loss
-        self.module = module
+        self.module, self.inner_tolerance, self.train_loss = module, inner_tolerance, train_loss
         losses, batches = (train_loss, val_loss), (self.train_batches, self.val_batches)
         estimator = estimator_for(estimator, losses, batches, solver, engine)
         weight_moves = weight_optimizer, weight_scheduler, weight_clip
@@ -209,6 +209,10 @@ class Tuner:
                     events.train_step(self._inner_step(train))
                 events.hyper_step(self._outer_step(train, val, start))
         return self.history
+
+    def report(self) -> str:
+        """How hypergradients are executed and why so; with engine "cudagraph" also the steps around them."""
+        return self.problem.report()
 
     def train_step(self, *batches: Any) -> Tensor:
         """One step of the weight optimizer on the average over `batches`; returns the loss, detached."""

@@ -2,6 +2,8 @@
 
 from tools.faults.base import Fault
 
+REPLAYED = "tests/test_tuner_replayed.py"
+
 FAULTS = [
     Fault(
         "hvp_engine/tuning/tuner.py",
@@ -65,5 +67,33 @@ FAULTS = [
         "state = dict(state)",
         "tests/test_tuner_state.py",
         "a loaded state changes while the run goes on",
+    ),
+    Fault(
+        "hvp_engine/tuning/replayed.py",
+        "        if before:\n",
+        "        if False:\n",
+        REPLAYED,
+        "what recording a step changes stays changed",
+    ),
+    Fault(
+        "hvp_engine/tuning/replayed_gradient.py",
+        "            if versions != versions_of(read):\n",
+        "            if False:\n",
+        REPLAYED,
+        "a loss that writes into its batch is replayed, which writes into a copy",
+    ),
+    Fault(
+        "hvp_engine/tuning/replayed_gradient.py",
+        "kind.addresses == _addresses(problem, kind)",
+        "True",
+        REPLAYED,
+        "a graph goes on with the memory of weights that have been replaced",
+    ),
+    Fault(
+        "hvp_engine/tuning/replayed_step.py",
+        "if all(map(torch.equal, found, self._changes)):",
+        "if found:",
+        REPLAYED,
+        "an optimizer's graph is not compared with its step",
     ),
 ]

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.mappings import flatten_batch
 from hvp_engine._support.torch_compat import (
     FAKE_AND_REAL,
     REGISTER_PYTREE,
@@ -123,14 +122,9 @@ def _known(problem: Problem) -> list[Tensor]:
 
 def _at(problem: Problem, arguments: Sequence[Tensor]) -> tuple[Problem, list[Tensor], list[Tensor]]:
     """The problem with a batch of arguments, and new leaves for weights and hyperparameters."""
-    _, others, structure = problem.split
     count_w, count_h = len(problem.weights), len(problem.hyperparameters)
-    places = [index for index, leaf in enumerate(flatten_batch(problem.inputs)[0]) if isinstance(leaf, Tensor)]
-    batch = list(others)
-    for place, tensor in zip(places, arguments[count_w + count_h :], strict=False):
-        batch[place] = tensor
     weights, hyperparameters = leaves(arguments[:count_w]), leaves(arguments[count_w : count_w + count_h])
-    return problem.at(structure.rebuild(batch)), weights, hyperparameters
+    return problem.at(problem.inputs_of(arguments[count_w + count_h :])), weights, hyperparameters
 
 
 def _traced(problem: Problem, laid_out: Callable[[Sequence[Tensor]], list[Tensor]], thrice: bool = False) -> Trace:
