@@ -38,7 +38,7 @@ MEASURED = ("cg_step",)
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel. `wide` is for float64 states; `capacity` is how many tensors its table holds; loads and
+    """One compiled kernel. `wide` is for float64 states; `capacity` is how many tensors it takes; loads and
     stores are counted by their bits."""
 
     architecture: str
@@ -127,14 +127,14 @@ def words(name: str) -> int:
 
 
 def launches(name: str) -> int:
-    """Kernels that a step of at most 960 tensors launches."""
+    """Kernels that a step of at most 3,600 tensors launches."""
     return 3 if name in MEASURED else 1
 
 
 def markdown(file: Path = FILE) -> str:
-    """The table of the documentation: float32, for up to 64 tensors."""
+    """The table of the documentation: float32, for up to 440 tensors."""
     kernels = {
-        (k.architecture, k.name, k.measuring): k for k in tables.read(file, Kernel) if not k.wide and k.capacity == 64
+        (k.architecture, k.name, k.measuring): k for k in tables.read(file, Kernel) if not k.wide and k.capacity == 440
     }
     body = []
     for name in OPS:

@@ -70,25 +70,22 @@ const void* kernel_of(RecurrenceCode code) {
   return nullptr;
 }
 
-// Launches the tensors [begin, end), which fit in one table.
+// Launches the tensors [begin, end), whose products fit in one launch's parameters.
 template <int kCapacity>
 void launch(const Step& step, bool measure, Shared shared, size_t begin, size_t end, cudaStream_t stream) {
-  const int64_t last_row = end < step.parts.size() ? step.parts[end].row : step.rows;
-  shared.first_row = step.parts[begin].row;
-  const int64_t blocks = last_row - shared.first_row;
+  const int64_t first_row = step.parts[begin].row;
+  const int64_t blocks = (end < step.parts.size() ? step.parts[end].row : step.rows) - first_row;
   if (blocks == 0) return;
   if (blocks > INT32_MAX) throw std::runtime_error("more chunks than a CUDA grid has blocks");
-  Table<kCapacity> table;
-  table.count = static_cast<int>(end - begin);
+  shared.slices += first_row;
+  shared.partials += 3 * first_row;
+  shared.first_tensor = static_cast<int64_t>(begin);
+  Products<kCapacity> products;
   for (size_t i = begin; i < end; ++i) {
-    const Part& part = step.parts[i];
-    table.data[i - begin] = step.products[i].data;
-    table.dtype[i - begin] = step.products[i].dtype;
-    table.numel[i - begin] = part.numel;
-    table.offset[i - begin] = part.offset;
-    table.row[i - begin] = part.row;
+    products.data[i - begin] = step.products[i].data;
+    products.dtype[i - begin] = step.products[i].dtype;
   }
-  void* arguments[] = {&table, &shared};
+  void* arguments[] = {&products, &shared};
   require(cudaLaunchKernel(kernel_of<kCapacity>(step.op, measure, step.wide),
                            dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments, 0, stream),
           name_of(step), "CUDA launch failed");
@@ -127,14 +124,16 @@ void run_cuda(const Step& step, int device, void* stream_handle) {
   std::copy(step.states, step.states + kMaxStates, shared.states);
   std::copy(step.scalars, step.scalars + kMaxScalars, shared.scalars);
   shared.damping = step.damping;
+  shared.slices = step.slices;
   shared.partials = step.partials;
   if (kOps[static_cast<int>(step.op)].measured) {
     run_pass(step, true, shared, stream);
     double* partials = step.partials;
     int64_t rows = step.rows;
     void* arguments[] = {&partials, &rows};
-    require(cudaLaunchKernel(reinterpret_cast<const void*>(total_kernel), dim3(1), dim3(kThreads), arguments,
-                             0, stream),
+    const int64_t blocks = std::min((rows + kTotalThreads - 1) / kTotalThreads, kMostTotalBlocks);
+    require(cudaLaunchKernel(reinterpret_cast<const void*>(total_kernel), dim3(static_cast<unsigned>(blocks)),
+                             dim3(kTotalThreads), arguments, 0, stream),
             name_of(step), "CUDA launch failed");
   }
   run_pass(step, false, shared, stream);

@@ -1,6 +1,6 @@
 // One kernel for all ops and types: a block updates one chunk of one tensor and writes its row of partials.
 // Nothing is accumulated across blocks, so every run gives the same bits. An op that is measured first takes
-// two more launches: the same kernel without stores, and one block that adds up its rows.
+// two more launches: the same kernel without stores, and one that adds up its rows.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,39 +11,37 @@
 namespace hvp {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 constexpr int kVector = 4;                 // consecutive elements of one thread
 constexpr int kSpan = kThreads * kVector;  // elements of one pass of the block
 static_assert(kChunk % kSpan == 0, "a full chunk is a whole number of passes");
 
-// The tensors of one launch, passed by value in the kernel's parameters: 4 KB of them everywhere, 32 KB since
-// CUDA 12.1. A small table costs less to launch.
-constexpr int kSmall = 64;
+// The products of one launch, passed by value in the kernel's parameters, since only they differ from call to
+// call: 4 KB of parameters everywhere, 32 KB since CUDA 12.1. A launch copies all of them, so few products
+// take the small variant.
+constexpr int kSmall = 440;
 #if CUDART_VERSION >= 12010
-constexpr int kLarge = 960;
+constexpr int kLarge = 3600;
 #else
-constexpr int kLarge = 112;
+constexpr int kLarge = kSmall;
 #endif
 
 template <int kCapacity>
-struct Table {
+struct Products {
   const void* data[kCapacity];
-  int64_t numel[kCapacity];
-  int64_t offset[kCapacity];
-  int64_t row[kCapacity];
-  DType dtype[kCapacity];
-  int count;
+  DType dtype[kCapacity];  // a product may come in another dtype than the call before
 };
 
-// What all tensors of a call share.
+// What all tensors of a launch share.
 struct Shared {
   void* states[kMaxStates];
   const double* scalars[kMaxScalars];
   double damping;
+  const Slice* slices;  // these two from the launch's first row on
   double* partials;
-  int64_t first_row;  // of the launch
+  int64_t first_tensor;
 };
-static_assert(sizeof(Table<kLarge>) + sizeof(Shared) <= (kLarge > 112 ? 32764 : 4096), "parameters must fit");
+static_assert(sizeof(Products<kSmall>) + sizeof(Shared) <= 4096, "parameters must fit");
+static_assert(kLarge == kSmall || sizeof(Products<kLarge>) + sizeof(Shared) <= 32764, "parameters must fit");
 
 template <class T>
 struct alignas(sizeof(T) * kVector > 16 ? 16 : sizeof(T) * kVector) Vector {
@@ -153,13 +151,13 @@ struct Chunk {
 };
 
 template <template <class> class Op, bool kMeasure, class T, class Input>
-__device__ Sums run_chunk(const Op<T>& op, const void* data, const Shared& shared, int64_t offset,
-                          int64_t start, int count) {
+__device__ Sums run_chunk(const Op<T>& op, const void* data, const Shared& shared, const Slice& slice) {
   const auto state = [&](int k) {
-    return k < Op<T>::kStates ? static_cast<T*>(shared.states[k]) + offset + start : nullptr;
+    return k < Op<T>::kStates ? static_cast<T*>(shared.states[k]) + slice.offset : nullptr;
   };
   Chunk<Op, kMeasure, T, Input> chunk{
-      op, static_cast<const Input*>(data) + start, state(0), state(1), state(2), {}};
+      op, static_cast<const Input*>(data) + slice.start, state(0), state(1), state(2), {}};
+  const int count = static_cast<int>(slice.count);
   if (aligned(chunk.x) && aligned(chunk.a) && aligned(chunk.b) && aligned(chunk.c)) {
     chunk.template run<true>(count);
   } else {
@@ -168,8 +166,10 @@ __device__ Sums run_chunk(const Op<T>& op, const void* data, const Shared& share
   return chunk.sums;
 }
 
-// The block's total, valid in thread 0. The order of the additions is fixed.
+// The total of a block of so many threads, valid in thread 0. The order of the additions is fixed.
+template <int kBlock>
 __device__ Sums reduce(Sums sums) {
+  constexpr int kWarps = kBlock / 32;
   __shared__ double first[kWarps], second[kWarps];
   for (int distance = 16; distance > 0; distance /= 2) {
     sums.first += __shfl_down_sync(0xffffffffu, sums.first, distance);
@@ -192,64 +192,58 @@ __device__ Sums reduce(Sums sums) {
 
 template <template <class> class Op, bool kMeasure, class T, int kCapacity>
 __global__ void __launch_bounds__(kThreads)
-    step_kernel(const __grid_constant__ Table<kCapacity> table, const __grid_constant__ Shared shared) {
-  const int64_t row = shared.first_row + blockIdx.x;
-  // The last tensor that starts at or before the row; an empty one shares its row with the next.
-  int tensor = 0;
-  for (int end = table.count; end - tensor > 1;) {
-    const int middle = (tensor + end) / 2;
-    if (table.row[middle] <= row) {
-      tensor = middle;
-    } else {
-      end = middle;
-    }
-  }
+    step_kernel(const __grid_constant__ Products<kCapacity> products, const __grid_constant__ Shared shared) {
+  const Slice slice = shared.slices[blockIdx.x];
+  double* out = shared.partials + 3 * static_cast<int64_t>(blockIdx.x);
   Scalars scalars{};
   for (int i = 0; i < Op<T>::kScalars; ++i) scalars.value[i] = *shared.scalars[i];
   scalars.damping = shared.damping;
-  if constexpr (Op<T>::kMeasured && !kMeasure) scalars.measured = shared.partials[3 * row];
+  if constexpr (Op<T>::kMeasured && !kMeasure) scalars.measured = out[0];
   const Op<T> op(scalars);
 
-  const int64_t start = (row - table.row[tensor]) * kChunk;
-  const int64_t offset = table.offset[tensor];
-  const int64_t left = table.numel[tensor] - start;
-  const int count = static_cast<int>(left < kChunk ? left : kChunk);
-  const void* data = table.data[tensor];
+  const int64_t index = slice.tensor - shared.first_tensor;
+  const void* data = products.data[index];
   Sums sums;
-  switch (table.dtype[tensor]) {
+  switch (products.dtype[index]) {
     case DType::kFloat32:
-      sums = run_chunk<Op, kMeasure, T, float>(op, data, shared, offset, start, count);
+      sums = run_chunk<Op, kMeasure, T, float>(op, data, shared, slice);
       break;
     case DType::kFloat64:
-      if constexpr (sizeof(T) == 8)
-        sums = run_chunk<Op, kMeasure, T, double>(op, data, shared, offset, start, count);
+      if constexpr (sizeof(T) == 8) sums = run_chunk<Op, kMeasure, T, double>(op, data, shared, slice);
       break;
     case DType::kBFloat16:
-      sums = run_chunk<Op, kMeasure, T, BFloat16>(op, data, shared, offset, start, count);
+      sums = run_chunk<Op, kMeasure, T, BFloat16>(op, data, shared, slice);
       break;
     case DType::kFloat16:
-      sums = run_chunk<Op, kMeasure, T, Float16>(op, data, shared, offset, start, count);
+      sums = run_chunk<Op, kMeasure, T, Float16>(op, data, shared, slice);
       break;
   }
-  sums = reduce(sums);
+  sums = reduce<kThreads>(sums);
   if (threadIdx.x == 0) {
-    double* out = shared.partials + 3 * row;
     out[0] = sums.first;
     out[1] = sums.second;
     out[2] = sums.nonfinite ? 1.0 : 0.0;
   }
 }
 
-// Adds up the second column of all rows, in a fixed order, and writes the total into the first column of each
-// row, where each block of the update finds it in the row that only it overwrites.
-__global__ void __launch_bounds__(kThreads) total_kernel(double* partials, int64_t rows) {
+// Adds up the second column of all rows and writes the total into the first column of each row, where each
+// block of the update finds it in the row that only it overwrites. As many threads as a block can have keep
+// as many loads in flight. Every block makes the whole sum, in the same order and so with the same bits, and
+// writes a share of the rows: sums of parts would need memory of their own, and one more launch to add them
+// up.
+constexpr int kTotalThreads = 1024;
+constexpr int64_t kMostTotalBlocks = 4;
+
+__global__ void __launch_bounds__(kTotalThreads) total_kernel(double* partials, int64_t rows) {
   __shared__ double total;
   Sums sums;
-  for (int64_t row = threadIdx.x; row < rows; row += kThreads) sums.second += partials[3 * row + 1];
-  sums = reduce(sums);
+#pragma unroll 4
+  for (int64_t row = threadIdx.x; row < rows; row += kTotalThreads) sums.second += partials[3 * row + 1];
+  sums = reduce<kTotalThreads>(sums);
   if (threadIdx.x == 0) total = sums.second;
   __syncthreads();
-  for (int64_t row = threadIdx.x; row < rows; row += kThreads) partials[3 * row] = total;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTotalThreads + threadIdx.x;
+  for (int64_t row = first; row < rows; row += gridDim.x * kTotalThreads) partials[3 * row] = total;
 }
 
 // The numbers between two passes, by one thread of one warp.

@@ -41,7 +41,7 @@ class Plan {
        const std::vector<std::vector<int64_t>>& shapes, const std::vector<std::vector<int64_t>>& strides,
        const std::vector<std::vector<int64_t>>& orders, const std::vector<py::object>& examples,
        const std::vector<int64_t>& offsets, const std::vector<py::object>& scalars, double damping,
-       const py::object& partials, py::object conform)
+       const py::object& partials, const py::object& slices, py::object conform)
       : code_(op_of(op)), damping_(damping), conform_(std::move(conform)) {
     const Torch& torch = Torch::get();
     const OpTraits& traits = kOps[static_cast<int>(code_)];
@@ -59,7 +59,8 @@ class Plan {
     }
     for (const py::object& scalar : scalars) scalars_.push_back(address(torch.view(scalar.ptr())));
     partials_ = span_of(torch.view(partials.ptr()), sizeof(double));
-    held_ = {py::cast(states), py::cast(scalars), partials};
+    slices_ = static_cast<const Slice*>(memory(slices));
+    held_ = {py::cast(states), py::cast(scalars), partials, slices};
     for (size_t i = 0; i < count; ++i) {
       int64_t size = 1;
       for (const int64_t extent : shapes[i]) size *= extent;
@@ -70,6 +71,9 @@ class Plan {
       rows_ += (size + kChunk - 1) / kChunk;
       elements_ += size;
     }
+    const int64_t listed = slices.is_none() ? 0 : torch.view(slices.ptr()).shape[0];
+    if (device_.type == dlpack::kCuda && listed != rows_)
+      throw py::value_error(op + ": slices: expected one for each row of partials");
   }
 
   void operator()(const py::object& products) const {
@@ -145,8 +149,8 @@ class Plan {
 
   void run(const std::vector<Product>& products) const {
     const bool wide = state_dtype_ == DType::kFloat64;
-    Step step{code_,  wide,     {},   {}, damping_, reinterpret_cast<double*>(partials_.begin),
-              parts_, products, rows_};
+    Step step{code_,  wide,     {},    {},     damping_, reinterpret_cast<double*>(partials_.begin),
+              parts_, products, rows_, slices_};
     for (size_t i = 0; i < states_.size(); ++i) step.states[i] = reinterpret_cast<void*>(states_[i].begin);
     for (size_t i = 0; i < scalars_.size(); ++i)
       step.scalars[i] = reinterpret_cast<const double*>(scalars_[i]);
@@ -181,6 +185,7 @@ class Plan {
   std::vector<Part> parts_;
   std::vector<Expected> expected_;
   int64_t rows_ = 0, elements_ = 0;
+  const Slice* slices_;
   std::vector<py::object> held_;  // keeps the memory behind the addresses alive
   py::object conform_;
 };
@@ -193,10 +198,10 @@ void bind_plan(py::module_& module) {
   py::class_<Plan>(module, "Plan", "An op bound to its state; calling it with the products runs it.")
       .def(py::init<const std::string&, const Objects&, const std::vector<Sizes>&, const std::vector<Sizes>&,
                     const std::vector<Sizes>&, const Objects&, const Sizes&, const Objects&, double,
-                    const py::object&, py::object>(),
+                    const py::object&, const py::object&, py::object>(),
            py::arg("op"), py::arg("states"), py::arg("shapes"), py::arg("strides"), py::arg("orders"),
            py::arg("examples"), py::arg("offsets"), py::arg("scalars"), py::arg("damping"),
-           py::arg("partials"), py::arg("conform"))
+           py::arg("partials"), py::arg("slices"), py::arg("conform"))
       .def("__call__", &Plan::operator(), py::arg("products"));
 }
 

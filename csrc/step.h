@@ -14,6 +14,14 @@ struct Part {
   int64_t row;     // of the tensor's first chunk in partials
 };
 
+// The elements that are summed into one row of partials: a row of Layout.slices, on the state's device.
+struct alignas(16) Slice {
+  int64_t tensor;
+  int64_t start;   // of its first element in the product
+  int64_t offset;  // and in every state vector
+  int64_t count;
+};
+
 struct Product {
   const void* data;
   DType dtype;
@@ -30,6 +38,7 @@ struct Step {
   const std::vector<Part>& parts;
   const std::vector<Product>& products;
   int64_t rows;
+  const Slice* slices;  // `rows` of them; only a GPU has them, and reads them
 };
 
 }  // namespace hvp

@@ -41,6 +41,7 @@ class Plan:
         scalars: Sequence[Tensor],
         damping: float,
         partials: Tensor,
+        slices: Tensor | None,
         conform: Callable[[int, object], Tensor],
     ) -> None: ...
     def __call__(self, products: Sequence[Tensor]) -> None: ...

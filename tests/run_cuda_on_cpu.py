@@ -97,6 +97,7 @@ class Library:
                 (ctypes.c_int64 * count)(*layout.offsets),
                 _addresses(read),
                 (ctypes.c_int * count)(*(WIDTHS[product.dtype] for product in read)),
+                ctypes.c_void_p(layout.slices.data_ptr()),
                 error,
                 ctypes.c_size_t(len(error)),
             )

@@ -27,8 +27,8 @@ OP_TESTS = str(TESTS / "test_ops.py")
 ON_THIS_BACKEND = "cpu-cpp and not threads and not 100003 and (not formats or unaligned)"
 CPU = torch.device("cpu")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(TESTS.parent)}
-LARGE, OLD = 960, 112
-"""Tensors in one launch: since CUDA 12.1, and before."""
+SMALL, LARGE = 440, 3600
+"""Tensors in one launch: in 4 KB of parameters, the most before CUDA 12.1, and in 32 KB."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def run_ops(library: Path, order: str, which: str, tests: str = "test_ops.py") -
 
 
 def test_all_op_tests_with_threads_and_blocks_shuffled(library: Path) -> None:
-    assert run_ops(library, "shuffled", f"{ON_THIS_BACKEND} and not longer_than_a_table") > 600
+    assert run_ops(library, "shuffled", f"{ON_THIS_BACKEND} and not longer_than_the_parameters") > 600
 
 
 def test_recurrences(library: Path) -> None:
@@ -65,26 +65,31 @@ def test_recurrences(library: Path) -> None:
 
 
 def test_with_threads_and_blocks_reversed(library: Path) -> None:
-    assert run_ops(library, "reversed", f"{ON_THIS_BACKEND} and (f32-mixed-all or (longer_than_a_table and f64))") == 10
+    assert (
+        run_ops(library, "reversed", f"{ON_THIS_BACKEND} and (f32-mixed-all or (longer_than_the_parameters and f64))")
+        == 10
+    )
 
 
 @pytest.mark.parametrize("flags", [(), ("-DCUDART_VERSION=12000",)], ids=["", "before CUDA 12.1"])
-def test_lists_longer_than_a_table_take_several_launches(
+def test_lists_longer_than_the_parameters_take_several_launches(
     library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
 ) -> None:
     if flags:
         library = tmp_path / "kernels.so"
         run_cuda_on_cpu.build("checked", library, *flags)
-    capacity = OLD if flags else LARGE
+    capacity = SMALL if flags else LARGE
+    counts = [(name, 500) for name in OPS] + [("cg_step", 4100)]  # a total of more rows than its blocks have threads
+    counts += [("neumann_step", n) for n in {1, SMALL, SMALL + 1, capacity, capacity + 1}]
     kernels = run_cuda_on_cpu.Library(library)
     monkeypatch.setattr(cpp, "bind", kernels.bind)
     with hvp.use_backend("cpp"):
-        for name, count in [(name, 1500) for name in OPS] + [("neumann_step", n) for n in (1, 64, 65, capacity, 961)]:
+        for name, count in counts:
             torch.manual_seed(0)
             products = products_like([(1 + 5000 * (i % 61 == 0),) for i in range(count)], [F32, BF16, F16], CPU)
             before = kernels.launches
             Case.of(name, products, F64).run_and_check(products)
-            passes = -(-count // capacity) if count > 64 else 1
+            passes = -(-count // capacity)
             assert kernels.launches - before == (2 * passes + 1 if name == "cg_step" else passes)
 
 

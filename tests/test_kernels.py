@@ -31,7 +31,7 @@ compiled_only = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET
 # The interpreter takes some 10 ms for each row, so long lists run there with mixed dtypes only.
 INTERPRETED_TESTS = (
     "cpu-triton and not ((-200] or -all] or -100003] or beta_zero) and not mixed) and not f64-mixed-200] "
-    "and not (bad_product and 16) and not longer_than_a_table"
+    "and not (bad_product and 16) and not longer_than_the_parameters"
 )
 
 

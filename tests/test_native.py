@@ -5,6 +5,7 @@ That it computes the right numbers is tested for all backends alike in test_ops.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
+from hvp_engine.errors import BackendError
 from hvp_engine.ops import cpp as native
 from hvp_engine.ops import reference
 from hvp_engine.ops.backend import Binding
@@ -350,3 +352,21 @@ print(len(set(names)), set(names))
         pytest.skip("reads /proc/self/maps")
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.startswith("1 "), output
+
+
+def test_a_cuda_graph_reads_slices_that_are_there_and_stay(monkeypatch: pytest.MonkeyPatch):
+    """Without a GPU: only the answers of torch.cuda are made up."""
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(native, "_CAPTURED", kept := {})
+    layout = Layout((torch.Size([5000]),), ((1,),), (torch.float32,), torch.device("cuda", 0))
+    with pytest.raises(BackendError, match="neumann_step: hv: expected sizes .* got new .* before the capture"):
+        native._slices("neumann_step", layout)
+    slices = vars(layout)["slices"] = Layout.of([torch.empty(5000)]).slices
+    assert native._slices("neumann_step", layout) is native._slices("cg_step", layout) is slices
+    assert list(kept) == [slices.data_ptr()] and kept[slices.data_ptr()] is slices
+    kept.clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert native._slices("neumann_step", layout) is slices and not kept
+    nothing = Layout((torch.Size([0]),), ((1,),), (torch.float32,), torch.device("cuda", 0))
+    assert native._slices("neumann_step", nothing) is native._slices("neumann_step", Layout.of([torch.ones(3)])) is None

@@ -54,6 +54,19 @@ def any_tensors(draw: st.DrawFn) -> Tensor:
     return tensor
 
 
+def test_slices_cut_each_tensor_into_chunks() -> None:
+    numels = (0, 1, CHUNK, 0, 0, 2 * CHUNK + 7, 5, 0)
+    layout = Layout.of([torch.empty(n) for n in numels])
+    expected = [
+        [tensor, begin, offset + begin, min(CHUNK, numel - begin)]
+        for tensor, (numel, offset) in enumerate(zip(numels, layout.offsets, strict=True))
+        for begin in range(0, numel, CHUNK)
+    ]
+    assert layout.slices.tolist() == expected and len(expected) == layout.partial_rows
+    assert layout.slices.dtype == torch.int64 and layout.slices.is_contiguous()
+    assert Layout.of([]).slices.shape == (0, 4)
+
+
 def test_offsets_are_aligned_and_hold_the_size_at_the_end() -> None:
     assert offsets_of([]) == (0,)
     assert offsets_of([1, 0, 16, 17, 5]) == (0, 16, 16, 32, 64, 80)

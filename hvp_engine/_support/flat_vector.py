@@ -171,6 +171,21 @@ class Layout:
         return any(dtype != self.state_dtype for dtype in self.dtypes)
 
     @cached_property
+    def slices(self) -> Tensor:
+        """What each row of `partials` sums, int64 (rows, 4) on the layout's device: the tensor, where the slice begins
+        in it and in a flat buffer, and its elements.
+
+        For tensors of 5,000 and 3 elements: (0, 0, 0, 4096), (0, 4096, 4096, 904) and (1, 0, 5008, 3).
+        """
+        numels, offsets = torch.tensor([self.numels, self.offsets], dtype=torch.int64, device="cpu")
+        chunks = (numels + CHUNK - 1) // CHUNK
+        tensor = torch.repeat_interleave(chunks)
+        before = chunks.cumsum(0) - chunks  # rows of the tensors before
+        start = CHUNK * (torch.arange(len(tensor), device="cpu") - before[tensor])
+        count = (numels[tensor] - start).clamp(max=CHUNK)
+        return torch.stack([tensor, start, offsets[tensor] + start, count], 1).to(self.device)
+
+    @cached_property
     def orders(self) -> tuple[tuple[int, ...], ...]:
         """For each tensor the permutation of its dimensions that makes it row-major in memory.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.pytree import check_leaf_like
 from hvp_engine._support.torch_compat import loaded_library
+from hvp_engine.errors import BackendError
 from hvp_engine.ops.backend import Binding, Bound
 from hvp_engine.ops.schemas import OPS
 
@@ -61,6 +62,7 @@ def bind(given: Binding) -> Bound:
         scalars=[_kept(scalar) for scalar in scalars],
         damping=damping,
         partials=partials,
+        slices=_slices(name, layout),
         conform=_conform(name, layout, states, partials),
     )
 
@@ -68,6 +70,25 @@ def bind(given: Binding) -> Bound:
 def bind_recurrence(name: str, state: Tensor) -> Callable[[], None]:
     """The recurrence `name`, bound."""
     return _C.Recurrence(name, _kept(state))
+
+
+_CAPTURED: dict[int, Tensor] = {}
+"""Tables that CUDA graphs may read, by address: a graph does not keep alive what it reads."""
+
+
+def _slices(name: str, layout: Layout) -> Tensor | None:
+    """The layout's slices where a kernel reads them, which is on a GPU."""
+    if layout.device.type != "cuda" or not any(layout.numels):
+        return None
+    with torch.cuda.device(layout.device):
+        if not torch.cuda.is_current_stream_capturing():
+            return layout.slices
+    if "slices" not in vars(layout):
+        raise BackendError(
+            f"{name}: {OPS[name].product}: expected sizes that an op has met before a CUDA graph is captured; got new "
+            "ones, of which nothing can be copied to the device now: call the op once before the capture"
+        )
+    return _CAPTURED.setdefault(layout.slices.data_ptr(), layout.slices)
 
 
 def _kept(tensor: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ struct Index {
 };
 extern thread_local Index thread_index;
 extern Index block_index;
+extern Index grid_size;
 
 void synchronize();
 int synchronize_or(int predicate);
@@ -42,6 +43,7 @@ double shuffle_down(unsigned mask, double value, unsigned delta);
 
 #define threadIdx (::cuda_on_cpu::thread_index)
 #define blockIdx (::cuda_on_cpu::block_index)
+#define gridDim (::cuda_on_cpu::grid_size)
 
 inline void __syncthreads() { cuda_on_cpu::synchronize(); }
 inline int __syncthreads_or(int predicate) { return cuda_on_cpu::synchronize_or(predicate); }

@@ -5,11 +5,14 @@
 int main() {
   const std::vector<int64_t> numels = {5000, 0, 3};
   std::vector<int64_t> offsets;
-  int64_t size = 0, rows = 0;
+  std::vector<hvp::Slice> slices;
+  int64_t size = 0;
   for (const int64_t numel : numels) {
+    for (int64_t start = 0; start < numel; start += hvp::kChunk)
+      slices.push_back(
+          {static_cast<int64_t>(offsets.size()), start, size + start, std::min(numel - start, hvp::kChunk)});
     offsets.push_back(size);
     size += (numel + 15) / 16 * 16;
-    rows += (numel + hvp::kChunk - 1) / hvp::kChunk;
   }
   char error[300];
   for (int op = 0; op < hvp::kOpCount; ++op) {
@@ -25,13 +28,13 @@ int main() {
         for (int64_t i = 0; i < size; ++i)
           wide ? state[i] = 0.25 : reinterpret_cast<float*>(state.data())[i] = 0.25f;
       }
-      std::vector<double> partials(3 * rows);
+      std::vector<double> partials(3 * slices.size());
       const double values[] = {0.1, 0.3};
       void* pointers[] = {states[0].data(), states[1].data(), states[2].data()};
       const double* scalars[] = {values, values + 1};
       const int dtypes[] = {0, 0, 0};
       cuda_on_cpu_run(op, wide, pointers, scalars, 0.2, partials.data(), numels.size(), numels.data(),
-                      offsets.data(), products.data(), dtypes, error, sizeof error);
+                      offsets.data(), products.data(), dtypes, slices.data(), error, sizeof error);
       if (error[0] != '\0') return std::fprintf(stderr, "%s\n", error), 1;
     }
   }

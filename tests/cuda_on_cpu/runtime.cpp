@@ -25,6 +25,7 @@ using Body = std::function<void()>;
 
 thread_local Index thread_index;
 Index block_index;
+Index grid_size;
 
 namespace {
 
@@ -208,11 +209,12 @@ struct Kernel {
 template <int kCapacity>
 Kernel step_of(const void* address) {
   using namespace hvp;
-  auto* kernel = reinterpret_cast<void (*)(const Table<kCapacity>, const Shared)>(const_cast<void*>(address));
+  auto* kernel =
+      reinterpret_cast<void (*)(const Products<kCapacity>, const Shared)>(const_cast<void*>(address));
   return {[kernel](void** arguments) {
-            kernel(*static_cast<Table<kCapacity>*>(arguments[0]), *static_cast<Shared*>(arguments[1]));
+            kernel(*static_cast<Products<kCapacity>*>(arguments[0]), *static_cast<Shared*>(arguments[1]));
           },
-          sizeof(Table<kCapacity>) + sizeof(Shared)};
+          sizeof(Products<kCapacity>) + sizeof(Shared)};
 }
 
 std::map<const void*, Kernel> all_kernels() {
@@ -272,6 +274,7 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a
     return cudaErrorInvalidValue;
   }
   threads_of_block = block.x;
+  grid_size.x = grid.x;
   const Body body = [&] { found->second.call(arguments); };
   for (const unsigned index : ordered(grid.x)) {
     block_index.x = index;
@@ -290,7 +293,8 @@ int64_t cuda_on_cpu_launches() { return cuda_on_cpu::launches; }
 // Runs an op on `count` tensors; an error's text goes to `error`, empty if there is none.
 void cuda_on_cpu_run(int op, int wide, void** states, const double** scalars, double damping,
                      double* partials, int64_t count, const int64_t* numels, const int64_t* offsets,
-                     const void** products, const int* dtypes, char* error, size_t error_size) {
+                     const void** products, const int* dtypes, const void* slices, char* error,
+                     size_t error_size) {
   std::vector<hvp::Part> parts;
   std::vector<hvp::Product> read;
   int64_t rows = 0;
@@ -299,7 +303,9 @@ void cuda_on_cpu_run(int op, int wide, void** states, const double** scalars, do
     read.push_back({products[i], static_cast<hvp::DType>(dtypes[i]), {}});
     rows += (numels[i] + hvp::kChunk - 1) / hvp::kChunk;
   }
-  hvp::Step step{static_cast<hvp::OpCode>(op), wide != 0, {}, {}, damping, partials, parts, read, rows};
+  hvp::Step step{
+      static_cast<hvp::OpCode>(op),          wide != 0, {}, {}, damping, partials, parts, read, rows,
+      static_cast<const hvp::Slice*>(slices)};
   std::copy(states, states + hvp::kOps[op].states, step.states);
   std::copy(scalars, scalars + hvp::kOps[op].scalars, step.scalars);
   error[0] = '\0';
