@@ -23,7 +23,6 @@ NAMES = (
     "inversion_error",
     "inverse_hessian_pictures",
     "distillation",
-    "overfitting",
     "augmentation",
     "odd_augmentation",
     "validation_splits",
@@ -31,8 +30,9 @@ NAMES = (
     "method_memory",
     "ptb_overfitting",
     "ptb_tuning",
+    "overfitting",
 )
-"""Modules of this package that hold an `EXPERIMENT`."""
+"""Modules of this package that hold an `EXPERIMENT`, those that take long last."""
 
 
 def find(name: str) -> Experiment:
