@@ -77,10 +77,24 @@ FAULTS = [
     ),
     Fault(
         "hvp_engine/tuning/replayed_gradient.py",
-        "            if versions != versions_of(read):\n",
-        "            if False:\n",
+        "            elif versions != versions_of(unchanging):\n",
+        "            elif False:\n",
         REPLAYED,
         "a loss that writes into its batch is replayed, which writes into a copy",
+    ),
+    Fault(
+        "hvp_engine/tuning/replayed_gradient.py",
+        "            if read.keys() != kind.read.keys():\n",
+        "            if False:\n",
+        REPLAYED,
+        "a graph goes on with memory that a loss has let go",
+    ),
+    Fault(
+        "hvp_engine/tuning/replayed_gradient.py",
+        "        changes |= {id(tensor): tensor for tensor in _small(kind.read, problem)}\n",
+        "",
+        REPLAYED,
+        "statistics that belong to no module are moved by a recording",
     ),
     Fault(
         "hvp_engine/tuning/replayed_gradient.py",
