@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# All that a GPU can tell, in three commands of less than ten minutes each on a machine with one:
+# All that a GPU can tell, in commands of less than ten minutes each on a machine with one:
 #
 #   bash tools/gpu_hour.sh 1    build, smoke, all gpu tests
 #   bash tools/gpu_hour.sh 2    compute-sanitizer, what the graphs are worth, recurrent layers, benchmarks
 #   bash tools/gpu_hour.sh 3    profiles, ncu, memory, repeatability, precision
+#   bash tools/gpu_hour.sh 4    a step over 1 to 5,000 tensors, in turns with the older tree in the folder $GPU_HOUR_BEFORE
 #
 # No network is used. Results of all steps so far are packed after each step into $OUT (default: out/gpu-hour). A step
 # ends at its limit, and no step begins after nine minutes. Without a GPU, GPU_HOUR_DEVICE=cpu goes through the same
 # motions, shortened.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-STAGE=${1:?stage: expected 1, 2 or 3}
+STAGE=${1:?stage: expected 1, 2, 3 or 4}
 DEVICE=${GPU_HOUR_DEVICE:-cuda}
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-out/gpu-hour}
@@ -108,8 +109,20 @@ case $STAGE in
   step more 150 30 "$SMOKE --only repeatability memory tf32"
   step precision 60 20 "$PYTHON -m bench.precision --quick --out $WORK/precision.csv"
   ;;
+4)
+  BEFORE=$(cd "${GPU_HOUR_BEFORE:?expected the folder of an older tree}" && pwd) || exit 2
+  ls hvp_engine/_C*.so > /dev/null 2>&1 || step build 150 25 "$BUILD"
+  ls "$BEFORE"/hvp_engine/_C*.so > /dev/null 2>&1 || step build-before 150 25 "cd $BEFORE && $BUILD"
+  for round in 1 2; do
+    for tree in "before $BEFORE" "now $PWD"; do
+      # The same measurements of both: this tree's tool with that tree's package.
+      step "launches-${tree%% *}-$round" 60 40 "cd ${tree#* } && PYTHONPATH=${tree#* } $PYTHON $PWD/tools/gpu_smoke.py \
+        --device $DEVICE --only launches bandwidth"
+    done
+  done
+  ;;
 *)
-  say "stage: expected 1, 2 or 3; got $STAGE"
+  say "stage: expected 1, 2, 3 or 4; got $STAGE"
   exit 2
   ;;
 esac
