@@ -1,4 +1,5 @@
-"""Everyday losses and modules: on every engine each has plain double backward's numbers, and none falls back."""
+"""Everyday losses and modules: on every engine each has plain double backward's numbers, and none falls back. The
+compiled engine is tried on a few of them, in soak."""
 
 from __future__ import annotations
 
@@ -54,6 +55,9 @@ UNMENDED: dict[str, tuple[str, ...]] = {
 }
 """Engines that do not have the right numbers yet, by loss or module."""
 
+COMPILED = ("one_hot", "max pooling", "Dropout", "BatchNorm2d", "EmbeddingBag", "spectral_norm")
+"""Losses and modules that the compiled engine has to get right too; the others would take minutes."""
+
 BY_AUTOGRAD: dict[str, str] = {}
 """Losses and modules of which the recorded engine makes no program, and why."""
 
@@ -61,7 +65,8 @@ BY_AUTOGRAD: dict[str, str] = {}
 def cells(names: Iterable[str]) -> list[Any]:
     """Each name with each engine."""
     found = [(name, engine) for name in names for engine in ENGINES if engine not in UNMENDED.get(name, ())]
-    return [pytest.param(*cell) for cell in found]
+    compiled = [pytest.param(name, "compiled", marks=pytest.mark.soak) for name in names if name in COMPILED]
+    return [pytest.param(*cell) for cell in found] + compiled
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +114,7 @@ def compare(
         for ours, true in zip((gradient, product), truth, strict=True):
             assert (ours - true).norm() <= 1e-9 * true.norm()
     made = operator.linear_map
-    assert isinstance(made, TracedLinearization) == (engine == "linearized"), f"{engine} fell back"
+    assert isinstance(made, TracedLinearization) == (engine in ("linearized", "compiled")), f"{engine} fell back"
     if engine == "recorded":
         assert isinstance(made, OwnedLinearization)
         assert (made.program is None) == (name in BY_AUTOGRAD), made.fallback

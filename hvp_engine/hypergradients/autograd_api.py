@@ -65,8 +65,8 @@ def approx_inverse_hvp(
 
     Cost: `iterations` Hessian-vector products (8 more for "auto"); two flat copies of the weights.
 
-    Errors: `TypeError`/`ValueError` naming the argument; :class:`GraphError` for an `f` without a graph;
-    :class:`SecondDerivativeError`; :class:`DivergenceError` naming an alpha that would work.
+    Errors: `TypeError`/`ValueError` naming the argument; :class:`GraphError` for an `f` without a graph and a `v` of
+    None alone; :class:`SecondDerivativeError`; :class:`DivergenceError` naming an alpha that would work.
 
     Source: Algorithm 3 of Lorraine, Vicol, Duvenaud 2019, with the final factor alpha that its box omits.
 
@@ -119,9 +119,9 @@ def hypergradient(
 
     Cost: two gradients, the solver's products, one mixed product.
 
-    Errors: :class:`GraphError` for a loss without a graph, or if no hyperparameter is reachable although a loss depends
-    on something beside the weights (if it does not, zeros are right, and a warning says so); else as
-    :func:`approx_inverse_hvp`.
+    Errors: :class:`GraphError` for a loss without a graph or of other weights, or if no hyperparameter is reachable
+    although a loss depends on something beside the weights (if it does not, zeros are right, and a warning says so);
+    else as :func:`approx_inverse_hvp`.
 
     Source: Algorithm 2 and Theorem 1 (implicit function theorem) of Lorraine, Vicol, Duvenaud 2019.
 
