@@ -116,9 +116,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "many alphas": (
         lambda: hvp.Neumann(3, torch.ones(2)),
         TypeError,
-        "^alpha: expected a finite number > 0; got Tensor",
+        '^alpha: expected "auto" or a finite number > 0; got Tensor',
     ),
-    "complex": (lambda: hvp.Neumann(3, np.complex64(1)), TypeError, "^alpha: expected a finite number > 0"),
+    "complex": (lambda: hvp.Neumann(3, np.complex64(1)), TypeError, '^alpha: expected "auto" or a finite'),
     "nan": (lambda: hvp.Neumann(3, np.float32("nan")), ValueError, "^alpha: expected a finite number > 0; got nan"),
 }
 
