@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import threading
 import warnings
 import weakref
@@ -27,6 +28,7 @@ from hvp_engine.differentiation.recorded.library import Library
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
 from hvp_engine.differentiation.recorded.owned import OwnedLinearization
 from hvp_engine.differentiation.trace.evaluated import PartitionedLinearization
+from hvp_engine.engines import RecordedEngine
 
 pytestmark = pytest.mark.usefixtures("float64_by_default", "programs_are_taken")
 
@@ -227,7 +229,8 @@ def test_a_report_is_of_the_engines_own_losses() -> None:
         reports.append(operator.engine.report())
     assert "1 of 1 kinds" in reports[0] and "written down" in reports[0]
     assert "1 of 1 kinds" in reports[1] and "written down" not in reports[1]
-    assert copy.deepcopy(operator.engine).report() == reports[1]
+    for copied in (copy.deepcopy(operator.engine), pickle.loads(pickle.dumps(RecordedEngine()))):
+        assert copied.report().startswith("0 of 0 kinds")
 
 
 # --- Refused ----------------------------------------------------------------------------------------------------------

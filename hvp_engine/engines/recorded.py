@@ -30,6 +30,10 @@ class RecordedEngine(Engine):
         self._eager = EagerEngine() if eager is None else eager
         self._met: WeakKeyDictionary[Known, None] = WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[RecordedEngine], tuple[EagerEngine]]:
+        """A copy has met no graphs: those are known in this process."""
+        return RecordedEngine, (self._eager,)
+
     def linearize(self, problem: Problem) -> Linearization:
         return self._eager.recorded_as(partial(OwnedLinearization, met=self._met), problem)
 
