@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from fused_op_oracles import BF16, DTYPES, F16, F32, F64, Case, arguments_of, products_like, registered
 from torch import Tensor
 
-from hvp_engine.ops import OPS, bind
+from hvp_engine.errors import BackendError
+from hvp_engine.ops import OPS, bind, schemas
 
 
 @pytest.fixture(autouse=True)
@@ -157,3 +159,19 @@ def test_compiles_in_one_graph(device: torch.device, name: str, compiler: str) -
         results.append([function(list(arguments.values()), products), *(vector.data for vector in case.states)])
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain)
+
+
+def test_a_capture_that_would_read_tables_that_are_gone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the answers of torch.cuda and the choice of a backend are made up."""
+    capturing, chosen = [True], ["triton"]
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(schemas.backend, "select", lambda device: (chosen[0], None))
+    cuda = torch.device("cuda", 0)
+    with pytest.raises(BackendError, match="cg_step: backend 'triton' cannot be captured .* keep it as long as the"):
+        schemas._check_no_capture("cg_step", cuda)
+    schemas._check_no_capture("cg_step", torch.device("cpu"))
+    chosen[0] = "cuda"
+    schemas._check_no_capture("cg_step", cuda)
+    capturing[0], chosen[0] = False, "triton"
+    schemas._check_no_capture("cg_step", cuda)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import INPUT_DTYPES, STATE_DTYPES, Layout, partial_rows
+from hvp_engine.errors import BackendError
 from hvp_engine.ops import backend, recurrences
 
 
@@ -142,6 +143,19 @@ def bind(
     return module.bind(backend.Binding(name, states, layout, scalars, damping, partials))
 
 
+def _check_no_capture(name: str, device: torch.device) -> None:
+    """Raise where a CUDA graph would read what ends with the call: Triton's tables of addresses are the bound op's."""
+    if device.type != "cuda" or backend.select(device)[0] != "triton":
+        return
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise BackendError(
+                f"{name}: backend 'triton' cannot be captured through torch.ops.hvp_engine, as the graph would read "
+                "tables that end with the call: bind the op with hvp_engine.ops.bind and keep it as long as the graph, "
+                "or choose use_backend('cuda')"
+            )
+
+
 def _register(library: torch.library.Library, op: Op) -> None:
     library.define(op.schema)
     count = len(op.states)
@@ -155,6 +169,7 @@ def _register(library: torch.library.Library, op: Op) -> None:
 
     def run(*arguments: object) -> None:
         states, layout, product, scalars, damping, partials = split(arguments)
+        _check_no_capture(op.name, states[0].device)
         bind(op.name, states, layout, scalars, damping, partials)(product)
 
     def fake(*arguments: object) -> None:
