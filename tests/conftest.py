@@ -32,7 +32,7 @@ logging.getLogger("torch.__trace").disabled = True
 # Test processes side by side share the cores.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
-CRASHES = pytest.StashKey[Path]()
+CRASHES = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 """The folder in which test processes leave, each in a file of its own, where they were when they crashed."""
 
 
@@ -40,8 +40,8 @@ CRASHES = pytest.StashKey[Path]()
 def pytest_configure_node(node: Any) -> None:
     """Where pytest-xdist starts a process."""
     if CRASHES not in node.config.stash:
-        node.config.stash[CRASHES] = Path(tempfile.mkdtemp(prefix="hvp_engine-crashes-"))
-    node.workerinput["crashes"] = str(node.config.stash[CRASHES])
+        node.config.stash[CRASHES] = tempfile.TemporaryDirectory(prefix="hvp_engine-crashes-")
+    node.workerinput["crashes"] = node.config.stash[CRASHES].name
 
 
 @pytest.hookimpl(trylast=True)  # after pytest's own, whose output is far above the summary, if it is kept at all
@@ -52,7 +52,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for file in sorted(config.stash[CRASHES].iterdir()) if CRASHES in config.stash else ():
+    for file in sorted(Path(config.stash[CRASHES].name).iterdir()) if CRASHES in config.stash else ():
         lines = [
             line for line in file.read_text().splitlines() if not re.search("/(_pytest|pluggy|xdist|execnet)/", line)
         ]
