@@ -261,6 +261,44 @@ RecurrenceStep read_recurrence(Reader& reader, bool wide) {
   return step;
 }
 
+ConvolutionStep read_convolution(Reader& reader, bool wide) {
+  constexpr int64_t kMost = 1 << 20;
+  constexpr int64_t kMostElements = std::numeric_limits<int32_t>::max();
+  ConvolutionStep step{};
+  Convolution& c = step.convolution;
+  c.wide = wide;
+  c.code =
+      static_cast<ConvolutionCode>(reader.word(0, static_cast<int64_t>(ConvolutionCode::kCount) - 1, "code"));
+  c.images = reader.word(1, kMost, "images");
+  c.inputs = reader.word(1, kMost, "inputs");
+  c.outputs = reader.word(1, kMost, "outputs");
+  const auto both = [&](std::array<int64_t, 2>& numbers, int64_t least, const char* name) {
+    for (int64_t& number : numbers) number = reader.word(least, kMost, name);
+  };
+  both(c.size, 1, "size");
+  both(c.kernel, 1, "kernel");
+  both(c.stride, 1, "stride");
+  both(c.padding, 0, "padding");
+  both(c.dilation, 1, "dilation");
+  for (int d = 0; d < 2; ++d) {
+    if (c.size[d] + 2 * c.padding[d] <= c.dilation[d] * (c.kernel[d] - 1))
+      fail("a kernel is larger than images");
+  }
+  if (c.kernel[0] * c.kernel[1] > kMostElements / c.inputs ||
+      c.made(0) * c.made(1) > kMostElements / c.outputs) {
+    fail("a convolution is too large");
+  }
+  const auto x = c.of_images(), w = c.of_kernels(), y = c.of_outputs();
+  const bool of_outputs = c.code == ConvolutionCode::kOutputs, of_images = c.code == ConvolutionCode::kImages;
+  const int64_t pairs = reader.word(1, kMaxInputs, "pairs");
+  for (int64_t i = 0; i < pairs; ++i) {
+    const Place first = reader.dense(of_images ? y : x);
+    step.pairs.push_back({first, reader.dense(of_outputs || of_images ? w : y)});
+  }
+  step.to = reader.dense(of_outputs ? y : of_images ? x : w);
+  return step;
+}
+
 template <class T>
 void add(Program& program, Kind kind, std::vector<T>& list, T&& operation) {
   program.steps.push_back({kind, list.size()});
@@ -279,7 +317,7 @@ Program Program::parse(bool wide, int64_t parameters, std::vector<SlotSpec> slot
   program.used.assign(program.slots.size(), false);
   Reader reader(program, words);
   while (reader.more()) {
-    const Kind kind = static_cast<Kind>(reader.word(0, static_cast<int64_t>(Kind::kRecurrence), "kind"));
+    const Kind kind = static_cast<Kind>(reader.word(0, static_cast<int64_t>(Kind::kConvolution), "kind"));
     switch (kind) {
       case Kind::kElementwise:
         add(program, kind, program.elementwise, read_elementwise(reader));
@@ -295,6 +333,9 @@ Program Program::parse(bool wide, int64_t parameters, std::vector<SlotSpec> slot
         break;
       case Kind::kRecurrence:
         add(program, kind, program.recurrences, read_recurrence(reader, wide));
+        break;
+      case Kind::kConvolution:
+        add(program, kind, program.convolutions, read_convolution(reader, wide));
         break;
     }
   }

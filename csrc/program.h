@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "convolution.h"
 #include "recurrent.h"
 
 namespace hvp {
@@ -107,12 +108,18 @@ struct Lookup {
   Place index, from, to;  // the index has strides[0]
 };
 
-enum class Kind : int64_t { kElementwise, kMatrixProduct, kSum, kLookup, kRecurrence };
+enum class Kind : int64_t { kElementwise, kMatrixProduct, kSum, kLookup, kRecurrence, kConvolution };
 
 // A derivative of a recurrent layer; a tensor that is missing has slot -1.
 struct RecurrenceStep {
   RecurrentLayer recurrence;
   std::vector<Place> tensors;
+};
+
+struct ConvolutionStep {
+  Convolution convolution;
+  std::vector<std::array<Place, 2>> pairs;  // of what it multiplies
+  Place to;
 };
 
 // What a slot holds: numbers of the program's type, indices of type int64, or what no operation reads.
@@ -138,6 +145,7 @@ struct Program {
   std::vector<Sum> sums;
   std::vector<Lookup> lookups;
   std::vector<RecurrenceStep> recurrences;
+  std::vector<ConvolutionStep> convolutions;
   std::vector<bool> used;  // slots
 
   // Reads the program that Python wrote; throws ProgramError for one that would leave the memory of its

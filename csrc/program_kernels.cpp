@@ -42,6 +42,9 @@ class Interpreter {
         case Kind::kRecurrence:
           recurrence(program_.recurrences[step.index]);
           break;
+        case Kind::kConvolution:
+          convolution(program_.convolutions[step.index]);
+          break;
       }
     }
     return in_range;
@@ -390,6 +393,12 @@ class Interpreter {
     std::transform(step.tensors.begin(), step.tensors.end(), tensors,
                    [this](const Place& place) { return place.slot < 0 ? nullptr : at(place); });
     run_recurrence(step.recurrence, tensors, threads_);
+  }
+
+  void convolution(const ConvolutionStep& step) const {
+    std::vector<ConvolutionPair> pairs;
+    for (const auto& [first, second] : step.pairs) pairs.push_back({at(first), at(second)});
+    run_convolution(step.convolution, pairs, at(step.to), threads_);
   }
 
   static constexpr int64_t kColumns = 256;

@@ -12,6 +12,7 @@ namespace {
    name::attention_workspace, \
    name::attention,           \
    name::run_recurrence,      \
+   name::run_convolution,     \
    name::cross_entropy,       \
    name::log_softmax,         \
    name::normalize_images,    \

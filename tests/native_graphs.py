@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hvp_engine._support.torch_compat import one_fake_mode
 from hvp_engine.differentiation.native import (  # noqa: F401, they have the handlers
     adjoints,
+    convolution,
     differentiable,
     elementwise,
     linear_algebra,

@@ -87,6 +87,15 @@ class Problem:
         """This problem with other inputs."""
         return replace(self, inputs=inputs)
 
+    def nudged(self) -> Problem:
+        """This problem with its weights moved by about one unit in the last place, to see what rounding does."""
+        generator = torch.Generator().manual_seed(0)
+        moved = []
+        for weight in self.weights:
+            noise = torch.randn(weight.shape, generator=generator).to(weight)
+            moved.append(weight.detach() * (1 + torch.finfo(weight.dtype).eps * noise))
+        return replace(self, weights=moved)
+
     def inputs_of(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """The inputs with these in place of the batch's tensors."""
         _, others, structure = self.split

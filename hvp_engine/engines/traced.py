@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.isolation import recorded_modules
-from hvp_engine._support.random_state import random_state_kept
+from hvp_engine._support.random_state import RandomState, random_state_kept
 from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
@@ -68,12 +68,20 @@ class LinearizedEngine(Engine):
             return self._instead(problem, functions.distrust)
         if not functions.schedule.due_alone():
             return self._linearization(functions, problem, tensors)
-        with random_state_kept(problem.weights[0].device):
+        device = problem.weights[0].device
+        before = RandomState.now(device)
+        with random_state_kept(device):
             eager = self._eager.linearize(problem)
         traced = self._linearization(functions, problem, tensors)
         if traced.fallback is not None:
             return traced
-        wrong = disagreement(traced, eager, problem.weights, functions.partition.dtypes)
+
+        def nudged() -> Linearization:
+            with random_state_kept(device):
+                before.restore(device)
+                return self._eager.linearize(problem.nudged())
+
+        wrong = disagreement(traced, eager, problem.weights, functions.partition.dtypes, nudged)
         if wrong is None:
             return traced
         self._give_up(problem, functions, wrong)

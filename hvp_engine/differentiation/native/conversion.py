@@ -99,6 +99,19 @@ class Conversion:
             return self.as_numbers(argument)
         return stored
 
+    def contiguous(self, argument: fx.Node) -> Place:
+        """An argument in memory, row after row; a known one is laid out so once."""
+        place = self.place(argument)
+        if place.is_row_major():
+            return place
+        if place.region.known:
+            return self.derive(place.sizes, lambda tensor: tensor, [argument])
+        return self.builder.copied(place)
+
+    def value(self, argument: fx.Node) -> Value:
+        """What an argument has become, stored or not."""
+        return self._values[argument]
+
     def _single(self, argument: fx.Node) -> Operand:
         value = self._values[argument]
         if isinstance(value, tuple):

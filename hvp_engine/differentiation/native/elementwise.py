@@ -28,7 +28,7 @@ def _scaled(c: Conversion, value: Operand, factor: Any) -> Operand:
 
 
 @handles(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, every_term=True)
-def _add(c: Conversion, node: Any) -> Value:
+def add(c: Conversion, node: Any) -> Value:
     first, second = node.args[:2]
     alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
     minus = node.target in (aten.sub.Tensor, aten.sub.Scalar)

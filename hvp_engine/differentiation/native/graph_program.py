@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine.differentiation.native import elementwise, linear_algebra, nonlinear, shaping
+from hvp_engine.differentiation.native import convolution, elementwise, linear_algebra, nonlinear, shaping
 from hvp_engine.differentiation.native.builder import Builder, Kind
 from hvp_engine.differentiation.native.conversion import HANDLERS, Conversion, Value
 from hvp_engine.differentiation.native.expressions import Operand
@@ -22,7 +22,7 @@ from hvp_engine.differentiation.trace.functionalize import is_random
 
 aten = torch.ops.aten
 
-_HANDLERS = (elementwise, linear_algebra, nonlinear, shaping)
+_HANDLERS = (convolution, elementwise, linear_algebra, nonlinear, shaping)
 """The modules whose handlers are in the table once they are imported."""
 
 _FEW_CALLS, _MOST_CALLS = 2, 0.3

@@ -38,6 +38,11 @@ class Place:
     def numel(self) -> int:
         return prod(self.sizes)
 
+    def is_row_major(self) -> bool:
+        """Whether it is laid out as a contiguous tensor."""
+        steps = zip(self.sizes, self.strides, row_major(self.sizes), strict=True)
+        return all(size == 1 or here == dense for size, here, dense in steps)
+
     def with_dims(self, order: Sequence[int]) -> Place:
         """With dimensions in another order."""
         sizes, strides = (tuple(values[d] for d in order) for values in (self.sizes, self.strides))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from hvp_engine.differentiable.recurrent.signatures import CODES, OPS, by_columns, sizes, transposes
 from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
 from hvp_engine.differentiation.native.operations import Words
-from hvp_engine.differentiation.native.places import Place, row_major
+from hvp_engine.differentiation.native.places import Place
 
 _HANDLED = {getattr(torch.ops.hvp_engine, name).default: op for name, op in OPS.items() if name.endswith("backward")}
 
@@ -51,7 +49,7 @@ def _recurrence(c: Conversion, node: Any) -> Value:
     arguments = dict(zip(op.arguments, tensors, strict=True))
     weight = arguments["weight"]
     units = c.shape(weight)[1]
-    taken = {name: None if tensor is None else _contiguous(c, tensor) for name, tensor in arguments.items()}
+    taken = {name: None if tensor is None else c.contiguous(tensor) for name, tensor in arguments.items()}
     if transposes(op):
         taken["weight"] = c.derive(c.shape(weight)[::-1], by_columns, [weight])
     given = tuple(
@@ -60,16 +58,3 @@ def _recurrence(c: Conversion, node: Any) -> Value:
     )
     c.builder.operations.append(Recurrence(op.name, units, tuple(batch_sizes), reverse, tuple(taken.values()), given))
     return given
-
-
-def _contiguous(c: Conversion, tensor: fx.Node) -> Place:
-    """An argument in memory, row after row; a known one is laid out so once."""
-    place = c.place(tensor)
-    if _strides(place.sizes, place.strides) == _strides(place.sizes, row_major(place.sizes)):
-        return place
-    return c.builder.copied(place) if c.moves(tensor) else c.derive(place.sizes, lambda known: known, [tensor])
-
-
-def _strides(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
-    """Those along which there is more than one element."""
-    return [stride for size, stride in zip(shape, strides, strict=True) if size > 1]

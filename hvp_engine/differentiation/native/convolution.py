@@ -1,0 +1,156 @@
+"""Convolutions of images and their derivatives, each as one operation, and sums of them as one."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from hvp_engine.differentiation.native import elementwise
+from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
+from hvp_engine.differentiation.native.linear_algebra import total
+from hvp_engine.differentiation.native.operations import MOST_INPUTS, UnsupportedError, Words
+from hvp_engine.differentiation.native.operations import Code as Instruction
+from hvp_engine.differentiation.native.places import Place
+
+aten = torch.ops.aten
+
+
+class Code(enum.IntEnum):
+    """What is made, in the order of `ConvolutionCode` in csrc/convolution.h."""
+
+    OUTPUTS = 0
+    IMAGES = 1
+    KERNELS = 2
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a convolution of images with rows and columns, from images x and kernels w to outputs y."""
+
+    images: int
+    inputs: int
+    outputs: int
+    size: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Sequence[int], w: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry:
+        """The geometry for images and kernels of these shapes; a signal is an image of one row."""
+        if groups != 1:
+            raise UnsupportedError("a convolution with groups")
+        if len(x) not in (3, 4) or len(w) != len(x):
+            raise UnsupportedError(f"a convolution of {len(x) - 2} dimensions")
+        if 0 in (*x, *w):
+            raise UnsupportedError("an empty convolution")
+
+        def both(numbers: Sequence[int], of_a_row: int) -> tuple[int, ...]:
+            each = tuple(numbers) * (len(x) - 2) if len(numbers) == 1 else tuple(numbers)
+            return each if len(x) == 4 else (of_a_row, *each)
+
+        of_images, of_kernels = both(x[2:], 1), both(w[2:], 1)
+        return cls(x[0], x[1], w[0], of_images, of_kernels, both(stride, 1), both(padding, 0), both(dilation, 1))
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """result <- the sum of what `code` names, over pairs of dense places: (x, w) for outputs, (y, w) for images, (x, y)
+    for kernels."""
+
+    code: Code
+    geometry: Geometry
+    pairs: tuple[tuple[Place, Place], ...]
+    result: Place
+
+    @property
+    def reads(self) -> tuple[Place, ...]:
+        return tuple(place for pair in self.pairs for place in pair)
+
+    @property
+    def writes(self) -> tuple[Place, ...]:
+        return (self.result,)
+
+    def write(self, words: Words, workspace: int) -> None:
+        g = self.geometry
+        words.words += [5, self.code, g.images, g.inputs, g.outputs]
+        words.words += [*g.size, *g.kernel, *g.stride, *g.padding, *g.dilation, len(self.pairs)]
+        for place in (*self.reads, self.result):
+            words.place(place, (), workspace)
+
+
+@handles(aten.convolution.default)
+def _convolution(c: Conversion, node: Any) -> Value:
+    x, w, bias, stride, padding, dilation, transposed, _, groups = node.args
+    if transposed:  # the derivative of one that leads from its outputs to its images
+        geometry = Geometry.of(c.shape(node), c.shape(w), stride, padding, dilation, groups)
+        made = _made(c, Code.IMAGES, geometry, (x, w), c.shape(node))
+    else:
+        geometry = Geometry.of(c.shape(x), c.shape(w), stride, padding, dilation, groups)
+        made = _made(c, Code.OUTPUTS, geometry, (x, w), c.shape(node))
+    if bias is None:
+        return made
+    channels = c.place(bias)
+    spread = channels.reshaped((channels.numel, *[1] * (len(made.sizes) - 2)))
+    assert spread is not None
+    return c.builder.combined(Instruction.ADD, [made, spread], made.sizes)
+
+
+@handles(aten.convolution_backward.default)
+def _convolution_backward(c: Conversion, node: Any) -> Value:
+    grad, x, w, _, stride, padding, dilation, transposed, _, groups, wanted = node.args
+    images, outputs = (grad, x) if transposed else (x, grad)
+    geometry = Geometry.of(c.shape(images), c.shape(w), stride, padding, dilation, groups)
+    results: list[Place | None] = [None, None, None]
+    if wanted[0]:
+        code = Code.OUTPUTS if transposed else Code.IMAGES
+        results[0] = _made(c, code, geometry, (grad, w), c.shape(x))
+    if wanted[1]:
+        results[1] = _made(c, Code.KERNELS, geometry, (images, outputs), c.shape(w))
+    if wanted[2]:
+        channels = c.shape(grad)[1]
+        results[2] = total(c, c.place(grad), [d for d in range(len(c.shape(grad))) if d != 1], (channels,))
+    return tuple(results)
+
+
+@handles(aten.add.Tensor, every_term=True)
+def _add(c: Conversion, node: Any) -> Value:
+    """A sum of convolutions, of which nothing else reads a part, is one operation; another sum is elementwise."""
+    merged = _merged(c, node) if len(node.args) == 2 and not node.kwargs else None
+    return elementwise.add(c, node) if merged is None else merged
+
+
+def _made(
+    c: Conversion, code: Code, geometry: Geometry, factors: tuple[fx.Node, fx.Node], sizes: Sequence[int]
+) -> Place:
+    first, second = (c.contiguous(factor) for factor in factors)
+    result = c.builder.workspace(sizes)
+    c.builder.operations.append(Convolution(code, geometry, ((first, second),), result))
+    return result
+
+
+def _merged(c: Conversion, node: Any) -> Value | None:
+    parts = []
+    for argument in node.args:
+        if not isinstance(argument, fx.Node) or len(argument.users) > 1:
+            return None
+        value = c.value(argument)
+        made = [one for one in c.builder.operations if isinstance(one, Convolution) and one.result is value]
+        if not made:
+            return None
+        parts += made
+    first, second = parts
+    pairs = first.pairs + second.pairs
+    alike = first is not second and (first.code, first.geometry) == (second.code, second.geometry)
+    if not alike or first.result.sizes != second.result.sizes or 2 * len(pairs) > MOST_INPUTS:
+        return None
+    for part in parts:
+        c.builder.operations.remove(part)
+    c.builder.operations.append(replace(second, pairs=pairs))
+    return second.result
