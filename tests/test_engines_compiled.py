@@ -67,8 +67,8 @@ def test_automatic_choice_tries_compiling_when_it_would_have_paid() -> None:
     automatic, by_extension = engines.AutoEngine(), engines.AutoEngine()
 
     def lacking(weights: list[Tensor], hyper: Tensor, batch: Tensor) -> Tensor:
-        """With a convolution, which the extension lacks."""
-        smooth = torch.nn.functional.conv1d(weights[0][:, None], batch.new_ones(1, 1, 3))
+        """With a convolution of groups, which the extension lacks."""
+        smooth = torch.nn.functional.conv1d(weights[0][:, None].expand(-1, 2, -1), batch.new_ones(2, 1, 3), groups=2)
         return train(weights, hyper, batch) + smooth.square().mean()
 
     hypergradient = hvp.Hypergradient(lacking, val, hvp.Neumann(4, 0.05), engine=automatic)

@@ -237,6 +237,16 @@ SINGLE: dict[str, Callable[[], Case]] = {
         lambda x, w, m, s, t: aten.native_batch_norm_backward(t, x, w, None, None, m, s, True, 1e-5, [True] * 3),
         batch_normalized(random(5, 3, 4), random(3)), [(5, 3, 4)],
     ),
+    "batch norm in evaluation": lambda: (
+        lambda x, w, m, v, t: aten.native_batch_norm_backward(t, x, w, m, v, None, None, False, 1e-5, [True] * 3),
+        [random(5, 3, 2, 4), random(3), random(3), random(3).square()], [(5, 3, 2, 4)],
+    ),
+    "batch norm in evaluation, without weight": lambda: (
+        lambda x, m, v, t: aten.native_batch_norm_backward(
+            t, x, None, m, v, None, None, False, 1e-5, [True, False, True]
+        )[::2],
+        [random(5, 3), random(3), random(3).square()], [(5, 3)],
+    ),
     "bias of a batch": lambda: (lambda x, t: x @ t[:, :3].t() + t[:, 3], [random(60, 3)], [(4, 4)]),
     "seven dimensions": lambda: (lambda t: t.permute(6, 4, 2, 0, 1, 3, 5).reshape(-1) * 2, [], [(1, 2, 1, 3, 1, 2, 1)]),
 }  # fmt: skip

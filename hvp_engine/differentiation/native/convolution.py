@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,10 @@ from hvp_engine.differentiation.native.operations import Code as Instruction
 from hvp_engine.differentiation.native.places import Place
 
 aten = torch.ops.aten
+
+_MOST_FACTORS = 1 << 12
+"""Numbers of a kernel up to which this is faster than what PyTorch has: five times where images have few channels (3 of
+64 x 64 to 32, 3 x 3: 2.3 ms instead of 11.6, one core), as fast with 16, and 0.7 times with 64."""
 
 
 class Code(enum.IntEnum):
@@ -50,6 +55,8 @@ class Geometry:
             raise UnsupportedError(f"a convolution of {len(x) - 2} dimensions")
         if 0 in (*x, *w):
             raise UnsupportedError("an empty convolution")
+        if math.prod(w) > _MOST_FACTORS:
+            raise UnsupportedError("a convolution of many channels, for which PyTorch's is faster")
 
         def both(numbers: Sequence[int], of_a_row: int) -> tuple[int, ...]:
             each = tuple(numbers) * (len(x) - 2) if len(numbers) == 1 else tuple(numbers)

@@ -103,7 +103,8 @@ class _WholeConversion(Conversion):
             return self.part(*node.args)  # type: ignore[arg-type]  # as operator.getitem takes them
         if node.target is aten.clone.default and any(user.target not in HANDLERS for user in node.users):
             handler = None  # an operator of PyTorch may write to a copy: native_batch_norm updates its statistics
-        if handler is not None and all(isinstance(r, Tensor) and r.dtype == self.builder.dtype for r in results):
+        there = [result for result in results if result is not None]
+        if handler is not None and all(isinstance(r, Tensor) and r.dtype == self.builder.dtype for r in there):
             try:
                 return handler(self, node)
             except UnsupportedError:  # nobody reads what it has emitted until then

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
 from hvp_engine.differentiation.native.expressions import Operand
@@ -71,20 +72,36 @@ def _layer_norm_backward(c: Conversion, node: Any) -> Value:
 
 @handles(aten.native_batch_norm_backward.default)
 def _batch_norm_backward(c: Conversion, node: Any) -> Value:
-    grad, inputs, weight, _, _, mean, std, training = node.args[:8]
+    grad, inputs, weight, running_mean, running_variance, mean, std, training, eps = node.args[:9]
     sizes = c.shape(inputs)
     channels = (1, sizes[1], *[1] * (len(sizes) - 2))
     others = [d for d in range(len(sizes)) if d != 1]
     _refuse_moving(c, node, grad)
-    if not training:
-        raise UnsupportedError("native_batch_norm_backward in evaluation")
-    statistics = c.derive(sizes, lambda x, m, s: (x - m.reshape(channels)) * s.reshape(channels), [inputs, mean, std])
-    scale, factor = (
-        None if known is None else c.derive(channels, lambda tensor: tensor.reshape(channels), [known])
-        for known in (std, weight)
+
+    def scale_of(known: Tensor) -> Tensor:
+        """1 / std, from what was saved in training and from the running variance in evaluation."""
+        return (known if training else (known + eps).rsqrt()).reshape(channels)
+
+    centre, spread = (mean, std) if training else (running_mean, running_variance)
+    statistics = c.derive(sizes, lambda x, m, s: (x - m.reshape(channels)) * scale_of(s), [inputs, centre, spread])
+    scale = c.derive(channels, scale_of, [spread])
+    factor = None if weight is None else c.derive(channels, lambda tensor: tensor.reshape(channels), [weight])
+    if training:
+        return _normalized(c, node, factor, scale, statistics, others, others, (sizes[1],))
+    return _scaled(c, node, factor, scale, statistics, others)
+
+
+def _scaled(c: Conversion, node: Any, weight: Place | None, scale: Place, statistics: Place, dims: list[int]) -> Value:
+    """In evaluation, where the statistics are constants: g weight / std, the sums of g x' and of g."""
+    combined, sizes, gradient = c.builder.combined, statistics.sizes, c.place(node.args[0])
+    factor = scale if weight is None else combined(Code.MULTIPLY, [scale, weight], scale.sizes)
+    along = combined(Code.MULTIPLY, [gradient, statistics], sizes)
+    wanted, count = node.args[-1], (sizes[1],)
+    return (
+        c.builder.stored(combined(Code.MULTIPLY, [gradient, factor], sizes)) if wanted[0] else None,
+        total(c, along, dims, count) if wanted[1] else None,
+        total(c, gradient, dims, count) if wanted[2] else None,
     )
-    assert scale is not None
-    return _normalized(c, node, factor, scale, statistics, others, others, (sizes[1],))
 
 
 def _refuse_moving(c: Conversion, node: Any, grad: Any) -> None:
