@@ -76,7 +76,7 @@ def disagreement(
     eager: Linearization,
     weights: Sequence[Tensor],
     dtypes: Iterable[torch.dtype],
-    nudged: Callable[[], Linearization],
+    again: Callable[[bool], Linearization],
 ) -> str | None:
     """What differs by more than the tolerance, in words; None if nothing does.
 
@@ -88,8 +88,8 @@ def disagreement(
     the weights by t changes the gradient by as much: so they are about ||H t|| ||w|| / ||t||.
 
     Where a rounding decides on which side of a kink a unit is, as of ReLU after normalization, two right results may
-    differ by more. `nudged` gives eager's linearization at weights that are moved by a rounding; if that differs about
-    as much, nothing is wrong.
+    differ by more. `again(nudged)` gives eager's linearization once more, at weights that are moved by a rounding or
+    where they are; see :func:`is_rounding`.
     """
     dtypes = tuple(dtypes)
     tangents = probe(eager.layout)
@@ -103,7 +103,11 @@ def disagreement(
         if len(ours) != len(theirs):
             return f"the {name} has paths to {len(ours)} tensors, eager's to {len(theirs)}"
         found = difference(ours, theirs, dtypes, terms, noise)
-        if found is not None and not is_rounding(ours, theirs, _parts(nudged(), tangents)[name]):
+
+        def once_more(nudged: bool, name: str = name) -> Sequence[Tensor]:
+            return _parts(again(nudged), tangents)[name]
+
+        if found is not None and not is_rounding(ours, theirs, once_more):
             return f"the {name} differs from eager's by {found:.2g} (relative)"
     return None
 
@@ -118,15 +122,26 @@ def _parts(made: Linearization, tangents: Sequence[Tensor]) -> dict[str, list[Te
 
 
 def is_rounding(
-    ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None], nudged: Sequence[Tensor | None]
+    ours: Sequence[Tensor | None],
+    theirs: Sequence[Tensor | None],
+    again: Callable[[bool], Sequence[Tensor | None]],
 ) -> bool:
     """Whether `ours` and `theirs` are hardly further apart than `theirs` and what a rounding of the weights makes of
-    them."""
-    one, other, moved = (list(_present(tensors)) for tensors in (ours, theirs, nudged))
-    if not len(one) == len(other) == len(moved):
+    them, which `again(True)` gives, and agree as well as in 16 bits. What is not the same where the weights are, by
+    `again(False)`, is random instead.
+    """
+    expected = list(_present(theirs))
+
+    def distance(found: Sequence[Tensor | None]) -> float:
+        there = list(_present(found))
+        if len(there) != len(expected):
+            return math.inf
+        return _norm([a - b for a, b in zip(there, expected, strict=True)])
+
+    moved = distance(again(True))
+    if not math.isfinite(moved) or distance(again(False)) > moved / _KINKS:
         return False
-    apart, expected = (_norm([a - b for a, b in zip(found, other, strict=True)]) for found in (one, moved))
-    return apart <= _KINKS * expected
+    return distance(ours) <= min(_KINKS * moved, _COARSEST * _norm(expected))
 
 
 def difference(

@@ -131,12 +131,12 @@ class Gradients:
             expected = _timed(problem, known)
         found = _by_program(known.program, problem, tensors)
 
-        def nudged() -> Gradient:
+        def again(nudged: bool) -> Gradient:
             with random_state_kept(device):
                 before.restore(device)
-                return by_autograd(problem.nudged())
+                return by_autograd(problem.nudged() if nudged else problem)
 
-        wrong = gradients_disagree(found, expected, problem, nudged)
+        wrong = gradients_disagree(found, expected, problem, again)
         if patience and not wrong and known.schedule.calls == 1:
             known.reason = self._slower(known, problem, tensors)
         if wrong:
@@ -219,10 +219,10 @@ def _by_program(program: Program, problem: Problem, tensors: Sequence[Tensor]) -
 
 
 def gradients_disagree(
-    found: Gradient, expected: Gradient, problem: Problem, nudged: Callable[[], Gradient] | None = None
+    found: Gradient, expected: Gradient, problem: Problem, again: Callable[[bool], Gradient] | None = None
 ) -> str:
-    """What differs, in words; gradients relative to what a gradient of such a loss is like, if that is more. `nudged`
-    makes the gradient at weights that are moved by a rounding: what differs no more than that one does is right."""
+    """What differs, in words; gradients relative to what a gradient of such a loss is like, if that is more. `again`
+    makes the gradient once more, for :func:`~hvp_engine.differentiation.self_check.is_rounding`."""
     dtypes = {tensor.dtype for tensor in (*problem.weights, *problem.hyperparameters)}
     if difference_of_products([found.loss], [expected.loss], dtypes):
         return "the loss differs"
@@ -231,8 +231,14 @@ def gradients_disagree(
         ours, theirs = getattr(found, name), getattr(expected, name)
         there = any(tensor is not None for tensor in theirs)
         reference = [scale.to(found.loss.dtype)] if there else []
-        if difference_of_products([*ours, *reference], [*theirs, *reference], dtypes):
-            if nudged is not None and is_rounding(ours, theirs, getattr(nudged(), name)):
-                continue
+        if not difference_of_products([*ours, *reference], [*theirs, *reference], dtypes):
+            continue
+
+        def once_more(nudged: bool, name: str = name) -> list[Tensor | None]:
+            assert again is not None
+            made: list[Tensor | None] = getattr(again(nudged), name)
+            return made
+
+        if again is None or not is_rounding(ours, theirs, once_more):
             return f"the derivative by the {name} differs"
     return ""

@@ -76,12 +76,12 @@ class LinearizedEngine(Engine):
         if traced.fallback is not None:
             return traced
 
-        def nudged() -> Linearization:
+        def again(nudged: bool) -> Linearization:
             with random_state_kept(device):
                 before.restore(device)
-                return self._eager.linearize(problem.nudged())
+                return self._eager.linearize(problem.nudged() if nudged else problem)
 
-        wrong = disagreement(traced, eager, problem.weights, functions.partition.dtypes, nudged)
+        wrong = disagreement(traced, eager, problem.weights, functions.partition.dtypes, again)
         if wrong is None:
             return traced
         self._give_up(problem, functions, wrong)

@@ -2,6 +2,7 @@
 
 from tools.faults.attention import FAULTS as ATTENTION
 from tools.faults.base import Fault
+from tools.faults.convolution import FAULTS as CONVOLUTION
 from tools.faults.cuda import FAULTS as CUDA
 from tools.faults.examples import FAULTS as EXAMPLES
 from tools.faults.graphs import FAULTS as GRAPHS
@@ -23,6 +24,7 @@ FAULTS: list[Fault] = [
     *CUDA,
     *GRAPHS,
     *NATIVE,
+    *CONVOLUTION,
     *ATTENTION,
     *RECURRENT,
     *LOSSES,

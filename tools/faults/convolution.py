@@ -1,0 +1,51 @@
+"""Faults of convolutions in native programs."""
+
+from tools.faults.base import Fault
+
+TESTS = "tests/test_native_convolution.py"
+KERNELS = "csrc/convolution_kernels.cpp"
+
+FAULTS = [
+    Fault(
+        KERNELS,
+        "const int64_t above = down < 0 ? (-down + c_.stride[0] - 1) / c_.stride[0] : 0;",
+        "const int64_t above = down < 0 ? -down / c_.stride[0] : 0;",
+        f"{TESTS} -k 'values and strided'",
+        "with a stride, the first rows of padding are read from outside of an image",
+    ),
+    Fault(
+        KERNELS,
+        "for (int64_t share = 1; share < shares_; ++share)\n",
+        "for (int64_t share = 1; share < shares_ - 1; ++share)\n",
+        f"{TESTS} -k threads",
+        "the derivative of a kernel leaves out the images of the last thread",
+    ),
+    Fault(
+        KERNELS,
+        "first && i == 0 ? T(0) : T(1), kernels, c_.outputs},",
+        "i == 0 ? T(0) : T(1), kernels, c_.outputs},",
+        f"{TESTS} -k 'values and bands'",
+        "the derivative of a kernel is that of the last block of images",
+    ),
+    Fault(
+        KERNELS,
+        "if (block.row == 0) {",
+        "{",
+        f"{TESTS} -k 'values and bands'",
+        "each band of rows starts the derivative of an image anew",
+    ),
+    Fault(
+        "hvp_engine/differentiation/native/convolution.py",
+        "if not isinstance(argument, fx.Node) or len(argument.users) > 1:",
+        "if not isinstance(argument, fx.Node):",
+        f"{TESTS} -k other_sums",
+        "a convolution that is read elsewhere disappears in a sum",
+    ),
+    Fault(
+        "hvp_engine/differentiation/native/convolution.py",
+        "if len(node.args) == 2 and not node.kwargs else None",
+        "if len(node.args) == 2 else None",
+        f"{TESTS} -k other_sums",
+        "a sum of convolutions loses its factor",
+    ),
+]
