@@ -33,7 +33,7 @@ from hvp_engine.solvers.base import Solver
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
 
-FOREIGN = {"batchnorm, training"}
+FOREIGN = {"channels_last conv", "batchnorm, training"}
 """Networks with operators that native programs lack."""
 
 SOLVERS: dict[str, Solver] = {

@@ -113,7 +113,7 @@ def test_tangents(name: str, layout: torch.memory_format, known_first: bool) -> 
     """Both summands of the tangent of an output, of an image and of a kernel, from tangents laid out in any way."""
     torch.manual_seed(0)
     of_images, of_kernels, *geometry = GEOMETRIES[name]
-    x, w = (torch.randn(shape).double().contiguous(memory_format=layout) for shape in (of_images, of_kernels))
+    x, w = torch.randn(of_images).double().contiguous(memory_format=layout), torch.randn(of_kernels).double()
     grad = torch.randn_like(convolve(x, w, *geometry))
     tangents = [torch.randn_like(t) for t in (x, w, grad)]
     both = backward(name, [True, True, False])
@@ -181,12 +181,13 @@ def test_other_sums(function: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize(
     ("x", "w", "groups"),
     [
+        (torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3).contiguous(memory_format=torch.channels_last), 1),
         (torch.randn(2, 4, 6, 6), torch.randn(4, 2, 3, 3), 2),
         (torch.randn(2, 3, 4, 4, 4), torch.randn(2, 3, 2, 2, 2), 1),
         (torch.randn(0, 3, 4, 4), torch.randn(2, 3, 2, 2), 1),
         (torch.randn(2, 32, 4, 4), torch.randn(32, 32, 3, 3), 1),
     ],
-    ids=["groups", "volumes", "no images", "many channels"],
+    ids=["channels-last", "groups", "volumes", "no images", "many channels"],
 )
 def test_what_is_left_to_pytorch(x: Tensor, w: Tensor, groups: int) -> None:
     convolve = F.conv3d if x.dim() == 5 else F.conv2d

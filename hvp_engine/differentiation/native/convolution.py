@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from hvp_engine.differentiation.native import elementwise
 from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
@@ -47,14 +47,17 @@ class Geometry:
     dilation: tuple[int, ...]
 
     @classmethod
-    def of(cls, x: Sequence[int], w: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry:
-        """The geometry for images and kernels of these shapes; a signal is an image of one row."""
+    def of(cls, x: Sequence[int], kernels: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry:
+        """The geometry for images of this shape, and kernels like these; a signal is an image of one row."""
+        w = tuple(kernels.shape)
         if groups != 1:
             raise UnsupportedError("a convolution with groups")
         if len(x) not in (3, 4) or len(w) != len(x):
             raise UnsupportedError(f"a convolution of {len(x) - 2} dimensions")
         if 0 in (*x, *w):
             raise UnsupportedError("an empty convolution")
+        if len(w) == 4 and not kernels.is_contiguous() and kernels.is_contiguous(memory_format=torch.channels_last):
+            raise UnsupportedError("a convolution in channels-last layout, in which PyTorch's is faster")
         if math.prod(w) > _MOST_FACTORS:
             raise UnsupportedError("a convolution of many channels, for which PyTorch's is faster")
 
@@ -96,10 +99,10 @@ class Convolution:
 def _convolution(c: Conversion, node: Any) -> Value:
     x, w, bias, stride, padding, dilation, transposed, _, groups = node.args
     if transposed:  # the derivative of one that leads from its outputs to its images
-        geometry = Geometry.of(c.shape(node), c.shape(w), stride, padding, dilation, groups)
+        geometry = Geometry.of(c.shape(node), w.meta["val"], stride, padding, dilation, groups)
         made = _made(c, Code.IMAGES, geometry, (x, w), c.shape(node))
     else:
-        geometry = Geometry.of(c.shape(x), c.shape(w), stride, padding, dilation, groups)
+        geometry = Geometry.of(c.shape(x), w.meta["val"], stride, padding, dilation, groups)
         made = _made(c, Code.OUTPUTS, geometry, (x, w), c.shape(node))
     if bias is None:
         return made
@@ -113,7 +116,7 @@ def _convolution(c: Conversion, node: Any) -> Value:
 def _convolution_backward(c: Conversion, node: Any) -> Value:
     grad, x, w, _, stride, padding, dilation, transposed, _, groups, wanted = node.args
     images, outputs = (grad, x) if transposed else (x, grad)
-    geometry = Geometry.of(c.shape(images), c.shape(w), stride, padding, dilation, groups)
+    geometry = Geometry.of(c.shape(images), w.meta["val"], stride, padding, dilation, groups)
     results: list[Place | None] = [None, None, None]
     if wanted[0]:
         code = Code.OUTPUTS if transposed else Code.IMAGES
