@@ -62,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser().parse_args(arguments)
     if asked.name == "list":
         for experiment in map(find, NAMES):
-            choices = "".join(f" [{', '.join(names)}]" for names in (experiment.datasets, experiment.recipes) if names)
+            choices = "".join(
+                f" [{', '.join(filter(None, names))}]" for names in (experiment.datasets, experiment.recipes) if names
+            )
             print(f"{experiment.name:<26}{experiment.source:<16}{experiment.title}{choices}")
         return 0
     options = Options(asked.size, asked.out, asked.data, "", "", asked.seed, asked.device, asked.resume)
@@ -126,7 +128,7 @@ def _choice(option: str, names: Sequence[str], asked: str | None, experiment: st
     if asked is None:
         return names[0] if names else ""
     if asked not in names:
-        choice = " or ".join(names) or f"no {option}"
+        choice = " or ".join(filter(None, names)) or f"no {option}"
         raise HvpError(f"{option}: expected {choice} for {experiment}; got {asked!r}")
     return asked
 

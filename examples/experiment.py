@@ -39,7 +39,8 @@ class Experiment:
         run: a function of the :class:`Run` and the settings.
         sizes: the settings of "small" and "paper", or a mapping to them from the data sets.
         datasets: values of `--dataset`; empty if there is no choice.
-        recipes: values of `--recipe`, for an experiment with more than one set of optimizers and learning rates.
+        recipes: values of `--recipe`, for an experiment with more than one set of optimizers and learning rates, or
+            parts; the first is the default, which may be "".
     """
 
     name: str

@@ -24,6 +24,7 @@ from examples import image_sets, models
 from examples.decay_per_weight import DecayPerWeight
 from examples.experiment import Experiment, Run
 from examples.image_sets import Batch, ImageSet
+from hvp_engine.errors import HvpError
 
 NETWORKS = {
     "Linear": models.linear,
@@ -34,8 +35,8 @@ NETWORKS = {
     "AlexNet": models.alexnet,
 }
 ONLY_COLOUR = ("ResNet-44", "AlexNet")
-_ALEXNET = 1000
-"""Hyper steps of `--recipe alexnet`, which is AlexNet alone, for about as long as two cores work in an hour."""
+ALEXNET = 1000
+"""At most as many hyper steps has `--recipe alexnet`, which is AlexNet alone: two hours of one core."""
 
 LARGE = 9_000_000
 """The number of weights from which `large_inner_steps` applies."""
@@ -97,13 +98,15 @@ def accuracies(module: torch.nn.Module, parts: Mapping[str, Batch], batch: int) 
 
 def run(run: Run, settings: Settings) -> None:
     options = run.options
+    if options.recipe == "alexnet" and options.dataset == "mnist":
+        raise HvpError("--recipe: expected none with --dataset mnist, whose images are too small; got 'alexnet'")
     images = image_sets.load(
         options.dataset, options.data, (settings.examples, settings.examples), options.seed, options.device
     )
     run.note(f"{images.source}; the test curves are of {settings.test_images} images, the summary's numbers of all.")
     curves = {}
-    longer = {"AlexNet": _ALEXNET} if options.recipe == "alexnet" else settings.hyper_steps
-    for name, hyper_steps in longer.items():
+    alone = options.recipe == "alexnet"
+    for name, hyper_steps in ({"AlexNet": ALEXNET} if alone else settings.hyper_steps).items():
         if options.dataset == "mnist" and name in ONLY_COLOUR:
             continue
         torch.manual_seed(options.seed)

@@ -16,7 +16,7 @@ constant. So a loss is a function of weights, hyperparameters and batch alone, a
 Hypergradients use the identity for the inverse Hessian (T1-T2). Tuned runs are compared with plain training of as many
 steps, and of as much time; searches (ptb_searches.py) have that time too. Time is that of the processor, in which other
 work on the machine does not count, without evaluations. `--recipe converged` trains until plain training gains nothing
-any more, with one seed and without searches.
+any more, with one seed and without searches; its numbers are meant for the small size.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PAPER = {
 """Validation and test perplexity."""
 PERPLEXITY = "validation_perplexity"
 CONVERGED = {"steps": 16_000, "evaluations": 32, "seeds": 1, "searches": ()}
-"""What `--recipe converged` changes in the settings of the small size."""
+"""What `--recipe converged` changes in the settings of either size."""
 CALIBRATION = 150, 450
 """Gradients of two short self-tuning networks that are timed, to know how many fit into a time. Both look at the
 validation loss fifty times, as a long one does."""

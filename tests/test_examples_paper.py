@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import hvp_engine as hvp
 from examples import distillation, image_sets, models, overfitting
 from examples.__main__ import NAMES, find, main
 from examples.experiment import Options, Run, execute
@@ -131,6 +132,17 @@ def test_overfitting_fits_the_validation_set(tmp_path):
     assert float(test.rstrip("%")) < 90
     assert len(rows(run, "Linear")) < 400  # ended at its goal
     assert not (run.folder / "AlexNet.csv").exists()  # has no network for gray images
+
+
+def test_alexnet_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(overfitting.NETWORKS, "AlexNet", models.lenet5)
+    monkeypatch.setattr(overfitting, "ALEXNET", 2)
+    options = {"size": "small", "dataset": "cifar10", "data": cifar(tmp_path, "cifar10", 200), "recipe": "alexnet"}
+    run, result = finished("overfitting", tmp_path / "out", options, examples=10)
+    assert run.folder.name == "overfitting-cifar10-small-alexnet-seed0"
+    assert {line["what"].split(":")[0].split(",")[0] for line in result["comparisons"]} == {"AlexNet"}
+    with pytest.raises(hvp.HvpError, match="--recipe: expected none with --dataset mnist"):
+        finished("overfitting", tmp_path / "gray", {"dataset": "mnist", "recipe": "alexnet"})
 
 
 def test_overfitting_runs_batch_norm_in_colour_and_ends_once_both_of_its_accuracies_are_right(tmp_path, monkeypatch):
