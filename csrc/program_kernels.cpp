@@ -358,6 +358,7 @@ class Interpreter {
 
   bool lookup(const Lookup& lookup) const {
     const auto* const index = static_cast<const int64_t*>(slots_[lookup.index.slot]) + lookup.index.offset;
+    if (lookup.sizes[0] == 1 && lookup.sizes[2] == 1) return lookup_numbers(lookup, index);
     bool in_range = true;
     for (int64_t i = 0; i < lookup.sizes[0]; ++i) {
       for (int64_t j = 0; j < lookup.sizes[1]; ++j) {
@@ -383,6 +384,29 @@ class Interpreter {
         } else {
           for (int64_t k = 0; k < lookup.sizes[2]; ++k) to[k * b] += from[k * a];
         }
+      }
+    }
+    return in_range;
+  }
+
+  // One number for each index, as of max-pooling.
+  bool lookup_numbers(const Lookup& lookup, const int64_t* index) const {
+    const T* const from = at(lookup.from);
+    T* const to = at(lookup.to);
+    const int64_t step = lookup.index.strides[0],
+                  row_step = (lookup.scatter ? lookup.to : lookup.from).strides[1];
+    const int64_t table_step = (lookup.scatter ? lookup.to : lookup.from).strides[3];
+    const int64_t chosen_step = (lookup.scatter ? lookup.from : lookup.to).strides[1];
+    bool in_range = true;
+    for (int64_t j = 0; j < lookup.sizes[1]; ++j) {
+      const int64_t row = index[j * step];
+      const bool chosen = row >= 0 && row < lookup.rows && row != lookup.skipped;
+      in_range &= chosen || row == lookup.skipped;
+      const int64_t place = chosen ? row * row_step + j * table_step : 0;
+      if (!lookup.scatter) {
+        if (chosen || row == lookup.skipped) to[j * chosen_step] = chosen ? from[place] : T(0);
+      } else if (chosen) {
+        to[place] += from[j * chosen_step];
       }
     }
     return in_range;
