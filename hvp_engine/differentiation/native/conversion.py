@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from hvp_engine.differentiation.native.builder import Builder, Kind
 from hvp_engine.differentiation.native.expressions import Expression, Operand
-from hvp_engine.differentiation.native.operations import Code, UnsupportedError
+from hvp_engine.differentiation.native.operations import Code, Operation, UnsupportedError
 from hvp_engine.differentiation.native.places import Place
 from hvp_engine.differentiation.trace.rewriting import dependents
 
@@ -63,6 +63,7 @@ class Conversion:
         self._values: dict[fx.Node, Value] = {**self._slots, **dict(zip(moving, self.tangents, strict=True))}
         self._moving = dependents(module.graph, set(moving))
         self.outputs: list[Place] = []
+        self.summands: dict[Place, Operation] = {}  # by their results: what a sum may be made with
         for node in module.graph.nodes:
             if node.op == "output":
                 self.outputs = [self._output(argument) for argument in node.args[0]]

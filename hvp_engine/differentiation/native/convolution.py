@@ -141,8 +141,13 @@ def _made(
 ) -> Place:
     first, second = (c.contiguous(factor) for factor in factors)
     result = c.builder.workspace(sizes)
-    c.builder.operations.append(Convolution(code, geometry, ((first, second),), result))
-    return result
+    return _appended(c, Convolution(code, geometry, ((first, second),), result))
+
+
+def _appended(c: Conversion, convolution: Convolution) -> Place:
+    c.builder.operations.append(convolution)
+    c.summands[convolution.result] = convolution
+    return convolution.result
 
 
 def _merged(c: Conversion, node: Any) -> Value | None:
@@ -151,10 +156,10 @@ def _merged(c: Conversion, node: Any) -> Value | None:
         if not isinstance(argument, fx.Node) or len(argument.users) > 1:
             return None
         value = c.value(argument)
-        made = [one for one in c.builder.operations if isinstance(one, Convolution) and one.result is value]
-        if not made:
+        made = c.summands.get(value) if isinstance(value, Place) else None
+        if not isinstance(made, Convolution):
             return None
-        parts += made
+        parts.append(made)
     first, second = parts
     pairs = first.pairs + second.pairs
     alike = first is not second and (first.code, first.geometry) == (second.code, second.geometry)
@@ -162,5 +167,4 @@ def _merged(c: Conversion, node: Any) -> Value | None:
         return None
     for part in parts:
         c.builder.operations.remove(part)
-    c.builder.operations.append(replace(second, pairs=pairs))
-    return second.result
+    return _appended(c, replace(second, pairs=pairs))

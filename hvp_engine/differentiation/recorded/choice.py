@@ -80,7 +80,7 @@ class Choice(Tape):
 
     def _reading_pays_from(self) -> float:
         """Products from which a solve should read the graph."""
-        return self._outline.pays_from()
+        return self._outline.pays_from(self._library.affords)
 
     def _read(self) -> None:
         """Read the graph, to look for a program of its kind."""
@@ -117,7 +117,7 @@ class Choice(Tape):
         if self._program is not None or self._asked + count > min(self._read_at, self._adopt_at, self._record_at):
             return None
         self._asked += count
-        if self._walked is not None:  # nothing is to be found out
+        if self._walked is not None and not self._outline.waits:  # nothing is to be found out
             return super().plainly(count, work)
         start = time.thread_time()
         made = super().plainly(count, work)
@@ -187,7 +187,7 @@ class Choice(Tape):
         """Products by autograd before one is written down, where a solve is expected to need so many."""
         if known.sights == 1:
             return _MANY
-        if not self._library.affords(self.nodes):
+        if not self._library.affords(max(self.nodes, known.awaited)):
             return math.inf
         return self._hesitation(known, expected)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,6 +105,7 @@ class Known:
         sights: how many there were.
         hidden: why the graph does not show all constants, so that each solve has to write down a product.
         refused: why there is no program at all.
+        awaited: operations of a program that is not built yet, since as much time has not been earned.
         adoptions: solves that a program has served.
         solve: the latest, whose time is taken when the next one begins.
         plain, program, fixed: seconds of each product by autograd and by the program, the mean of a solve, and of what
@@ -118,6 +120,7 @@ class Known:
     hidden: str = ""
     refused: str = ""
     shortcuts: list[Shortcut] = field(default_factory=list)
+    awaited: int = 0
     adoptions: int = 0
     solve: Solve = field(default_factory=Solve)
     plain: list[float] = field(default_factory=list)
@@ -183,14 +186,22 @@ class Outline:
     products: int = 0
     kinds: deque[Known] = field(default_factory=lambda: deque(maxlen=_LATEST))
 
-    def pays_from(self) -> float:
-        """Products from which a solve is faster if the graph is read: as for the kind of it that gains most."""
+    @property
+    def waits(self) -> bool:
+        """Whether a program for such a graph is to be built."""
+        return any(known.awaited for known in self.kinds)
+
+    def pays_from(self, affords: Callable[[int], bool]) -> float:
+        """Products from which a solve is faster if the graph is read: as for the kind of it that gains most. Where a
+        program waits until its operations can be afforded, nothing is read until then."""
         self.sights += 1
         if self.sights >= _FIRST and (self.sights % _INTERVAL == 0 or self.sights.bit_count() == 1):
             for known in self.kinds:
                 known.time_again()
         least = math.inf if self.kinds else 0.0
         for known in self.kinds:
+            if known.awaited and not affords(known.awaited):
+                continue
             if not known.settled:
                 return 0.0
             if not known.refused:

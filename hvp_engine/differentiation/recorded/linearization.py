@@ -178,6 +178,7 @@ class RecordedLinearization(Choice):
     def _learn(self, written: RecordedProduct, tangents: Sequence[Tensor]) -> None:
         """A program for the rest of this solve, on the constants that were met."""
         program = self._library.program(written, tangents, self._waits)
+        self._known.awaited = len(written.entries) if program is None else 0
         if isinstance(program, str):
             self._refuse(program, None)
         elif program is not None:
@@ -197,6 +198,7 @@ class RecordedLinearization(Choice):
         taken = next((loosened for loosened in found if loosened is not None), Loosened(written))
         sources = [*sources, *taken.sources]
         program = self._library.program(taken.product, tangents, self._waits)
+        known.awaited = len(written.entries) if program is None else 0
         if isinstance(program, str):
             self._refuse(program, contents)
         elif program is not None:
