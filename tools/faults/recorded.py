@@ -59,4 +59,11 @@ FAULTS = [
         "tests/test_short_series.py",
         "a solve made half by autograd and half by a program is taken for one of them",
     ),
+    Fault(
+        "hvp_engine/differentiation/recorded/choice.py",
+        "if not self._library.affords(max(self.nodes, known.awaited)):",
+        "if not self._library.affords(self.nodes):",
+        "tests/test_recorded_library.py -k wait",
+        "a program that cannot be afforded yet is written down in each solve",
+    ),
 ]
