@@ -17,7 +17,7 @@ ARGUMENTS = [
     *("-q", "-p", "no:cacheprovider", "-W", "ignore"),
     *(
         str(TESTS / f"test_{name}.py")
-        for name in ("native", "native_fuzz", "ops", "native_operations", "engines_native")
+        for name in ("native", "native_fuzz", "ops", "native_operations", "native_convolution", "engines_native")
     ),
     *(str(TESTS / f"test_{name}.py") for name in ("attention", "recurrent", "cross_entropy", "normalization")),
     # Without what tests other backends, measures time, or starts a Python of its own; and without what demands of the

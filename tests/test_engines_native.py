@@ -392,7 +392,14 @@ def test_programs_that_leave_their_memory_are_refused() -> None:
     _C.Program(slots, 0, [], copy)
     whole = [1, 0, 0]  # a matrix is there, in slot 0, from its first element on
     recurrence = [4, 3, 1, 0, 1, 1, *whole, *whole, 0, *whole, *whole, *whole, *whole, *whole]  # a GRU of one unit
+    line = [5, 0, 1, 1, 1, 1, 3, 1, 2, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0]  # 3 pixels, and a kernel of two
+    _C.Program(slots, 0, [], line)
     wrong = {
+        "a kernel is larger than images": [*line[:8], 4, *line[9:]],
+        "a convolution is too large": [*line[:5], *[1 << 20] * 4, *line[9:]],
+        "stride: expected": [*line[:10], 0, *line[11:]],
+        "slot 0 is too small for a matrix in it": [*line[:2], 2, *line[3:]],
+        "pairs: expected": [*line[:15], 0, *line[16:]],
         "ends in the middle": copy[:-1],
         "element 3 is asked for": [*copy[:5], 1, *copy[6:]],
         "another type of element": [*copy[:4], 1, *copy[5:]],

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from native_graphs import by_extension, graph_of
 from test_native_graphs import assert_close, program_of
 from torch import Tensor
@@ -80,6 +82,29 @@ def test_values_and_derivatives(name: str, dtype: torch.dtype) -> None:
     for found, expected in zip(program(grad, x, w), function(grad.double(), x.double(), w.double()), strict=True):
         assert_close(found, expected.to(dtype))
     assert not [call for _, call in program.segments if call is not None]
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(st.data())
+def test_any_geometry(data: st.DataObject) -> None:
+    """In memory of just the size, so that sanitizers see what is read beside it."""
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    small, step = st.integers(1, 4), st.integers(1, 3)
+    images, inputs, outputs = (data.draw(small) for _ in range(3))
+    kernel, dilation, stride = ([data.draw(d) for _ in range(2)] for d in (small, step, step))
+    padding = [data.draw(st.integers(0, 3)) for _ in range(2)]
+    least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    size = [data.draw(st.integers(n, n + 20)) for n in least]
+    x, w = torch.randn(images, inputs, *size).double(), torch.randn(outputs, inputs, *kernel).double()
+    grad = torch.randn_like(convolve(x, w, stride, padding, dilation))
+
+    def function(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        geometry = stride, padding, dilation, False, [0, 0], 1
+        found = aten.convolution_backward(grad, x, w, None, *geometry, [True, True, False])
+        return aten.convolution(x, w, None, *geometry), found[0], found[1]
+
+    for found, expected in zip(program_of(function, [grad, x, w])(grad, x, w), function(grad, x, w), strict=True):
+        assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["plain", "strided", "dilated", "one point", "a signal"])
