@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cstdint>
-#include <vector>
 
 namespace hvp {
 
@@ -33,11 +32,19 @@ struct Convolution {
   std::array<int64_t, 2> of_outputs() const { return {images, outputs * made(0) * made(1)}; }
 };
 
+constexpr int64_t kMostConvolutionPairs = 6;
+
 struct ConvolutionPair {
   const void *first, *second;
 };
 
-using ConvolutionKernel = void (*)(const Convolution& convolution, const std::vector<ConvolutionPair>& pairs,
-                                   void* to, int threads);
+// The first of `count` pairs.
+struct ConvolutionPairs {
+  const ConvolutionPair* first;
+  int64_t count;
+};
+
+using ConvolutionKernel = void (*)(const Convolution& convolution, const ConvolutionPairs& pairs, void* to,
+                                   int threads);
 
 }  // namespace hvp

@@ -29,7 +29,7 @@ struct Block {
 template <class T>
 class Run {
  public:
-  Run(const Convolution& convolution, const std::vector<ConvolutionPair>& pairs, void* to, int threads)
+  Run(const Convolution& convolution, const ConvolutionPairs& pairs, void* to, int threads)
       : c_(convolution),
         pairs_(pairs),
         to_(static_cast<T*>(to)),
@@ -99,10 +99,10 @@ class Run {
     const int64_t width = block.images * block.rows * columns_;
     const bool one = block.images == 1;
     T* const to = one ? outputs_at(to_, block) : outputs;
-    for (size_t i = 0; i < pairs_.size(); ++i) {
-      const Matrix x = unfold(static_cast<const T*>(pairs_[i].first), block, columns);
+    for (int64_t i = 0; i < pairs_.count; ++i) {
+      const Matrix x = unfold(static_cast<const T*>(pairs_.first[i].first), block, columns);
       multiply<T>({false, false, width, c_.outputs, unfolded_, T(1), x.data, x.leading,
-                   static_cast<const T*>(pairs_[i].second), unfolded_, i == 0 ? T(0) : T(1), to,
+                   static_cast<const T*>(pairs_.first[i].second), unfolded_, i == 0 ? T(0) : T(1), to,
                    one ? points_ : width},
                   1);
     }
@@ -114,10 +114,10 @@ class Run {
     const int64_t width = block.images * block.rows * columns_;
     const bool direct = point_ && block.images == 1;
     T* const to = direct ? to_ + block.image * c_.inputs * pixels_ + block.row * columns_ : columns;
-    for (size_t i = 0; i < pairs_.size(); ++i) {
-      const Matrix y = gathered(static_cast<const T*>(pairs_[i].first), block, outputs);
+    for (int64_t i = 0; i < pairs_.count; ++i) {
+      const Matrix y = gathered(static_cast<const T*>(pairs_.first[i].first), block, outputs);
       multiply<T>({false, true, width, unfolded_, c_.outputs, T(1), y.data, y.leading,
-                   static_cast<const T*>(pairs_[i].second), unfolded_, i == 0 ? T(0) : T(1), to,
+                   static_cast<const T*>(pairs_.first[i].second), unfolded_, i == 0 ? T(0) : T(1), to,
                    direct ? pixels_ : width},
                   1);
     }
@@ -128,9 +128,9 @@ class Run {
   // a third of the time that it takes for the product of y as it is.
   void make_kernels(const Block& block, T* columns, T* outputs, T* kernels, bool first) const {
     const int64_t width = block.images * block.rows * columns_;
-    for (size_t i = 0; i < pairs_.size(); ++i) {
-      const Matrix x = unfold(static_cast<const T*>(pairs_[i].first), block, columns);
-      turn_over(static_cast<const T*>(pairs_[i].second), block, outputs);
+    for (int64_t i = 0; i < pairs_.count; ++i) {
+      const Matrix x = unfold(static_cast<const T*>(pairs_.first[i].first), block, columns);
+      turn_over(static_cast<const T*>(pairs_.first[i].second), block, outputs);
       multiply<T>({false, false, c_.outputs, unfolded_, width, T(1), outputs, c_.outputs, x.data, x.leading,
                    first && i == 0 ? T(0) : T(1), kernels, c_.outputs},
                   1);
@@ -274,7 +274,7 @@ class Run {
   }
 
   const Convolution& c_;
-  const std::vector<ConvolutionPair>& pairs_;
+  const ConvolutionPairs& pairs_;
   T* const to_;
   const int64_t rows_, columns_, points_, pixels_;
   const int64_t unfolded_;  // pixels that an output is made of
@@ -285,8 +285,7 @@ class Run {
 
 }  // namespace
 
-void run_convolution(const Convolution& convolution, const std::vector<ConvolutionPair>& pairs, void* to,
-                     int threads) {
+void run_convolution(const Convolution& convolution, const ConvolutionPairs& pairs, void* to, int threads) {
   if (convolution.wide) {
     Run<double>(convolution, pairs, to, threads).run();
   } else {

@@ -290,7 +290,7 @@ ConvolutionStep read_convolution(Reader& reader, bool wide) {
   }
   const auto x = c.of_images(), w = c.of_kernels(), y = c.of_outputs();
   const bool of_outputs = c.code == ConvolutionCode::kOutputs, of_images = c.code == ConvolutionCode::kImages;
-  const int64_t pairs = reader.word(1, kMaxInputs, "pairs");
+  const int64_t pairs = reader.word(1, kMostConvolutionPairs, "pairs");
   for (int64_t i = 0; i < pairs; ++i) {
     const Place first = reader.dense(of_images ? y : x);
     step.pairs.push_back({first, reader.dense(of_outputs || of_images ? w : y)});

@@ -420,9 +420,10 @@ class Interpreter {
   }
 
   void convolution(const ConvolutionStep& step) const {
-    std::vector<ConvolutionPair> pairs;
-    for (const auto& [first, second] : step.pairs) pairs.push_back({at(first), at(second)});
-    run_convolution(step.convolution, pairs, at(step.to), threads_);
+    ConvolutionPair pairs[kMostConvolutionPairs];
+    const int64_t count = static_cast<int64_t>(step.pairs.size());
+    for (int64_t i = 0; i < count; ++i) pairs[i] = {at(step.pairs[i][0]), at(step.pairs[i][1])};
+    run_convolution(step.convolution, {pairs, count}, at(step.to), threads_);
   }
 
   static constexpr int64_t kColumns = 256;

@@ -40,18 +40,18 @@ const Variant& variant();
 // itself would use; `capability` is what torch.backends.cpu.get_cpu_capability() returns.
 void choose_variant(const std::string& capability);
 
-#define HVP_DECLARE_VARIANT(name)                                                                       \
-  namespace name {                                                                                      \
-  ChunkKernel chunk_kernel(OpCode op, bool measure, bool wide, DType dtype);                            \
-  bool run_program(const Program&, void* const* slots, const double* row, int threads);                 \
-  int64_t attention_workspace(const Attention& attention, int level);                                   \
-  void attention(const Attention& attention, int level, void* workspace, int threads);                  \
-  void run_recurrence(const RecurrentLayer&, void* const* tensors, int threads);                        \
-  void run_convolution(const Convolution&, const std::vector<ConvolutionPair>&, void* to, int threads); \
-  int64_t cross_entropy(const CrossEntropy&, int threads);                                              \
-  void log_softmax(const LogSoftmax&, int threads);                                                     \
-  void normalize_images(const Normalization&, int threads);                                             \
-  void normalize_rows(const Normalization&, int threads);                                               \
+#define HVP_DECLARE_VARIANT(name)                                                           \
+  namespace name {                                                                          \
+  ChunkKernel chunk_kernel(OpCode op, bool measure, bool wide, DType dtype);                \
+  bool run_program(const Program&, void* const* slots, const double* row, int threads);     \
+  int64_t attention_workspace(const Attention& attention, int level);                       \
+  void attention(const Attention& attention, int level, void* workspace, int threads);      \
+  void run_recurrence(const RecurrentLayer&, void* const* tensors, int threads);            \
+  void run_convolution(const Convolution&, const ConvolutionPairs&, void* to, int threads); \
+  int64_t cross_entropy(const CrossEntropy&, int threads);                                  \
+  void log_softmax(const LogSoftmax&, int threads);                                         \
+  void normalize_images(const Normalization&, int threads);                                 \
+  void normalize_rows(const Normalization&, int threads);                                   \
   }
 HVP_DECLARE_VARIANT(baseline)
 HVP_DECLARE_VARIANT(avx2)

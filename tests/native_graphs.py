@@ -10,16 +10,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hvp_engine._support.torch_compat import one_fake_mode
-from hvp_engine.differentiation.native import (  # noqa: F401, they have the handlers
-    adjoints,
-    convolution,
-    differentiable,
-    elementwise,
-    linear_algebra,
-    nonlinear,
-    recurrent,
-    shaping,
-)
+from hvp_engine.differentiation.native import handlers  # noqa: F401, without it there are none
 from hvp_engine.differentiation.native.builder import Builder
 from hvp_engine.differentiation.native.conversion import Conversion
 from hvp_engine.differentiation.native.extension import Slots

@@ -99,7 +99,8 @@ def test_residual_never_grows() -> None:
 def test_exact_after_n_products_and_not_before(dtype: torch.dtype, backend: str) -> None:
     with hvp.use_backend(backend):
         full, short = (solve(INDEFINITE, V.to(dtype), hvp.MINRES(count, tol=0.0)) for count in (8, 7))
-    truth, tolerance = torch.linalg.solve(INDEFINITE, V), {torch.float32: 1e-2, torch.float64: 1e-10}[dtype]
+    # In float32 the error is 0.6% or 1.7%, by the processor: how its BLAS rounds decides what eight products are worth.
+    truth, tolerance = torch.linalg.solve(INDEFINITE, V), {torch.float32: 2.5e-2, torch.float64: 1e-10}[dtype]
     assert relative_error(full.value.double(), truth) < tolerance
     assert relative_error(short.value.double(), truth) > 0.03
 
@@ -139,10 +140,15 @@ def test_singular_and_inconsistent_gives_the_smallest_least_squares_solution(nam
 
 @pytest.mark.parametrize("name", SPECTRA)
 def test_singular_and_inconsistent_in_single_precision_is_finite_and_honest(name: str) -> None:
+    """As far as the rounding of the solution itself allows: along the null space it may grow to a norm of 1e7, by the
+    processor."""
     matrix, v = with_zeros(SPECTRA[name], 5), randn(60, seed=6)
     solution = solve(matrix, v.float(), hvp.MINRES(2000))
     assert solution.status is hvp.Status.SINGULAR
-    assert residual_of(matrix, v, solution.value) == pytest.approx(solution.residual_norm, rel=0.02)
+    rounding = (
+        4 * torch.finfo(torch.float32).eps * 3 * float(solution.value.norm() / v.norm())
+    )  # 3: the largest eigenvalue
+    assert residual_of(matrix, v, solution.value) == pytest.approx(solution.residual_norm, rel=0.02, abs=rounding)
 
 
 def test_preconditioned_least_squares_is_smallest_in_its_norm() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, fx
 from hvp_engine.differentiation.native import elementwise
 from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
 from hvp_engine.differentiation.native.linear_algebra import total
-from hvp_engine.differentiation.native.operations import MOST_INPUTS, UnsupportedError, Words
 from hvp_engine.differentiation.native.operations import Code as Instruction
+from hvp_engine.differentiation.native.operations import UnsupportedError, Words
 from hvp_engine.differentiation.native.places import Place
 
 aten = torch.ops.aten
@@ -23,6 +23,10 @@ aten = torch.ops.aten
 _MOST_FACTORS = 1 << 12
 """Numbers of a kernel up to which this is faster than what PyTorch has: five times where images have few channels (3 of
 64 x 64 to 32, 3 x 3: 2.3 ms instead of 11.6, one core), as fast with 16, and 0.7 times with 64."""
+
+
+_MOST_PAIRS = 6
+"""Convolutions that one operation may sum (`kMostConvolutionPairs` in csrc/convolution.h)."""
 
 
 class Code(enum.IntEnum):
@@ -163,7 +167,7 @@ def _merged(c: Conversion, node: Any) -> Value | None:
     first, second = parts
     pairs = first.pairs + second.pairs
     alike = first is not second and (first.code, first.geometry) == (second.code, second.geometry)
-    if not alike or first.result.sizes != second.result.sizes or 2 * len(pairs) > MOST_INPUTS:
+    if not alike or first.result.sizes != second.result.sizes or len(pairs) > _MOST_PAIRS:
         return None
     for part in parts:
         c.builder.operations.remove(part)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine.differentiation.native import convolution, elementwise, linear_algebra, nonlinear, shaping
+from hvp_engine.differentiation.native import handlers  # noqa: F401, without it there are none
 from hvp_engine.differentiation.native.builder import Builder, Kind
 from hvp_engine.differentiation.native.conversion import HANDLERS, Conversion, Value
 from hvp_engine.differentiation.native.expressions import Operand
@@ -21,9 +21,6 @@ from hvp_engine.differentiation.native.places import Place, in_order, nesting, r
 from hvp_engine.differentiation.trace.functionalize import is_random
 
 aten = torch.ops.aten
-
-_HANDLERS = (convolution, elementwise, linear_algebra, nonlinear, shaping)
-"""The modules whose handlers are in the table once they are imported."""
 
 _FEW_CALLS, _MOST_CALLS = 2, 0.3
 """How many of a graph's operators, and what share of them, PyTorch may compute: by itself it takes less for each."""

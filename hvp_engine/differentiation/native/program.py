@@ -13,15 +13,7 @@ from torch import Tensor
 
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
-from hvp_engine.differentiation.native import (
-    adjoints,
-    convolution,
-    differentiable,
-    elementwise,
-    linear_algebra,
-    recurrent,
-    shaping,
-)
+from hvp_engine.differentiation.native import handlers  # noqa: F401, without it there are none
 from hvp_engine.differentiation.native.batch_space import Combination, Factor, number, one_for_each_output
 from hvp_engine.differentiation.native.builder import CPU, Builder
 from hvp_engine.differentiation.native.conversion import Conversion
@@ -32,9 +24,6 @@ from hvp_engine.differentiation.native.operations import Code, Operation
 from hvp_engine.differentiation.native.places import Place
 from hvp_engine.differentiation.native.updates import FIRST_FACTOR, Mixing, Summands, product, table_of, update
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
-
-_HANDLERS = (adjoints, convolution, differentiable, elementwise, linear_algebra, recurrent, shaping)
-"""The modules whose handlers are in the table once they are imported."""
 
 _MOST_DIAGONALS = 3
 """Known factors of a weight's own tangent that an update reads one by one."""
