@@ -159,7 +159,7 @@ def draw(curves: Mapping[str, hvp.History], dataset: str) -> Figure:
     """Draw training, validation and test error over the hyper steps, one panel for each network."""
     columns = min(3 if len(curves) > 4 else 2, len(curves))
     rows = -(-len(curves) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
+    figure = Figure(figsize=(max(6.4, 4.6 * columns), 3.6 * rows), layout="constrained")  # wide enough for the title
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[len(curves) :]:
         axis.set_axis_off()
