@@ -19,7 +19,7 @@ struct CgNumbers {
   enum Number {
     squared, curvature, nonfinite, metric,
     preconditioned, enough,
-    rho, beta, negative, bad, bad_metric,
+    rho, beta, size, negative, bad, bad_metric,
     kNumbers
   };
 };
@@ -38,6 +38,8 @@ struct MinresNumbers {
 
 struct CgRecurrence : CgNumbers {
   HVP_INLINE static void run(double* s) {
+    const double inverse_step = s[curvature] / s[rho];
+    if (s[rho] > 0 && (inverse_step > s[size] || inverse_step != inverse_step)) s[size] = inverse_step;
     if (s[rho] > 0 && !(s[curvature] > 0)) s[negative] = 1;
     if (s[nonfinite] > 0) s[bad] = 1;
     const bool is_preconditioned = s[preconditioned] > 0;

@@ -20,8 +20,8 @@ def _place(name: str, names: tuple[str, ...] = MINRES) -> tl.constexpr:
 
 CG_SQUARED, CG_CURVATURE, CG_NONFINITE = _place("squared", CG), _place("curvature", CG), _place("nonfinite", CG)
 CG_METRIC, CG_PRECONDITIONED, CG_ENOUGH = _place("metric", CG), _place("preconditioned", CG), _place("enough", CG)
-CG_RHO, CG_BETA, CG_NEGATIVE = _place("rho", CG), _place("beta", CG), _place("negative", CG)
-CG_BAD, CG_BAD_METRIC = _place("bad", CG), _place("bad_metric", CG)
+CG_RHO, CG_BETA, CG_SIZE = _place("rho", CG), _place("beta", CG), _place("size", CG)
+CG_NEGATIVE, CG_BAD, CG_BAD_METRIC = _place("negative", CG), _place("bad", CG), _place("bad_metric", CG)
 
 ALPHA, NONFINITE, NORM, SCALE = _place("alpha"), _place("nonfinite"), _place("norm"), _place("scale")
 SEARCH_NORM, VALUE_NORM, RESIDUAL_NORM = _place("search_norm"), _place("value_norm"), _place("residual_norm")
@@ -61,7 +61,10 @@ def cg_recurrence(state):
     squared, metric = tl.load(state + CG_SQUARED), tl.load(state + CG_METRIC)
     rho, bad = tl.load(state + CG_RHO), tl.load(state + CG_BAD)
     preconditioned = tl.load(state + CG_PRECONDITIONED) > 0
-    straight = (tl.load(state + CG_CURVATURE) > 0) | (rho <= 0) | (rho != rho)
+    curvature, size = tl.load(state + CG_CURVATURE), tl.load(state + CG_SIZE)
+    inverse_step = tl.where(rho > 0, curvature / tl.where(rho > 0, rho, 1.0), 0.0)
+    tl.store(state + CG_SIZE, tl.where((inverse_step > size) | (inverse_step != inverse_step), inverse_step, size))
+    straight = (curvature > 0) | (rho <= 0) | (rho != rho)
     negative = tl.where(straight, tl.load(state + CG_NEGATIVE), 1.0)
     bad = tl.where(tl.load(state + CG_NONFINITE) > 0, 1.0, bad)
     suspect = preconditioned & (squared > 0) & (bad == 0)

@@ -22,7 +22,7 @@ CG = (
     *("squared", "curvature", "nonfinite", "metric"),
     # what was decided at the start
     *("preconditioned", "enough"),
-    *("rho", "beta", "negative", "bad", "bad_metric"),
+    *("rho", "beta", "size", "negative", "bad", "bad_metric"),
 )
 """The numbers of conjugate gradients; flags are 0 or 1."""
 

@@ -129,8 +129,10 @@ STEPS: dict[str, Callable[..., None]] = {
 def cg_recurrence(s: SimpleNamespace) -> None:
     """The next beta and rho of conjugate gradients; rho is 0 from where the tolerance is reached.
 
-    `squared` = r . r, `metric` = r . M r, and `curvature` = d . A d for the last direction d.
+    `squared` = r . r, `metric` = r . M r, and `curvature` = d . A d for the last direction d. `size` is the largest
+    inverse step so far, at most the largest eigenvalue of A (of M A).
     """
+    s.size = torch.where(s.rho > 0, torch.maximum(s.size, s.curvature / s.rho), s.size)
     s.negative = s.negative | ((s.rho > 0) & ~(s.curvature > 0))
     s.bad = s.bad | (s.nonfinite > 0)
     s.bad_metric = s.bad_metric | (s.preconditioned & (s.squared > 0) & ~(s.metric > 0) & ~s.bad)

@@ -28,6 +28,9 @@ from hvp_engine.solvers.iteration import (
 from hvp_engine.solvers.preconditioning import precondition
 from hvp_engine.solvers.solution import Status
 
+_MEANINGLESS = 0.1
+"""A solution is no better than none if rounding it leaves a residual of this share of the right-hand side."""
+
 
 @dataclass(frozen=True)
 class ConjugateGradient(KrylovSolver):
@@ -57,7 +60,8 @@ class ConjugateGradient(KrylovSolver):
     have none.
 
     A search direction of negative curvature reveals an operator that is not positive definite. The iterate reached
-    before it is then returned, with the status NEGATIVE_CURVATURE.
+    before it is then returned, with the status NEGATIVE_CURVATURE. If the operator is singular to working precision,
+    the iterate may grow along its null space until nothing but rounding is left of it: the status is then SINGULAR.
 
     Cost: up to `iterations` products; three flat vectors of weights, one more with a preconditioner, and one more for
     more than 50 products. The tolerance is checked every 5 products, so up to 4 may follow after it is reached; they do
@@ -179,20 +183,30 @@ class _ConjugateGradient(Iteration):
     def finish(self) -> Tensor:
         s = self._scalars
         bad = (s["bad"] > 0) | ~self.value.all_finite()
-        return torch.stack([self._squared_b, self._bad_b, s["squared"], s["negative"], bad.double(), s["bad_metric"]])
+        extent = s["size"] * self.value.norm()  # about ||A|| ||x||
+        return torch.stack(
+            [self._squared_b, self._bad_b, s["squared"], s["negative"], bad.double(), s["bad_metric"], extent.double()]
+        )
 
     def read(self, figures: Sequence[float]) -> Outcome:
-        squared_b, bad_b, squared, negative, bad, bad_metric = figures
+        squared_b, bad_b, squared, negative, bad, bad_metric, extent = figures
         residual = krylov_residual(squared_b, bad_b, squared, bad, bad_metric)
+        epsilon = torch.finfo(self.value.data.dtype).eps
+        # What rounding x alone leaves of b - A x. The updated residual does not know of it: for a singular A it may
+        # become as small as for any other, while x grows to 1 / eps along the null space.
+        rounding = epsilon * extent / math.sqrt(squared_b) if squared_b and self._preconditioner is None else 0.0
+        singular = rounding > _MEANINGLESS
+        residual = max(residual, rounding) if singular else residual
         if self._tolerance.reached(residual, squared_b):
             status = Status.CONVERGED
+        elif negative:
+            status = Status.NEGATIVE_CURVATURE
         else:
-            status = Status.NEGATIVE_CURVATURE if negative else Status.ITERATION_LIMIT
+            status = Status.SINGULAR if singular else Status.ITERATION_LIMIT
         # The residual of a positive definite system may grow on the way, by up to the square root of its condition
         # number; one with a condition number above 1 / eps^2 is singular in this arithmetic.
-        limit = 1 / torch.finfo(self.value.data.dtype).eps
         residual_of = "returned" if self.steps else "none"
-        return Outcome(residual, residual_of, status, math.isfinite(residual), bad_b == 0, growth_limit=limit)
+        return Outcome(residual, residual_of, status, math.isfinite(residual), bad_b == 0, growth_limit=1 / epsilon)
 
 
 def _fused_step(update: Bound, partials: Tensor, sums: Tensor, product: Sequence[Tensor]) -> None:

@@ -21,8 +21,9 @@ class Status(enum.Enum):
         "a Gauss-Newton operator"
     )
     SINGULAR = (
-        "singular to working precision: the value is the least-squares solution of smallest norm; use "
-        "damping, or a wider dtype if the operator should have an inverse"
+        "singular to working precision: the value is the least-squares solution of smallest norm, except of "
+        "conjugate gradients, whose value is made of rounding; use damping, or a wider dtype if the operator should "
+        "have an inverse"
     )
 
 

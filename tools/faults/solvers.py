@@ -32,6 +32,13 @@ FAULTS = [
         "the recomputed residual forgets the damping",
     ),
     Fault(
+        "hvp_engine/solvers/conjugate_gradient.py",
+        "singular = rounding > _MEANINGLESS",
+        "singular = False",
+        "tests/test_solvers_conjugate_gradient.py",
+        "a solution made of rounding counts as converged",
+    ),
+    Fault(
         "hvp_engine/solvers/minres.py",
         "        if self._damping:\n            following.data.add_(image.data, alpha=self._damping)\n",
         "",
