@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 #include "convolution.h"
 #include "matrix_products.h"
@@ -16,8 +17,8 @@ namespace HVP_VARIANT {
 namespace {
 
 constexpr int64_t kBlockBytes = int64_t{1} << 18;
-// Numbers that a few instructions copy at once.
-constexpr int64_t kLanes = 8;
+// Numbers that an instruction or two copy at once, and sides of a square that is turned over at once.
+constexpr int64_t kLanes = 8, kSquare = 16;
 // Columns that a matrix product needs to be fast.
 constexpr int64_t kLeastColumns = 64;
 
@@ -25,6 +26,50 @@ constexpr int64_t kLeastColumns = 64;
 struct Block {
   int64_t image, images, row, rows;
 };
+
+// Loops over short lines are functions of their own, so that what they need stays in registers.
+
+// The elements from, 8, 16, ... on, and the last eight of `n` >= 8: of ten, 0 to 7 and 2 to 9.
+template <class T>
+[[gnu::noinline]] void copy_lines(const T* from, int64_t pitch, T* to, int64_t width, int64_t lines,
+                                  int64_t n) {
+  for (int64_t i = 0; i < lines; ++i, from += pitch, to += width) {
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const int64_t start = std::min(j, n - kLanes);
+#pragma omp simd
+      for (int64_t l = 0; l < kLanes; ++l) to[start + l] = from[start + l];
+    }
+  }
+}
+
+template <class T>
+[[gnu::noinline]] void add_lines(T* to, int64_t pitch, const T* from, int64_t width, int64_t lines,
+                                 int64_t n) {
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < lines; ++i, to += pitch, from += width) {
+    for (int64_t j = 0; j < whole; j += kLanes) {
+#pragma omp simd
+      for (int64_t l = 0; l < kLanes; ++l) to[j + l] += from[j + l];
+    }
+    for (int64_t j = whole; j < n; ++j) to[j] += from[j];
+  }
+}
+
+// to[q, o] <- from[o, q] for all lines o and `points` q, tile by tile.
+template <class T>
+[[gnu::noinline]] void turn_over(const T* from, int64_t pitch, int64_t lines, int64_t points, T* to) {
+  for (int64_t p = 0; p < points; p += kSquare) {
+    for (int64_t o = 0; o < lines; ++o) {
+      const T* const line = from + o * pitch + p;
+      T* const column = to + p * lines + o;
+      if (p + kSquare <= points) {
+        for (int64_t q = 0; q < kSquare; ++q) column[q * lines] = line[q];
+      } else {
+        for (int64_t q = 0; q < points - p; ++q) column[q * lines] = line[q];
+      }
+    }
+  }
+}
 
 template <class T>
 class Run {
@@ -130,7 +175,7 @@ class Run {
     const int64_t width = block.images * block.rows * columns_;
     for (int64_t i = 0; i < pairs_.count; ++i) {
       const Matrix x = unfold(static_cast<const T*>(pairs_.first[i].first), block, columns);
-      turn_over(static_cast<const T*>(pairs_.first[i].second), block, outputs);
+      turned(static_cast<const T*>(pairs_.first[i].second), block, outputs);
       multiply<T>({false, false, c_.outputs, unfolded_, width, T(1), outputs, c_.outputs, x.data, x.leading,
                    first && i == 0 ? T(0) : T(1), kernels, c_.outputs},
                   1);
@@ -156,18 +201,11 @@ class Run {
   }
 
   // The outputs of a block, all those of a point one after another.
-  void turn_over(const T* outputs, const Block& block, T* turned) const {
+  void turned(const T* outputs, const Block& block, T* to) const {
     const int64_t points = block.rows * columns_;
     for (int64_t n = 0; n < block.images; ++n) {
-      const T* const from = outputs_at(outputs, {block.image + n, 1, block.row, block.rows});
-      T* const to = turned + n * points * c_.outputs;
-      constexpr int64_t kTile = 16;  // points, whose memory is one line of the cache for each output
-      for (int64_t p = 0; p < points; p += kTile) {
-        const int64_t end = std::min(p + kTile, points);
-        for (int64_t o = 0; o < c_.outputs; ++o) {
-          for (int64_t q = p; q < end; ++q) to[q * c_.outputs + o] = from[o * points_ + q];
-        }
-      }
+      turn_over(outputs_at(outputs, {block.image + n, 1, block.row, block.rows}), points_, c_.outputs, points,
+                to + n * points * c_.outputs);
     }
   }
 
@@ -186,7 +224,7 @@ class Run {
   Matrix unfold(const T* images, const Block& block, T* columns) const {
     if (point_ && block.images == 1)
       return {images + block.image * c_.inputs * pixels_ + block.row * columns_, pixels_};
-    walk<const T>(images, block, columns, copy_lines);
+    walk<const T>(images, block, columns, unfold_lines);
     return {columns, block.images * block.rows * columns_};
   }
 
@@ -196,45 +234,28 @@ class Run {
       T* const first = to_ + block.image * c_.inputs * pixels_;
       std::fill(first, first + block.images * c_.inputs * pixels_, T(0));
     }
-    walk<T>(to_, block, columns, add_lines);
+    walk<T>(to_, block, columns, fold_lines);
   }
 
   // `lines` of `n` elements: pixels `step` apart, lines of them `pitch`, and lines of columns `width`.
-  static void copy_lines(const T* pixels, int64_t step, int64_t pitch, T* columns, int64_t width,
-                         int64_t lines, int64_t n) {
-    if (step == 1 && n >= kLanes && n <= 2 * kLanes) {  // two copies, which overlap
-      for (int64_t i = 0; i < lines; ++i, pixels += pitch, columns += width) {
-        std::memcpy(columns, pixels, kLanes * sizeof(T));
-        std::memcpy(columns + n - kLanes, pixels + n - kLanes, kLanes * sizeof(T));
-      }
-    } else if (step == 1) {
-      for (int64_t i = 0; i < lines; ++i, pixels += pitch, columns += width) {
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) columns[j] = pixels[j];
-      }
-    } else {
-      for (int64_t i = 0; i < lines; ++i, pixels += pitch, columns += width) {
-        for (int64_t j = 0; j < n; ++j) columns[j] = pixels[j * step];
-      }
+  static void unfold_lines(const T* pixels, int64_t step, int64_t pitch, T* columns, int64_t width,
+                           int64_t lines, int64_t n) {
+    if (step == 1 && n >= kLanes) return copy_lines(pixels, pitch, columns, width, lines, n);
+    for (int64_t i = 0; i < lines; ++i, pixels += pitch, columns += width) {
+      for (int64_t j = 0; j < n; ++j) columns[j] = pixels[j * step];
     }
   }
 
-  static void add_lines(T* pixels, int64_t step, int64_t pitch, const T* columns, int64_t width,
-                        int64_t lines, int64_t n) {
-    if (step == 1) {
-      for (int64_t i = 0; i < lines; ++i, pixels += pitch, columns += width) {
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) pixels[j] += columns[j];
-      }
-    } else {
-      for (int64_t i = 0; i < lines; ++i, pixels += pitch, columns += width) {
-        for (int64_t j = 0; j < n; ++j) pixels[j * step] += columns[j];
-      }
+  static void fold_lines(T* pixels, int64_t step, int64_t pitch, const T* columns, int64_t width,
+                         int64_t lines, int64_t n) {
+    if (step == 1 && n >= kLanes) return add_lines(pixels, pitch, columns, width, lines, n);
+    for (int64_t i = 0; i < lines; ++i, pixels += pitch, columns += width) {
+      for (int64_t j = 0; j < n; ++j) pixels[j * step] += columns[j];
     }
   }
 
   // Calls visit(pixels, step, pitch, columns, width, lines, n) for the lines of each image and each element
-  // of the kernel whose pixels are inside; where they are not, columns become zero.
+  // of the kernel whose pixels are inside; where they are not, unfolding writes zeros.
   template <class Pixel, class Visit>
   void walk(Pixel* images, const Block& block, T* columns, Visit visit) const {
     const int64_t height = c_.size[0], across = c_.size[1], step = c_.stride[1];
@@ -253,23 +274,24 @@ class Run {
       const int64_t bottom = std::max(top, std::min(below - block.row, block.rows));
       for (int64_t n = 0; n < block.images; ++n) {
         T* const lines = columns + (k * block.images + n) * block.rows * columns_;
-        if (top > 0) std::fill(lines, lines + top * columns_, T(0));
-        if (bottom < block.rows) std::fill(lines + bottom * columns_, lines + block.rows * columns_, T(0));
-        if (to == from) {
-          std::fill(lines, lines + block.rows * columns_, T(0));
-          continue;
-        }
+        if constexpr (std::is_const_v<Pixel>) clear_outside(lines, block.rows, top, bottom, from, to);
+        if (to == from || bottom == top) continue;
         Pixel* const pixels = images + ((block.image + n) * c_.inputs + channel) * pixels_ + from * step +
                               right + ((block.row + top) * c_.stride[0] + down) * across;
-        T* const inside = lines + top * columns_;
-        if (from > 0 || to < columns_) {
-          for (int64_t i = 0; i < bottom - top; ++i) {
-            for (int64_t j = 0; j < from; ++j) inside[i * columns_ + j] = T(0);
-            for (int64_t j = to; j < columns_; ++j) inside[i * columns_ + j] = T(0);
-          }
-        }
-        visit(pixels, step, c_.stride[0] * across, inside + from, columns_, bottom - top, to - from);
+        visit(pixels, step, c_.stride[0] * across, lines + top * columns_ + from, columns_, bottom - top,
+              to - from);
       }
+    }
+  }
+
+  // Columns outside of lines [top, bottom) and of columns [from, to) become zero.
+  void clear_outside(T* lines, int64_t rows, int64_t top, int64_t bottom, int64_t from, int64_t to) const {
+    std::fill(lines, lines + top * columns_, T(0));
+    std::fill(lines + bottom * columns_, lines + rows * columns_, T(0));
+    if (from == 0 && to == columns_) return;
+    for (T* line = lines + top * columns_; line != lines + bottom * columns_; line += columns_) {
+      for (int64_t j = 0; j < from; ++j) line[j] = T(0);
+      for (int64_t j = to; j < columns_; ++j) line[j] = T(0);
     }
   }
 
