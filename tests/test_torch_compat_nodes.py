@@ -197,12 +197,23 @@ def test_storages_that_are_shared() -> None:
     assert torch_compat.shares_storage(detached)
 
 
-def test_fake_tensors_are_like_real_ones() -> None:
-    mode = torch_compat.FakeMode()
-    for x in (torch.ones(3, 4).t(), torch.ones(3).expand(2, 3), torch.ones(2, dtype=torch.bool), torch.ones(())):
-        fake = torch_compat.fake_like(mode, x)
-        assert isinstance(fake, torch_compat.FakeTensor)
-        assert (fake.shape, fake.stride(), fake.dtype, fake.device) == (x.shape, x.stride(), x.dtype, x.device)
+def test_wrappers_are_like_real_tensors_and_see_operations() -> None:
+    seen = []
+
+    class Wrapper(torch.Tensor):
+        __torch_function__ = torch_compat.without_torch_function
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(func)
+
+    sparse = torch.eye(3).to_sparse()
+    strided = torch.ones(3, 4).t(), torch.ones(3).expand(2, 3), torch.ones(2, dtype=torch.bool), torch.ones(())
+    for x in (*strided, sparse):
+        wrapper = torch_compat.make_wrapper(Wrapper, x, x.device)
+        assert (wrapper.shape, wrapper.dtype, wrapper.device, wrapper.layout) == (x.shape, x.dtype, x.device, x.layout)
+        assert x is sparse or wrapper.stride() == x.stride()
+    assert wrapper.t() is None and seen == [torch.ops.aten.t.default]
 
 
 def test_python_is_not_watched_inside_the_block() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import FakeMode, fake_like, graph_module
+from hvp_engine._support.torch_compat import graph_module
+from hvp_engine.differentiation.abstract_tensor import abstract
 from hvp_engine.differentiation.trace.partial_evaluation import Part
 
 aten = torch.ops.aten
@@ -21,7 +22,7 @@ def closing_graph(
     With direct terms, one for each hyperparameter or None where that has none, it is all that is left to do:
     (residuals..., x / scale..., gradient..., scale, direct...) -> (x..., direct - mixed..., -x . gradient, |gradient|).
     """
-    graph, mode = fx.Graph(), FakeMode()
+    graph = fx.Graph()
     copies = {node: graph.node_copy(node) for node in mixed.module.graph.nodes if node.op == "placeholder"}
 
     def call(target: object, arguments: tuple[object, ...], like: Tensor) -> fx.Node:
@@ -31,7 +32,7 @@ def closing_graph(
 
     def given(name: str, tensor: Tensor) -> fx.Node:
         node = graph.placeholder(name)
-        node.meta["val"] = fake_like(mode, tensor)
+        node.meta["val"] = abstract(tensor)
         return node
 
     unscaled = list(copies)[len(mixed.residuals) :]
@@ -54,9 +55,9 @@ def closing_graph(
     for left in (x, g):
         total: fx.Node | None = None
         for one, other, tensor in zip(left, g, gradient, strict=True):
-            flat = fake_like(mode, tensor.new_empty(1).expand(tensor.numel()))
+            flat = abstract(tensor.new_empty(1).expand(tensor.numel()))
             parts = [call(aten.view.default, (node, [-1]), flat) for node in (one, other)]
-            product = call(aten.dot.default, tuple(parts), fake_like(mode, tensor.new_empty(())))
+            product = call(aten.dot.default, tuple(parts), abstract(tensor.new_empty(())))
             total = product if total is None else call(aten.add.Tensor, (total, product), product.meta["val"])
         assert total is not None
         figures.append(total)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import FakeMode, below_autograd, fake_like, graph_module
+from hvp_engine._support.torch_compat import below_autograd, graph_module
+from hvp_engine.differentiation.abstract_tensor import abstract
 from hvp_engine.differentiation.recorded.product_recorder import Constant, RecordedProduct, Value
 from hvp_engine.differentiation.self_check import Schedule
 from hvp_engine.differentiation.trace.evaluated import PartitionFunctions
@@ -66,22 +67,21 @@ def traced(product: RecordedProduct, tangents: Sequence[Tensor]) -> Trace:
 
 
 def _graph(product: RecordedProduct, tangents: Sequence[Tensor]) -> fx.Graph:
-    mode = FakeMode()
     graph = fx.Graph()
     known: list[fx.Node] = []
     for number, tensor in enumerate(product.constants):
         known.append(graph.placeholder(f"constant_{number}"))
-        known[number].meta["val"] = fake_like(mode, tensor)
+        known[number].meta["val"] = abstract(tensor)
     values: list[_Computed | None] = []
     for number, tensor in enumerate(tangents):
         node = graph.placeholder(f"tangent_{number}")
-        node.meta["val"] = fake_like(mode, tensor)
+        node.meta["val"] = abstract(tensor)
         values.append(_Computed(node, tensor.clone(memory_format=torch.preserve_format)))
     for number, (tensor, fill) in enumerate(zip(product.constants, product.fills, strict=True)):
         if fill is not None:  # nothing that has to be handed over
             keywords: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device}
             known[number] = graph.call_function(aten.full.default, (tuple(tensor.shape), fill), keywords)
-            known[number].meta["val"] = fake_like(mode, tensor)
+            known[number].meta["val"] = abstract(tensor)
     constants = [_Computed(node, tensor) for node, tensor in zip(known, product.constants, strict=True)]
     last = _last_reads(product)
     for index, entry in enumerate(product.entries):
@@ -93,10 +93,10 @@ def _graph(product: RecordedProduct, tangents: Sequence[Tensor]) -> fx.Graph:
             **{name: _filled(value, constants, values, "tensor") for name, value in entry.keywords},
         )
         if isinstance(result, Tensor):
-            node.meta["val"] = fake_like(mode, result)
+            node.meta["val"] = abstract(result)
             values.append(_Computed(node, result))
         else:
-            node.meta["val"] = tuple(fake_like(mode, t) if isinstance(t, Tensor) else t for t in result)
+            node.meta["val"] = tuple(abstract(t) if isinstance(t, Tensor) else t for t in result)
             for place, tensor in enumerate(result):
                 if isinstance(tensor, Tensor):
                     item = graph.call_function(operator.getitem, (node, place))

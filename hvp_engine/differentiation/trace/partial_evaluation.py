@@ -113,7 +113,7 @@ def _partition(trace: Trace) -> Partition:
     known = _live(products, lambda node: node not in linear) - linear
     nothing: set[fx.Node] = set()
     every_term = linear | attempts.call(recomputable, known, otherwise=nothing)
-    residuals: list[fx.Node] = []
+    residuals: dict[fx.Node, int] = {}  # each with its place
     tangent_part = _part(root, graph, products, every_term, tangents, residuals, attempts)
     once = attempts.call(pointwise, _live(mixed, lambda node: False) - linear, otherwise=nothing)
     mixed_part = _part(root, graph, mixed, every_term | once, tangents, residuals, attempts)
@@ -153,11 +153,9 @@ def floating_dtypes(graph: fx.Graph) -> frozenset[torch.dtype]:
     return frozenset(v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point())
 
 
-def _index(residuals: list[fx.Node], node: fx.Node) -> int:
-    """The position of `node` in `residuals`, to which it is added if it is missing."""
-    if node not in residuals:
-        residuals.append(node)
-    return residuals.index(node)
+def _index(residuals: dict[fx.Node, int], node: fx.Node) -> int:
+    """The place of `node` in `residuals`, to which it is added if it is missing."""
+    return residuals.setdefault(node, len(residuals))
 
 
 def _output(graph: fx.Graph) -> fx.Node:
@@ -184,7 +182,7 @@ def _part(
     outputs: Sequence[Any],
     every_term: set[fx.Node],
     tangents: Sequence[fx.Node],
-    residuals: list[fx.Node],
+    residuals: dict[fx.Node, int],
     attempts: Attempts,
 ) -> Part:
     """The part of `graph` that computes `outputs` from residuals and tangents by nodes of `every_term`.

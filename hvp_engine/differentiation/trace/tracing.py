@@ -29,6 +29,7 @@ from hvp_engine._support.torch_compat import (
     says_data_dependent,
 )
 from hvp_engine._support.user_code import innermost_line
+from hvp_engine.differentiation.abstract_tensor import make_abstract
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels, traceable_kernels
 from hvp_engine.differentiation.double_backward import Pullback, Tape, gradients, leaves
 from hvp_engine.differentiation.gradient import derivatives
@@ -77,6 +78,9 @@ class Trace:
     values: int
     arguments: tuple[Tensor, ...]
     undone: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        make_abstract(self.graph)
 
 
 def trace(problem: Problem) -> Trace:
