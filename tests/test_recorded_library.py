@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import gc
 import pickle
 import threading
@@ -281,12 +282,33 @@ def test_a_program_that_has_to_wait_is_written_down_once(hidden: bool, monkeypat
     monkeypatch.setattr(linearization, "record", lambda *a, **k: written.append(1) or record(*a, **k))
     nodes = RecordedLinearization(net.gradient(), net.weights, library=Library()).nodes
     monkeypatch.setattr(library, "_SHARE", 0.0)
+    monkeypatch.setattr(library, "_SECONDS_PER_NODE", 10.0)
     kept.build_seconds = library._CREDIT - library._SECONDS_PER_NODE * nodes
     kind = RecordedLinearization
     for _ in range(6):
         assert level(checked(kept, net.gradient(), net.weights, kind=kind)) == 3
     assert len(written) == 1 and kept.built == 0
     assert kept.plain_seconds > 0
-    kept.build_seconds = 0.0
+    kept.build_seconds = -math.inf
     made = [checked(kept, net.gradient(), net.weights, kind=kind) for _ in range(3)]
     assert kept.built == 1 and level(made[-1]) == 1 + hidden
+
+
+def test_a_kind_of_graphs_earns_its_own_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other programs have taken does not stop it; where several kinds wait, each has to earn what all take."""
+    kept, net = Library(), Net()
+    monkeypatch.setattr(library, "_SECONDS_PER_NODE", 1.0)
+    kept.build_seconds = 1000.0
+    made = checked(kept, net.gradient(), net.weights, kind=RecordedLinearization)
+    known = made._known
+    assert level(made) == 3 and not kept.affords(known, 5)
+    known.awaited, known.plain_seconds = 5, 4.9
+    assert not kept.affords(known, 5)
+    known.plain_seconds = 5.0
+    assert kept.affords(known, 5)
+    others = [kept.known(number) for number in range(3)]
+    for other in others:
+        other.awaited, other.plain_seconds = 5, 4.0
+    assert not kept.affords(known, 5)
+    known.plain_seconds = 20.0
+    assert kept.affords(known, 5) and not kept.affords(others[0], 5)

@@ -60,6 +60,13 @@ FAULTS = [
         "a solve made half by autograd and half by a program is taken for one of them",
     ),
     Fault(
+        "hvp_engine/differentiation/recorded/library.py",
+        "return known.plain_seconds >= cost * len(alike)",
+        "return True",
+        "tests/test_recorded_library.py -k earns",
+        "where many kinds of graphs wait, each builds its program as if it were alone",
+    ),
+    Fault(
         "hvp_engine/differentiation/recorded/linearization.py",
         "        known.awaited = len(written.entries) if program is None else 0\n",
         "        known.awaited = 0\n",

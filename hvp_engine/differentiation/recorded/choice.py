@@ -122,21 +122,23 @@ class Choice(Tape):
         start = time.thread_time()
         made = super().plainly(count, work)
         if made is not None:
-            self._library.plain_seconds += self._timed(start, count, False)
+            self._timed(start, count, False)
         return made
 
     def solved(self, seconds: float) -> None:
         self._solve.whole = seconds + self._before
 
-    def _timed(self, start: float, products: int, by_program: bool) -> float:
-        """Note that products have been made from `start` on; returns the seconds."""
+    def _timed(self, start: float, products: int, by_program: bool) -> None:
+        """Note that products have been made from `start` on."""
         solve, now = self._solve, time.thread_time()
+        if not by_program:
+            self._library.plain_seconds += now - start
+            self._known.plain_seconds += now - start
         if not solve.products:
             solve.began, solve.by_program = start, by_program
         solve.mixed |= by_program is not solve.by_program
         solve.products += products
         solve.ended = now
-        return now - start
 
     def _begin(self) -> None:
         """Before a solve: decide once how products will be made; give up a program whose tensors have changed."""
@@ -187,7 +189,7 @@ class Choice(Tape):
         """Products by autograd before one is written down, where a solve is expected to need so many."""
         if known.sights == 1:
             return _MANY
-        if not self._library.affords(max(self.nodes, known.awaited)):
+        if not self._library.affords(known, max(self.nodes, known.awaited)):
             return math.inf
         return self._hesitation(known, expected)
 

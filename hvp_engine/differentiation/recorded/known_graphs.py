@@ -106,6 +106,7 @@ class Known:
         hidden: why the graph does not show all constants, so that each solve has to write down a product.
         refused: why there is no program at all.
         awaited: operations of a program that is not built yet, since as much time has not been earned.
+        plain_seconds: what products by autograd have taken.
         adoptions: solves that a program has served.
         solve: the latest, whose time is taken when the next one begins.
         plain, program, fixed: seconds of each product by autograd and by the program, the mean of a solve, and of what
@@ -121,6 +122,7 @@ class Known:
     refused: str = ""
     shortcuts: list[Shortcut] = field(default_factory=list)
     awaited: int = 0
+    plain_seconds: float = 0.0
     adoptions: int = 0
     solve: Solve = field(default_factory=Solve)
     plain: list[float] = field(default_factory=list)
@@ -191,7 +193,7 @@ class Outline:
         """Whether a program for such a graph is to be built."""
         return any(known.awaited for known in self.kinds)
 
-    def pays_from(self, affords: Callable[[int], bool]) -> float:
+    def pays_from(self, affords: Callable[[Known, int], bool]) -> float:
         """Products from which a solve is faster if the graph is read: as for the kind of it that gains most. Where a
         program waits until its operations can be afforded, nothing is read until then."""
         self.sights += 1
@@ -200,7 +202,7 @@ class Outline:
                 known.time_again()
         least = math.inf if self.kinds else 0.0
         for known in self.kinds:
-            if known.awaited and not affords(known.awaited):
+            if known.awaited and not affords(known, known.awaited):
                 continue
             if not known.settled:
                 return 0.0

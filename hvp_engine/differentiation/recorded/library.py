@@ -29,7 +29,8 @@ _SECONDS_PER_NODE = 5e-4
 """What it takes to build a program for each operation that was written down, roughly (on a 2.4 GHz core)."""
 
 _CREDIT, _SHARE = 10.0, 0.25
-"""Building may take so many seconds, and such a share of the time that plain products have taken."""
+"""Building may take so many seconds, and such a share of the time that plain products have taken; beyond that, the
+program of one kind of graphs may take as long as plain products of this kind have taken."""
 
 _MOST_GRAPHS, _MOST_NODES = 1024, 1 << 18
 """Graphs that are remembered, and operations in all programs that are kept, the latest used."""
@@ -71,16 +72,29 @@ class Library:
         with self._lock:
             return _latest(self._outlines, structure, Outline)
 
-    def affords(self, nodes: int) -> bool:
-        """Whether a program of so many operations may be built by now."""
-        return self.build_seconds + _SECONDS_PER_NODE * nodes <= _CREDIT + _SHARE * self.plain_seconds
+    def affords(self, known: Known, nodes: int) -> bool:
+        """Whether a program of so many operations may be built by now for graphs of this kind.
 
-    def program(self, product: RecordedProduct, tangents: Sequence[Tensor], waits: bool) -> Program | str | None:
-        """The program of what was written down; why there is none; or None, if that `waits` until it is affordable."""
+        Where 40 kinds alternate, as batches of 40 lengths, each has to earn what 40 programs take.
+        """
+        cost = _SECONDS_PER_NODE * nodes
+        if self.build_seconds + cost <= _CREDIT + _SHARE * self.plain_seconds:
+            return True
+        if known.plain_seconds < cost:
+            return False
+        with self._lock:
+            alike = [kind for kind in self._graphs.values() if kind.awaited and 2 * kind.plain_seconds >= cost]
+        return known.plain_seconds >= cost * len(alike)
+
+    def program(
+        self, product: RecordedProduct, tangents: Sequence[Tensor], known: Known, waits: bool
+    ) -> Program | str | None:
+        """The program of what was written down of a graph; why there is none; or None, if that `waits` until it is
+        affordable."""
         text = product.text()
         with self._lock:
             found = self._programs.get(text)
-            if found is None and (not waits or self.affords(len(product.entries))):
+            if found is None and (not waits or self.affords(known, len(product.entries))):
                 try:
                     with one_thread():
                         found = Program(product, tangents)

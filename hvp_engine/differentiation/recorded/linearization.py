@@ -79,7 +79,7 @@ class RecordedLinearization(Choice):
                 products = self._written_down(tangents)
         else:
             products = super().product(tangents)
-            self._library.plain_seconds += self._timed(start, 1, False)
+            self._timed(start, 1, False)
         return products
 
     @property
@@ -177,7 +177,7 @@ class RecordedLinearization(Choice):
 
     def _learn(self, written: RecordedProduct, tangents: Sequence[Tensor]) -> None:
         """A program for the rest of this solve, on the constants that were met."""
-        program = self._library.program(written, tangents, self._waits)
+        program = self._library.program(written, tangents, self._known, self._waits)
         self._known.awaited = len(written.entries) if program is None else 0
         if isinstance(program, str):
             self._refuse(program, None)
@@ -197,7 +197,7 @@ class RecordedLinearization(Choice):
         found = (with_numbers_as_constants(written, contents, other) for other in known.shortcuts)
         taken = next((loosened for loosened in found if loosened is not None), Loosened(written))
         sources = [*sources, *taken.sources]
-        program = self._library.program(taken.product, tangents, self._waits)
+        program = self._library.program(taken.product, tangents, known, self._waits)
         known.awaited = len(written.entries) if program is None else 0
         if isinstance(program, str):
             self._refuse(program, contents)
