@@ -40,7 +40,7 @@ def allocated(solver: Allocates, layout: Layout) -> Iteration:
     """An iteration of `solver`, allocated now or left by an earlier solve."""
     if layout.size > _LARGEST or layout.whole is not None or solver.preconditioner is not None:
         return solver.allocate(layout)
-    key = solver, layout, backend.chosen(), torch.get_num_threads()
+    key = solver, layout, backend.CHOICE.get(), torch.get_num_threads()
     try:
         with _lock:
             kept = _spare.get(key)

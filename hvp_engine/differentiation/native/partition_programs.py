@@ -17,7 +17,7 @@ from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.native.batch_space import Factor, factors, fewest_terms
 from hvp_engine.differentiation.native.graph_program import GraphProgram
 from hvp_engine.differentiation.native.operations import UnsupportedError
-from hvp_engine.differentiation.native.program import BoundProgram, NativeProgram
+from hvp_engine.differentiation.native.program import BoundProgram, NativeProgram, Rehearsed
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.differentiation.trace.rewriting import Attempts
 
@@ -179,7 +179,7 @@ class BoundPrograms:
 
         return run
 
-    def rehearsed(self, accumulation: Accumulation, damping: float, steps: range) -> Callable[[], list[Tensor]] | None:
+    def rehearsed(self, accumulation: Accumulation, damping: float, steps: range) -> Rehearsed | None:
         """See :meth:`BoundProgram.rehearsed`; None where another program is faster for so many terms."""
         if len(steps) >= self._programs.fewest_terms(self._residuals, grams_exist=False):
             return None
