@@ -22,8 +22,7 @@ from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.differentiation.native.closing import closing_graph
 from hvp_engine.differentiation.native.graph_program import BoundGraph, GraphProgram
-from hvp_engine.differentiation.native.partition_programs import BoundPrograms
-from hvp_engine.differentiation.native.partition_programs import Whole as Native
+from hvp_engine.differentiation.native.partition_programs import BoundPrograms, PartOnce
 from hvp_engine.differentiation.native.program import Rehearsed
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.engines.base import Parts, begin, make_steps
@@ -55,7 +54,7 @@ class NativeWhole:
     ) -> NativeWhole | None:
         """None where a part is not made by a program, or draws, or where it would keep too much."""
         primal, program = functions.primal, gradient.program
-        if not isinstance(primal, Native) or primal.program is None or not isinstance(program, GraphProgram):
+        if not isinstance(primal, PartOnce) or primal.program is None or not isinstance(program, GraphProgram):
             return None
         if program.random or not (program.sees_inputs and primal.program.sees_inputs):
             return None

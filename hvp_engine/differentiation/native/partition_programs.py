@@ -48,10 +48,6 @@ class PartitionPrograms:
     def __setstate__(self, parts: Partition) -> None:
         self.__init__(parts)  # type: ignore[misc]  # as a new one
 
-    def whole(self, graph: fx.GraphModule, otherwise: fx.GraphModule) -> Whole:
-        """A part of the partition that runs once at each point, by the extension if that can."""
-        return Whole(self, graph, otherwise)
-
     def bind(self, residuals: Sequence[Tensor]) -> BoundPrograms | None:
         """The programs on the residuals of the partition's primal part; None if there are none."""
         return None if self.for_products(residuals) is None else BoundPrograms(self, residuals)
@@ -109,9 +105,9 @@ class PartitionPrograms:
         return text
 
 
-class Whole:
-    """A function of known tensors, detached and without grad mode: by a program that the first call makes, else by
-    `otherwise`."""
+class PartOnce:
+    """A part of a partition that runs once at each point, a function of known tensors, detached and without grad mode:
+    by a program that the first call makes, else by `otherwise`."""
 
     def __init__(self, programs: PartitionPrograms, graph: fx.GraphModule, otherwise: fx.GraphModule):
         self._parts = programs, graph, otherwise
