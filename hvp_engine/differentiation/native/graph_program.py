@@ -259,6 +259,7 @@ class BoundGraph:
         seen = [(one if isinstance(one, int) else one and one[0], one) for one in program.seen]
         self._results = [_shown(one, self._own) if slot in self._own else None for slot, one in seen]
         self._renewed = [slot for slot, _ in map(seen.__getitem__, handed_out) if slot in program.made]
+        self._span = range(min(self._renewed, default=0), max(self._renewed, default=-1) + 1)
         self._inputs: Sequence[Tensor] = ()
         fixed = {*self._own} - {*self._renewed}
         self._moving = [(k, one) for k, (slot, one) in enumerate(seen) if one is not None and slot not in fixed]
@@ -285,7 +286,7 @@ class BoundGraph:
         tensors.update(enumerate(self._inputs))
         if self._renewed:
             tensors.update([(slot, program.slots.new[slot]()) for slot in self._renewed])
-            memory.put(program.made[0], [tensors[slot] for slot in program.made])
+            memory.put(self._span.start, [tensors[slot] for slot in self._span])
         workspace = tensors[program.made[-1]]
         for native, call in program.segments:
             if native is not None:
