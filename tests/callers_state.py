@@ -134,7 +134,7 @@ def settings() -> dict[str, Any]:
         "collector": gc.isenabled(),
         "recursion limit": sys.getrecursionlimit(),
         "environment": dict(os.environ),
-        "backend": backend._choice.get(),
+        "backend": backend.CHOICE.get(),
     }
 
 

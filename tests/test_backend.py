@@ -52,7 +52,7 @@ def test_the_choice_ends_with_an_exception() -> None:
 def test_the_choice_is_made_for_each_thread() -> None:
     seen = []
     with use_backend("reference"):
-        thread = threading.Thread(target=lambda: seen.append(backend._choice.get()))
+        thread = threading.Thread(target=lambda: seen.append(backend.CHOICE.get()))
         thread.start()
         thread.join()
     assert seen == ["auto"]
@@ -62,7 +62,7 @@ def test_the_choice_is_made_for_each_task() -> None:
     async def task(name: str, others: asyncio.Event) -> str:
         with use_backend(name):
             await others.wait()
-            return backend._choice.get()
+            return backend.CHOICE.get()
 
     async def both() -> list[str]:
         gate = asyncio.Event()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import hvp_engine as hvp
-from hvp_engine._support.mappings import flatten_batch, map_leaves
+from hvp_engine._support.mappings import map_leaves
+from hvp_engine._support.pytree import flatten_batch
 
 DTYPE = torch.float64
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine._support.mappings import flatten_batch, map_leaves
+from hvp_engine._support.mappings import map_leaves
+from hvp_engine._support.pytree import flatten_batch
 from hvp_engine._support.random_state import RandomState, random_state_kept, seed_everything
 from hvp_engine.errors import CheckpointError
 

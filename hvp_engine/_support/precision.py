@@ -49,12 +49,6 @@ def float32_arithmetic(device_type: str) -> str:
     return f'{", ".join(reduced)} (torch.backends.fp32_precision = "ieee" makes it full precision)'
 
 
-def dtype_settings(device_type: str) -> tuple[object, ...]:
-    """What decides on dtypes beside the arguments of operations: autocast on the device, and torch's default."""
-    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    return autocast, torch.get_default_dtype()
-
-
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Operations on `device` keep the dtypes of their arguments; where autocast is off anyway, this takes 0.2 us."""
     if torch.is_autocast_enabled(device.type):

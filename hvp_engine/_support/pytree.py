@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -118,6 +118,55 @@ def _together(shape: Shape, leaves: Iterator[Any]) -> Tree:
     kind, keys, shapes = shape
     parts = [_together(part, leaves) if part else next(leaves) for part in shapes]
     return dict(zip(keys, parts, strict=True)) if kind is dict else kind(parts)
+
+
+class Opened:
+    """A mapping of a class that torch's pytree does not know, such as the `BatchEncoding` of a tokenizer, whose values
+    pytree may see. Put together again, it is of the mapping's own class, made from a dict."""
+
+    def __init__(self, mapping: Mapping[Any, Any]):
+        self.kind = type(mapping)
+        self.items = {key: opened(value) for key, value in mapping.items()}
+
+
+def opened(tree: Any) -> Any:
+    """`tree` with every mapping that pytree takes for a leaf as one that it takes apart."""
+    return pytree.tree_map(lambda leaf: Opened(leaf) if isinstance(leaf, Mapping) else leaf, tree)
+
+
+def _apart(node: Opened) -> tuple[list[Any], tuple[type, tuple[Any, ...]]]:
+    return list(node.items.values()), (node.kind, tuple(node.items))
+
+
+def _mapping_of(values: Any, context: tuple[type, tuple[Any, ...]]) -> Any:
+    kind, keys = context
+    items = dict(zip(keys, values, strict=True))
+    try:
+        made = kind(items)
+        same = len(made) == len(items) and all(made[key] is value for key, value in items.items())
+    except Exception as error:
+        made, same = error, False
+    if not same:
+        raise TypeError(
+            f"batch: expected mappings of classes that can be made from a dict and keep its values; got a "
+            f"{kind.__name__} ({made if isinstance(made, Exception) else 'its values differ'}): pass dict(batch)"
+        )
+    return made
+
+
+pytree.register_pytree_node(Opened, _apart, _mapping_of)
+
+
+def flatten_batch(batch: Any) -> tuple[list[Any], Structure]:
+    """The leaves of a batch, those in mappings of any class among them, and its structure.
+
+    Errors: `TypeError` when the batch is put together again, for a class that cannot be made from a dict. Anything else
+    that an object holds, such as a tokenizer's encodings, is not in the new one.
+    """
+    leaves, structure = taken_apart(batch)
+    if structure.shape is None and any(not isinstance(x, Tensor) and isinstance(x, Mapping) for x in leaves):
+        leaves, structure = taken_apart(opened(batch))
+    return leaves, structure
 
 
 def flatten(tree: Tree, name: str, sharded: bool = False) -> tuple[list[Tensor], Structure]:

@@ -47,6 +47,13 @@ class RandomState:
         _set_torch_and_python(self.cpu, self.cuda, self.python, device)
         numpy.random.set_state(self.numpy)
 
+    @contextlib.contextmanager
+    def again(self, device: torch.device) -> Iterator[None]:
+        """Inside the block the numbers of that moment are drawn once more; after it the generators are as before it."""
+        with random_state_kept(device):
+            self.restore(device)
+            yield
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, so that a file holding it can be loaded without running code."""
         inner = self.numpy["state"]

@@ -7,6 +7,8 @@ a loss takes one where the loss itself differentiates through them, as a gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,70 +18,30 @@ from torch.nn import functional
 from hvp_engine.differentiable.registration import accumulated
 
 
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    _checked(functional.layer_norm, input, list(normalized_shape), weight, bias, eps)
+def _accepted(function: Callable[..., Tensor], arguments: Sequence[Any], named: dict[str, Any]) -> tuple[Any, ...]:
+    """All arguments in their order, once torch's function has refused what does not fit, and updated statistics."""
+    given = signature(function).bind(*arguments, **named)
+    given.apply_defaults()
+    with torch.no_grad():
+        function(*given.args)
+    return given.args
+
+
+def _layer_norm(*arguments: Any, **named: Any) -> Tensor:
+    input, shape, weight, bias, eps = _accepted(functional.layer_norm, arguments, named)
     x = input.to(accumulated(input.dtype))
-    variance, mean = torch.var_mean(x, tuple(range(-len(normalized_shape), 0)), correction=0, keepdim=True)
+    variance, mean = torch.var_mean(x, tuple(range(-len(shape), 0)), correction=0, keepdim=True)
     return _scaled(x - mean, variance, weight, bias, eps).to(input.dtype)
 
 
-def batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    _checked(functional.batch_norm, input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _over_channels(input, running_mean, running_var, weight, bias, training, eps, (0,))
-
-
-def instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    _checked(functional.instance_norm, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return _over_channels(input, running_mean, running_var, weight, bias, use_input_stats, eps, ())
-
-
-def _checked(function: Callable[..., Tensor], input: Tensor, *arguments: Any) -> None:
-    """Let torch's function refuse what does not fit, and update running statistics."""
-    with torch.no_grad():
-        function(input.detach(), *arguments)
-
-
-def _over_channels(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    by_input: bool,
-    eps: float,
-    dims: tuple[int, ...],
-) -> Tensor:
+def _over_channels(function: Callable[..., Tensor], dims: tuple[int, ...], *arguments: Any, **named: Any) -> Tensor:
     """Statistics over `dims` and the points of images, or those that are given."""
+    input, running_mean, running_var, weight, bias, by_input, _, eps = _accepted(function, arguments, named)
     x = input.to(accumulated(input.dtype))
     channels = (-1, *(1,) * (input.dim() - 2))
     if by_input:
         variance, mean = torch.var_mean(x, (*dims, *range(2, input.dim())), correction=0, keepdim=True)
     else:
-        assert running_mean is not None and running_var is not None
         mean, variance = (given.to(x.dtype).reshape(channels) for given in (running_mean, running_var))
     weight, bias = (None if each is None else each.reshape(channels) for each in (weight, bias))
     return _scaled(x - mean, variance, weight, bias, eps).to(input.dtype)
@@ -92,7 +54,7 @@ def _scaled(centred: Tensor, variance: Tensor, weight: Tensor | None, bias: Tens
 
 
 NORMALIZATION_FORMULAS: dict[Callable[..., Any], Callable[..., Any]] = {
-    functional.batch_norm: batch_norm,
-    functional.instance_norm: instance_norm,
-    functional.layer_norm: layer_norm,
+    functional.batch_norm: partial(_over_channels, functional.batch_norm, (0,)),
+    functional.instance_norm: partial(_over_channels, functional.instance_norm, ()),
+    functional.layer_norm: _layer_norm,
 }

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine._support.mappings import flatten_batch
-from hvp_engine._support.pytree import Structure, check_scalar
+from hvp_engine._support.pytree import Structure, check_scalar, flatten_batch
 from hvp_engine._support.reading import CONSTANTS
 
 

@@ -36,15 +36,19 @@ _KINKS = 10.0
 _COARSEST = max(_TOLERANCES.values())
 
 
+CHECKED = frozenset(10**exponent for exponent in range(20))
+"""Call numbers at which an engine is checked: the first, the tenth, the hundredth, and so on."""
+
+
 class Schedule:
-    """Call numbers at which an engine is checked: the first, the tenth, the hundredth, and so on."""
+    """Counts the calls of what is checked at some of them, :data:`CHECKED`."""
 
     def __init__(self) -> None:
         self.calls = 0
 
     def due(self) -> bool:
         self.calls += 1
-        return self.calls in _POWERS_OF_TEN
+        return self.calls in CHECKED
 
     def due_alone(self) -> bool:
         """As :meth:`due`, of a check that runs alone: a call that gives up for that is made again, and counted then."""
@@ -55,10 +59,7 @@ class Schedule:
 
     def next_is_due(self) -> bool:
         """Whether the next call is a number at which to check."""
-        return self.calls + 1 in _POWERS_OF_TEN
-
-
-_POWERS_OF_TEN = frozenset(10**exponent for exponent in range(20))
+        return self.calls + 1 in CHECKED
 
 
 def probe(layout: Layout) -> list[Tensor]:

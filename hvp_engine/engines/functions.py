@@ -40,7 +40,7 @@ class Functions(PartitionFunctions):
     def is_quiet(self) -> bool:
         """Whether the next use runs neither the loss, for a check or a trace, nor anything random."""
         there = self.distrust is None and self.native is not None and self.calm
-        return there and not self.schedule.next_is_due() and self.surroundings.same()
+        return there and self.surroundings.settled(self.schedule)
 
     @cached_property
     def calm(self) -> bool:

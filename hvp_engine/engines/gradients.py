@@ -60,9 +60,7 @@ class Known:
 
     def is_settled(self) -> bool:
         """Whether the next gradient is made by the program, unchecked."""
-        if self.program is None or self.surroundings is None:
-            return False
-        return not self.schedule.next_is_due() and self.surroundings.same()
+        return self.program is not None and self.surroundings is not None and self.surroundings.settled(self.schedule)
 
 
 def native_program(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Program:
@@ -127,16 +125,13 @@ class Gradients:
             return _by_program(known.program, problem, tensors)
         device = problem.weights[0].device
         before = RandomState.now(device)
-        with random_state_kept(device):
-            expected = _timed(problem, known)
-        found = _by_program(known.program, problem, tensors)
 
-        def again(nudged: bool) -> Gradient:
-            with random_state_kept(device):
-                before.restore(device)
-                return by_autograd(problem.nudged() if nudged else problem)
+        def eagers(nudged: bool = False) -> Gradient:
+            with before.again(device):
+                return _timed(problem.nudged() if nudged else problem, known)
 
-        wrong = gradients_disagree(found, expected, problem, again)
+        expected, found = eagers(), _by_program(known.program, problem, tensors)
+        wrong = gradients_disagree(found, expected, problem, eagers)
         if patience and not wrong and known.schedule.calls == 1:
             known.reason = self._slower(known, problem, tensors)
         if wrong:

@@ -9,7 +9,7 @@ them, the extension sees on the way.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,14 +22,14 @@ from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.differentiation.native.closing import closing_graph
 from hvp_engine.differentiation.native.graph_program import BoundGraph, GraphProgram
-from hvp_engine.differentiation.native.partition_programs import BoundPrograms
-from hvp_engine.differentiation.native.partition_programs import Whole as Native
+from hvp_engine.differentiation.native.partition_programs import BoundPrograms, PartOnce
+from hvp_engine.differentiation.native.program import Rehearsed
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.engines.base import Parts, begin, make_steps
 from hvp_engine.engines.functions import Functions, TracedLinearization
 from hvp_engine.engines.gradients import Known
 from hvp_engine.ops import backend
-from hvp_engine.solvers.base import Solver, described
+from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import FinishedIteration, Iteration
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
@@ -54,7 +54,7 @@ class NativeWhole:
     ) -> NativeWhole | None:
         """None where a part is not made by a program, or draws, or where it would keep too much."""
         primal, program = functions.primal, gradient.program
-        if not isinstance(primal, Native) or primal.program is None or not isinstance(program, GraphProgram):
+        if not isinstance(primal, PartOnce) or primal.program is None or not isinstance(program, GraphProgram):
             return None
         if program.random or not (program.sees_inputs and primal.program.sees_inputs):
             return None
@@ -74,71 +74,67 @@ class NativeWhole:
     ):
         self._functions, self._gradient, self._program = functions, gradient, program
         self._solver, self._name = solver, train.name
-        self._losses, self._trees = (train.loss, val.loss), _trees(train, val)
-        self._settings = _settings()
+        self._losses, self._look = (train.loss, val.loss), _look(train, val)
+        assert gradient.surroundings is not None
+        self._read_by_train, self._read_by_val = functions.surroundings, gradient.surroundings
         self._layout = Layout.of(train.weights)
         self._val, self._primal = program.bind(handed_out=[0]), primal.bind(handed_out=[0])
+        self._holders: list[BoundGraph | BoundPrograms] = [self._val, self._primal]
         self._zeros = [torch.zeros_like(weight) for weight in detached(train.weights)]
         self._native: BoundPrograms | None = None
         self._closing: BoundGraph | None = None
+        self._solved: Rehearsed | None = None
         self._finishing: BoundGraph | None = None
-        self._rehearsal: Callable[[], list[Tensor]] | None = None
         self._in_steps = solver.estimates_spectrum
-        self._inputs: list[list[Tensor]] = []
         self._lock = threading.Lock()
 
     def begin(self, train: Problem, val: Problem, solver: Solver) -> bool:
         """Bind the problems' tensors, for the calling thread alone until :meth:`end`; false, with nothing bound, if it
-        cannot be used for them now."""
+        cannot be used for them now. With them it counts as a call of both losses."""
         if not self._lock.acquire(blocking=False):
             return False
-        if self._serves(train, val, solver):
-            point = *train.weights, *train.hyperparameters
-            inputs = [[*point, *val.split[0]], [*point, *train.split[0]]]
-            if self._val.take(inputs[0]) and self._primal.take(inputs[1]):
-                self._inputs = inputs
-                return True
-        self.end()
-        return False
-
-    def _serves(self, train: Problem, val: Problem, solver: Solver) -> bool:
         functions, gradient = self._functions, self._gradient
-        return (
+        if (
             self._losses[0] is train.loss
             and self._losses[1] is val.loss
             and self._solver is solver
-            and self._trees == _trees(train, val)
-            and self._settings == _settings()
-            and functions.is_quiet()
+            and functions.distrust is None
             and gradient.program is self._program
-            and gradient.is_settled()
-        )
+            and self._look == _look(train, val)
+            and self._read_by_train.settled(functions.schedule)
+            and self._read_by_val.settled(gradient.schedule)
+            and self._val.take([*train.weights, *train.hyperparameters, *val.split[0]])
+            and self._primal.take([*train.weights, *train.hyperparameters, *train.split[0]])
+        ):
+            functions.schedule.calls += 1
+            gradient.schedule.calls += 1
+            return True
+        self.end()
+        return False
 
     def end(self) -> None:
         """Let the problems' tensors go."""
-        self._inputs.clear()
-        for holder in (self._val, self._primal, self._native, self._closing, self._finishing):
-            if holder is not None:
-                holder.let_go()
+        for holder in self._holders:
+            holder.let_go()
         self._lock.release()
 
     def differentiated(self) -> tuple[Gradient, TracedLinearization]:
         """The validation gradient and the training loss's linearization at what is bound."""
-        self._functions.schedule.due()
-        self._gradient.schedule.due()
         with below_autograd():
-            loss, *found = [one if one is None else one.detach() for one in self._val.run(self._inputs[0])]
-            values = detached(_present(self._primal.run(self._inputs[1])))
+            loss, *found = [one if one is None else one.detach() for one in self._val.run()]
+            values = detached(_present(self._primal.run()))
         count = len(self._zeros)
         linearization = TracedLinearization(self._functions, self._layout, self._name, values)
         if self._native is None:
             self._native = linearization.native
+            self._holders += [] if self._native is None else [self._native]
         else:
             linearization.native = self._native
             self._native.move(values[1 + count :])
         if self._closing is None:
             closing = self._functions.closing(linearization.gradient)
             self._closing = None if closing is None else closing.bind(handed_out=range(len(closing.seen)))
+            self._holders += [] if self._closing is None else [self._closing]
         linearization.closed_by = self._closing
         assert loss is not None
         return Gradient(_scalar(loss), self._filled(found), found[count:]), linearization
@@ -146,51 +142,46 @@ class NativeWhole:
     def at_once(self) -> Parts | None:
         if self._in_steps:
             return None
-        count = len(self._zeros)
+        count, iteration = len(self._zeros), self._vectors
         with below_autograd():
-            val_loss, *found = self._val.run(self._inputs[0])
-            train_loss, *values = _present(self._primal.run(self._inputs[1]))
-            if self._rehearsal is not None and self._native is not None:
-                self._native.move(values[count:])
-            elif not self._rehearsed(values[:count], values[count:], found[count:]):
+            val_loss, *found = self._val.run()
+            train_loss, *values = _present(self._primal.run())
+            gradient, residuals = values[:count], values[count:]
+            if self._solved is None and not self._rehearse(gradient, residuals, found[count:]):
                 self._in_steps = True
                 return None
-            assert self._rehearsal is not None and self._finishing is not None and val_loss is not None
-            iteration = self._vectors
-            iteration.adapt(None)
+            assert self._solved is not None and self._finishing is not None and val_loss is not None
             iteration.start(self._filled(found))
             iteration.steps = iteration.limit - 1
-            iteration.step(self._rehearsal())
+            iteration.step(self._solved(residuals))
             outcome = iteration.unscaled()
             if outcome is None or outcome.failed:
                 return None
-            mixed = [values[count + index] for index in self._functions.partition.mixed.residuals]
-            parts = self._finishing(
-                *mixed, *iteration.value.views, *values[:count], self._alpha, *_present(found[count:])
-            )
+            mixed = map(residuals.__getitem__, self._functions.partition.mixed.residuals)
+            parts = self._finishing(*mixed, *iteration.value.views, *gradient, self._alpha, *_present(found[count:]))
             *results, change, norm = _present(parts)
             change, norm = change.double(), norm.double()
-        self._functions.schedule.due()
-        self._gradient.schedule.due()
-        solution = described(iteration, outcome, iteration.steps, self._solver.damping)
+        solution = iteration.solution(outcome, iteration.steps, self._solver.damping)
         return Parts(_scalar(train_loss), _scalar(val_loss), results[count:], results[:count], solution, norm, change)
 
-    def _rehearsed(self, gradient: list[Tensor], residuals: list[Tensor], direct: list[Tensor | None]) -> bool:
+    def _rehearse(self, gradient: list[Tensor], residuals: list[Tensor], direct: list[Tensor | None]) -> bool:
         """Make what :meth:`at_once` needs; false if the solve has to be made in steps."""
         functions, iteration = self._functions, self._vectors
         mixed, programs = functions.partition.mixed, functions.native
-        self._native = None if programs is None else programs.bind(residuals)
-        if programs is None or self._native is None or not iteration.limit or not all(mixed.outputs):
+        native = None if programs is None else programs.bind(residuals)
+        if programs is None or native is None or not iteration.limit or not all(mixed.outputs):
             return False
         iteration.adapt(None)
         graph, accumulation = closing_graph(mixed, gradient, direct), iteration.accumulation
         program = programs.timed(lambda: GraphProgram(graph, functions.partition.dtypes))[0]
         if program is None or accumulation is None:
             return False
-        self._rehearsal = self._native.rehearsed(accumulation, self._solver.damping, range(iteration.limit - 1))
+        self._solved = native.rehearsed(accumulation, self._solver.damping, range(iteration.limit - 1))
+        native.let_go()
         self._finishing = program.bind(handed_out=range(len(program.seen)))
+        self._holders.append(self._finishing)
         self._alpha = gradient[0].new_tensor(iteration.alpha)
-        return self._rehearsal is not None
+        return self._solved is not None
 
     @cached_property
     def _vectors(self) -> Iteration:
@@ -234,11 +225,7 @@ def _stays(iteration: Iteration) -> None:
     """Where it is."""
 
 
-def _trees(train: Problem, val: Problem) -> tuple[Any, ...]:
-    """What is no tensor, in the arguments of both losses."""
-    return train.weight_structure, train.hyperparameter_structure, train.split[1:], val.split[1:]
-
-
-def _settings() -> tuple[object, ...]:
-    """What decides how programs run."""
-    return torch.get_num_threads(), backend.chosen()
+def _look(train: Problem, val: Problem) -> tuple[Any, ...]:
+    """What is no tensor in the arguments of both losses, and what decides how programs run."""
+    structures = train.weight_structure, train.hyperparameter_structure
+    return *structures, train.split[1:], val.split[1:], torch.get_num_threads(), backend.CHOICE.get()

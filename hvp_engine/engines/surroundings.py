@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine._support.precision import dtype_settings
 from hvp_engine._support.reading import changed, free_variables
 from hvp_engine._support.torch_compat import DispatchMode, is_traceable_wrapper_subclass, pytree
 from hvp_engine.differentiation.problem import Problem
+from hvp_engine.differentiation.self_check import CHECKED, Schedule
 
 
 class Reads(DispatchMode):
@@ -62,7 +62,7 @@ class Surroundings:
 
     def __init__(self, problem: Problem, modules: Sequence[torch.nn.Module]):
         self._device_type = problem.weights[0].device.type
-        self._settings = dtype_settings(self._device_type)
+        self._dtypes = self._dtypes_now()
         self._called = modules
         self._all = variables = free_variables([problem.loss, *modules])
         self._modes = [variable for variable in variables if variable.key == "training"]
@@ -75,7 +75,7 @@ class Surroundings:
     def outdated(self) -> bool:
         """Whether modules are in another mode, training or evaluation, or torch computes in other dtypes: then the loss
         is traced anew."""
-        return changed(self._modes) is not None or dtype_settings(self._device_type) != self._settings
+        return changed(self._modes) is not None or self._dtypes_now() != self._dtypes
 
     def changed(self) -> str | None:
         """The name of the first other value that is not what it was: then the loss is no function of its arguments."""
@@ -90,4 +90,14 @@ class Surroundings:
 
     def same(self) -> bool:
         """Whether all is what it was: neither outdated nor changed."""
-        return changed(self._all) is None and dtype_settings(self._device_type) == self._settings
+        return changed(self._all) is None and self._dtypes_now() == self._dtypes
+
+    def settled(self, schedule: Schedule) -> bool:
+        """Whether the next use of the trace needs no check, which would come by this schedule, and nothing traced anew.
+        (Not by the methods of both: this is asked twice in every call.)"""
+        return schedule.calls + 1 not in CHECKED and self.same()
+
+    def _dtypes_now(self) -> tuple[object, ...]:
+        """What decides on dtypes beside the arguments of operations: autocast on the device, and torch's default."""
+        kind = self._device_type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None, torch.get_default_dtype()

@@ -70,18 +70,15 @@ class LinearizedEngine(Engine):
             return self._linearization(functions, problem, tensors)
         device = problem.weights[0].device
         before = RandomState.now(device)
-        with random_state_kept(device):
-            eager = self._eager.linearize(problem)
-        traced = self._linearization(functions, problem, tensors)
-        if traced.fallback is not None:
-            return traced
 
-        def again(nudged: bool) -> Linearization:
-            with random_state_kept(device):
-                before.restore(device)
+        def eagers(nudged: bool = False) -> Linearization:
+            with before.again(device):
                 return self._eager.linearize(problem.nudged() if nudged else problem)
 
-        wrong = disagreement(traced, eager, problem.weights, functions.partition.dtypes, again)
+        eager, traced = eagers(), self._linearization(functions, problem, tensors)
+        if traced.fallback is not None:
+            return traced
+        wrong = disagreement(traced, eager, problem.weights, functions.partition.dtypes, eagers)
         if wrong is None:
             return traced
         self._give_up(problem, functions, wrong)
@@ -136,9 +133,7 @@ class LinearizedEngine(Engine):
     def known(self, problem: Problem) -> Functions | None:
         """The functions of a problem that has been traced here."""
         functions = self._cache.get(problem.signature)
-        if not isinstance(functions, Functions) or functions.outdated():
-            return None
-        return functions if functions.surroundings.changed() is None else None
+        return functions if isinstance(functions, Functions) and functions.surroundings.same() else None
 
     def _trace(self, problem: Problem) -> Functions | Refused:
         start = time.perf_counter()

@@ -151,9 +151,9 @@ class Hypergradient(Estimator):
                 self.engine.foresee(train, val, self.solver)
             return solved(self.engine, self.engine.gradient(val), self.engine.linearize(train))
 
-        seed = self.draws.next_seed()
         whole = self._begun(train, val)
         if whole is not None:
+            self.draws.count += 1
             try:
                 parts = (whole.at_once() if x0 is None else None) or solved(whole, *whole.differentiated())
             finally:
@@ -161,7 +161,7 @@ class Hypergradient(Estimator):
         else:
             estimates = self.spectrum.state_dict()
             parts = self._company.run(
-                seed,
+                self.draws.next_seed(),
                 weight_list[0].device,
                 part_by_part,
                 owners=(self, self.engine),
@@ -190,12 +190,12 @@ class Hypergradient(Estimator):
 
     def _begun(self, train: Problem, val: Problem) -> Whole | None:
         """What makes this hypergradient all at once, ready to; None if nothing can."""
-        if not self.solver.quiet:
-            return None
         kept = self._wholes  # another thread may replace them
         for whole in kept:
             if whole.begin(train, val, self.solver):
                 return whole
+        if not self.solver.quiet:
+            return None
         self._unserved += 1
         if len(kept) == _KEPT_WHOLES and self._unserved % _PATIENCE:
             return None

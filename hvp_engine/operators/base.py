@@ -12,8 +12,7 @@ from torch import Tensor
 
 from hvp_engine._support.arguments import as_number
 from hvp_engine._support.flat_vector import FlatVector, Layout
-from hvp_engine._support.mappings import flatten_batch
-from hvp_engine._support.pytree import Structure, check_like, flatten
+from hvp_engine._support.pytree import Structure, check_like, flatten, flatten_batch
 from hvp_engine._support.torch_compat import version_of
 from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.engines import EagerEngine, Engine

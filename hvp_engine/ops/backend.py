@@ -66,7 +66,8 @@ _MODULES = {
 BACKENDS = tuple(_MODULES)
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 
-_choice: ContextVar[str] = ContextVar("hvp_engine_backend", default="auto")
+CHOICE: ContextVar[str] = ContextVar("hvp_engine_backend", default="auto")
+"""The name that :func:`use_backend` has set."""
 
 
 @cache
@@ -92,11 +93,6 @@ def why_not(name: str, device_type: str) -> str | None:
     return reason if module is None else module.missing(device_type)
 
 
-def chosen() -> str:
-    """The name that :func:`use_backend` has set: "auto" outside of it."""
-    return _choice.get()
-
-
 def fastest(device_type: str, among: Sequence[str] = BACKENDS) -> str:
     """The first of `among` in the order of preference for this type of device that can run there."""
     preferred = _PREFERENCE.get(device_type, ("reference",))
@@ -105,7 +101,7 @@ def fastest(device_type: str, among: Sequence[str] = BACKENDS) -> str:
 
 def select(device: torch.device, name: str | None = None, among: Sequence[str] = BACKENDS) -> tuple[str, Backend]:
     """The backend to use on `device`: `name`, or the one chosen by :func:`use_backend`, or the fastest of `among`."""
-    name = _choice.get() if name is None else name
+    name = CHOICE.get() if name is None else name
     if name == "auto":
         name = fastest(device.type, among)
         if name == "reference" and device.type in _PREFERENCE and fastest(device.type) == "reference":
@@ -154,8 +150,8 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}; got {name!r}")
-    token = _choice.set(name)
+    token = CHOICE.set(name)
     try:
         yield
     finally:
-        _choice.reset(token)
+        CHOICE.reset(token)

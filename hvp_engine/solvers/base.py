@@ -168,7 +168,7 @@ class Prepared:
                 if outcome.finite_v
                 else refusal(operator, name)
             )
-        solution = described(finished, outcome, hvps, self.solver.damping, estimate)
+        solution = finished.solution(outcome, hvps, self.solver.damping, estimate)
         if estimate is not None and estimate.indefinite(self.estimates.damping):
             solution = replace(solution, status=Status.NEGATIVE_CURVATURE)
         value = finished.value.in_dtypes()
@@ -227,24 +227,6 @@ class IterativeSolve(Prepared):
                     outcome = iteration.outcome()
                     hvps += iteration.steps
         return self.conclude(name, iteration, outcome, hvps, estimate)
-
-
-def described(
-    finished: FinishedIteration, outcome: Outcome, hvps: int, damping: float, estimate: SpectralEstimate | None = None
-) -> Solution:
-    """The solution, still without its value, of a solve that went well."""
-    return Solution(
-        value=None,
-        iterations=finished.steps,
-        hvps=hvps,
-        residual_norm=outcome.residual_norm,
-        residual_of=outcome.residual_of,
-        status=outcome.status,
-        alpha=finished.alpha,
-        lambda_max=estimate.largest if estimate else None,
-        damping=damping,
-        explanation=finished.explanation,
-    )
 
 
 def _start_after(iteration: FinishedIteration, layout: Layout) -> FlatVector:

@@ -24,7 +24,7 @@ from torch import Tensor
 from hvp_engine import ops
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine.differentiation.linear_map import Accumulation
-from hvp_engine.solvers.solution import Status
+from hvp_engine.solvers.solution import Solution, Status
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
 GROWTH_LIMIT = 1e4
@@ -100,6 +100,23 @@ class FinishedIteration:
     def outcome(self) -> Outcome:
         """Finish, and read the figures: here every solve waits for the device."""
         return self.read(self.finish().tolist())
+
+    def solution(
+        self, outcome: Outcome, hvps: int, damping: float, estimate: SpectralEstimate | None = None
+    ) -> Solution:
+        """The solution, still without its value, of a solve that went well."""
+        return Solution(
+            value=None,
+            iterations=self.steps,
+            hvps=hvps,
+            residual_norm=outcome.residual_norm,
+            residual_of=outcome.residual_of,
+            status=outcome.status,
+            alpha=self.alpha,
+            lambda_max=estimate.largest if estimate else None,
+            damping=damping,
+            explanation=self.explanation,
+        )
 
 
 class Iteration(FinishedIteration):

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,16 +19,6 @@ from hvp_engine._support.flat_vector import Layout
 from hvp_engine.ops import backend
 from hvp_engine.solvers.iteration import FinishedIteration, Iteration
 
-
-class Allocates(Protocol):
-    """What is asked of a solver."""
-
-    preconditioner: Any
-
-    def allocate(self, layout: Layout) -> Iteration:
-        """A new iteration."""
-
-
 _LARGEST = 1 << 14
 _MOST = 8
 
@@ -36,11 +26,11 @@ _spare: OrderedDict[Hashable, list[Iteration]] = OrderedDict()
 _lock = threading.Lock()
 
 
-def allocated(solver: Allocates, layout: Layout) -> Iteration:
+def allocated(solver: Any, layout: Layout) -> Iteration:
     """An iteration of `solver`, allocated now or left by an earlier solve."""
     if layout.size > _LARGEST or layout.whole is not None or solver.preconditioner is not None:
         return solver.allocate(layout)
-    key = solver, layout, backend.chosen(), torch.get_num_threads()
+    key = solver, layout, backend.CHOICE.get(), torch.get_num_threads()
     try:
         with _lock:
             kept = _spare.get(key)

@@ -150,15 +150,15 @@ FAULTS = [
     ),
     Fault(
         "hvp_engine/engines/native_whole.py",
-        "            and functions.is_quiet()\n",
+        "            and self._read_by_train.settled(functions.schedule)\n",
         "",
         "tests/test_engines_native_whole.py -k 'reads or checks'",
         "a settled hypergradient goes on where the training loss reads something else, and is never checked",
     ),
     Fault(
         "hvp_engine/engines/native_whole.py",
-        "program.bind(handed_out=range(len(program.seen)))\n        self._alpha",
-        "program.bind()\n        self._alpha",
+        "program.bind(handed_out=range(len(program.seen)))\n        self._holders.append",
+        "program.bind()\n        self._holders.append",
         "tests/test_engines_native_whole.py -k eagers",
         "a result is overwritten by the next call",
     ),

@@ -2,7 +2,7 @@
 
 from tools.faults.base import Fault
 
-REPLAYED = "tests/test_tuner_replayed.py"
+REPLAYED = "tests/test_tuner_replayed.py tests/test_tuner_not_replayed.py"
 
 FAULTS = [
     Fault(

@@ -259,28 +259,34 @@ class BoundGraph:
         seen = [(one if isinstance(one, int) else one and one[0], one) for one in program.seen]
         self._results = [_shown(one, self._own) if slot in self._own else None for slot, one in seen]
         self._renewed = [slot for slot, _ in map(seen.__getitem__, handed_out) if slot in program.made]
+        self._span = range(min(self._renewed, default=0), max(self._renewed, default=-1) + 1)
+        self._inputs: Sequence[Tensor] = ()
         fixed = {*self._own} - {*self._renewed}
         self._moving = [(k, one) for k, (slot, one) in enumerate(seen) if one is not None and slot not in fixed]
 
     def take(self, inputs: Sequence[Tensor]) -> bool:
         """Put the inputs where :meth:`run` expects them; false if one of them is not laid out as in the graph."""
-        return self._program.sees_inputs and self._memory.put(0, inputs) < 0
+        self._inputs = inputs
+        return self._memory.put(0, inputs) < 0
 
     def let_go(self) -> None:
         """Hold no inputs."""
+        self._inputs = ()
         self._memory.clear(0, self._program.inputs)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor | None]:
         """The results for these inputs, copies of those that are not laid out as in the graph."""
-        return self.run(self._program.slots.put(self._memory, 0, inputs))
+        if not self.take(inputs):
+            self._inputs = self._program.slots.put(self._memory, 0, inputs)
+        return self.run()
 
-    def run(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    def run(self) -> list[Tensor | None]:
         """The results for the inputs that have been put."""
         program, memory, tensors = self._program, self._memory, self._own.copy()
-        tensors.update(enumerate(inputs))
+        tensors.update(enumerate(self._inputs))
         if self._renewed:
             tensors.update([(slot, program.slots.new[slot]()) for slot in self._renewed])
-            memory.put(program.made[0], [tensors[slot] for slot in program.made])
+            memory.put(self._span.start, [tensors[slot] for slot in self._span])
         workspace = tensors[program.made[-1]]
         for native, call in program.segments:
             if native is not None:

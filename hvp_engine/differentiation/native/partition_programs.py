@@ -17,7 +17,7 @@ from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.native.batch_space import Factor, factors, fewest_terms
 from hvp_engine.differentiation.native.graph_program import GraphProgram
 from hvp_engine.differentiation.native.operations import UnsupportedError
-from hvp_engine.differentiation.native.program import BoundProgram, NativeProgram
+from hvp_engine.differentiation.native.program import BoundProgram, NativeProgram, Rehearsed
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.differentiation.trace.rewriting import Attempts
 
@@ -47,10 +47,6 @@ class PartitionPrograms:
 
     def __setstate__(self, parts: Partition) -> None:
         self.__init__(parts)  # type: ignore[misc]  # as a new one
-
-    def whole(self, graph: fx.GraphModule, otherwise: fx.GraphModule) -> Whole:
-        """A part of the partition that runs once at each point, by the extension if that can."""
-        return Whole(self, graph, otherwise)
 
     def bind(self, residuals: Sequence[Tensor]) -> BoundPrograms | None:
         """The programs on the residuals of the partition's primal part; None if there are none."""
@@ -109,9 +105,9 @@ class PartitionPrograms:
         return text
 
 
-class Whole:
-    """A function of known tensors, detached and without grad mode: by a program that the first call makes, else by
-    `otherwise`."""
+class PartOnce:
+    """A part of a partition that runs once at each point, a function of known tensors, detached and without grad mode:
+    by a program that the first call makes, else by `otherwise`."""
 
     def __init__(self, programs: PartitionPrograms, graph: fx.GraphModule, otherwise: fx.GraphModule):
         self._parts = programs, graph, otherwise
@@ -179,7 +175,7 @@ class BoundPrograms:
 
         return run
 
-    def rehearsed(self, accumulation: Accumulation, damping: float, steps: range) -> Callable[[], list[Tensor]] | None:
+    def rehearsed(self, accumulation: Accumulation, damping: float, steps: range) -> Rehearsed | None:
         """See :meth:`BoundProgram.rehearsed`; None where another program is faster for so many terms."""
         if len(steps) >= self._programs.fewest_terms(self._residuals, grams_exist=False):
             return None

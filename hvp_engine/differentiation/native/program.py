@@ -194,6 +194,10 @@ def _total_of(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
     return lambda *tensors: sum(tensors, torch.zeros(sizes, dtype=tensors[0].dtype, device=CPU))
 
 
+Rehearsed = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Terms of a solve, and the product after them, on the residuals of a point, which are not held."""
+
+
 class BoundProgram:
     """A program with known tensors, ready to multiply and to solve, by one thread at a time."""
 
@@ -208,7 +212,9 @@ class BoundProgram:
     def move(self, residuals: Sequence[Tensor]) -> None:
         """To another point."""
         program = self._program
-        known = self._put(0, [residuals[index] for index in program.residuals])
+        known = [residuals[index] for index in program.residuals]
+        if self._memory.put(0, known) >= 0:  # one is laid out otherwise
+            known = self._put(0, known)
         if program.derived:
             self._derive(dict(enumerate(known)))
         if program.prepared:
@@ -222,7 +228,7 @@ class BoundProgram:
         """Hold no residuals until the next :meth:`move`."""
         self._memory.clear(0, len(self._program.residuals))
 
-    def rehearsed(self, accumulation: Accumulation, damping: float, steps: range) -> Callable[[], list[Tensor]] | None:
+    def rehearsed(self, accumulation: Accumulation, damping: float, steps: range) -> Rehearsed | None:
         """These terms, and the product after them, which lies in the same memory every time; None if vectors have to be
         laid out anew, or are kept in the space of the batch."""
         program, memory = self._program, self._memory
@@ -233,14 +239,18 @@ class BoundProgram:
             return None
         table = table_of(accumulation, damping, steps)
 
-        def run() -> list[Tensor]:
+        def run(residuals: Sequence[Tensor]) -> list[Tensor]:
             with self._lock:
-                for first, views in placed:
-                    memory.put(first, views)
-                update.program.run(memory, table)
-                memory.put(program.firsts[1], results)
-                program.product.run(memory, [[]])
-                self._forget()
+                try:
+                    self.move(residuals)
+                    for first, views in placed:
+                        memory.put(first, views)
+                    update.program.run(memory, table)
+                    memory.put(program.firsts[1], results)
+                    program.product.run(memory, [[]])
+                finally:
+                    self._forget()
+                    self.let_go()
             return results
 
         return run

@@ -43,13 +43,13 @@ SLOPES = (
     aten.hardshrink_backward.default,
     aten.native_dropout_backward.default,
 )
-"""Operations that multiply their first argument by what the others say."""
+"""Operations that multiply their first argument by what the others say, and of which the extension has none."""
 
-_SLOPES = (aten.tanh_backward.default, aten.sigmoid_backward.default, aten.threshold_backward.default, *SLOPES)
-"""All of them; those of which the extension has none of its own are above."""
+_ALL_SLOPES = (aten.tanh_backward.default, aten.sigmoid_backward.default, aten.threshold_backward.default, *SLOPES)
+"""Those of the extension, too."""
 
 _READS_SOURCES = (
-    *(*_PRODUCTS, *_QUOTIENTS, *_SUMS, *_MASKS, *_SLOPES, aten.neg.default, aten.expand.default),
+    *(*_PRODUCTS, *_QUOTIENTS, *_SUMS, *_MASKS, *_ALL_SLOPES, aten.neg.default, aten.expand.default),
     *(*row_factors.SCATTERED, *row_factors.CHOICES),
 )
 """Operations on a sum of products that can read its sources instead."""
@@ -124,7 +124,7 @@ class _Folding:
             entries = [self._made(x) if x in self._linear else None for x in args[0]]
             return row_factors.of_stack(self._build, node, entries)
         moving = [place for place, x in enumerate(args) if isinstance(x, fx.Node) and x in self._linear]
-        if not moving or (node.kwargs and target not in _SLOPES) or not _is_tensor(node):
+        if not moving or (node.kwargs and target not in _ALL_SLOPES) or not _is_tensor(node):
             return None
         if not all(_is_tensor(args[place]) and same_dtype(args[place], node) for place in moving):
             return None
@@ -186,7 +186,7 @@ class _Folding:
         hides = (target is aten.where.self and place and is_number(args[3 - place], 0)) or (
             target is aten.masked_fill.Scalar and not place and args[2] == 0
         )
-        if not hides and (target not in _SLOPES or place):
+        if not hides and (target not in _ALL_SLOPES or place):
             return None
         args[place] = self._build.in_full(factor, node)
         slope = self._build.known(target, *args, **node.kwargs)

@@ -14,7 +14,7 @@ from hvp_engine.differentiation.closing import Closing
 from hvp_engine.differentiation.linear_map import Accumulation, Linearization, Terms
 from hvp_engine.differentiation.native.closing import closing_graph
 from hvp_engine.differentiation.native.graph_program import GraphProgram
-from hvp_engine.differentiation.native.partition_programs import BoundPrograms, PartitionPrograms
+from hvp_engine.differentiation.native.partition_programs import BoundPrograms, PartitionPrograms, PartOnce
 from hvp_engine.differentiation.trace.fused_update import AccumulatingTerms, accumulating_pays
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 
@@ -55,8 +55,8 @@ class PartitionFunctions:
         """Have the extension run what it can."""
         parts = self.partition
         self.native = PartitionPrograms(parts)
-        self.primal = self.native.whole(parts.primal, parts.primal)
-        self.mixed = self.native.whole(parts.mixed.module, parts.mixed.in_place)
+        self.primal = PartOnce(self.native, parts.primal, parts.primal)
+        self.mixed = PartOnce(self.native, parts.mixed.module, parts.mixed.in_place)
 
     def closing(self, gradient: Sequence[Tensor]) -> GraphProgram | None:
         """The program of what follows a solve, for gradients like this one; None if there is none."""
