@@ -53,7 +53,10 @@ TESTS = {
     ],
     "the registered ops: opcheck and torch.compile; Triton": ["tests/test_ops_registered.py", "tests/test_kernels.py"],
     "every engine on several networks": [f"tests/test_engines_{name}.py" for name in ENGINES],
-    "traces and their rewrites": [f"tests/test_trace_{name}.py" for name in ("functionalize", "rewriting", "regions")],
+    "traces and their rewrites": [
+        "tests/test_abstract_tensor.py",
+        *(f"tests/test_trace_{name}.py" for name in ("functionalize", "rewriting", "regions")),
+    ],
     "35 models against plain double backward": ["tests/test_hard_models.py", "tests/test_differentiable_kernels.py"],
     "solvers": [f"tests/test_solvers_{name}.py" for name in ("base", "exact", "minres", "nystrom")],
     "hypergradients in every style": ["tests/test_implicit.py", "tests/test_products.py"],
