@@ -104,6 +104,14 @@ def test_empty_extents(target: torch.device, empty: str) -> None:
         torch.testing.assert_close(found[0], torch.ones_like(found[0]))
 
 
+@pytest.mark.parametrize("queries, keys", [(0, 3), (3, 0)])
+def test_masks_of_nothing(queries: int, keys: int) -> None:
+    q, k, v = (torch.randn(2, 2, length, 4, requires_grad=True) for length in (queries, keys, keys))
+    for mask in (torch.ones(queries, keys, dtype=torch.bool), torch.zeros(2, 1, 1, keys)):
+        found = attention(q, k, v, mask)
+        assert torch.equal(found, torch.zeros(2, 2, queries, 4))
+
+
 def test_gradcheck(target: torch.device) -> None:
     inputs = [
         torch.randn(shape, dtype=torch.float64, device=target) for shape in ((1, 2, 3, 2), (1, 1, 4, 2), (1, 1, 4, 3))

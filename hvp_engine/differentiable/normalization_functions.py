@@ -96,9 +96,9 @@ def group_norm(
     _check_images("group_norm", input, weight, bias)
     if num_groups < 1 or input.shape[1] % num_groups:
         raise ValueError(f"num_groups: expected a divisor of the {input.shape[1]} channels of input; got {num_groups}")
-    if math.prod(input.shape[2:]) * (input.shape[1] // num_groups) == 1:
+    if input.numel() == num_groups:
         raise ValueError(
-            f"input: expected more than one value per group; got shape {tuple(input.shape)} in {num_groups} groups: "
+            f"input: expected more values than groups; got shape {tuple(input.shape)} in {num_groups} groups: "
             "use fewer groups"
         )
     return _normalized("group_norm", input, weight, bias, num_groups, eps)[0]

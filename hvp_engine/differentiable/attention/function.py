@@ -190,4 +190,4 @@ def _mask_in_four(mask: Tensor, full: tuple[int, ...]) -> Tensor:
     batch = mask.shape[:-3]
     if any(size != 1 for size in batch):
         mask = mask.expand(*full[:-3], *mask.shape[-3:])
-    return mask.reshape(-1, *mask.shape[-3:])
+    return mask.reshape(math.prod(mask.shape[:-3]), *mask.shape[-3:])
