@@ -23,14 +23,14 @@ FAULTS = [
         "a program may read one element behind its memory",
     ),
     Fault(
-        "csrc/program_kernels.cpp",
+        "csrc/program_reductions.h",
         "if (!skipped && (row < 0 || row >= lookup.rows)) {",
         "if (!skipped && row >= lookup.rows) {",
         f"{ENGINE} -k out_of_range",
         "a negative index reads in front of the table",
     ),
     Fault(
-        "csrc/program_kernels.cpp",
+        "csrc/program_reductions.h",
         "if (skipped && lookup.scatter) continue;",
         "",
         f"{OPERATIONS} -k embedding",
