@@ -34,7 +34,7 @@ _TRACE_SECONDS_PER_NODE = 4e-3
 """What a trace and its check cost for each node of the gradient's autograd graph, roughly (on a 2.4 GHz core)."""
 
 _FIRST_TRACE_SECONDS = 3.0
-"""What the first trace of a process costs on top: torch imports sympy and more."""
+"""What the first trace of a process costs on top: torch imports torch.compile."""
 
 _BUILD_SECONDS_PER_NODE = 1e-3
 """What turning the gradient's graph into a program costs for each of its nodes, roughly."""
@@ -210,7 +210,7 @@ class AutoEngine(Engine):
         del eager  # of what is tried, as little as possible is there at once: each takes the memory of a graph
         choice = self._with_or_without_autograd(problem, nodes, affordable)
         cost = _TRACE_SECONDS_PER_NODE * nodes
-        first = 0.0 if "sympy" in sys.modules else _FIRST_TRACE_SECONDS
+        first = 0.0 if "torch._dynamo" in sys.modules else _FIRST_TRACE_SECONDS
         if cost + first > affordable:
             choice.reason += (
                 f"; a trace would take about {cost + first:.1g} s, more than {self.expected_products} products do"
