@@ -308,13 +308,8 @@ class BoundProgram:
 
     def _combinations(self, placed: Sequence[Sequence[Tensor]]) -> list[Combination]:
         """The factored weights' parts of the vectors at the beginning of a solve."""
-        return [
-            Combination(
-                self._decays[i],
-                [tensors[factor.weight] for tensors in placed],
-            )
-            for i, factor in enumerate(self._program.factors)
-        ]
+        pairs = zip(self._decays, self._program.factors, strict=True)
+        return [Combination(decay, [tensors[factor.weight] for tensors in placed]) for decay, factor in pairs]
 
     def _put(self, first: int, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Into the slots from `first` on; returns what is there."""
