@@ -268,7 +268,7 @@ def test_a_settled_call_is_a_short_way_through_few_files() -> None:
     finally:
         sys.setprofile(None)
     changes = sum(one != other for one, other in pairwise(entered))
-    assert len(set(entered)) <= 12 and changes <= 36 and len(entered) <= 110, (len(set(entered)), changes, len(entered))
+    assert len(set(entered)) <= 12 and changes <= 34 and len(entered) <= 110, (len(set(entered)), changes, len(entered))
 
 
 @pytest.mark.parametrize("engine", ["auto", "linearized", "recorded", "eager"])

@@ -27,7 +27,7 @@ from hvp_engine.engines.replays import Counted, Tally
 from hvp_engine.engines.solves import Solve, Solved, recordable
 from hvp_engine.engines.surroundings import Surroundings
 from hvp_engine.engines.traced import LinearizedEngine
-from hvp_engine.engines.whole import CapturedGradient, Foreseen, Whole
+from hvp_engine.engines.whole import CapturedGradient, CapturedHypergradient, Foreseen
 from hvp_engine.errors import BackendError, TraceError
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.batched import MOST, pays
@@ -142,7 +142,7 @@ class CudaGraphEngine(LinearizedEngine):
     ) -> Sequence[FinishedIteration]:
         """The finished solves for right-hand sides that advance together."""
         foreseen = operator.foreseen
-        solve: Solve | Whole | None
+        solve: Solve | CapturedHypergradient | None
         solved: Sequence[Solved] | None
         if foreseen is not None and len(vs) == 1 and foreseen.is_of(vs[0], solver):
             solve, solved = foreseen.whole, [foreseen.solved]

@@ -18,7 +18,7 @@ from hvp_engine.engines.functions import Functions, TracedLinearization
 from hvp_engine.engines.recording import Recorder, copies
 from hvp_engine.engines.replays import Counted, Replay, Tally
 from hvp_engine.engines.solves import Solve, Solved
-from hvp_engine.engines.whole import Foreseen, Whole
+from hvp_engine.engines.whole import CapturedHypergradient, Foreseen
 from hvp_engine.ops import backend
 from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.batched import LEAST, MOST
@@ -47,7 +47,7 @@ class Graphs:
         self._tangents = FlatVector(self.layout)
         self._user: weakref.ref[Linearization] | None = None
         self._solves: OrderedDict[Hashable, Solve] = OrderedDict()
-        self._wholes: dict[Hashable, Whole] = {}
+        self._wholes: dict[Hashable, CapturedHypergradient] = {}
         self._works: dict[Hashable, tuple[FlatVector, Replay]] = {}
         self._stale = False
         self._products: dict[int, tuple[list[Tensor], Replay]] = {}
@@ -104,7 +104,9 @@ class Graphs:
             self._wholes.clear()
             try:
                 record = self._recorder.record
-                whole = Whole(solver, self.functions, self.layout, train.name, self._inputs, gradient, batch, record)
+                whole = CapturedHypergradient(
+                    solver, self.functions, self.layout, train.name, self._inputs, gradient, batch, record
+                )
             except torch.OutOfMemoryError as error:
                 self._refuse("whole hypergradient", error)
                 return None

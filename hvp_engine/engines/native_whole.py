@@ -168,16 +168,15 @@ class NativeWhole:
         """Make what :meth:`at_once` needs; false if the solve has to be made in steps."""
         functions, iteration = self._functions, self._vectors
         mixed, programs = functions.partition.mixed, functions.native
-        native = None if programs is None else programs.bind(residuals)
-        if programs is None or native is None or not iteration.limit or not all(mixed.outputs):
+        if programs is None or not iteration.limit or not all(mixed.outputs):
             return False
         iteration.adapt(None)
         graph, accumulation = closing_graph(mixed, gradient, direct), iteration.accumulation
         program = programs.timed(lambda: GraphProgram(graph, functions.partition.dtypes))[0]
         if program is None or accumulation is None:
             return False
-        self._solved = native.rehearsed(accumulation, self._solver.damping, range(iteration.limit - 1))
-        native.let_go()
+        steps = range(iteration.limit - 1)
+        self._solved = programs.rehearsed(residuals, accumulation, self._solver.damping, steps)
         self._finishing = program.bind(handed_out=range(len(program.seen)))
         self._holders.append(self._finishing)
         self._alpha = gradient[0].new_tensor(iteration.alpha)

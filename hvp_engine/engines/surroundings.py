@@ -90,7 +90,7 @@ class Surroundings:
 
     def same(self) -> bool:
         """Whether all is what it was: neither outdated nor changed."""
-        return changed(self._all) is None and self._dtypes_now() == self._dtypes
+        return self._dtypes_now() == self._dtypes and changed(self._all) is None
 
     def settled(self, schedule: Schedule) -> bool:
         """Whether the next use of the trace needs no check, which would come by this schedule, and nothing traced anew.

@@ -59,7 +59,7 @@ class Foreseen:
     train: Problem
     val: Problem
     solver: Solver
-    whole: Whole
+    whole: CapturedHypergradient
     loss: Tensor
     train_gradient: list[Tensor]
     gradient: Gradient
@@ -75,7 +75,7 @@ class Foreseen:
         return _same_memory(x, self.solved.value.views)
 
 
-class Whole:
+class CapturedHypergradient:
     """The recordings of a hypergradient, on the buffers of a training loss and those of a batch of its own.
 
     Arguments:

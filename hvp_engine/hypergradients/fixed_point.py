@@ -8,7 +8,6 @@ dL_V*/dlambda = dL_V/dlambda + (dPhi/dlambda)^T [I - (dPhi/dw)^T]^-1 dL_V/dw
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,7 +110,7 @@ class FixedPointHypergradient(Estimator):
             val_loss=direct.loss,
             gradient_norm=distance,
             unfinished=closing.unfinished,
-            solution=replace(solution, value=weight_structure.rebuild(solution.value)),
+            solution=solution.of(weight_structure.rebuild(solution.value)),
         )
         if solution.iterations:
             self._stationarity.check(result.unfinished, direct.loss, distance)

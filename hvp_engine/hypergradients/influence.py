@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def influence_matrix(
     columns, solutions = [], []
     for gradients in test.chunks(chunk):
         solution = solve(operator, structure.rebuild(gradients), solver, batched=True)
-        solutions.append(replace(solution, value=None))
+        solutions.append(solution.of(None))
         directions = flatten(solution.value, "solution")[0]
         columns.append(torch.cat([-_inner_products(of_train, directions) for of_train in train.chunks(chunk)]))
     matrix = torch.cat(columns, 1)

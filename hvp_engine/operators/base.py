@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -302,6 +302,6 @@ def solve(operator: Any, v: Any, solver: Solver, *, batched: bool = False, x0: A
     results = list(system.solve_all(vs, solver, names, x0s))
     if not batched:
         [(value, solution)] = results
-        return replace(solution, value=structure.rebuild(value))
+        return solution.of(structure.rebuild(value))
     stacked = [torch.stack(parts) for parts in zip(*(value for value, _ in results), strict=True)]
-    return replace(worst_of([solution for _, solution in results]), value=structure.rebuild(stacked))
+    return worst_of([solution for _, solution in results]).of(structure.rebuild(stacked))

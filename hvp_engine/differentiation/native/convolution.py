@@ -15,7 +15,7 @@ from hvp_engine.differentiation.native import elementwise
 from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
 from hvp_engine.differentiation.native.linear_algebra import total
 from hvp_engine.differentiation.native.operations import Code as Instruction
-from hvp_engine.differentiation.native.operations import UnsupportedError, Words
+from hvp_engine.differentiation.native.operations import Operation, UnsupportedError, Words
 from hvp_engine.differentiation.native.places import Place
 
 aten = torch.ops.aten
@@ -74,7 +74,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(Operation):
     """result <- the sum of what `code` names, over pairs of dense places: (x, w) for outputs, (y, w) for images, (x, y)
     for kernels."""
 
@@ -86,10 +86,6 @@ class Convolution:
     @property
     def reads(self) -> tuple[Place, ...]:
         return tuple(place for pair in self.pairs for place in pair)
-
-    @property
-    def writes(self) -> tuple[Place, ...]:
-        return (self.result,)
 
     def write(self, words: Words, workspace: int) -> None:
         g = self.geometry

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -74,6 +74,24 @@ class Words:
         self.words += [slot, offset + place.offset, *strides]
 
 
+class Operation:
+    """What a program does in one step; most have one `result`."""
+
+    result: Place
+
+    @property
+    def reads(self) -> tuple[Place, ...]:
+        raise NotImplementedError
+
+    @property
+    def writes(self) -> tuple[Place, ...]:
+        return (self.result,)
+
+    def write(self, words: Words, workspace: int) -> None:
+        """Append itself to the program; `workspace` is the slot of places without one of their own."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Instruction:
     """`to <- code(operands)`; registers are numbered from the inputs on."""
@@ -86,7 +104,7 @@ class Instruction:
 
 
 @dataclass(frozen=True)
-class Elementwise:
+class Elementwise(Operation):
     """Instructions on each element: all places have the same sizes."""
 
     inputs: tuple[Place, ...]
@@ -148,7 +166,7 @@ def merged(
 
 
 @dataclass(frozen=True)
-class MatrixProduct:
+class MatrixProduct(Operation):
     """result <- alpha a b + beta result, for matrices or as many as the first dimension has of them."""
 
     result: Place
@@ -160,10 +178,6 @@ class MatrixProduct:
     @property
     def reads(self) -> tuple[Place, ...]:
         return (self.a, self.b) if self.beta == 0.0 else (self.a, self.b, self.result)
-
-    @property
-    def writes(self) -> tuple[Place, ...]:
-        return (self.result,)
 
     def write(self, words: Words, workspace: int) -> None:
         result, a, b = self.result, self.a, self.b
@@ -199,7 +213,7 @@ def _leading(place: Place) -> int:
 
 
 @dataclass(frozen=True)
-class Sum:
+class Sum(Operation):
     """The sum over `dims` of `source`, or the largest numbers; `result` has those dimensions with size 1."""
 
     source: Place
@@ -210,10 +224,6 @@ class Sum:
     @property
     def reads(self) -> tuple[Place, ...]:
         return (self.source,)
-
-    @property
-    def writes(self) -> tuple[Place, ...]:
-        return (self.result,)
 
     def write(self, words: Words, workspace: int) -> None:
         source, result = self.source, self.result
@@ -243,7 +253,7 @@ def _runs(
 
 
 @dataclass(frozen=True)
-class Lookup:
+class Lookup(Operation):
     """result[i, j, k] <- source[i, index[j], k], or with `scatter` result[i, index[j], k] += source[i, j, k]. An index
     equal to `skipped` gives zeros, or adds nothing. The table that is chosen from may have a fourth dimension, of which
     each j has its own part: result[i, j, k] <- source[i, index[j], k, j]."""
@@ -258,10 +268,6 @@ class Lookup:
     def reads(self) -> tuple[Place, ...]:
         return (self.index, self.source, *([self.result] if self.scatter else []))
 
-    @property
-    def writes(self) -> tuple[Place, ...]:
-        return (self.result,)
-
     def write(self, words: Words, workspace: int) -> None:
         chosen, table = (self.source, self.result) if self.scatter else (self.result, self.source)
         words.words += [3, self.scatter, *chosen.sizes, table.sizes[1]]
@@ -272,19 +278,6 @@ class Lookup:
 
 
 _NONE = -(1 << 63)
-
-
-class Operation(Protocol):
-    """What a program does in one step."""
-
-    @property
-    def reads(self) -> tuple[Place, ...]: ...
-
-    @property
-    def writes(self) -> tuple[Place, ...]: ...
-
-    def write(self, words: Words, workspace: int) -> None:
-        """Append itself to the program; `workspace` is the slot of places without one of their own."""
 
 
 def regions(places: Sequence[Place]) -> list[Region]:

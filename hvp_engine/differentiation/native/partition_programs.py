@@ -71,6 +71,15 @@ class PartitionPrograms:
             self._factors = [] if reason else self._factors
         return self.factored
 
+    def rehearsed(
+        self, residuals: Sequence[Tensor], accumulation: Accumulation, damping: float, steps: range
+    ) -> Rehearsed | None:
+        """See :meth:`BoundProgram.rehearsed`; None as well where another program is faster for so many terms."""
+        program = self.for_products(residuals)
+        if program is None or len(steps) >= self.fewest_terms(residuals, grams_exist=False):
+            return None
+        return program.bind(residuals).rehearsed(accumulation, damping, steps)
+
     def _made(self, residuals: Sequence[Tensor], found: Sequence[Factor]) -> tuple[NativeProgram | None, str]:
         """A program, or why there is none."""
         return self.timed(lambda: NativeProgram(self._parts, residuals, found))
@@ -174,12 +183,6 @@ class BoundPrograms:
             (self._bound if factored is None else factored).terms(accumulation, damping)(steps)
 
         return run
-
-    def rehearsed(self, accumulation: Accumulation, damping: float, steps: range) -> Rehearsed | None:
-        """See :meth:`BoundProgram.rehearsed`; None where another program is faster for so many terms."""
-        if len(steps) >= self._programs.fewest_terms(self._residuals, grams_exist=False):
-            return None
-        return self._bound.rehearsed(accumulation, damping, steps)
 
     @cached_property
     def _bound(self) -> BoundProgram:

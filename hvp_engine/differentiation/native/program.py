@@ -28,8 +28,8 @@ from hvp_engine.differentiation.trace.partial_evaluation import Partition
 _MOST_DIAGONALS = 3
 """Known factors of a weight's own tangent that an update reads one by one."""
 
-_GROUPS = 3
-"""Vectors that an update may touch: the direction, and two others."""
+_GROUPS, _RESULTS = 3, 2
+"""Vectors that an update may touch: the direction, and two others; and in whose place a product is written."""
 
 
 @dataclass
@@ -97,7 +97,7 @@ class NativeProgram:
         )
         self._programs: dict[Any, Any] = {}
         self._lock = threading.Lock()
-        self.product = self._assembled([] if factors else product(builder, self.weights, dense[1]), 0)
+        self.product = self._assembled([] if factors else product(builder, self.weights, dense[_RESULTS]), 0)
         self.parts = parts
 
     def _in_batch_space(self, places: Sequence[Place], states: Sequence[Place]) -> list[Place]:
@@ -229,13 +229,16 @@ class BoundProgram:
         self._memory.clear(0, len(self._program.residuals))
 
     def rehearsed(self, accumulation: Accumulation, damping: float, steps: range) -> Rehearsed | None:
-        """These terms, and the product after them, which lies in the same memory every time; None if vectors have to be
-        laid out anew, or are kept in the space of the batch."""
+        """These terms, and the product after them, which lies in the same memory every time; after this the program
+        does nothing else. None if vectors have to be laid out anew, or are kept in the space of the batch."""
         program, memory = self._program, self._memory
         update = program.update(accumulation, damping != 0.0)
-        results = [new() for new in program.slots.new[program.firsts[1] :][: program.count]]
-        placed = [(first, one.views) for first, one in zip(program.firsts, update.vectors, strict=False)]
-        if program.factors or any(memory.put(first, views) >= 0 for first, views in placed):
+        results = [new() for new in program.slots.new[program.firsts[_RESULTS] :][: program.count]]
+        placed = [*zip(program.firsts, [one.views for one in update.vectors], strict=False)]
+        self.let_go()
+        if program.factors or len(placed) > _RESULTS:
+            return None
+        if any(memory.put(*one) >= 0 for one in (*placed, (program.firsts[_RESULTS], results))):
             return None
         table = table_of(accumulation, damping, steps)
 
@@ -243,13 +246,9 @@ class BoundProgram:
             with self._lock:
                 try:
                     self.move(residuals)
-                    for first, views in placed:
-                        memory.put(first, views)
                     update.program.run(memory, table)
-                    memory.put(program.firsts[1], results)
                     program.product.run(memory, [[]])
                 finally:
-                    self._forget()
                     self.let_go()
             return results
 
@@ -272,7 +271,7 @@ class BoundProgram:
         ]
         with self._lock:
             self._put(program.firsts[0], tangents)
-            results = self._put(program.firsts[1], results)
+            results = self._put(program.firsts[_RESULTS], results)
             program.product.run(self._memory, [[]])
             self._forget()
         return results
@@ -308,13 +307,8 @@ class BoundProgram:
 
     def _combinations(self, placed: Sequence[Sequence[Tensor]]) -> list[Combination]:
         """The factored weights' parts of the vectors at the beginning of a solve."""
-        return [
-            Combination(
-                self._decays[i],
-                [tensors[factor.weight] for tensors in placed],
-            )
-            for i, factor in enumerate(self._program.factors)
-        ]
+        pairs = zip(self._decays, self._program.factors, strict=True)
+        return [Combination(decay, [tensors[factor.weight] for tensors in placed]) for decay, factor in pairs]
 
     def _put(self, first: int, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Into the slots from `first` on; returns what is there."""

@@ -9,14 +9,14 @@ import torch
 
 from hvp_engine.differentiable.recurrent.signatures import CODES, OPS, by_columns, sizes, transposes
 from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
-from hvp_engine.differentiation.native.operations import Words
+from hvp_engine.differentiation.native.operations import Operation, Words
 from hvp_engine.differentiation.native.places import Place
 
 _HANDLED = {getattr(torch.ops.hvp_engine, name).default: op for name, op in OPS.items() if name.endswith("backward")}
 
 
 @dataclass(frozen=True)
-class Recurrence:
+class Recurrence(Operation):
     """One of the operations of :mod:`hvp_engine.differentiable.recurrent` on places that are contiguous, or None."""
 
     name: str
