@@ -159,6 +159,19 @@ def test_fake_tensors() -> None:
     torch.testing.assert_close(module(W), W.sin() + 1)
 
 
+def test_what_a_trace_computes_from_its_inputs() -> None:
+    found = []
+
+    def function(x: Tensor) -> Tensor:
+        constant = torch.arange(3) + W.detach().sum().long()
+        found.extend(map(torch_compat.depends_on_inputs, (x, x.sin() + 1, constant, W)))
+        return x * constant.sum()
+
+    torch_compat.make_fx(function)(W.clone())
+    assert found == [True, True, False, False]
+    assert not torch_compat.depends_on_inputs(W), "outside of a trace"
+
+
 def test_memory_format_and_dispatch() -> None:
     images = torch.empty(2, 3, 4, 5)
     assert torch_compat.suggest_memory_format(images) is torch.contiguous_format

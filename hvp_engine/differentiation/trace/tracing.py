@@ -42,6 +42,7 @@ from hvp_engine.differentiation.trace.memory_format import (
     prefer_channels_last,
 )
 from hvp_engine.differentiation.trace.rewriting import Attempts, copied
+from hvp_engine.differentiation.trace.value_watch import ValueDependenceError, values_refused
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
@@ -161,6 +162,11 @@ def _recorded(
     """The function of the problem's loss as a graph without side effects, what holds its attributes, and the steps that
     failed and were undone."""
     attempts = Attempts()
+
+    def watched(*inputs: Tensor) -> list[Tensor | None]:
+        with values_refused():
+            return function(*inputs)
+
     try:
         with (
             TRACING,
@@ -170,7 +176,7 @@ def _recorded(
             reverse_in_forward_refused(),
             explained(),
         ):
-            root = make_fx(function)(*arguments)
+            root = make_fx(watched)(*arguments)
             graph = copied(root.graph)
             if not attempts.call(functionalized, graph, otherwise=False):
                 root = _retraced(root, arguments, problem.name)
@@ -203,11 +209,12 @@ def _recorded(
                 f"one at {innermost_line(error)}, which torch cannot trace: convert it by Tensor.to_sparse_coo or "
                 "to_dense, or use engine='eager'"
             ) from error
-        if says_data_dependent(error):
+        if isinstance(error, ValueDependenceError) or says_data_dependent(error):
+            asks = error if isinstance(error, ValueDependenceError) else "Python asks for the value of a tensor"
             raise TraceError(
-                f"{problem.name}: expected a loss without control flow that depends on tensor values; Python asks for "
-                f"the value of a tensor at {innermost_line(error)}: keep it a tensor (torch.where in place of if, "
-                "one_hot with num_classes), or use engine='eager'"
+                f"{problem.name}: expected a loss without control flow and sizes that depend on tensor values; {asks} "
+                f"at {innermost_line(error)}: keep it a tensor (torch.where in place of if and of indexing by a mask, "
+                "one_hot with num_classes), or use engine='recorded' or engine='eager'"
             ) from error
         raise
     return graph, root, tuple(attempts.undone)
