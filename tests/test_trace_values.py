@@ -15,7 +15,6 @@ import hvp_engine as hvp
 pytestmark = [
     pytest.mark.usefixtures("float64_by_default"),
     pytest.mark.filterwarnings("ignore:the weights are far from a minimum"),
-    pytest.mark.filterwarnings("error:.*is replaced by"),
 ]
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -61,6 +60,18 @@ FIXED: dict[str, Loss] = {
 }
 
 
+FACTOR, MASK = torch.tensor(2.0), torch.tensor([True, False, False])
+
+READ: dict[str, Loss] = {
+    "item": lambda w, b: scores(w, b).square().sum() * FACTOR.item(),
+    "float": lambda w, b: scores(w, b).square().sum() * float(FACTOR),
+    "tolist": lambda w, b: scores(w, b).square().sum() * float(FACTOR.tolist()),
+    "numpy": lambda w, b: scores(w, b).square().sum() * float(FACTOR.numpy()),
+    "as many as there are": lambda w, b: scores(w, b).square().sum() / len(MASK.nonzero()),
+    "as many as there are not": lambda w, b: scores(w, b)[:, ~MASK].square().mean(),
+}
+
+
 def batch(seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 3, (6,), generator=generator)
@@ -75,11 +86,16 @@ def hypergradients(loss: Loss, engine: str) -> list[Tensor]:
     def val(w: Tensor, decay: Tensor, batch: Batch) -> Tensor:
         return loss(w, batch)
 
-    w = torch.linspace(-1.0, 1.0, 12).view(4, 3)
+    w, found = torch.linspace(-1.0, 1.0, 12).view(4, 3), []
     estimate = hvp.Hypergradient(train, val, hvp.Neumann(3, 0.01), engine)
-    return [estimate(w, torch.tensor(-1.0), batch(seed), batch(seed + 1)).grads for seed in range(8)]
+    for seed in range(8):
+        FACTOR.fill_(2.0 + seed // 4)
+        MASK[1] = seed >= 4
+        found.append(estimate(w, torch.tensor(-1.0), batch(seed), batch(seed + 1)).grads)
+    return found
 
 
+@pytest.mark.filterwarnings("error:.*is replaced by")
 @pytest.mark.parametrize("name", DECIDED)
 def test_what_values_decide_is_not_traced(name: str) -> None:
     with pytest.raises(hvp.TraceError, match=r"values decide the size of what .* gives|by Tensor\.\w+, at"):
@@ -88,8 +104,17 @@ def test_what_values_decide_is_not_traced(name: str) -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.filterwarnings("error:.*is replaced by")
 @pytest.mark.parametrize("name", FIXED)
 def test_what_no_value_of_the_inputs_decides_is_traced(name: str) -> None:
     found = hypergradients(FIXED[name], "linearized")
     for ours, plain in zip(found, hypergradients(FIXED[name], "eager"), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["linearized", "auto"])
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.filterwarnings("ignore:.*is replaced by")
+def test_what_python_reads_of_a_tensor_that_is_no_input_is_watched(name: str, engine: str) -> None:
+    for ours, plain in zip(hypergradients(READ[name], engine), hypergradients(READ[name], "eager"), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-13)

@@ -192,19 +192,25 @@ def one_fake_mode() -> contextlib.AbstractContextManager[Any]:
     return torch._guards.tracing(torch._guards.TracingContext(mode))
 
 
-def depends_on_inputs(tensor: Tensor) -> bool:
-    """Whether the trace that `make_fx` makes just now computes the tensor from its inputs."""
+def sources_of(tensor: Tensor) -> list[Tensor] | None:
+    """The tensors from which the trace that `make_fx` makes just now computes this one; None if its inputs are among
+    them."""
     mode = get_proxy_mode()
     found: Any = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
-    nodes, seen = [] if found is None else [found.proxy.node], set[fx.Node]()
+    if mode is None or found is None:
+        return [tensor]
+    root: Any = mode.tracer.root  # type: ignore[union-attr]
+    nodes, seen, sources = [found.proxy.node], set[fx.Node](), list[Tensor]()
     while nodes:
         node = nodes.pop()
         if node.op == "placeholder":
-            return True
+            return None
+        if node.op == "get_attr":
+            sources.append(getattr(root, node.target))
         if node not in seen:
             seen.add(node)
             nodes += node.all_input_nodes
-    return False
+    return sources
 
 
 REVERSE_IN_FORWARD = "torch.func.grad inside torch.func.jvp"

@@ -7,7 +7,7 @@ LOSSES, NORMALIZATIONS = "tests/test_cross_entropy.py", "tests/test_normalizatio
 FAULTS = [
     Fault(
         "hvp_engine/differentiation/trace/tracing.py",
-        "        with values_refused():\n            return function(*inputs)\n",
+        "        with values_watched(kept):\n            return function(*inputs)\n",
         "        return function(*inputs)\n",
         "tests/test_trace_values.py -k not_traced",
         "a trace keeps how many ones the first batch's mask had",

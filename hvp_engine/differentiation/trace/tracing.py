@@ -42,13 +42,16 @@ from hvp_engine.differentiation.trace.memory_format import (
     prefer_channels_last,
 )
 from hvp_engine.differentiation.trace.rewriting import Attempts, copied
-from hvp_engine.differentiation.trace.value_watch import ValueDependenceError, values_refused
+from hvp_engine.differentiation.trace.value_watch import ValueDependenceError, values_watched
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
 
 TRACING = threading.RLock()
 """One thread traces at a time: `make_fx` patches modules for all threads."""
+
+KEPT = "tensors whose values the trace keeps"
+"""Where the `meta` of a trace's module has them; other values in them make the trace wrong."""
 
 _HOOKS = (
     "saved-tensor hooks (gradient checkpointing, save_on_cpu), which compute again with the module's own weights "
@@ -113,7 +116,9 @@ def trace_gradient(problem: Problem) -> fx.GraphModule:
 
     graph, root, _ = _recorded(problem, function, _known(problem), traceable_kernels())
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    return graph_module(root, graph)
+    module = graph_module(root, graph)
+    module.meta[KEPT] = root.meta[KEPT]
+    return module
 
 
 def _known(problem: Problem) -> list[Tensor]:
@@ -161,10 +166,10 @@ def _recorded(
 ) -> tuple[fx.Graph, fx.GraphModule, tuple[str, ...]]:
     """The function of the problem's loss as a graph without side effects, what holds its attributes, and the steps that
     failed and were undone."""
-    attempts = Attempts()
+    attempts, kept = Attempts(), list[Tensor]()
 
     def watched(*inputs: Tensor) -> list[Tensor | None]:
-        with values_refused():
+        with values_watched(kept):
             return function(*inputs)
 
     try:
@@ -217,6 +222,7 @@ def _recorded(
                 "one_hot with num_classes), or use engine='recorded' or engine='eager'"
             ) from error
         raise
+    root.meta[KEPT] = kept
     return graph, root, tuple(attempts.undone)
 
 

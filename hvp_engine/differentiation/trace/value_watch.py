@@ -1,8 +1,9 @@
-"""Refuses what a trace would keep for good although it depends on the values of the trace's inputs.
+"""Sees which values a trace keeps for good, and refuses those of its inputs.
 
 `make_fx` runs the loss on real tensors and notices `.item()` itself. It does not notice what Python reads from a
 tensor's memory (`tolist`, `numpy`), nor that the result of `x[mask]` has as many elements as the mask has ones: a trace
-of the first batch would use its numbers and sizes for all others.
+of the first batch would use its numbers and sizes for all others. Of tensors that are no inputs, `.item()` too gives
+the value of that moment, which holds as long as nobody writes into them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hvp_engine._support.torch_compat import DispatchMode, depends_on_inputs, tags_of
+from hvp_engine._support.torch_compat import DispatchMode, sources_of, tags_of
 
 aten = torch.ops.aten
 
@@ -30,27 +31,45 @@ class ValueDependenceError(RuntimeError):
 
 
 class _Reads(TorchFunctionMode):
-    """Sees what Python reads."""
+    """Sees what Python reads from memory."""
+
+    def __init__(self, kept: list[Tensor]):
+        super().__init__()
+        self._kept = kept
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _READ_OUT and depends_on_inputs(args[0]):
-            raise ValueDependenceError(f"Python asks for the values of a tensor, by Tensor.{name},")
+        if name in _READ_OUT:
+            _keep([args[0]], f"Python asks for the values of a tensor, by Tensor.{name},", self._kept)
         return func(*args, **(kwargs or {}))
 
 
-class _Sizes(DispatchMode):
-    """Sees operators whose result has a size that values decide."""
+class _Answers(DispatchMode):
+    """Sees operators that give Python a number, or a tensor of a size, that values decide."""
 
     supports_higher_order_operators = True
 
+    def __init__(self, kept: list[Tensor]):
+        super().__init__()
+        self._kept = kept
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        keywords = kwargs or {}
+        keywords, tags = kwargs or {}, tags_of(func)
         result = func(*args, **keywords)
-        decided = torch.Tag.dynamic_output_shape in tags_of(func) and not _is_fixed(func, args, keywords, result)
-        if decided and any(map(depends_on_inputs, _deciding(func, args))):
-            raise ValueDependenceError(f"values decide the size of what {func} gives")
+        if torch.Tag.data_dependent_output in tags:  # make_fx lets them be computed of other tensors than inputs alone
+            _keep([one for one in args if isinstance(one, Tensor)], f"Python asks for a value by {func}", self._kept)
+        elif torch.Tag.dynamic_output_shape in tags and not _is_fixed(func, args, keywords, result):
+            _keep(_deciding(func, args), f"values decide the size of what {func} gives", self._kept)
         return result
+
+
+def _keep(tensors: list[Tensor], asks: str, kept: list[Tensor]) -> None:
+    """Note what these tensors, whose values a trace keeps, are computed from; an error if that is the inputs."""
+    for tensor in tensors:
+        sources = sources_of(tensor)
+        if sources is None:
+            raise ValueDependenceError(asks)
+        kept.extend(sources)
 
 
 def _deciding(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
@@ -71,8 +90,8 @@ def _is_fixed(func: Any, args: tuple[Any, ...], keywords: dict[str, Any], result
 
 
 @contextlib.contextmanager
-def values_refused() -> Iterator[None]:
-    """Raise :class:`ValueDependenceError` in the block, which runs under `make_fx`, where a trace would be wrong for
-    inputs of other values."""
-    with _Sizes(), _Reads():
+def values_watched(kept: list[Tensor]) -> Iterator[None]:
+    """In the block, which runs under `make_fx`, note the tensors whose values the trace keeps; raise
+    :class:`ValueDependenceError` where it would keep those of its inputs."""
+    with _Answers(kept), _Reads(kept):
         yield
