@@ -65,7 +65,7 @@ FACTOR, MASK = torch.tensor(2.0), torch.tensor([True, False, False])
 READ: dict[str, Loss] = {
     "item": lambda w, b: scores(w, b).square().sum() * FACTOR.item(),
     "float": lambda w, b: scores(w, b).square().sum() * float(FACTOR),
-    "tolist": lambda w, b: scores(w, b).square().sum() * float(FACTOR.tolist()),
+    "tolist": lambda w, b: scores(w, b).square().sum() * FACTOR.view(1).tolist()[0],
     "numpy": lambda w, b: scores(w, b).square().sum() * float(FACTOR.numpy()),
     "as many as there are": lambda w, b: scores(w, b).square().sum() / len(MASK.nonzero()),
     "as many as there are not": lambda w, b: scores(w, b)[:, ~MASK].square().mean(),
