@@ -236,7 +236,8 @@ def _stays(iteration: Iteration) -> None:
 
 def _trees(train: Problem, val: Problem) -> tuple[Any, ...]:
     """What is no tensor, in the arguments of both losses."""
-    return train.weight_structure, train.hyperparameter_structure, train.split[1:], val.split[1:]
+    types = [type(leaf) for leaf in (*train.split[1], *val.split[1])]
+    return train.weight_structure, train.hyperparameter_structure, train.split[1:], val.split[1:], types
 
 
 def _settings() -> tuple[object, ...]:
