@@ -224,3 +224,24 @@ def test_a_trial_that_takes_long_is_made_once(monkeypatch: pytest.MonkeyPatch) -
     contenders = [(EagerEngine(), EagerEngine().linearize(problem)) for _ in range(2)]
     assert trial.seconds_per_term(contenders) == [1 / trial.SHORT] * 2
     assert solves == [trial.SHORT] * 4  # each once to warm up
+
+
+def test_programs_that_are_seldom_used_twice_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask with another number of ones in each batch makes each gradient's graph another one."""
+    monkeypatch.setattr("hvp_engine.engines.choice._BUILDING_SECONDS", 0.0)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 5, generator=generator, dtype=torch.float64)
+
+    def loss(w: Tensor, h: Tensor, mask: Tensor) -> Tensor:
+        return (rows @ w).tanh()[mask].square().mean() + h * w.square().sum()
+
+    w, h = torch.ones(5, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+    engine = AutoEngine()
+    ours, plain = (hvp.Hypergradient(loss, loss, hvp.Neumann(3, 0.1), e) for e in (engine, "eager"))
+    for ones in range(3, 23):
+        mask = torch.arange(40) < ones
+        torch.testing.assert_close(ours(w, h, mask, mask).grads, plain(w, h, mask, mask).grads)
+        (choice,) = engine.choices.values()
+        if ones == 3:  # whatever was faster
+            choice.engine = engine._recorded
+    assert choice.engine is engine._eager and "each gradient's graph was another one" in engine.report()

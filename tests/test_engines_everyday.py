@@ -245,3 +245,46 @@ def test_a_shared_engine_does_not_keep_the_loss_alive() -> None:
     del loss
     gc.collect()
     assert watched() is None and watched_engine() is None
+
+
+# --- Batches whose optional parts come and go ------------------------------------------------------------------------
+
+
+def optional_parts(w: Tensor, batch: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
+    x, factor, shift = batch
+    y = (x @ w).tanh()
+    y = y if factor is None else y * factor
+    return (y if shift is None else y + shift).square().mean()
+
+
+def number_of_any_type(w: Tensor, batch: tuple[Tensor, bool | int | float]) -> Tensor:
+    x, number = batch
+    return (x @ w).tanh().square().mean() * (3.0 if type(number) is int else number)
+
+
+PART = torch.linspace(0.5, 2.0, 6, dtype=torch.float64)
+
+COMING_AND_GOING: dict[str, tuple[Callable[..., Tensor], list[tuple[Any, ...]]]] = {
+    "a tensor or None": (optional_parts, [(None, None), (PART, None)]),
+    "one or the other": (optional_parts, [(PART, None), (None, PART)]),
+    "equal numbers of other types": (number_of_any_type, [(1,), (1.0,), (True,)]),
+}
+
+
+@pytest.mark.parametrize("engine", ["recorded", "linearized", "auto"])
+@pytest.mark.parametrize("name", COMING_AND_GOING)
+def test_optional_parts_of_a_batch(name: str, engine: str) -> None:
+    loss, parts = COMING_AND_GOING[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def train(w: Tensor, decay: Tensor, batch: Any) -> Tensor:
+        return loss(w, batch) + decay * w.square().sum()
+
+    ours, plain = (
+        hvp.Hypergradient(train, lambda w, h, batch: loss(w, batch), hvp.Neumann(3, 0.1), e) for e in (engine, "eager")
+    )
+    w, decay = torch.ones(4, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+    for k in range(12):
+        x = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+        batches = [(x, *parts[i % len(parts)]) for i in (k // 2, k // 3)]
+        torch.testing.assert_close(ours(w, decay, *batches).grads, plain(w, decay, *batches).grads)

@@ -46,6 +46,15 @@ UNMENDED: dict[str, tuple[str, ...]] = {
     "fixed point of a loop until it settles": NOT_TRACED,
     "BatchNorm without momentum": NOT_TRACED,
     "packed GRU": NOT_TRACED,
+    # a value decides a size, or Python reads it
+    "prototypes": NOT_TRACED,
+    "boolean indexing of rows": NOT_TRACED,
+    "nonzero": NOT_TRACED,
+    "masked_select": NOT_TRACED,
+    "loop over classes": NOT_TRACED,
+    "len(unique)": NOT_TRACED,
+    "labels as list": NOT_TRACED,
+    "mixture of experts": NOT_TRACED,
     # the process dies, in torch's make_fx
     "Laplacian by hessian": NOT_TRACED,
     # what is made or changed inside

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -122,6 +123,11 @@ def item_of_a_dict() -> Case:
     return lambda w, h, b: fit(w, h, rates["first"][0]), setter(rates["first"], 0)
 
 
+def item_of_an_array() -> Case:
+    rates = numpy.array([0.1, numpy.nan])
+    return lambda w, h, b: fit(w, h, float(rates[0])), lambda value: rates.__setitem__(0, value)
+
+
 def length_of_a_list() -> Case:
     rates = [0.1]
     return lambda w, h, b: fit(w, h, sum(rates)), rates.append
@@ -206,6 +212,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "attribute of a dataclass": attribute_of(Settings()),
     "slot": attribute_of(Slotted()),
     "item of a dict": item_of_a_dict,
+    "item of an array": item_of_an_array,
     "length of a list": length_of_a_list,
     "branch": branch,
     "function that is called": function_that_is_called,

@@ -159,6 +159,19 @@ def test_fake_tensors() -> None:
     torch.testing.assert_close(module(W), W.sin() + 1)
 
 
+def test_what_a_trace_computes_a_tensor_from() -> None:
+    own, found = torch.arange(3), []
+
+    def function(x: Tensor) -> Tensor:
+        found.extend(map(torch_compat.sources_of, (x, x.sin() * own, own, own + 1)))
+        return x * (own + 1)
+
+    torch_compat.make_fx(function)(W[:3].clone())
+    assert found[:2] == [None, None]
+    assert [[one is own for one in sources] for sources in found[2:]] == [[True], [True]]
+    assert torch_compat.sources_of(own) == [own], "outside of a trace"
+
+
 def test_memory_format_and_dispatch() -> None:
     images = torch.empty(2, 3, 4, 5)
     assert torch_compat.suggest_memory_format(images) is torch.contiguous_format

@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ _PLAIN = (*CONSTANTS, slice, range)
 """Types of values that are compared by what they are, not by which they are."""
 
 _MOST_ITEMS = 100
-"""A longer list or dict is looked at up to here only: all of it could take longer than a product."""
+"""A longer list, dict or array is looked at up to here only: all of it could take longer than a product."""
 
 _MOST = 5_000
 """Values of one function."""
@@ -115,6 +116,16 @@ class _List:
         return self._items[key] if key < len(self._items) else default
 
 
+class _Array:
+    """What a numpy array holds, as the only item."""
+
+    def __init__(self, array: numpy.ndarray[Any, Any]):
+        self._array = array
+
+    def get(self, key: str, default: Any) -> bytes:
+        return self._array.tobytes()
+
+
 class _Slots:
     """The attributes of an object that has no dict of them."""
 
@@ -166,6 +177,9 @@ class _Walk:
             self._note(f"len({name})", _List(value), "length")
             for number in range(min(len(value), _MOST_ITEMS)):
                 self._note(f"{name}[{number}]", _List(value), number)
+        elif isinstance(value, numpy.ndarray):
+            if value.size <= _MOST_ITEMS and not value.dtype.hasobject:
+                self._note(f"items of {name}", _Array(value), "items")
         elif isinstance(value, torch.nn.Module):
             self._module(value, name)
         else:

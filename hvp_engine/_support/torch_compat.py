@@ -22,6 +22,7 @@ from torch._C._functorch import TransformType
 from torch._prims_common import suggest_memory_format as suggest_memory_format
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.fx.experimental.proxy_tensor import make_fx as make_fx
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree as pytree
@@ -186,6 +187,27 @@ def one_fake_mode() -> contextlib.AbstractContextManager[Any]:
     """
     mode = FakeTensorMode(allow_fallback_kernels=True)
     return torch._guards.tracing(torch._guards.TracingContext(mode))
+
+
+def sources_of(tensor: Tensor) -> list[Tensor] | None:
+    """The tensors from which the trace that `make_fx` makes just now computes this one; None if its inputs are among
+    them."""
+    mode = get_proxy_mode()
+    found: Any = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+    if mode is None or found is None:
+        return [tensor]
+    root: Any = mode.tracer.root  # type: ignore[union-attr]
+    nodes, seen, sources = [found.proxy.node], set[fx.Node](), list[Tensor]()
+    while nodes:
+        node = nodes.pop()
+        if node.op == "placeholder":
+            return None
+        if node.op == "get_attr":
+            sources.append(getattr(root, node.target))
+        if node not in seen:
+            seen.add(node)
+            nodes += node.all_input_nodes
+    return sources
 
 
 REVERSE_IN_FORWARD = "torch.func.grad inside torch.func.jvp"

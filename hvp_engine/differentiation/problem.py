@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import types
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -18,6 +19,12 @@ from hvp_engine._support.reading import CONSTANTS
 
 class GatheringLoss:
     """Base of losses that take sharded tensors (DTensors) and gather them."""
+
+
+class Leaf(enum.Enum):
+    """What stands for a leaf of a batch where only the others are told: a tensor is not None, which a loss may ask."""
+
+    TENSOR = enum.auto()
 
 
 class _Signature(tuple[Any, ...]):
@@ -63,10 +70,10 @@ class Problem:
 
     @cached_property
     def split(self) -> tuple[list[Tensor], list[Any], Structure]:
-        """The batch's tensors, its other leaves (None in place of each tensor), and its structure."""
+        """The batch's tensors, its other leaves (:class:`Leaf` in place of each tensor), and its structure."""
         leaves, structure = flatten_batch(self.inputs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        return tensors, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
+        return tensors, [Leaf.TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
 
     @cached_property
     def signature(self) -> Hashable:
@@ -79,7 +86,9 @@ class Problem:
     def look_of_inputs(self) -> tuple[Hashable, ...]:
         """What a trace depends on besides the values of the batch's tensors."""
         tensors, others, structure = self.split
-        plain = tuple([leaf if leaf is None or is_constant(leaf) else type(leaf) for leaf in others])
+        plain = tuple(
+            [(type(leaf), leaf if is_constant(leaf) else None) for leaf in others]
+        )  # 1, 1.0 and True are equal
         return _look_of(tensors), plain, structure
 
     def at(self, inputs: tuple[Any, ...]) -> Problem:
@@ -98,10 +107,8 @@ class Problem:
     def inputs_of(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """The inputs with these in place of the batch's tensors."""
         _, others, structure = self.split
-        there, given = [isinstance(leaf, Tensor) for leaf in flatten_batch(self.inputs)[0]], iter(tensors)
-        inputs: tuple[Any, ...] = structure.rebuild(
-            [next(given) if tensor else leaf for tensor, leaf in zip(there, others, strict=True)]
-        )
+        given = iter(tensors)
+        inputs: tuple[Any, ...] = structure.rebuild([next(given) if leaf is Leaf.TENSOR else leaf for leaf in others])
         return inputs
 
     def evaluate(self, weights: Sequence[Tensor], hyperparameters: Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from hvp_engine._support.random_state import random_state_kept
 from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
 from hvp_engine.differentiation.problem import Problem, is_constant
+from hvp_engine.differentiation.recorded.library import LIBRARY
 from hvp_engine.differentiation.self_check import probe
 from hvp_engine.engines.base import Engine, Whole
 from hvp_engine.engines.choice import Choice, describe, threads
@@ -105,6 +106,9 @@ class AutoEngine(Engine):
             choice = self.choices[key] = self._first_choice(problem, None, choice)
         elif choice.compiling_is_due():
             self._try_compiled(problem, choice)
+        elif choice.builds_too_much():
+            reason = f"each gradient's graph was another one, and building programs took {choice.building:.2g} s"
+            choice = self.choices[key] = Choice(self._eager, reason, choice.seconds)
         self.choices.move_to_end(key)
         start = time.perf_counter()
         engine = choice.engine
@@ -157,9 +161,11 @@ class AutoEngine(Engine):
     ) -> FinishedIteration:
         """By the engine that made the linearization."""
         engine = self._eager if operator.origin is None else operator.origin[0]
-        start = time.perf_counter()
+        start, built = time.perf_counter(), LIBRARY.build_seconds
         iteration = engine.run(operator, v, solver, estimate)
         self.credit(operator, iteration.steps, time.perf_counter() - start)
+        if engine is self._recorded:
+            operator.origin[1].building += LIBRARY.build_seconds - built
         return iteration
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,9 @@ from torch import Tensor
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.engines.base import Engine
 
+_BUILDING_SECONDS = 2.0
+"""Building may take so long, whatever it saves."""
+
 
 @dataclass
 class Choice:
@@ -20,6 +23,7 @@ class Choice:
     terms, for each call.
 
     `terms` counts the terms run so far, `spent` the seconds they took, `around` those of everything else.
+    `building` are the seconds among those spent that programs of graphs other than the first took to build.
     `program_tried` says that a recorded program was compared with eager, so that a trace comes next.
     `trace_seconds` is what a trace that was put off would take, `compile_seconds` what compiling would; None once that
     is settled.
@@ -32,6 +36,7 @@ class Choice:
     terms: int = 0
     spent: float = 0.0
     around: float = 0.0
+    building: float = 0.0
     trace_seconds: float | None = None
     compile_seconds: float | None = None
     program_tried: bool = False
@@ -45,6 +50,11 @@ class Choice:
         if self.trace_seconds is None:
             return False
         return self.around + (self._terms_took() if self.engine.name == "eager" else 0.0) > self.trace_seconds
+
+    def builds_too_much(self) -> bool:
+        """Whether most of the time goes into building programs, as for graphs with sizes that values decide, of which
+        few are like another."""
+        return self.building > _BUILDING_SECONDS and 2 * self.building > self.spent
 
     @property
     def is_final(self) -> bool:

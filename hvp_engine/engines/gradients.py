@@ -22,7 +22,7 @@ from hvp_engine.differentiation.native.graph_program import GraphProgram
 from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.differentiation.self_check import Schedule, difference_of_products, is_rounding
 from hvp_engine.differentiation.trace.partial_evaluation import floating_dtypes
-from hvp_engine.differentiation.trace.tracing import trace_gradient
+from hvp_engine.differentiation.trace.tracing import KEPT, trace_gradient
 from hvp_engine.engines.choice import describe
 from hvp_engine.engines.surroundings import Surroundings
 
@@ -172,7 +172,7 @@ class Gradients:
             with recorded_modules() as modules, random_state_kept(problem.weights[0].device):
                 graph = trace_gradient(problem)
                 inputs = [*detached(problem.weights), *detached(problem.hyperparameters), *problem.split[0]]
-            known.surroundings = Surroundings(problem, modules)
+            known.surroundings = Surroundings(problem, modules, graph.meta[KEPT])
             known.program = self._make(graph, inputs)
         except Exception as error:  # the loss may still work, which autograd then shows
             known.reason = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -227,4 +227,5 @@ def _stays(iteration: Iteration) -> None:
 def _look(train: Problem, val: Problem) -> tuple[Any, ...]:
     """What is no tensor in the arguments of both losses, and what decides how programs run."""
     structures = train.weight_structure, train.hyperparameter_structure
-    return *structures, train.split[1:], val.split[1:], torch.get_num_threads(), backend.CHOICE.get()
+    types = [type(leaf) for leaf in (*train.split[1], *val.split[1])]  # 1 and True are equal
+    return *structures, train.split[1:], val.split[1:], types, torch.get_num_threads(), backend.CHOICE.get()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine._support.reading import changed, free_variables
-from hvp_engine._support.torch_compat import DispatchMode, is_traceable_wrapper_subclass, pytree
+from hvp_engine._support.reading import FreeVariable, changed, free_variables
+from hvp_engine._support.torch_compat import DispatchMode, is_traceable_wrapper_subclass, pytree, version_of
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.self_check import CHECKED, Schedule
 
@@ -47,6 +47,22 @@ def address_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+class _Version:
+    """How often a tensor has been written into, as the only item."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor
+
+    def get(self, key: object, default: object) -> int:
+        return version_of(self._tensor)
+
+
+def _values(tensor: Tensor) -> FreeVariable:
+    """What a tensor holds, as a value that a loss reads."""
+    name = f"a tensor of shape {tuple(tensor.shape)} in Python"
+    return FreeVariable(name, _Version(tensor), None, version_of(tensor))
+
+
 class Surroundings:
     """What a loss reads beside its arguments, as it was when the loss was traced; see :func:`free_variables`.
 
@@ -58,13 +74,17 @@ class Surroundings:
     Arguments:
         problem: whose loss was traced.
         modules: that the loss has called.
+        kept: tensors of whose values the trace has numbers.
     """
 
-    def __init__(self, problem: Problem, modules: Sequence[torch.nn.Module]):
+    def __init__(self, problem: Problem, modules: Sequence[torch.nn.Module], kept: Sequence[Tensor] = ()):
         self._device_type = problem.weights[0].device.type
         self._dtypes = self._dtypes_now()
         self._called = modules
-        self._all = variables = free_variables([problem.loss, *modules])
+        self._all = variables = [
+            *free_variables([problem.loss, *modules]),
+            *(_values(t) for t in kept if not t.is_inference()),
+        ]
         self._modes = [variable for variable in variables if variable.key == "training"]
         self._others = [variable for variable in variables if variable.key != "training"]
 

@@ -18,7 +18,7 @@ from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.self_check import disagreement
 from hvp_engine.differentiation.trace.partial_evaluation import Partition, partition
-from hvp_engine.differentiation.trace.tracing import trace
+from hvp_engine.differentiation.trace.tracing import KEPT, trace
 from hvp_engine.engines.base import Engine, Whole
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.functions import Functions, Refused, TracedLinearization
@@ -138,8 +138,9 @@ class LinearizedEngine(Engine):
     def _trace(self, problem: Problem) -> Functions | Refused:
         start = time.perf_counter()
         with recorded_modules() as modules, random_state_kept(problem.weights[0].device):
-            parts = partition(trace(problem))
-            functions = self._functions(parts, Surroundings(problem, modules))
+            traced = trace(problem)
+            parts = partition(traced)
+            functions = self._functions(parts, Surroundings(problem, modules, traced.root.meta[KEPT]))
         self.traces += 1
         self.trace_seconds += time.perf_counter() - start
         return functions

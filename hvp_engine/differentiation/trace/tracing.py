@@ -43,12 +43,16 @@ from hvp_engine.differentiation.trace.memory_format import (
     prefer_channels_last,
 )
 from hvp_engine.differentiation.trace.rewriting import Attempts, copied
+from hvp_engine.differentiation.trace.value_watch import ValueDependenceError, values_watched
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
 
 TRACING = threading.RLock()
 """One thread traces at a time: `make_fx` patches modules for all threads."""
+
+KEPT = "tensors whose values the trace keeps"
+"""Where the `meta` of a trace's module has them; other values in them make the trace wrong."""
 
 _HOOKS = (
     "saved-tensor hooks (gradient checkpointing, save_on_cpu), which compute again with the module's own weights "
@@ -116,7 +120,9 @@ def trace_gradient(problem: Problem) -> fx.GraphModule:
 
     graph, root, _ = _recorded(problem, function, _known(problem), traceable_kernels())
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    return graph_module(root, graph)
+    module = graph_module(root, graph)
+    module.meta[KEPT] = root.meta[KEPT]
+    return module
 
 
 def _known(problem: Problem) -> list[Tensor]:
@@ -164,7 +170,12 @@ def _recorded(
 ) -> tuple[fx.Graph, fx.GraphModule, tuple[str, ...]]:
     """The function of the problem's loss as a graph without side effects, what holds its attributes, and the steps that
     failed and were undone."""
-    attempts = Attempts()
+    attempts, kept = Attempts(), list[Tensor]()
+
+    def watched(*inputs: Tensor) -> list[Tensor | None]:
+        with values_watched(kept):
+            return function(*inputs)
+
     try:
         with (
             TRACING,
@@ -174,7 +185,7 @@ def _recorded(
             reverse_in_forward_refused(),
             explained(),
         ):
-            root = make_fx(function)(*arguments)
+            root = make_fx(watched)(*arguments)
             graph = copied(root.graph)
             if not attempts.call(functionalized, graph, otherwise=False):
                 root = _retraced(root, arguments, problem.name)
@@ -207,13 +218,15 @@ def _recorded(
                 f"one at {innermost_line(error)}, which torch cannot trace: convert it by Tensor.to_sparse_coo or "
                 "to_dense, or use engine='eager'"
             ) from error
-        if says_data_dependent(error):
+        if isinstance(error, ValueDependenceError) or says_data_dependent(error):
+            asks = error if isinstance(error, ValueDependenceError) else "Python asks for the value of a tensor"
             raise TraceError(
-                f"{problem.name}: expected a loss without control flow that depends on tensor values; Python asks for "
-                f"the value of a tensor at {innermost_line(error)}: keep it a tensor (torch.where in place of if, "
-                "one_hot with num_classes), or use engine='eager'"
+                f"{problem.name}: expected a loss without control flow and sizes that depend on tensor values; {asks} "
+                f"at {innermost_line(error)}: keep it a tensor (torch.where in place of if and of indexing by a mask, "
+                "one_hot with num_classes), or use engine='recorded' or engine='eager'"
             ) from error
         raise
+    root.meta[KEPT] = kept
     return graph, root, tuple(attempts.undone)
 
 
