@@ -226,6 +226,7 @@ def _stays(iteration: Iteration) -> None:
 
 def _look(train: Problem, val: Problem) -> tuple[Any, ...]:
     """What is no tensor in the arguments of both losses, and what decides how programs run."""
+    others = train.split[1:], val.split[1:]
+    types = *map(type, others[0][0]), *map(type, others[1][0])  # 1 and True are equal
     structures = train.weight_structure, train.hyperparameter_structure
-    types = [type(leaf) for leaf in (*train.split[1], *val.split[1])]  # 1 and True are equal
-    return *structures, train.split[1:], val.split[1:], types, torch.get_num_threads(), backend.CHOICE.get()
+    return *structures, *others, types, torch.get_num_threads(), backend.CHOICE.get()
