@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hvp_engine._support.torch_compat import one_fake_mode
+from hvp_engine._support.torch_compat_traces import traced_values
+from hvp_engine.differentiation.abstract_tensor import abstract
 from hvp_engine.differentiation.native import handlers  # noqa: F401, without it there are none
 from hvp_engine.differentiation.native.builder import Builder
 from hvp_engine.differentiation.native.conversion import Conversion
@@ -59,7 +60,7 @@ def by_extension(
 
 def graph_of(function: Function, known: Sequence[Tensor], tangents: Sequence[Tensor]) -> fx.GraphModule:
     """The function as a graph of PyTorch's operators."""
-    with one_fake_mode():
+    with traced_values(abstract):
         return make_fx(lambda *arguments: _as_tuple(function(*arguments)))(*known, *tangents)
 
 

@@ -32,7 +32,10 @@ CHOSEN = ("`nn.Dropout`", "`checkpoint(use_reentrant=False)`", "complex weights"
 
 INSTALLED = tuple(int(part) for part in torch.__version__.split(".")[:2])
 UPSTREAM = {
-    ("`grid_sample`", (2, 12)): (ENGINES, "torch 2.11 has no double backward of grid_sample (pytorch issue 34704)"),
+    ("`grid_sample`", (2, 12)): (
+        (*ENGINES, "recorded"),
+        "torch 2.11 has no double backward of grid_sample (pytorch issue 34704)",
+    ),
     ("`scan`", (2, 13)): (
         ("finite_difference",),
         "torch 2.11 and 2.12 have a wrong first gradient of scan where the initial state needs none, "

@@ -17,8 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -68,7 +67,7 @@ def test_private_names_are_in_one_file() -> None:
         path
         for folder in ("hvp_engine", "kernels", "baselines")
         for path in (ROOT / folder).rglob("*.py")
-        if path.name not in ("torch_compat.py", "torch_compat_nodes.py")
+        if path.name not in ("torch_compat.py", "torch_compat_nodes.py", "torch_compat_traces.py")
     ]
     assert len(files) > 100
     found = {str(path.relative_to(ROOT)): sorted(set(private(ast.parse(path.read_text())))) for path in files}
@@ -147,31 +146,6 @@ def test_ending_an_allocation_to_a_pool_that_has_ended_is_refused() -> None:
         torch_compat.end_allocation_to_pool(0, torch.cuda.graph_pool_handle())
 
 
-def test_fake_tensors() -> None:
-    def function(x: Tensor) -> Tensor:
-        return x.sin() + 1
-
-    with torch_compat.one_fake_mode():
-        module = torch_compat.make_fx(function)(W)
-    values = [node.meta["val"] for node in module.graph.nodes if "val" in node.meta]
-    assert values and all(isinstance(value, FakeTensor) for value in values)
-    assert len({value.fake_mode for value in values}) == 1
-    torch.testing.assert_close(module(W), W.sin() + 1)
-
-
-def test_what_a_trace_computes_a_tensor_from() -> None:
-    own, found = torch.arange(3), []
-
-    def function(x: Tensor) -> Tensor:
-        found.extend(map(torch_compat.sources_of, (x, x.sin() * own, own, own + 1)))
-        return x * (own + 1)
-
-    torch_compat.make_fx(function)(W[:3].clone())
-    assert found[:2] == [None, None]
-    assert [[one is own for one in sources] for sources in found[2:]] == [[True], [True]]
-    assert torch_compat.sources_of(own) == [own], "outside of a trace"
-
-
 def test_memory_format_and_dispatch() -> None:
     images = torch.empty(2, 3, 4, 5)
     assert torch_compat.suggest_memory_format(images) is torch.contiguous_format
@@ -196,20 +170,6 @@ def test_trees() -> None:
     assert torch_compat.pytree.tree_unflatten(leaves, spec) == {"a": [1, (2, None)], "b": 3}
     assert callable(torch_compat.pytree.register_pytree_node)
     assert torch_compat.REGISTER_PYTREE.endswith("pytree.register_pytree_node")
-
-
-def test_compiled_graphs() -> None:
-    compiled = torch_compat.compile_graph(torch_compat.make_fx(lambda x: (x.sin() + 1,))(W), [W], size_asserts=True)
-    torch.testing.assert_close(compiled(W)[0], W.sin() + 1)
-
-
-def test_code_of_a_graph_is_written_at_its_first_use() -> None:
-    made = torch_compat.make_fx(torch.sin)(W)
-    module = torch_compat.graph_module(torch.nn.Module(), made.graph)
-    torch.testing.assert_close(module(W), W.sin())
-    function = torch_compat.function_of(torch_compat.graph_module(torch.nn.Module(), made.graph))
-    assert "lazy" not in function.__name__
-    torch.testing.assert_close(function(W), W.sin())
 
 
 def test_compiled_modules_keep_the_original() -> None:
@@ -402,52 +362,6 @@ def test_the_fused_weight_norm_has_a_wrong_second_derivative() -> None:
     g = torch.tensor([[1.5]], dtype=DTYPE, requires_grad=True)
     assert torch.autograd.gradcheck(torch_compat.fused_weight_norm, (v, g))
     assert not torch.autograd.gradgradcheck(torch_compat.fused_weight_norm, (v, g), raise_exception=False)
-
-
-def test_texts_of_traces() -> None:
-    def twice(w: Tensor) -> Tensor:
-        w = w.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(scanned(w), w, create_graph=True)
-        return torch.autograd.grad(gradient.sum(), w)[0]
-
-    with torch_compat.one_fake_mode(), pytest.raises(AssertionError, match=torch_compat.FAKE_AND_REAL):
-        torch_compat.make_fx(twice)(W)
-    for loss in (lambda w: w * 2 if w.sum() > 0 else w, lambda w: w * w.sum().item()):
-        with torch_compat.one_fake_mode(), pytest.raises(RuntimeError) as raised:
-            torch_compat.make_fx(loss)(W)
-        assert torch_compat.says_data_dependent(raised.value)
-    assert not torch_compat.says_data_dependent(RuntimeError("shapes do not fit"))
-    with pytest.raises(hvp.TraceError, match="control-flow|control flow"):
-        hvp.HessianOperator(lambda w: (w**3).sum() * (1 if w.sum() > 0 else 2), W, engine="linearized") @ W
-    assert isinstance(torch_compat.make_fx(torch.sin)(W), fx.GraphModule)
-
-
-def test_reverse_mode_inside_forward_mode_is_refused_in_a_trace() -> None:
-    """Under make_fx it ends the process with a segmentation fault (jvp of grad, hessian under vmap)."""
-    x, t = torch.randn(3, dtype=DTYPE), torch.ones(3, dtype=DTYPE)
-
-    def by_jvp(w: Tensor) -> Tensor:
-        return torch.func.jvp(torch.func.grad(lambda r: torch.tanh(r @ w)), (x,), (t,))[1].square().sum()
-
-    def by_hessian(w: Tensor) -> Tensor:
-        laplacian = torch.func.vmap(lambda r: torch.trace(torch.func.hessian(lambda s: torch.tanh(s @ w))(r)))
-        return laplacian(torch.stack([x, t])).square().sum()
-
-    def by_reverse(w: Tensor) -> Tensor:
-        laplacian = torch.func.vmap(
-            lambda r: torch.trace(torch.func.jacrev(torch.func.jacrev(lambda s: torch.tanh(s @ w)))(r))
-        )
-        return laplacian(torch.stack([x, t])).square().sum()
-
-    for loss in (by_jvp, by_hessian):
-        with pytest.raises(hvp.TraceError, match="torch.func.grad inside torch.func.jvp"):
-            hvp.HessianOperator(loss, W, engine="linearized")
-        products = [hvp.HessianOperator(loss, W, engine=engine) @ W for engine in ("eager", "auto")]
-        torch.testing.assert_close(products[0], products[1])
-    torch.testing.assert_close(
-        hvp.HessianOperator(by_reverse, W, engine="linearized") @ W,
-        hvp.HessianOperator(by_hessian, W, engine="eager") @ W,
-    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no symbols are looked up there")

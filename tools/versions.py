@@ -47,6 +47,7 @@ TESTS = {
     "private names of torch, and what guards expect of it": [
         "tests/test_torch_compat.py",
         "tests/test_torch_compat_nodes.py",
+        "tests/test_torch_compat_traces.py",
     ],
     "products recorded from autograd's graph": [
         f"tests/test_recorded_{name}.py" for name in ("models", "look_alikes", "states", "places", "unseen", "library")

@@ -10,26 +10,21 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._C._functorch import TransformType
+from torch import Tensor
 from torch._prims_common import suggest_memory_format as suggest_memory_format
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.fx._lazy_graph_module import _LazyGraphModule
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
-from torch.fx.experimental.proxy_tensor import make_fx as make_fx
+from torch._subclasses import FakeTensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 
-__all__ = ["is_traceable_wrapper_subclass", "make_fx", "pytree", "suggest_memory_format"]
+__all__ = ["is_traceable_wrapper_subclass", "pytree", "suggest_memory_format"]
 
 REGISTER_PYTREE = "torch.utils._pytree.register_pytree_node"
 """What messages tell users to call: torch has no public name for it."""
@@ -178,79 +173,6 @@ def make_wrapper(cls: type[Tensor], like: Tensor, device: torch.device) -> Any:
     )
 
 
-def one_fake_mode() -> contextlib.AbstractContextManager[Any]:
-    """Let `make_fx` record shapes in one fake mode: otherwise it makes one for each operation, which is slow.
-
-    `tracing_mode="fake"` would do without the private name, and gives the same operations on an MLP, LeNet, a
-    transformer and a U-Net, no faster. But it predicts strides where this records them (for a U-Net it predicts other
-    ones), and a loss that indexes by a mask could not be traced at all.
-    """
-    mode = FakeTensorMode(allow_fallback_kernels=True)
-    return torch._guards.tracing(torch._guards.TracingContext(mode))
-
-
-def sources_of(tensor: Tensor) -> list[Tensor] | None:
-    """The tensors from which the trace that `make_fx` makes just now computes this one; None if its inputs are among
-    them."""
-    mode = get_proxy_mode()
-    found: Any = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
-    if mode is None or found is None:
-        return [tensor]
-    root: Any = mode.tracer.root  # type: ignore[union-attr]
-    nodes, seen, sources = [found.proxy.node], set[fx.Node](), list[Tensor]()
-    while nodes:
-        node = nodes.pop()
-        if node.op == "placeholder":
-            return None
-        if node.op == "get_attr":
-            sources.append(getattr(root, node.target))
-        if node not in seen:
-            seen.add(node)
-            nodes += node.all_input_nodes
-    return sources
-
-
-REVERSE_IN_FORWARD = "torch.func.grad inside torch.func.jvp"
-"""Reverse mode inside forward mode (also as jacfwd of grad or jacrev, which `torch.func.hessian` is)."""
-
-
-@contextlib.contextmanager
-def reverse_in_forward_refused() -> Iterator[None]:
-    """Raise a `RuntimeError` of this text where this thread comes to it: under `make_fx` it ends the whole process with
-    a segmentation fault, jvp of grad always, the hessian under vmap. Seen in 2.13."""
-    transforms, thread = torch._functorch.eager_transforms, threading.get_ident()
-    original = transforms.grad_increment_nesting
-
-    def guarded() -> Any:
-        levels = torch._C._functorch.get_interpreter_stack() or ()
-        if threading.get_ident() == thread and any(level.key() == TransformType.Jvp for level in levels):
-            raise RuntimeError(REVERSE_IN_FORWARD)
-        return original()
-
-    transforms.grad_increment_nesting = guarded
-    try:
-        yield
-    finally:
-        transforms.grad_increment_nesting = original
-
-
-def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A module of the graph, whose Python code is written when it is needed: most are only read, and writing the code
-    of all of them takes a tenth of the time to build a program."""
-    return _LazyGraphModule(root, graph)
-
-
-def function_of(module: fx.GraphModule) -> Callable[..., Any]:
-    """The module's code, without what calling a module adds."""
-    _LazyGraphModule.force_recompile(module)
-    return module.forward
-
-
-def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor], size_asserts: bool) -> Callable[..., Any]:
-    """The graph through inductor."""
-    return torch._inductor.compile(module, list(arguments), options={"size_asserts": size_asserts})
-
-
 def schema_of(operation: Any) -> Any:
     """The schema of an operator of `torch.ops`, with types and aliases of its arguments; None for anything else."""
     return getattr(operation, "_schema", None)
@@ -291,20 +213,8 @@ SPARSE_AND_DENSE = "add(sparse, dense)"
 COMPILED = re.compile("does not currently support double backward|compiled with non-empty donated|dynamo-optimized")
 """A part made by torch.compile: its backward is a compiled graph, or has freed its buffers."""
 
-FAKE_AND_REAL = "FakeTensors"
-"""`make_fx` met a control-flow operator, whose body it runs on tensors without values."""
-
 NOT_BATCHED = "Batching rule not implemented"
 """`torch.vmap` met an operator, such as torch's recurrent layers, that it has no batched form of."""
 
 FREED_GRAPH, CHANGED_TENSOR = "through the graph a second time", "modified by an inplace operation"
 """In the errors of a graph that was freed, and of one with a tensor that has been changed."""
-
-WITHOUT_STRIDES = "tensors do not have strides"
-"""In the error of a trace that meets a compressed sparse tensor (CSR and its like)."""
-
-
-def says_data_dependent(error: Exception) -> bool:
-    """Whether a trace failed since Python asked a tensor for its value."""
-    text = str(error)
-    return "data-dependent" in text or "proxy" in text.lower() or ".item()" in text

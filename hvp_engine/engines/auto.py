@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hvp_engine._support.random_state import random_state_kept
+from hvp_engine._support.torch_compat_traces import compiler_is_imported
 from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
 from hvp_engine.differentiation.problem import Problem, is_constant
@@ -216,7 +217,7 @@ class AutoEngine(Engine):
         del eager  # of what is tried, as little as possible is there at once: each takes the memory of a graph
         choice = self._with_or_without_autograd(problem, nodes, affordable)
         cost = _TRACE_SECONDS_PER_NODE * nodes
-        first = 0.0 if "torch._dynamo" in sys.modules else _FIRST_TRACE_SECONDS
+        first = 0.0 if compiler_is_imported() else _FIRST_TRACE_SECONDS
         if cost + first > affordable:
             choice.reason += (
                 f"; a trace would take about {cost + first:.1g} s, more than {self.expected_products} products do"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import compile_graph, function_of, make_fx
+from hvp_engine._support.torch_compat_traces import compile_graph, function_of, make_fx
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.trace.evaluated import Function
 from hvp_engine.differentiation.trace.functionalize import is_random

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import graph_module
+from hvp_engine._support.torch_compat_traces import graph_module
 from hvp_engine.differentiation.abstract_tensor import abstract
 from hvp_engine.differentiation.trace.partial_evaluation import Part
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from hvp_engine._support.flat_vector import Layout
-from hvp_engine._support.torch_compat import function_of
+from hvp_engine._support.torch_compat_traces import function_of
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.native.batch_space import Factor, factors, fewest_terms
 from hvp_engine.differentiation.native.graph_program import GraphProgram

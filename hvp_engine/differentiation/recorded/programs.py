@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import below_autograd, graph_module
+from hvp_engine._support.torch_compat import below_autograd
+from hvp_engine._support.torch_compat_traces import graph_module
 from hvp_engine.differentiation.abstract_tensor import abstract
 from hvp_engine.differentiation.recorded.product_recorder import Constant, RecordedProduct, Value
 from hvp_engine.differentiation.self_check import Schedule

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import Layout
-from hvp_engine._support.torch_compat import below_autograd, function_of
+from hvp_engine._support.torch_compat import below_autograd
+from hvp_engine._support.torch_compat_traces import function_of
 from hvp_engine.differentiation.closing import Closing
 from hvp_engine.differentiation.linear_map import Accumulation, Linearization, Terms
 from hvp_engine.differentiation.native.closing import closing_graph

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import graph_module, make_fx, schema_of, tags_of
+from hvp_engine._support.torch_compat import schema_of, tags_of
+from hvp_engine._support.torch_compat_traces import graph_module, make_fx
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten

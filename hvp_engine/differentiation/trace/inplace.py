@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvp_engine._support.torch_compat import graph_module
+from hvp_engine._support.torch_compat_traces import graph_module
 from hvp_engine.differentiation.trace.functionalize import is_view
 from hvp_engine.differentiation.trace.patterns import same_layout
 

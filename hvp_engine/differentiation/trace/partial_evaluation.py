@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hvp_engine._support.torch_compat import graph_module
+from hvp_engine._support.torch_compat_traces import graph_module
 from hvp_engine.differentiation.trace.broadcasting import expand_last
 from hvp_engine.differentiation.trace.combining import combine_sums, share_factors
 from hvp_engine.differentiation.trace.contractions import contract

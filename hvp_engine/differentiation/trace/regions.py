@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import graph_module, tags_of
+from hvp_engine._support.torch_compat import tags_of
+from hvp_engine._support.torch_compat_traces import graph_module
 from hvp_engine.differentiation.trace.functionalize import is_random
 from hvp_engine.differentiation.trace.patterns import result_bytes
 

@@ -17,19 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import (
-    FAKE_AND_REAL,
-    REGISTER_PYTREE,
+from hvp_engine._support.torch_compat import REGISTER_PYTREE
+from hvp_engine._support.torch_compat_traces import (
     REVERSE_IN_FORWARD,
     WITHOUT_STRIDES,
     graph_module,
     make_fx,
-    one_fake_mode,
     reverse_in_forward_refused,
     says_data_dependent,
+    traced_values,
 )
 from hvp_engine._support.user_code import innermost_line
-from hvp_engine.differentiation.abstract_tensor import make_abstract
+from hvp_engine.differentiation.abstract_tensor import abstract, make_abstract
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels, traceable_kernels
 from hvp_engine.differentiation.double_backward import Pullback, Tape, gradients, leaves
 from hvp_engine.differentiation.gradient import derivatives
@@ -43,7 +42,7 @@ from hvp_engine.differentiation.trace.memory_format import (
     prefer_channels_last,
 )
 from hvp_engine.differentiation.trace.rewriting import Attempts, copied
-from hvp_engine.differentiation.trace.value_watch import ValueDependenceError, values_watched
+from hvp_engine.differentiation.trace.value_watch import ControlFlowError, ValueDependenceError, values_watched
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
@@ -179,7 +178,7 @@ def _recorded(
     try:
         with (
             TRACING,
-            one_fake_mode(),
+            traced_values(abstract),
             kernels,
             torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS),
             reverse_in_forward_refused(),
@@ -191,15 +190,13 @@ def _recorded(
                 root = _retraced(root, arguments, problem.name)
                 graph = root.graph
             refuse_side_effects(graph)
-    except AssertionError as error:
-        if FAKE_AND_REAL not in str(error):
-            raise
+    except ControlFlowError as error:
         here = leaves(problem.weights)
         with torch.enable_grad():  # it names an operator without a second derivative
             gradients(problem.evaluate(here, leaves(problem.hyperparameters)), here, problem.name)
         raise TraceError(
             f"{problem.name}: expected a loss without control-flow operators (scan, map, while_loop, cond); got one at "
-            f"{innermost_line(error)}, which torch cannot trace here: write it as a Python loop, or use engine='eager'"
+            f"{innermost_line(error)}, which a trace cannot follow: write it as a Python loop, or use engine='eager'"
         ) from error
     except RuntimeError as error:
         if str(error) == _HOOKS:

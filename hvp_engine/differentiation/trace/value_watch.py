@@ -1,4 +1,4 @@
-"""Sees which values a trace keeps for good, and refuses those of its inputs.
+"""Sees which values a trace keeps for good, and refuses those of its inputs; and operators of control flow.
 
 `make_fx` runs the loss on real tensors and notices `.item()` itself. It does not notice what Python reads from a
 tensor's memory (`tolist`, `numpy`), nor that the result of `x[mask]` has as many elements as the mask has ones: a trace
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hvp_engine._support.torch_compat import DispatchMode, sources_of, tags_of
+from hvp_engine._support.torch_compat import tags_of
+from hvp_engine._support.torch_compat_traces import TorchDispatchMode, is_higher_order, sources_of
 
 aten = torch.ops.aten
 
@@ -28,6 +29,10 @@ _BY_MASK = {aten.index.Tensor, aten.masked_select.default}
 
 class ValueDependenceError(RuntimeError):
     """A trace would keep a value of its inputs; the message says what asks for it."""
+
+
+class ControlFlowError(RuntimeError):
+    """A trace would have to follow an operator that runs functions."""
 
 
 class _Reads(TorchFunctionMode):
@@ -44,7 +49,7 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Answers(DispatchMode):
+class _Answers(TorchDispatchMode):
     """Sees operators that give Python a number, or a tensor of a size, that values decide."""
 
     supports_higher_order_operators = True
@@ -54,6 +59,8 @@ class _Answers(DispatchMode):
         self._kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if is_higher_order(func):
+            raise ControlFlowError(str(func))
         keywords, tags = kwargs or {}, tags_of(func)
         result = func(*args, **keywords)
         if torch.Tag.data_dependent_output in tags:  # make_fx lets them be computed of other tensors than inputs alone
@@ -93,5 +100,6 @@ def _is_fixed(func: Any, args: tuple[Any, ...], keywords: dict[str, Any], result
 def values_watched(kept: list[Tensor]) -> Iterator[None]:
     """In the block, which runs under `make_fx`, note the tensors whose values the trace keeps; raise
     :class:`ValueDependenceError` where it would keep those of its inputs."""
-    with _Answers(kept), _Reads(kept):
+    # Functions of control flow compile themselves; what torch.compile makes of them here would be kept for all calls.
+    with torch.compiler.set_stance("force_eager"), _Answers(kept), _Reads(kept):
         yield
