@@ -170,7 +170,7 @@ class BoundPrograms:
         made = vars(self).get("_bound"), vars(self).get("_factored")
         return [bound for bound in made if bound is not None]
 
-    def product(self, tangents: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+    def product(self, tangents: Sequence[Tensor], layout: Layout) -> Sequence[Tensor]:
         """H t, in new memory."""
         return self._bound.product(tangents, layout)
 

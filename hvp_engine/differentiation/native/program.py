@@ -212,9 +212,7 @@ class BoundProgram:
     def move(self, residuals: Sequence[Tensor]) -> None:
         """To another point."""
         program = self._program
-        known = [residuals[index] for index in program.residuals]
-        if self._memory.put(0, known) >= 0:  # one is laid out otherwise
-            known = self._put(0, known)
+        known = self._put(0, [residuals[index] for index in program.residuals])
         if program.derived:
             self._derive(dict(enumerate(known)))
         if program.prepared:
@@ -262,10 +260,10 @@ class BoundProgram:
                 known[one.slot] = result.contiguous()
                 self._put(one.slot, [known[one.slot]])
 
-    def product(self, tangents: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+    def product(self, tangents: Sequence[Tensor], layout: Layout) -> Sequence[Tensor]:
         """H t, in new memory."""
         program = self._program
-        results = [
+        results: Sequence[Tensor] = [
             torch.empty_strided(shape, stride, dtype=program.dtype, device=CPU)
             for shape, stride in zip(layout.shapes, layout.strides, strict=True)
         ]
@@ -310,9 +308,10 @@ class BoundProgram:
         pairs = zip(self._decays, self._program.factors, strict=True)
         return [Combination(decay, [tensors[factor.weight] for tensors in placed]) for decay, factor in pairs]
 
-    def _put(self, first: int, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Into the slots from `first` on; returns what is there."""
-        return self._program.slots.put(self._memory, first, tensors)
+    def _put(self, first: int, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Into the slots from `first` on; returns what is there, copies of those that are laid out otherwise."""
+        fit = self._memory.put(first, tensors) < 0
+        return tensors if fit else self._program.slots.put(self._memory, first, tensors)
 
     def _forget(self) -> None:
         """Hold no vector longer than it is needed."""
