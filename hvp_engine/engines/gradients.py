@@ -138,7 +138,8 @@ class Gradients:
 
         wrong = gradients_disagree(found, expected, problem, again)
         if patience and not wrong and known.schedule.calls == 1:
-            known.reason = self._slower(known, problem, tensors)
+            with random_state_kept(device):
+                known.reason = self._slower(known, problem, tensors)
         if wrong:
             _give_up(known, problem, wrong)
         if known.reason:
