@@ -29,6 +29,7 @@ class Caller:
     that draw from every global generator.
 
     Attributes:
+        traced: whether losses draw by torch alone, as those that are traced have to.
         fails_at: the evaluation of a loss from which on it raises `KeyError`; None for none. An engine may try again
             what failed in a trace.
         cleanup: what is to be closed afterwards.
@@ -48,6 +49,7 @@ class Caller:
         for tensor in (*self.trained, self.hyper):
             tensor.grad = torch.ones_like(tensor)
         self.optimizer.step()
+        self.traced = False
         self.fails_at: int | None = None
         self.evaluations = 0
         self.cleanup = contextlib.ExitStack()
@@ -67,7 +69,9 @@ class Caller:
 
     def train_loss(self, weights: dict[str, Tensor], hyper: Tensor, batch: Tensor) -> Tensor:
         self.counted()
-        drawn = torch.rand((), dtype=DTYPE) + 0 * random.random() + 0 * numpy.random.rand()
+        drawn = torch.rand((), dtype=DTYPE)
+        if not self.traced:
+            drawn = drawn + 0 * random.random() + 0 * numpy.random.rand()
         decay = sum(weight.square().sum() for weight in weights.values())
         return cross_entropy(self.net(weights, batch * hyper.exp()), self.y) + decay + drawn
 

@@ -17,6 +17,7 @@ import hvp_engine as hvp
 
 
 def hessian(engine: str, caller: Caller) -> Callable[[], object]:
+    caller.traced = engine == "linearized"
     return lambda: (
         hvp.HessianOperator(caller.loss_of_weights, caller.weights, caller.x, engine=engine) @ (caller.like_weights())
     )

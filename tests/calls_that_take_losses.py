@@ -18,6 +18,7 @@ import hvp_engine as hvp
 
 def of_functions(engine: str, alpha: float = 0.05, hyper: Any = None) -> Prepare:
     def prepare(caller: Caller) -> Callable[[], object]:
+        caller.traced = engine in ("linearized", "compiled")
         hypergradient = hvp.Hypergradient(caller.train_loss, caller.val_loss, hvp.Neumann(4, alpha), engine)
         return lambda: hypergradient(caller.module, caller.hyper if hyper is None else hyper, caller.x, caller.x)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -110,6 +111,36 @@ def test_what_no_value_of_the_inputs_decides_is_traced(name: str) -> None:
     found = hypergradients(FIXED[name], "linearized")
     for ours, plain in zip(found, hypergradients(FIXED[name], "eager"), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-12)
+
+
+DRAWN: dict[str, Loss] = {
+    "random": lambda w, b: scores(w, b).square().mean() * random.random(),
+    "a branch": lambda w, b: scores(w, b).square().mean() if random.random() < 0.5 else scores(w, b).exp().mean(),
+    "numpy.random": lambda w, b: scores(w, b).square().mean() * np.random.beta(2.0, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_what_python_and_numpy_draw_is_not_traced(name: str) -> None:
+    with pytest.raises(hvp.TraceError, match="draws by Python's random or numpy.random, which a trace would keep"):
+        hypergradients(DRAWN[name], "linearized")
+    for ours, plain in zip(*(seeded(DRAWN[name], engine) for engine in ("auto", "eager")), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-13)
+
+
+def test_auto_draws_what_eager_draws() -> None:
+    """Also in the call that tries how fast the validation loss's trace is."""
+
+    def loss(w: Tensor, batch: Batch) -> Tensor:
+        return F.dropout(scores(w, batch), 0.3).square().mean()
+
+    for ours, plain in zip(*(seeded(loss, engine) for engine in ("auto", "eager")), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-13)
+
+
+def seeded(loss: Loss, engine: str) -> list[Tensor]:
+    torch.manual_seed(0)
+    return hypergradients(loss, engine)
 
 
 @pytest.mark.parametrize("engine", ["linearized", "auto"])

@@ -108,8 +108,7 @@ class AutoEngine(Engine):
         elif choice.compiling_is_due():
             self._try_compiled(problem, choice)
         elif choice.builds_too_much():
-            reason = f"each gradient's graph was another one, and building programs took {choice.building:.2g} s"
-            choice = self.choices[key] = Choice(self._eager, reason, choice.seconds)
+            choice = self.choices[key] = choice.without_programs(self._eager)
         self.choices.move_to_end(key)
         start = time.perf_counter()
         engine = choice.engine
@@ -151,11 +150,10 @@ class AutoEngine(Engine):
         """The engine that was chosen for a linearization."""
         return linearization.origin[0].name
 
-    def credit(self, linearization: LinearMap, terms: int, seconds: float) -> None:
+    def credit(self, linearization: LinearMap, terms: int, seconds: float, building: float = 0.0) -> None:
         """So many terms were run on a linearization, which count towards what was put off."""
         if linearization.origin is not None:
-            choice = linearization.origin[1]
-            choice.terms, choice.spent = choice.terms + terms, choice.spent + seconds
+            linearization.origin[1].credit(terms, seconds, building)
 
     def run(
         self, operator: LinearMap, v: Sequence[Tensor], solver: Solver, estimate: SpectralEstimate | None
@@ -164,9 +162,7 @@ class AutoEngine(Engine):
         engine = self._eager if operator.origin is None else operator.origin[0]
         start, built = time.perf_counter(), LIBRARY.build_seconds
         iteration = engine.run(operator, v, solver, estimate)
-        self.credit(operator, iteration.steps, time.perf_counter() - start)
-        if engine is self._recorded:
-            operator.origin[1].building += LIBRARY.build_seconds - built
+        self.credit(operator, iteration.steps, time.perf_counter() - start, LIBRARY.build_seconds - built)
         return iteration
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

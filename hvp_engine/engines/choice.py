@@ -51,10 +51,19 @@ class Choice:
             return False
         return self.around + (self._terms_took() if self.engine.name == "eager" else 0.0) > self.trace_seconds
 
+    def credit(self, terms: int, seconds: float, building: float) -> None:
+        """So many terms were run in so many seconds, of which building programs took some."""
+        self.terms, self.spent, self.building = self.terms + terms, self.spent + seconds, self.building + building
+
     def builds_too_much(self) -> bool:
         """Whether most of the time goes into building programs, as for graphs with sizes that values decide, of which
         few are like another."""
         return self.building > _BUILDING_SECONDS and 2 * self.building > self.spent
+
+    def without_programs(self, eager: Engine) -> Choice:
+        """What is chosen where building takes too much."""
+        reason = f"each gradient's graph was another one, and building programs took {self.building:.2g} s"
+        return Choice(eager, reason, self.seconds)
 
     @property
     def is_final(self) -> bool:

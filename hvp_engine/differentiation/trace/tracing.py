@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from hvp_engine._support.random_state import global_generators
 from hvp_engine._support.torch_compat import REGISTER_PYTREE
 from hvp_engine._support.torch_compat_traces import (
     REVERSE_IN_FORWARD,
@@ -184,7 +185,14 @@ def _recorded(
             reverse_in_forward_refused(),
             explained(),
         ):
+            before = _drawn_on_host()
             root = make_fx(watched)(*arguments)
+            if _drawn_on_host() != before:
+                raise TraceError(
+                    f"{problem.name}: expected a loss that draws random numbers by torch alone; it draws by Python's "
+                    "random or numpy.random, which a trace would keep: draw them by torch (torch.rand, torch.randperm; "
+                    "a number as a 0-dim tensor), or use engine='recorded' or engine='eager'"
+                )
             graph = copied(root.graph)
             if not attempts.call(functionalized, graph, otherwise=False):
                 root = _retraced(root, arguments, problem.name)
@@ -225,6 +233,12 @@ def _recorded(
         raise
     root.meta[KEPT] = kept
     return graph, root, tuple(attempts.undone)
+
+
+def _drawn_on_host() -> tuple[Any, ...] | None:
+    """The states of Python's and numpy's generators."""
+    states = global_generators()
+    return None if states is None else states[1:]
 
 
 def _retraced(recorded: fx.GraphModule, arguments: list[Tensor], name: str) -> fx.GraphModule:
