@@ -20,6 +20,9 @@ class DifferenceLinearization(Linearization):
     """H t = (f(w + e t) - f(w - e t)) / 2e, and the same difference of dL/dlambda for the mixed product.
 
     The caller's weights are never written to: each gradient is taken at new tensors, with the same random draws.
+    Where a loss holds something fixed by `detach()`, autograd's products hold it fixed as well; in a difference of
+    gradients it moves.
+
     The error is of order e^2 plus rounding / e; e = eps^(1/3) (1 + ||w||) / ||t|| balances the two.
     """
 
