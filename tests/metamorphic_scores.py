@@ -68,8 +68,8 @@ SQUARED_ERROR = Kind(
 
 def _entropy_loop(x: Tensor, _: Tensor, c: Tensor) -> Tensor:
     total = 0
-    for scores, label in zip(x.flatten(0, 1), c.flatten().tolist(), strict=True):
-        total -= scores.log_softmax(-1)[label]
+    for scores, label in zip(x.flatten(0, 1), c.flatten(), strict=True):
+        total -= scores.log_softmax(-1).index_select(0, label[None]).sum()
     return total / c.numel()
 
 

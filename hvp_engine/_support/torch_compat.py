@@ -169,7 +169,7 @@ def make_wrapper(cls: type[Tensor], like: Tensor, device: torch.device) -> Any:
     """A tensor of the subclass `cls` on `device`, without memory, with the shape, layout and dtype of `like`."""
     strides = like.stride() if like.layout is torch.strided else None
     return Tensor._make_wrapper_subclass(
-        cls, like.shape, strides=strides, dtype=like.dtype, layout=like.layout, device=device
+        cls, like.shape, strides=strides, storage_size=0, dtype=like.dtype, layout=like.layout, device=device
     )
 
 

@@ -137,9 +137,9 @@ FAULTS = [
         "a loss that draws anew each time passes for one whose roundings matter",
     ),
     Fault(
-        "hvp_engine/engines/auto.py",
-        "            choice.terms, choice.spent = choice.terms + terms, choice.spent + seconds\n",
-        "            pass\n",
+        "hvp_engine/engines/choice.py",
+        "self.terms + terms, self.spent + seconds, self.building + building",
+        "self.terms, self.spent, self.building",
         "tests/test_engines_auto.py",
         "compiling is never tried, however many terms run",
     ),
