@@ -84,7 +84,7 @@ OTHERS = {
         partial(nn.Linear, 20, 1, bias=False), _twenty_numbers, F.binary_cross_entropy_with_logits, alpha=0.1
     ),
     "masked transformer": Recipe(MaskedTransformer, _next_words, _word_loss, alpha=0.05, size=16, kernels=_math),
-    "bert": Recipe(Bert, _labelled, F.cross_entropy, alpha=0.05, size=8, kernels=_math),
+    "bert": Recipe(Bert, _labelled, F.cross_entropy, alpha=0.01, size=8, kernels=_math),
 }
 
 NAMES = ("20 weights", "logistic", "mlp", "lenet", "resnet20", "lstm", "looped-lstm", "masked transformer", "bert")
