@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import make_wrapper, without_torch_function
+from hvp_engine._support.torch_compat import make_wrapper, pytree, without_torch_function
 
 aten = torch.ops.aten
 
@@ -30,17 +30,6 @@ _ELEMENTWISE = frozenset(
     )
 )
 """Operations on floating-point tensors of one dtype that give such a tensor."""
-
-_UNREAD = frozenset(
-    (
-        *(aten.alias.default, aten.detach.default, aten.t.default, aten.transpose.int, aten.permute.default),
-        *(aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.unsqueeze.default),
-        *(aten.squeeze.dim, aten.squeeze.dims, aten.select.int, aten.slice.Tensor, aten.split.Tensor),
-        *(aten.split_with_sizes.default, aten.unbind.int, aten.diagonal.default),
-        *(aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default),
-    )
-)
-"""Operations that read no values: they can be run on memory that is never touched."""
 
 
 class AbstractTensor(Tensor):
@@ -64,17 +53,10 @@ class AbstractTensor(Tensor):
             result = _elementwise([argument for argument in args if isinstance(argument, Tensor)])
             if result is not None:
                 return result
-        operands = [leaf for leaf in _leaves((args, tuple(keywords.values()))) if isinstance(leaf, AbstractTensor)]
+        operands = [leaf for leaf in pytree.tree_leaves((args, keywords)) if isinstance(leaf, AbstractTensor)]
         device = keywords.get("device") or next((x for x in operands if x.dim()), operands[0]).device
-        where = torch.device("cpu" if func in _UNREAD else "meta")
-
-        def there(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor):
-                return _unset(leaf, where)
-            return where if isinstance(leaf, torch.device) else leaf
-
-        result = func(*_mapped(there, args), **_mapped(there, keywords))
-        return _mapped(lambda leaf: AbstractTensor(leaf, device) if isinstance(leaf, Tensor) else leaf, result)
+        given, named = pytree.tree_map(_on_meta, (args, keywords))
+        return pytree.tree_map_only(Tensor, lambda made: AbstractTensor(made, device), func(*given, **named))
 
 
 def abstract(tensor: Tensor) -> Tensor:
@@ -86,9 +68,7 @@ def make_abstract(graph: fx.Graph) -> None:
     """Of each node know no more than what its value is like."""
     for node in graph.nodes:
         if "val" in node.meta:
-            node.meta["val"] = _mapped(
-                lambda leaf: abstract(leaf) if isinstance(leaf, Tensor) else leaf, node.meta["val"]
-            )
+            node.meta["val"] = pytree.tree_map_only(Tensor, abstract, node.meta["val"])
 
 
 def _elementwise(operands: Sequence[Tensor]) -> AbstractTensor | None:
@@ -130,21 +110,10 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
-def _unset(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor like `x` on `device`, whose values are not set."""
-    if x.layout is not torch.strided:
-        return torch.empty(x.shape, dtype=x.dtype, layout=x.layout, device=device)
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-
-
-def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    """`function` of each leaf of nested tuples, lists and dicts."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(_mapped(function, item) for item in value)
-    if isinstance(value, dict):
-        return {key: _mapped(function, item) for key, item in value.items()}
-    return function(value)
-
-
-def _leaves(value: Any) -> list[Any]:
-    return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, (tuple, list)) else [value]
+def _on_meta(leaf: Any) -> Any:
+    """In place of a tensor one like it without memory; in place of a device the one where those are."""
+    if isinstance(leaf, Tensor):
+        if leaf.layout is not torch.strided:
+            return torch.empty(leaf.shape, dtype=leaf.dtype, layout=leaf.layout, device="meta")
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+    return torch.device("meta") if isinstance(leaf, torch.device) else leaf
