@@ -1,93 +1,14 @@
+// Programs from their words, as hvp_engine.differentiation.native writes them.
 #include "program.h"
 
 #include <algorithm>
 #include <limits>
 #include <string>
 
+#include "program_reader.h"
+
 namespace hvp {
 namespace {
-
-[[noreturn]] void fail(const std::string& what) { throw ProgramError("program: " + what); }
-
-// Reads words one after another, and checks what they say.
-class Reader {
- public:
-  Reader(Program& program, const std::vector<int64_t>& words) : program_(program), words_(words) {}
-
-  bool more() const { return next_ < words_.size(); }
-
-  int64_t word() {
-    if (next_ >= words_.size()) fail("ends in the middle of an operation");
-    return words_[next_++];
-  }
-
-  int64_t word(int64_t least, int64_t most, const char* name) {
-    const int64_t value = word();
-    if (value < least || value > most) {
-      fail(std::string(name) + ": expected a number from " + std::to_string(least) + " to " +
-           std::to_string(most) + "; got " + std::to_string(value));
-    }
-    return value;
-  }
-
-  int64_t extents() { return word(0, kMaxExtents, "extents"); }
-
-  int64_t size() { return word(0, kLargest, "size"); }
-
-  template <size_t N>
-  void sizes(std::array<int64_t, N>& sizes, int64_t count) {
-    for (int64_t d = 0; d < count; ++d) sizes[d] = size();
-  }
-
-  // A place of `count` elements along each extent, all of which must be inside its slot.
-  template <size_t N>
-  Place place(const std::array<int64_t, N>& sizes, int64_t count, Element element = Element::kNumber) {
-    Place place;
-    place.slot = word(0, static_cast<int64_t>(program_.slots.size()) - 1, "slot");
-    place.offset = word(0, kLargest, "offset");
-    const SlotSpec& slot = program_.slots[place.slot];
-    if (slot.element != element) fail("slot " + std::to_string(place.slot) + " has another type of element");
-    int64_t last = place.offset;
-    bool empty = false;
-    for (int64_t d = 0; d < count; ++d) {
-      place.strides[d] = word(0, kLargest, "stride");
-      empty |= sizes[d] == 0;
-      if (sizes[d] > 1) last += (sizes[d] - 1) * place.strides[d];
-      if (last > kLargest) fail("a place is too large");
-    }
-    if (!empty && last >= slot.numel) {
-      fail("slot " + std::to_string(place.slot) + " has " + std::to_string(slot.numel) +
-           " elements; element " + std::to_string(last) + " is asked for");
-    }
-    program_.used[place.slot] = true;
-    return place;
-  }
-
-  // A matrix, row after row, all of which must be inside its slot.
-  Place dense(const std::array<int64_t, 2>& sizes) {
-    Place place;
-    place.slot = word(0, static_cast<int64_t>(program_.slots.size()) - 1, "slot");
-    place.offset = word(0, kLargest, "offset");
-    const SlotSpec& slot = program_.slots[place.slot];
-    if (slot.element != Element::kNumber)
-      fail("slot " + std::to_string(place.slot) + " has another type of element");
-    if (sizes[1] > 0 && sizes[0] > (slot.numel - place.offset) / sizes[1]) {
-      fail("slot " + std::to_string(place.slot) + " is too small for a matrix in it");
-    }
-    program_.used[place.slot] = true;
-    return place;
-  }
-
-  int64_t constant() {
-    return word(-static_cast<int64_t>(program_.constants.size()), program_.parameters - 1, "constant");
-  }
-
- private:
-  static constexpr int64_t kLargest = std::numeric_limits<int32_t>::max() * int64_t{1024};
-  Program& program_;
-  const std::vector<int64_t>& words_;
-  size_t next_ = 0;
-};
 
 int operands_of(Code code) {
   switch (code) {
@@ -137,7 +58,7 @@ bool can_be_direct(const Elementwise& operation, const Output& output) {
   return true;
 }
 
-Elementwise read_elementwise(Reader& reader) {
+Elementwise read_elementwise(ProgramReader& reader) {
   Elementwise operation;
   operation.extents = reader.extents();
   reader.sizes(operation.sizes, operation.extents);
@@ -178,7 +99,7 @@ Elementwise read_elementwise(Reader& reader) {
 }
 
 // One matrix of a product, columns first: `rows` x `columns` of them are read.
-Place read_matrix(Reader& reader, int64_t batch, int64_t rows, int64_t columns, int64_t leading) {
+Place read_matrix(ProgramReader& reader, int64_t batch, int64_t rows, int64_t columns, int64_t leading) {
   const std::array<int64_t, 3> sizes = {batch, columns, rows};
   const Place place = reader.place(sizes, 3);
   if (place.strides[1] != leading || (rows > 1 && place.strides[2] != 1))
@@ -186,7 +107,7 @@ Place read_matrix(Reader& reader, int64_t batch, int64_t rows, int64_t columns, 
   return place;
 }
 
-MatrixProduct read_product(Reader& reader) {
+MatrixProduct read_product(ProgramReader& reader) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   MatrixProduct product{};
   product.batch = reader.size();
@@ -210,7 +131,7 @@ MatrixProduct read_product(Reader& reader) {
   return product;
 }
 
-Sum read_sum(Reader& reader) {
+Sum read_sum(ProgramReader& reader) {
   Sum sum{};
   sum.largest = reader.word(0, 1, "largest");
   sum.extents = reader.word(2, kMaxExtents, "extents");
@@ -223,7 +144,7 @@ Sum read_sum(Reader& reader) {
   return sum;
 }
 
-Lookup read_lookup(Reader& reader) {
+Lookup read_lookup(ProgramReader& reader) {
   Lookup lookup{};
   lookup.scatter = reader.word(0, 1, "scatter");
   reader.sizes(lookup.sizes, 3);
@@ -239,7 +160,7 @@ Lookup read_lookup(Reader& reader) {
   return lookup;
 }
 
-RecurrenceStep read_recurrence(Reader& reader, bool wide) {
+RecurrenceStep read_recurrence(ProgramReader& reader, bool wide) {
   RecurrenceStep step{};
   RecurrentLayer& recurrence = step.recurrence;
   recurrence.wide = wide;
@@ -261,7 +182,7 @@ RecurrenceStep read_recurrence(Reader& reader, bool wide) {
   return step;
 }
 
-ConvolutionStep read_convolution(Reader& reader, bool wide) {
+ConvolutionStep read_convolution(ProgramReader& reader, bool wide) {
   constexpr int64_t kMost = 1 << 20;
   constexpr int64_t kMostElements = std::numeric_limits<int32_t>::max();
   ConvolutionStep step{};
@@ -315,7 +236,7 @@ Program Program::parse(bool wide, int64_t parameters, std::vector<SlotSpec> slot
   program.slots = std::move(slots);
   program.constants = std::move(constants);
   program.used.assign(program.slots.size(), false);
-  Reader reader(program, words);
+  ProgramReader reader(program, words);
   while (reader.more()) {
     const Kind kind = static_cast<Kind>(reader.word(0, static_cast<int64_t>(Kind::kConvolution), "kind"));
     switch (kind) {

@@ -7,16 +7,14 @@ from itertools import chain
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from hvp_engine._support.torch_compat_traces import traced_values
-from hvp_engine.differentiation.abstract_tensor import abstract
 from hvp_engine.differentiation.native import handlers  # noqa: F401, without it there are none
 from hvp_engine.differentiation.native.builder import Builder
 from hvp_engine.differentiation.native.conversion import Conversion
 from hvp_engine.differentiation.native.extension import Slots
 from hvp_engine.differentiation.native.memory_plan import plan
 from hvp_engine.differentiation.native.places import row_major
+from hvp_engine.differentiation.trace.graph_recorder import GraphRecorder
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -60,8 +58,18 @@ def by_extension(
 
 def graph_of(function: Function, known: Sequence[Tensor], tangents: Sequence[Tensor]) -> fx.GraphModule:
     """The function as a graph of PyTorch's operators."""
-    with traced_values(abstract):
-        return make_fx(lambda *arguments: _as_tuple(function(*arguments)))(*known, *tangents)
+    recorder = _AtAnyValues()
+    inputs = [recorder.placeholder(tensor) for tensor in (*known, *tangents)]
+    with recorder:
+        results = function(*inputs)
+    return recorder.finish(_as_tuple(results))
+
+
+class _AtAnyValues(GraphRecorder):
+    """Takes sizes that values decide for fixed, as programs do for each size that they meet."""
+
+    def keep(self, tensors: Sequence[Tensor], asks: str) -> None:
+        pass
 
 
 def _as_tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -88,6 +88,9 @@ def test_views_and_other_operations(name: str) -> None:
         lambda t: aten.full_like.default(t, 1.0, device=torch.device("cpu")),
         lambda t: aten.cat.default([t.reshape(-1), t.reshape(-1)]),
         lambda t: aten.sum.default(t),
+        lambda t: aten.sum.dim_IntList(t, []),
+        lambda t: aten.sum.dim_IntList(t, None, True),
+        lambda t: aten.sum.dim_IntList(t, [-1] if t.dim() else []),
     ]
     if x.dim() > 1:
         calls += [
@@ -98,6 +101,8 @@ def test_views_and_other_operations(name: str) -> None:
             lambda t: t.split(1, -1),
             lambda t: t.unbind(-1),
             lambda t: aten.sum.dim_IntList(t, [0], True),
+            lambda t: aten.sum.dim_IntList(t, [0, -1]),
+            lambda t: t.detach() if t.stride(0) >= 0 else t,
         ]
     for call in calls:
         assert same_form(call(a), call(x))

@@ -55,8 +55,6 @@ UNMENDED: dict[str, tuple[str, ...]] = {
     "len(unique)": NOT_TRACED,
     "labels as list": NOT_TRACED,
     "mixture of experts": NOT_TRACED,
-    # the process dies, in torch's make_fx
-    "Laplacian by hessian": NOT_TRACED,
     # what is made or changed inside
     "a module made inside": NOT_TRACED,
     "Embedding, max_norm": NOT_TRACED,

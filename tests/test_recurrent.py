@@ -10,10 +10,10 @@ import torch
 from recurrences import BATCHES, arguments
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from hvp_engine.differentiable.recurrent import reference
 from hvp_engine.differentiable.recurrent.signatures import OPS
+from hvp_engine.differentiation.trace.graph_recorder import record_graph
 
 ops = torch.ops.hvp_engine
 
@@ -148,7 +148,7 @@ def test_a_trace_and_torch_compile_have_single_operations(kind: str) -> None:
         return torch.autograd.grad(sum(g.sin().sum() for g in gradients), tensors)
 
     expected = product(*leaves)
-    traced = make_fx(product)(*leaves)
+    traced = record_graph(product, leaves)
     counts = [str(node.target) for node in traced.graph.nodes if "hvp_engine" in str(node.target)]
     assert sorted(counts) == sorted(
         f"hvp_engine.{kind}_recurrence{level}.default" for level in ("", "_backward", "_backward", "_double_backward")

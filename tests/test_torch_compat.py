@@ -12,12 +12,14 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -147,9 +149,15 @@ def test_ending_an_allocation_to_a_pool_that_has_ended_is_refused() -> None:
 
 
 def test_memory_format_and_dispatch() -> None:
-    images = torch.empty(2, 3, 4, 5)
-    assert torch_compat.suggest_memory_format(images) is torch.contiguous_format
-    assert torch_compat.suggest_memory_format(images.to(memory_format=torch.channels_last)) is torch.channels_last
+    found = set()
+    for shape in product((1, 2, 3), repeat=4):
+        sizes = (*shape, 0), (*shape, 1), (*shape, 2), shape, (*shape[:3], 0), shape[:3], shape[:1]
+        for x in (torch.empty(size) for size in sizes):
+            for laid_out in (x.permute(order) for order in permutations(range(x.dim()))):
+                for y in (laid_out, laid_out[:, :1], laid_out[..., ::2]) if x.dim() > 1 else (x,):
+                    found.add(torch_compat.suggest_memory_format(y))
+                    assert torch_compat.suggest_memory_format(y) is suggest_memory_format(y), (y.shape, y.stride())
+    assert found == {torch.contiguous_format, torch.channels_last, torch.channels_last_3d}
     seen = []
 
     class Recorder(torch_compat.TorchDispatchMode):

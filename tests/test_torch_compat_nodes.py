@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -197,23 +198,32 @@ def test_storages_that_are_shared() -> None:
     assert torch_compat.shares_storage(detached)
 
 
-def test_wrappers_are_like_real_tensors_and_see_operations() -> None:
-    seen = []
+def test_tensors_of_a_subclass() -> None:
+    class Named(torch.Tensor):
+        pass
 
-    class Wrapper(torch.Tensor):
-        __torch_function__ = torch_compat.without_torch_function
+    for x in (torch.ones(3, 4).t(), torch.ones(3).expand(2, 3), torch.ones(()), torch.eye(3).to_sparse()):
+        named = torch_compat.subclass_of(Named, x)
+        assert type(named) is Named and (named.shape, named.dtype, named.layout) == (x.shape, x.dtype, x.layout)
+        with torch_compat.without_torch_functions_of_classes():
+            assert type(named.t() if x.dim() else named + 1) is torch.Tensor
+        assert x.is_sparse or type(named + 1) is Named
 
-        @classmethod
-        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            seen.append(func)
 
-    sparse = torch.eye(3).to_sparse()
-    strided = torch.ones(3, 4).t(), torch.ones(3).expand(2, 3), torch.ones(2, dtype=torch.bool), torch.ones(())
-    for x in (*strided, sparse):
-        wrapper = torch_compat.make_wrapper(Wrapper, x, x.device)
-        assert (wrapper.shape, wrapper.dtype, wrapper.device, wrapper.layout) == (x.shape, x.dtype, x.device, x.layout)
-        assert x is sparse or wrapper.stride() == x.stride()
-    assert wrapper.t() is None and seen == [torch.ops.aten.t.default]
+def test_shapes_that_broadcast() -> None:
+    shapes = [(), (1,), (3,), (0,), (2, 1), (2, 3), (4, 1, 3), (5, 1, 1, 1), (1, 1), (0, 1), (2, 2)]
+    for first, second in product(shapes, repeat=2):
+        sizes = torch.Size(first), torch.Size(second)
+        try:
+            expected = torch.broadcast_shapes(*sizes)
+        except RuntimeError:
+            with pytest.raises(RuntimeError):
+                torch_compat.broadcast_shapes(*sizes)
+        else:
+            assert torch_compat.broadcast_shapes(*sizes) == expected
+    code = "import sys, torch; from hvp_engine._support.torch_compat import broadcast_shapes as f\n"
+    code += "f(torch.Size([2, 1]), torch.Size([3])); assert 'sympy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_python_is_not_watched_inside_the_block() -> None:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from hvp_engine.differentiation.trace.contractions import contract
 from hvp_engine.differentiation.trace.elementwise_factors import fold_factors
+from hvp_engine.differentiation.trace.graph_recorder import record_graph
 from hvp_engine.differentiation.trace.point_convolutions import contract_convolutions
 from hvp_engine.differentiation.trace.rewrites import simplify
 from hvp_engine.differentiation.trace.rewriting import dependents, placeholders
@@ -33,7 +33,7 @@ def rewritten(function: Function, *shapes: tuple[int, ...], least: int = 0) -> C
     """How many operations of each name on the first argument are left, whose results have so many elements at least;
     the value is checked."""
     inputs = operands(*shapes)
-    module = make_fx(function, tracing_mode="fake")(*inputs)
+    module = record_graph(function, inputs)
     graph = module.graph
     tangent = set(placeholders(graph)[:1])
     for rewrite in (simplify, contract_convolutions, compose_views, contract, compose_views, fold_factors):

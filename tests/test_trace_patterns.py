@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from hvp_engine.differentiation.trace.combining import _KEPT_DIMENSIONS
+from hvp_engine.differentiation.trace.graph_recorder import record_graph
 from hvp_engine.differentiation.trace.patterns import Rule, replace
 from hvp_engine.differentiation.trace.rewrites import ACCUMULATIONS, SIMPLIFICATIONS, SUMS_OF_VIEWS, TRANSPOSITIONS
 from hvp_engine.differentiation.trace.rewriting import dependents, placeholders
@@ -74,7 +74,7 @@ STAY: dict[str, tuple[Sequence[Rule], Function]] = {
 
 
 def traced(function: Function) -> tuple[fx.GraphModule, set[fx.Node]]:
-    module = make_fx(function, tracing_mode="fake")(*inputs())
+    module = record_graph(function, inputs())
     return module, dependents(module.graph, set(placeholders(module.graph)[:1]))
 
 

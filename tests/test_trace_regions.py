@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import hvp_engine as hvp
 from hvp_engine import engines
+from hvp_engine.differentiation.trace.graph_recorder import record_graph
 from hvp_engine.differentiation.trace.regions import Regions, distinct
 from hvp_engine.engines import compiled
 
@@ -37,7 +37,7 @@ def interpreted(module: fx.GraphModule, arguments: Sequence[Tensor]) -> Callable
 
 
 def traced(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
-    return make_fx(function, tracing_mode="fake")(*arguments)
+    return record_graph(function, arguments)
 
 
 def calls(module: fx.GraphModule) -> list[fx.Node]:

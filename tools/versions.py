@@ -56,7 +56,7 @@ TESTS = {
     "every engine on several networks": [f"tests/test_engines_{name}.py" for name in ENGINES],
     "traces and their rewrites": [
         "tests/test_abstract_tensor.py",
-        *(f"tests/test_trace_{name}.py" for name in ("functionalize", "rewriting", "regions")),
+        *(f"tests/test_trace_{name}.py" for name in ("graph_recorder", "functionalize", "rewriting", "regions")),
     ],
     "35 models against plain double backward": ["tests/test_hard_models.py", "tests/test_differentiable_kernels.py"],
     "solvers": [f"tests/test_solvers_{name}.py" for name in ("base", "exact", "minres", "nystrom")],

@@ -12,19 +12,19 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format as suggest_memory_format
 from torch._subclasses import FakeTensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 
-__all__ = ["is_traceable_wrapper_subclass", "pytree", "suggest_memory_format"]
+__all__ = ["is_traceable_wrapper_subclass", "pytree"]
 
 REGISTER_PYTREE = "torch.utils._pytree.register_pytree_node"
 """What messages tell users to call: torch has no public name for it."""
@@ -77,6 +77,9 @@ def in_backward_pass() -> bool:
 
 without_torch_functions = torch._C.DisableTorchFunction
 """A context in which no `TorchFunctionMode` sees what Python calls."""
+
+without_torch_functions_of_classes = torch._C.DisableTorchFunctionSubclass
+"""A context in which subclasses of tensors are taken for plain ones."""
 
 
 def version_of(tensor: Tensor) -> int:
@@ -161,16 +164,30 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
-without_torch_function = torch._C._disabled_torch_function_impl
-"""As `__torch_function__`, what lets a subclass of tensors see operations in `__torch_dispatch__` alone."""
+def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
+    """As `torch.broadcast_shapes`, which imports sympy at its first call, for 0.4 s. Seen in 2.13."""
+    places = zip_longest(*map(reversed, shapes), fillvalue=1)
+    found = torch.Size([next((size for size in sizes if size != 1), 1) for sizes in places][::-1])
+    fit = all(size in (1, n) for shape in shapes for size, n in zip(reversed(shape), reversed(found), strict=False))
+    return found if fit else torch.broadcast_shapes(*shapes)  # it raises
 
 
-def make_wrapper(cls: type[Tensor], like: Tensor, device: torch.device) -> Any:
-    """A tensor of the subclass `cls` on `device`, without memory, with the shape, layout and dtype of `like`."""
-    strides = like.stride() if like.layout is torch.strided else None
-    return Tensor._make_wrapper_subclass(
-        cls, like.shape, strides=strides, storage_size=0, dtype=like.dtype, layout=like.layout, device=device
-    )
+def suggest_memory_format(x: Tensor) -> torch.memory_format:
+    """The format in which torch's convolutions give their results for images that are laid out as `x` is: the last one
+    if, from the channels to the images, strides do not fall. `torch._prims_common` has it, and imports sympy."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if x.layout is not torch.strided or x.dim() not in formats or x.stride(1) == 0 or 0 in x.shape:
+        return torch.contiguous_format
+    least = 0
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.stride(dim) < least or dim == 0 and least == x.stride(1):
+            return torch.contiguous_format
+        least = x.stride(dim) * x.shape[dim]
+    return formats[x.dim()]
+
+
+subclass_of = Tensor._make_subclass
+"""A tensor of a subclass with the data of another; `Tensor.as_subclass` has none of sparse tensors. Seen in 2.13."""
 
 
 def schema_of(operation: Any) -> Any:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from hvp_engine._support.torch_compat import make_wrapper, pytree, without_torch_function
+from hvp_engine._support.torch_compat import broadcast_shapes, subclass_of, without_torch_functions_of_classes
 
 aten = torch.ops.aten
 
@@ -35,40 +35,51 @@ _ELEMENTWISE = frozenset(
 class AbstractTensor(Tensor):
     """A tensor like `like`, but on `device`."""
 
-    __torch_function__ = without_torch_function  # type: ignore[assignment]  # torch's own, of another form
+    meta: Tensor
+    """A plain tensor without memory, as torch's meta kernels take them."""
+
+    _device: torch.device
 
     @staticmethod
     def __new__(cls, like: Tensor, device: torch.device) -> AbstractTensor:
-        return make_wrapper(cls, like, device)
+        meta = _on_meta(like, [])
+        made = subclass_of(cls, meta)
+        made.meta, made._device = meta, device
+        return made
+
+    device = property(lambda self: self._device)
+    shape = property(lambda self: self.meta.shape)  # not by way of __torch_function__
+    dtype = property(lambda self: self.meta.dtype)
+
+    def stride(self, *dimension: Any) -> Any:
+        return self.meta.stride(*dimension)
 
     def __repr__(self) -> str:  # type: ignore[override]  # no values to choose a format for
         return f"AbstractTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's stub takes it for a static method
+    def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         keywords = kwargs or {}
-        if func in _ELEMENTWISE and not keywords:
-            result = _elementwise([argument for argument in args if isinstance(argument, Tensor)])
-            if result is not None:
+        with without_torch_functions_of_classes():
+            if func in _ELEMENTWISE and not keywords:
+                result = _elementwise([argument for argument in args if isinstance(argument, Tensor)])
+                if result is not None:
+                    return result
+            if func is aten.sum.dim_IntList and not keywords and args[0].dtype.is_floating_point:
+                return _sum(*args)
+            operands: list[AbstractTensor] = []
+            result = func(*_on_meta(args, operands), **_on_meta(keywords, operands))
+            if not isinstance(result, (Tensor, tuple, list)):
                 return result
-        operands = [leaf for leaf in pytree.tree_leaves((args, keywords)) if isinstance(leaf, AbstractTensor)]
-        device = keywords.get("device") or next((x for x in operands if x.dim()), operands[0]).device
-        given, named = pytree.tree_map(_on_meta, (args, keywords))
-        return pytree.tree_map_only(Tensor, lambda made: AbstractTensor(made, device), func(*given, **named))
+            device = keywords.get("device") or next((x for x in operands if x.dim()), operands[0]).device
+            return _on_device(result, device)
 
 
 def abstract(tensor: Tensor) -> Tensor:
     """An abstract tensor like `tensor`."""
     return tensor if isinstance(tensor, AbstractTensor) else AbstractTensor(tensor, tensor.device)
-
-
-def make_abstract(graph: fx.Graph) -> None:
-    """Of each node know no more than what its value is like."""
-    for node in graph.nodes:
-        if "val" in node.meta:
-            node.meta["val"] = pytree.tree_map_only(Tensor, abstract, node.meta["val"])
 
 
 def _elementwise(operands: Sequence[Tensor]) -> AbstractTensor | None:
@@ -84,11 +95,18 @@ def _elementwise(operands: Sequence[Tensor]) -> AbstractTensor | None:
     shape, strides = first.shape, first.stride()
     if all(map(_descends, large)):
         if any(x.shape != shape for x in large):
-            shape = torch.broadcast_shapes(*(x.shape for x in large))
+            shape = broadcast_shapes(*(x.shape for x in large))
         return AbstractTensor(torch.empty(shape, dtype=first.dtype, device="meta"), first.device)
     if _is_dense(first) and all(x.shape == shape and x.stride() == strides for x in large):
         return AbstractTensor(first, first.device)
     return None
+
+
+def _sum(x: AbstractTensor, dims: Sequence[int] | None, keep: bool = False) -> AbstractTensor:
+    """By torch's own kernel this would be the only operation of most programs that imports sympy, for 0.4 s."""
+    summed = {dim % x.dim() for dim in dims or range(x.dim())} if x.dim() else set()
+    shape = [1 if dim in summed else size for dim, size in enumerate(x.shape) if keep or dim not in summed]
+    return AbstractTensor(torch.empty(shape, dtype=x.dtype, device="meta"), x.device)
 
 
 def _descends(x: Tensor) -> bool:
@@ -110,10 +128,29 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
-def _on_meta(leaf: Any) -> Any:
-    """In place of a tensor one like it without memory; in place of a device the one where those are."""
-    if isinstance(leaf, Tensor):
-        if leaf.layout is not torch.strided:
-            return torch.empty(leaf.shape, dtype=leaf.dtype, layout=leaf.layout, device="meta")
-        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
-    return torch.device("meta") if isinstance(leaf, torch.device) else leaf
+def _on_meta(argument: Any, operands: list[AbstractTensor]) -> Any:
+    """In place of a tensor one like it without memory; in place of a device the one where those are. The abstract
+    tensors are added to `operands`."""
+    if isinstance(argument, AbstractTensor):
+        operands.append(argument)
+        return argument.meta
+    if isinstance(argument, Tensor):
+        if argument.is_meta:
+            return argument
+        if argument.layout is not torch.strided:
+            return torch.empty(argument.shape, dtype=argument.dtype, layout=argument.layout, device="meta")
+        return torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device="meta")
+    if type(argument) in (tuple, list):
+        return type(argument)([_on_meta(part, operands) for part in argument])
+    if type(argument) is dict:
+        return {name: _on_meta(part, operands) for name, part in argument.items()}
+    return torch.device("meta") if isinstance(argument, torch.device) else argument
+
+
+def _on_device(result: Any, device: torch.device) -> Any:
+    """The result with abstract tensors in place of those without memory."""
+    if isinstance(result, Tensor):
+        return AbstractTensor(result, device)
+    if type(result) in (tuple, list):
+        return type(result)([_on_device(part, device) for part in result])
+    return result

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from hvp_engine._support.random_state import random_state_kept
-from hvp_engine._support.torch_compat_traces import compiler_is_imported
 from hvp_engine.differentiation.gradient import Gradient
 from hvp_engine.differentiation.linear_map import Linearization, LinearMap
 from hvp_engine.differentiation.problem import Problem, is_constant
@@ -32,11 +31,8 @@ from hvp_engine.solvers.base import Solver
 from hvp_engine.solvers.iteration import FinishedIteration
 from hvp_engine.solvers.spectrum import SpectralEstimate
 
-_TRACE_SECONDS_PER_NODE = 4e-3
+_TRACE_SECONDS_PER_NODE = 3e-3
 """What a trace and its check cost for each node of the gradient's autograd graph, roughly (on a 2.4 GHz core)."""
-
-_FIRST_TRACE_SECONDS = 3.0
-"""What the first trace of a process costs on top: torch imports torch.compile."""
 
 _BUILD_SECONDS_PER_NODE = 1e-3
 """What turning the gradient's graph into a program costs for each of its nodes, roughly."""
@@ -213,11 +209,8 @@ class AutoEngine(Engine):
         del eager  # of what is tried, as little as possible is there at once: each takes the memory of a graph
         choice = self._with_or_without_autograd(problem, nodes, affordable)
         cost = _TRACE_SECONDS_PER_NODE * nodes
-        first = 0.0 if compiler_is_imported() else _FIRST_TRACE_SECONDS
-        if cost + first > affordable:
-            choice.reason += (
-                f"; a trace would take about {cost + first:.1g} s, more than {self.expected_products} products do"
-            )
+        if cost > affordable:
+            choice.reason += f"; a trace would take about {cost:.1g} s, more than {self.expected_products} products do"
         elif not trace_too and cost > _SHORT_SECONDS:
             choice.trace_seconds = cost
             choice.reason += f"; a trace takes about {cost:.2g} s, and waits until it can repay itself"

@@ -56,9 +56,9 @@ class Choice:
         self.terms, self.spent, self.building = self.terms + terms, self.spent + seconds, self.building + building
 
     def builds_too_much(self) -> bool:
-        """Whether most of the time goes into building programs, as for graphs with sizes that values decide, of which
-        few are like another."""
-        return self.building > _BUILDING_SECONDS and 2 * self.building > self.spent
+        """Whether most of the time goes into programs, as for graphs with sizes that values decide, of which few are
+        like another. Writing products down and checking programs takes about as long again as building them."""
+        return self.building > _BUILDING_SECONDS and 3 * self.building > self.spent
 
     def without_programs(self, eager: Engine) -> Choice:
         """What is chosen where building takes too much."""

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat_traces import compile_graph, function_of, make_fx
+from hvp_engine._support.torch_compat_traces import compile_graph, function_of
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.trace.evaluated import Function
 from hvp_engine.differentiation.trace.functionalize import is_random
+from hvp_engine.differentiation.trace.graph_recorder import record_graph
 from hvp_engine.differentiation.trace.inplace import written_over
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.differentiation.trace.regions import Regions, distinct, lazily
@@ -114,7 +115,7 @@ class CompiledFunctions(Functions):
                 return ()
 
             with torch.no_grad():
-                graph = make_fx(function)(*(argument.clone() for argument in arguments))  # tracing runs it: on copies
+                graph = record_graph(function, [argument.clone() for argument in arguments])  # it runs: on copies
             self._terms[key] = self._compile(graph, arguments)
         return self._terms[key]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.pytree import Structure, trainable
-from hvp_engine._support.torch_compat import pytree
+from hvp_engine._support.torch_compat import broadcast_shapes, pytree
 
 
 class Bounds:
@@ -60,7 +60,7 @@ def _leaf(leaf: Any, name: str, tensor: Tensor) -> Tensor:
     if bool(torch.isnan(bound).any()):
         raise ValueError(f"{name}: expected numbers; got NaN")
     try:
-        fits = torch.broadcast_shapes(bound.shape, tensor.shape) == tensor.shape
+        fits = broadcast_shapes(bound.shape, tensor.shape) == tensor.shape
     except RuntimeError:
         fits = False
     if not fits:

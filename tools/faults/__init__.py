@@ -14,6 +14,7 @@ from tools.faults.recorded import FAULTS as RECORDED
 from tools.faults.recurrent import FAULTS as RECURRENT
 from tools.faults.solvers import FAULTS as SOLVERS
 from tools.faults.support import FAULTS as SUPPORT
+from tools.faults.traces import FAULTS as TRACES
 from tools.faults.tuning import FAULTS as TUNING
 from tools.faults.writings import FAULTS as WRITINGS
 
@@ -23,6 +24,7 @@ FAULTS: list[Fault] = [
     *OPS,
     *CUDA,
     *GRAPHS,
+    *TRACES,
     *NATIVE,
     *CONVOLUTION,
     *ATTENTION,

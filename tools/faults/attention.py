@@ -21,7 +21,7 @@ FAULTS = [
         "the last keys that a causal block sees are left out",
     ),
     Fault(
-        "csrc/attention_kernels.cpp",
+        "csrc/attention_pairs.h",
         "words[4] = {static_cast<uint32_t>(j / 4), static_cast<uint32_t>(first_ + i), head, 0};",
         "words[4] = {static_cast<uint32_t>(j / 4), static_cast<uint32_t>(i), head, 0};",
         f"{LEVELS} -k 'three_levels and cpp and dropout'",

@@ -16,7 +16,7 @@ FAULTS = [
         "a product onto something scales that; noticed where AVX-512 tiles are in use",
     ),
     Fault(
-        "csrc/program.cpp",
+        "csrc/program_reader.h",
         "if (!empty && last >= slot.numel) {",
         "if (!empty && last > slot.numel) {",
         f"{ENGINE} -k leave_their_memory",

@@ -7,14 +7,14 @@ FOLDER = "hvp_engine/differentiable/recurrent"
 
 FAULTS = [
     Fault(
-        "csrc/recurrent_kernels.cpp",
+        "csrc/recurrent_lstm.h",
         "of_squashed[j] = dh * (uo - T(2) * now * o * s[j]);",
         "of_squashed[j] = dh * (uo - now * o * s[j]);",
         f"{LEVELS} -k values_are_those",
         "the second derivative of an LSTM takes half of tanh's",
     ),
     Fault(
-        "csrc/recurrent_kernels.cpp",
+        "csrc/recurrent_run.h",
         "const bool down = r_.reverse != backwards;",
         "const bool down = backwards;",
         f"{LEVELS} -k values_are_those",

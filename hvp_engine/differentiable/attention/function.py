@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hvp_engine._support.torch_compat import in_transform
+from hvp_engine._support.torch_compat import broadcast_shapes, in_transform
 from hvp_engine.differentiable.attention import operators
 from hvp_engine.differentiable.registration import check_tensor
 
@@ -161,7 +161,7 @@ def _leading(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> list[t
     if grouped and not all(leads):
         raise ValueError("enable_gqa: expected tensors with heads, at least 3-d; got one without")
     try:
-        batch = torch.broadcast_shapes(*(lead[: len(lead) - kept] for lead in leads))
+        batch = broadcast_shapes(*(lead[: len(lead) - kept] for lead in leads))
     except RuntimeError as error:
         raise ValueError(
             "query, key, value: expected extents before length and width that broadcast; got shapes "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hvp_engine._support.torch_compat import broadcast_shapes
 from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
 from hvp_engine.differentiation.native.expressions import Operand
 from hvp_engine.differentiation.native.operations import Code, UnsupportedError
@@ -99,7 +100,7 @@ _MEAN, _SUM = 1, 2
 def _mse_loss(c: Conversion, node: Any) -> Value:
     _known(c, node)
     reduction = node.args[2] if len(node.args) > 2 else _MEAN
-    sizes = torch.broadcast_shapes(*(c.shape(argument) for argument in node.args[:2]))
+    sizes = broadcast_shapes(*(c.shape(argument) for argument in node.args[:2]))
     operands = [c.operand(argument, node) for argument in node.args[:2]]
     difference = c.builder.stored(c.builder.combined(Code.SUBTRACT, operands, sizes))
     square = c.builder.combined(Code.MULTIPLY, [difference, difference], sizes)

@@ -22,7 +22,7 @@ from hvp_engine._support.torch_compat import (
     version_of,
     without_torch_functions,
 )
-from hvp_engine.differentiation.recorded.operations import FILLS, METADATA, TRANSPOSES, WITH_MEMORY, kind_of_operation
+from hvp_engine.differentiation.operations import FILLS, METADATA, TRANSPOSES, WITH_MEMORY, kind_of_operation
 from hvp_engine.differentiation.recorded.python_watch import HANDED_OUT, PythonWatch
 from hvp_engine.differentiation.recorded.tensor_kinds import is_plain, kind_of, whereabouts
 

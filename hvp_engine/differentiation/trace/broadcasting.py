@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hvp_engine._support.torch_compat import broadcast_shapes
 from hvp_engine.differentiation.trace.patterns import Builder
 
 aten = torch.ops.aten
@@ -47,7 +48,7 @@ def expand_last(graph: fx.Graph, linear: set[fx.Node]) -> None:
         result = node.meta["val"]
         if any(value.dtype != result.dtype for value in values):
             continue  # which type the result has depends on which operands have dimensions
-        shape = torch.broadcast_shapes(*(value.shape for value in values))
+        shape = broadcast_shapes(*(value.shape for value in values))
         if math.prod(shape) >= result.numel():
             continue
         with graph.inserting_before(node):

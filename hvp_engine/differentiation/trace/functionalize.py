@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from hvp_engine._support.torch_compat import schema_of, tags_of
-from hvp_engine._support.torch_compat_traces import graph_module, make_fx
+from hvp_engine._support.torch_compat_traces import graph_module
+from hvp_engine.differentiation.operations import may_be_view
+from hvp_engine.differentiation.trace.graph_recorder import record_graph
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
@@ -114,7 +116,7 @@ def retraced(root: fx.GraphModule, graph: fx.Graph, arguments: Sequence[Tensor])
             copies[node] = lifted.node_copy(node, lambda argument: copies[argument])
     pure = torch.func.functionalize(graph_module(root, lifted))
     with torch.no_grad():
-        again = make_fx(pure)(*arguments, *(tensor.clone() for tensor in taken.values()))
+        again = record_graph(pure, [*arguments, *(tensor.clone() for tensor in taken.values())])
     placeholders = [node for node in again.graph.nodes if node.op == "placeholder"][inputs:]
     for (name, tensor), node in zip(taken.items(), placeholders, strict=True):
         attribute = f"taken_{name}"
@@ -197,11 +199,8 @@ def _fresh(node: Any) -> bool:
 
 def is_view(node: fx.Node) -> bool:
     """Whether the result may share memory with an argument."""
-    if node.target is draw:
+    if node.target is draw or node.op != "call_function":
         return False
-    if node.target is operator.getitem:
-        return is_view(node.args[0]) if isinstance(node.args[0], fx.Node) else True
-    schema = schema_of(node.target)
-    if schema is None:
-        return node.op == "call_function"  # unknown: be careful
-    return any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return is_view(node.args[0])
+    return may_be_view(node.target)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from hvp_engine._support.torch_compat import broadcast_shapes
 from hvp_engine.differentiation.trace.patterns import Builder, alike, same_dtype
 
 aten = torch.ops.aten
@@ -148,7 +149,7 @@ def _meta(argument: Any) -> Any:
 def _fits(a: fx.Node, b: fx.Node) -> bool:
     """Whether what they make is no larger than they are."""
     sizes = math.prod(shape_of(a)), math.prod(shape_of(b))
-    return math.prod(torch.broadcast_shapes(shape_of(a), shape_of(b))) <= max(sizes)
+    return math.prod(broadcast_shapes(shape_of(a), shape_of(b))) <= max(sizes)
 
 
 def shape_of(node: Any) -> torch.Size:

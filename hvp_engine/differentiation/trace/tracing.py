@@ -1,7 +1,7 @@
 """A problem's gradient and its vector-Jacobian product, traced once into one graph of aten operations.
 
 Reverse over reverse: the trace runs the loss, its gradient f = dL/dw, and `autograd.grad(f, (w, lambda), tangents)`
-under `make_fx`. Everything that varies between calls is an input of the graph: weights, hyperparameters, the tensors of
+in one graph. Everything that varies between calls is an input of the graph: weights, hyperparameters, the tensors of
 the batch, the tangents. Other tensors that the loss uses (module buffers, closures) are read by reference. Python
 values, and which tensor a closure is bound to, are fixed by the trace: engines watch what a loss reads.
 """
@@ -19,23 +19,15 @@ from torch import Tensor, fx
 
 from hvp_engine._support.random_state import global_generators
 from hvp_engine._support.torch_compat import REGISTER_PYTREE
-from hvp_engine._support.torch_compat_traces import (
-    REVERSE_IN_FORWARD,
-    WITHOUT_STRIDES,
-    graph_module,
-    make_fx,
-    reverse_in_forward_refused,
-    says_data_dependent,
-    traced_values,
-)
+from hvp_engine._support.torch_compat_traces import graph_module
 from hvp_engine._support.user_code import innermost_line
-from hvp_engine.differentiation.abstract_tensor import abstract, make_abstract
 from hvp_engine.differentiation.differentiable_kernels import plain_kernels, traceable_kernels
 from hvp_engine.differentiation.double_backward import Pullback, Tape, gradients, leaves
 from hvp_engine.differentiation.gradient import derivatives
 from hvp_engine.differentiation.missing_derivatives import ThirdDerivativeError, explained
 from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.differentiation.trace.functionalize import functionalized, refuse_side_effects, retraced
+from hvp_engine.differentiation.trace.graph_recorder import KEPT, LayoutError, record_graph
 from hvp_engine.differentiation.trace.memory_format import (
     NoStatistics,
     channels_last,
@@ -43,16 +35,13 @@ from hvp_engine.differentiation.trace.memory_format import (
     prefer_channels_last,
 )
 from hvp_engine.differentiation.trace.rewriting import Attempts, copied
-from hvp_engine.differentiation.trace.value_watch import ControlFlowError, ValueDependenceError, values_watched
+from hvp_engine.differentiation.trace.value_watch import ControlFlowError, ValueDependenceError
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
 
 TRACING = threading.RLock()
-"""One thread traces at a time: `make_fx` patches modules for all threads."""
-
-KEPT = "tensors whose values the trace keeps"
-"""Where the `meta` of a trace's module has them; other values in them make the trace wrong."""
+"""One thread traces at a time: kernels with second derivatives take the place of torch's for all threads."""
 
 _HOOKS = (
     "saved-tensor hooks (gradient checkpointing, save_on_cpu), which compute again with the module's own weights "
@@ -82,9 +71,6 @@ class Trace:
     values: int
     arguments: tuple[Tensor, ...]
     undone: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        make_abstract(self.graph)
 
 
 def trace(problem: Problem) -> Trace:
@@ -170,23 +156,11 @@ def _recorded(
 ) -> tuple[fx.Graph, fx.GraphModule, tuple[str, ...]]:
     """The function of the problem's loss as a graph without side effects, what holds its attributes, and the steps that
     failed and were undone."""
-    attempts, kept = Attempts(), list[Tensor]()
-
-    def watched(*inputs: Tensor) -> list[Tensor | None]:
-        with values_watched(kept):
-            return function(*inputs)
-
+    attempts = Attempts()
     try:
-        with (
-            TRACING,
-            traced_values(abstract),
-            kernels,
-            torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS),
-            reverse_in_forward_refused(),
-            explained(),
-        ):
+        with TRACING, kernels, torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS), explained():
             before = _drawn_on_host()
-            root = make_fx(watched)(*arguments)
+            root = record_graph(function, arguments)
             if _drawn_on_host() != before:
                 raise TraceError(
                     f"{problem.name}: expected a loss that draws random numbers by torch alone; it draws by Python's "
@@ -195,8 +169,8 @@ def _recorded(
                 )
             graph = copied(root.graph)
             if not attempts.call(functionalized, graph, otherwise=False):
-                root = _retraced(root, arguments, problem.name)
-                graph = root.graph
+                kept, root = root.meta[KEPT], _retraced(root, arguments, problem.name)
+                root.meta[KEPT], graph = kept, root.graph
             refuse_side_effects(graph)
     except ControlFlowError as error:
         here = leaves(problem.weights)
@@ -212,26 +186,19 @@ def _recorded(
                 f"{problem.name}: expected a loss without saved-tensor hooks; got some: {_HOOKS}: "
                 "switch checkpointing off, since a trace keeps what it needs anyway, or use engine='eager'"
             ) from error
-        if str(error) == REVERSE_IN_FORWARD:
+        if isinstance(error, LayoutError):
             raise TraceError(
-                f"{problem.name}: expected derivatives inside the loss that a trace can follow; got {error}: write "
-                "it with reverse mode alone (torch.func.jacrev), or use engine='eager'"
+                f"{problem.name}: expected tensors with strides, or sparse ones in COO format; got {error}, a "
+                f"compressed sparse one at {innermost_line(error)}: use Tensor.to_sparse_coo or to_dense, or "
+                "use engine='recorded' or engine='eager'"
             ) from error
-        if WITHOUT_STRIDES in str(error):
+        if isinstance(error, ValueDependenceError):
             raise TraceError(
-                f"{problem.name}: expected tensors with strides, or sparse ones in COO format; got a compressed sparse "
-                f"one at {innermost_line(error)}, which torch cannot trace: convert it by Tensor.to_sparse_coo or "
-                "to_dense, or use engine='eager'"
-            ) from error
-        if isinstance(error, ValueDependenceError) or says_data_dependent(error):
-            asks = error if isinstance(error, ValueDependenceError) else "Python asks for the value of a tensor"
-            raise TraceError(
-                f"{problem.name}: expected a loss without control flow and sizes that depend on tensor values; {asks} "
+                f"{problem.name}: expected a loss without control flow and sizes that depend on tensor values; {error} "
                 f"at {innermost_line(error)}: keep it a tensor (torch.where in place of if and of indexing by a mask, "
                 "one_hot with num_classes), or use engine='recorded' or engine='eager'"
             ) from error
         raise
-    root.meta[KEPT] = kept
     return graph, root, tuple(attempts.undone)
 
 

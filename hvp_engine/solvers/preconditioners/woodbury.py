@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hvp_engine._support.arguments import check_count
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.pytree import check_like, flatten
+from hvp_engine._support.torch_compat import broadcast_shapes
 from hvp_engine.solvers.preconditioners.layers import (
     checked_weights,
     hessian_roots,
@@ -193,7 +194,7 @@ def _diagonals(diagonal: Any, weights: Mapping[str, Tensor], leaves: list[Tensor
     for name, part, leaf in zip(weights, parts, leaves, strict=True):
         if not bool((torch.isfinite(part) & (part > 0)).all()):
             raise ValueError(f"diagonal: expected finite values > 0; got {float(part.min()):.3g} for {name!r}")
-        if torch.broadcast_shapes(part.shape, leaf.shape) != leaf.shape:
+        if broadcast_shapes(part.shape, leaf.shape) != leaf.shape:
             raise ValueError(
                 f"diagonal: expected a shape that broadcasts to {tuple(leaf.shape)}, that of {name!r}; got "
                 f"{tuple(part.shape)}"

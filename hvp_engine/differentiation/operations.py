@@ -1,7 +1,8 @@
-"""What a recorder of products has to know about operators."""
+"""What recorders of operations have to know about operators."""
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -34,9 +35,16 @@ TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
 
 @dataclass(frozen=True)
 class Kind:
-    """What a recorder has to know of an operator."""
+    """What a recorder has to know of an operator.
+
+    Attributes:
+        written: the arguments that it writes to, each by its place and by its name.
+        sized: whether known values decide the shape of the result, which is written down with them.
+        refused: why a product with this operator in it cannot be written down.
+    """
 
     mutates: bool
+    written: frozenset[int | str]
     sized: bool
     refused: str
 
@@ -53,4 +61,18 @@ def kind_of_operation(operation: Any) -> Kind:
         refused = f"{operation} draws random numbers"
     if not sized and {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags):
         refused = f"{operation} looks at values"
-    return Kind(schema.is_mutable, sized, refused)
+    places = {place for place, there in enumerate(written) if there}
+    return Kind(
+        schema.is_mutable, frozenset(places | {schema.arguments[place].name for place in places}), sized, refused
+    )
+
+
+@cache
+def may_be_view(operation: Any) -> bool:
+    """Whether the result may share memory with the first argument."""
+    if operation is operator.getitem:
+        return True
+    schema = schema_of(operation)
+    if schema is None:  # unknown: be careful
+        return True
+    return any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)

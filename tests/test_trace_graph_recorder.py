@@ -1,0 +1,180 @@
+"""The recorder of graphs: what it writes down, what it refuses, and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
+
+from hvp_engine.differentiation.trace.graph_recorder import KEPT, record_graph
+from hvp_engine.differentiation.trace.value_watch import ControlFlowError, ValueDependenceError
+
+X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+Y = torch.tensor([3.0, 1.0, 4.0], dtype=torch.float64)
+OUTSIDE = torch.tensor([2.0, 7.0, 1.0], dtype=torch.float64)
+aten = torch.ops.aten
+
+
+def recorded_right(function: Callable[..., Any], *arguments: Tensor) -> torch.fx.GraphModule:
+    """The graph, which gives what the function gives at other arguments, too."""
+    module = record_graph(function, arguments)
+    others = [argument * 1.5 + 0.1 for argument in arguments]
+    for point in (arguments, others):
+        torch.testing.assert_close(module(*point), function(*point))
+    return module
+
+
+def second_derivative(x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad((x.sin() * OUTSIDE).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient @ OUTSIDE, x)[0]
+
+
+def in_place(x: Tensor) -> Tensor:
+    y = x * 2
+    y.add_(1).mul_(x)
+    return y
+
+
+def foreach(x: Tensor) -> list[Tensor]:
+    y = [x * 2, x.sin()]
+    torch._foreach_add_(y, 1.0)
+    return y
+
+
+def by_numbers(x: Tensor) -> Tensor:
+    scale = torch.tensor([1.0, 2.0, 3.0], dtype=x.dtype)
+    scale[0] += 5.0
+    return x * scale
+
+
+def in_inference_mode(x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return x.reshape(1, 3).matmul(OUTSIDE.clone())
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
+    "several results": lambda x: x.sort(),
+    "parts": lambda x: [part * 2 for part in x.split(2)],
+    "a tensor from outside": lambda x: x * OUTSIDE + OUTSIDE,
+    "an input as it is": lambda x: (x, x),
+    "None among results": lambda x: [x.exp(), None],
+    "second derivative": second_derivative,
+    "written in place": in_place,
+    "lists written in place": foreach,
+    "numbers": by_numbers,
+    "vmap": lambda x: torch.vmap(lambda row: row.sin().sum())(torch.outer(x, OUTSIDE)),
+    "grad of func": torch.func.grad(lambda x: (x**3).sum()),
+    "forward over reverse": lambda x: torch.func.jvp(torch.func.grad(lambda y: (y**3).sum()), (x,), (OUTSIDE,))[1],
+    "hessian": torch.func.hessian(lambda x: (x.sin() * OUTSIDE).prod()),
+    "inference mode": in_inference_mode,
+    "a subclass": lambda x: TwoTensor(x, x * 2).sin().b,
+    "by name": lambda x: torch.sum(input=x.expand(2, 3), dim=[0], keepdim=True),
+    "factories": lambda x: torch.arange(3, dtype=x.dtype) * x + torch.full((3,), 2.0, dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_graphs(name: str) -> None:
+    recorded_right(FUNCTIONS[name], X)
+
+
+def test_nodes_know_what_their_values_are_like() -> None:
+    module = recorded_right(lambda x: x.sort(), X)
+    node = next(node for node in module.graph.nodes if node.target is aten.sort.default)
+    assert [(t.shape, t.dtype) for t in node.meta["val"]] == [(X.shape, X.dtype), (X.shape, torch.int64)]
+
+
+def test_an_input_that_the_function_has_from_outside_too() -> None:
+    """It is that tensor on all calls."""
+    module = record_graph(lambda x: x * X, [X])
+    torch.testing.assert_close(module(Y), Y * X)
+
+
+VALUES: dict[str, tuple[Callable[[Tensor], Any], int]] = {
+    "of numbers": (lambda x: x * torch.tensor([2.0, 3.0]).sum().item(), 1),
+    "from outside": (lambda x: x * OUTSIDE.max().item(), 1),
+    "from outside, twice": (lambda x: x * (OUTSIDE + Y).tolist()[0], 2),
+    "a mask from outside": (lambda x: x[OUTSIDE > 1.5].sum(), 1),
+    "of shapes": (lambda x: x * torch.ones_like(x).numel(), 0),
+    "factories": (lambda x: x * torch.ones(3).sum().item(), 0),
+    "written from outside": (lambda x: x * torch.zeros(3).add_(OUTSIDE).sum().item(), 1),
+    "beside a write": (lambda x: (x * 2).add_(OUTSIDE) * OUTSIDE.max().item(), 1),
+    "numpy": (lambda x: x * float(OUTSIDE.numpy().max()), 1),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_that_no_input_decides_are_kept(name: str) -> None:
+    function, count = VALUES[name]
+    module = record_graph(function, [X])
+    assert len({id(tensor) for tensor in module.meta[KEPT]}) == count
+    torch.testing.assert_close(module(Y), function(Y))
+
+
+def written_through_a_view(x: Tensor) -> Tensor:
+    y = torch.zeros(3, dtype=x.dtype)
+    y[0] = x.sum()
+    return x * (y * 1).sum().item()
+
+
+def written_through_a_view_of_a_view(x: Tensor) -> Tensor:
+    y = torch.zeros(2, 3, dtype=x.dtype)
+    row, column = y[0], y.t()[0]
+    column.copy_(x[:2])
+    return x * row.sum().item()
+
+
+def written_as_a_list(x: Tensor) -> Tensor:
+    y = [torch.zeros(3, dtype=x.dtype)]
+    torch._foreach_add_(y, [x])
+    return x * y[0].sum().item()
+
+
+def written_by_name(x: Tensor) -> Tensor:
+    y = torch.zeros(3, dtype=x.dtype)
+    torch.sin(x, out=y)
+    return x * y.sum().item()
+
+
+DEPENDENT: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda x: x * x.sum().item(),
+    "bool": lambda x: x if x.sum() > 0 else -x,
+    "tolist": lambda x: x * x.tolist()[0],
+    "numpy": lambda x: x * float(x.numpy()[0]),
+    "mask": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+    "equal": lambda x: x * float(torch.equal(x, X)),
+    "view": written_through_a_view,
+    "view of a view": written_through_a_view_of_a_view,
+    "list": written_as_a_list,
+    "out": written_by_name,
+    "random": lambda x: x * torch.rand(3).sum().item(),
+    "random in place": lambda x: x * torch.zeros(3).uniform_().sum().item(),
+    "random, by way of a mask": lambda x: OUTSIDE[torch.rand(3) > 0.5].sum() * x,
+}
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_values_of_inputs_and_random_ones_are_refused(name: str) -> None:
+    with pytest.raises(ValueDependenceError):
+        record_graph(DEPENDENT[name], [X])
+
+
+def test_functions_of_functions_are_refused() -> None:
+    with pytest.raises(ControlFlowError, match="cond"):
+        record_graph(lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, [x]), [X])
+
+
+def test_nothing_is_left_on_tensors_from_outside() -> None:
+    before = dict(vars(OUTSIDE)), dict(vars(X))
+    record_graph(lambda x: x * OUTSIDE + X, [X])
+    assert (dict(vars(OUTSIDE)), dict(vars(X))) == before
+    with pytest.raises(ZeroDivisionError):
+        record_graph(lambda x: x * OUTSIDE / (1 // 0), [X])
+    assert dict(vars(OUTSIDE)) == before[0]

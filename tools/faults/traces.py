@@ -1,0 +1,50 @@
+"""Faults of the recorder of graphs and of tensors without values."""
+
+from tools.faults.base import Fault
+
+RECORDER, RECORDED = "hvp_engine/differentiation/trace/graph_recorder.py", "tests/test_trace_graph_recorder.py"
+
+FAULTS = [
+    Fault(
+        RECORDER,
+        "        self.keep(*asked(func, args, keywords, result))\n",
+        "",
+        "tests/test_trace_values.py -k not_traced",
+        "a trace keeps how many ones the first batch's mask had",
+    ),
+    Fault(
+        RECORDER,
+        "nodes += [*node.all_input_nodes, *self._writes.get(node, ())]",
+        "nodes += node.all_input_nodes",
+        RECORDED,
+        "what is written through a view does not change the tensor",
+    ),
+    Fault(
+        RECORDER,
+        'node.op == "placeholder" or torch.Tag.nondeterministic_seeded in tags_of(node.target)',
+        'node.op == "placeholder"',
+        RECORDED,
+        "a random number that Python reads is the same in all calls",
+    ),
+    Fault(
+        RECORDER,
+        "_INSTEAD = WITH_MEMORY | {aten.lift_fresh.default: aten.lift_fresh_copy.default}",
+        "_INSTEAD = WITH_MEMORY",
+        RECORDED,
+        "a tensor made of numbers keeps what was written into it",
+    ),
+    Fault(
+        RECORDER,
+        "        value = tensor.detach()\n",
+        "        value = tensor\n",
+        RECORDED,
+        "a tensor that the loss reads beside its batch is taken for the batch's",
+    ),
+    Fault(
+        "hvp_engine/differentiation/abstract_tensor.py",
+        "[1 if dim in summed else size for dim, size in enumerate(x.shape) if keep or dim not in summed]",
+        "[1 if dim in summed else size for dim, size in enumerate(x.shape) if dim not in summed]",
+        "tests/test_abstract_tensor.py",
+        "a sum that keeps its dimensions is thought to have lost them",
+    ),
+]
