@@ -14,7 +14,7 @@ from hvp_engine.differentiation.native.conversion import Conversion
 from hvp_engine.differentiation.native.extension import Slots
 from hvp_engine.differentiation.native.memory_plan import plan
 from hvp_engine.differentiation.native.places import row_major
-from hvp_engine.differentiation.trace.graph_recorder import GraphRecorder
+from hvp_engine.differentiation.trace.graph_recorder import record_graph
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -58,18 +58,7 @@ def by_extension(
 
 def graph_of(function: Function, known: Sequence[Tensor], tangents: Sequence[Tensor]) -> fx.GraphModule:
     """The function as a graph of PyTorch's operators."""
-    recorder = _AtAnyValues()
-    inputs = [recorder.placeholder(tensor) for tensor in (*known, *tangents)]
-    with recorder:
-        results = function(*inputs)
-    return recorder.finish(_as_tuple(results))
-
-
-class _AtAnyValues(GraphRecorder):
-    """Takes sizes that values decide for fixed, as programs do for each size that they meet."""
-
-    def keep(self, tensors: Sequence[Tensor], asks: str) -> None:
-        pass
+    return record_graph(lambda *arguments: _as_tuple(function(*arguments)), [*known, *tangents])
 
 
 def _as_tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

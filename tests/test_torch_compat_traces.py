@@ -44,9 +44,8 @@ def test_operators_that_run_functions_are_told() -> None:
 def test_operators_that_autograd_replaces() -> None:
     aten = torch.ops.aten
     assert all(map(torch_compat_traces.is_composite, (aten.matmul.default, aten.reshape.default)))
-    assert not any(
-        map(torch_compat_traces.is_composite, (aten.mm.default, aten.view.default, aten.silu_backward.default))
-    )
+    plain = aten.mm.default, aten.view.default, aten.silu_backward.default
+    assert not any(map(torch_compat_traces.is_composite, plain))
 
 
 def test_classes_of_tensors_with_a_dispatch_of_their_own() -> None:

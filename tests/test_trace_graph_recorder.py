@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
-from hvp_engine.differentiation.trace.graph_recorder import KEPT, record_graph
-from hvp_engine.differentiation.trace.value_watch import ControlFlowError, ValueDependenceError
+from hvp_engine.differentiation.trace.graph_recorder import ControlFlowError, record_graph
+from hvp_engine.differentiation.trace.value_watch import KEPT, ValueDependenceError, WatchfulRecorder
 
 X = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 Y = torch.tensor([3.0, 1.0, 4.0], dtype=torch.float64)
@@ -112,7 +112,7 @@ VALUES: dict[str, tuple[Callable[[Tensor], Any], int]] = {
 @pytest.mark.parametrize("name", VALUES)
 def test_values_that_no_input_decides_are_kept(name: str) -> None:
     function, count = VALUES[name]
-    module = record_graph(function, [X])
+    module = WatchfulRecorder().record(function, [X])
     assert len({id(tensor) for tensor in module.meta[KEPT]}) == count
     torch.testing.assert_close(module(Y), function(Y))
 
@@ -163,7 +163,7 @@ DEPENDENT: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("name", DEPENDENT)
 def test_values_of_inputs_and_random_ones_are_refused(name: str) -> None:
     with pytest.raises(ValueDependenceError):
-        record_graph(DEPENDENT[name], [X])
+        WatchfulRecorder().record(DEPENDENT[name], [X])
 
 
 def test_functions_of_functions_are_refused() -> None:

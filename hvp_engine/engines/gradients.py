@@ -22,7 +22,8 @@ from hvp_engine.differentiation.native.graph_program import GraphProgram
 from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.differentiation.self_check import Schedule, difference_of_products, is_rounding
 from hvp_engine.differentiation.trace.partial_evaluation import floating_dtypes
-from hvp_engine.differentiation.trace.tracing import KEPT, trace_gradient
+from hvp_engine.differentiation.trace.tracing import trace_gradient
+from hvp_engine.differentiation.trace.value_watch import KEPT
 from hvp_engine.engines.choice import describe
 from hvp_engine.engines.surroundings import Surroundings
 

@@ -18,7 +18,8 @@ from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.differentiation.self_check import disagreement
 from hvp_engine.differentiation.trace.partial_evaluation import Partition, partition
-from hvp_engine.differentiation.trace.tracing import KEPT, trace
+from hvp_engine.differentiation.trace.tracing import trace
+from hvp_engine.differentiation.trace.value_watch import KEPT
 from hvp_engine.engines.base import Engine, Whole
 from hvp_engine.engines.eager import EagerEngine
 from hvp_engine.engines.functions import Functions, Refused, TracedLinearization

@@ -3,24 +3,25 @@
 from tools.faults.base import Fault
 
 RECORDER, RECORDED = "hvp_engine/differentiation/trace/graph_recorder.py", "tests/test_trace_graph_recorder.py"
+WATCH = "hvp_engine/differentiation/trace/value_watch.py"
 
 FAULTS = [
     Fault(
-        RECORDER,
-        "        self.keep(*asked(func, args, keywords, result))\n",
+        WATCH,
+        "        self._keep(*_asked(func, args, keywords, result))\n",
         "",
         "tests/test_trace_values.py -k not_traced",
         "a trace keeps how many ones the first batch's mask had",
     ),
     Fault(
-        RECORDER,
+        WATCH,
         "nodes += [*node.all_input_nodes, *self._writes.get(node, ())]",
         "nodes += node.all_input_nodes",
         RECORDED,
         "what is written through a view does not change the tensor",
     ),
     Fault(
-        RECORDER,
+        WATCH,
         'node.op == "placeholder" or torch.Tag.nondeterministic_seeded in tags_of(node.target)',
         'node.op == "placeholder"',
         RECORDED,
@@ -35,8 +36,8 @@ FAULTS = [
     ),
     Fault(
         RECORDER,
-        "        value = tensor.detach()\n",
-        "        value = tensor\n",
+        "inputs = [tensor.detach() for tensor in arguments]",
+        "inputs = list(arguments)",
         RECORDED,
         "a tensor that the loss reads beside its batch is taken for the batch's",
     ),

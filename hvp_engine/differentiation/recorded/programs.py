@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import operator
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from hvp_engine._support.torch_compat import below_autograd
-from hvp_engine._support.torch_compat_traces import graph_module
-from hvp_engine.differentiation.abstract_tensor import abstract
 from hvp_engine.differentiation.recorded.product_recorder import Constant, RecordedProduct, Value
 from hvp_engine.differentiation.self_check import Schedule
 from hvp_engine.differentiation.trace.evaluated import PartitionFunctions
 from hvp_engine.differentiation.trace.functionalize import functionalized, refuse_side_effects, retraced
+from hvp_engine.differentiation.trace.graph_recorder import record_graph
 from hvp_engine.differentiation.trace.partial_evaluation import partition
 from hvp_engine.differentiation.trace.rewriting import Attempts, copied
 from hvp_engine.differentiation.trace.tracing import TRACING, Trace
@@ -53,82 +51,46 @@ class Program:
 
 def traced(product: RecordedProduct, tangents: Sequence[Tensor]) -> Trace:
     """The product as a graph. It is run once on the way, for the shapes and strides of its values."""
-    constants = product.constants
-    arguments = (*constants, *tangents)
-    graph = _graph(product, tangents)
+    arguments = (*product.constants, *tangents)
+    copies = [tangent.clone(memory_format=torch.preserve_format) for tangent in tangents]  # it may write to them
+    root = record_graph(partial(_run, product), (*product.constants, *copies))
     attempts = Attempts()
-    candidate = copied(graph)
-    root = graph_module(torch.nn.Module(), graph)
-    if not attempts.call(functionalized, candidate, otherwise=False):
+    graph = copied(root.graph)
+    if not attempts.call(functionalized, graph, otherwise=False):
         with TRACING:
-            root = retraced(root, graph, arguments)
-        candidate = root.graph
-    refuse_side_effects(candidate)
-    return Trace(candidate, root, len(tangents), 0, arguments, tuple(attempts.undone))
+            root = retraced(root, root.graph, arguments)
+        graph = root.graph
+    refuse_side_effects(graph)
+    return Trace(graph, root, len(tangents), 0, arguments, tuple(attempts.undone))
 
 
-def _graph(product: RecordedProduct, tangents: Sequence[Tensor]) -> fx.Graph:
-    graph = fx.Graph()
-    known: list[fx.Node] = []
-    for number, tensor in enumerate(product.constants):
-        known.append(graph.placeholder(f"constant_{number}"))
-        known[number].meta["val"] = abstract(tensor)
-    values: list[_Computed | None] = []
-    for number, tensor in enumerate(tangents):
-        node = graph.placeholder(f"tangent_{number}")
-        node.meta["val"] = abstract(tensor)
-        values.append(_Computed(node, tensor.clone(memory_format=torch.preserve_format)))
-    for number, (tensor, fill) in enumerate(zip(product.constants, product.fills, strict=True)):
-        if fill is not None:  # nothing that has to be handed over
-            keywords: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device}
-            known[number] = graph.call_function(aten.full.default, (tuple(tensor.shape), fill), keywords)
-            known[number].meta["val"] = abstract(tensor)
-    constants = [_Computed(node, tensor) for node, tensor in zip(known, product.constants, strict=True)]
+def _run(product: RecordedProduct, *arguments: Tensor) -> list[Tensor | None]:
+    """The product's outputs from its constants and tangents, with no value kept longer than it is needed."""
+    count = len(product.constants)
+    constants = [
+        # Nothing that has to be handed over.
+        known if fill is None else aten.full.default(known.shape, fill, dtype=known.dtype, device=known.device)
+        for known, fill in zip(arguments[:count], product.fills, strict=True)
+    ]
+    values: list[Tensor | None] = list(arguments[count:])
     last = _last_reads(product)
     for index, entry in enumerate(product.entries):
-        arguments = tuple(_filled(entry.arguments, constants, values, "node"))
-        named: dict[str, Any] = {name: _filled(value, constants, values, "node") for name, value in entry.keywords}
-        node = graph.call_function(entry.operation, arguments, named)
-        result = entry.operation(
-            *_filled(entry.arguments, constants, values, "tensor"),
-            **{name: _filled(value, constants, values, "tensor") for name, value in entry.keywords},
-        )
+        named = {name: _filled(value, constants, values) for name, value in entry.keywords}
+        result = entry.operation(*_filled(entry.arguments, constants, values), **named)
         if isinstance(result, Tensor):
-            node.meta["val"] = abstract(result)
-            values.append(_Computed(node, result))
+            values.append(result)
         else:
-            node.meta["val"] = tuple(abstract(t) if isinstance(t, Tensor) else t for t in result)
-            for place, tensor in enumerate(result):
-                if isinstance(tensor, Tensor):
-                    item = graph.call_function(operator.getitem, (node, place))
-                    item.meta["val"] = node.meta["val"][place]
-                    values.append(_Computed(item, tensor))
-                else:
-                    values.append(None)
+            values += [part if isinstance(part, Tensor) else None for part in result]
         for value in _values((entry.arguments, entry.keywords)):
             if last[value.number] == index:
-                computed = values[value.number]
-                assert computed is not None
-                computed.tensor = None
-    graph.output([None if value is None else _filled(value, constants, values, "node") for value in product.outputs])
-    return graph
-
-
-@dataclass
-class _Computed:
-    """A value: its node, and its tensor as long as it is needed."""
-
-    node: fx.Node
-    tensor: Tensor | None
+                values[value.number] = None
+    return [None if value is None else _filled(value, constants, values) for value in product.outputs]
 
 
 def _last_reads(product: RecordedProduct) -> dict[int, int]:
-    """For each value the last entry that reads it."""
-    return {
-        value.number: index
-        for index, entry in enumerate(product.entries)
-        for value in _values((entry.arguments, entry.keywords))
-    }
+    """For each value the last entry that reads it; the number of entries for outputs."""
+    reads = [*((entry.arguments, entry.keywords) for entry in product.entries), tuple(product.outputs)]
+    return {value.number: index for index, read in enumerate(reads) for value in _values(read)}
 
 
 def _values(argument: Any) -> Iterator[Value]:
@@ -139,14 +101,14 @@ def _values(argument: Any) -> Iterator[Value]:
             yield from _values(part)
 
 
-def _filled(argument: Any, constants: Sequence[_Computed], values: Sequence[_Computed | None], what: str) -> Any:
-    """`argument` with the nodes or tensors, as `what` says, in place of values and constants."""
+def _filled(argument: Any, constants: Sequence[Tensor], values: Sequence[Tensor | None]) -> Any:
+    """`argument` with tensors in place of values and constants."""
     if type(argument) is Constant:
-        return getattr(constants[argument.number], what)
+        return constants[argument.number]
     if type(argument) is Value:
-        return getattr(values[argument.number], what)
+        return values[argument.number]
     if type(argument) is tuple:
-        return [_filled(part, constants, values, what) for part in argument]
+        return [_filled(part, constants, values) for part in argument]
     return argument
 
 

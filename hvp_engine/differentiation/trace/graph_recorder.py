@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,8 +29,7 @@ from hvp_engine._support.torch_compat_traces import (
     is_higher_order,
 )
 from hvp_engine.differentiation.abstract_tensor import abstract
-from hvp_engine.differentiation.operations import METADATA, WITH_MEMORY, kind_of_operation, may_be_view
-from hvp_engine.differentiation.trace.value_watch import ControlFlowError, ValueDependenceError, ValueReads, asked
+from hvp_engine.differentiation.operations import METADATA, WITH_MEMORY
 
 aten = torch.ops.aten
 
@@ -38,20 +39,37 @@ _NODE = "_hvp_engine_node"
 _INSTEAD = WITH_MEMORY | {aten.lift_fresh.default: aten.lift_fresh_copy.default}
 """What is done instead: a tensor that Python code makes of numbers (torch.tensor) is new at each run."""
 
-KEPT = "tensors whose values the graph keeps"
-"""Where the `meta` of a recorded module has them; other values in them make the graph wrong."""
+
+class ControlFlowError(RuntimeError):
+    """A graph would have to follow an operator that runs functions."""
 
 
 class LayoutError(RuntimeError):
     """A tensor is laid out as no graph can hold it."""
 
 
-class GraphRecorder(DispatchMode):
-    """Writes every operation into `module.graph`.
+class _Way(Enum):
+    """What is done about an operator."""
 
-    Attributes:
-        kept: tensors from outside whose values the graph keeps.
-    """
+    WRITTEN = auto()
+    NUMBER = auto()
+    """It gives Python a number."""
+    REPLACED = auto()
+    REFUSED = auto()
+
+
+@cache
+def _way(operation: Any) -> tuple[Any, _Way]:
+    """What is done in place of an operator, and how."""
+    if is_higher_order(operation):
+        return operation, _Way.REFUSED
+    if operation in METADATA or torch.Tag.data_dependent_output in tags_of(operation):
+        return operation, _Way.NUMBER
+    return _INSTEAD.get(operation, operation), _Way.REPLACED if is_composite(operation) else _Way.WRITTEN
+
+
+class GraphRecorder(DispatchMode):
+    """Writes down every operation, with the values of that moment for what Python reads, and their sizes."""
 
     supports_higher_order_operators = True
 
@@ -59,57 +77,50 @@ class GraphRecorder(DispatchMode):
         super().__init__()
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
-        self.kept: list[Tensor] = []
         self._outside: list[Tensor] = []
-        self._writes: dict[fx.Node, list[fx.Node]] = {}
 
-    def placeholder(self, tensor: Tensor) -> Tensor:
-        """A new input, like `tensor`."""
-        value = tensor.detach()
-        self._stands_for(self.graph.placeholder(f"input_{len(self.graph.nodes)}"), value)
-        return value
+    def record(self, function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.GraphModule:
+        """What `function` computes of `arguments`: a tensor, or a list or tuple of tensors and None.
+
+        Raises :class:`ControlFlowError` and :class:`LayoutError`.
+        """
+        inputs = [tensor.detach() for tensor in arguments]
+        for number, value in enumerate(inputs):
+            self._stands_for(self.graph.placeholder(f"input_{number}"), value)
+        try:
+            with compiled_code_discarded(), self:
+                results = function(*inputs)
+            self.graph.output(self._encode(results))
+        finally:  # leave nothing on tensors that live on
+            for tensor in self._outside:
+                vars(tensor).pop(_NODE, None)
+        return graph_module(self.root, self.graph)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if any(map(has_own_dispatch, types)):
+        if types and any(map(has_own_dispatch, types)):
             return NotImplemented  # which makes it operations on what it holds
         with without_torch_functions():
-            return self._recorded(_INSTEAD.get(func, func), args, kwargs or {})
+            return self._recorded(*_way(func), args, kwargs or {})
 
-    def _recorded(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        if is_higher_order(func):
+    def _recorded(self, func: Any, way: _Way, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        node = None
+        if way is _Way.WRITTEN:
+            node = self.graph.call_function(func, self._encode(args), self._encode(keywords))
+        elif way is _Way.REFUSED:
             raise ControlFlowError(str(func))
-        if func in METADATA:
-            return func(*args, **keywords)
-        if is_composite(func):
+        elif way is _Way.REPLACED:
             with self:
                 return func.decompose(*args, **keywords)
-        if torch.Tag.data_dependent_output not in tags_of(func):
-            node = self.graph.call_function(func, self._encode(args), self._encode(keywords))
-            if kind_of_operation(func).mutates:
-                self._note_write(node)
-            result = func(*args, **keywords)
+        result = func(*args, **keywords)
+        if node is not None:
             self._stands_for(node, result)
-        else:
-            result = func(*args, **keywords)
-        self.keep(*asked(func, args, keywords, result))
+        self.done(func, node, args, keywords, result)
         return result
 
-    def keep(self, tensors: Sequence[Tensor], asks: str) -> None:
-        """Note what these tensors, whose values the graph keeps, are computed from; an error where that may change."""
-        for tensor in tensors:
-            self.kept += self._sources(tensor, asks)
-
-    def finish(self, results: Any) -> fx.GraphModule:
-        """The graph that gives `results`: a tensor, or a list or tuple of tensors and None."""
-        self.graph.output(self._encode(results))
-        module = graph_module(self.root, self.graph)
-        module.meta[KEPT] = self.kept
-        return module
-
-    def forget(self) -> None:
-        """Leave nothing on tensors that live on."""
-        for tensor in self._outside:
-            vars(tensor).pop(_NODE, None)
+    def done(
+        self, func: Any, node: fx.Node | None, args: tuple[Any, ...], keywords: dict[str, Any], result: Any
+    ) -> None:
+        """An operation was done; without a node where it gives Python a number."""
 
     def _stands_for(self, node: fx.Node, result: Any) -> None:
         if isinstance(result, Tensor):
@@ -123,30 +134,16 @@ class GraphRecorder(DispatchMode):
                 if isinstance(part, Tensor):
                     self._stands_for(self.graph.call_function(operator.getitem, (node, place)), part)
 
-    def _note_write(self, node: fx.Node) -> None:
-        """Remember it for what it writes to, and for what that is a view of: x[0] = w changes x by select(x, 0)."""
-        kind = kind_of_operation(node.target)
-        targets = [part for place, part in enumerate(node.args) if place in kind.written]
-        targets += [part for name, part in node.kwargs.items() if name in kind.written]
-        while targets:
-            target = targets.pop()
-            if isinstance(target, (list, tuple)):
-                targets += target
-            elif isinstance(target, fx.Node):
-                self._writes.setdefault(target, []).append(node)
-                if target.op == "call_function" and may_be_view(target.target):
-                    targets.append(target.args[0])
-
     def _encode(self, argument: Any) -> Any:
         if isinstance(argument, Tensor):
-            return self._node(argument)
+            return self.node_of(argument)
         if isinstance(argument, (list, tuple)):
             return type(argument)([self._encode(part) for part in argument])
         if isinstance(argument, dict):
             return {name: self._encode(value) for name, value in argument.items()}
         return argument
 
-    def _node(self, tensor: Tensor) -> fx.Node:
+    def node_of(self, tensor: Tensor) -> fx.Node:
         node: fx.Node | None = getattr(tensor, _NODE, None)
         if node is None or node.graph is not self.graph:
             name = f"outside_{len(self._outside)}"
@@ -156,30 +153,7 @@ class GraphRecorder(DispatchMode):
             self._stands_for(node, tensor)
         return node
 
-    def _sources(self, tensor: Tensor, asks: str) -> list[Tensor]:
-        """The tensors from outside of which this one is computed; an error if inputs or random numbers are among
-        them."""
-        nodes, seen, sources = [self._node(tensor)], set[fx.Node](), list[Tensor]()
-        while nodes:
-            node = nodes.pop()
-            if node.op == "placeholder" or torch.Tag.nondeterministic_seeded in tags_of(node.target):
-                raise ValueDependenceError(asks)
-            if node.op == "get_attr":
-                sources.append(getattr(self.root, str(node.target)))
-            if node not in seen:
-                seen.add(node)
-                nodes += [*node.all_input_nodes, *self._writes.get(node, ())]
-        return sources
-
 
 def record_graph(function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.GraphModule:
-    """What `function` computes of `arguments`; :class:`ControlFlowError`, :class:`ValueDependenceError`,
-    :class:`LayoutError`."""
-    recorder = GraphRecorder()
-    inputs = [recorder.placeholder(tensor) for tensor in arguments]
-    try:
-        with compiled_code_discarded(), recorder, ValueReads(recorder.keep):
-            results = function(*inputs)
-        return recorder.finish(results)
-    finally:
-        recorder.forget()
+    """See :meth:`GraphRecorder.record`."""
+    return GraphRecorder().record(function, arguments)

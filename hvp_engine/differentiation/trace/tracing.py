@@ -27,7 +27,7 @@ from hvp_engine.differentiation.gradient import derivatives
 from hvp_engine.differentiation.missing_derivatives import ThirdDerivativeError, explained
 from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.differentiation.trace.functionalize import functionalized, refuse_side_effects, retraced
-from hvp_engine.differentiation.trace.graph_recorder import KEPT, LayoutError, record_graph
+from hvp_engine.differentiation.trace.graph_recorder import ControlFlowError, LayoutError
 from hvp_engine.differentiation.trace.memory_format import (
     NoStatistics,
     channels_last,
@@ -35,7 +35,7 @@ from hvp_engine.differentiation.trace.memory_format import (
     prefer_channels_last,
 )
 from hvp_engine.differentiation.trace.rewriting import Attempts, copied
-from hvp_engine.differentiation.trace.value_watch import ControlFlowError, ValueDependenceError
+from hvp_engine.differentiation.trace.value_watch import KEPT, ValueDependenceError, WatchfulRecorder
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
@@ -160,7 +160,7 @@ def _recorded(
     try:
         with TRACING, kernels, torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS), explained():
             before = _drawn_on_host()
-            root = record_graph(function, arguments)
+            root = WatchfulRecorder().record(function, arguments)
             if _drawn_on_host() != before:
                 raise TraceError(
                     f"{problem.name}: expected a loss that draws random numbers by torch alone; it draws by Python's "

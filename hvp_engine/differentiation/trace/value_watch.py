@@ -11,12 +11,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from hvp_engine._support.torch_compat import tags_of
+from hvp_engine.differentiation.operations import kind_of_operation, may_be_view
+from hvp_engine.differentiation.trace.graph_recorder import GraphRecorder
 
 aten = torch.ops.aten
+
+KEPT = "tensors whose values the graph keeps"
+"""Where the `meta` of a recorded module has them; other values in them make the graph wrong."""
 
 _READ_OUT = {"tolist", "numpy", "__array__", "__dlpack__"}
 
@@ -28,11 +33,61 @@ class ValueDependenceError(RuntimeError):
     """A graph would keep a value of its inputs; the message says what asks for it."""
 
 
-class ControlFlowError(RuntimeError):
-    """A graph would have to follow an operator that runs functions."""
+class WatchfulRecorder(GraphRecorder):
+    """Records graphs that hold for other inputs, or raises :class:`ValueDependenceError`.
+
+    Attributes:
+        kept: tensors from outside whose values the graph keeps.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+        self._writes: dict[fx.Node, list[fx.Node]] = {}
+
+    def record(self, function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.GraphModule:
+        with _Reads(self._keep):
+            module = super().record(function, arguments)
+        module.meta[KEPT] = self.kept
+        return module
+
+    def done(
+        self, func: Any, node: fx.Node | None, args: tuple[Any, ...], keywords: dict[str, Any], result: Any
+    ) -> None:
+        if node is not None and kind_of_operation(func).mutates:
+            self._note_write(node)
+        self._keep(*_asked(func, args, keywords, result))
+
+    def _keep(self, tensors: Sequence[Tensor], asks: str) -> None:
+        """Note what these tensors, whose values the graph keeps, are computed from; an error if inputs or random
+        numbers are among that."""
+        nodes, seen = [self.node_of(tensor) for tensor in tensors], set[fx.Node]()
+        while nodes:
+            node = nodes.pop()
+            if node.op == "placeholder" or torch.Tag.nondeterministic_seeded in tags_of(node.target):
+                raise ValueDependenceError(asks)
+            if node.op == "get_attr":
+                self.kept.append(getattr(self.root, str(node.target)))
+            if node not in seen:
+                seen.add(node)
+                nodes += [*node.all_input_nodes, *self._writes.get(node, ())]
+
+    def _note_write(self, node: fx.Node) -> None:
+        """Remember it for what it writes to, and for what that is a view of: x[0] = w changes x by select(x, 0)."""
+        kind = kind_of_operation(node.target)
+        targets = [part for place, part in enumerate(node.args) if place in kind.written]
+        targets += [part for name, part in node.kwargs.items() if name in kind.written]
+        while targets:
+            target = targets.pop()
+            if isinstance(target, (list, tuple)):
+                targets += target
+            elif isinstance(target, fx.Node):
+                self._writes.setdefault(target, []).append(node)
+                if target.op == "call_function" and may_be_view(target.target):
+                    targets.append(target.args[0])
 
 
-class ValueReads(TorchFunctionMode):
+class _Reads(TorchFunctionMode):
     """Tells `keep` (tensors, what asks) what Python reads from memory."""
 
     def __init__(self, keep: Callable[[Sequence[Tensor], str], None]):
@@ -46,7 +101,7 @@ class ValueReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def asked(func: Any, args: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> tuple[Sequence[Tensor], str]:
+def _asked(func: Any, args: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> tuple[Sequence[Tensor], str]:
     """The tensors whose values decide what Python sees of an operator's result, and how."""
     tags = tags_of(func)
     if torch.Tag.data_dependent_output in tags:
