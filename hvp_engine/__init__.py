@@ -26,10 +26,11 @@ from hvp_engine.hypergradients.fixed_point import FixedPointHypergradient
 from hvp_engine.hypergradients.implicit import Hypergradient, HypergradientResult
 from hvp_engine.hypergradients.influence import Influence, influence_matrix
 from hvp_engine.hypergradients.response import ResponseJacobian, response_jacobian
-from hvp_engine.operators.base import I, LinearOperator, solve
+from hvp_engine.operators.base import LinearOperator, solve
 from hvp_engine.operators.eigenvalues import ExtremeEigenvalues, SpectralDensity, extreme_eigenvalues, spectral_density
 from hvp_engine.operators.gauss_newton import GaussNewtonOperator
 from hvp_engine.operators.hessian import HessianOperator
+from hvp_engine.operators.identity import I
 from hvp_engine.operators.linear_model import LinearModelOperator
 from hvp_engine.operators.stochastic import StochasticHessianOperator
 from hvp_engine.ops.backend import use_backend

@@ -102,16 +102,26 @@ def test_any_position_is_found_again(name: str) -> None:
         assert all(same(a, b) for a, b in zip(again.take(6), expected, strict=True)), f"after {taken} batches"
 
 
-def test_workers_replay() -> None:
-    torch.manual_seed(0)
-    original = stream(DataLoader(Noisy(), batch_size=3, shuffle=True, num_workers=1))
-    original.take(2)
-    state = original.state_dict()
-    again = stream(DataLoader(Noisy(), batch_size=3, shuffle=True, num_workers=1))
+@pytest.mark.parametrize("taken", [2, 4, 5, 9])
+@pytest.mark.parametrize("dataset, persistent", [(Noisy(), False), (TensorDataset(NUMBERS), False), (NUMBERS, True)])
+def test_workers_replay(dataset: Any, persistent: bool, taken: int) -> None:
+    """Those that persist, in the order of the sampler alone: what they draw themselves goes on from epoch to epoch."""
+
+    def loader() -> DataLoader:
+        return DataLoader(dataset, batch_size=3, shuffle=True, num_workers=1, persistent_workers=persistent)
+
+    torch.manual_seed(0), random.seed(0), numpy.random.seed(0)
+    original = stream(loader())
+    original.take(taken)
+    state, outside = original.state_dict(), torch.get_rng_state()
+    expected = original.take(9)
+    torch.manual_seed(99)
+    again = stream(loader())
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         again.load_state_dict(state)
-    assert all(same(a, b) for a, b in zip(again.take(2), original.take(2), strict=True))
+    torch.set_rng_state(outside)
+    assert all(same(a, b) for a, b in zip(again.take(9), expected, strict=True))
 
 
 def test_other_random_draws_are_neither_disturbed_nor_felt() -> None:

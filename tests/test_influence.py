@@ -238,3 +238,14 @@ def test_the_example_prints_and_plots(monkeypatch: pytest.MonkeyPatch, capsys: A
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and "correlation" in lines[-1] and "nan" not in "".join(lines)
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+def test_a_bad_test_example_is_named_by_its_own_index_in_any_chunk() -> None:
+    x = torch.arange(1.0, 8.0)
+    bad = torch.where(x == 6.0, torch.nan, x)
+
+    def loss(w: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        return ((w - batch) ** 2).mean() / 2
+
+    with pytest.raises(hvp.NonFiniteError, match=r"^test_examples: .* first at index 5"):
+        hvp.influence_matrix(lambda v: v, loss, loss, x.mean(), x, bad, chunk=2)

@@ -447,3 +447,18 @@ def test_a_solver_for_symmetric_operators_refuses_another() -> None:
     jacobian = Tape([w * torch.tensor([1.0, 2.0]) + w.flip(0) * torch.tensor([3.0, 0.0])], [w], symmetric=False)
     with pytest.raises(ValueError, match=r"^solver: expected one that does not need a symmetric operator"):
         hvp.solve(jacobian, torch.ones(2, dtype=DTYPE), hvp.ConjugateGradient(3))
+
+
+def test_scipy_multiplies_complex_vectors() -> None:
+    numpy = pytest.importorskip("numpy")
+    pytest.importorskip("scipy")
+    H = hvp.HessianOperator(lambda w: (w**3).sum(), torch.tensor([1.0, 2.0]))
+    assert numpy.allclose(H.to_scipy() @ numpy.array([1 + 2j, 3j]), [6 + 12j, 36j])
+
+
+def test_arithmetic_with_numbers_and_the_identity() -> None:
+    H = hvp.HessianOperator(lambda w: (w**3).sum(), torch.tensor([1.0, 2.0]))
+    v = torch.tensor([1.0, -1.0])
+    torch.testing.assert_close(H / 2 @ v, H @ v / 2)
+    torch.testing.assert_close((hvp.I / 2 - H) @ v, v / 2 - H @ v)
+    torch.testing.assert_close(sum([H, H, hvp.I]) @ v, 2 * (H @ v) + v)

@@ -147,3 +147,12 @@ def test_hypergradient_with_the_decays_as_preconditioner() -> None:
         problem.weights, problem.hyper, None, None
     )
     torch.testing.assert_close(result.grads, problem.hypergradient, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [hvp.Neumann, hvp.Chebyshev, hvp.ConjugateGradient, hvp.MINRES])
+def test_a_function_that_changes_its_argument_is_refused(kind: type) -> None:
+    solver = kind(5, preconditioner=lambda leaves: [leaf.mul_(0.5) for leaf in leaves])
+    with pytest.raises(ValueError, match=r"^preconditioner\(v\): .* in place"):
+        hvp.solve(lambda v: 2 * v, torch.ones(4), solver)
+    with pytest.raises(ValueError, match=r"^operator\(v\): .* in place"):
+        hvp.solve(lambda v: v.mul_(2), torch.ones(4), kind(5))

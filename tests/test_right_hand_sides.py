@@ -169,3 +169,8 @@ def test_changing_the_returned_solution_does_not_change_the_next_warm_start() ->
         hypergradient(w, decay, V, V).solution.value.mul_(scale)
         found.append(hypergradient(w, decay, V, V).grads)
     assert torch.equal(*found)
+
+
+def test_a_warm_start_at_zero_for_zero_leaves_no_residual() -> None:
+    solution = hvp.solve(lambda v: 2 * v, torch.zeros(4), hvp.ConjugateGradient(5), x0=torch.zeros(4))
+    assert solution.converged and solution.residual_norm == 0

@@ -305,3 +305,8 @@ def test_hypergradient(name: str, engine: str) -> None:
 def test_bad_arguments(error: type[Exception], argument: str, arguments: dict) -> None:
     with pytest.raises(error, match=f"{argument}: expected.*got"):
         hvp.Budget(**arguments)
+
+
+def test_an_operator_that_gives_nan_is_refused() -> None:
+    with pytest.raises(hvp.NonFiniteError, match="^operator: expected finite products"):
+        hvp.solve(lambda v: v * torch.nan, torch.ones(40), hvp.Budget(error=0.1))

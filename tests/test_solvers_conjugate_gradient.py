@@ -359,3 +359,29 @@ def test_numbers_that_are_not_finite(bad: float) -> None:
         hvp.solve(Matrix(SPD), torch.tensor([bad, *[1.0] * 5], dtype=DTYPE), hvp.ConjugateGradient(10))
     with pytest.raises(hvp.NonFiniteError, match="operator: expected finite products"):
         hvp.solve(Matrix(bad * torch.ones(6, 6, dtype=DTYPE)), V, hvp.ConjugateGradient(10))
+
+
+def test_a_tolerance_out_of_reach_does_not_make_a_definite_operator_singular() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors, _ = torch.linalg.qr(torch.randn(30, 30, generator=generator, dtype=torch.float64))
+    matrix = (vectors @ torch.diag(torch.logspace(0, 4, 30, dtype=torch.float64)) @ vectors.T).float()
+    v = vectors[:, :5].T.float().contiguous()  # eigenvectors: a residual of rounding is far from them
+    solution = hvp.solve(lambda x: matrix @ x, v, hvp.ConjugateGradient(400, tol=1e-5), batched=True)
+    true = ((v.T.double() - matrix.double() @ solution.value.T.double()).norm(dim=0)).max()
+    assert solution.status is not hvp.Status.SINGULAR
+    assert solution.residual_norm <= 10 * true
+
+
+def test_a_residual_that_rounding_has_parted_from_the_truth_is_measured() -> None:
+    generator = torch.Generator().manual_seed(1)
+    vectors, _ = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64))
+    matrix = (vectors @ torch.diag(torch.logspace(-4, 0, 40, dtype=torch.float64)) @ vectors.T).float()
+    for _ in range(5):
+        v = torch.randn(40, generator=generator)
+        solution = hvp.solve(lambda x: matrix @ x, v, hvp.ConjugateGradient(1000, tol=1e-5))
+        true = float((v.double() - matrix.double() @ solution.value.double()).norm() / v.double().norm())
+        assert solution.residual_norm == pytest.approx(true, rel=0.5)
+        rounding = torch.finfo(torch.float32).eps * float(
+            solution.value.norm() / v.norm()
+        )  # times 1, the largest value
+        assert not solution.converged or true <= max(1e-5, 4 * rounding)

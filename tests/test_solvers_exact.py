@@ -222,3 +222,8 @@ def test_numbers_that_are_not_finite(bad: float) -> None:
         hvp.solve(lambda x: matrix @ x, torch.tensor([bad, *[1.0] * 5], dtype=DTYPE), hvp.Exact())
     with pytest.raises(hvp.NonFiniteError, match="operator: expected finite products"):
         hvp.solve(lambda x: bad * (matrix @ x), V, hvp.Exact())
+
+
+def test_a_solution_beyond_the_weights_dtype_is_refused() -> None:
+    with pytest.raises(hvp.DivergenceError):
+        hvp.solve(lambda v: 1e-20 * v, torch.full((3,), 1e19), hvp.Exact(dtype=torch.float64))

@@ -287,3 +287,8 @@ def test_preconditioned_without_a_limit() -> None:
     alpha = number_after("; alpha=", str(caught.value))
     solution = hvp.solve(lambda v: SPD @ v, V, hvp.Neumann(5000, alpha=alpha, preconditioner=preconditioner))
     torch.testing.assert_close(solution.value, inverse(SPD), rtol=1e-9, atol=0)
+
+
+def test_a_solution_beyond_the_weights_dtype_is_refused() -> None:
+    with pytest.raises(hvp.DivergenceError, match="float32 can hold"):
+        hvp.solve(lambda v: 1e-20 * v, torch.full((3,), 1e19), hvp.Neumann(5, alpha=1e20))

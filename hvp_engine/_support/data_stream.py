@@ -147,6 +147,10 @@ class Batches:
         self._random = RandomState.from_state_dict(state["random"])
 
     def _replay(self, state: dict[str, Any]) -> None:
+        if state["epoch"] > 0 and getattr(self.loader, "persistent_workers", False):
+            # Only the first iteration starts the workers, for which it draws a seed: the epoch to replay did not.
+            with random_state_kept(self.device):
+                iter(self.loader)
         for generator, start in zip(self._generators, state["generators"], strict=True):
             generator.set_state(start)
         self._begin(state["epoch"], state["seed"])

@@ -1,13 +1,18 @@
-"""Which code is the caller's own, and where in it an error arose."""
+"""Which code is the caller's own, where in it an error arose, and what it must not do."""
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import sysconfig
 import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from hvp_engine._support.torch_compat import versions_of
 
 _OURS = str(Path(__file__).parents[1])
 _PACKAGES = str(Path(torch.__file__).parent), _OURS
@@ -52,3 +57,17 @@ def is_written_here(filename: str) -> bool:
 
 def _is_installed(filename: str) -> bool:
     return "site-packages" in filename or "dist-packages" in filename
+
+
+@contextlib.contextmanager
+def left_as_it_is(tensors: Sequence[Tensor], call: str, remedy: str) -> Iterator[None]:
+    """`ValueError` if the block, which runs the caller's function `call`, changes these tensors in place. Those of
+    inference mode do not tell."""
+    watched = [tensor for tensor in tensors if not tensor.is_inference()]
+    before = versions_of(watched)
+    yield
+    if versions_of(watched) != before:
+        raise ValueError(
+            f"{call}: expected a function that leaves v as it is; got one that changed it in place: return new "
+            f"tensors, as {remedy}"
+        )

@@ -101,7 +101,8 @@ def influence_matrix(
     train = _Gradients(train_loss, weight_list, structure, train_examples, "train")
     test = _Gradients(test_loss, weight_list, structure, test_examples, "test")
     columns, solutions = [], []
-    for gradients in test.chunks(chunk):
+    for index, gradients in enumerate(test.chunks(chunk)):
+        _refuse_unsound(gradients, chunk * index)
         solution = solve(operator, structure.rebuild(gradients), solver, batched=True)
         solutions.append(solution.of(None))
         directions = flatten(solution.value, "solution")[0]
@@ -114,6 +115,16 @@ def influence_matrix(
             f"{len(bad)} of them, the first at index {int(bad[0])}: look at its data and its loss"
         )
     return Influence(matrix, worst_of(solutions))
+
+
+def _refuse_unsound(gradients: Sequence[Tensor], start: int) -> None:
+    """`NonFiniteError` for gradients, of the examples from `start` on, that are not finite."""
+    sound = torch.stack([part.reshape(len(part), -1).isfinite().all(1) for part in gradients if part.numel()]).all(0)
+    if not bool(sound.all()):
+        raise NonFiniteError(
+            "test_examples: expected finite gradients of every example; got NaN or Inf, the first at index "
+            f"{start + int((~sound).nonzero()[0])}: look at its data and its loss"
+        )
 
 
 class _Gradients:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,10 @@ from hvp_engine._support.arguments import as_number
 from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine._support.pytree import Structure, check_like, flatten, flatten_batch
 from hvp_engine._support.torch_compat import version_of
+from hvp_engine._support.user_code import left_as_it_is
 from hvp_engine.differentiation.linear_map import LinearMap
 from hvp_engine.engines import EagerEngine, Engine
+from hvp_engine.operators.identity import Identity
 from hvp_engine.solvers import Solver
 from hvp_engine.solvers.base import LinearSystem, check_solver, worst_of
 from hvp_engine.solvers.batched import fill
@@ -116,11 +117,14 @@ class LinearOperator(LinearMap):
             return NotImplemented
         return self._combined([(1.0, self), (1.0, other)])
 
-    def __radd__(self, other: Identity) -> LinearOperator:
-        return self + other
+    def __radd__(self, other: Any) -> LinearOperator:
+        return self + (Identity(0.0) if isinstance(other, int) and other == 0 else other)  # Python's sum begins with 0
 
     def __sub__(self, other: LinearOperator | Identity) -> LinearOperator:
         return self + (-1.0) * other
+
+    def __rsub__(self, other: Identity) -> LinearOperator:
+        return -self + other
 
     def __mul__(self, scale: float) -> LinearOperator:
         try:
@@ -131,6 +135,9 @@ class LinearOperator(LinearMap):
 
     def __rmul__(self, scale: float) -> LinearOperator:
         return self * scale
+
+    def __truediv__(self, scale: float) -> LinearOperator:
+        return self * (1.0 / scale)
 
     def __neg__(self) -> LinearOperator:
         return self * -1.0
@@ -163,6 +170,8 @@ class LinearOperator(LinearMap):
         layout.refuse_parts("a SciPy operator")
 
         def multiply(x: Any) -> Any:
+            if numpy.iscomplexobj(x):
+                return multiply(x.real) + 1j * multiply(x.imag)
             flat = torch.as_tensor(x.reshape(-1)).to(layout.device, layout.state_dtype)
             parts = [part.view(shape) for part, shape in zip(flat.split(layout.numels), layout.shapes, strict=True)]
             product = self.product(FlatVector.of(layout, parts).tangents)
@@ -171,25 +180,6 @@ class LinearOperator(LinearMap):
         dtype = numpy.float64 if layout.state_dtype == torch.float64 else numpy.float32
         adjoint = multiply if self.symmetric else None
         return scipy.sparse.linalg.LinearOperator(self.shape, matvec=multiply, rmatvec=adjoint, dtype=dtype)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """A multiple of the identity, of any size: `H + 0.1 * hvp.I`."""
-
-    scale: float = 1.0
-
-    def __mul__(self, scale: float) -> Identity:
-        return Identity(self.scale * scale)
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> Identity:
-        return Identity(-self.scale)
-
-
-I = Identity()  # noqa: E741
-"""The identity, for sums with operators."""
 
 
 class Combination(LinearMap):
@@ -230,7 +220,8 @@ class CallableMap(LinearMap):
         self._structure = structure
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        product = self._structure.of_autograd(self._function(self._structure.rebuild(tangents)), tangents)
+        with left_as_it_is(tangents, "operator(v)", "a * v in place of v.mul_(a)"):
+            product = self._structure.of_autograd(self._function(self._structure.rebuild(tangents)), tangents)
         result, structure = flatten(product, "operator(v)")
         if structure != self._structure:
             raise ValueError(f"operator(v): expected the container of v, {self._structure.spec}; got {structure.spec}")

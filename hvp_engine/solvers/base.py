@@ -172,7 +172,8 @@ class Prepared:
         if estimate is not None and estimate.indefinite(self.estimates.damping):
             solution = replace(solution, status=Status.NEGATIVE_CURVATURE)
         value = finished.value.in_dtypes()
-        if torch.float16 in operator.layout.dtypes and any_bad(value):
+        stretched = finished.alpha is not None and finished.alpha > 1  # the last factor of a finite sum
+        if (stretched or torch.float16 in operator.layout.dtypes) and any_bad(value):
             raise overflow(operator, finished.value)
         return released(finished, value), solution
 
@@ -226,7 +227,19 @@ class IterativeSolve(Prepared):
                     iteration = self.system.engine.run(self.operator, v, self.solver, estimate)
                     outcome = iteration.outcome()
                     hvps += iteration.steps
+        if isinstance(iteration, Iteration) and not outcome.failed and iteration.doubtful(outcome):
+            outcome = iteration.measured(outcome, self._residual_norm(v, iteration.value))
+            hvps += 1
         return self.conclude(name, iteration, outcome, hvps, estimate)
+
+    def _residual_norm(self, v: Vector, value: FlatVector) -> float:
+        """||v - (A + damping I) x|| / ||v||, by one product."""
+        layout = self.operator.layout
+        value.refresh()
+        right, residual = FlatVector.of(layout, v), FlatVector.of(layout, self.operator.product(value.tangents))
+        residual.data.add_(value.data, alpha=self.solver.damping).sub_(right.data)
+        of_residual, of_v = torch.stack([vector.norm() for vector in (residual, right)]).double().tolist()
+        return of_residual / of_v if of_v else 0.0
 
 
 def _start_after(iteration: FinishedIteration, layout: Layout) -> FlatVector:

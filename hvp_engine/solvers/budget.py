@@ -14,6 +14,7 @@ from hvp_engine._support.flat_vector import Layout
 from hvp_engine.solvers.base import LinearSystem, Prepared, Result, Solver, Vector
 from hvp_engine.solvers.conjugate_gradient import ConjugateGradient
 from hvp_engine.solvers.dense import Exact
+from hvp_engine.solvers.failures import refusal
 from hvp_engine.solvers.minres import MINRES
 from hvp_engine.solvers.preconditioners.diagonal import DiagonalPreconditioner, hutchinson_diagonal
 from hvp_engine.solvers.settling import Settling
@@ -70,7 +71,7 @@ class Budget(Solver):
             residual is below `error` and x moved by less over the last fifth of the products; otherwise `explanation`
             gives the figures. For an operator that is singular to working precision only the residual counts.
         hvps: most products, > 0, including those of the estimate (8 cold, 3 later), which is skipped if it would take
-            more than a third of them.
+            more than a third of them. One more measures a residual that rounding may have spoiled.
         damping: added to the diagonal of A, >= 0; or "auto": none if the estimate sees no negative curvature, else
             twice its size, doubled whenever conjugate gradients still meet some. `error` is then that of the damped
             system. Without an estimate, none is added.
@@ -186,6 +187,8 @@ class BudgetSolve(Prepared):
         layout, spectrum, estimate = self.operator.layout, system.spectrum, None
         if budget.wants_estimate(layout, spectrum.cost(layout)):
             estimate = spectrum.refresh(self.operator)
+            if not estimate.finite:
+                raise refusal(self.operator, None)
         self._estimate = estimate if estimate is not None and estimate.finite else None
         self._spent = 0 if estimate is None else estimate.hvps
 

@@ -22,6 +22,7 @@ from hvp_engine.solvers.iteration import (
     RightHandSide,
     Tolerance,
     krylov_residual,
+    measured_outcome,
     scalar,
     tolerance_of,
 )
@@ -30,6 +31,12 @@ from hvp_engine.solvers.solution import Status
 
 _MEANINGLESS = 0.1
 """A solution is no better than none if rounding it leaves a residual of this share of the right-hand side."""
+
+_USUAL = 0.1
+"""The gap between the updated residual and b - A x is rarely more than this share of eps ||A|| ||x||."""
+
+_CONTRADICTION = 4.0
+"""Conjugate gradients begin anew if a recomputed residual has more than this many times the updated one's square."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,11 @@ class ConjugateGradient(KrylovSolver):
     before it is then returned, with the status NEGATIVE_CURVATURE. If the operator is singular to working precision,
     the iterate may grow along its null space until nothing but rounding is left of it: the status is then SINGULAR.
 
-    Cost: up to `iterations` products; three flat vectors of weights, one more with a preconditioner, and one more for
-    more than 50 products. The tolerance is checked every 5 products, so up to 4 may follow after it is reached; they do
-    not change x. In a block: about seven flat vectors for each right-hand side, three passes of matrix products between
-    them for each product, and a check after each.
+    Cost: up to `iterations` products, and one that measures the residual where rounding may have spoiled the updated
+    one (if it has, the status is STAGNATED); three flat vectors of weights, one more with a preconditioner, and one
+    more for more than 50 products. The tolerance is checked every 5 products, so up to 4 may follow after it is
+    reached; they do not change x. In a block: about seven flat vectors for each right-hand side, three passes of matrix
+    products between them for each product, and a check after each.
 
     Errors: `TypeError` or `ValueError` naming the argument, at construction; `ValueError` in a solve with a
     preconditioner that is not positive definite, :class:`DivergenceError` if the residual grows beyond 1 / eps, as for
@@ -157,6 +165,8 @@ class _ConjugateGradient(Iteration):
         torch.sub(self._b.data, self.value.data, alpha=self._damping, out=self._residual.data)
         self._subtract(product)
         _, squared, bad = self.value.layout.total(self._partials.sum(0)).unbind()
+        # Where the updated residual had become meaningless, beta and the old direction are, too: begin anew.
+        self._rho.mul_(squared <= _CONTRADICTION * self._scalars["squared"])
         self._scalars["squared"].copy_(squared)
         self._scalars["nonfinite"].add_(bad)  # to that of the step before, which was not looked at
         self.direction = self._search
@@ -196,6 +206,7 @@ class _ConjugateGradient(Iteration):
         # become as small as for any other, while x grows to 1 / eps along the null space.
         rounding = epsilon * extent / math.sqrt(squared_b) if squared_b and self._preconditioner is None else 0.0
         singular = rounding > _MEANINGLESS
+        self._gap, self._squared = (0.0 if singular else rounding), squared_b
         residual = max(residual, rounding) if singular else residual
         if self._tolerance.reached(residual, squared_b):
             status = Status.CONVERGED
@@ -207,6 +218,13 @@ class _ConjugateGradient(Iteration):
         # number; one with a condition number above 1 / eps^2 is singular in this arithmetic.
         residual_of = "returned" if self.steps else "none"
         return Outcome(residual, residual_of, status, math.isfinite(residual), bad_b == 0, growth_limit=1 / epsilon)
+
+    def doubtful(self, outcome: Outcome) -> bool:
+        return self.steps > 0 and _USUAL * self._gap > max(outcome.residual_norm, self._tolerance.relative)
+
+    def measured(self, outcome: Outcome, residual_norm: float) -> Outcome:
+        enough = self._tolerance.reached(residual_norm, self._squared)
+        return measured_outcome(outcome, residual_norm, enough, 4 * self._gap)
 
 
 def _fused_step(update: Bound, partials: Tensor, sums: Tensor, product: Sequence[Tensor]) -> None:

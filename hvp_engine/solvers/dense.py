@@ -187,7 +187,10 @@ class DenseSolve(Prepared):
         x = self._inverse(b)
         norm = torch.linalg.vector_norm(b)
         residual = float(torch.linalg.vector_norm(b - self._matrix @ x) / torch.where(norm > 0, norm, 1.0))
-        solution.value.data[self._columns.places] = x.to(solution.value.data.dtype)
+        x = x.to(solution.value.data.dtype)  # maybe a narrower one
+        solution.value.data[self._columns.places] = x
+        if not bool(torch.isfinite(x).all()):
+            residual = math.inf
         exact = not self._deficient and residual <= math.sqrt(torch.finfo(self._matrix.dtype).eps)
         status = Status.CONVERGED if exact else Status.SINGULAR
         return solution, Outcome(residual, "returned", status, math.isfinite(residual), True)

@@ -93,10 +93,12 @@ def divergence(
 
 
 def overflow(operator: LinearMap, value: FlatVector) -> DivergenceError:
-    """The error for a solution that float16 cannot hold."""
+    """The error for a solution that its dtype cannot hold."""
     largest = float(value.data.abs().max())
+    dtype = min(operator.layout.dtypes, key=lambda dtype: torch.finfo(dtype).max)
+    most = "65,504" if dtype == torch.float16 else f"{torch.finfo(dtype).max:.3g}"
     return DivergenceError(
-        f"{operator.name}: expected a solution that float16 can hold, of entries up to 65,504; got entries "
+        f"{operator.name}: expected a solution that {str(dtype)[6:]} can hold, of entries up to {most}; got entries "
         f"up to {largest:.3g}, because the curvature is small or v is large; {_SCALE_OR_WIDEN}, or give a smaller "
         "fixed alpha"
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -145,6 +145,14 @@ class Iteration(FinishedIteration):
         """Advance by one product with A, taken at `direction`."""
         raise NotImplementedError
 
+    def doubtful(self, outcome: Outcome) -> bool:
+        """Whether rounding may have parted the residual of `outcome`, which was updated, from b - A x."""
+        return False
+
+    def measured(self, outcome: Outcome, residual_norm: float) -> Outcome:
+        """The outcome with the residual norm of b - A x itself."""
+        return outcome
+
     def finished(self) -> bool:
         """Whether to stop before the limit."""
         # After products 1, 6, ..., 51, ...: right after the first one and each one that recomputed a residual, too.
@@ -184,6 +192,16 @@ class Tolerance:
     def reached(self, residual: float, squared_b: float) -> bool:
         """Whether a residual, relative to ||b||, is within the bound."""
         return residual <= self.relative or residual * math.sqrt(squared_b) <= self.absolute
+
+
+def measured_outcome(outcome: Outcome, residual: float, enough: bool, reachable: float) -> Outcome:
+    """The outcome of a Krylov method with the norm of b - A x in place of that of the updated residual, which rounding
+    may have parted from it. `enough`: whether it is within the tolerance; `reachable`: what rounding lets hope for."""
+    status, sound = outcome.status, enough or residual <= max(2 * outcome.residual_norm, reachable)
+    if status in (Status.CONVERGED, Status.ITERATION_LIMIT) and not sound:
+        status = Status.STAGNATED
+    finite = math.isfinite(residual)
+    return replace(outcome, residual_norm=residual, status=status, finite=finite, growth_limit=math.inf)
 
 
 def krylov_residual(squared_b: float, bad_b: float, squared: float, bad: float, bad_metric: float) -> float:

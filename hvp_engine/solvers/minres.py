@@ -18,6 +18,7 @@ from hvp_engine.solvers.iteration import (
     RightHandSide,
     Tolerance,
     krylov_residual,
+    measured_outcome,
     scalar,
     tolerance_of,
 )
@@ -29,6 +30,10 @@ _FLAT = {torch.float32: 6e-5, torch.float64: 1e-8}
 
 _STRAY = 0.01
 """The last step, along the presumed null space, may change the residual by at most this share of it."""
+
+
+_USUAL = 0.02
+"""The gap between the updated residual and b - A x is rarely more than this share of eps (||A|| ||x|| / ||b||)^2."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,10 @@ class MINRES(KrylovSolver):
         atol: the absolute tolerance of the residual in the 2-norm, >= 0, without the preconditioner and in the units of
             v; `atol=1e-5, tol=0.0` is an absolute tolerance alone.
 
-    Cost: up to `iterations` products; six flat vectors of weights, seven with a preconditioner. The tolerance is
-    checked every 5 products, so up to 4 may follow after it is reached; they do not change x.
+    Cost: up to `iterations` products, and one that measures the residual where the operator is so badly conditioned
+    that rounding may have spoiled the updated one (if it has, the status is STAGNATED); six flat vectors of weights,
+    seven with a preconditioner. The tolerance is checked every 5 products, so up to 4 may follow after it is reached;
+    they do not change x.
 
     Errors: `TypeError` or `ValueError` naming the argument, at construction; `ValueError` in a solve with a
     preconditioner that is not positive definite.
@@ -197,13 +204,31 @@ class _MINRES(Iteration):
         null = (s["least"] > 0) & (norm > 0) & (share.abs() * s["slope"] <= _STRAY)
         self.value.data.addcmul_(image.data, -torch.where(null, share, 0.0))
         bad = (s["bad"] > 0) | ~self.value.all_finite()
-        return torch.stack([self._squared_b, self._bad_b, s["squared"], s["least"], bad.double(), s["bad_metric"]])
+        extent = s["size"] * self.value.norm()  # about ||A|| ||x||
+        figures = [self._squared_b, self._bad_b, s["squared"], s["least"], bad.double(), s["bad_metric"], extent]
+        return torch.stack([figure.double() for figure in figures])
 
     def read(self, figures: Sequence[float]) -> Outcome:
-        squared_b, bad_b, squared, least, bad, bad_metric = figures
+        squared_b, bad_b, squared, least, bad, bad_metric, extent = figures
+        # In a short recurrence for x, rounding enters b - A x with the square of the condition number, of which
+        # ||A|| ||x|| / ||b|| shows what matters for b; the updated residual does not know of it.
+        self._gap = self._epsilon * extent**2 / squared_b if squared_b and self._image is None else 0.0
+        self._squared = squared_b
+        # Where Paige and Saunders stop: at a residual below the tolerance in units of ||A|| ||x||.
+        self._reachable = self._stagnation_tolerance.relative * math.sqrt(self._gap / self._epsilon)
+        if self._preconditioner is None:  # then the norm of the residual has under- or overflowed
+            bad, bad_metric = max(bad, bad_metric), 0.0
         residual = krylov_residual(squared_b, bad_b, squared, bad, bad_metric)
         if (self._stagnation_tolerance if least else self._tolerance).reached(residual, squared_b):
             status = Status.CONVERGED
         else:
             status = Status.SINGULAR if least else Status.ITERATION_LIMIT
         return Outcome(residual, "returned" if self.steps else "none", status, math.isfinite(residual), bad_b == 0)
+
+    def doubtful(self, outcome: Outcome) -> bool:
+        least = max(outcome.residual_norm, self._stagnation_tolerance.relative)
+        return self.steps > 0 and _USUAL * self._gap > least
+
+    def measured(self, outcome: Outcome, residual_norm: float) -> Outcome:
+        enough = self._stagnation_tolerance.reached(residual_norm, self._squared)
+        return measured_outcome(outcome, residual_norm, enough, self._reachable)

@@ -11,6 +11,7 @@ from torch import Tensor
 from hvp_engine._support.arguments import shown
 from hvp_engine._support.flat_vector import FlatVector
 from hvp_engine._support.pytree import check_like
+from hvp_engine._support.user_code import left_as_it_is
 
 Preconditioner = Callable[[list[Tensor]], Sequence[Tensor]]
 """v -> M v on the list of the weights' leaves, symmetric and positive definite; it must not change its argument."""
@@ -26,7 +27,7 @@ def check_preconditioner(preconditioner: Any) -> None:
 
 def precondition(preconditioner: Preconditioner, source: FlatVector, target: FlatVector) -> None:
     """target <- M source; `TypeError` or `ValueError` if the result is not like the source."""
-    with torch.no_grad():
+    with torch.no_grad(), left_as_it_is([source.data], "preconditioner(v)", "x * d in place of x.mul_(d)"):
         result = preconditioner(list(source.views))
     check_like(result, source.layout, "preconditioner(v)", "v", widest=torch.float64)
     target.copy_(result)

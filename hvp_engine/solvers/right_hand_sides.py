@@ -34,7 +34,7 @@ class WarmStart:
         norms = torch.stack([vector.norm() for vector in (right, residual)])
         of_v, of_residual = norms.double().tolist()
         self.residual = [view.to(dtype) for view, dtype in zip(residual.views, layout.dtypes, strict=True)]
-        share = of_residual / of_v if of_v > 0 else 1.0
+        share = of_residual / of_v if of_v > 0 else float(of_residual > 0)
         self.share = share if math.isfinite(share) else 1.0  # the solve reports what is not finite
         self.norm = of_residual if math.isfinite(of_residual) else math.inf
 

@@ -120,6 +120,17 @@ class _Settling(Iteration):
             self.explanation = f"error {self._error:.3g} not reached: residual {outcome.residual_norm:.2g}{moved}"
         return outcome
 
+    def doubtful(self, outcome: Outcome) -> bool:
+        return self._iteration.doubtful(outcome)
+
+    def measured(self, outcome: Outcome, residual_norm: float) -> Outcome:
+        found = self._iteration.measured(outcome, residual_norm)
+        if outcome.status is Status.CONVERGED and residual_norm <= self._error:
+            return replace(found, status=Status.CONVERGED)
+        if outcome.status is Status.CONVERGED:
+            self.explanation = f"error {self._error:.3g} not reached: residual {residual_norm:.2g}"
+        return found
+
     def _read(self, figures: Sequence[float]) -> tuple[Outcome, float]:
         return self._iteration.read(figures[:-1]), figures[-1]
 

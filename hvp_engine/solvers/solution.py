@@ -10,7 +10,7 @@ from typing import Any
 class Status(enum.Enum):
     """How a solve ended; the value is the message."""
 
-    CONVERGED = "converged: the relative residual is below the tolerance"
+    CONVERGED = "converged: the relative residual is below the tolerance, or as small as rounding the value allows"
     ITERATION_LIMIT = "iteration limit: the result is truncated, as in the paper; more iterations bring it closer"
     DIVERGED = (
         "diverged: the residual is larger than the right-hand side; use a smaller alpha, or damping if the "
@@ -19,6 +19,10 @@ class Status(enum.Enum):
     NEGATIVE_CURVATURE = (
         "negative curvature: the operator is not positive definite, so the series has no limit; use damping or "
         "a Gauss-Newton operator"
+    )
+    STAGNATED = (
+        "stagnated: rounding keeps the residual above the tolerance, and more iterations do not bring it closer; use a "
+        "wider dtype, a preconditioner, damping, or a larger tolerance"
     )
     SINGULAR = (
         "singular to working precision: the value is the least-squares solution of smallest norm, except of "
