@@ -114,6 +114,11 @@ def is_batched(tensor: Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a transform of `torch.func` has put a tensor of its own in place of this one."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 # Kernels.
 
 fused_weight_norm = torch._weight_norm

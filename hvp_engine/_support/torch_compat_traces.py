@@ -26,6 +26,22 @@ def is_composite(operation: Any) -> bool:
     return has_kernel(name, "CompositeImplicitAutograd") and not (has_kernel(name, "CPU") or has_kernel(name, "CUDA"))
 
 
+def is_of_profiler(operation: Any) -> bool:
+    """Whether the operator begins or ends a named range of a profile, as steps of optimizers do."""
+    return getattr(operation, "namespace", "") == "profiler"
+
+
+def memory_of(tensor: Tensor) -> Any:
+    """The storage: the same Python object, with what is set on it, as long as any tensor shows it."""
+    with torch._C.DisableTorchFunction():
+        return tensor.untyped_storage()
+
+
+def has_internal_overlap(tensor: Tensor) -> bool:
+    """Whether several elements are in the same place, as in an expanded tensor."""
+    return torch._debug_has_internal_overlap(tensor) != 0
+
+
 @cache
 def has_own_dispatch(kind: type) -> bool:
     """Whether tensors of this class do in Python what operators do on them."""

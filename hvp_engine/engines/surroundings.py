@@ -47,20 +47,28 @@ def address_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-class _Version:
-    """How often a tensor has been written into, as the only item."""
+_MOST_BYTES = 1024
+"""A larger tensor counts as changed only where torch has counted a write: `tensor.data.copy_(x)`, and writes to a NumPy
+array on the same memory, are none."""
+
+
+class _Contents:
+    """How often a tensor has been written into and, if it is small, what it holds, as the only item."""
 
     def __init__(self, tensor: Tensor):
         self._tensor = tensor
 
-    def get(self, key: object, default: object) -> int:
-        return version_of(self._tensor)
+    def get(self, key: object, default: object) -> tuple[int, bytes]:
+        held, tensor = b"", self._tensor.detach()
+        if tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.nbytes <= _MOST_BYTES:
+            held = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return version_of(self._tensor), held
 
 
 def _values(tensor: Tensor) -> FreeVariable:
     """What a tensor holds, as a value that a loss reads."""
-    name = f"a tensor of shape {tuple(tensor.shape)} in Python"
-    return FreeVariable(name, _Version(tensor), None, version_of(tensor))
+    contents = _Contents(tensor)
+    return FreeVariable(f"a tensor of shape {tuple(tensor.shape)} in Python", contents, None, contents.get(None, None))
 
 
 class Surroundings:

@@ -3,6 +3,7 @@
 from tools.faults.base import Fault
 
 RECORDER, RECORDED = "hvp_engine/differentiation/trace/graph_recorder.py", "tests/test_trace_graph_recorder.py"
+ALIASES = "hvp_engine/differentiation/trace/alias_recorder.py"
 WATCH = "hvp_engine/differentiation/trace/value_watch.py"
 
 FAULTS = [
@@ -35,9 +36,9 @@ FAULTS = [
         "a tensor made of numbers keeps what was written into it",
     ),
     Fault(
-        RECORDER,
-        "inputs = [tensor.detach() for tensor in arguments]",
-        "inputs = list(arguments)",
+        ALIASES,
+        "            return own.as_subclass(type(value))",
+        "            return value",
         RECORDED,
         "a tensor that the loss reads beside its batch is taken for the batch's",
     ),
@@ -47,5 +48,33 @@ FAULTS = [
         "[1 if dim in summed else size for dim, size in enumerate(x.shape) if dim not in summed]",
         "tests/test_abstract_tensor.py",
         "a sum that keeps its dimensions is thought to have lost them",
+    ),
+    Fault(
+        ALIASES,
+        "or node is not None and self._memories.get(node) == memory._cdata",
+        "or node is not None",
+        RECORDED,
+        "a tensor that was given other memory is what it was",
+    ),
+    Fault(
+        ALIASES,
+        "        if not nodes or memory",
+        "        if memory",
+        RECORDED,
+        "a tensor that Python makes of a recorded one counts as one from outside",
+    ),
+    Fault(
+        WATCH,
+        '_MAKERS = {"tensor", ',
+        "_MAKERS = {",
+        RECORDED,
+        "torch.tensor of a batch's elements keeps those of the first batch",
+    ),
+    Fault(
+        "hvp_engine/engines/surroundings.py",
+        "return version_of(self._tensor), held",
+        'return version_of(self._tensor), b""',
+        RECORDED,
+        "what is written by way of tensor.data is not seen",
     ),
 ]

@@ -56,6 +56,8 @@ class Conversion:
         given: Mapping[fx.Node, Place] | None = None,
     ):
         self.builder, given = builder, given or {}
+        if any(node.meta.get("val", node) is None for node in module.graph.nodes):
+            raise UnsupportedError("sparse tensors")
         inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
         moving = inputs[len(known) :]
         self.tangents = [self._tangent(node) for node in moving]

@@ -69,6 +69,8 @@ class _WholeConversion(Conversion):
         self.attributes: dict[int, Tensor] = {}
         self.results: list[Place | None] = []
         self._module = module
+        if not all(isinstance(value, Tensor) for value in inputs):
+            raise UnsupportedError("sparse tensors")
         super().__init__(module, [builder.like(value, value.stride()) for value in inputs], builder)
 
     def indices(self, argument: fx.Node) -> Place:

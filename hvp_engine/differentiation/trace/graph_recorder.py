@@ -12,6 +12,7 @@ through by other ways (see :mod:`value_watch`).
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from functools import cache
@@ -20,20 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import DispatchMode, tags_of, without_torch_functions
+from hvp_engine._support.torch_compat import DispatchMode, is_fake, tags_of, without_torch_functions
 from hvp_engine._support.torch_compat_traces import (
     compiled_code_discarded,
     graph_module,
     has_own_dispatch,
     is_composite,
     is_higher_order,
+    is_of_profiler,
 )
 from hvp_engine.differentiation.abstract_tensor import abstract
 from hvp_engine.differentiation.operations import METADATA, WITH_MEMORY
 
 aten = torch.ops.aten
 
-_NODE = "_hvp_engine_node"
+NODE = "_hvp_engine_node"
 """Attribute of a tensor: the node that stands for it, in the graph that was recorded last."""
 
 _INSTEAD = WITH_MEMORY | {aten.lift_fresh.default: aten.lift_fresh_copy.default}
@@ -44,8 +46,12 @@ class ControlFlowError(RuntimeError):
     """A graph would have to follow an operator that runs functions."""
 
 
+class ValueDependenceError(RuntimeError):
+    """A graph would keep a value of its inputs; the message says what asks for it."""
+
+
 class LayoutError(RuntimeError):
-    """A tensor is laid out as no graph can hold it."""
+    """A tensor is of a kind that no graph can hold; the message says of which."""
 
 
 class _Way(Enum):
@@ -53,7 +59,7 @@ class _Way(Enum):
 
     WRITTEN = auto()
     NUMBER = auto()
-    """It gives Python a number."""
+    """It gives Python a number, or nothing."""
     REPLACED = auto()
     REFUSED = auto()
 
@@ -63,7 +69,7 @@ def _way(operation: Any) -> tuple[Any, _Way]:
     """What is done in place of an operator, and how."""
     if is_higher_order(operation):
         return operation, _Way.REFUSED
-    if operation in METADATA or torch.Tag.data_dependent_output in tags_of(operation):
+    if operation in METADATA or torch.Tag.data_dependent_output in tags_of(operation) or is_of_profiler(operation):
         return operation, _Way.NUMBER
     return _INSTEAD.get(operation, operation), _Way.REPLACED if is_composite(operation) else _Way.WRITTEN
 
@@ -77,23 +83,25 @@ class GraphRecorder(DispatchMode):
         super().__init__()
         self.graph = fx.Graph()
         self.root = torch.nn.Module()
-        self._outside: list[Tensor] = []
+        self._outside = 0
+        self._marked: list[weakref.ref[Any]] = []
 
     def record(self, function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.GraphModule:
         """What `function` computes of `arguments`: a tensor, or a list or tuple of tensors and None.
 
         Raises :class:`ControlFlowError` and :class:`LayoutError`.
         """
-        inputs = [tensor.detach() for tensor in arguments]
+        inputs = list(map(self.taken, arguments))
         for number, value in enumerate(inputs):
-            self._stands_for(self.graph.placeholder(f"input_{number}"), value)
+            self.stands_for(self.graph.placeholder(f"input_{number}"), value)
         try:
             with compiled_code_discarded(), self:
                 results = function(*inputs)
             self.graph.output(self._encode(results))
         finally:  # leave nothing on tensors that live on
-            for tensor in self._outside:
-                vars(tensor).pop(_NODE, None)
+            for reference in self._marked:
+                if (owner := reference()) is not None:
+                    vars(owner).pop(NODE, None)
         return graph_module(self.root, self.graph)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -113,7 +121,7 @@ class GraphRecorder(DispatchMode):
                 return func.decompose(*args, **keywords)
         result = func(*args, **keywords)
         if node is not None:
-            self._stands_for(node, result)
+            self.stands_for(node, result)
         self.done(func, node, args, keywords, result)
         return result
 
@@ -122,17 +130,31 @@ class GraphRecorder(DispatchMode):
     ) -> None:
         """An operation was done; without a node where it gives Python a number."""
 
-    def _stands_for(self, node: fx.Node, result: Any) -> None:
+    def taken(self, tensor: Tensor) -> Tensor:
+        """What stands for an argument while the function runs."""
+        return tensor.detach()
+
+    def stands_for(self, node: fx.Node, result: Any) -> None:
+        """The node gives the result, or the tensors in it."""
         if isinstance(result, Tensor):
             if result.layout not in (torch.strided, torch.sparse_coo):
-                raise LayoutError(f"a tensor with the layout {result.layout}")
-            node.meta["val"] = abstract(result)
-            setattr(result, _NODE, node)
+                raise LayoutError("a compressed sparse one")
+            if is_fake(result):
+                raise LayoutError("one without values")
+            # Rewrites know nothing of sparse ones, for which torch has other operations of the same names.
+            node.meta["val"] = abstract(result) if result.layout is torch.strided else None
+            self.mark(result, node)
         elif isinstance(result, (tuple, list)):
             node.meta["val"] = tuple([abstract(x) if isinstance(x, Tensor) else x for x in result])
             for place, part in enumerate(result):
                 if isinstance(part, Tensor):
-                    self._stands_for(self.graph.call_function(operator.getitem, (node, place)), part)
+                    self.stands_for(self.graph.call_function(operator.getitem, (node, place)), part)
+
+    def mark(self, owner: Any, mark: Any) -> None:
+        """Let a tensor, or its memory, remember something until the end."""
+        if NODE not in vars(owner):
+            self._marked.append(weakref.ref(owner))
+        setattr(owner, NODE, mark)
 
     def _encode(self, argument: Any) -> Any:
         if isinstance(argument, Tensor):
@@ -141,17 +163,25 @@ class GraphRecorder(DispatchMode):
             return type(argument)([self._encode(part) for part in argument])
         if isinstance(argument, dict):
             return {name: self._encode(value) for name, value in argument.items()}
+        if isinstance(argument, (torch.UntypedStorage, torch.TypedStorage)):
+            raise ValueDependenceError("Python takes the memory of a tensor")
         return argument
 
     def node_of(self, tensor: Tensor) -> fx.Node:
-        node: fx.Node | None = getattr(tensor, _NODE, None)
-        if node is None or node.graph is not self.graph:
-            name = f"outside_{len(self._outside)}"
+        """The node that gives the tensor: an attribute for one from outside."""
+        node = self.known_node(tensor)
+        if node is None:
+            name = f"outside_{self._outside}"
+            self._outside += 1
             self.root.register_buffer(name, tensor)
-            self._outside.append(tensor)
             node = self.graph.get_attr(name)
-            self._stands_for(node, tensor)
+            self.stands_for(node, tensor)
         return node
+
+    def known_node(self, tensor: Tensor) -> fx.Node | None:
+        """The node that stands for the tensor already."""
+        node: fx.Node | None = vars(tensor).get(NODE)
+        return None if node is None or node.graph is not self.graph else node
 
 
 def record_graph(function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.GraphModule:

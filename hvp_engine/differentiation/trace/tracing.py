@@ -27,7 +27,7 @@ from hvp_engine.differentiation.gradient import derivatives
 from hvp_engine.differentiation.missing_derivatives import ThirdDerivativeError, explained
 from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.differentiation.trace.functionalize import functionalized, refuse_side_effects, retraced
-from hvp_engine.differentiation.trace.graph_recorder import ControlFlowError, LayoutError
+from hvp_engine.differentiation.trace.graph_recorder import ControlFlowError, LayoutError, ValueDependenceError
 from hvp_engine.differentiation.trace.memory_format import (
     NoStatistics,
     channels_last,
@@ -35,7 +35,7 @@ from hvp_engine.differentiation.trace.memory_format import (
     prefer_channels_last,
 )
 from hvp_engine.differentiation.trace.rewriting import Attempts, copied
-from hvp_engine.differentiation.trace.value_watch import KEPT, ValueDependenceError, WatchfulRecorder
+from hvp_engine.differentiation.trace.value_watch import KEPT, WatchfulRecorder
 from hvp_engine.errors import TraceError
 
 aten = torch.ops.aten
@@ -188,9 +188,9 @@ def _recorded(
             ) from error
         if isinstance(error, LayoutError):
             raise TraceError(
-                f"{problem.name}: expected tensors with strides, or sparse ones in COO format; got {error}, a "
-                f"compressed sparse one at {innermost_line(error)}: use Tensor.to_sparse_coo or to_dense, or "
-                "use engine='recorded' or engine='eager'"
+                f"{problem.name}: expected tensors with values that have strides, or are sparse in COO format; got "
+                f"{error} at {innermost_line(error)}: make it one of these (a compressed sparse one by "
+                "Tensor.to_sparse_coo or to_dense), or use engine='recorded' or engine='eager'"
             ) from error
         if isinstance(error, ValueDependenceError):
             raise TraceError(

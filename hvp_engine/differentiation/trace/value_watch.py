@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-from hvp_engine._support.torch_compat import tags_of
+from hvp_engine._support.torch_compat import is_wrapped, tags_of
 from hvp_engine.differentiation.operations import kind_of_operation, may_be_view
-from hvp_engine.differentiation.trace.graph_recorder import GraphRecorder
+from hvp_engine.differentiation.trace.alias_recorder import AliasRecorder
+from hvp_engine.differentiation.trace.graph_recorder import ValueDependenceError
 
 aten = torch.ops.aten
 
@@ -25,15 +26,14 @@ KEPT = "tensors whose values the graph keeps"
 
 _READ_OUT = {"tolist", "numpy", "__array__", "__dlpack__"}
 
+_MAKERS = {"tensor", "as_tensor", "asarray", "new_tensor"}
+"""Functions that make a tensor of numbers, and read those of them that are tensors from memory."""
+
 _BY_MASK = {aten.index.Tensor, aten.masked_select.default}
 """Operators whose second argument decides the size of the result: a mask, or a list with masks in it."""
 
 
-class ValueDependenceError(RuntimeError):
-    """A graph would keep a value of its inputs; the message says what asks for it."""
-
-
-class WatchfulRecorder(GraphRecorder):
+class WatchfulRecorder(AliasRecorder):
     """Records graphs that hold for other inputs, or raises :class:`ValueDependenceError`.
 
     Attributes:
@@ -61,6 +61,8 @@ class WatchfulRecorder(GraphRecorder):
     def _keep(self, tensors: Sequence[Tensor], asks: str) -> None:
         """Note what these tensors, whose values the graph keeps, are computed from; an error if inputs or random
         numbers are among that."""
+        if any(map(is_wrapped, tensors)):
+            raise ValueDependenceError(asks)
         nodes, seen = [self.node_of(tensor) for tensor in tensors], set[fx.Node]()
         while nodes:
             node = nodes.pop()
@@ -98,7 +100,26 @@ class _Reads(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _READ_OUT:
             self._keep([args[0]], f"Python asks for the values of a tensor, by Tensor.{name},")
+        elif name in _MAKERS:
+            data = args[1:] if name == "new_tensor" else args[:1]
+            asks = f"Python makes a tensor of the values of others, by torch.{name} (torch.stack keeps them tensors),"
+            self._keep(_in_lists(data or ((kwargs or {}).get("data"),)), asks)
+        elif name == "tensor_split":
+            sizes = [value for value in (*args[1:], *(kwargs or {}).values()) if isinstance(value, Tensor)]
+            self._keep(sizes, "values decide the sizes that torch.tensor_split gives")
         return func(*args, **(kwargs or {}))
+
+
+def _in_lists(data: Sequence[Any]) -> list[Tensor]:
+    """The tensors in the lists and tuples of `data`, at any depth."""
+    lists, found = [part for part in data if isinstance(part, (list, tuple))], list[Tensor]()
+    while lists:
+        for part in lists.pop():
+            if isinstance(part, Tensor):
+                found.append(part)
+            elif isinstance(part, (list, tuple)):
+                lists.append(part)
+    return found
 
 
 def _asked(func: Any, args: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> tuple[Sequence[Tensor], str]:
@@ -106,6 +127,8 @@ def _asked(func: Any, args: tuple[Any, ...], keywords: dict[str, Any], result: A
     tags = tags_of(func)
     if torch.Tag.data_dependent_output in tags:
         return [one for one in args if isinstance(one, Tensor)], f"Python asks for a value by {func}"
+    if func is aten._pack_padded_sequence.default:
+        return [args[1]], f"values decide the size of what {func} gives"
     if torch.Tag.dynamic_output_shape in tags and not _is_fixed(func, args, keywords, result):
         return _deciding(func, args), f"values decide the size of what {func} gives"
     return (), ""
