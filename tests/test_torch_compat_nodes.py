@@ -210,6 +210,11 @@ def test_tensors_of_a_subclass() -> None:
         assert x.is_sparse or type(named + 1) is Named
 
 
+def test_elements_of_sparse_tensors() -> None:
+    x = torch.eye(3)
+    assert [torch_compat.elements_of(sparse) for sparse in (x.to_sparse(), x.to_sparse_csr())] == [3, 3]
+
+
 def test_shapes_that_broadcast() -> None:
     shapes = [(), (1,), (3,), (0,), (2, 1), (2, 3), (4, 1, 3), (5, 1, 1, 1), (1, 1), (0, 1), (2, 2)]
     for first, second in product(shapes, repeat=2):

@@ -274,6 +274,22 @@ def test_sparse_matrices_in_a_batch() -> None:
         torch.testing.assert_close(operator @ torch.ones_like(X), expected)
 
 
+def test_sparse_matrices_with_other_numbers_of_elements() -> None:
+    def loss(w: Tensor, x: Tensor) -> Tensor:
+        return ((x @ w[:, None]) ** 3).sum() / x._nnz()
+
+    batches = [torch.diag(Y * (torch.arange(3) < count)).to_sparse() for count in (2, 3, 2)]
+    batches += [batch.to_sparse_csr() for batch in batches]
+    for engine in ("recorded", "auto"):
+        hypergradient = hvp.Hypergradient(
+            lambda w, h, x: loss(w, x) + h * w.square().sum(), lambda w, h, x: loss(w, x), hvp.Neumann(3, 1e-3), engine
+        )
+        plain = hvp.Hypergradient(hypergradient.train_loss, hypergradient.val_loss, hvp.Neumann(3, 1e-3), "eager")
+        for batch in batches:
+            h = torch.tensor(0.1, dtype=X.dtype)
+            torch.testing.assert_close(hypergradient(X, h, batch, batch).grads, plain(X, h, batch, batch).grads)
+
+
 def test_an_input_without_memory_of_its_own() -> None:
     wide = OUTSIDE[:1].expand(3)
     module = WatchfulRecorder().record(lambda x: x[1:] * OUTSIDE[0] + OUTSIDE[1:], [wide])

@@ -98,6 +98,11 @@ def is_zero_tensor(tensor: Tensor) -> bool:
     return tensor._is_zerotensor()
 
 
+def elements_of(tensor: Tensor) -> int:
+    """How many elements a sparse tensor stores."""
+    return tensor._nnz()
+
+
 def shares_storage(tensor: Tensor) -> bool:
     """Whether another tensor that is alive shows the same memory."""
     storage = tensor.untyped_storage()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hvp_engine._support.pytree import Structure, check_scalar, flatten_batch
 from hvp_engine._support.reading import CONSTANTS
+from hvp_engine._support.torch_compat import elements_of
 
 
 class GatheringLoss:
@@ -122,7 +123,12 @@ class Problem:
 
 
 def _look_of(tensors: Sequence[Tensor]) -> Hashable:
-    return tuple([(t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+    return tuple([(t.shape, form_of(t), t.dtype, t.device) for t in tensors])
+
+
+def form_of(tensor: Tensor) -> Hashable:
+    """The strides; of a sparse tensor its layout and how many elements it has."""
+    return tensor.stride() if tensor.layout is torch.strided else (str(tensor.layout), elements_of(tensor))
 
 
 class Averaged:

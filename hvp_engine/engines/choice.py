@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine.differentiation.problem import Problem
+from hvp_engine.differentiation.problem import Problem, form_of
 from hvp_engine.engines.base import Engine
 
 _BUILDING_SECONDS = 2.0
@@ -93,7 +93,7 @@ class Choice:
 def describe(problem: Problem, tensors: Sequence[Tensor], others: Sequence[Any]) -> str:
     """What a problem looks like, the same in every process."""
     leaves = [*problem.weights, *problem.hyperparameters, *tensors]
-    shapes = [(tuple(leaf.shape), leaf.stride(), str(leaf.dtype), leaf.device.type) for leaf in leaves]
+    shapes = [(tuple(leaf.shape), form_of(leaf), str(leaf.dtype), leaf.device.type) for leaf in leaves]
     constants = [other for other in others if isinstance(other, (bool, int, float, str))]
     return hashlib.sha256(repr((problem.name, shapes, constants, threads(problem))).encode()).hexdigest()
 
