@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 import hvp_engine as hvp
+from hvp_engine.differentiation.trace.alias_recorder import of_own_memory
 from hvp_engine.differentiation.trace.graph_recorder import (
     ControlFlowError,
     LayoutError,
@@ -32,7 +33,7 @@ aten = torch.ops.aten
 
 def recorded_right(function: Callable[..., Any], *arguments: Tensor) -> torch.fx.GraphModule:
     """The graph, which gives what the function gives at other arguments, too."""
-    module = WatchfulRecorder().record(function, arguments)
+    module = WatchfulRecorder().record(function, list(map(of_own_memory, arguments)))
     others = [argument * 1.5 + 0.1 for argument in arguments]
     for point in (arguments, others):
         torch.testing.assert_close(module(*point), function(*point))
@@ -134,9 +135,12 @@ def test_nodes_know_what_their_values_are_like() -> None:
 
 
 def test_an_input_that_the_function_has_from_outside_too() -> None:
-    """It is that tensor on all calls."""
-    module = WatchfulRecorder().record(lambda x: x * X, [X])
+    """It is that tensor on all calls, if the input has memory of its own; else it cannot be told from a view of it."""
+    module = WatchfulRecorder().record(lambda x: x * X, [of_own_memory(X)])
     torch.testing.assert_close(module(Y), Y * X)
+    for function in (lambda x: x * X, lambda x: x * torch.nn.Parameter(x), lambda x: x.as_subclass(Kind) * x):
+        with pytest.raises(ValueDependenceError, match="memory of an input"):
+            WatchfulRecorder().record(function, [X.detach()])
 
 
 VALUES: dict[str, tuple[Callable[[Tensor], Any], int]] = {
@@ -291,7 +295,7 @@ def test_sparse_matrices_with_other_numbers_of_elements() -> None:
 
 
 def test_an_input_without_memory_of_its_own() -> None:
-    wide = OUTSIDE[:1].expand(3)
+    wide = torch.tensor([2.0], dtype=X.dtype).expand(3)
     module = WatchfulRecorder().record(lambda x: x[1:] * OUTSIDE[0] + OUTSIDE[1:], [wide])
     torch.testing.assert_close(module(Y), Y[1:] * OUTSIDE[0] + OUTSIDE[1:])
 

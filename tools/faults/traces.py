@@ -37,8 +37,8 @@ FAULTS = [
     ),
     Fault(
         ALIASES,
-        "            return own.as_subclass(type(value))",
-        "            return value",
+        "and shares_storage(tensor)",
+        "and False",
         RECORDED,
         "a tensor that the loss reads beside its batch is taken for the batch's",
     ),

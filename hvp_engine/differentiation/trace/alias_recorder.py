@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import without_torch_functions
+from hvp_engine._support.torch_compat import shares_storage, subclass_of, without_torch_functions
 from hvp_engine._support.torch_compat_traces import has_internal_overlap, has_own_dispatch, memory_of
 from hvp_engine.differentiation.trace.graph_recorder import NODE, GraphRecorder, LayoutError, ValueDependenceError
 
@@ -28,17 +28,12 @@ class AliasRecorder(GraphRecorder):
         self._shared: set[int] = set()
 
     def taken(self, tensor: Tensor) -> Tensor:
-        """In memory of its own, since the function may have the same tensor from outside, too."""
         if has_own_dispatch(type(tensor)):
             raise LayoutError(f"a {type(tensor).__name__}, which is made of other tensors,")
-        value = tensor.detach()
-        if value.layout is not torch.strided or has_internal_overlap(value):
-            if (memory := _memory(value)) is not None:
-                self._shared.add(memory._cdata)
-            return value
-        with without_torch_functions():
-            own = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
-            return own.as_subclass(type(value))
+        shared = tensor.layout is torch.strided and shares_storage(tensor)
+        if shared and (memory := _memory(tensor)) is not None:
+            self._shared.add(memory._cdata)  # the function may have it from outside, too
+        return super().taken(tensor)
 
     def stands_for(self, node: fx.Node, result: Any) -> None:
         super().stands_for(node, result)
@@ -53,13 +48,25 @@ class AliasRecorder(GraphRecorder):
         if memory is None or node is not None and self._memories.get(node) == memory._cdata:
             return node
         nodes = {place: one for place, one in (vars(memory).get(NODE) or {}).items() if one.graph is self.graph}
-        if not nodes or memory._cdata in self._shared or any(one.op == "get_attr" for one in nodes.values()):
+        if not nodes or any(one.op == "get_attr" for one in nodes.values()):
             return None
+        if memory._cdata in self._shared:
+            raise ValueDependenceError("a tensor on the memory of an input, which may be that or another one, is used")
         if _place(tensor) not in nodes:
             raise ValueDependenceError("Python has made another view of a tensor's memory")
         node = self.graph.call_function(aten.alias.default, (nodes[_place(tensor)],))
         self.stands_for(node, tensor)
         return node
+
+
+def of_own_memory(tensor: Tensor) -> Tensor:
+    """A copy, if it can be one, that stands for an input alone: the function may have the same tensor from outside."""
+    value = tensor.detach()
+    if has_own_dispatch(type(tensor)) or value.layout is not torch.strided or has_internal_overlap(value):
+        return value
+    with without_torch_functions():
+        own = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
+        return own if type(value) is Tensor else subclass_of(type(value), own)
 
 
 def _memory(tensor: Tensor) -> Any:

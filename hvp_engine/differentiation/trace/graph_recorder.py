@@ -131,8 +131,9 @@ class GraphRecorder(DispatchMode):
         """An operation was done; without a node where it gives Python a number."""
 
     def taken(self, tensor: Tensor) -> Tensor:
-        """What stands for an argument while the function runs."""
-        return tensor.detach()
+        """What stands for an argument while the function runs; of a 0-dim one a copy, since what autograd has made of a
+        number would reach operators as that number."""
+        return tensor.detach() if tensor.dim() else tensor.detach().clone()
 
     def stands_for(self, node: fx.Node, result: Any) -> None:
         """The node gives the result, or the tensors in it."""

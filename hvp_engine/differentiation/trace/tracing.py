@@ -26,6 +26,7 @@ from hvp_engine.differentiation.double_backward import Pullback, Tape, gradients
 from hvp_engine.differentiation.gradient import derivatives
 from hvp_engine.differentiation.missing_derivatives import ThirdDerivativeError, explained
 from hvp_engine.differentiation.problem import Problem, is_constant
+from hvp_engine.differentiation.trace.alias_recorder import of_own_memory
 from hvp_engine.differentiation.trace.functionalize import functionalized, refuse_side_effects, retraced
 from hvp_engine.differentiation.trace.graph_recorder import ControlFlowError, LayoutError, ValueDependenceError
 from hvp_engine.differentiation.trace.memory_format import (
@@ -113,7 +114,7 @@ def trace_gradient(problem: Problem) -> fx.GraphModule:
 
 def _known(problem: Problem) -> list[Tensor]:
     tensors, _, _ = problem.split
-    return [*(t.detach() for t in (*problem.weights, *problem.hyperparameters)), *tensors]
+    return [*(t.detach() for t in (*problem.weights, *problem.hyperparameters)), *map(of_own_memory, tensors)]
 
 
 def _at(problem: Problem, arguments: Sequence[Tensor]) -> tuple[Problem, list[Tensor], list[Tensor]]:
