@@ -58,8 +58,8 @@ FAULTS = [
     ),
     Fault(
         ALIASES,
-        "        if not nodes or memory",
-        "        if memory",
+        "        if not nodes or any(",
+        "        if True or any(",
         RECORDED,
         "a tensor that Python makes of a recorded one counts as one from outside",
     ),
