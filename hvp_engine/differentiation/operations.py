@@ -23,7 +23,10 @@ FILLS: dict[Any, int | None] = {
 WITH_MEMORY = {aten._efficientzerotensor.default: aten.zeros.default}
 """What is done instead, with the same arguments: zeros without memory crash some operations under a dispatch mode."""
 
-METADATA = {aten.is_same_size.default, aten.sym_size.default, aten.sym_stride.default, aten.sym_numel.default}
+METADATA = {
+    *(aten.is_same_size.default, aten.is_set_to.default),
+    *(aten.sym_size.default, aten.sym_stride.default, aten.sym_numel.default),
+}
 """Operations that give no tensors and read no values."""
 
 SIZED_BY_KNOWN_VALUES = {aten.index.Tensor, aten.masked_select.default}
