@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from hvp_engine._support.torch_compat import DispatchMode, is_fake, tags_of, without_torch_functions
 from hvp_engine._support.torch_compat_traces import (
     compiled_code_discarded,
+    compiler_is_imported,
     graph_module,
     has_own_dispatch,
     is_composite,
@@ -185,6 +186,15 @@ class GraphRecorder(DispatchMode):
         return None if node is None or node.graph is not self.graph else node
 
 
-def record_graph(function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.GraphModule:
-    """See :meth:`GraphRecorder.record`."""
-    return GraphRecorder().record(function, arguments)
+def record_graph(
+    function: Callable[..., Any], arguments: Sequence[Tensor], recorder: type[GraphRecorder] = GraphRecorder
+) -> fx.GraphModule:
+    """See :meth:`GraphRecorder.record`. Where a function that compiles itself has just brought in torch.compile, which
+    makes errors of its own of what the recorder raises, once more, with torch.compile standing aside."""
+    imported = compiler_is_imported()
+    try:
+        return recorder().record(function, arguments)
+    except Exception:
+        if imported or not compiler_is_imported():
+            raise
+    return recorder().record(function, arguments)

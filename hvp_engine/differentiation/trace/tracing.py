@@ -28,7 +28,12 @@ from hvp_engine.differentiation.missing_derivatives import ThirdDerivativeError,
 from hvp_engine.differentiation.problem import Problem, is_constant
 from hvp_engine.differentiation.trace.alias_recorder import of_own_memory
 from hvp_engine.differentiation.trace.functionalize import functionalized, refuse_side_effects, retraced
-from hvp_engine.differentiation.trace.graph_recorder import ControlFlowError, LayoutError, ValueDependenceError
+from hvp_engine.differentiation.trace.graph_recorder import (
+    ControlFlowError,
+    LayoutError,
+    ValueDependenceError,
+    record_graph,
+)
 from hvp_engine.differentiation.trace.memory_format import (
     NoStatistics,
     channels_last,
@@ -161,7 +166,7 @@ def _recorded(
     try:
         with TRACING, kernels, torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS), explained():
             before = _drawn_on_host()
-            root = WatchfulRecorder().record(function, arguments)
+            root = record_graph(function, arguments, WatchfulRecorder)
             if _drawn_on_host() != before:
                 raise TraceError(
                     f"{problem.name}: expected a loss that draws random numbers by torch alone; it draws by Python's "
