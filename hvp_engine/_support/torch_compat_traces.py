@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from hvp_engine._support.torch_compat import without_torch_functions
+
 
 def is_higher_order(operation: Any) -> bool:
     """Whether an operator runs functions, as those of control flow do (scan, map, while_loop, cond)."""
@@ -33,7 +35,7 @@ def is_of_profiler(operation: Any) -> bool:
 
 def memory_of(tensor: Tensor) -> Any:
     """The storage: the same Python object, with what is set on it, as long as any tensor shows it."""
-    with torch._C.DisableTorchFunction():
+    with without_torch_functions():
         return tensor.untyped_storage()
 
 

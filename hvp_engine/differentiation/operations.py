@@ -30,7 +30,8 @@ METADATA = {
 """Operations that give no tensors and read no values."""
 
 SIZED_BY_KNOWN_VALUES = {aten.index.Tensor, aten.masked_select.default}
-"""Operations whose result's shape is decided by known values; it is written down with them."""
+"""Operators whose second argument decides the size of the result: a mask, or a list with masks in it. In products those
+are known; the size is written down with them."""
 
 TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
 """Views of known tensors that are written down where they are used, since rewrites look for them."""

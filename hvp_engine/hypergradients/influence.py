@@ -102,8 +102,11 @@ def influence_matrix(
     test = _Gradients(test_loss, weight_list, structure, test_examples, "test")
     columns, solutions = [], []
     for index, gradients in enumerate(test.chunks(chunk)):
-        _refuse_unsound(gradients, chunk * index)
-        solution = solve(operator, structure.rebuild(gradients), solver, batched=True)
+        try:
+            solution = solve(operator, structure.rebuild(gradients), solver, batched=True)
+        except NonFiniteError:
+            _refuse_unsound(gradients, chunk * index)  # which names the example; else the operator is what is not sound
+            raise
         solutions.append(solution.of(None))
         directions = flatten(solution.value, "solution")[0]
         columns.append(torch.cat([-_inner_products(of_train, directions) for of_train in train.chunks(chunk)]))

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from hvp_engine._support.torch_compat import is_wrapped, tags_of
-from hvp_engine.differentiation.operations import kind_of_operation, may_be_view
+from hvp_engine.differentiation.operations import SIZED_BY_KNOWN_VALUES, kind_of_operation, may_be_view
 from hvp_engine.differentiation.trace.alias_recorder import AliasRecorder
 from hvp_engine.differentiation.trace.graph_recorder import ValueDependenceError
 
@@ -28,9 +28,6 @@ _READ_OUT = {"tolist", "numpy", "__array__", "__dlpack__"}
 
 _MAKERS = {"tensor", "as_tensor", "asarray", "new_tensor"}
 """Functions that make a tensor of numbers, and read those of them that are tensors from memory."""
-
-_BY_MASK = {aten.index.Tensor, aten.masked_select.default}
-"""Operators whose second argument decides the size of the result: a mask, or a list with masks in it."""
 
 
 class WatchfulRecorder(AliasRecorder):
@@ -136,7 +133,7 @@ def _asked(func: Any, args: tuple[Any, ...], keywords: dict[str, Any], result: A
 
 def _deciding(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
     """The tensors whose values decide the size of a result."""
-    if func not in _BY_MASK:
+    if func not in SIZED_BY_KNOWN_VALUES:
         return [args[0]]
     indices = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
     return [index for index in indices if index is not None and index.dtype in (torch.bool, torch.uint8)]
