@@ -56,3 +56,25 @@ def test_values_stay() -> None:
     expected = torch._weight_norm(v, g)
     with plain_kernels():
         torch.testing.assert_close(torch._weight_norm(v, g), expected)
+
+
+@pytest.mark.parametrize("engine", ["recorded", "eager"])
+def test_what_only_hyperparameters_are_behind_needs_no_second_derivative(engine: str) -> None:
+    """AuxiLearn weighs losses by a layer with weight normalization, which is one of the hyperparameters' own."""
+    parts = v, g = [randn(1, 2, seed=2).requires_grad_(), randn(1, 1, seed=3).requires_grad_()]
+    for seed in range(4, 8):
+        w = randn(3, seed=seed).requires_grad_()
+        losses = torch.stack([w.sin() ** 2, w**4], dim=1)
+
+        def train_loss(normalized: Callable[..., Tensor], losses: Tensor = losses) -> Tensor:
+            return torch.nn.functional.linear(losses, normalized(v, g, 0)).exp().mean()
+
+        value = (w - 1).square().sum()
+        fused, by_hand = (
+            hvp.hypergradient(train_loss(normalized), value, w, parts, hvp.Neumann(3, 0.1), engine=engine)
+            for normalized in (torch._weight_norm, weight_norm_by_hand)
+        )
+        for ours, theirs in zip(fused, by_hand, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+        with pytest.raises(hvp.SecondDerivativeError, match="_weight_norm"):  # of the same graph, where it counts
+            hvp.hypergradient(train_loss(torch._weight_norm), v.square().sum(), [v, g], w, hvp.Neumann(3, 0.1))

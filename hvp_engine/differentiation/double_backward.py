@@ -102,7 +102,7 @@ def gradients(loss: Tensor, weights: Sequence[Tensor], name: str) -> list[Tensor
             f"{name}: expected a loss with an autograd graph; got a tensor that does not require grad: compute it "
             "from the weights with grad mode on, and without .detach() or .item()"
         )
-    refuse_without_second_derivative(loss)
+    refuse_without_second_derivative(loss, weights)
     found = differentiate(loss, weights, create_graph=True)
     check_reached(found, name)
     return filled(found, weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
@@ -88,28 +88,46 @@ def nodes_of(outputs: Sequence[Tensor]) -> set[Node]:
     return seen
 
 
+def nodes_between(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> set[Node]:
+    """The nodes through which `outputs` depend on `inputs`."""
+    users: dict[Node, list[Node]] = {}
+    for node in nodes_of(outputs):
+        for following, _ in node.next_functions:
+            if following is not None:
+                users.setdefault(following, []).append(node)
+    found: set[Node] = set()
+    stack = [get_gradient_edge(tensor).node for tensor in inputs if tensor.requires_grad]
+    while stack:
+        fresh = [user for user in users.get(stack.pop(), ()) if user not in found]
+        found.update(fresh)
+        stack += fresh
+    return found
+
+
 def other_leaves(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
     """Whether `outputs` depend on leaves that require grad and are none of the `known` ones."""
     leaf_nodes = {node for node in nodes_of(outputs) if not node.next_functions}
     return not leaf_nodes <= {get_gradient_edge(tensor).node for tensor in known if tensor.requires_grad}
 
 
-def refuse_without_second_derivative(loss: Tensor) -> None:
+def refuse_without_second_derivative(loss: Tensor, weights: Sequence[Tensor]) -> None:
     """Raise for a once-differentiable function in the loss, for control flow, for fused weight normalization, and for
-    normalizations that the loss differentiates.
+    normalizations that the loss differentiates, if the weights are behind them.
 
     The gradient's graph would not show the first behind a linear reduction such as a sum, and the second derivative
-    would be silently wrong, as it is for the others. All of that is decided by the classes of the nodes, where they
+    would be silently wrong, as it is for the others. What only hyperparameters are behind, as a network that makes
+    targets or weighs losses, is differentiated once. All of that is decided by the classes of the nodes, where they
     show what they hold, so a loss of a structure that has passed passes.
     """
     try:
-        structure = walk([loss]).structure
+        structure = walk([loss], weights).structure
     except HiddenContentsError:
         structure = None
     if structure in _PASSED:
         return
-    refuse_wrong_third_derivative([loss])
-    for node in nodes_of([loss]):
+    nodes = nodes_between([loss], weights)
+    refuse_wrong_third_derivative(nodes)
+    for node in nodes:
         refuse_control_flow(node)
         if node.name() == torch_compat_nodes.WEIGHT_NORM_NODE:
             raise second_derivative_error("the fused kernel of weight normalization (_weight_norm)", FastKernelError)
@@ -123,12 +141,12 @@ def refuse_without_second_derivative(loss: Tensor) -> None:
 
 _MOST_PASSED = 1024
 _PASSED: set[bytes | None] = set()
-"""Structures of losses all of whose parts have second derivatives."""
+"""Structures of losses and their weights: all parts between them have second derivatives."""
 
 
-def refuse_wrong_third_derivative(values: Sequence[Tensor]) -> None:
-    """Raise if the values contain first derivatives of normalizations whose second ones alone are right."""
-    for node in nodes_of([value for value in values if value.requires_grad]):
+def refuse_wrong_third_derivative(nodes: Iterable[Node]) -> None:
+    """Raise if some of the nodes are first derivatives of normalizations whose second ones alone are right."""
+    for node in nodes:
         if name := torch_compat_nodes.WRONG_WHEN_DIFFERENTIATED.get(node.name()):
             raise ThirdDerivativeError(
                 f"the loss differentiates through torch's kernel of {name}, whose third derivative, which products "

@@ -15,7 +15,11 @@ from hvp_engine._support.pytree import check_scalar, flatten
 from hvp_engine.differentiation.differentiable_kernels import own_kernels, plain_kernels
 from hvp_engine.differentiation.double_backward import Tape, differentiate, filled, leaves
 from hvp_engine.differentiation.linear_map import Linearization
-from hvp_engine.differentiation.missing_derivatives import ThirdDerivativeError, refuse_wrong_third_derivative
+from hvp_engine.differentiation.missing_derivatives import (
+    ThirdDerivativeError,
+    nodes_between,
+    refuse_wrong_third_derivative,
+)
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.distributed import for_loss
 from hvp_engine.engines.eager import EagerEngine
@@ -112,7 +116,7 @@ class GaussNewtonProducts(Linearization):
                 "model: expected outputs that depend on the weights; got outputs without an autograd graph: compute "
                 "them from the weights that the model is given, with grad mode on"
             )
-        refuse_wrong_third_derivative(reached)
+        refuse_wrong_third_derivative(nodes_between(reached, self._weights))
         self._outputs = leaves(reached)
         points = iter(self._outputs)
         differentiated = [next(points) if output.requires_grad else output for output in outputs]
