@@ -87,6 +87,37 @@ def test_one_flat_vector(programs: Library) -> None:
     assert adoptions(programs) >= CALLS - 2
 
 
+@pytest.mark.parametrize("engine", ["recorded", "eager"])
+def test_one_flat_vector_that_was_gathered_in_place(engine: Any, programs: Library) -> None:
+    """implicit-hyper-opt's way: sums of flat gradients, which need no product to be cut into the weights' parts."""
+    net = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    w = list(net.parameters())
+    for _ in range(CALLS):
+        f, parts = torch.zeros(29), []
+        for _ in range(2):
+            parts.append(gradient(net(torch.randn(6, 5)).square().mean(), w))
+            f += torch.cat([g.contiguous().view(-1) for g in parts[-1]])
+        v = torch.randn(58)[::2]
+        ours = hvp.approx_inverse_hvp(v, f, net, TERMS, STEP, engine=engine)
+        cut = [part.view(x.shape) for part, x in zip(v.split([x.numel() for x in w]), w, strict=True)]
+        theirs = plain_loop(cut, [a + b for a, b in zip(*parts, strict=True)], w)
+        close([ours], [torch.cat([part.reshape(-1) for part in theirs])])
+    if engine == "recorded":
+        assert adoptions(programs) >= CALLS - 2
+        assert not any(known.hidden for known in programs._graphs.values())
+        assert all(flat is True for _, (*_, flat), _ in programs._graphs), "the gradient was cut into parts"
+
+
+def test_a_flat_vector_for_the_only_weight_of_a_list_comes_back_flat(programs: Library) -> None:
+    w = weight()
+    for given in ([w], {"w": w}, torch.nn.ParameterList([w])):
+        weights = list(given.values()) if isinstance(given, dict) else list(given)
+        (f,), v = gradient(loss_of(weights[0]), weights), torch.randn(20)
+        close([hvp.approx_inverse_hvp(v, f, given, TERMS, STEP)], plain_loop([v], [f], weights))
+    f, v = gradient(loss_of(w), [w]), torch.randn(20)
+    close(hvp.approx_inverse_hvp(v, f[0], w, TERMS, STEP), plain_loop([v], f, [w]))
+
+
 def test_none_for_a_weight_without_a_gradient(programs: Library) -> None:
     w = [weight(), torch.randn(3, requires_grad=True)]
     for _ in range(CALLS):

@@ -66,6 +66,17 @@ def norm_of(tensors: Sequence[Tensor], layout: Layout | None = None) -> Tensor:
     return norm if layout is None or layout.whole is None else layout.total(norm.square()).sqrt()
 
 
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """A new vector with the elements of all tensors, one after another."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of a vector that has the elements of tensors with the shapes of these, one after another."""
+    parts = vector.split([tensor.numel() for tensor in tensors])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
     """`tensors` without their autograd graphs."""
     return [tensor.detach() for tensor in tensors]

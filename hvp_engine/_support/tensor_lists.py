@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from hvp_engine._support.flat_vector import Layout
+from hvp_engine._support.flat_vector import Layout, split_like
 from hvp_engine._support.pytree import PLAIN, check_like, flatten, is_plain, refuse_inference_mode, trainable
 from hvp_engine.errors import GraphError
 
@@ -40,14 +40,13 @@ def as_list_like(tensors: Any, weights: Sequence[Tensor], given: Tensors, name: 
     Errors: :class:`GraphError` where all are None; else as :func:`check_like`. `name` and `like` are the arguments that
     messages name.
     """
+    if is_flat_for(tensors, weights, given):
+        tensors = split_like(tensors, weights)
     if type(tensors) in (list, tuple) and _are_alike(tensors, weights):
         refuse_inference_mode(name)
         return list(tensors)  # nothing else has to be asked, at a third of the time
     layout, found = Layout.of(weights), _unnested(tensors, name)
-    if is_flat_for(found, weights):
-        parts = found.split(layout.numels)
-        found = [part.reshape(shape) for part, shape in zip(parts, layout.shapes, strict=True)]
-    elif isinstance(found, Tensor) and len(weights) > 1:
+    if isinstance(found, Tensor) and len(weights) > 1:
         raise ValueError(
             f"{name}: expected {len(weights)} tensors, one for each of {like}, or one flat vector of their "
             f"{layout.numel} elements; got 1 of shape {tuple(found.shape)}"
@@ -82,12 +81,12 @@ def _are_alike(tensors: Sequence[Any], weights: Sequence[Tensor]) -> bool:
     return True
 
 
-def is_flat_for(tensors: Any, weights: Sequence[Tensor]) -> bool:
-    """Whether `tensors` is one vector for all weights rather than the tensor of the only one."""
+def is_flat_for(tensors: Any, weights: Sequence[Tensor], given: Tensors) -> TypeGuard[Tensor]:
+    """Whether `tensors` is one vector for all weights, not a tensor like the only one that was `given`."""
     if not isinstance(tensors, Tensor) or tensors.dim() != 1 or tensors.layout is not torch.strided:
         return False
-    single = len(weights) == 1 and weights[0].shape == tensors.shape
-    return not single and len(tensors) == sum(weight.numel() for weight in weights)
+    single = isinstance(given, Tensor) and given.shape == tensors.shape
+    return not single and len(tensors) == sum([weight.numel() for weight in weights])
 
 
 def _unnested(tensors: Any, name: str) -> Any:

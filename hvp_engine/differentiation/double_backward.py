@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from hvp_engine._support import torch_compat, torch_compat_nodes
-from hvp_engine._support.flat_vector import Layout
+from hvp_engine._support.flat_vector import Layout, joined, split_like
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.missing_derivatives import (
     explained,
@@ -57,14 +57,19 @@ class Pullback:
     `torch.autograd.grad` checks its arguments at every call, which takes 60 us, a fifth of a product of a small model.
     So products go to the autograd engine directly.
 
+    Arguments:
+        outputs: the tensors, or one vector with the elements of all; its t is a list all the same.
+
     Attributes:
         outputs: those that depend on anything.
         active: the inputs that are not frozen.
         whole: whether those are all.
-        pattern: which of all outputs do, and which inputs are not frozen.
+        pattern: which of all outputs do, and which inputs are not frozen; whether the outputs are one vector.
     """
 
-    def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]):
+    def __init__(self, outputs: Sequence[Tensor] | Tensor, inputs: Sequence[Tensor]):
+        self._flat = isinstance(outputs, Tensor)
+        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
         self._inputs = tuple(inputs)
         self._varying = tuple([index for index, output in enumerate(outputs) if output.requires_grad])
         self.outputs = tuple([outputs[index] for index in self._varying])
@@ -72,19 +77,31 @@ class Pullback:
         all_free = False not in free
         self.active = self._inputs if all_free else tuple([x for x in inputs if x.requires_grad])
         self.whole = all_free and len(self.outputs) == len(outputs)
-        self.pattern = self._varying, free
+        self.pattern = self._varying, free, self._flat
 
     def __call__(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """The product, dense; None for an input that is frozen or that the outputs do not depend on."""
         if not self.outputs or not self.active:
             return [None] * len(self._inputs)
-        cotangents = tuple([tangents[index] for index in self._varying])
+        if self._flat:
+            with torch_compat.without_torch_functions():  # which look out for Python code of the caller's
+                cotangents: tuple[Tensor, ...] = (joined(tangents),)
+        else:
+            cotangents = tuple([tangents[index] for index in self._varying])
         with explained():
             found = torch_compat.backward(self.outputs, cotangents, self.active)
         if len(self.active) < len(self._inputs):
             products = iter(found)
             found = [next(products) if x.requires_grad else None for x in self._inputs]
         return [_dense(product) for product in found]
+
+    def copies(self, tangents: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Copies of the tangents, and the cotangents that consist of their memory."""
+        if not self._flat:
+            copies = tuple([tangent.clone() for tangent in tangents])
+            return copies, copies
+        vector = joined(tangents)
+        return tuple(split_like(vector, tangents)), (vector,)
 
     def at(self, cotangents: tuple[Tensor, ...]) -> Callable[[], Sequence[Tensor | None]]:
         """The product, as autograd gives it, of what the cotangents are at each call, where the map is `whole`."""
@@ -142,7 +159,7 @@ class Tape(Linearization):
     """The linearization that autograd's own graph is: products by `torch.autograd.grad`, graph retained.
 
     Arguments:
-        gradient: f = dL/dw with its graph, one for each weight.
+        gradient: f = dL/dw with its graph, one for each weight; or one vector with the elements of all.
         weights: the leaves (or non-leaves) that f depends on; a frozen one gets zeros.
         hyperparameters: what the mixed product is taken with respect to.
         loss: the loss, for reports.
@@ -157,7 +174,7 @@ class Tape(Linearization):
 
     def __init__(
         self,
-        gradient: Sequence[Tensor],
+        gradient: Sequence[Tensor] | Tensor,
         weights: Sequence[Tensor],
         hyperparameters: Sequence[Tensor] = (),
         loss: Tensor | None = None,
@@ -169,7 +186,8 @@ class Tape(Linearization):
         self.loss = None if loss is None else loss.detach()
         self.weights = tuple(weights)
         self.name = name
-        self._graph, self._hyperparameters = tuple(gradient), tuple(hyperparameters)
+        self._graph = gradient if isinstance(gradient, Tensor) else tuple(gradient)
+        self._hyperparameters = tuple(hyperparameters)
         self.facts = self._examined(hyperparameters)
         self.nodes = self.facts.nodes
 
@@ -179,7 +197,8 @@ class Tape(Linearization):
 
     @cached_property
     def gradient(self) -> Sequence[Tensor]:  # type: ignore[override]  # likewise
-        return [g.detach() for g in self._graph]
+        graph = split_like(self._graph, self.weights) if isinstance(self._graph, Tensor) else self._graph
+        return [g.detach() for g in graph]
 
     @cached_property
     def _product(self) -> Pullback:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor
 
-from hvp_engine._support.flat_vector import detached
+from hvp_engine._support.flat_vector import detached, joined
 from hvp_engine._support.pytree import check_scalar
 from hvp_engine._support.tensor_lists import Tensors, as_list, as_list_like, is_flat_for
 from hvp_engine._support.torch_compat import is_batched
@@ -90,7 +90,7 @@ def approx_inverse_hvp(
     with refused_if_stale("f"):
         found = plain_series(tape, vector, solver)
         value, _ = TapeSystem(tape).general(vector, solver) if found is None else found
-    return torch.cat([part.reshape(-1) for part in value]) if is_flat_for(v, weights) else tuple(value)
+    return joined(value) if is_flat_for(v, weights, w) else tuple(value)
 
 
 def hypergradient(
@@ -270,13 +270,18 @@ def _is_loss(f: Any) -> TypeGuard[Tensor]:
     return isinstance(f, Tensor) and f.dim() == 0
 
 
-def _gradient_of(f: OptionalTensors, weights: list[Tensor], given: Tensors) -> list[Tensor]:
-    """The gradient with its graph, from the gradient or the loss that the caller passed."""
+def _gradient_of(f: OptionalTensors, weights: list[Tensor], given: Tensors) -> list[Tensor] | Tensor:
+    """The gradient with its graph, from the gradient or the loss that the caller passed; flat as it came, if it can."""
     if _is_loss(f):
         check_scalar(f, "f")
         return gradients(f, weights, "f")
-    gradient = as_list_like(f, weights, given, "f", "w")
-    if not any(g.requires_grad for g in gradient):
+    gradient: list[Tensor] | Tensor
+    if is_flat_for(f, weights, given) and all(f.dtype is w.dtype and f.device == w.device for w in weights):
+        gradient, has_graph = f, f.requires_grad
+    else:
+        gradient = as_list_like(f, weights, given, "f", "w")
+        has_graph = any(g.requires_grad for g in gradient)
+    if not has_graph:
         raise GraphError(
             "f: expected gradients with an autograd graph; got tensors that do not require grad: compute them by "
             "torch.autograd.grad(loss, w, create_graph=True)"

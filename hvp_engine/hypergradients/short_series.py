@@ -47,9 +47,9 @@ def plain_series(tape: Tape, v: Vector, solver: Solver) -> tuple[list[Tensor], S
     alpha, damping, terms = solver.alpha, solver.damping, solver.iterations
 
     def series(pullback: Pullback) -> tuple[list[Tensor], Sequence[float]] | None:
-        p = tuple([part.clone() for part in v])
+        p, cotangents = pullback.copies(v)
         try:
-            figures = _C.plain_series(pullback.at(p), v, p, terms, alpha, damping)
+            figures = _C.plain_series(pullback.at(cotangents), v, p, terms, alpha, damping)
         except RuntimeError:  # autograd's, which it raises again
             return None
         return None if figures is None else (list(p), figures)

@@ -49,7 +49,7 @@ class Choice(Tape):
 
     def __init__(
         self,
-        gradient: Sequence[Tensor],
+        gradient: Sequence[Tensor] | Tensor,
         weights: Sequence[Tensor],
         hyperparameters: Sequence[Tensor] = (),
         loss: Tensor | None = None,
