@@ -107,6 +107,15 @@ class Pullback:
         """The product, as autograd gives it, of what the cotangents are at each call, where the map is `whole`."""
         return torch_compat.backward_at(self.outputs, cotangents, self.active)
 
+    def rows_at(self, cotangents: tuple[Tensor, ...]) -> Callable[[], Sequence[Tensor]]:
+        """The same, dense and row after row, whatever layout autograd gives it."""
+        product = self.at(cotangents)
+
+        def rows() -> list[Tensor]:
+            return [part.contiguous() for part in filled([_dense(part) for part in product()], self.active)]
+
+        return rows
+
 
 def _dense(product: Tensor | None) -> Tensor | None:
     return product if product is None or product.layout is torch.strided else product.to_dense()

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from hvp_engine.differentiation.double_backward import Pullback, Tape
@@ -31,6 +32,11 @@ except ImportError:
 _LARGEST = 1 << 16
 """Elements up to which one thread updates vectors as fast as several."""
 
+_MOST_SHAPES = 1024
+_NOT_ROWS: set[tuple[torch.Size, ...]] = set()
+"""Shapes of weights whose products autograd does not lay out row after row, as those of convolutions: a series that the
+extension cannot read has made its first product in vain."""
+
 
 def plain_series(tape: Tape, v: Vector, solver: Solver) -> tuple[list[Tensor], Sequence[float]] | None:
     """What a general solve gives too, bit for bit, and its figures, which `outcome_of` reads.
@@ -48,11 +54,18 @@ def plain_series(tape: Tape, v: Vector, solver: Solver) -> tuple[list[Tensor], S
 
     def series(pullback: Pullback) -> tuple[list[Tensor], Sequence[float]] | None:
         p, cotangents = pullback.copies(v)
+        shapes = tuple([part.shape for part in v])
+        product = pullback.rows_at(cotangents) if shapes in _NOT_ROWS else pullback.at(cotangents)
         try:
-            figures = _C.plain_series(pullback.at(cotangents), v, p, terms, alpha, damping)
+            figures = _C.plain_series(product, v, p, terms, alpha, damping)
         except RuntimeError:  # autograd's, which it raises again
             return None
-        return None if figures is None else (list(p), figures)
+        if figures is None:
+            if len(_NOT_ROWS) >= _MOST_SHAPES:
+                _NOT_ROWS.clear()
+            _NOT_ROWS.add(shapes)
+            return None
+        return list(p), figures
 
     found = tape.plainly(terms, series)
     if found is None:
