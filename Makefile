@@ -13,7 +13,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # A waiting OpenMP thread must not hold a core that somebody else could use.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test docs lint format bench soak field sanitize mutations versions wheel build clean
+SANITIZE := sanitize-solves sanitize-layers sanitize-cuda
+.PHONY: demo test docs lint format bench soak field sanitize $(SANITIZE) mutations versions wheel build clean
 
 demo: build
 	$(BIN)/python -m hvp_engine demo $(ARGS)
@@ -40,17 +41,25 @@ field: build $(FIELD)
 SANITIZED := build/sanitize
 WITH_LIBASAN := LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
-sanitize: build
-	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DHVP_ENGINE_SANITIZE=ON \
-		-DHVP_ENGINE_CUDA=OFF -DCMAKE_CXX_COMPILER=g++ -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
-		-Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > /dev/null
-	$(BIN)/cmake --build $(SANITIZED)
-	$(WITH_LIBASAN) $(BIN)/python tests/run_sanitized.py $(SANITIZED) $(ARGS)
+sanitize: $(SANITIZE)
+
+sanitize-solves sanitize-layers: sanitize-%: $(SANITIZED)/built.stamp
+	$(WITH_LIBASAN) $(BIN)/python tests/run_sanitized.py $(SANITIZED) $*
+
+sanitize-cuda: build
+	mkdir -p $(SANITIZED)
 	$(BIN)/python tests/run_cuda_on_cpu.py build address $(SANITIZED)/cuda_on_cpu.so
 	$(BIN)/python tests/run_cuda_on_cpu.py build races $(SANITIZED)/cuda_races
 	$(WITH_LIBASAN) PYTHONPATH=. $(BIN)/python tests/run_cuda_on_cpu.py in-order $(SANITIZED)/cuda_on_cpu.so \
 		tests/test_ops.py -k "cpu-cpp and (mixed or state or unaligned) and not threads"
 	$(SANITIZED)/cuda_races
+
+$(SANITIZED)/built.stamp: $(INSTALLED) $(wildcard csrc/*)
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DHVP_ENGINE_SANITIZE=ON \
+		-DHVP_ENGINE_CUDA=OFF -DCMAKE_CXX_COMPILER=g++ -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+		-Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > /dev/null
+	$(BIN)/cmake --build $(SANITIZED)
+	@touch $@
 
 # Would the tests notice a fault? ARGS="--only kernels/" tries some of them; an interrupted run continues.
 mutations: build

@@ -1,4 +1,8 @@
-"""Run the tests of the compiled ops on the extension built with sanitizers: `make sanitize`."""
+"""Run tests of the compiled code on the extension built with sanitizers: `make sanitize`.
+
+    python tests/run_sanitized.py FOLDER solves|layers|overflow
+    python tests/run_sanitized.py FOLDER [arguments for pytest]
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,13 @@ import torch
 from hypothesis import settings
 
 TESTS = Path(__file__).parent
+FILES = {
+    "solves": ("native", "native_fuzz", "ops", "native_operations", "native_convolution", "engines_native"),
+    "layers": ("attention", "recurrent", "cross_entropy", "normalization"),
+}
+"""Two halves, which can run at the same time."""
 ARGUMENTS = [
     *("-q", "-p", "no:cacheprovider", "-W", "ignore"),
-    *(
-        str(TESTS / f"test_{name}.py")
-        for name in ("native", "native_fuzz", "ops", "native_operations", "native_convolution", "engines_native")
-    ),
-    *(str(TESTS / f"test_{name}.py") for name in ("attention", "recurrent", "cross_entropy", "normalization")),
     # Without what tests other backends, measures time, or starts a Python of its own; and without what demands of the
     # float64 sums of cg_step the accuracy of vectorized ones, which sanitizers prevent.
     "-k",
@@ -58,7 +62,9 @@ def main(folder: str, *arguments: str) -> int:
         return 1
     settings.register_profile("sanitized", max_examples=600)
     settings.load_profile("sanitized")
-    return pytest.main(list(arguments) or ARGUMENTS)
+    if len(arguments) == 1 and arguments[0] in FILES:
+        arguments = (*ARGUMENTS, *(str(TESTS / f"test_{name}.py") for name in FILES[arguments[0]]))
+    return pytest.main(list(arguments))
 
 
 if __name__ == "__main__":
