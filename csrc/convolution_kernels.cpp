@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "convolution.h"
+#include "convolution_lines.h"
 #include "matrix_products.h"
 #include "variants.h"
 
@@ -17,8 +18,6 @@ namespace HVP_VARIANT {
 namespace {
 
 constexpr int64_t kBlockBytes = int64_t{1} << 18;
-// Numbers that an instruction or two copy at once, and sides of a square that is turned over at once.
-constexpr int64_t kLanes = 8, kSquare = 16;
 // Columns that a matrix product needs to be fast.
 constexpr int64_t kLeastColumns = 64;
 
@@ -26,50 +25,6 @@ constexpr int64_t kLeastColumns = 64;
 struct Block {
   int64_t image, images, row, rows;
 };
-
-// Loops over short lines are functions of their own, so that what they need stays in registers.
-
-// The elements from, 8, 16, ... on, and the last eight of `n` >= 8: of ten, 0 to 7 and 2 to 9.
-template <class T>
-[[gnu::noinline]] void copy_lines(const T* from, int64_t pitch, T* to, int64_t width, int64_t lines,
-                                  int64_t n) {
-  for (int64_t i = 0; i < lines; ++i, from += pitch, to += width) {
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const int64_t start = std::min(j, n - kLanes);
-#pragma omp simd
-      for (int64_t l = 0; l < kLanes; ++l) to[start + l] = from[start + l];
-    }
-  }
-}
-
-template <class T>
-[[gnu::noinline]] void add_lines(T* to, int64_t pitch, const T* from, int64_t width, int64_t lines,
-                                 int64_t n) {
-  const int64_t whole = n / kLanes * kLanes;
-  for (int64_t i = 0; i < lines; ++i, to += pitch, from += width) {
-    for (int64_t j = 0; j < whole; j += kLanes) {
-#pragma omp simd
-      for (int64_t l = 0; l < kLanes; ++l) to[j + l] += from[j + l];
-    }
-    for (int64_t j = whole; j < n; ++j) to[j] += from[j];
-  }
-}
-
-// to[q, o] <- from[o, q] for all lines o and `points` q, tile by tile.
-template <class T>
-[[gnu::noinline]] void turn_over(const T* from, int64_t pitch, int64_t lines, int64_t points, T* to) {
-  for (int64_t p = 0; p < points; p += kSquare) {
-    for (int64_t o = 0; o < lines; ++o) {
-      const T* const line = from + o * pitch + p;
-      T* const column = to + p * lines + o;
-      if (p + kSquare <= points) {
-        for (int64_t q = 0; q < kSquare; ++q) column[q * lines] = line[q];
-      } else {
-        for (int64_t q = 0; q < points - p; ++q) column[q * lines] = line[q];
-      }
-    }
-  }
-}
 
 template <class T>
 class Run {
@@ -84,7 +39,8 @@ class Run {
         pixels_(c_.size[0] * c_.size[1]),
         unfolded_(c_.of_kernels()[1]),
         point_(c_.kernel == std::array<int64_t, 2>{1, 1} && c_.stride == std::array<int64_t, 2>{1, 1} &&
-               c_.padding == std::array<int64_t, 2>{0, 0}) {
+               c_.padding == std::array<int64_t, 2>{0, 0}),
+        tiles_(tiles_available()) {
     const int64_t multiplications = c_.images * points_ * unfolded_ * c_.outputs;
     shares_ = multiplications < kParallelProducts ? 1 : std::min<int64_t>(threads, c_.images);
     const int64_t fits = kBlockBytes / static_cast<int64_t>(sizeof(T)) / unfolded_;
@@ -95,7 +51,7 @@ class Run {
 
   void run() const {
     const OneBlasThread alone(true);
-    std::unique_ptr<T[]> kernels;  // of each share, by columns
+    std::unique_ptr<T[]> kernels;  // of each share
     const int64_t weights = c_.outputs * unfolded_;
     if (c_.code == ConvolutionCode::kKernels) kernels.reset(new T[shares_ * weights]);
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(shares_)) if (shares_ > 1)
@@ -106,9 +62,9 @@ class Run {
     }
     for (int64_t o = 0; kernels && o < c_.outputs; ++o) {
       for (int64_t k = 0; k < unfolded_; ++k) {
-        T sum = kernels[k * c_.outputs + o];
-        for (int64_t share = 1; share < shares_; ++share)
-          sum += kernels[share * weights + k * c_.outputs + o];
+        const int64_t place = tiles_ ? o * unfolded_ + k : k * c_.outputs + o;
+        T sum = kernels[place];
+        for (int64_t share = 1; share < shares_; ++share) sum += kernels[share * weights + place];
         to_[o * unfolded_ + k] = sum;
       }
     }
@@ -169,16 +125,25 @@ class Run {
     if (!direct) fold(block, columns);
   }
 
-  // w (outputs x unfolded, by columns) <- y^T (outputs x columns) unfolded x. With y turned over, BLAS takes
-  // a third of the time that it takes for the product of y as it is.
+  // w <- y^T (outputs x columns) unfolded x. Tiles are fast for the inner products of columns, which give w
+  // as it is. BLAS takes a third of the time where y is turned over, and gives w by columns then.
   void make_kernels(const Block& block, T* columns, T* outputs, T* kernels, bool first) const {
     const int64_t width = block.images * block.rows * columns_;
     for (int64_t i = 0; i < pairs_.count; ++i) {
       const Matrix x = unfold(static_cast<const T*>(pairs_.first[i].first), block, columns);
-      turned(static_cast<const T*>(pairs_.first[i].second), block, outputs);
-      multiply<T>({false, false, c_.outputs, unfolded_, width, T(1), outputs, c_.outputs, x.data, x.leading,
-                   first && i == 0 ? T(0) : T(1), kernels, c_.outputs},
-                  1);
+      const T* const there = static_cast<const T*>(pairs_.first[i].second);
+      const T beta = first && i == 0 ? T(0) : T(1);
+      if (tiles_) {
+        const Matrix y = gathered(there, block, outputs);
+        multiply<T>({true, false, unfolded_, c_.outputs, width, T(1), x.data, x.leading, y.data, y.leading,
+                     beta, kernels, unfolded_},
+                    1);
+      } else {
+        turned(there, block, outputs);
+        multiply<T>({false, false, c_.outputs, unfolded_, width, T(1), outputs, c_.outputs, x.data, x.leading,
+                     beta, kernels, c_.outputs},
+                    1);
+      }
     }
   }
 
@@ -301,6 +266,7 @@ class Run {
   const int64_t rows_, columns_, points_, pixels_;
   const int64_t unfolded_;  // pixels that an output is made of
   const bool point_;        // whether an image is its own unfolded one
+  const bool tiles_;
   int64_t shares_;
   int64_t together_, band_;  // images, and rows of outputs, of a block
 };

@@ -28,6 +28,14 @@ class OneBlasThread {
   int before_ = 0;
 };
 
+inline bool tiles_available() {
+#ifdef HVP_HAS_X86
+  return tiles_in_use();
+#else
+  return false;
+#endif
+}
+
 // The sizes fit in 32 bits; `threads` are for tiles.
 template <class T>
 void multiply(const TileProduct<T>& p, [[maybe_unused]] int threads) {

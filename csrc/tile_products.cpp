@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "vectors.h"
 
@@ -19,6 +20,28 @@ constexpr int64_t kShortest = 12;
 constexpr int64_t kMostPacked = 128;
 // Rows that are read again and again stay in the second-level cache.
 constexpr int64_t kCacheBytes = int64_t{1} << 18;
+
+// Which lanes of a vector count.
+template <class T>
+using Mask = std::conditional_t<sizeof(T) == 4, __mmask16, __mmask8>;
+
+template <class T>
+constexpr Mask<T> all() {
+  return static_cast<Mask<T>>(~0u);
+}
+
+inline Vector<float> load(const float* from, __mmask16 mask) {
+  return reinterpret_cast<Vector<float>>(_mm512_maskz_loadu_ps(mask, from));
+}
+inline Vector<double> load(const double* from, __mmask8 mask) {
+  return reinterpret_cast<Vector<double>>(_mm512_maskz_loadu_pd(mask, from));
+}
+inline void store(float* to, __mmask16 mask, Vector<float> vector) {
+  _mm512_mask_storeu_ps(to, mask, reinterpret_cast<__m512>(vector));
+}
+inline void store(double* to, __mmask8 mask, Vector<double> vector) {
+  _mm512_mask_storeu_pd(to, mask, reinterpret_cast<__m512d>(vector));
+}
 
 inline float total(Vector<float> vector) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(vector)); }
 inline double total(Vector<double> vector) { return _mm512_reduce_add_pd(reinterpret_cast<__m512d>(vector)); }
@@ -64,56 +87,75 @@ void dots(const TileProduct<T>& p, int64_t first, int64_t last) {
     const int64_t end = std::min(p.n, begin + block);
     int64_t i = first;
     for (; i + 4 <= last; i += 4) dot_columns<4>(p, i, begin, end);
-    for (; i < last; ++i) dot_columns<1>(p, i, begin, end);
+    switch (last - i) {
+      case 1:
+        dot_columns<1>(p, i, begin, end);
+        break;
+      case 2:
+        dot_columns<2>(p, i, begin, end);
+        break;
+      case 3:
+        dot_columns<3>(p, i, begin, end);
+        break;
+    }
   }
 }
 
-// V vectors of C columns of c, the sum of columns of a times numbers of b.
+// V vectors of C columns of c, the sum of columns of a times numbers of b; the last vector has the rows of
+// `mask` alone.
 template <int C, int V, class T>
-void add_tile(const TileProduct<T>& p, int64_t i, int64_t j, int64_t column, int64_t row) {
+void add_tile(const TileProduct<T>& p, int64_t i, int64_t j, int64_t column, int64_t row, Mask<T> mask) {
   constexpr int64_t kLanes = Vectors<T>::kLanes;
   const T *const a = p.a + i, *const b = p.b + j * column;
   Vector<T> sums[C][V] = {};
   for (int64_t k = 0; k < p.k; ++k) {
     Vector<T> from[V];
-    for (int v = 0; v < V; ++v) from[v] = load<Vector<T>>(a + k * p.lda + v * kLanes);
+    for (int v = 0; v < V; ++v) from[v] = load(a + k * p.lda + v * kLanes, v == V - 1 ? mask : all<T>());
     for (int x = 0; x < C; ++x) {
       const T factor = b[x * column + k * row];
       for (int v = 0; v < V; ++v) sums[x][v] += factor * from[v];
     }
   }
+#pragma GCC unroll 8  // or the sums would stay in memory
   for (int x = 0; x < C; ++x) {
+#pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
       T* const to = p.c + (j + x) * p.ldc + i + v * kLanes;
+      const Mask<T> rows = v == V - 1 ? mask : all<T>();
       Vector<T> result = p.alpha * sums[x][v];
-      if (p.beta != T(0)) result += p.beta * load<Vector<T>>(to);
-      std::memcpy(to, &result, sizeof result);
+      if (p.beta != T(0)) result += p.beta * load(to, rows);
+      store(to, rows, result);
     }
   }
 }
 
 template <int V, class T>
-void add_columns(const TileProduct<T>& p, int64_t i, int64_t first, int64_t last, int64_t column,
-                 int64_t row) {
+void add_columns(const TileProduct<T>& p, int64_t i, int64_t first, int64_t last, int64_t column, int64_t row,
+                 Mask<T> mask) {
   int64_t j = first;
-  for (; j + 8 <= last; j += 8) add_tile<8, V>(p, i, j, column, row);
-  for (; j + 2 <= last; j += 2) add_tile<2, V>(p, i, j, column, row);
-  for (; j < last; ++j) add_tile<1, V>(p, i, j, column, row);
+  for (; j + 8 <= last; j += 8) add_tile<8, V>(p, i, j, column, row, mask);
+  for (; j + 2 <= last; j += 2) add_tile<2, V>(p, i, j, column, row, mask);
+  for (; j < last; ++j) add_tile<1, V>(p, i, j, column, row, mask);
 }
 
+// Rows three vectors at a time: of 100 numbers, 48, 48 and 4.
 template <class T>
 void adds(const TileProduct<T>& p, int64_t first, int64_t last) {
   constexpr int64_t kLanes = Vectors<T>::kLanes;
   const int64_t column = p.transpose_b ? 1 : p.ldb, row = p.transpose_b ? p.ldb : 1;
-  int64_t i = 0;
-  for (; i + 3 * kLanes <= p.m; i += 3 * kLanes) add_columns<3>(p, i, first, last, column, row);
-  for (; i + kLanes <= p.m; i += kLanes) add_columns<1>(p, i, first, last, column, row);
-  for (; i < p.m; ++i) {
-    for (int64_t j = first; j < last; ++j) {
-      T sum = 0;
-      for (int64_t k = 0; k < p.k; ++k) sum += p.a[k * p.lda + i] * p.b[j * column + k * row];
-      T& to = p.c[j * p.ldc + i];
-      to = p.beta == T(0) ? p.alpha * sum : p.alpha * sum + p.beta * to;
+  for (int64_t i = 0; i < p.m; i += 3 * kLanes) {
+    const int64_t vectors = std::min<int64_t>(3, (p.m - i + kLanes - 1) / kLanes);
+    const int64_t rows = std::min(kLanes, p.m - i - (vectors - 1) * kLanes);
+    const Mask<T> mask = static_cast<Mask<T>>((1u << rows) - 1);
+    switch (vectors) {
+      case 1:
+        add_columns<1>(p, i, first, last, column, row, mask);
+        break;
+      case 2:
+        add_columns<2>(p, i, first, last, column, row, mask);
+        break;
+      default:
+        add_columns<3>(p, i, first, last, column, row, mask);
     }
   }
 }

@@ -1,7 +1,7 @@
 """Run tests of the compiled code on the extension built with sanitizers: `make sanitize`.
 
-    python tests/run_sanitized.py FOLDER solves|layers|overflow
-    python tests/run_sanitized.py FOLDER [arguments for pytest]
+python tests/run_sanitized.py FOLDER solves|layers|overflow
+python tests/run_sanitized.py FOLDER [arguments for pytest]
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -183,6 +184,37 @@ def test_inner_products_of_few_with_many(rows: int, dtype: torch.dtype) -> None:
         assert found is not None
         assert (found - expected).abs().max() < 50 * torch.finfo(dtype).eps * expected.abs().max()
     assert kept is not None and torch.equal(kept, onto)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 15, 16, 17, 24, 30, 33, 47, 50, 64, 71, 100])
+def test_sums_of_columns_with_any_number_of_rows(rows: int, dtype: torch.dtype) -> None:
+    """By tiles of one to three vectors, the last of which may be a part of one; `rows` as BLAS counts them."""
+    torch.manual_seed(2)
+    x, w, onto = numbers(43, 120, dtype=dtype), numbers(120, rows, dtype=dtype), numbers(43, rows, dtype=dtype)
+    program = program_of(lambda x, w, o: (x @ w, x.t().contiguous().t() @ w, torch.addmm(o, x, w), o), [x, w, onto])
+    ours, turned, added, kept = program(x, w, onto)
+    exact = x.double() @ w.double()
+    for found, expected in ((ours, exact), (turned, exact), (added, exact + onto)):
+        assert found is not None
+        assert (found - expected).abs().max() < 50 * torch.finfo(dtype).eps * expected.abs().max()
+    assert kept is not None and torch.equal(kept, onto)
+
+
+def test_odd_sizes_are_as_fast_as_even_ones() -> None:
+    """A part of a vector took ten times as long as a whole one once."""
+
+    def seconds(columns: int) -> float:
+        x, w = torch.randn(400, 300), torch.randn(300, columns)
+        bound = program_of(lambda x, w: x @ w, [x, w]).bind()
+        took = []
+        for _ in range(30):
+            start = time.process_time()
+            bound(x, w)
+            took.append(time.process_time() - start)
+        return min(took)
+
+    assert seconds(30) < 3 * seconds(32)
 
 
 def test_operators_that_the_extension_lacks_are_called_in_between() -> None:

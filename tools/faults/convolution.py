@@ -15,17 +15,24 @@ FAULTS = [
     ),
     Fault(
         KERNELS,
-        "for (int64_t share = 1; share < shares_; ++share)\n",
-        "for (int64_t share = 1; share < shares_ - 1; ++share)\n",
+        "for (int64_t share = 1; share < shares_; ++share) sum",
+        "for (int64_t share = 1; share < shares_ - 1; ++share) sum",
         f"{TESTS} -k threads",
         "the derivative of a kernel leaves out the images of the last thread",
     ),
     Fault(
         KERNELS,
-        "first && i == 0 ? T(0) : T(1), kernels, c_.outputs},",
-        "i == 0 ? T(0) : T(1), kernels, c_.outputs},",
+        "const T beta = first && i == 0 ? T(0) : T(1);",
+        "const T beta = i == 0 ? T(0) : T(1);",
         f"{TESTS} -k 'values and bands'",
         "the derivative of a kernel is that of the last block of images",
+    ),
+    Fault(
+        KERNELS,
+        "tiles_ ? o * unfolded_ + k : k * c_.outputs + o",
+        "k * c_.outputs + o",
+        f"{TESTS} -k values_and_derivatives",
+        "derivatives of kernels are turned over that are in order; noticed where AVX-512 tiles are in use",
     ),
     Fault(
         KERNELS,

@@ -10,10 +10,17 @@ FOLDER = "hvp_engine/differentiation/native"
 FAULTS = [
     Fault(
         "csrc/tile_products.cpp",
-        "if (p.beta != T(0)) result += p.beta * load<Vector<T>>(to);",
-        "if (p.beta != T(0)) result += load<Vector<T>>(to) * p.alpha;",
+        "if (p.beta != T(0)) result += p.beta * load(to, rows);",
+        "if (p.beta != T(0)) result += load(to, rows) * p.alpha;",
         f"{OPERATIONS} -k larger_products",
         "a product onto something scales that; noticed where AVX-512 tiles are in use",
+    ),
+    Fault(
+        "csrc/tile_products.cpp",
+        "static_cast<Mask<T>>((1u << rows) - 1)",
+        "all<T>()",
+        f"{GRAPHS} -k any_number_of_rows",
+        "the last vector of a column is written whole; noticed where AVX-512 tiles are in use",
     ),
     Fault(
         "csrc/program_reader.h",
