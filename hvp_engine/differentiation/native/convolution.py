@@ -20,10 +20,13 @@ from hvp_engine.differentiation.native.places import Place
 
 aten = torch.ops.aten
 
-_MOST_FACTORS = 1 << 12
-"""Numbers of a kernel up to which this is faster than what PyTorch has: five times where images have few channels (3 of
-64 x 64 to 32, 3 x 3: 2.3 ms instead of 11.6, one core), as fast with 16, and 0.7 times with 64."""
+_MOST_FACTORS = {False: 1 << 12, True: 1 << 15}
+"""Numbers of a kernel up to which this is faster than what PyTorch has, of small and of large kernels: five times where
+images have few channels (3 of 64 x 64 to 32, 3 x 3: 2.3 ms instead of 11.6, one core), as fast with 16, and 0.7 times
+with 64; of 20 channels to 50, 5 x 5, 1.5 times."""
 
+_LARGE = 25
+"""Pixels of a kernel from which it is a large one."""
 
 _MOST_PAIRS = 6
 """Convolutions that one operation may sum (`kMostConvolutionPairs` in csrc/convolution.h)."""
@@ -62,7 +65,7 @@ class Geometry:
             raise UnsupportedError("an empty convolution")
         if len(w) == 4 and not kernels.is_contiguous() and kernels.is_contiguous(memory_format=torch.channels_last):
             raise UnsupportedError("a convolution in channels-last layout, in which PyTorch's is faster")
-        if math.prod(w) > _MOST_FACTORS:
+        if math.prod(w) > _MOST_FACTORS[math.prod(w[2:]) >= _LARGE]:
             raise UnsupportedError("a convolution of many channels, for which PyTorch's is faster")
 
         def both(numbers: Sequence[int], of_a_row: int) -> tuple[int, ...]:
