@@ -58,6 +58,14 @@ def test_classes_of_tensors_with_a_dispatch_of_their_own() -> None:
     assert own(TwoTensor) and not any(map(own, (torch.Tensor, torch.nn.Parameter, Named, torch.nn.Buffer)))
 
 
+def test_decompositions_do_the_same() -> None:
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    found = torch_compat_traces.decomposition(torch.ops.aten.huber_loss_backward.default)
+    assert found is not None and torch_compat_traces.decomposition(torch.ops.aten.mm.default) is None
+    arguments = (torch.tensor(0.7), x, y, 1, 0.5)
+    torch.testing.assert_close(found(*arguments), torch.ops.aten.huber_loss_backward.default(*arguments))
+
+
 def test_compiled_code_is_discarded() -> None:
     """Also of a block that is the first to import torch.compile."""
     code = """

@@ -33,6 +33,12 @@ def is_of_profiler(operation: Any) -> bool:
     return getattr(operation, "namespace", "") == "profiler"
 
 
+def decomposition(operation: Any) -> Callable[..., Any] | None:
+    """A function that does the same by simpler operators, where torch has one."""
+    found: Callable[..., Any] | None = torch._decomp.decomposition_table.get(operation)
+    return found
+
+
 def memory_of(tensor: Tensor) -> Any:
     """The storage: the same Python object, with what is set on it, as long as any tensor shows it."""
     with without_torch_functions():

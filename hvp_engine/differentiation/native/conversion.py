@@ -72,7 +72,11 @@ class Conversion:
             elif node in given:
                 self._values[node] = self._onto(node, given[node])
             elif node.op == "call_function":
-                self._values[node] = self._convert(node)
+                try:
+                    self._values[node] = self._convert(node)
+                except UnsupportedError as error:
+                    error.target = node.target
+                    raise
             elif node.op != "placeholder":
                 self._values[node] = self._other(node)
 

@@ -18,7 +18,13 @@ MOST_REGISTERS = 32
 
 
 class UnsupportedError(Exception):
-    """Why a program cannot run natively."""
+    """Why a program cannot run natively.
+
+    Attributes:
+        target: the operator that has no handler, or not for such arguments; None where it is nothing of the kind.
+    """
+
+    target: Any = None
 
 
 class Code(enum.IntEnum):

@@ -15,6 +15,7 @@ from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.torch_compat_traces import function_of
 from hvp_engine.differentiation.linear_map import Accumulation, Terms
 from hvp_engine.differentiation.native.batch_space import Factor, factors, fewest_terms
+from hvp_engine.differentiation.native.decompositions import decomposed
 from hvp_engine.differentiation.native.graph_program import GraphProgram
 from hvp_engine.differentiation.native.operations import UnsupportedError
 from hvp_engine.differentiation.native.program import BoundProgram, NativeProgram, Rehearsed
@@ -22,6 +23,9 @@ from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.differentiation.trace.rewriting import Attempts
 
 Made = TypeVar("Made")
+
+_MOST_DECOMPOSED = 32
+"""Kinds of operators that are decomposed, one after another, before a program is given up."""
 
 
 class PartitionPrograms:
@@ -82,7 +86,19 @@ class PartitionPrograms:
 
     def _made(self, residuals: Sequence[Tensor], found: Sequence[Factor]) -> tuple[NativeProgram | None, str]:
         """A program, or why there is none."""
-        return self.timed(lambda: NativeProgram(self._parts, residuals, found))
+
+        def make() -> NativeProgram:
+            for _ in range(_MOST_DECOMPOSED):
+                try:
+                    return NativeProgram(self._parts, residuals, found)
+                except UnsupportedError as error:
+                    simpler = decomposed(self._parts, error.target)
+                    if simpler is None:
+                        raise
+                    self._parts, self._factors = simpler, None
+            raise UnsupportedError("too many operators")
+
+        return self.timed(make)
 
     def timed(self, make: Callable[[], Made]) -> tuple[Made | None, str]:
         """What `make` makes, or why it cannot."""

@@ -1,0 +1,79 @@
+"""Operators that the extension lacks, written as several that it has."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hvp_engine._support.torch_compat import schema_of
+from hvp_engine._support.torch_compat_traces import decomposition, graph_module
+from hvp_engine.differentiation.native.operations import UnsupportedError
+from hvp_engine.differentiation.native.pooling import FORMULAS
+from hvp_engine.differentiation.trace.graph_recorder import ControlFlowError, ValueDependenceError, record_graph
+from hvp_engine.differentiation.trace.partial_evaluation import Partition
+
+_MOST = 16
+"""Operators that one may become: PyTorch's own, as of a grid of samples, is faster than very many."""
+
+
+def decomposed(parts: Partition, target: Any) -> Partition | None:
+    """The partition with several operators in place of each `target` among those that run in every term.
+
+    None where nothing is known that does the same, or too many operators would.
+    """
+    module = parts.accumulating.module
+    if not any(node.op == "call_function" and node.target is target for node in module.graph.nodes):
+        return None
+    graph, copies = fx.Graph(), dict[fx.Node, Any]()
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is target:
+            inlined = _inlined(graph, node, copies)
+            if inlined is None:
+                return None
+            copies[node] = inlined
+        elif node.target is operator.getitem and isinstance(copies[node.args[0]], (tuple, list)):
+            copies[node] = copies[node.args[0]][node.args[1]]
+        else:
+            copies[node] = graph.node_copy(node, lambda argument: copies[argument])
+    accumulating = dataclasses.replace(parts.accumulating, module=graph_module(module, graph))
+    return dataclasses.replace(parts, accumulating=accumulating)
+
+
+def _inlined(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> Any:
+    """What the node gives, by several operators that are added to the graph."""
+    function, sources = FORMULAS.get(node.target) or decomposition(node.target), node.all_input_nodes
+    if function is None or not all(isinstance(source.meta["val"], Tensor) for source in sources):
+        return None
+
+    def call(*tensors: Tensor) -> Any:
+        known = dict(zip(sources, tensors, strict=True))
+        arguments = fx.node.map_arg(node.args, lambda source: known[source])
+        keywords = fx.node.map_arg(node.kwargs, lambda source: known[source])
+        found = function(*arguments, **keywords)
+        return tuple(found) if isinstance(found, tuple) else found  # of a class of their own, some
+
+    try:
+        with torch.no_grad():
+            recorded = record_graph(call, [_zeros(source.meta["val"]) for source in sources])
+    except (UnsupportedError, ControlFlowError, ValueDependenceError):  # it would depend on values
+        return None
+    inner = [one for one in recorded.graph.nodes if one.op not in ("placeholder", "output")]
+    if len(inner) > _MOST or any(one.target is node.target or not _computes(one) for one in inner):
+        return None
+    values = dict(zip((n for n in recorded.graph.nodes if n.op == "placeholder"), sources, strict=True))
+    replaced = {source: copies[kept] for source, kept in values.items()}
+    return graph.graph_copy(recorded.graph, replaced)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype).zero_()
+
+
+def _computes(node: fx.Node) -> bool:
+    """Whether the node is an operator that writes to nothing."""
+    schema = schema_of(node.target) if node.op == "call_function" else None
+    return node.target is operator.getitem or (schema is not None and not schema.is_mutable)

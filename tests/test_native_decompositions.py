@@ -1,0 +1,90 @@
+"""Operators without a handler in native programs: by several that have one, against plain double backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import hvp_engine as hvp
+from hvp_engine.engines import create
+
+IMAGES = torch.randn(4, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+CLASSES = torch.randint(8, (4, 12, 12), generator=torch.Generator().manual_seed(2))
+ONES = torch.ones(4, 8, 12, 12, dtype=torch.float64)
+
+LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "means of windows": lambda y: F.avg_pool2d(y, 2),
+    "means of windows that are no squares": lambda y: F.avg_pool2d(y, (3, 2)),
+    "means of windows that overlap": lambda y: F.avg_pool2d(y, 3, 2, 1),
+    "means of windows that leave the rest out": lambda y: F.avg_pool2d(y, 5),
+    "sums of windows": lambda y: F.avg_pool2d(y, 2, divisor_override=1),
+    "means of windows of one image": lambda y: F.avg_pool2d(y[0], 4, 2),
+    "means of signals": lambda y: F.avg_pool1d(y.flatten(2), 3, 2),
+    "a number of means": lambda y: F.adaptive_avg_pool2d(y, (3, 6)),
+    "powers of windows": lambda y: F.lp_pool2d(y.abs() + 0.1, 2, 2),
+    "larger": lambda y: F.interpolate(y, scale_factor=2),
+    "larger, unevenly": lambda y: F.interpolate(y, size=(12, 36)),
+    "channels to pixels": lambda y: F.pixel_shuffle(y, 2),
+    "pixels to channels": lambda y: F.pixel_unshuffle(y, 2),
+    "turned": lambda y: y.rot90(1, (2, 3)),
+    "triangles": lambda y: y.tril() + y.triu(1) ** 2,
+    "prelu": lambda y: F.prelu(y, y.mean((0, 2, 3))),
+    "smooth l1": lambda y: F.smooth_l1_loss(y, ONES, beta=0.7),
+    "huber": lambda y: F.huber_loss(y, ONES, delta=0.6),
+    "soft margin": lambda y: F.soft_margin_loss(y, ONES),
+    "squared error of both": lambda y: F.mse_loss(y, y.flip(0).tanh()),
+    "entropy of probabilities": lambda y: F.binary_cross_entropy(y.sigmoid(), y.flip(0).detach().sigmoid()),
+    "classes of pixels": lambda y: F.cross_entropy(y, CLASSES),
+    "classes of pixels, smoothed": lambda y: F.cross_entropy(y, CLASSES, label_smoothing=0.1),
+}
+
+
+def problem(layer: Callable[[Tensor], Tensor]) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
+    torch.manual_seed(0)
+    weights = {"w": torch.randn(8, 3, 1, 1, dtype=torch.float64) / 3, "b": torch.randn(8, dtype=torch.float64) / 9}
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        y = F.conv2d(x, weights["w"], weights["b"])
+        return (layer(y).tanh() ** 2).mean() + (y**2).mean()
+
+    return loss, weights
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_products_by_the_extension(name: str) -> None:
+    loss, weights = problem(LAYERS[name])
+    v = {key: torch.randn_like(weight) for key, weight in weights.items()}
+    engine = create("linearized")
+    found = hvp.HessianOperator(loss, weights, IMAGES, engine=engine) @ v
+    leaves = {key: weight.clone().requires_grad_() for key, weight in weights.items()}
+    gradient = torch.autograd.grad(loss(leaves, IMAGES), list(leaves.values()), create_graph=True)
+    exact = torch.autograd.grad(gradient, list(leaves.values()), list(v.values()))
+    torch.testing.assert_close(list(found.values()), list(exact), rtol=1e-10, atol=1e-12)
+    assert "products and terms by the extension" in engine.report(), engine.report()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda y: F.avg_pool2d(y, 5, ceil_mode=True),
+        lambda y: F.avg_pool2d(y, 3, 2, 1, count_include_pad=False),
+        lambda y: F.adaptive_avg_pool2d(y, 5),
+        lambda y: F.interpolate(y, size=(13, 17)),
+        lambda y: F.grid_sample(
+            y, torch.linspace(-1, 1, 4 * 5 * 5 * 2).reshape(4, 5, 5, 2).double(), align_corners=False
+        ),
+    ],
+    ids=["windows beyond the image", "windows without padding", "windows of two sizes", "no whole number", "a grid"],
+)
+def test_what_stays_with_pytorch_is_right_too(layer: Callable[[Tensor], Tensor]) -> None:
+    loss, weights = problem(layer)
+    v = {key: torch.randn_like(weight) for key, weight in weights.items()}
+    engine = create("linearized")
+    found = hvp.HessianOperator(loss, weights, IMAGES, engine=engine) @ v
+    expected = hvp.HessianOperator(loss, weights, IMAGES, engine="eager") @ v
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert "lacks: operator aten." in engine.report(), engine.report()
