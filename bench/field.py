@@ -43,7 +43,8 @@ def markdown(file: Path = FILE) -> str:
     rows = tables.read(file, Row)
     if not rows:
         return "No results have been committed yet."
-    head = ["model", "weights", "recorded", "linearized", "`auto` takes", "plain loop", "recorded", "linearized", "`auto`"]
+    engines = ["recorded", "linearized"]
+    head = ["model", "weights", *engines, "`auto` takes", "plain loop", *engines, "`auto`"]
     body = [
         [
             row.model,
