@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
+from recorded_checks import calls
 from torch import Tensor
 from torch.nn import functional as F
 
 import hvp_engine as hvp
+from hvp_engine.differentiation.missing_derivatives import nodes_of
+from hvp_engine.differentiation.native.recurrent import onednn_layer_backward
 from hvp_engine.engines import create
 
 IMAGES = torch.randn(4, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -88,3 +92,44 @@ def test_what_stays_with_pytorch_is_right_too(layer: Callable[[Tensor], Tensor])
     expected = hvp.HessianOperator(loss, weights, IMAGES, engine="eager") @ v
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert "lacks: operator aten." in engine.report(), engine.report()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_recorded_lstm_of_onednn(layers: int, bidirectional: bool, bias: bool) -> None:
+    """What a script's own `nn.LSTM` has recorded on a CPU, in float32."""
+    torch.manual_seed(0)
+    layer = torch.nn.LSTM(6, 7, layers, bias, batch_first=True, bidirectional=bidirectional)
+    weights, x = list(layer.parameters()), torch.randn(3, 5, 6)
+
+    def loss() -> Tensor:
+        output, (hidden, cell) = layer(x)
+        return (output**2).mean() + hidden.sin().sum() + (cell[0] ** 3).mean()
+
+    before = copy.deepcopy(weights)
+    kinds = nodes_of([loss()])
+    made = calls(loss, weights, tolerance=2e-6)
+    functions = made[-1].program.functions  # type: ignore[union-attr]  # there is one
+    assert any("Mkldnn" in node.name() for node in kinds), "torch no longer calls oneDNN here"
+    assert functions.native is not None and functions.native.program is not None, functions.native.describe()
+    assert not all(map(torch.equal, before, weights)), "fresh weights at each call"
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_derivative_of_an_lstm_of_onednn(reverse: bool) -> None:
+    """Against PyTorch's own, with gradients of all results or of some."""
+    torch.manual_seed(1)
+    x, weight, states = torch.randn(5, 3, 6), torch.randn(28, 7) / 3, [torch.randn(3, 7) for _ in range(2)]
+    parameters = [torch.randn(28, 6) / 3, weight, torch.randn(28), torch.randn(28)]
+    aten, settings = torch.ops.aten, (reverse, [], 2, 7, 1, True, False, False, True)
+    output, *last, workspace = aten.mkldnn_rnn_layer(x, *parameters, *states, *settings)
+    results = output, *(state.reshape(3, 7) for state in last)
+    for given in ((True, True, True), (True, False, False), (False, True, False)):
+        grads = [torch.randn_like(result) if there else None for result, there in zip(results, given, strict=True)]
+        whole = [torch.zeros_like(r) if grad is None else grad for r, grad in zip(results, grads, strict=True)]
+        known = (x, *parameters, *states, *results)
+        options = (reverse, 2, 7, 1, True, True, False, [], False, workspace)
+        expected = aten.mkldnn_rnn_layer_backward(*known, *whole, *options)
+        for found, true in zip(onednn_layer_backward(*known, *grads, *options), expected, strict=True):
+            torch.testing.assert_close(found, true.reshape(found.shape), rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -219,21 +220,28 @@ class Conversion:
         plain = isinstance(value, Tensor) and value.dtype == self.builder.dtype
         if plain and handler is not None and node.target in EVERY_TERM:
             return handler(self, node)
+        if isinstance(value, (tuple, list)):
+            return ()  # its results are computed where they are read
         return self._tensor(node)
 
     def _tensor(self, node: fx.Node) -> Place:
         """A known node as a whole slot, computed by PyTorch if it is no input."""
         if node in self._slots:
             return self._slots[node]
-        sources, target, result = list(node.all_input_nodes), node.target, node.meta["val"]
+        result, part = node.meta["val"], None
+        made = node
+        if node.target is operator.getitem:  # one of the results of a node, which is computed for each of them
+            made, part = node.args  # type: ignore[assignment]  # as operator.getitem takes them
+        sources, target = list(made.all_input_nodes), made.target
         if not isinstance(result, Tensor) or not callable(target):
             raise UnsupportedError(f"known results of {target}")
 
         def compute(*tensors: Tensor) -> Tensor:
             known = dict(zip(sources, tensors, strict=True))
-            args = fx.node.map_arg(node.args, lambda argument: known[argument])
-            kwargs = fx.node.map_arg(node.kwargs, lambda argument: known[argument])
-            return target(*args, **kwargs)
+            args = fx.node.map_arg(made.args, lambda argument: known[argument])
+            kwargs = fx.node.map_arg(made.kwargs, lambda argument: known[argument])
+            found = target(*args, **kwargs)
+            return found if part is None else found[part]
 
         kind = Kind.NUMBERS if result.dtype == self.builder.dtype else Kind.OTHER
         place = self._slots[node] = self.derive(result.shape, compute, sources, kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor, fx
 
 from hvp_engine._support.torch_compat import schema_of
 from hvp_engine._support.torch_compat_traces import decomposition, graph_module
+from hvp_engine.differentiation.native import pooling, recurrent
 from hvp_engine.differentiation.native.operations import UnsupportedError
-from hvp_engine.differentiation.native.pooling import FORMULAS
 from hvp_engine.differentiation.trace.graph_recorder import ControlFlowError, ValueDependenceError, record_graph
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
+
+_FORMULAS: dict[Any, Callable[..., Any]] = pooling.FORMULAS | recurrent.FORMULAS
 
 _MOST = 16
 """Operators that one may become: PyTorch's own, as of a grid of samples, is faster than very many."""
@@ -39,13 +42,15 @@ def decomposed(parts: Partition, target: Any) -> Partition | None:
             copies[node] = copies[node.args[0]][node.args[1]]
         else:
             copies[node] = graph.node_copy(node, lambda argument: copies[argument])
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     accumulating = dataclasses.replace(parts.accumulating, module=graph_module(module, graph))
     return dataclasses.replace(parts, accumulating=accumulating)
 
 
 def _inlined(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> Any:
     """What the node gives, by several operators that are added to the graph."""
-    function, sources = FORMULAS.get(node.target) or decomposition(node.target), node.all_input_nodes
+    ours, sources = _FORMULAS.get(node.target), node.all_input_nodes
+    function = ours or decomposition(node.target)
     if function is None or not all(isinstance(source.meta["val"], Tensor) for source in sources):
         return None
 
@@ -62,7 +67,7 @@ def _inlined(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> Any:
     except (UnsupportedError, ControlFlowError, ValueDependenceError):  # it would depend on values
         return None
     inner = [one for one in recorded.graph.nodes if one.op not in ("placeholder", "output")]
-    if len(inner) > _MOST or any(one.target is node.target or not _computes(one) for one in inner):
+    if (len(inner) > _MOST and not ours) or any(one.target is node.target or not _computes(one) for one in inner):
         return None
     values = dict(zip((n for n in recorded.graph.nodes if n.op == "placeholder"), sources, strict=True))
     replaced = {source: copies[kept] for source, kept in values.items()}

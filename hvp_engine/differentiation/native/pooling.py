@@ -105,7 +105,7 @@ def upsample_nearest_backward(grad: Tensor, outputs: Sizes, inputs: Sizes, *_: f
     return _split(grad, inputs[-2:]).sum((-3, -1))
 
 
-FORMULAS: dict[Any, Callable[..., Tensor]] = {
+FORMULAS: dict[Any, Callable[..., Any]] = {
     aten.avg_pool2d.default: average_pool,
     aten.avg_pool2d_backward.default: average_pool_backward,
     aten._adaptive_avg_pool2d.default: adaptive_average_pool,
