@@ -56,9 +56,7 @@ def _inlined(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> Any:
 
     def call(*tensors: Tensor) -> Any:
         known = dict(zip(sources, tensors, strict=True))
-        arguments = fx.node.map_arg(node.args, lambda source: known[source])
-        keywords = fx.node.map_arg(node.kwargs, lambda source: known[source])
-        found = function(*arguments, **keywords)
+        found = function(*_given(node.args, known), **_given(dict(node.kwargs), known))
         return tuple(found) if isinstance(found, tuple) else found  # of a class of their own, some
 
     try:
@@ -66,12 +64,25 @@ def _inlined(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> Any:
             recorded = record_graph(call, [_zeros(source.meta["val"]) for source in sources])
     except (UnsupportedError, ControlFlowError, ValueDependenceError):  # it would depend on values
         return None
+    except Exception:
+        if ours is not None:
+            raise
+        return None  # torch's own function was not made for such arguments
     inner = [one for one in recorded.graph.nodes if one.op not in ("placeholder", "output")]
     if (len(inner) > _MOST and not ours) or any(one.target is node.target or not _computes(one) for one in inner):
         return None
     values = dict(zip((n for n in recorded.graph.nodes if n.op == "placeholder"), sources, strict=True))
     replaced = {source: copies[kept] for source, kept in values.items()}
     return graph.graph_copy(recorded.graph, replaced)
+
+
+def _given(argument: Any, known: dict[fx.Node, Tensor]) -> Any:
+    """An argument with tensors in place of nodes, in lists that may be changed: some functions write to theirs."""
+    if isinstance(argument, dict):
+        return {name: _given(value, known) for name, value in argument.items()}
+    if isinstance(argument, (list, tuple)):
+        return [_given(part, known) for part in argument]
+    return known[argument] if isinstance(argument, fx.Node) else argument
 
 
 def _zeros(like: Tensor) -> Tensor:
