@@ -26,7 +26,7 @@ from hvp_engine.differentiation.native import program as native_program
 from hvp_engine.differentiation.native.operations import UnsupportedError
 from hvp_engine.differentiation.native.program import NativeProgram
 from hvp_engine.differentiation.problem import Problem
-from hvp_engine.engines import EagerEngine
+from hvp_engine.engines import EagerEngine, create
 from hvp_engine.engines.functions import TracedLinearization
 from hvp_engine.engines.traced import LinearizedEngine
 from hvp_engine.solvers.base import Solver
@@ -148,6 +148,33 @@ def test_hypergradients_by_name() -> None:
     assert "products and terms by the extension" in hypergradient.report()
     mine, theirs = (flat(list(results[name].grads.values())) for name in ("linearized", "eager"))
     assert relative_error(mine, theirs) < 1e-12
+
+
+class Swapped(torch.autograd.Function):
+    """a b, whose gradient shows the other factor as it is, where nothing is made of the value."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a.dot(b)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return b.view_as(b), a.view_as(a)
+
+
+@pytest.mark.parametrize("form", ["horner", "accumulate"])
+def test_products_that_are_tangents_of_other_weights(form: Any) -> None:
+    """An update in place of the one weight must not change what is a summand for the other."""
+    weights, v = ([randn(5, seed=seed + part) for part in (0, 1)] for seed in (3, 7))
+    solver, found = hvp.Neumann(4, alpha=0.1, form=form), {}
+    for name in ("eager", "linearized"):
+        engine = create(name)
+        operator = hvp.HessianOperator(lambda w: Swapped.apply(*w), weights, engine=engine)
+        found[name] = flat(operator.solve(v, solver).value)
+    assert "products and terms by the extension" in engine.report()
+    assert relative_error(found["linearized"], found["eager"]) < 1e-12
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,22 @@ def test_operators_that_the_extension_lacks_are_called_in_between() -> None:
             assert_close(found, expected)
 
 
+def test_views_that_pytorch_makes_of_the_workspace_are_kept() -> None:
+    """What lies there is written over by the operations that follow."""
+    x, alias = torch.randn(8, 6), torch.ops.aten._reshape_alias.default
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        seen = alias((x * 2).exp() @ x.t(), [64], [1])  # no operator of the extension
+        other = (x + 1).tanh() @ x.t()
+        for _ in range(3):
+            other = (other.tanh() @ other.t()).tanh()
+        return seen.sin(), other
+
+    for found, expected in zip(program_of(function, [x])(x), function(x), strict=True):
+        assert found is not None
+        assert_close(found, expected)
+
+
 def test_results_are_new_memory_and_nothing_is_held() -> None:
     x = torch.randn(40, 30)
     program = program_of(lambda x: (x.exp() * 2, x.exp().sum(), x.t()), [x])

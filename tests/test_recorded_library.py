@@ -25,6 +25,7 @@ import hvp_engine as hvp
 from hvp_engine._support.torch_compat_nodes import NodeFields
 from hvp_engine.differentiation import graph_structure
 from hvp_engine.differentiation.recorded import graph_contents, library, linearization, programs
+from hvp_engine.differentiation.recorded.known_graphs import Known, Solve
 from hvp_engine.differentiation.recorded.library import Library
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
 from hvp_engine.differentiation.recorded.owned import OwnedLinearization
@@ -312,3 +313,11 @@ def test_a_kind_of_graphs_earns_its_own_program(monkeypatch: pytest.MonkeyPatch)
     assert not kept.affords(known, 5)
     known.plain_seconds = 20.0
     assert kept.affords(known, 5) and not kept.affords(others[0], 5)
+
+
+def test_a_solve_by_both_tells_nothing() -> None:
+    """Whether autograd or a program is faster."""
+    for mixed in (True, False):
+        known = Known(solve=Solve(products=4, began=1.0, ended=3.0, mixed=mixed))
+        known.begin(Solve())
+        assert known.plain == ([] if mixed else [0.5]) and not known.program

@@ -20,6 +20,8 @@ from hvp_engine._support.torch_compat import DispatchMode
 from hvp_engine.differentiation.recorded.library import Library
 from hvp_engine.differentiation.recorded.linearization import RecordedLinearization
 from hvp_engine.differentiation.recorded.owned import OwnedLinearization
+from hvp_engine.hypergradients.short_series import TapeSystem
+from hvp_engine.solvers import Neumann
 
 pytestmark = [pytest.mark.usefixtures("float64_by_default"), pytest.mark.filterwarnings("error:.*a recorded product")]
 
@@ -248,3 +250,15 @@ def test_several_losses_share_a_library() -> None:
     losses = [lambda: (2.5 * w).exp().sum() ** 2, lambda: (w.sin() ** 3).sum(), lambda: (3.5 * w).exp().sum() ** 2]
     for loss in losses * 3:
         assert level(checked(library, gradient_of(loss(), [w]), [w])) == 1
+
+
+def test_a_second_solve_after_a_tensor_has_changed_is_refused() -> None:
+    library, x = Library(), torch.randn(30, 20, dtype=torch.float64)
+    w, v = torch.randn(20, dtype=torch.float64, requires_grad=True), [torch.ones(20, dtype=torch.float64)]
+    for _ in range(4):
+        made = checked(library, gradient_of((x @ w).tanh().square().sum(), [w]), [w], kind=RecordedLinearization)
+    assert level(made) == 1
+    TapeSystem(made).general(v, Neumann(2, 0.1))
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        TapeSystem(made).general(v, Neumann(2, 0.1))

@@ -80,7 +80,7 @@ def update(
         place = groups[target][j]
         later, added = list(mixings), []
         # A sum with a vector that stays as it is can come before the matrix products, in the same pass.
-        while later and later[0].plain and later[0].target == target and later[0].source != target:
+        while later and later[0].plain and later[0].target == target:
             added.append(groups[later.pop(0).source][j])
         value = _advanced(builder, summands, place, damped, added)
         stores: list[tuple[Operand, Place]] = []
