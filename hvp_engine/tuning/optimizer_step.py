@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hvp_engine._support.flat_vector import norm_of
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.engines.replays import Counted
 from hvp_engine.tuning.bounds import Bounds
 from hvp_engine.tuning.replayed import Grads
@@ -132,6 +133,7 @@ class Descent:
         """Continue from a saved state."""
         state = copy.deepcopy(state)  # an optimizer would go on to update the tensors of `state` in place
         self.optimizer.load_state_dict(state["optimizer"])
+        _undo_casts(self.optimizer, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.steps = state["steps"]
@@ -143,6 +145,21 @@ def global_norm(grads: Grads) -> Tensor:
     if not dense:
         return torch.zeros((), dtype=torch.float64)
     return norm_of(dense)
+
+
+def _undo_casts(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Give tensors of the state, which torch has cast to the dtypes of their parameters, the dtypes and the values with
+    which they were saved: a run that goes on with rounded ones, or wider ones, gets other numbers."""
+
+    def uncast(loaded: Any, saved: Any) -> Any:
+        cast = isinstance(loaded, Tensor) and isinstance(saved, Tensor) and loaded.dtype != saved.dtype
+        return saved.to(loaded.device) if cast else loaded
+
+    groups = zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    pairs = [pair for old, new in groups for pair in zip(old["params"], new["params"], strict=True)]
+    for number, parameter in pairs:
+        before, loaded = saved["state"].get(number, {}), optimizer.state.get(parameter, {})
+        loaded.update({key: pytree.tree_map(uncast, loaded[key], before[key]) for key in before.keys() & loaded.keys()})
 
 
 def _optimizer(given: OptimizerLike, tensors: Sequence[Tensor], name: str) -> torch.optim.Optimizer:
