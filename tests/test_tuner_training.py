@@ -86,3 +86,15 @@ def test_training_goes_on_in_the_epoch() -> None:
     tuner.train(loader, 1, progress=False)
     assert seen == [0, 1, 2, 3, 4, 0]
     assert tuner.hyper_steps == 0 and torch.equal(tuner.hyper[0], torch.ones(2))
+
+
+def test_retraining_begins_anew_in_a_tuner_whose_state_was_loaded() -> None:
+    loader = [0.0, 1.0, 2.0]
+
+    def make() -> hvp.Tuner:
+        return tuner_of(torch.ones(2), torch.ones(2), train=lambda w, h, batch: (w - batch).square().sum())
+
+    one, other = make(), make()
+    one.train(loader, 2, progress=False)
+    other.load_state_dict(one.state_dict())
+    assert other.retrain(loader, 4, progress=False) == make().train(loader, 4, progress=False)

@@ -189,8 +189,9 @@ class Streams:
         return stream
 
     def close(self, name: str) -> None:
-        """Forget a stream: the next one of this name begins anew."""
+        """Forget a stream and its saved position: the next one of this name begins anew."""
         self._open.pop(name, None)
+        self._saved.pop(name, None)
 
     def position(self) -> Callable[[], dict[str, Any]]:
         """A function that returns the positions as of now, whenever it is called."""
