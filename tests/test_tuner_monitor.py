@@ -101,6 +101,14 @@ def test_early_stopping(name: str, tmp_path: Path) -> None:
     assert len(run(9)) == 8, "a run that is over stays over"
 
 
+def test_a_metric_that_no_record_has_is_named() -> None:
+    fit = tuner_of(zeros(3), zeros(3)).fit
+    with pytest.raises(
+        ValueError, match="^metric: expected a field of the record or .*; got 'loss', which no record has"
+    ):
+        fit([DATA], [TARGET], 9, progress=False, metric="loss", patience=3)
+
+
 def test_verbose_prints_a_line_for_each_step(capsys: pytest.CaptureFixture[str]) -> None:
     tuner = tuner_of(zeros(3), zeros(3))
     history = tuner.fit([DATA], [TARGET], 2, progress=False, verbose=True, evaluate=lambda tuner: {"test": 0.25})
