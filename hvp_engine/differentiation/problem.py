@@ -148,11 +148,15 @@ class Averaged:
     """
 
     def __init__(self, loss: Callable[..., Tensor]):
+        if not callable(loss):
+            raise TypeError(f"loss: expected a function of (..., batch); got {type(loss).__name__}")
         self.loss = loss
 
     def __call__(self, *arguments: Any) -> Tensor:
         *point, batches = arguments
         losses = [self.loss(*point, batch) for batch in batches]
+        if not losses:
+            raise ValueError("batches: expected at least one batch; got none")
         return torch.stack([loss.reshape(()) for loss in losses]).mean()
 
 
