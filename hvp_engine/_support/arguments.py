@@ -61,6 +61,20 @@ def check_not_negative(value: Any, name: str) -> float:
     return number
 
 
+def check_limit(value: Any, name: str, *, positive: bool = False) -> float | None:
+    """None, or `value` as a number >= 0, which must be > 0 if it is to be `positive`; it may be infinite."""
+    if value is None:
+        return None
+    expected = f"{name}: expected a number {'> 0' if positive else '>= 0'} or None"
+    try:
+        number = as_number(value)
+    except TypeError:
+        raise TypeError(f"{expected}; got {shown(value)}") from None
+    if not (number > 0 or (number == 0 and not positive)):
+        raise ValueError(f"{expected}; got {number}")
+    return number
+
+
 def replace_fields(frozen: Any, **values: Any) -> None:
     """Set fields of a frozen dataclass, in its `__post_init__`, to what their checks returned."""
     for name, value in values.items():

@@ -37,7 +37,7 @@ class Batches:
     """
 
     def __init__(self, loader: Iterable[Any], device: torch.device, name: str):
-        if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+        if isinstance(loader, Tensor | Mapping | str) or not isinstance(loader, Iterable):
             raise TypeError(
                 f"{name}: expected a loader (an iterable of batches); got {type(loader).__name__}: "
                 "for a full batch pass [batch]"

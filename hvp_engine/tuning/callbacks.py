@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hvp_engine._support.arguments import shown
 from hvp_engine.tuning.history import Record
 from hvp_engine.tuning.processes import OneProcess
 
@@ -70,6 +71,18 @@ class Function(Callback):
 
     def on_hyper_step(self, tuner: Any, record: Record) -> bool | None:
         return self._function(tuner, record)
+
+
+def listed(given: Any) -> list[Callback]:
+    """Callbacks and functions as callbacks; `TypeError` for anything else."""
+    if not isinstance(given, Sequence):
+        raise TypeError(f"callbacks: expected a list; got {shown(given)}: pass [callback]")
+    for index, one in enumerate(given):
+        if isinstance(one, type) or not (isinstance(one, Callback) or callable(one)):
+            raise TypeError(
+                f"callbacks[{index}]: expected a Callback or a function of (tuner, record); got {shown(one)}"
+            )
+    return [one if isinstance(one, Callback) else Function(one) for one in given]
 
 
 class Evaluation(Callback):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from hvp_engine._support.arguments import check_limit
 from hvp_engine._support.flat_vector import norm_of
 from hvp_engine._support.torch_compat import pytree
 from hvp_engine.engines.replays import Counted
@@ -49,8 +50,7 @@ class Descent:
         norm: Callable[[Grads], Tensor],
         bounds: Bounds | None = None,
     ):
-        if clip is not None and not clip > 0:
-            raise ValueError(f"{name}_clip: expected a number > 0 or None; got {clip!r}")
+        clip = check_limit(clip, f"{name}_clip", positive=True)
         self.tensors, self.clip, self.norm, self.bounds = tensors, clip, norm, bounds
         self.optimizer = _optimizer(optimizer, tensors, f"{name}_optimizer")
         self.scheduler = None if scheduler is None else _scheduler(scheduler, self.optimizer, f"{name}_scheduler")
@@ -163,7 +163,7 @@ def _undo_casts(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None
 
 
 def _optimizer(given: OptimizerLike, tensors: Sequence[Tensor], name: str) -> torch.optim.Optimizer:
-    optimizer = given if isinstance(given, torch.optim.Optimizer) else given(tensors)
+    optimizer = given(tensors) if callable(given) else given
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"{name}: expected a torch optimizer or a function that makes one; got {type(optimizer).__name__}"
@@ -175,7 +175,7 @@ def _optimizer(given: OptimizerLike, tensors: Sequence[Tensor], name: str) -> to
 
 
 def _scheduler(given: SchedulerLike, optimizer: torch.optim.Optimizer, name: str) -> LRScheduler:
-    scheduler = given if isinstance(given, LRScheduler) else given(optimizer)
+    scheduler = given(optimizer) if callable(given) else given
     if not isinstance(scheduler, LRScheduler):
         raise TypeError(
             f"{name}: expected a torch scheduler or a function that makes one from the optimizer; "
