@@ -110,6 +110,8 @@ def linear_cross_entropy(
     """
     check_tensor(input, "input")
     check_tensor(linear_weight, "linear_weight")
+    if bias is not None:
+        check_tensor(bias, "bias")
     if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1] != linear_weight.shape[1]:
         raise ValueError(
             "input, linear_weight: expected matrices (N, d) and (C, d); got shapes "
@@ -151,6 +153,8 @@ def log_softmax(input: Tensor, dim: int = -1) -> Tensor:
     """
     check_tensor(input, "input")
     check_dtype(input)
+    if dim is None:
+        raise TypeError("dim: expected an int; got None")
     if in_transform():
         return functional.log_softmax(input, dim)
     if input.dim() == 0:
@@ -204,6 +208,7 @@ def _check(
     if classes == 0:
         raise ValueError("input: expected at least one class; got logits of none")
     if weight is not None:
+        check_tensor(weight, "weight")
         if tuple(weight.shape) != (classes,) or not weight.is_floating_point():
             raise ValueError(
                 f"weight: expected {classes} numbers, one for each class; got shape {tuple(weight.shape)}, "

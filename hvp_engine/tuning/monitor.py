@@ -87,7 +87,7 @@ class EarlyStopping(Callback):
         return self._over(record)
 
     def _note(self, record: Record) -> None:
-        known = {self._metric: self._metric(record)} if callable(self._metric) else record.row()
+        known: dict[Any, Any] = {self._metric: self._metric(record)} if callable(self._metric) else record.row()
         self._found |= self._metric in known
         value = known.get(self._metric, math.nan)
         if value < self._best:
