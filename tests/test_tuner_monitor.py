@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from problems_with_known_answers import DTYPE
@@ -62,6 +63,18 @@ def test_callbacks_see_every_record_and_can_stop() -> None:
     history = tuner.fit([DATA], [TARGET], 10, progress=False, callbacks=callbacks)
     assert len(history) == 3 and seen == [(k + 1, history[k]) for k in range(3)]
     assert len(tuner.fit([DATA], [TARGET], 5, progress=False)) == 5
+
+
+@pytest.mark.parametrize("true", [True, numpy.float64(1.0) > 0, torch.ones(()) > 0, torch.ones(1) > 0], ids=repr)
+def test_a_comparison_of_numbers_of_any_kind_stops(true: Any) -> None:
+    class Stop(hvp.tuning.Callback):
+        def on_fit_start(self, tuner: Any) -> Any:
+            return true
+
+    tuner = tuner_of(zeros(3), zeros(3))
+    assert len(tuner.fit([DATA], [TARGET], 3, progress=False, callbacks=[lambda tuner, record: true])) == 1
+    assert len(tuner.fit([DATA], [TARGET], 3, progress=False, callbacks=[Stop()])) == 1
+    assert len(tuner.fit([DATA], [TARGET], 3, progress=False, callbacks=[lambda tuner, record: 1])) == 3
 
 
 METRICS: dict[str, Any] = {

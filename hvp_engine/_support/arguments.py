@@ -16,7 +16,7 @@ from typing import Any
 def check_count(value: Any, name: str, least: int = 1, what: str = "") -> int:
     """`value` as an int >= `least`; `what` tells in the message what it counts."""
     expected = f"{name}: expected an int >= {least}{f', {what}' if what else ''}"
-    plain = _plain(value)
+    plain = unwrapped(value)
     try:
         count = operator.index(plain)
     except TypeError:
@@ -81,7 +81,7 @@ def replace_fields(frozen: Any, **values: Any) -> None:
         object.__setattr__(frozen, name, value)
 
 
-def _plain(value: Any) -> Any:
+def unwrapped(value: Any) -> Any:
     """The number in a tensor or a NumPy scalar or array of one element; anything else as it is."""
     if type(value) in (int, float):
         return value
@@ -90,7 +90,7 @@ def _plain(value: Any) -> Any:
 
 def as_number(value: Any) -> float:
     """`value` as an int or a float; `TypeError` if it is no real number."""
-    plain = _plain(value)
+    plain = unwrapped(value)
     if type(plain) in (int, float):
         return plain
     if isinstance(plain, bool) or not isinstance(plain, Real):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hvp_engine._support.arguments import shown
+from hvp_engine._support.arguments import shown, unwrapped
 from hvp_engine.tuning.history import Record
 from hvp_engine.tuning.processes import OneProcess
 
@@ -108,7 +108,7 @@ class Callbacks:
         with ExitStack() as ends:
             with self._processes.together():
                 for callback in self._callbacks:
-                    self.stop |= callback.on_fit_start(self._tuner) is True
+                    self.stop |= _asks_to_stop(callback.on_fit_start(self._tuner))
                     ends.push(lambda kind, error, trace, callback=callback: callback.on_fit_end(self._tuner, error))
             self.stop = any(self._processes.gather(self.stop))
             yield
@@ -128,7 +128,13 @@ class Callbacks:
                     if metrics := callback.on_evaluate(self._tuner, history[-1]):
                         history[-1] = history[-1].joined(metrics)
                 for callback in self._callbacks:
-                    self.stop |= callback.on_hyper_step(self._tuner, history[-1]) is True
+                    self.stop |= _asks_to_stop(callback.on_hyper_step(self._tuner, history[-1]))
             for callback in self._callbacks:
                 callback.on_round_end(self._tuner)
         self.stop = any(self._processes.gather(self.stop))
+
+
+def _asks_to_stop(answer: Any) -> bool:
+    """Whether a callback's answer is True: Python's, or what a comparison of NumPy's numbers or of tensors gives. Any
+    other answer means nothing."""
+    return unwrapped(answer) is True
