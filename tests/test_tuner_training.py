@@ -98,3 +98,15 @@ def test_retraining_begins_anew_in_a_tuner_whose_state_was_loaded() -> None:
     one.train(loader, 2, progress=False)
     other.load_state_dict(one.state_dict())
     assert other.retrain(loader, 4, progress=False) == make().train(loader, 4, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("loader", "steps"), [(DATA, 3), (iter([DATA]), 3), ([DATA], -1)], ids=["tensor", "iterator", "steps"]
+)
+def test_retraining_that_is_refused_leaves_the_weights(loader: Any, steps: int) -> None:
+    tuner = tuner_of(zeros(3), zeros(3))
+    tuner.train([DATA], 2, progress=False)
+    trained = tuner.weights[0].clone()
+    with pytest.raises((TypeError, ValueError), match="^(train_loader|steps): expected"):
+        tuner.retrain(loader, steps, progress=False)
+    assert torch.equal(tuner.weights[0], trained)

@@ -274,11 +274,13 @@ class Tuner:
         `init=lambda module: module.reset_parameters()`; optimizer and scheduler of the weights start anew. As in
         section 5.6 of the paper, the loader may hold training and validation data together.
         """
+        steps = check_count(steps, "steps", least=0)
+        self.streams.close("train")
+        self.streams.open("train", train_loader, "train_loader")  # refuses a wrong loader before the weights are lost
         self.problem.restart()
         if init is not None:
             with torch.no_grad():
                 init(self.module)
-        self.streams.close("train")
         return self.train(train_loader, steps, progress=progress)
 
     def save(self, path: str | Path) -> None:
