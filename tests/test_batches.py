@@ -124,6 +124,27 @@ def test_workers_replay(dataset: Any, persistent: bool, taken: int) -> None:
     assert all(same(a, b) for a, b in zip(again.take(9), expected, strict=True))
 
 
+@pytest.mark.parametrize("taken", range(1, 12))
+def test_loaders_that_share_a_generator_are_found_again(taken: int) -> None:
+    """Epochs of either begin where the other's last one left the generator."""
+
+    def make() -> list[Batches]:
+        generator = torch.Generator().manual_seed(3)
+        loaders = [DataLoader(NUMBERS, size, shuffle=True, generator=generator) for size in (4, 5)]
+        return [Batches(loader, CPU, "loader") for loader in loaders]
+
+    def draw(streams: list[Batches], rounds: int) -> list[Tensor]:
+        return [stream.next() for _ in range(rounds) for stream in streams]
+
+    straight, resumed = make(), make()
+    draw(straight, taken)
+    states = [stream.state_dict() for stream in straight]
+    expected = draw(straight, 12)
+    for stream, state in zip(resumed, states, strict=True):
+        stream.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(draw(resumed, 12), expected, strict=True))
+
+
 def test_other_random_draws_are_neither_disturbed_nor_felt() -> None:
     def run(disturb: bool) -> tuple[list[Any], Tensor]:
         torch.manual_seed(5), random.seed(5), numpy.random.seed(5)

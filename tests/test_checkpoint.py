@@ -9,6 +9,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -232,6 +233,24 @@ def tuner(**options: Any) -> hvp.Tuner:
         "hyper_optimizer": lambda tensors: torch.optim.Adam(tensors, lr=0.1),
     }
     return hvp.Tuner(**settings | options)
+
+
+def test_learning_rates_from_an_array_are_saved(tmp_path: Path) -> None:
+    rates = numpy.logspace(-2, -1, 3)
+
+    def make() -> hvp.Tuner:
+        return tuner(
+            weight_optimizer=lambda tensors: torch.optim.SGD(tensors, lr=rates[0]),
+            hyper_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=rates[1], betas=(numpy.float64(0.5), 0.9)),
+            weight_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10, gamma=rates[2]),
+        )
+
+    saved, loaded = make(), make()
+    saved.train_step(None)
+    saved.save(tmp_path / "run.pt")
+    loaded.load(tmp_path / "run.pt")
+    assert loaded.weight_optimizer.param_groups[0]["lr"] == rates[0]
+    assert loaded.hyper_optimizer.param_groups[0]["betas"] == (0.5, 0.9)
 
 
 OTHERS: dict[str, tuple[Any, str]] = {

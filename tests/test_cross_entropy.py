@@ -209,6 +209,26 @@ def test_large_logits_and_nan(backend: str) -> None:
     assert differentiable.cross_entropy(logits, target).isnan()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast_the_levels_fit_each_other_as_torchs_do(backend: str, dtype: torch.dtype) -> None:
+    """The logits are made again at every level: also where autocast is off by then."""
+    target = torch.randint(30, (20,), generator=torch.Generator().manual_seed(0))
+    hidden, weight = randn(20, 64, seed=1).to(dtype), randn(30, 64, seed=2).float()
+
+    def found(layer: Callable[..., Tensor]) -> list[Tensor]:
+        def function(h: Tensor, w: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return layer(h, w)
+
+        return derivatives(function, hidden, weight)
+
+    ours = found(lambda h, w: differentiable.linear_cross_entropy(h, w, target))
+    for inner in (functional.cross_entropy, differentiable.cross_entropy):
+        theirs = found(lambda h, w, inner=inner: inner(functional.linear(h, w), target))
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.dtype == b.dtype and relative_error(a.double(), b.double()) < 0.03
+
+
 def test_all_rows_ignored_and_none_at_all(backend: str) -> None:
     for target in (torch.full((3,), -100), torch.zeros(0, dtype=torch.int64)):
         logits = randn(len(target), 4, seed=1).requires_grad_()
@@ -219,6 +239,7 @@ def test_all_rows_ignored_and_none_at_all(backend: str) -> None:
         total = derivatives(lambda h, y=target, layer=layer: layer(h, randn(4, 4, seed=2), y), logits)
         assert not any(a.any() for a in total)
         assert differentiable.log_softmax(logits).shape == logits.shape
+        assert all(a.isfinite().all() for a in derivatives(differentiable.log_softmax, logits))
 
 
 BAD: list[tuple[type[Exception], str, Callable[[], Tensor]]] = [

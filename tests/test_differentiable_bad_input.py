@@ -35,6 +35,28 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "^linear_weight: expected a tensor; got NoneType",
     ),
+    "weight": (lambda: differentiable.cross_entropy(ROWS, LABELS, [1.0] * 3), TypeError, "^weight: expected a tensor"),
+    "bias": (
+        lambda: differentiable.linear_cross_entropy(ROWS, torch.ones(4, 3), LABELS, [0.0] * 4),
+        TypeError,
+        "^bias: expected a tensor; got list",
+    ),
+    "log_softmax, dim": (lambda: differentiable.log_softmax(ROWS, None), TypeError, "^dim: expected an int; got None"),
+    "batch_norm, running": (
+        lambda: differentiable.batch_norm(ROWS, torch.zeros(3), torch.zeros(2), training=True),
+        ValueError,
+        r"^running_var: expected shape \(3,\); got \(2,\)",
+    ),
+    "lstm, states of two layers": (
+        lambda: differentiable.lstm(SEQUENCE, (STATE, STATE.repeat(2, 1, 1)), LSTM, *REST),
+        ValueError,
+        r"^states: expected shape \(1, sequences, units\), .*; got \(2, 2, 4\)",
+    ),
+    "gru, no state": (
+        lambda: differentiable.gru(SEQUENCE, STATE[:0], GRU, *REST),
+        ValueError,
+        r"^states: expected shape \(1, sequences, units\), .*; got \(0, 2, 4\)",
+    ),
     "log_softmax": (lambda: differentiable.log_softmax(1.0), TypeError, "^input: expected a tensor; got float"),
     "batch_norm": (lambda: differentiable.batch_norm(1.0), TypeError, "^input: expected a tensor; got float"),
     "batch_norm, momentum": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -88,3 +89,10 @@ def test_both_sides_of_a_difference_see_the_same_mask() -> None:
 def test_a_zero_tangent_gives_zero() -> None:
     operator = hvp.HessianOperator(lambda w: (w**3).sum(), torch.ones(3, dtype=DTYPE), engine="finite_difference")
     assert torch.equal(operator @ torch.zeros(3, dtype=DTYPE), torch.zeros(3, dtype=DTYPE))
+
+
+def test_weights_that_require_grad_are_read_without_a_word() -> None:
+    w, h = torch.ones(3, requires_grad=True), torch.zeros(3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Converting a tensor with requires_grad")
+        hvp.Hypergradient(train, val, hvp.Neumann(2, 0.05), engine="finite_difference")(w, h, None, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypergradient_calling_styles import STYLES, functional_style, tape_style
@@ -196,3 +198,25 @@ def test_of_losses_that_depend_on_the_weights_alone_the_hypergradient_is_zero_an
 def test_without_products_engines_are_compared_for_no_terms():
     for solver, terms in ((hvp.Identity(), 0), (hvp.Neumann(0, alpha=0.1), 0), (None, 10)):
         assert hvp.Hypergradient(lambda w, h, b: w, lambda w, h, b: w, solver).engine.terms == terms
+
+
+@pytest.mark.parametrize("engine", ["eager", "recorded", "linearized", "finite_difference"])
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+@pytest.mark.filterwarnings("ignore:the weights are far from a minimum")
+def test_a_loss_of_one_element_is_a_scalar(engine: str, shape: tuple[int, ...]) -> None:
+    """As a squared error of a batch of one example is."""
+    w, h = randn(3, seed=1), randn(3, seed=2)
+
+    def train(w: Tensor, h: Tensor, batch: Tensor) -> Tensor:
+        return ((w - batch).square() + h.exp() * w.square()).sum()
+
+    def val(w: Tensor, h: Tensor, batch: Tensor) -> Tensor:
+        return (w - batch - 1).square().sum()
+
+    def result(*losses: Any) -> hvp.HypergradientResult:
+        return hvp.Hypergradient(*losses, hvp.Neumann(4, alpha=0.1), engine)(w, h, torch.ones(3), torch.zeros(3))
+
+    shaped = result(lambda *a: train(*a).reshape(shape), lambda *a: val(*a).reshape(shape))
+    plain = result(train, val)
+    assert shaped.train_loss.shape == shaped.val_loss.shape == ()
+    assert torch.equal(shaped.val_loss, plain.val_loss) and relative_error(shaped.grads, plain.grads) < 1e-12

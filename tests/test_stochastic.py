@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -152,6 +152,22 @@ def test_solvers_that_need_a_fixed_operator_are_refused(solver: Any) -> None:
         operator.solve(torch.ones(SIZE, dtype=DTYPE), solver)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        hvp.extreme_eigenvalues,
+        hvp.spectral_density,
+        lambda operator: operator.to_scipy(),
+        lambda operator: hvp.NystromPreconditioner(operator + hvp.I, rank=2, rho=0.1),
+    ],
+    ids=["extreme_eigenvalues", "spectral_density", "to_scipy", "NystromPreconditioner"],
+)
+def test_nothing_that_needs_a_fixed_operator_takes_another_at_every_product(use: Callable[[Any], Any]) -> None:
+    operator = hvp.StochasticHessianOperator(loss, torch.zeros(SIZE, dtype=DTYPE), [X[:5], X[5:]])
+    with pytest.raises(ValueError, match=r"same at every product; .*: use hvp.HessianOperator\(hvp.Averaged\(loss\)"):
+        use(operator)
+
+
 def test_bad_arguments_are_named() -> None:
     weights = torch.zeros(SIZE, dtype=DTYPE)
     with pytest.raises(ValueError, match=r"^batches_per_product: expected an int >= 1; got 0"):
@@ -162,3 +178,7 @@ def test_bad_arguments_are_named() -> None:
         hvp.StochasticHessianOperator(loss, weights, []) @ weights
     with pytest.raises(TypeError, match=r"^loss: expected a function of \(weights, batch\)"):
         hvp.StochasticHessianOperator(1.0, weights, [X])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^loss: expected a function of \(..., batch\); got float"):
+        hvp.Averaged(1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^batches: expected at least one batch; got none"):
+        hvp.HessianOperator(hvp.Averaged(loss), weights, [], engine="eager")

@@ -267,6 +267,14 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "^hyper_scheduler: expected a scheduler of the tuner's optimizer; got one of another",
     ),
     "hyper lbfgs": ({"hyper_optimizer": torch.optim.LBFGS}, TypeError, "^hyper_optimizer: expected .*got LBFGS"),
+    "clip text": ({"weight_clip": "1"}, TypeError, "^weight_clip: expected a number > 0 or None; got '1'"),
+    "tolerance text": (
+        {"inner_tolerance": "1"},
+        TypeError,
+        "^inner_tolerance: expected a number >= 0 or None; got '1'",
+    ),
+    "optimizer text": ({"weight_optimizer": "adam"}, TypeError, "^weight_optimizer: expected a torch .*; got str"),
+    "scheduler list": ({"weight_scheduler": [1]}, TypeError, "^weight_scheduler: expected a torch .*; got list"),
     "estimator": ({"estimator": 3}, TypeError, "^estimator: expected a callable of .*got int"),
 }
 
@@ -307,3 +315,69 @@ def test_refused_by_fit(options: dict[str, Any], message: str) -> None:
     tuner = tuner_of(zeros(3), zeros(3))
     with pytest.raises(ValueError, match=message):
         tuner.fit([DATA], [TARGET], **{"progress": False, "hyper_steps": 1} | options)
+
+
+FIT_REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "minutes": ({"checkpoint_minutes": "3"}, TypeError, "^checkpoint_minutes: expected a number >= 0 or None; got '3'"),
+    "checkpoint": ({"checkpoint": True}, TypeError, "^checkpoint: expected the path of a file; got bool"),
+    "callbacks": (
+        {"callbacks": lambda tuner, record: None},
+        TypeError,
+        r"^callbacks: .*got function: pass \[callback\]",
+    ),
+    "callback": ({"callbacks": [print, 3]}, TypeError, r"^callbacks\[1\]: expected a Callback or a function .*got int"),
+    "callback class": (
+        {"callbacks": [hvp.tuning.Callback]},
+        TypeError,
+        r"^callbacks\[0\]: .*the class Callback itself",
+    ),
+    "evaluate": (
+        {"evaluate": lambda tuner: 1.0},
+        TypeError,
+        "^evaluate: expected a dict of numbers by name; got float",
+    ),
+    "metric": ({"evaluate": lambda tuner: {"a": "x"}}, TypeError, "^evaluate: expected a number as 'a'; got 'x'"),
+    "vector": ({"evaluate": lambda tuner: {"a": torch.ones(2)}}, TypeError, "^evaluate: expected a number as 'a'"),
+    "train_loader": ({"train_loader": {"x": DATA}}, TypeError, "^train_loader: expected a loader .*got dict"),
+    "val_loader": ({"val_loader": "data"}, TypeError, "^val_loader: expected a loader .*got str"),
+}
+
+
+@pytest.mark.parametrize("name", FIT_REFUSED)
+def test_what_fit_refuses_is_named(name: str) -> None:
+    options, error, message = FIT_REFUSED[name]
+    with pytest.raises(error, match=message):
+        tuner_of(zeros(3), zeros(3)).fit(
+            **{"train_loader": [DATA], "val_loader": [TARGET], "progress": False, "hyper_steps": 1} | options
+        )
+
+
+@pytest.mark.parametrize(
+    ("train", "error", "message"),
+    [
+        (lambda w, h, b: None, TypeError, "^train_loss: expected a scalar tensor; got NoneType"),
+        (lambda w, h, b: w - b, ValueError, r"^train_loss: expected a scalar tensor; got shape \(3,\): reduce it"),
+        (lambda w, h, b: b.sum(), hvp.GraphError, "^train_loss: expected a loss that depends on the weights; got one"),
+    ],
+    ids=["nothing", "vector", "constant"],
+)
+def test_a_training_loss_that_is_none_is_named(train: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        tuner_of(zeros(3), zeros(3), train=train).train([DATA], 1, progress=False)
+
+
+def test_training_losses_of_one_element_are_numbers() -> None:
+    tuner = tuner_of(zeros(3), zeros(3), train=lambda w, h, b: (w - b).square().sum()[None])
+    assert tuner.train([DATA], 1, progress=False) == [float(DATA.square().sum())]
+
+
+def test_a_hyperparameter_that_is_a_weight_is_refused() -> None:
+    module = torch.nn.Linear(2, 1)
+    with pytest.raises(ValueError, match=r"^hyper\[0\]: expected a tensor that is no weight"):
+        tuner_of(module, {"decay": module.bias})
+
+
+def test_a_function_that_estimates_nothing_is_named() -> None:
+    tuner = tuner_of(zeros(3), zeros(3), estimator=lambda *_: None)
+    with pytest.raises(TypeError, match="^estimator: expected a function that returns an hvp.Estimate; got NoneType"):
+        tuner.hyper_step(DATA, TARGET)

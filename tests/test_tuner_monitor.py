@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from problems_with_known_answers import DTYPE
@@ -64,6 +65,18 @@ def test_callbacks_see_every_record_and_can_stop() -> None:
     assert len(tuner.fit([DATA], [TARGET], 5, progress=False)) == 5
 
 
+@pytest.mark.parametrize("true", [True, numpy.float64(1.0) > 0, torch.ones(()) > 0, torch.ones(1) > 0], ids=repr)
+def test_a_comparison_of_numbers_of_any_kind_stops(true: Any) -> None:
+    class Stop(hvp.tuning.Callback):
+        def on_fit_start(self, tuner: Any) -> Any:
+            return true
+
+    tuner = tuner_of(zeros(3), zeros(3))
+    assert len(tuner.fit([DATA], [TARGET], 3, progress=False, callbacks=[lambda tuner, record: true])) == 1
+    assert len(tuner.fit([DATA], [TARGET], 3, progress=False, callbacks=[Stop()])) == 1
+    assert len(tuner.fit([DATA], [TARGET], 3, progress=False, callbacks=[lambda tuner, record: 1])) == 3
+
+
 METRICS: dict[str, Any] = {
     "field": "val_loss",
     "evaluation": "score",
@@ -99,6 +112,14 @@ def test_early_stopping(name: str, tmp_path: Path) -> None:
     run(5)
     assert len(run(9)) == 8
     assert len(run(9)) == 8, "a run that is over stays over"
+
+
+def test_a_metric_that_no_record_has_is_named() -> None:
+    fit = tuner_of(zeros(3), zeros(3)).fit
+    with pytest.raises(
+        ValueError, match="^metric: expected a field of the record or .*; got 'loss', which no record has"
+    ):
+        fit([DATA], [TARGET], 9, progress=False, metric="loss", patience=3)
 
 
 def test_verbose_prints_a_line_for_each_step(capsys: pytest.CaptureFixture[str]) -> None:

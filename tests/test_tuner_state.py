@@ -131,6 +131,59 @@ def test_a_state_goes_from_tuner_to_tuner_without_a_file_and_shares_no_memory() 
     assert all(torch.equal(a, b) for a, b in zip(one.hyper, other.hyper, strict=True))
 
 
+class Momentum(torch.optim.Optimizer):
+    """One whose state is wider than its parameters, and not only tensors by name."""
+
+    def __init__(self, tensors: Any):
+        super().__init__(tensors, {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for tensor in self.param_groups[0]["params"]:
+            state = self.state[tensor]
+            momentum = 0.9 * state.get("sums", [torch.zeros(())])[0] + tensor.grad.double()
+            state["sums"] = [momentum]
+            tensor.data.sub_(0.1 * momentum)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("optimizer", [torch.optim.NAdam, torch.optim.RAdam, Momentum], ids=lambda kind: kind.__name__)
+def test_what_an_optimizer_keeps_in_another_dtype_than_its_tensors(optimizer: Any, dtype: torch.dtype) -> None:
+    """torch casts it when a state is loaded: NAdam's products of momenta are float32, whatever the weights are."""
+
+    def make() -> hvp.Tuner:
+        return hvp.Tuner(
+            torch.ones(3, dtype=dtype),
+            torch.zeros(3, dtype=dtype),
+            lambda w, h, batch: (w - batch).square().sum() + (h.exp() * w.square()).sum(),
+            lambda w, h, batch: (w + batch).square().sum(),
+            weight_optimizer=optimizer,
+            hyper_optimizer=optimizer,
+            engine="eager",
+        )
+
+    def fit(tuner: hvp.Tuner, steps: int) -> hvp.Tuner:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the weights are far from a minimum")
+            tuner.fit([0.7], [0.3], steps, progress=False)
+        return tuner
+
+    straight, stopped, resumed = fit(make(), 6), fit(make(), 3), make()
+    resumed.load_state_dict(stopped.state_dict())
+    fit(resumed, 6)
+    for one, other in (
+        (straight.weight_optimizer, resumed.weight_optimizer),
+        (straight.hyper_optimizer, resumed.hyper_optimizer),
+    ):
+        pairs = zip(tensors_of(one), tensors_of(other), strict=True)
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+    assert torch.equal(straight.weights[0], resumed.weights[0]) and torch.equal(straight.hyper[0], resumed.hyper[0])
+
+
+def tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(optimizer.state_dict())
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
 def test_a_state_that_does_not_fit_is_named() -> None:
     with pytest.raises(CheckpointError, match="^state: expected a complete checkpoint; got one without buffers"):
         tuner().load_state_dict({"weights": {}})

@@ -184,6 +184,14 @@ def test_bounds(name: str) -> None:
     assert touched
 
 
+def test_bounds_are_numbers_of_the_hyperparameters_dtype() -> None:
+    """0.1 in float32 is larger than 0.1 by 1.5e-9."""
+    h = zeros(3)
+    tuner = tuner_of(zeros(3), h, hyper_optimizer=sgd(1e4), bounds=(0.1, 0.1))
+    tuner.fit([DATA], [TARGET], 1, progress=False)
+    assert h.tolist() == [0.1] * 3
+
+
 def test_one_sided_bounds() -> None:
     h = zeros(3)
     tuner = tuner_of(zeros(3), h, hyper_optimizer=sgd(1e4), bounds=(None, 0.5))

@@ -86,3 +86,27 @@ def test_training_goes_on_in_the_epoch() -> None:
     tuner.train(loader, 1, progress=False)
     assert seen == [0, 1, 2, 3, 4, 0]
     assert tuner.hyper_steps == 0 and torch.equal(tuner.hyper[0], torch.ones(2))
+
+
+def test_retraining_begins_anew_in_a_tuner_whose_state_was_loaded() -> None:
+    loader = [0.0, 1.0, 2.0]
+
+    def make() -> hvp.Tuner:
+        return tuner_of(torch.ones(2), torch.ones(2), train=lambda w, h, batch: (w - batch).square().sum())
+
+    one, other = make(), make()
+    one.train(loader, 2, progress=False)
+    other.load_state_dict(one.state_dict())
+    assert other.retrain(loader, 4, progress=False) == make().train(loader, 4, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("loader", "steps"), [(DATA, 3), (iter([DATA]), 3), ([DATA], -1)], ids=["tensor", "iterator", "steps"]
+)
+def test_retraining_that_is_refused_leaves_the_weights(loader: Any, steps: int) -> None:
+    tuner = tuner_of(zeros(3), zeros(3))
+    tuner.train([DATA], 2, progress=False)
+    trained = tuner.weights[0].clone()
+    with pytest.raises((TypeError, ValueError), match="^(train_loader|steps): expected"):
+        tuner.retrain(loader, steps, progress=False)
+    assert torch.equal(tuner.weights[0], trained)

@@ -16,7 +16,7 @@ from typing import Any
 def check_count(value: Any, name: str, least: int = 1, what: str = "") -> int:
     """`value` as an int >= `least`; `what` tells in the message what it counts."""
     expected = f"{name}: expected an int >= {least}{f', {what}' if what else ''}"
-    plain = _plain(value)
+    plain = unwrapped(value)
     try:
         count = operator.index(plain)
     except TypeError:
@@ -61,13 +61,27 @@ def check_not_negative(value: Any, name: str) -> float:
     return number
 
 
+def check_limit(value: Any, name: str, *, positive: bool = False) -> float | None:
+    """None, or `value` as a number >= 0, which must be > 0 if it is to be `positive`; it may be infinite."""
+    if value is None:
+        return None
+    expected = f"{name}: expected a number {'> 0' if positive else '>= 0'} or None"
+    try:
+        number = as_number(value)
+    except TypeError:
+        raise TypeError(f"{expected}; got {shown(value)}") from None
+    if not (number > 0 or (number == 0 and not positive)):
+        raise ValueError(f"{expected}; got {number}")
+    return number
+
+
 def replace_fields(frozen: Any, **values: Any) -> None:
     """Set fields of a frozen dataclass, in its `__post_init__`, to what their checks returned."""
     for name, value in values.items():
         object.__setattr__(frozen, name, value)
 
 
-def _plain(value: Any) -> Any:
+def unwrapped(value: Any) -> Any:
     """The number in a tensor or a NumPy scalar or array of one element; anything else as it is."""
     if type(value) in (int, float):
         return value
@@ -76,7 +90,7 @@ def _plain(value: Any) -> Any:
 
 def as_number(value: Any) -> float:
     """`value` as an int or a float; `TypeError` if it is no real number."""
-    plain = _plain(value)
+    plain = unwrapped(value)
     if type(plain) in (int, float):
         return plain
     if isinstance(plain, bool) or not isinstance(plain, Real):

@@ -37,7 +37,7 @@ class Batches:
     """
 
     def __init__(self, loader: Iterable[Any], device: torch.device, name: str):
-        if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+        if isinstance(loader, Tensor | Mapping | str) or not isinstance(loader, Iterable):
             raise TypeError(
                 f"{name}: expected a loader (an iterable of batches); got {type(loader).__name__}: "
                 "for a full batch pass [batch]"
@@ -107,7 +107,13 @@ class Batches:
 
     def position(self) -> Callable[[], dict[str, Any]]:
         """A function that returns :meth:`state_dict` as of now, whenever it is called; until then it costs nothing."""
-        state = {"epoch": self.epoch, "taken": self.taken, "seed": self._seed, "generators": list(self._at_start)}
+        state = {
+            "epoch": self.epoch,
+            "taken": self.taken,
+            "seed": self._seed,
+            "generators": list(self._at_start),
+            "generators_now": [generator.get_state() for generator in self._generators],
+        }
         loader = self.loader.state_dict() if self._stateful else None  # type: ignore[attr-defined]
         random, last = self._random if self._stateful else None, self._last
         return lambda: {
@@ -160,6 +166,9 @@ class Batches:
                     f"{self.name}: expected at least {state['taken']} batches in an epoch, as when the checkpoint "
                     f"was written; got {taken}: pass the same data in batches of the same size"
                 )
+        now = state.get("generators_now", ())  # they differ where loaders share one; older files do not have them
+        for generator, last in zip(self._generators, now, strict=False):
+            generator.set_state(last)
         if _checksum(self._last) != state["checksum"]:
             warnings.warn(
                 f"{self.name}: replaying the epoch gave another batch than when the checkpoint was written, so the "
@@ -189,8 +198,9 @@ class Streams:
         return stream
 
     def close(self, name: str) -> None:
-        """Forget a stream: the next one of this name begins anew."""
+        """Forget a stream and its saved position: the next one of this name begins anew."""
         self._open.pop(name, None)
+        self._saved.pop(name, None)
 
     def position(self) -> Callable[[], dict[str, Any]]:
         """A function that returns the positions as of now, whenever it is called."""

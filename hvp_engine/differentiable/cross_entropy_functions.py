@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -9,7 +11,7 @@ from torch.nn import functional
 from hvp_engine._support.arguments import check_not_negative
 from hvp_engine._support.torch_compat import in_transform
 from hvp_engine.differentiable import cross_entropy_schemas as _schemas  # noqa: F401  registers the operations
-from hvp_engine.differentiable.registration import accumulated, check_dtype, check_tensor
+from hvp_engine.differentiable.registration import accumulated, autocast, autocasts, check_dtype, check_tensor
 
 ops = torch.ops.hvp_engine
 
@@ -70,7 +72,7 @@ def cross_entropy(
     rows = input.movedim(dim, -1).reshape(-1, classes)
     labels = target.reshape(-1)
     losses, _ = ops.cross_entropy(rows, labels, weight, ignore_index, label_smoothing)
-    return _reduced(losses, labels, weight, ignore_index, reduction, expected).to(input.dtype)
+    return _reduced(losses, labels, weight, ignore_index, reduction, expected).to(_result_dtype(input))
 
 
 def linear_cross_entropy(
@@ -108,11 +110,14 @@ def linear_cross_entropy(
     """
     check_tensor(input, "input")
     check_tensor(linear_weight, "linear_weight")
+    if bias is not None:
+        check_tensor(bias, "bias")
     if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1] != linear_weight.shape[1]:
         raise ValueError(
             "input, linear_weight: expected matrices (N, d) and (C, d); got shapes "
             f"{tuple(input.shape)} and {tuple(linear_weight.shape)}: flatten leading dimensions first"
         )
+    input, linear_weight, bias = autocast(input, linear_weight, bias)
     classes = linear_weight.shape[0]
     for name, tensor, shape in (("linear_weight", linear_weight, None), ("bias", bias, (classes,))):
         if tensor is not None and (tensor.dtype != input.dtype or shape not in (None, tuple(tensor.shape))):
@@ -125,7 +130,7 @@ def linear_cross_entropy(
         logits = functional.linear(input, linear_weight, bias)
         return _of_torch(logits, target, weight, ignore_index, reduction, label_smoothing)
     losses, _ = ops.linear_cross_entropy(input, linear_weight, bias, target, weight, ignore_index, label_smoothing)
-    return _reduced(losses, target, weight, ignore_index, reduction, (input.shape[0],)).to(input.dtype)
+    return _reduced(losses, target, weight, ignore_index, reduction, (input.shape[0],)).to(_result_dtype(input))
 
 
 def log_softmax(input: Tensor, dim: int = -1) -> Tensor:
@@ -148,13 +153,20 @@ def log_softmax(input: Tensor, dim: int = -1) -> Tensor:
     """
     check_tensor(input, "input")
     check_dtype(input)
+    if dim is None:
+        raise TypeError("dim: expected an int; got None")
     if in_transform():
         return functional.log_softmax(input, dim)
     if input.dim() == 0:
         return log_softmax(input.unsqueeze(0)).squeeze(0)
     moved = input.movedim(dim, -1)
-    rows = moved.reshape(-1, moved.shape[-1]) if moved.numel() else moved.new_empty(0, moved.shape[-1])
+    rows = moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
     return ops.log_softmax(rows).view(moved.shape).movedim(-1, dim)
+
+
+def _result_dtype(input: Tensor) -> torch.dtype:
+    """The dtype of the loss: under autocast the one in which it is computed, as torch has it."""
+    return accumulated(input.dtype) if autocasts(input.device) else input.dtype
 
 
 def _of_torch(
@@ -170,7 +182,7 @@ def _of_torch(
     constant = None if weight is None else weight.to(z.dtype)
     return functional.cross_entropy(
         z, target, constant, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-    ).to(input.dtype)
+    ).to(_result_dtype(input))
 
 
 def _check(
@@ -196,6 +208,7 @@ def _check(
     if classes == 0:
         raise ValueError("input: expected at least one class; got logits of none")
     if weight is not None:
+        check_tensor(weight, "weight")
         if tuple(weight.shape) != (classes,) or not weight.is_floating_point():
             raise ValueError(
                 f"weight: expected {classes} numbers, one for each class; got shape {tuple(weight.shape)}, "

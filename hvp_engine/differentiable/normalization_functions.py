@@ -63,6 +63,9 @@ def batch_norm(
         return functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     _check_images("batch_norm", input, weight, bias)
     channels = input.shape[1]
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running is not None and tuple(running.shape) != (channels,):
+            raise ValueError(f"{name}: expected shape ({channels},); got {tuple(running.shape)}")
     count = input.numel() // channels
     if count == 1:
         raise ValueError(

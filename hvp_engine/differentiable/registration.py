@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hvp_engine._support.flat_vector import INPUT_DTYPES
+from hvp_engine._support.precision import without_autocast
 from hvp_engine._support.torch_compat import without_torch_functions
 from hvp_engine.ops.backend import fastest, select
 
@@ -30,14 +32,15 @@ def register(
     """Make `torch.ops.hvp_engine.<name>` of `schema`.
 
     Arguments:
-        run: the operation, on a CPU and on CUDA.
+        run: the operation, on a CPU and on CUDA. It keeps to the dtypes of its arguments: an autocast that is on where
+            one level is computed may be off at the next, and all have to compute the same.
         fake: results of the right shapes, dtypes and strides, without values.
         setup, backward: as `torch.library.register_autograd` takes them; see :func:`keep`.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, run, "CPU")
-    LIBRARY.impl(name, run, "CUDA")
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, partial(_in_its_dtypes, run), device)
     torch.library.register_fake(f"hvp_engine::{name}", fake, lib=LIBRARY)
     torch.library.register_autograd(f"hvp_engine::{name}", backward, setup_context=setup, lib=LIBRARY)
     torch.library.register_vmap(f"hvp_engine::{name}", partial(_one_by_one, name), lib=LIBRARY)
@@ -49,6 +52,15 @@ def register_levels(reference: Callable[..., Any], *levels: tuple[str, Callable[
     for (schema, run, fake), (derivative, *_) in pairwise(levels):
         register(schema, run, fake, *by_operation(schema, derivative))
     register(*levels[-1], *by_reference(reference))
+
+
+def _in_its_dtypes(run: Callable[..., Any], *arguments: Any) -> Any:
+    with _its_dtypes(arguments):
+        return run(*arguments)
+
+
+def _its_dtypes(arguments: Sequence[Any]) -> AbstractContextManager[object]:
+    return without_autocast(next(x.device for x in arguments if isinstance(x, Tensor)))
 
 
 def _one_by_one(name: str, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -162,7 +174,7 @@ def by_reference(reference: Callable[..., Any]) -> tuple[Callable[..., None], Ca
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         arguments = kept(ctx)
-        with without_torch_functions():
+        with without_torch_functions(), _its_dtypes(arguments):
             return derivatives(reference, arguments, ctx.needs_input_grad, grads)
 
     return setup, backward
@@ -198,6 +210,21 @@ def check_tensor(value: Any, name: str) -> None:
     """`TypeError` for an argument that is no tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor; got {type(value).__name__}")
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether an autocast is on."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def autocast(*tensors: Tensor | None) -> list[Any]:
+    """Floating tensors in the dtype of an autocast that is on for the first one's device, but for float64, as torch's
+    own functions cast."""
+    device = tensors[0].device  # type: ignore[union-attr]
+    if not autocasts(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device.type)
+    return [x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 
 def check_dtype(input: Tensor) -> None:

@@ -148,3 +148,12 @@ def check_operator(operator: Any, name: str) -> None:
     """`TypeError` unless `operator` is one of this package."""
     if not isinstance(operator, LinearMap):
         raise TypeError(f"{name}: expected an operator such as hvp.HessianOperator; got {type(operator).__name__}")
+
+
+def check_fixed(operator: LinearMap, name: str) -> None:
+    """`ValueError` unless `operator` is the same at every product."""
+    if not operator.fixed:
+        raise ValueError(
+            f"{name}: expected an operator that is the same at every product; got one that draws new batches for each: "
+            "use hvp.HessianOperator(hvp.Averaged(loss), weights, batches)"
+        )

@@ -113,13 +113,13 @@ class Problem:
         return inputs
 
     def evaluate(self, weights: Sequence[Tensor], hyperparameters: Sequence[Tensor]) -> Tensor:
-        """The loss at these leaves; checked to be a scalar."""
+        """The loss at these leaves, as a 0-dim tensor; checked to have one element."""
         arguments = [self.weight_structure.rebuild(weights)]
         if self.hyperparameter_structure is not None:
             arguments.append(self.hyperparameter_structure.rebuild(hyperparameters))
         value = self.loss(*arguments, *self.inputs)
         check_scalar(value, self.name)
-        return value
+        return value if value.dim() == 0 else value.reshape(())
 
 
 def _look_of(tensors: Sequence[Tensor]) -> Hashable:
@@ -148,11 +148,15 @@ class Averaged:
     """
 
     def __init__(self, loss: Callable[..., Tensor]):
+        if not callable(loss):
+            raise TypeError(f"loss: expected a function of (..., batch); got {type(loss).__name__}")
         self.loss = loss
 
     def __call__(self, *arguments: Any) -> Tensor:
         *point, batches = arguments
         losses = [self.loss(*point, batch) for batch in batches]
+        if not losses:
+            raise ValueError("batches: expected at least one batch; got none")
         return torch.stack([loss.reshape(()) for loss in losses]).mean()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvp_engine._support.flat_vector import Layout, norm_of
+from hvp_engine._support.flat_vector import Layout, detached, norm_of
 from hvp_engine._support.random_state import random_state_kept
 from hvp_engine.differentiation.double_backward import differentiate, filled, leaves
 from hvp_engine.differentiation.linear_map import Linearization
@@ -32,7 +32,7 @@ class DifferenceLinearization(Linearization):
         self._problem = problem
         self.loss, gradient, _ = self._gradients(problem.weights)
         self.gradient = filled(gradient, problem.weights)
-        self._size = 1.0 + float(norm_of(problem.weights))
+        self._size = 1.0 + float(norm_of(detached(problem.weights)))
         self._relative_step = torch.finfo(_coarsest(problem.weights)).eps ** (1 / 3)
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:

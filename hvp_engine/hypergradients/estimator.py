@@ -82,7 +82,10 @@ class _Wrapped(Estimator):
                 setattr(self, name, getattr(function, name))
 
     def __call__(self, weights: Any, hyper: Any, train_batch: Any, val_batch: Any) -> Estimate:
-        return self._function(weights, hyper, train_batch, val_batch)
+        found = self._function(weights, hyper, train_batch, val_batch)
+        if not isinstance(found, Estimate):
+            raise TypeError(f"estimator: expected a function that returns an hvp.Estimate; got {type(found).__name__}")
+        return found
 
 
 def as_estimator(given: EstimatorLike) -> Estimator:

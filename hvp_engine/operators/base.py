@@ -14,7 +14,7 @@ from hvp_engine._support.flat_vector import FlatVector, Layout
 from hvp_engine._support.pytree import Structure, check_like, flatten, flatten_batch
 from hvp_engine._support.torch_compat import version_of
 from hvp_engine._support.user_code import left_as_it_is
-from hvp_engine.differentiation.linear_map import LinearMap
+from hvp_engine.differentiation.linear_map import LinearMap, check_fixed
 from hvp_engine.engines import EagerEngine, Engine
 from hvp_engine.operators.identity import Identity
 from hvp_engine.solvers import Solver
@@ -166,6 +166,7 @@ class LinearOperator(LinearMap):
         import numpy
         import scipy.sparse.linalg
 
+        check_fixed(self, "to_scipy")
         layout = self.layout
         layout.refuse_parts("a SciPy operator")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvp_engine._support.arguments import check_count, check_positive
 from hvp_engine._support.pytree import flatten
-from hvp_engine.differentiation.linear_map import LinearMap
+from hvp_engine.differentiation.linear_map import LinearMap, check_fixed
 from hvp_engine.errors import NonFiniteError
 from hvp_engine.operators.base import CallableMap
 from hvp_engine.solvers.lanczos import LanczosBasis, RitzPairs, random_unit_vector, tridiagonalize
@@ -196,6 +196,7 @@ def spectral_density(
 
 def _linear_map(operator: Any, like: Any) -> LinearMap:
     if isinstance(operator, LinearMap):
+        check_fixed(operator, "operator")
         return operator.linear_map
     if not callable(operator):
         raise TypeError(f"operator: expected an operator or a callable v -> A v; got {type(operator).__name__}")

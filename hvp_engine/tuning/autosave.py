@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hvp_engine._support.arguments import shown
 from hvp_engine.errors import CheckpointError
 from hvp_engine.tuning import checkpoint
 from hvp_engine.tuning.callbacks import Callback
@@ -55,6 +56,8 @@ class Autosave(Callback):
         In many processes each has a file of its own. If a kill came between the writes of two processes, all continue
         from the older of the two states.
         """
+        if not isinstance(file, str | Path):
+            raise TypeError(f"checkpoint: expected the path of a file; got {shown(file)}")
         processes = tuner.processes
         path: Path = processes.own(file)
         with processes.together():

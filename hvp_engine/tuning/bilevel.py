@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine._support.pytree import flatten, trainable
+from hvp_engine._support.pytree import check_scalar, flatten, trainable
 from hvp_engine._support.random_state import RandomState
 from hvp_engine._support.torch_compat import pytree
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.distributed import DataParallel, averaged
-from hvp_engine.errors import DivergenceError
+from hvp_engine.errors import DivergenceError, GraphError
 from hvp_engine.hypergradients.estimator import Estimate, EstimatorLike, as_estimator
 from hvp_engine.hypergradients.implicit import Hypergradient
 from hvp_engine.solvers import Solver
@@ -104,6 +104,12 @@ class BilevelProblem:
     ):
         self.weights, self.hyper = Variables(module, "module"), Variables(hyper, "hyper")
         weights, hypers, hyper_structure = self.weights.tensors, self.hyper.tensors, self.hyper.structure
+        for index, tensor in enumerate(hypers):
+            if any(tensor is weight for weight in weights):
+                raise ValueError(
+                    f"hyper[{index}]: expected a tensor that is no weight, since both optimizers would move it; got "
+                    "one that module has as well: keep it outside, or pass a dict of the other parameters as module"
+                )
         self.given_estimator, self.estimator = estimator, as_estimator(estimator)
         self.processes = processes_of(train_loss, weights[0].device)
         self._weight_norm = self.processes.norm_of(weights, self.weights.structure.shards)
@@ -181,7 +187,10 @@ class BilevelProblem:
         for batch in batches:
             weights = [w.detach().requires_grad_() for w in tensors]
             loss = self._train_loss(self.weights.structure.rebuild(weights), hyper, batch)
-            loss = loss if len(batches) == 1 else loss / len(batches)
+            check_scalar(loss, "train_loss")
+            if not loss.requires_grad:
+                raise GraphError("train_loss: expected a loss that depends on the weights; got one without a graph")
+            loss = loss.reshape(()) if len(batches) == 1 else loss.reshape(()) / len(batches)
             grads = torch.autograd.grad(loss, weights, allow_unused=True)
             total = total + loss.detach()
             sums = [_sum(old, new) for old, new in zip(sums, grads, strict=True)]

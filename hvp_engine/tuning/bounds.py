@@ -56,7 +56,7 @@ def _side(given: Any, name: str, tensors: Sequence[Tensor], structure: Structure
 def _leaf(leaf: Any, name: str, tensor: Tensor) -> Tensor:
     if isinstance(leaf, bool) or not isinstance(leaf, int | float | Tensor):
         raise TypeError(f"{name}: expected numbers or tensors; got {type(leaf).__name__}")
-    bound = torch.as_tensor(leaf).detach().to(tensor)
+    bound = torch.as_tensor(leaf, dtype=tensor.dtype, device=tensor.device).detach()
     if bool(torch.isnan(bound).any()):
         raise ValueError(f"{name}: expected numbers; got NaN")
     try:

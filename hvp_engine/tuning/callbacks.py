@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hvp_engine._support.arguments import shown, unwrapped
 from hvp_engine.tuning.history import Record
 from hvp_engine.tuning.processes import OneProcess
 
@@ -72,6 +73,18 @@ class Function(Callback):
         return self._function(tuner, record)
 
 
+def listed(given: Any) -> list[Callback]:
+    """Callbacks and functions as callbacks; `TypeError` for anything else."""
+    if not isinstance(given, Sequence):
+        raise TypeError(f"callbacks: expected a list; got {shown(given)}: pass [callback]")
+    for index, one in enumerate(given):
+        if isinstance(one, type) or not (isinstance(one, Callback) or callable(one)):
+            raise TypeError(
+                f"callbacks[{index}]: expected a Callback or a function of (tuner, record); got {shown(one)}"
+            )
+    return [one if isinstance(one, Callback) else Function(one) for one in given]
+
+
 class Evaluation(Callback):
     """A function of the tuner, called every `every` hyper steps, whose numbers join the record."""
 
@@ -95,7 +108,7 @@ class Callbacks:
         with ExitStack() as ends:
             with self._processes.together():
                 for callback in self._callbacks:
-                    self.stop |= callback.on_fit_start(self._tuner) is True
+                    self.stop |= _asks_to_stop(callback.on_fit_start(self._tuner))
                     ends.push(lambda kind, error, trace, callback=callback: callback.on_fit_end(self._tuner, error))
             self.stop = any(self._processes.gather(self.stop))
             yield
@@ -115,7 +128,13 @@ class Callbacks:
                     if metrics := callback.on_evaluate(self._tuner, history[-1]):
                         history[-1] = history[-1].joined(metrics)
                 for callback in self._callbacks:
-                    self.stop |= callback.on_hyper_step(self._tuner, history[-1]) is True
+                    self.stop |= _asks_to_stop(callback.on_hyper_step(self._tuner, history[-1]))
             for callback in self._callbacks:
                 callback.on_round_end(self._tuner)
         self.stop = any(self._processes.gather(self.stop))
+
+
+def _asks_to_stop(answer: Any) -> bool:
+    """Whether a callback's answer is True: Python's, or what a comparison of NumPy's numbers or of tensors gives. Any
+    other answer means nothing."""
+    return unwrapped(answer) is True

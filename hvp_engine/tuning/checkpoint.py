@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine._support.arguments import unwrapped
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.errors import CheckpointError
 
 FORMAT = "hvp_engine.Tuner"
@@ -47,7 +49,8 @@ def check_place(path: Path) -> None:
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:
-    """Replace the checkpoint at `path`, which becomes the previous one.
+    """Replace the checkpoint at `path`, which becomes the previous one. NumPy's numbers, such as learning rates taken
+    from an array, are written as Python's.
 
     Whenever the process is killed, `path` or the previous checkpoint is complete.
 
@@ -55,10 +58,11 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
     existing checkpoints stay in both cases.
     """
     partial = _partial(path)
+    state = pytree.tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else unwrapped(leaf), dict(state))
     try:
         with partial.open("wb") as file, _checksums():
             try:
-                torch.save({"format": FORMAT, "version": VERSION, "state": dict(state)}, file)
+                torch.save({"format": FORMAT, "version": VERSION, "state": state}, file)
             except RuntimeError as error:
                 if isinstance(error.__context__, OSError):  # torch hides a failed write in its own error
                     raise error.__context__ from None

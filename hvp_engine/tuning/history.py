@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hvp_engine._support.arguments import shown
 from hvp_engine.solvers.solution import Status
 
 
@@ -47,11 +48,19 @@ class Record:
 
     def joined(self, metrics: Mapping[str, float]) -> Record:
         """The record with these metrics added."""
+        if not isinstance(metrics, Mapping):
+            raise TypeError(f"evaluate: expected a dict of numbers by name; got {shown(metrics)}")
         if taken := metrics.keys() & self.row().keys():
             raise ValueError(
                 f"evaluate: expected names that are no fields of the record; got {sorted(taken)[0]!r}: rename it"
             )
-        return dataclasses.replace(self, metrics={**self.metrics, **{name: float(m) for name, m in metrics.items()}})
+        numbers = {}
+        for name, metric in metrics.items():
+            try:
+                numbers[name] = float(metric)
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(f"evaluate: expected a number as {name!r}; got {shown(metric)}") from None
+        return dataclasses.replace(self, metrics={**self.metrics, **numbers})
 
     def row(self) -> dict[str, Any]:
         """The record as a flat dict, in which metrics are fields like the others."""

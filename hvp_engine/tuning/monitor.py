@@ -74,17 +74,31 @@ class EarlyStopping(Callback):
 
     def __init__(self, metric: str | Callable[[Record], float], patience: int):
         self._metric, self._patience = metric, check_count(patience, "patience", what="or None")
-        self._best, self._best_step = math.inf, -1
+        self._best, self._best_step, self._found = math.inf, -1, False
 
     def on_fit_start(self, tuner: Any) -> bool:
         """Early stopping is decided by the whole history, so a run that was stopped early stays stopped."""
-        over = False
         for record in tuner.history:
-            over = self.on_hyper_step(tuner, record)
-        return over
+            self._note(record)
+        return bool(tuner.history) and self._over(tuner.history[-1])
 
     def on_hyper_step(self, tuner: Any, record: Record) -> bool:
-        value = self._metric(record) if callable(self._metric) else record.row().get(self._metric, math.nan)
+        self._note(record)
+        return self._over(record)
+
+    def _note(self, record: Record) -> None:
+        known: dict[Any, Any] = {self._metric: self._metric(record)} if callable(self._metric) else record.row()
+        self._found |= self._metric in known
+        value = known.get(self._metric, math.nan)
         if value < self._best:
             self._best, self._best_step = value, record.hyper_step
-        return record.hyper_step - self._best_step >= self._patience
+
+    def _over(self, record: Record) -> bool:
+        over = record.hyper_step - self._best_step >= self._patience
+        if over and not self._found:
+            raise ValueError(
+                f"metric: expected a field of the record or a name from evaluate; got {self._metric!r}, which no "
+                f"record has, the last one {', '.join(record.row())}: correct it, or, where evaluate_every is larger "
+                "than patience, raise patience"
+            )
+        return over

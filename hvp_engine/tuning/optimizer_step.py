@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from hvp_engine._support.arguments import check_limit
 from hvp_engine._support.flat_vector import norm_of
+from hvp_engine._support.torch_compat import pytree
 from hvp_engine.engines.replays import Counted
 from hvp_engine.tuning.bounds import Bounds
 from hvp_engine.tuning.replayed import Grads
@@ -48,8 +50,7 @@ class Descent:
         norm: Callable[[Grads], Tensor],
         bounds: Bounds | None = None,
     ):
-        if clip is not None and not clip > 0:
-            raise ValueError(f"{name}_clip: expected a number > 0 or None; got {clip!r}")
+        clip = check_limit(clip, f"{name}_clip", positive=True)
         self.tensors, self.clip, self.norm, self.bounds = tensors, clip, norm, bounds
         self.optimizer = _optimizer(optimizer, tensors, f"{name}_optimizer")
         self.scheduler = None if scheduler is None else _scheduler(scheduler, self.optimizer, f"{name}_scheduler")
@@ -132,6 +133,7 @@ class Descent:
         """Continue from a saved state."""
         state = copy.deepcopy(state)  # an optimizer would go on to update the tensors of `state` in place
         self.optimizer.load_state_dict(state["optimizer"])
+        _undo_casts(self.optimizer, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.steps = state["steps"]
@@ -145,8 +147,23 @@ def global_norm(grads: Grads) -> Tensor:
     return norm_of(dense)
 
 
+def _undo_casts(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Give tensors of the state, which torch has cast to the dtypes of their parameters, the dtypes and the values with
+    which they were saved: a run that goes on with rounded ones, or wider ones, gets other numbers."""
+
+    def uncast(loaded: Any, saved: Any) -> Any:
+        cast = isinstance(loaded, Tensor) and isinstance(saved, Tensor) and loaded.dtype != saved.dtype
+        return saved.to(loaded.device) if cast else loaded
+
+    groups = zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    pairs = [pair for old, new in groups for pair in zip(old["params"], new["params"], strict=True)]
+    for number, parameter in pairs:
+        before, loaded = saved["state"].get(number, {}), optimizer.state.get(parameter, {})
+        loaded.update({key: pytree.tree_map(uncast, loaded[key], before[key]) for key in before.keys() & loaded.keys()})
+
+
 def _optimizer(given: OptimizerLike, tensors: Sequence[Tensor], name: str) -> torch.optim.Optimizer:
-    optimizer = given if isinstance(given, torch.optim.Optimizer) else given(tensors)
+    optimizer = given(tensors) if callable(given) else given
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"{name}: expected a torch optimizer or a function that makes one; got {type(optimizer).__name__}"
@@ -158,7 +175,7 @@ def _optimizer(given: OptimizerLike, tensors: Sequence[Tensor], name: str) -> to
 
 
 def _scheduler(given: SchedulerLike, optimizer: torch.optim.Optimizer, name: str) -> LRScheduler:
-    scheduler = given if isinstance(given, LRScheduler) else given(optimizer)
+    scheduler = given(optimizer) if callable(given) else given
     if not isinstance(scheduler, LRScheduler):
         raise TypeError(
             f"{name}: expected a torch scheduler or a function that makes one from the optimizer; "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hvp_engine._support.arguments import check_count
+from hvp_engine._support.arguments import check_count, check_limit
 from hvp_engine._support.data_stream import Batches, Streams
 from hvp_engine._support.pytree import refuse_inference_mode
 from hvp_engine._support.timing import Moment
@@ -19,7 +19,7 @@ from hvp_engine.solvers import Solver
 from hvp_engine.tuning import checkpoint as checkpoints
 from hvp_engine.tuning.autosave import Autosave
 from hvp_engine.tuning.bilevel import BilevelProblem, Loss, estimator_for
-from hvp_engine.tuning.callbacks import Callback, Callbacks, Evaluation, Function
+from hvp_engine.tuning.callbacks import Callback, Callbacks, Evaluation, listed
 from hvp_engine.tuning.history import History, Record
 from hvp_engine.tuning.monitor import EarlyStopping, ProgressBar, TensorBoard
 from hvp_engine.tuning.optimizer_step import OptimizerLike, SchedulerLike
@@ -110,9 +110,8 @@ class Tuner:
         self.accumulate = check_count(accumulate, "accumulate")
         self.train_batches = check_count(train_batches, "train_batches")
         self.val_batches = check_count(val_batches, "val_batches")
-        if not (inner_tolerance is None or inner_tolerance >= 0):
-            raise ValueError(f"inner_tolerance: expected a number >= 0 or None; got {inner_tolerance!r}")
-        self.module, self.inner_tolerance, self.train_loss = module, inner_tolerance, train_loss
+        self.inner_tolerance = check_limit(inner_tolerance, "inner_tolerance")
+        self.module, self.train_loss = module, train_loss
         losses, batches = (train_loss, val_loss), (self.train_batches, self.val_batches)
         estimator = estimator_for(estimator, losses, batches, solver, engine)
         weight_moves = weight_optimizer, weight_scheduler, weight_clip
@@ -185,8 +184,8 @@ class Tuner:
         hyper_steps = check_count(hyper_steps, "hyper_steps", least=0)
         checkpoint_every = check_count(checkpoint_every, "checkpoint_every")
         evaluate_every = check_count(evaluate_every, "evaluate_every")
-        if not (checkpoint_minutes is None or checkpoint_minutes >= 0):
-            raise ValueError(f"checkpoint_minutes: expected a number >= 0 or None; got {checkpoint_minutes!r}")
+        checkpoint_minutes = check_limit(checkpoint_minutes, "checkpoint_minutes")
+        given = listed(callbacks)
         attached: list[Callback] = []
         if checkpoint is not None:
             attached.append(Autosave.resuming(self, checkpoint, checkpoint_every, checkpoint_minutes))
@@ -200,8 +199,7 @@ class Tuner:
             val = self.streams.open("val_loader", val_loader, "val_loader")
             if tensorboard is not None:
                 attached.append(TensorBoard(tensorboard))
-        attached += [given if isinstance(given, Callback) else Function(given) for given in callbacks]
-        events = Callbacks(self, attached, self.processes)
+        events = Callbacks(self, [*attached, *given], self.processes)
         with events.running():
             while self.hyper_steps < hyper_steps and not events.stop:
                 start = Moment(self.device)
@@ -276,11 +274,13 @@ class Tuner:
         `init=lambda module: module.reset_parameters()`; optimizer and scheduler of the weights start anew. As in
         section 5.6 of the paper, the loader may hold training and validation data together.
         """
+        steps = check_count(steps, "steps", least=0)
+        self.streams.close("train")
+        self.streams.open("train", train_loader, "train_loader")  # refuses a wrong loader before the weights are lost
         self.problem.restart()
         if init is not None:
             with torch.no_grad():
                 init(self.module)
-        self.streams.close("train")
         return self.train(train_loader, steps, progress=progress)
 
     def save(self, path: str | Path) -> None:

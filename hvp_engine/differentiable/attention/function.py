@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hvp_engine._support.torch_compat import broadcast_shapes, in_transform
 from hvp_engine.differentiable.attention import operators
-from hvp_engine.differentiable.registration import check_tensor
+from hvp_engine.differentiable.registration import autocast, check_tensor
 
 
 def scaled_dot_product_attention(
@@ -135,23 +135,13 @@ def _prepared(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, enable_gqa: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, tuple[int, ...]]:
     """Operands and mask as the operators take them, checked, and the output's extents before length and width."""
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     leading = _leading(query, key, value, enable_gqa)
     q, k, v = (_in_four(x, lead) for x, lead in zip((query, key, value), leading, strict=True))
     full = (*leading[0], query.shape[-2], key.shape[-2])
     mask = None if attn_mask is None else _mask_in_four(attn_mask, full)
     operators.check(q, k, v, mask, dropout_p)
     return (q, k, v), mask, leading[0]
-
-
-def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In the dtype of an autocast that is on, as torch's own function casts."""
-    kind = query.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return query, key, value
-    dtype = torch.get_autocast_dtype(kind)
-    q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (query, key, value))
-    return q, k, v
 
 
 def _leading(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> list[tuple[int, ...]]:

@@ -137,6 +137,7 @@ def _called(torchs: Callable[..., Any], arguments: tuple[Any, ...], layer: Layer
         fits = False
     if fits:
         _check_input(call.data, call.parameters)
+        _check_states(call)
     if not fits or not _ours(call):
         with without_onednn():
             return torchs(*arguments)
@@ -174,6 +175,16 @@ def _check_input(data: Tensor, parameters: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"input: expected {first.shape[1]} numbers in the last dimension, as the weights of layer 0 "
                 f"{tuple(first.shape)}; got shape {tuple(data.shape)}"
+            )
+
+
+def _check_states(call: _Call) -> None:
+    count = call.layers * (2 if call.bidirectional else 1)
+    for state in call.states:
+        if state.dim() != 3 or len(state) != count:
+            raise ValueError(
+                f"states: expected shape ({count}, sequences, units), one for each layer and direction; got "
+                f"{tuple(state.shape)}"
             )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from hvp_engine._support.arguments import check_count, check_positive
 from hvp_engine._support.flat_vector import FlatVector
 from hvp_engine._support.pytree import check_like
-from hvp_engine.differentiation.linear_map import LinearMap, check_operator
+from hvp_engine.differentiation.linear_map import LinearMap, check_fixed, check_operator
 from hvp_engine.solvers.batched import fill
 from hvp_engine.solvers.low_rank import Sketch
 
@@ -54,6 +54,7 @@ class NystromPreconditioner:
         seed: int = 0,
     ):
         check_operator(operator, "operator")
+        check_fixed(operator, "operator")
         rank, rho = check_count(rank, "rank"), check_positive(rho, "rho")
         columns = Sketch(operator.layout, rank, sketch, seed)
         fill(columns, operator.linear_map)
