@@ -16,6 +16,8 @@ from hvp_engine.differentiation.missing_derivatives import nodes_of
 from hvp_engine.differentiation.native.recurrent import onednn_layer_backward
 from hvp_engine.engines import create
 
+pytestmark = pytest.mark.filterwarnings("error:.*is replaced by")
+
 IMAGES = torch.randn(4, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 CLASSES = torch.randint(8, (4, 12, 12), generator=torch.Generator().manual_seed(2))
 ONES = torch.ones(4, 8, 12, 12, dtype=torch.float64)
@@ -63,7 +65,9 @@ def test_products_by_the_extension(name: str) -> None:
     loss, weights = problem(LAYERS[name])
     v = {key: torch.randn_like(weight) for key, weight in weights.items()}
     engine = create("linearized")
-    found = hvp.HessianOperator(loss, weights, IMAGES, engine=engine) @ v
+    operator = hvp.HessianOperator(loss, weights, IMAGES, engine=engine)
+    found = operator @ v
+    assert operator.linear_map.fallback is None
     leaves = {key: weight.clone().requires_grad_() for key, weight in weights.items()}
     gradient = torch.autograd.grad(loss(leaves, IMAGES), list(leaves.values()), create_graph=True)
     exact = torch.autograd.grad(gradient, list(leaves.values()), list(v.values()))
