@@ -22,6 +22,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -63,6 +64,8 @@ def run_tests(tests: str, interpreted: bool) -> tuple[str, str]:
     failed = re.search(r"^FAILED (.+?)(?: - .*)?$", done.stdout, re.M)
     if done.returncode == 1 and failed:
         return "killed", failed[1]
+    if done.returncode < 0:
+        return "killed", f"the tests end by {signal.Signals(-done.returncode).name}"
     return "broken", (done.stdout + done.stderr)[-500:]
 
 
