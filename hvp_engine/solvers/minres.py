@@ -215,11 +215,11 @@ class _MINRES(Iteration):
         self._gap = self._epsilon * extent**2 / squared_b if squared_b and self._image is None else 0.0
         self._squared = squared_b
         # Where Paige and Saunders stop: at a residual below the tolerance in units of ||A|| ||x||.
-        tolerance = self._stagnation_tolerance if least else self._tolerance
-        self._reachable = tolerance.relative * math.sqrt(self._gap / self._epsilon)
+        self._reachable = self._tolerance.relative * math.sqrt(self._gap / self._epsilon)
         if self._preconditioner is None:  # then the norm of the residual has under- or overflowed
             bad, bad_metric = max(bad, bad_metric), 0.0
         residual = krylov_residual(squared_b, bad_b, squared, bad, bad_metric)
+        tolerance = self._stagnation_tolerance if least else self._tolerance
         if tolerance.reached(residual, squared_b):
             status = Status.CONVERGED
         else:
