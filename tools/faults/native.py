@@ -145,7 +145,7 @@ FAULTS = [
         "hvp_engine/engines/gradients.py",
         "if not known.schedule.due_alone():",
         "if known.schedule.calls or not known.schedule.due_alone():",
-        f"{GRADIENTS} -k closure",
+        f"{GRADIENTS} -k hidden_number",
         "a traced gradient is compared with autograd's only once",
     ),
     Fault(
