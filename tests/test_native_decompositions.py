@@ -74,11 +74,19 @@ def test_products_by_the_extension(name: str) -> None:
         lambda y: F.avg_pool2d(y, 3, 2, 1, count_include_pad=False),
         lambda y: F.adaptive_avg_pool2d(y, 5),
         lambda y: F.interpolate(y, size=(13, 17)),
+        lambda y: F.interpolate(y[..., :2, :2], scale_factor=3.4),
         lambda y: F.grid_sample(
             y, torch.linspace(-1, 1, 4 * 5 * 5 * 2).reshape(4, 5, 5, 2).double(), align_corners=False
         ),
     ],
-    ids=["windows beyond the image", "windows without padding", "windows of two sizes", "no whole number", "a grid"],
+    ids=[
+        "windows beyond the image",
+        "windows without padding",
+        "windows of two sizes",
+        "no whole number",
+        "pixels of two sizes",
+        "a grid",
+    ],
 )
 def test_what_stays_with_pytorch_is_right_too(layer: Callable[[Tensor], Tensor]) -> None:
     loss, weights = problem(layer)
