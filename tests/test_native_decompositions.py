@@ -96,3 +96,47 @@ def test_what_stays_with_pytorch_is_right_too(layer: Callable[[Tensor], Tensor])
     expected = hvp.HessianOperator(loss, weights, IMAGES, engine="eager") @ v
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert "lacks: operator aten." in engine.report(), engine.report()
+
+
+class Channels(torch.nn.Module):
+    """A network of each point's channels."""
+
+    def __init__(self, *layers: torch.nn.Module):
+        super().__init__()
+        self.layers = torch.nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Block(torch.nn.Module):
+    """As of ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn = torch.nn
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.mixed = Channels(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.scale = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.mixed(self.grouped(x))
+
+
+def test_what_stays_with_pytorch_finds_residuals_laid_out_as_in_the_trace() -> None:
+    """The extension transposes products of few columns; views rely on the strides."""
+    torch.manual_seed(0)
+    nn = torch.nn
+    norms = Channels(nn.LayerNorm(8)), Channels(nn.LayerNorm(8))
+    module = nn.Sequential(nn.Conv2d(3, 8, 4, 4), norms[0], Block(), norms[1], nn.Conv2d(8, 16, 2, 2))
+    module = nn.Sequential(module, nn.Flatten()).double()
+    net, x = hvp.functional(module), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (net(weights, x).tanh() ** 2).mean()
+
+    weights = dict(module.named_parameters())
+    v = {key: torch.randn_like(weight) for key, weight in weights.items()}
+    found = hvp.HessianOperator(loss, weights, x, engine="linearized") @ v
+    expected = hvp.HessianOperator(loss, weights, x, engine="eager") @ v
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
