@@ -166,6 +166,21 @@ def test_a_weight_that_is_read_otherwise_stays_dense(read: str) -> None:
     assert relative_error(engine.run(linearization, v, solver, None).value.data, theirs.value.data) < 1e-11
 
 
+def test_rows_that_are_every_second_column_of_a_table() -> None:
+    """BLAS takes a copy, of which the products with themselves are made, too."""
+    x = randn(5, 60, seed=1)[:, ::2]
+
+    def loss(w: Tensor, h: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(x @ w.t()).square().mean() + h * w.square().sum()
+
+    at = problem_at(loss, randn(3, 30, seed=2) / 9, torch.tensor(0.3, dtype=DTYPE), x)
+    engine, linearization, program = factored(at)
+    assert program is not None
+    v, solver = [randn(3, 30, seed=3)], hvp.Neumann(20, alpha=0.1)
+    theirs = EagerEngine().run(EagerEngine().linearize(at), v, solver, None)
+    assert relative_error(engine.run(linearization, v, solver, None).value.data, theirs.value.data) < 1e-11
+
+
 def test_new_values_of_decay_and_batch() -> None:
     first = problem(UNIFORM["for each output"])
     engine, _, program = factored(first)

@@ -220,6 +220,20 @@ def test_what_is_left_to_pytorch(x: Tensor, w: Tensor, groups: int) -> None:
         by_extension(lambda x, dw: convolve(x, dw, groups=groups), [x], [w])
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_outputs_that_are_larger_than_what_reads_them(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 5, 2, 7).double().to(memory_format=layout), torch.randn(5, 4, 3, 7).double()
+    geometry = [2, 3], [3, 3], [3, 2], True, [2, 1], 1  # an output_padding of the stride or more
+    with pytest.raises(UnsupportedError, match="output_padding"):
+        by_extension(lambda x, dw: aten.convolution(x, dw, None, *geometry), [x], [w])
+
+    def value(x: Tensor, w: Tensor) -> Tensor:
+        return aten.convolution(x, w, None, *geometry)
+
+    assert_close(program_of(value, [x, w])(x, w)[0], value(x, w))
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_several_threads(threads: int) -> None:
     torch.manual_seed(0)

@@ -82,11 +82,19 @@ def test_products_by_the_extension(name: str) -> None:
         lambda y: F.avg_pool2d(y, 3, 2, 1, count_include_pad=False),
         lambda y: F.adaptive_avg_pool2d(y, 5),
         lambda y: F.interpolate(y, size=(13, 17)),
+        lambda y: F.interpolate(y[..., :2, :2], scale_factor=3.4),
         lambda y: F.grid_sample(
             y, torch.linspace(-1, 1, 4 * 5 * 5 * 2).reshape(4, 5, 5, 2).double(), align_corners=False
         ),
     ],
-    ids=["windows beyond the image", "windows without padding", "windows of two sizes", "no whole number", "a grid"],
+    ids=[
+        "windows beyond the image",
+        "windows without padding",
+        "windows of two sizes",
+        "no whole number",
+        "pixels of two sizes",
+        "a grid",
+    ],
 )
 def test_what_stays_with_pytorch_is_right_too(layer: Callable[[Tensor], Tensor]) -> None:
     loss, weights = problem(layer)
@@ -137,3 +145,47 @@ def test_the_derivative_of_an_lstm_of_onednn(reverse: bool) -> None:
         expected = aten.mkldnn_rnn_layer_backward(*known, *whole, *options)
         for found, true in zip(onednn_layer_backward(*known, *grads, *options), expected, strict=True):
             torch.testing.assert_close(found, true.reshape(found.shape), rtol=1e-4, atol=1e-5)
+
+
+class Channels(torch.nn.Module):
+    """A network of each point's channels."""
+
+    def __init__(self, *layers: torch.nn.Module):
+        super().__init__()
+        self.layers = torch.nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Block(torch.nn.Module):
+    """As of ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn = torch.nn
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.mixed = Channels(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.scale = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.mixed(self.grouped(x))
+
+
+def test_what_stays_with_pytorch_finds_residuals_laid_out_as_in_the_trace() -> None:
+    """The extension transposes products of few columns; views rely on the strides."""
+    torch.manual_seed(0)
+    nn = torch.nn
+    norms = Channels(nn.LayerNorm(8)), Channels(nn.LayerNorm(8))
+    module = nn.Sequential(nn.Conv2d(3, 8, 4, 4), norms[0], Block(), norms[1], nn.Conv2d(8, 16, 2, 2))
+    module = nn.Sequential(module, nn.Flatten()).double()
+    net, x = hvp.functional(module), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (net(weights, x).tanh() ** 2).mean()
+
+    weights = dict(module.named_parameters())
+    v = {key: torch.randn_like(weight) for key, weight in weights.items()}
+    found = hvp.HessianOperator(loss, weights, x, engine="linearized") @ v
+    expected = hvp.HessianOperator(loss, weights, x, engine="eager") @ v
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

@@ -235,6 +235,16 @@ def test_graphs_are_timed_again_at_intervals_that_double() -> None:
     assert outline.pays_from(lambda nodes: True) == 0, "a kind without a program yet"
 
 
+def test_a_kind_that_never_comes_again_is_not_waited_for() -> None:
+    outline, steady = Outline(products=3), known(plain=1.0, program=2.0, fixed=5.0)
+    outline.read(Known(sights=1))
+    outline.read(steady)
+    while outline.sights < 16:
+        assert outline.pays_from(lambda *_: True) == 0
+    steady.judged = True
+    assert outline.pays_from(lambda *_: True) == float("inf")
+
+
 def test_a_graph_is_not_read_where_autograd_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Known, "settled", True)
     monkeypatch.setattr(Known, "breaks_even", 5.0)

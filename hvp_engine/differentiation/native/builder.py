@@ -259,8 +259,10 @@ class Builder:
         self.operations.append(Lookup(index, source, table, True, skipped))
 
     def blas_operand(self, place: Place) -> Place:
-        """The place, or a copy with strides that BLAS takes."""
-        return place if for_blas(place) else self.copied(place)
+        """The place, or a copy with strides that BLAS takes, which is made once if the place is known."""
+        if for_blas(place):
+            return place
+        return self._copied_once(place, range(len(place.sizes))) if self._can_prepare(place) else self.copied(place)
 
     def _place_for(self, sizes: tuple[int, ...], leaves: Sequence[Place]) -> Place:
         """A new place, nested as what changes from term to term, or else as any operand of that size."""
@@ -271,17 +273,23 @@ class Builder:
 
     def readable(self, leaf: Place, place: Place) -> Place:
         """A known operand, copied once if it is nested otherwise than `place`."""
-        copyable = leaf.region.known and leaf.numel <= _SMALL_COPY and 0 not in _needed(leaf)
-        if self.closed or self.operations is self.preparation or not copyable:
+        if not self._can_prepare(leaf) or leaf.numel > _SMALL_COPY or 0 in _needed(leaf):
             return leaf
         order = nesting(place)
         sizes = [leaf.sizes[d] for d in order if leaf.sizes[d] != 1]
         strides = [leaf.strides[d] for d in order if leaf.sizes[d] != 1]
         if not sizes or strides[-1] == 1 or list(strides) == sorted(strides, reverse=True):
             return leaf
-        key = (leaf, tuple(order))
+        return self._copied_once(leaf, order)
+
+    def _can_prepare(self, place: Place) -> bool:
+        return place.region.known and not self.closed and self.operations is not self.preparation
+
+    def _copied_once(self, place: Place, order: Sequence[int]) -> Place:
+        """A copy that is made before all terms, nested in this order."""
+        key = (place, tuple(order))
         if key not in self._ordered:
-            nested = leaf.with_dims(order)
+            nested = place.with_dims(order)
             copy = self.prepare(nested.sizes, lambda into: self.stored(nested, into))
             inverse = [order.index(d) for d in range(len(order))]
             self._ordered[key] = copy.with_dims(inverse)

@@ -54,8 +54,10 @@ class Geometry:
     dilation: tuple[int, ...]
 
     @classmethod
-    def of(cls, x: Sequence[int], kernels: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry:
-        """The geometry for images of this shape, and kernels like these; a signal is an image of one row."""
+    def of(
+        cls, x: Sequence[int], y: Sequence[int], kernels: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+    ) -> Geometry:
+        """The geometry for images x, outputs y and kernels like these; a signal is an image of one row."""
         w = tuple(kernels.shape)
         if groups != 1:
             raise UnsupportedError("a convolution with groups")
@@ -73,7 +75,16 @@ class Geometry:
             return each if len(x) == 4 else (of_a_row, *each)
 
         of_images, of_kernels = both(x[2:], 1), both(w[2:], 1)
-        return cls(x[0], x[1], w[0], of_images, of_kernels, both(stride, 1), both(padding, 0), both(dilation, 1))
+        found = cls(x[0], x[1], w[0], of_images, of_kernels, both(stride, 1), both(padding, 0), both(dilation, 1))
+        if found.made != both(y[2:], 1):
+            raise UnsupportedError("a transposed convolution whose output_padding reaches its stride")
+        return found
+
+    @property
+    def made(self) -> tuple[int, ...]:
+        """Rows and columns of the outputs."""
+        of_each = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in of_each)
 
 
 @dataclass(frozen=True)
@@ -102,10 +113,10 @@ class Convolution(Operation):
 def _convolution(c: Conversion, node: Any) -> Value:
     x, w, bias, stride, padding, dilation, transposed, _, groups = node.args
     if transposed:  # the derivative of one that leads from its outputs to its images
-        geometry = Geometry.of(c.shape(node), w.meta["val"], stride, padding, dilation, groups)
+        geometry = Geometry.of(c.shape(node), c.shape(x), w.meta["val"], stride, padding, dilation, groups)
         made = _made(c, Code.IMAGES, geometry, (x, w), c.shape(node))
     else:
-        geometry = Geometry.of(c.shape(x), w.meta["val"], stride, padding, dilation, groups)
+        geometry = Geometry.of(c.shape(x), c.shape(node), w.meta["val"], stride, padding, dilation, groups)
         made = _made(c, Code.OUTPUTS, geometry, (x, w), c.shape(node))
     if bias is None:
         return made
@@ -119,7 +130,7 @@ def _convolution(c: Conversion, node: Any) -> Value:
 def _convolution_backward(c: Conversion, node: Any) -> Value:
     grad, x, w, _, stride, padding, dilation, transposed, _, groups, wanted = node.args
     images, outputs = (grad, x) if transposed else (x, grad)
-    geometry = Geometry.of(c.shape(images), w.meta["val"], stride, padding, dilation, groups)
+    geometry = Geometry.of(c.shape(images), c.shape(outputs), w.meta["val"], stride, padding, dilation, groups)
     results: list[Place | None] = [None, None, None]
     if wanted[0]:
         code = Code.OUTPUTS if transposed else Code.IMAGES

@@ -96,12 +96,20 @@ def adaptive_average_pool_backward(grad: Tensor, x: Tensor) -> Tensor:
     return _spread(grad / (split.shape[-1] * split.shape[-3]), split).reshape(x.shape)
 
 
-def upsample_nearest(x: Tensor, outputs: Sizes, *_: float | None) -> Tensor:
+def _check_scales(inputs: Sizes, outputs: Sizes, scales: Sequence[float | None]) -> None:
+    """PyTorch counts pixels by the scale that was asked for: of 3.4, two become six, four of the first."""
+    if any(scale and scale * size != made for size, made, scale in zip(inputs, outputs, scales, strict=False)):
+        raise UnsupportedError("pixels of different sizes")
+
+
+def upsample_nearest(x: Tensor, outputs: Sizes, *scales: float | None) -> Tensor:
+    _check_scales(x.shape[-2:], outputs, scales)
     made = x.new_empty(*x.shape[:-2], *outputs)
     return _spread(x, _split(made, x.shape[-2:])).reshape(made.shape)
 
 
-def upsample_nearest_backward(grad: Tensor, outputs: Sizes, inputs: Sizes, *_: float | None) -> Tensor:
+def upsample_nearest_backward(grad: Tensor, outputs: Sizes, inputs: Sizes, *scales: float | None) -> Tensor:
+    _check_scales(inputs[-2:], outputs, scales)
     return _split(grad, inputs[-2:]).sum((-3, -1))
 
 

@@ -195,9 +195,11 @@ class Outline:
 
     def pays_from(self, affords: Callable[[Known, int], bool]) -> float:
         """Products from which a solve is faster if the graph is read: as for the kind of it that gains most. Where a
-        program waits until its operations can be afforded, nothing is read until then."""
+        program waits until its operations can be afforded, nothing is read until then. A kind that is not judged by the
+        next time is not waited for, since it may never come again: of weight norm, the first graph of all."""
         self.sights += 1
         if self.sights >= _FIRST and (self.sights % _INTERVAL == 0 or self.sights.bit_count() == 1):
+            self.kinds = deque((known for known in self.kinds if known.settled), _LATEST)
             for known in self.kinds:
                 known.time_again()
         least = math.inf if self.kinds else 0.0

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.torch_compat import below_autograd
-from hvp_engine._support.torch_compat_traces import function_of
+from hvp_engine._support.torch_compat_traces import function_of, has_internal_overlap
 from hvp_engine.differentiation.closing import Closing
 from hvp_engine.differentiation.linear_map import Accumulation, Linearization, Terms
 from hvp_engine.differentiation.native.closing import closing_graph
@@ -18,6 +18,7 @@ from hvp_engine.differentiation.native.graph_program import GraphProgram
 from hvp_engine.differentiation.native.partition_programs import BoundPrograms, PartitionPrograms, PartOnce
 from hvp_engine.differentiation.trace.fused_update import AccumulatingTerms, accumulating_pays
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
+from hvp_engine.differentiation.trace.rewriting import placeholders
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -89,8 +90,12 @@ class PartitionedLinearization(Linearization):
         if self.native is not None:
             return self.native.product(tangents, self.layout)
         with below_autograd():
-            products = self.functions.tangent(*self._tangent_residuals, *tangents)
+            products = self.functions.tangent(*self._laid_out, *tangents)
         return products if self._complete else self._filled(products, tangents)
+
+    @cached_property
+    def _laid_out(self) -> list[Tensor]:
+        return _as_traced(self.functions.partition.tangent.module, self._tangent_residuals)
 
     @cached_property
     def native(self) -> BoundPrograms | None:
@@ -121,7 +126,7 @@ class PartitionedLinearization(Linearization):
             return super().products(stacked)
 
     def _at_once(self, stacked: Sequence[Tensor]) -> Sequence[Tensor]:
-        known = self._tangent_residuals
+        known = self._laid_out
         with torch.no_grad():
             batched = torch.func.vmap(
                 self.functions.partition.tangent.module.forward, (None,) * len(known) + (0,) * len(stacked)
@@ -164,7 +169,9 @@ class PartitionedLinearization(Linearization):
         parts = self.functions.partition
         if not parts.accumulates or self.layout.low_precision or not accumulating_pays(self.layout):
             return None
-        residuals = [self._residuals[index] for index in parts.accumulating.residuals]
+        residuals = _as_traced(
+            parts.accumulating.module, [self._residuals[index] for index in parts.accumulating.residuals]
+        )
         return AccumulatingTerms(
             lambda tangents: self.functions.accumulating(*residuals, *tangents),
             parts.terms,
@@ -172,3 +179,15 @@ class PartitionedLinearization(Linearization):
             accumulation,
             damping,
         )
+
+
+def _as_traced(module: fx.GraphModule, residuals: Sequence[Tensor]) -> list[Tensor]:
+    """The residuals with the strides of the trace, which views rely on: native programs choose their own."""
+    return [_like(node.meta["val"], known) for node, known in zip(placeholders(module.graph), residuals, strict=False)]
+
+
+def _like(traced: Tensor, known: Tensor) -> Tensor:
+    """`known` in the layout that it had in the trace."""
+    if known.layout is not torch.strided or known.stride() == traced.stride() or has_internal_overlap(traced):
+        return known
+    return torch.empty_strided(known.shape, traced.stride(), dtype=known.dtype, device=known.device).copy_(known)
