@@ -35,8 +35,8 @@ FAULTS = [
     ),
     Fault(
         "hvp_engine/tuning/bilevel.py",
-        "loss = loss if len(batches) == 1 else loss / len(batches)",
-        "loss = loss",
+        "loss = loss.reshape(()) if len(batches) == 1 else loss.reshape(()) / len(batches)",
+        "loss = loss.reshape(())",
         "tests/test_tuner_steps.py tests/test_tuner.py",
         "accumulated batches are summed, not averaged",
     ),

@@ -83,7 +83,7 @@ class PartitionedLinearization(Linearization):
         parts = functions.partition
         self._residuals = residuals
         self._tangent_residuals = [residuals[index] for index in parts.tangent.residuals]
-        self._mixed_residuals = [residuals[index] for index in parts.mixed.residuals]
+        self._mixed_residuals = _as_traced(parts.mixed.module, [residuals[index] for index in parts.mixed.residuals])
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t."""
