@@ -234,7 +234,8 @@ def test_operators_that_the_extension_lacks_are_called_in_between() -> None:
 
 def test_views_that_pytorch_makes_of_the_workspace_are_kept() -> None:
     """What lies there is written over by the operations that follow."""
-    x, alias = torch.randn(8, 6), torch.ops.aten._reshape_alias.default
+    torch.manual_seed(0)
+    x, alias = torch.randn(8, 6, dtype=torch.float64), torch.ops.aten._reshape_alias.default
 
     def function(x: Tensor) -> tuple[Tensor, Tensor]:
         seen = alias((x * 2).exp() @ x.t(), [64], [1])  # no operator of the extension
