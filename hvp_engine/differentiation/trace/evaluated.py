@@ -83,7 +83,7 @@ class PartitionedLinearization(Linearization):
         parts = functions.partition
         self._residuals = residuals
         self._tangent_residuals = [residuals[index] for index in parts.tangent.residuals]
-        self._mixed_residuals = _as_traced(parts.mixed.module, [residuals[index] for index in parts.mixed.residuals])
+        self._mixed_residuals = [residuals[index] for index in parts.mixed.residuals]
 
     def product(self, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """H t."""
@@ -94,8 +94,15 @@ class PartitionedLinearization(Linearization):
         return products if self._complete else self._filled(products, tangents)
 
     @cached_property
-    def _laid_out(self) -> list[Tensor]:
-        return _as_traced(self.functions.partition.tangent.module, self._tangent_residuals)
+    def _laid_out(self) -> Sequence[Tensor]:
+        return self._as_traced(self.functions.partition.tangent.module, self._tangent_residuals)
+
+    def _as_traced(self, module: fx.GraphModule, residuals: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The residuals with the strides of the trace, which views rely on: native programs choose their own."""
+        if self.functions.native is None:  # nor may a recorded product read copies that its replays do not make
+            return residuals
+        inputs = placeholders(module.graph)
+        return [_like(node.meta["val"], known) for node, known in zip(inputs, residuals, strict=False)]
 
     @cached_property
     def native(self) -> BoundPrograms | None:
@@ -169,7 +176,7 @@ class PartitionedLinearization(Linearization):
         parts = self.functions.partition
         if not parts.accumulates or self.layout.low_precision or not accumulating_pays(self.layout):
             return None
-        residuals = _as_traced(
+        residuals = self._as_traced(
             parts.accumulating.module, [self._residuals[index] for index in parts.accumulating.residuals]
         )
         return AccumulatingTerms(
@@ -179,11 +186,6 @@ class PartitionedLinearization(Linearization):
             accumulation,
             damping,
         )
-
-
-def _as_traced(module: fx.GraphModule, residuals: Sequence[Tensor]) -> list[Tensor]:
-    """The residuals with the strides of the trace, which views rely on: native programs choose their own."""
-    return [_like(node.meta["val"], known) for node, known in zip(placeholders(module.graph), residuals, strict=False)]
 
 
 def _like(traced: Tensor, known: Tensor) -> Tensor:
