@@ -115,7 +115,8 @@ def device_name(device: torch.device) -> str:
     """The model of the GPU, or of the CPU with its instruction set and how many cores of it there are."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores"
+    count = len(os.sched_getaffinity(0))
+    return f"{cpu_name()}, {count} core{'s' if count > 1 else ''}"
 
 
 def slug(device: str) -> str:

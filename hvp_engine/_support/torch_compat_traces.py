@@ -35,7 +35,9 @@ def is_of_profiler(operation: Any) -> bool:
 
 def decomposition(operation: Any) -> Callable[..., Any] | None:
     """A function that does the same by simpler operators, where torch has one."""
-    found: Callable[..., Any] | None = torch._decomp.decomposition_table.get(operation)
+    from torch._decomp import decomposition_table  # not every torch has imported it by itself
+
+    found: Callable[..., Any] | None = decomposition_table.get(operation)
     return found
 
 
