@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 import hvp_engine as hvp
 from hvp_engine.differentiation.missing_derivatives import nodes_of
+from hvp_engine.differentiation.native import decompositions
 from hvp_engine.differentiation.native.recurrent import onednn_layer_backward
-from hvp_engine.engines import create
+from hvp_engine.differentiation.trace.partial_evaluation import Partition, partition
+from hvp_engine.engines import create, traced
 
 pytestmark = pytest.mark.filterwarnings("error:.*is replaced by")
 
@@ -189,3 +191,19 @@ def test_what_stays_with_pytorch_finds_residuals_laid_out_as_in_the_trace() -> N
     found = hvp.HessianOperator(loss, weights, x, engine="linearized") @ v
     expected = hvp.HessianOperator(loss, weights, x, engine="eager") @ v
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_function_that_asks_for_values_is_no_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is recorded on zeros, whose values mean nothing."""
+
+    def asking(x: Tensor) -> Tensor:
+        return x * 2 if float(x.sum()) == 0 else x * 3
+
+    monkeypatch.setitem(decompositions._FORMULAS, torch.ops.aten.cumsum.default, lambda x, dim: asking(x.cumprod(dim)))
+    parts: list[Partition] = []
+    monkeypatch.setattr(traced, "partition", lambda trace: parts.append(partition(trace)) or parts[-1])
+    loss, weights = problem(lambda y: y.cumsum(-1))
+    _ = hvp.HessianOperator(loss, weights, IMAGES, engine="linearized") @ weights
+    assert decompositions.decomposed(parts[0], torch.ops.aten.cumsum.default) is None
+    monkeypatch.setitem(decompositions._FORMULAS, torch.ops.aten.cumsum.default, lambda x, dim: x * 2)
+    assert decompositions.decomposed(parts[0], torch.ops.aten.cumsum.default) is not None

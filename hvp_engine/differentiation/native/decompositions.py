@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hvp_engine._support.torch_compat import schema_of
+from hvp_engine._support.torch_compat import schema_of, tags_of
 from hvp_engine._support.torch_compat_traces import decomposition, graph_module
 from hvp_engine.differentiation.native import pooling, recurrent
 from hvp_engine.differentiation.native.operations import UnsupportedError
-from hvp_engine.differentiation.trace.graph_recorder import ControlFlowError, ValueDependenceError, record_graph
+from hvp_engine.differentiation.trace.graph_recorder import (
+    ControlFlowError,
+    GraphRecorder,
+    ValueDependenceError,
+    record_graph,
+)
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 
 _FORMULAS: dict[Any, Callable[..., Any]] = pooling.FORMULAS | recurrent.FORMULAS
@@ -61,7 +66,7 @@ def _inlined(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> Any:
 
     try:
         with torch.no_grad():
-            recorded = record_graph(call, [_zeros(source.meta["val"]) for source in sources])
+            recorded = record_graph(call, [_zeros(source.meta["val"]) for source in sources], _Recorder)
     except (UnsupportedError, ControlFlowError, ValueDependenceError):  # it would depend on values
         return None
     except Exception:
@@ -74,6 +79,16 @@ def _inlined(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> Any:
     values = dict(zip((n for n in recorded.graph.nodes if n.op == "placeholder"), sources, strict=True))
     replaced = {source: copies[kept] for source, kept in values.items()}
     return graph.graph_copy(recorded.graph, replaced)
+
+
+class _Recorder(GraphRecorder):
+    """Refuses functions that ask for values, since those of zeros mean nothing."""
+
+    def done(
+        self, func: Any, node: fx.Node | None, args: tuple[Any, ...], keywords: dict[str, Any], result: Any
+    ) -> None:
+        if node is None and torch.Tag.data_dependent_output in tags_of(func):
+            raise ValueDependenceError(str(func))
 
 
 def _given(argument: Any, known: dict[fx.Node, Tensor]) -> Any:
@@ -92,4 +107,5 @@ def _zeros(like: Tensor) -> Tensor:
 def _computes(node: fx.Node) -> bool:
     """Whether the node is an operator that writes to nothing."""
     schema = schema_of(node.target) if node.op == "call_function" else None
-    return node.target is operator.getitem or (schema is not None and not schema.is_mutable)
+    sized_by_values = torch.Tag.dynamic_output_shape in tags_of(node.target)
+    return node.target is operator.getitem or (schema is not None and not schema.is_mutable and not sized_by_values)
