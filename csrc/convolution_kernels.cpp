@@ -12,6 +12,7 @@
 #include "convolution_lines.h"
 #include "matrix_products.h"
 #include "variants.h"
+#include "winograd.h"
 
 namespace hvp {
 namespace HVP_VARIANT {
@@ -271,14 +272,17 @@ class Run {
   int64_t together_, band_;  // images, and rows of outputs, of a block
 };
 
+template <class T>
+void run(const Convolution& convolution, const ConvolutionPairs& pairs, void* to, int threads) {
+  Winograd<T>::fits(convolution) ? Winograd<T>(convolution, pairs, to, threads).run()
+                                 : Run<T>(convolution, pairs, to, threads).run();
+}
+
 }  // namespace
 
 void run_convolution(const Convolution& convolution, const ConvolutionPairs& pairs, void* to, int threads) {
-  if (convolution.wide) {
-    Run<double>(convolution, pairs, to, threads).run();
-  } else {
-    Run<float>(convolution, pairs, to, threads).run();
-  }
+  convolution.wide ? run<double>(convolution, pairs, to, threads)
+                   : run<float>(convolution, pairs, to, threads);
 }
 
 }  // namespace HVP_VARIANT

@@ -134,10 +134,12 @@ MatrixProduct read_product(ProgramReader& reader) {
 Sum read_sum(ProgramReader& reader) {
   Sum sum{};
   sum.largest = reader.word(0, 1, "largest");
+  sum.product = reader.word(0, sum.largest ? 0 : 1, "product");
   sum.extents = reader.word(2, kMaxExtents, "extents");
   sum.kept = reader.word(0, sum.extents - 1, "kept");
   reader.sizes(sum.sizes, sum.extents);
   sum.from = reader.place(sum.sizes, sum.extents);
+  sum.factor = sum.product ? reader.place(sum.sizes, sum.extents) : sum.from;
   std::array<int64_t, kMaxExtents> kept = sum.sizes;
   for (int64_t d = sum.kept; d < sum.extents - 1; ++d) kept[d] = 1;
   sum.to = reader.place(kept, sum.extents);

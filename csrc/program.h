@@ -87,13 +87,13 @@ struct MatrixProduct {
   Place a, b, c;        // strides[0] is between one matrix of the batch and the next
 };
 
-// Sums, or the largest numbers, over extents [kept, extents - 1), for each index of the others; sums are made
-// in float64.
+// Sums, of numbers or of products of two, or the largest numbers, over extents [kept, extents - 1), for each
+// index of the others; of more than a few numbers sums are made in float64.
 struct Sum {
-  bool largest;
+  bool largest, product;
   int64_t extents, kept;
   std::array<int64_t, kMaxExtents> sizes{};
-  Place from, to;
+  Place from, factor, to;  // without a product the factor is not read
 };
 
 // to[i, j, k] = from[i, index[j], k], or the other way round: to[i, index[j], k] += from[i, j, k]. Where the

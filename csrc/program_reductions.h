@@ -6,6 +6,7 @@
 
 #include "dtypes.h"
 #include "program_memory.h"
+#include "vectors.h"
 
 namespace hvp {
 namespace HVP_VARIANT {
@@ -14,75 +15,131 @@ namespace {
 template <class T>
 class SumKernel {
  public:
-  // For each index of the kept extents but the last: the sums of a block of the last extent at once.
+  static void run(const ProgramMemory<T>& memory, const Sum& sum) {
+    sum.product ? run<true>(memory, sum) : run<false>(memory, sum);
+  }
+
+ private:
+  static constexpr int64_t kBlock = 256;
+
+  // Numbers of a line, and the factors that each is multiplied by.
+  struct Line {
+    const T *from, *factor;
+    int64_t from_stride, factor_stride, count;
+
+    bool dense(bool product) const { return from_stride == 1 && (!product || factor_stride == 1); }
+  };
+
+  // Where what is summed is a line of memory, line by line, as they follow one another in memory, for a block
+  // of indices of the kept extents; otherwise, for each of these, a block of the last extent at once.
+  template <bool product>
   static void run(const ProgramMemory<T>& memory, const Sum& sum) {
     const int64_t last = sum.extents - 1, width = sum.sizes[last];
     int64_t kept = 1, summed = 1;
     for (int64_t d = 0; d < sum.kept; ++d) kept *= sum.sizes[d];
     for (int64_t d = sum.kept; d < last; ++d) summed *= sum.sizes[d];
-    const int64_t from_stride = sum.from.strides[last], to_stride = sum.to.strides[last];
-    // Along one line of memory where a line is what is summed; otherwise line by line.
     const bool along = width == 1 && summed > 0;
-    const int64_t length = along ? sum.sizes[last - 1] : 1, line = along ? sum.from.strides[last - 1] : 0;
-    const int64_t lines = along && length > 0 ? summed / length : summed;
-    const int64_t outer = along ? last - 1 : last;
-    for (int64_t i = 0; i < kept; ++i) {
-      const T* from = memory.at(sum.from);
-      T* to = memory.at(sum.to);
-      for (int64_t d = sum.kept - 1, rest = i; d >= 0; --d) {
-        from += rest % sum.sizes[d] * sum.from.strides[d];
-        to += rest % sum.sizes[d] * sum.to.strides[d];
-        rest /= sum.sizes[d];
-      }
-      for (int64_t first = 0; first < width; first += kColumns) {
-        const int64_t n = std::min(kColumns, width - first);
-        double totals[kColumns];
-        std::fill(totals, totals + n, sum.largest ? -std::numeric_limits<double>::infinity() : 0.0);
-        for (int64_t j = 0; j < lines; ++j) {
-          const T* here = from + first * from_stride;
-          for (int64_t d = outer - 1, rest = j; d >= sum.kept; --d) {
-            here += rest % sum.sizes[d] * sum.from.strides[d];
-            rest /= sum.sizes[d];
-          }
-          if (sum.largest) {
-            const int64_t count = along ? length : n, stride = along ? line : from_stride;
-            for (int64_t i = 0; i < count; ++i) keep_larger(totals[along ? 0 : i], here[i * stride]);
-          } else if (along) {
-            totals[0] += total(here, line, length);
-          } else {
-            add(here, from_stride, totals, n);
-          }
+    const int64_t outer = along ? last - 1 : last, lines = along ? summed / sum.sizes[outer] : summed;
+    const auto line = [&](int64_t i, int64_t j, int64_t first, int64_t count) {
+      const auto at = [&](const Place& place) {
+        return memory.at(place) + offset(sum, place, 0, sum.kept, i) +
+               offset(sum, place, sum.kept, outer, j) + first * place.strides[last];
+      };
+      return Line{at(sum.from), at(sum.factor), sum.from.strides[outer], sum.factor.strides[outer], count};
+    };
+    const auto result = [&](int64_t i) { return memory.at(sum.to) + offset(sum, sum.to, 0, sum.kept, i); };
+    double totals[kBlock];
+    const auto begin = [&](int64_t n) {
+      std::fill(totals, totals + n, sum.largest ? -std::numeric_limits<double>::infinity() : 0.0);
+    };
+    for (int64_t i = 0; along && i < kept; i += kBlock) {
+      const int64_t n = std::min(kBlock, kept - i);
+      begin(n);
+      for (int64_t j = 0; j < lines; ++j) {
+        for (int64_t k = 0; k < n; ++k) {
+          const Line numbers = line(i + k, j, 0, sum.sizes[outer]);
+          sum.largest ? keep_largest(numbers, totals + k) : void(totals[k] += total<product>(numbers));
         }
-        for (int64_t j = 0; j < n; ++j) to[(first + j) * to_stride] = static_cast<T>(totals[j]);
+      }
+      for (int64_t k = 0; k < n; ++k) *result(i + k) = static_cast<T>(totals[k]);
+    }
+    for (int64_t i = 0; !along && i < kept; ++i) {
+      for (int64_t first = 0; first < width; first += kBlock) {
+        const int64_t n = std::min(kBlock, width - first);
+        begin(n);
+        for (int64_t j = 0; j < lines; ++j) {
+          const Line numbers = line(i, j, first, n);
+          sum.largest ? keep_larger(numbers, totals) : add<product>(numbers, totals);
+        }
+        T* const to = result(i) + first * sum.to.strides[last];
+        for (int64_t j = 0; j < n; ++j) to[j * sum.to.strides[last]] = static_cast<T>(totals[j]);
       }
     }
   }
 
- private:
-  static constexpr int64_t kColumns = 256;
+  // Of the `number`th index of extents [begin, end).
+  static HVP_INLINE int64_t offset(const Sum& sum, const Place& place, int64_t begin, int64_t end,
+                                   int64_t number) {
+    int64_t found = 0;
+    for (int64_t d = end - 1; d >= begin; --d) {
+      found += number % sum.sizes[d] * place.strides[d];
+      number /= sum.sizes[d];
+    }
+    return found;
+  }
 
   // NaN, once found, stays.
-  static HVP_INLINE void keep_larger(double& largest, double value) {
-    if (value > largest || value != value) largest = value;
+  static HVP_INLINE void keep_larger(double value, double* largest) {
+    if (value > *largest || value != value) *largest = value;
   }
 
-  static HVP_INLINE void add(const T* from, int64_t stride, double* totals, int64_t n) {
-    if (stride == 1) {
+  static HVP_INLINE void keep_largest(const Line& line, double* largest) {
+    for (int64_t i = 0; i < line.count; ++i) keep_larger(line.from[i * line.from_stride], largest);
+  }
+
+  static HVP_INLINE void keep_larger(const Line& line, double* largest) {
+    for (int64_t i = 0; i < line.count; ++i) keep_larger(line.from[i * line.from_stride], largest + i);
+  }
+
+  template <bool product>
+  static HVP_INLINE T number(const Line& line, int64_t i, int64_t from_stride, int64_t factor_stride) {
+    const T from = line.from[i * from_stride];
+    return product ? from * line.factor[i * factor_stride] : from;
+  }
+
+  template <bool product>
+  static HVP_INLINE void add(const Line& line, double* totals) {
+    if (line.dense(product)) {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) totals[i] += static_cast<double>(from[i]);
+      for (int64_t i = 0; i < line.count; ++i)
+        totals[i] += static_cast<double>(number<product>(line, i, 1, 1));
     } else {
-      for (int64_t i = 0; i < n; ++i) totals[i] += static_cast<double>(from[i * stride]);
+      for (int64_t i = 0; i < line.count; ++i)
+        totals[i] += static_cast<double>(number<product>(line, i, line.from_stride, line.factor_stride));
     }
   }
 
-  static HVP_INLINE double total(const T* from, int64_t stride, int64_t n) {
-    double sum = 0;
-    if (stride == 1) {
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(from[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(from[i * stride]);
+  // Eight numbers at a time are added as they are, in pairs, before they become float64.
+  template <bool product>
+  static HVP_INLINE double total(const Line& line) {
+    constexpr int64_t kLanes = Vectors<T>::kLanes, kTogether = 8 * kLanes;
+    double sums[kLanes] = {}, sum = 0;
+    int64_t i = 0;
+    for (; line.dense(product) && i + kTogether <= line.count; i += kTogether) {
+      Vector<T> parts[8];
+      for (int k = 0; k < 8; ++k) {
+        parts[k] = load<Vector<T>>(line.from + i + k * kLanes);
+        if (product) parts[k] *= load<Vector<T>>(line.factor + i + k * kLanes);
+      }
+      for (int half = 4; half > 0; half /= 2) {
+        for (int k = 0; k < half; ++k) parts[k] += parts[k + half];
+      }
+#pragma omp simd
+      for (int64_t l = 0; l < kLanes; ++l) sums[l] += static_cast<double>(parts[0][l]);
     }
+    for (; i < line.count; ++i)
+      sum += static_cast<double>(number<product>(line, i, line.from_stride, line.factor_stride));
+    for (int64_t l = 0; l < kLanes; ++l) sum += sums[l];
     return sum;
   }
 };

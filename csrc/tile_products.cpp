@@ -75,6 +75,7 @@ template <int R, class T>
 void dot_columns(const TileProduct<T>& p, int64_t i, int64_t begin, int64_t end) {
   int64_t j = begin;
   for (; j + 6 <= end; j += 6) dot_tile<6, R>(p, i, j);
+  for (; j + 4 <= end; j += 4) dot_tile<4, R>(p, i, j);
   for (; j + 2 <= end; j += 2) dot_tile<2, R>(p, i, j);
   for (; j < end; ++j) dot_tile<1, R>(p, i, j);
 }

@@ -41,6 +41,13 @@ GEOMETRIES: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any, Any, Any]] = 
     "lines of sixteen": ((2, 2, 6, 16), (3, 2, 3, 3), 1, 1, 1),
     "bands of rows": ((2, 16, 60, 40), (8, 16, 3, 3), 1, 1, 1),
     "bands of strided rows": ((2, 16, 90, 70), (8, 16, 3, 3), 2, 1, 1),
+    "tiles": ((3, 9, 9, 14), (8, 9, 3, 3), 1, 1, 1),
+    "tiles without padding": ((2, 8, 5, 17), (12, 8, 3, 3), 1, 0, 1),
+    "tiles with more padding": ((2, 8, 6, 7), (9, 8, 3, 3), 1, 2, 1),
+    "tiles padded unevenly": ((2, 8, 7, 10), (8, 8, 3, 3), 1, (2, 0), 1),
+    "one row of tiles": ((3, 8, 1, 40), (8, 8, 3, 3), 1, 1, 1),
+    "bands of tiles": ((2, 40, 50, 60), (48, 40, 3, 3), 1, 1, 1),
+    "several images of tiles": ((70, 16, 8, 8), (16, 16, 3, 3), 1, 1, 1),
     "many channels": ((2, 64, 5, 5), (7, 64, 3, 3), 1, 1, 1),
     "long kernels": ((9, 300, 3, 3), (1, 300, 3, 3), 1, 1, 1),
     "a signal": ((3, 2, 20), (4, 2, 5), 1, 2, 1),
@@ -107,6 +114,29 @@ def test_any_geometry(data: st.DataObject) -> None:
         assert_close(found, expected)
 
 
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(st.data())
+def test_any_tiles(data: st.DataObject) -> None:
+    """By Winograd's tiles, of which those at the borders are not whole."""
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    images, inputs, outputs = data.draw(st.integers(1, 5)), *(data.draw(st.integers(8, 20)) for _ in range(2))
+    padding = [data.draw(st.integers(0, 2)) for _ in range(2)]
+    least = [max(1, 3 - 2 * padding[0]), 9 - 2 * padding[1]]  # at least seven columns of outputs
+    size = [data.draw(st.integers(n, 24)) for n in least]
+    x, w = torch.randn(images, inputs, *size).double(), torch.randn(outputs, inputs, 3, 3).double()
+    grad = torch.randn_like(convolve(x, w, 1, padding, 1))
+
+    def function(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        geometry = [1, 1], padding, [1, 1], False, [0, 0], 1
+        found = aten.convolution_backward(grad, x, w, None, *geometry, [True, True, False])
+        return aten.convolution(x, w, None, *geometry), found[0], found[1]
+
+    program = program_of(function, [grad, x, w])
+    assert not [call for _, call in program.segments if call is not None]
+    for found, expected in zip(program(grad, x, w), function(grad, x, w), strict=True):
+        assert_close(found, expected)
+
+
 @pytest.mark.parametrize("name", ["plain", "strided", "dilated", "one point", "a signal"])
 def test_transposed(name: str) -> None:
     torch.manual_seed(0)
@@ -133,7 +163,7 @@ def test_transposed(name: str) -> None:
 
 @pytest.mark.parametrize("known_first", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", ["plain", "strided", "one channel", "bands of rows"])
+@pytest.mark.parametrize("name", ["plain", "strided", "one channel", "bands of rows", "tiles", "tiles padded unevenly"])
 def test_tangents(name: str, layout: torch.memory_format, known_first: bool) -> None:
     """Both summands of the tangent of an output, of an image and of a kernel, from tangents laid out in any way."""
     torch.manual_seed(0)

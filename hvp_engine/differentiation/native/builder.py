@@ -229,13 +229,19 @@ class Builder:
 
     def summed(self, value: Operand, dims: Sequence[int], largest: bool = False) -> Place:
         """The sum, or the `largest` number, over `dims`, which stay with size 1."""
-        source = self.stored(value)
+        factor = None
+        if isinstance(value, Expression) and value.code is Code.MULTIPLY and not largest and value.sizes:
+            both = [self.stored(operand).expanded(value.sizes) for operand in value.operands]
+            source, factor = sorted(both, key=lambda place: 0 in _needed(place))
+            factor = self.readable(factor, source)
+        else:
+            source = self.stored(value)
         if not source.sizes:
             return source
         gone = frozenset(d % len(source.sizes) for d in dims)
         sizes = tuple(1 if d in gone else size for d, size in enumerate(source.sizes))
         result = self.workspace(sizes, in_order(sizes, nesting(source)))
-        self.operations.append(Sum(source, result, gone, largest))
+        self.operations.append(Sum(source, result, gone, largest, factor))
         return result
 
     def selected(self, source: Place, index: Place, skipped: int | None = None) -> Place:

@@ -67,6 +67,7 @@ class Conversion:
         self._moving = dependents(module.graph, set(moving))
         self.outputs: list[Place] = []
         self.summands: dict[Place, Operation] = {}  # by their results: what a sum may be made with
+        self._gain = 0.0
         for node in module.graph.nodes:
             if node.op == "output":
                 self.outputs = [self._output(argument) for argument in node.args[0]]
@@ -80,8 +81,14 @@ class Conversion:
                     raise
             elif node.op != "placeholder":
                 self._values[node] = self._other(node)
+        if self._gain < 0:
+            raise UnsupportedError("convolutions that are as fast as PyTorch's")
 
     # What handlers ask for.
+
+    def weigh(self, work: int, relative_time: float) -> None:
+        """Count work that takes so much of PyTorch's time: all together should take less than that."""
+        self._gain += work * (1 - relative_time)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         return tuple(node.meta["val"].shape)

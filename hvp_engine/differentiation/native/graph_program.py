@@ -25,7 +25,6 @@ aten = torch.ops.aten
 _FEW_CALLS, _MOST_CALLS = 2, 0.3
 """How many of a graph's operators, and what share of them, PyTorch may compute: by itself it takes less for each."""
 
-
 _View = tuple[int, tuple[int, ...], tuple[int, ...], int]
 """A slot, and sizes, strides and offset of a part of what is there."""
 
@@ -72,6 +71,10 @@ class _WholeConversion(Conversion):
         if not all(isinstance(value, Tensor) for value in inputs):
             raise UnsupportedError("sparse tensors")
         super().__init__(module, [builder.like(value, value.stride()) for value in inputs], builder)
+
+    def weigh(self, work: int, relative_time: float) -> None:
+        if relative_time > 1:
+            raise UnsupportedError("what PyTorch is faster at")
 
     def indices(self, argument: fx.Node) -> Place:
         value = self._tensor(argument)

@@ -220,35 +220,37 @@ def _leading(place: Place) -> int:
 
 @dataclass(frozen=True)
 class Sum(Operation):
-    """The sum over `dims` of `source`, or the largest numbers; `result` has those dimensions with size 1."""
+    """The sum over `dims` of `source`, times `factor` if there is one, or the largest numbers; `result` has those
+    dimensions with size 1."""
 
     source: Place
     result: Place
     dims: frozenset[int]
     largest: bool = False
+    factor: Place | None = None
 
     @property
     def reads(self) -> tuple[Place, ...]:
-        return (self.source,)
+        return (self.source,) if self.factor is None else (self.source, self.factor)
 
     def write(self, words: Words, workspace: int) -> None:
-        source, result = self.source, self.result
+        source = self.source
         sized = [d for d in range(len(source.sizes)) if source.sizes[d] != 1]
         kept = sorted((d for d in sized if d not in self.dims), key=lambda d: -source.strides[d])
         gone = sorted((d for d in sized if d in self.dims), key=lambda d: -source.strides[d])
         inner = bool(kept) and (not gone or source.strides[kept[-1]] <= source.strides[gone[-1]])
         last = kept.pop() if inner else None
-        sizes, strides = _runs(source.sizes, (source.strides, result.strides), kept)
-        lines, steps = _runs(source.sizes, (source.strides, (0,) * len(source.sizes)), gone)
+        places = [*self.reads, self.result]
+        sizes, strides = _runs(source.sizes, [place.strides for place in places], kept)
+        lines, steps = _runs(source.sizes, [*[place.strides for place in self.reads], (0,) * len(source.sizes)], gone)
         if not lines:
-            lines, steps = [prod(source.sizes[d] for d in self.dims)], [[0], [0]]
-        tail = (1, 0, 0) if last is None else (source.sizes[last], source.strides[last], result.strides[last])
-        all_sizes = [*sizes, *lines, tail[0]]
+            lines, steps = [prod(source.sizes[d] for d in self.dims)], [[0]] * len(places)
+        all_sizes = [*sizes, *lines, 1 if last is None else source.sizes[last]]
         if len(all_sizes) > MOST_EXTENTS:
             raise UnsupportedError(f"a sum over a tensor of {len(all_sizes)} dimensions that cannot be merged")
-        words.words += [2, self.largest, len(all_sizes), len(sizes), *all_sizes]
-        words.place(source, [*strides[0], *steps[0], tail[1]], workspace)
-        words.place(result, [*strides[1], *steps[1], tail[2]], workspace)
+        words.words += [2, self.largest, self.factor is not None, len(all_sizes), len(sizes), *all_sizes]
+        for place, kept_strides, gone_strides in zip(places, strides, steps, strict=True):
+            words.place(place, [*kept_strides, *gone_strides, 0 if last is None else place.strides[last]], workspace)
 
 
 def _runs(
