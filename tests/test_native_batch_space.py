@@ -12,6 +12,7 @@ from test_engines_native import SOLVERS, problem_at
 from torch import Tensor
 
 import hvp_engine as hvp
+from hvp_engine.differentiation.native.batch_space import Combination
 from hvp_engine.differentiation.native.program import NativeProgram
 from hvp_engine.differentiation.problem import Problem
 from hvp_engine.engines import EagerEngine
@@ -228,3 +229,25 @@ def test_a_logistic_regression_with_its_hypergradient() -> None:
         results[name] = hypergradient(weights, torch.tensor(-1.0, dtype=DTYPE), None, None)
     assert "1 of 2 weights in the space of the batch" in hypergradient.report()
     assert float(results["linearized"].grads) == pytest.approx(float(results["eager"].grads), rel=1e-10)
+
+
+def test_terms_that_do_not_agree_with_products_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of ours, seen at the first and the tenth solve: its numbers are never used, and it is said."""
+    at, solver = problem(UNIFORM["one"]), hvp.Neumann(9, alpha=0.02)
+    v = [torch.randn_like(w) for w in at.weights]
+    exact = EagerEngine().run(EagerEngine().linearize(at), v, solver, None).value.data
+    engine, linearization, program = factored(at)
+    assert program is not None
+    for _ in range(8):
+        assert relative_error(engine.run(linearization, v, solver, None).value.data, exact) < 1e-11
+    follow = Combination.follow
+
+    def faulty(self: Combination, accumulation: Any, target: int, pairs: Any, damping: float, steps: range) -> None:
+        follow(self, accumulation, target, pairs, damping + 0.01, steps)
+
+    monkeypatch.setattr(Combination, "follow", faulty)
+    with pytest.warns(UserWarning, match="terms in the space of the batch do not agree"):
+        found = engine.run(linearization, v, solver, None)
+    assert relative_error(found.value.data, exact) < 1e-11
+    assert relative_error(engine.run(linearization, v, solver, None).value.data, exact) < 1e-11
+    assert "space of the batch" not in engine.report()

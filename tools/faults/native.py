@@ -190,4 +190,11 @@ FAULTS = [
         "tests/test_native_decompositions.py -k lstm_of_onednn",
         "the derivative of an LSTM's weight takes each state for the one before it",
     ),
+    Fault(
+        "hvp_engine/differentiation/native/partition_programs.py",
+        "if factored is not None and self._programs.schedule.due():",
+        "if factored is None and self._programs.schedule.due():",
+        "tests/test_native_batch_space.py -k given_up",
+        "terms in the space of the batch are never compared with products",
+    ),
 ]

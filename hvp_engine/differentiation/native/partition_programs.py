@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from hvp_engine.differentiation.native.decompositions import decomposed
 from hvp_engine.differentiation.native.graph_program import GraphProgram
 from hvp_engine.differentiation.native.operations import UnsupportedError
 from hvp_engine.differentiation.native.program import BoundProgram, NativeProgram, Rehearsed
+from hvp_engine.differentiation.self_check import Schedule, difference_of_products
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 from hvp_engine.differentiation.trace.rewriting import Attempts
 
@@ -34,6 +36,7 @@ class PartitionPrograms:
     Attributes:
         program: for products and terms; None before, and where `reason` says why there is none.
         factored: with factored weights, for many terms; None where no weight qualifies.
+        schedule: of solves by that one, when to compare it with the other.
         seconds: that making them took.
     """
 
@@ -41,6 +44,7 @@ class PartitionPrograms:
         self._parts = parts
         self.program: NativeProgram | None = None
         self.factored: NativeProgram | None = None
+        self.schedule = Schedule()
         self.reason = ""
         self.seconds = 0.0
         self._factors: list[Factor] | None = None
@@ -74,6 +78,10 @@ class PartitionPrograms:
             self.factored, reason = self._made(residuals, self._factors)
             self._factors = [] if reason else self._factors
         return self.factored
+
+    def give_up_factored(self) -> None:
+        """From now on all terms are made without factored weights."""
+        self.factored, self._factors = None, []
 
     def rehearsed(
         self, residuals: Sequence[Tensor], accumulation: Accumulation, damping: float, steps: range
@@ -196,9 +204,36 @@ class BoundPrograms:
         def run(steps: range) -> None:
             fewest = self._programs.fewest_terms(self._residuals, grams_exist="_factored" in vars(self))
             factored = self._factored if len(steps) >= fewest else None
-            (self._bound if factored is None else factored).terms(accumulation, damping)(steps)
+            if factored is not None and self._programs.schedule.due():
+                self._compared(factored, accumulation, damping, steps)
+            else:
+                (self._bound if factored is None else factored).terms(accumulation, damping)(steps)
 
         return run
+
+    def _compared(self, factored: BoundProgram, accumulation: Accumulation, damping: float, steps: range) -> None:
+        """Terms by both programs, with the numbers of the one without factored weights; where the other's are not the
+        same, it is given up."""
+        vectors = [
+            accumulation.direction,
+            accumulation.target,
+            *[vector for mixing in accumulation.mixings for vector in (mixing.target, mixing.source)],
+        ]
+        before = [vector.data.clone() for vector in vectors]
+        factored.terms(accumulation, damping)(steps)
+        found = [vector.data.clone() for vector in vectors]
+        for vector, data in zip(vectors, before, strict=True):
+            vector.data.copy_(data)
+        self._bound.terms(accumulation, damping)(steps)
+        differs = difference_of_products(found, [vector.data for vector in vectors], self._programs.dtypes)
+        if differs is not None:
+            self._programs.give_up_factored()
+            vars(self).pop("_factored")
+            warnings.warn(
+                f"terms in the space of the batch do not agree with those of plain products: {differs}, as it should "
+                "not, whatever the loss; plain products make all terms from now on",
+                stacklevel=2,
+            )
 
     @cached_property
     def _bound(self) -> BoundProgram:
