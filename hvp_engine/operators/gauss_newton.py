@@ -130,8 +130,8 @@ class GaussNewtonProducts(Linearization):
         cotangents = leaves([torch.zeros_like(output) for output in reached])
         pulled = filled(differentiate(reached, self._weights, cotangents, create_graph=True), self._weights)
 
-        self._pull = Tape(reached, self._weights, name="model")
-        self._push = Tape(pulled, cotangents, name="model")
+        self._pull = Tape(reached, self._weights, name="model", symmetric=False)
+        self._push = Tape(pulled, cotangents, name="model", symmetric=False)
         self._curvature = Tape(gradient, self._outputs, name="loss")
         self.loss = value.detach()
         self.gradient = [g.detach() for g in self._pull.product([g.detach() for g in gradient])]
