@@ -62,7 +62,7 @@ def _networks() -> dict[str, Callable[[], nn.Module]]:
         ),
         "dropout": lambda: nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Dropout(0.3), nn.Linear(30, 10)),
         "spectral and weight norm": lambda: nn.Sequential(
-            spectral(nn.Linear(20, 15)), nn.Tanh(), weight(nn.Linear(15, 10))
+            spectral(nn.Linear(20, 15)), nn.Tanh(), weight(nn.Linear(15, 10), dim=None)
         ),
         "LeNet": lambda: nn.Sequential(
             nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2),

@@ -38,12 +38,41 @@ def test_weight_normalization(engine: str, dim: int) -> None:
     torch.testing.assert_close(hessians[0], hessians[0].T)
 
 
-def test_weight_normalization_recorded_already_is_refused() -> None:
-    """It cannot be replaced any more, and autograd's answer is no derivative."""
-    v, g = randn(4, 3, seed=2).requires_grad_(), randn(4, 1, seed=3).requires_grad_()
-    value = loss([v, g], 0, torch._weight_norm)
-    with pytest.raises(hvp.SecondDerivativeError, match="_weight_norm.*remedy: compute the weight as v"):
-        hvp.approx_inverse_hvp([v.detach(), g.detach()], value, [v, g], iterations=2, alpha=0.1)
+@pytest.mark.parametrize("engine", ["eager", "recorded"])
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_weight_normalization_recorded_already_is_refused(engine: str, differentiated: bool) -> None:
+    """It cannot be replaced any more, and autograd's answer is no derivative: of the loss, and of its gradient."""
+    weights = v, g = [randn(4, 3, seed=2).requires_grad_(), randn(4, 1, seed=3).requires_grad_()]
+    value: Tensor | tuple[Tensor, ...] = loss(weights, 0, torch._weight_norm)
+    if differentiated:
+        value = torch.autograd.grad(value, weights, create_graph=True)
+    for _ in range(3):
+        with pytest.raises(hvp.SecondDerivativeError, match="_weight_norm.*remedy: compute the weight as v"):
+            hvp.approx_inverse_hvp([v.detach(), g.detach()], value, weights, iterations=2, alpha=0.1, engine=engine)
+
+
+def test_weight_normalization_that_is_differentiated_once_is_right() -> None:
+    """As in a gradient of the weights above it, in a Gauss-Newton matrix, and in a map with a fixed point."""
+    v, g = (randn(*shape, seed=2).requires_grad_() for shape in ((4, 3), (4, 1)))
+    found = []
+    for normalize in (torch._weight_norm, weight_norm_by_hand):
+        last = randn(4, seed=4).requires_grad_()
+        value = torch.tanh(X @ normalize(v, g, 0).T @ last).square().sum()
+        gradient = torch.autograd.grad(value, last, create_graph=True)
+        (above,) = hvp.approx_inverse_hvp(last.detach(), gradient, last, iterations=2, alpha=0.1)
+
+        def model(weights: list[Tensor], x: Tensor, normalize: Callable[..., Tensor] = normalize) -> Tensor:
+            return torch.tanh(x @ normalize(*weights, 0).T)
+
+        matrix = hvp.GaussNewtonOperator(model, lambda o, _: o.square().sum(), [v.detach(), g.detach()], X, None)
+
+        def phi(w: Tensor, h: Tensor, _: None, normalize: Callable[..., Tensor] = normalize) -> Tensor:
+            return 0.3 * torch.tanh(normalize(w, h, 0))
+
+        fixed = hvp.FixedPointHypergradient(phi, lambda w, h, _: w.square().sum(), hvp.Neumann(3))
+        found.append((above, matrix.dense(), fixed(v.detach(), g.detach(), None, None).grads))
+    for fused, by_hand in zip(*found, strict=True):
+        assert relative_error(fused, by_hand) < 1e-12
 
 
 def test_values_stay() -> None:

@@ -55,6 +55,30 @@ def test_hypergradient_equals_eagers(engine: Any, form: Any, iterations: int) ->
     assert "compiled in" in compiled.report()
 
 
+def test_log_probabilities_that_are_transposed() -> None:
+    """As speech networks hand them to a CTC loss: time first."""
+    _, _, batch = point()
+    weights, factors = torch.randn(9, 5, dtype=DTYPE), torch.randn(4, 3, 5, dtype=DTYPE)
+
+    def loss(w: Tensor) -> Tensor:
+        scores = (batch.view(3, 4, 9) @ w).log_softmax(-1)
+        return (scores.transpose(0, 1).contiguous() * factors).sin().mean()
+
+    compiled, eager = (hvp.HessianOperator(loss, weights, engine=name) for name in ("compiled", "eager"))
+    torch.testing.assert_close(compiled @ weights, eager @ weights, rtol=1e-10, atol=1e-13)
+    assert "compiled in" in compiled.engine.report()
+
+
+def test_a_graph_that_inductor_fails_on_is_named_by_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise ValueError("no such layout\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace")
+
+    monkeypatch.setattr("hvp_engine.engines.compiled.compile_graph", failing)
+    weights, hyper, batch = point()
+    with pytest.raises(hvp.BackendError, match="ValueError: no such layout; use engine='linearized'"):
+        hvp.Hypergradient(train, val, hvp.Neumann(2, 0.05), engine="compiled")(weights, hyper, batch, batch)
+
+
 def test_a_graph_beyond_the_budget_is_refused() -> None:
     weights, hyper, batch = point()
     hypergradient = hvp.Hypergradient(train, val, hvp.Neumann(2, 0.05), engine=engines.CompiledEngine(0.5))

@@ -221,7 +221,7 @@ def test_low_precision_is_left_to_pytorch(dtype: torch.dtype) -> None:
     linearization = engine.linearize(problem)
     assert isinstance(linearization, TracedLinearization)
     linearization.product([torch.ones(3, dtype=dtype)])
-    assert f"weights of {dtype}" in engine.report()
+    assert f"tensors of {dtype}" in engine.report()
 
 
 def test_new_values_need_no_new_program() -> None:

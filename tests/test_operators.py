@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -403,6 +405,15 @@ def test_a_sum_takes_several_right_hand_sides() -> None:
     rows = torch.cat([value["a"].reshape(9, -1), value["b"]], 1)
     expected = torch.cat([v["a"].reshape(9, -1), v["b"]], 1)
     torch.testing.assert_close(rows @ both.dense(), expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [hvp.HessianOperator, hvp.StochasticHessianOperator])
+@pytest.mark.parametrize(
+    "loss, got", [(None, "NoneType"), (torch.nn.Tanh(), r"the module Tanh, which is called with \(input.*functional")]
+)
+def test_losses_that_are_no_functions_of_weights(make: Callable[..., Any], loss: Any, got: str) -> None:
+    with pytest.raises(TypeError, match=rf"loss: expected a function of \(weights, .*\); got {got}"):
+        make(loss, torch.zeros(3), [torch.zeros(3)], engine="eager")
 
 
 def test_operators_on_other_weights_do_not_add_up() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hvp_engine._support import torch_compat_traces
 from hvp_engine.differentiation.trace.graph_recorder import record_graph
@@ -23,6 +24,15 @@ def test_whether_the_compiler_is_imported() -> None:
 def test_compiled_graphs() -> None:
     compiled = torch_compat_traces.compile_graph(record_graph(lambda x: (x.sin() + 1,), [W]), [W], size_asserts=True)
     torch.testing.assert_close(compiled(W)[0], W.sin() + 1)
+
+
+def test_the_derivative_of_log_softmax_is_laid_out_otherwise_than_fake_tensors_say() -> None:
+    """If this fails, a copy in `compile_graph` is needed no more."""
+    grad, output = W.expand(2, 4, 3).contiguous().transpose(0, 1), W.expand(4, 2, 3).contiguous()
+    operation = torch_compat_traces.LAID_OUT_OTHERWISE
+    with FakeTensorMode() as mode:
+        fake = operation(mode.from_tensor(grad), mode.from_tensor(output), 2, DTYPE)
+    assert operation(grad, output, 2, DTYPE).is_contiguous() and not fake.is_contiguous()
 
 
 def test_code_of_a_graph_is_written_at_its_first_use() -> None:

@@ -1,16 +1,19 @@
-"""Checks of numbers that callers pass, as Python's own, NumPy's or in a tensor of one element.
+"""Checks of what callers pass: numbers, as Python's own, NumPy's or in a tensor of one element, and functions.
 
-Each check returns the plain Python number, or "auto" where that may come: `TypeError` for another type, `ValueError`
-for a number out of range.
+Each check of a number returns the plain Python number, or "auto" where that may come: `TypeError` for another type,
+`ValueError` for a number out of range.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
+
+from torch import nn
 
 
 def check_count(value: Any, name: str, least: int = 1, what: str = "") -> int:
@@ -36,6 +39,22 @@ def check_or_auto(check: Callable[[Any, str], float], value: Any, name: str) -> 
         return check(value, name)
     except TypeError as error:
         raise TypeError(str(error).replace("expected", 'expected "auto" or', 1)) from None
+
+
+def check_function(function: Any, name: str, arguments: str, count: int) -> None:
+    """`TypeError` for what cannot be called with `count` arguments: no function, or a module of its inputs alone."""
+    expected = f"{name}: expected a function of {arguments}; got"
+    if not callable(function):
+        raise TypeError(f"{expected} {shown(function)}")
+    if isinstance(function, nn.Module):
+        signature = inspect.signature(function.forward)
+        try:
+            signature.bind(*[None] * count)
+        except TypeError:
+            raise TypeError(
+                f"{expected} the module {shown(function)}, which is called with {signature}: pass "
+                "hvp.functional(module), a function of (weights, inputs), or a function that calls it"
+            ) from None
 
 
 def shown(value: Any) -> str:

@@ -14,6 +14,8 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from hvp_engine._support.torch_compat import without_torch_functions
 
+aten = torch.ops.aten
+
 
 def is_higher_order(operation: Any) -> bool:
     """Whether an operator runs functions, as those of control flow do (scan, map, while_loop, cond)."""
@@ -94,5 +96,22 @@ def compiler_is_imported() -> bool:
 
 
 def compile_graph(module: fx.GraphModule, arguments: Sequence[Tensor], size_asserts: bool) -> Callable[..., Any]:
-    """The graph through inductor."""
-    return torch._inductor.compile(module, list(arguments), options={"size_asserts": size_asserts})
+    """The graph through inductor.
+
+    Layouts in it are those of fake tensors, which are not always the kernels', so that a view which was traced may be
+    impossible: views become reshapes, which copy where they must. Where fake tensors are known to be wrong (seen in
+    2.13) a copy gives the result the kernel's layout.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
+    for node in graph.find_nodes(op="call_function", target=LAID_OUT_OTHERWISE):
+        with graph.inserting_after(node):
+            rows = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+        node.replace_all_uses_with(rows, delete_user_cb=lambda user, rows=rows: user is not rows)
+    return torch._inductor.compile(graph_module(module, graph), list(arguments), options={"size_asserts": size_asserts})
+
+
+LAID_OUT_OTHERWISE = aten._log_softmax_backward_data.default
+"""What a fake tensor has other strides of than the kernel's result, which is laid out row after row."""

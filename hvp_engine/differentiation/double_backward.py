@@ -18,8 +18,10 @@ from hvp_engine._support.flat_vector import Layout, joined, split_like
 from hvp_engine.differentiation.linear_map import Linearization
 from hvp_engine.differentiation.missing_derivatives import (
     explained,
+    nodes_between,
     nodes_of,
     refuse_control_flow,
+    refuse_weight_norm,
     refuse_without_second_derivative,
     second_derivative_error,
 )
@@ -225,6 +227,9 @@ class Tape(Linearization):
             refuse_control_flow(node)
         if torch_compat_nodes.ERROR_NODE in names:  # autograd would return zeros without a word
             raise second_derivative_error("a function whose backward is marked once_differentiable")
+        if self.symmetric and torch_compat_nodes.WEIGHT_NORM_NODE in names:  # of a gradient, a second derivative
+            for node in nodes_between(self._product.outputs, self.weights):
+                refuse_weight_norm(node)
         reaches_weights, reaches_hyperparameters = (
             any(get_gradient_edge(tensor).node in nodes for tensor in tensors if tensor.requires_grad)
             for tensors in (self.weights, hyperparameters)

@@ -129,8 +129,7 @@ def refuse_without_second_derivative(loss: Tensor, weights: Sequence[Tensor]) ->
     refuse_wrong_third_derivative(nodes)
     for node in nodes:
         refuse_control_flow(node)
-        if node.name() == torch_compat_nodes.WEIGHT_NORM_NODE:
-            raise second_derivative_error("the fused kernel of weight normalization (_weight_norm)", FastKernelError)
+        refuse_weight_norm(node)
         if name := torch_compat_nodes.once_differentiable(node):
             raise second_derivative_error(f"{name}, whose backward is once_differentiable")
     if structure is not None:
@@ -158,3 +157,9 @@ def refuse_control_flow(node: Node) -> None:
     """Raise for scan, map, while_loop, cond and their like, whose second derivative is wrong."""
     if module := torch_compat_nodes.control_flow(node):
         raise second_derivative_error(module)
+
+
+def refuse_weight_norm(node: Node) -> None:
+    """Raise for fused weight normalization, whose second derivative is wrong."""
+    if node.name() == torch_compat_nodes.WEIGHT_NORM_NODE:
+        raise second_derivative_error("the fused kernel of weight normalization (_weight_norm)", FastKernelError)

@@ -87,9 +87,10 @@ class CompiledFunctions(Functions):
             with torch.no_grad():
                 return compile_graph(module, arguments, size_asserts=self.whole)
         except Exception as error:  # many causes, such as a missing C++ compiler; reported to the user
+            what = str(error).strip().partition("\n")[0]  # what follows is how to debug inductor
             raise BackendError(
-                f"engine 'compiled': inductor failed on the traced graph: {type(error).__name__}: "
-                f"{str(error).strip().splitlines()[-1] if str(error).strip() else error}; use engine='linearized'"
+                f"engine 'compiled': inductor failed on the traced graph: {type(error).__name__}: {what}; "
+                "use engine='linearized'"
             ) from error
         finally:
             self.seconds += time.perf_counter() - start

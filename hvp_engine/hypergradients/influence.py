@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvp_engine._support.arguments import check_count
+from hvp_engine._support.arguments import check_count, check_function
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import Structure, check_scalar, flatten
 from hvp_engine._support.torch_compat import pytree
@@ -134,8 +134,7 @@ class _Gradients:
     """The gradients of a loss of single examples."""
 
     def __init__(self, loss: Loss, weights: Sequence[Tensor], structure: Structure, examples: Any, name: str):
-        if not callable(loss):
-            raise TypeError(f"{name}_loss: expected a function of (weights, batch); got {type(loss).__name__}")
+        check_function(loss, f"{name}_loss", "(weights, batch)", 2)
         self._loss, self._weights, self._structure, self._name = loss, weights, structure, name
         self._leaves, self._spec = pytree.tree_flatten(examples)
         if len(self._leaves) == 1 and isinstance(examples, Mapping) and self._leaves[0] is examples:
@@ -148,7 +147,8 @@ class _Gradients:
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(
                 f"{name}_examples: expected tensors whose first dimension counts the examples, one length >= 1; got "
-                f"shapes {', '.join(str(tuple(self._leaves[i].shape)) for i in self._tensors) or 'of no tensor'}"
+                f"shapes {', '.join(str(tuple(self._leaves[i].shape)) for i in self._tensors) or 'of no tensor'}: "
+                "of a data set or a list of examples pass torch.utils.data.default_collate(list(examples))"
             )
         [self._count] = lengths
         self._vectorized = True

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvp_engine._support.arguments import check_function
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import check_scalar, flatten
@@ -67,6 +68,8 @@ class GaussNewtonOperator(CurvatureOperator):
         inputs: Any,
         targets: Any,
     ):
+        check_function(model, "model", "(weights, inputs)", 2)
+        check_function(loss, "loss", "(outputs, targets)", 2)
         tensors, structure = flatten(weights, "weights", sharded=True)
         problem = Problem(loss, tensors, structure, [], None, (inputs, targets))
         with isolated(Draws().next_seed(), tensors[0].device):
@@ -130,8 +133,8 @@ class GaussNewtonProducts(Linearization):
         cotangents = leaves([torch.zeros_like(output) for output in reached])
         pulled = filled(differentiate(reached, self._weights, cotangents, create_graph=True), self._weights)
 
-        self._pull = Tape(reached, self._weights, name="model")
-        self._push = Tape(pulled, cotangents, name="model")
+        self._pull = Tape(reached, self._weights, name="model", symmetric=False)
+        self._push = Tape(pulled, cotangents, name="model", symmetric=False)
         self._curvature = Tape(gradient, self._outputs, name="loss")
         self.loss = value.detach()
         self.gradient = [g.detach() for g in self._pull.product([g.detach() for g in gradient])]

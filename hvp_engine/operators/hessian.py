@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from hvp_engine import engines
+from hvp_engine._support.arguments import check_function
 from hvp_engine._support.isolation import Draws, isolated
 from hvp_engine._support.pytree import Structure, flatten
 from hvp_engine.differentiation.linear_map import Linearization
@@ -75,6 +76,7 @@ class HessianOperator(CurvatureOperator):
     """
 
     def __init__(self, loss: Callable[..., Tensor], weights: Any, *args: Any, engine: str | engines.Engine = "auto"):
+        check_function(loss, "loss", "(weights, *args)", 1 + len(args))
         chosen = engine_for_operator(engine, loss)
         leaves, structure = flatten(weights, "weights", sharded=True)
         problem = Problem(loss, leaves, structure, [], None, args)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hvp_engine import engines
-from hvp_engine._support.arguments import check_count
+from hvp_engine._support.arguments import check_count, check_function
 from hvp_engine._support.data_stream import Batches
 from hvp_engine._support.flat_vector import Layout
 from hvp_engine._support.isolation import Draws, isolated
@@ -68,8 +68,7 @@ class StochasticHessianOperator(LinearOperator):
         engine: str | engines.Engine = "auto",
     ):
         batches_per_product = check_count(batches_per_product, "batches_per_product")
-        if not callable(loss):
-            raise TypeError(f"loss: expected a function of (weights, batch); got {type(loss).__name__}")
+        check_function(loss, "loss", "(weights, batch)", 2)
         leaves, structure = flatten(weights, "weights")
         stream = Batches(batches, leaves[0].device, "batches")
         maker = engine_for_operator(engine, loss)

@@ -27,7 +27,7 @@ def check(dtypes: Iterable[torch.dtype]) -> torch.dtype:
         raise UnsupportedError(PROBLEM)
     found = set(dtypes)
     if len(found) != 1 or not found <= {torch.float32, torch.float64}:
-        raise UnsupportedError(f"weights of {', '.join(sorted(map(str, found))) or 'no dtype'}")
+        raise UnsupportedError(f"tensors of {', '.join(sorted(map(str, found))) or 'no dtype'}")
     return found.pop()
 
 
