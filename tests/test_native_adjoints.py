@@ -31,6 +31,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "flip": lambda: (lambda t: t.flip(1) - t.flip(-1).flip(0), [], [(2, 5, 3)]),
     "flip of two": lambda: (lambda t: t.flip(0, 2), [], [(2, 5, 3)]),
     "roll": lambda: (lambda t: t.roll(2, 1) + t.roll(-1, 0), [], [(3, 4)]),
+    "roll of all elements": lambda: (lambda t: t.roll(5), [], [(3, 4)]),
     "index by one": lambda: (lambda i, t: t[:, i - 2], [choice(4, 6)], [(2, 4, 3)]),
     "index by one, last": lambda: (lambda i, t: t[..., i], [choice(3, 5)], [(2, 4, 3)]),
     "index by a matrix": lambda: (lambda i, t: t[:, i], [choice(4, 2, 3)], [(2, 4)]),

@@ -217,11 +217,12 @@ def _rows_chosen(c: Conversion, node: Any) -> Place | None:
     """A choice along one dimension, the same for all others; None for any other."""
     source, *arguments = node.args
     sizes = c.shape(source)
-    if node.target in (aten.flip.default, aten.roll.default) and len(arguments[-1]) == 1:
-        dim = arguments[-1][0] % len(sizes)
-        amount = arguments[0][0] if node.target is aten.roll.default else 0
+    turned = {aten.flip.default: 0, aten.roll.default: 1}.get(node.target)  # the place of the dimensions, if there
+    if turned is not None and turned < len(arguments) and len(arguments[turned]) == 1:
+        dim = arguments[turned][0] % len(sizes)
+        amount = arguments[0][0] if turned else 0
         line = torch.arange(sizes[dim], device=CPU)
-        line = line.flip(0) if node.target is aten.flip.default else line.roll(amount)
+        line = line.roll(amount) if turned else line.flip(0)
         index = c.builder.derive((sizes[dim],), lambda: line, [], Kind.INDEX)
     elif node.target is aten.index.Tensor and [x is None for x in arguments[0]].count(False) == 1:
         dim, chosen = next((d, x) for d, x in enumerate(arguments[0]) if x is not None)
