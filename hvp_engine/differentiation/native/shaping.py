@@ -195,9 +195,13 @@ def _embedding_backward(c: Conversion, node: Any) -> Value:
     return c.builder.scattered(shown, c.indices(index), rows, skipped).without(0)
 
 
+_INDEXES = (aten.index.Tensor, aten._unsafe_index.Tensor)
+"""Choices by indices; PyTorch's decompositions have the second, which trusts them to be in range."""
+
+
 @handles(
     aten.gather.default,
-    aten.index.Tensor,
+    *_INDEXES,
     aten.flip.default,
     aten.roll.default,
     aten.repeat.default,
@@ -224,7 +228,7 @@ def _rows_chosen(c: Conversion, node: Any) -> Place | None:
         line = torch.arange(sizes[dim], device=CPU)
         line = line.roll(amount) if turned else line.flip(0)
         index = c.builder.derive((sizes[dim],), lambda: line, [], Kind.INDEX)
-    elif node.target is aten.index.Tensor and [x is None for x in arguments[0]].count(False) == 1:
+    elif node.target in _INDEXES and [x is None for x in arguments[0]].count(False) == 1:
         dim, chosen = next((d, x) for d, x in enumerate(arguments[0]) if x is not None)
         value = chosen.meta["val"]
         if value.dim() != 1 or value.dtype == torch.bool or c.moves(chosen):
@@ -236,7 +240,7 @@ def _rows_chosen(c: Conversion, node: Any) -> Place | None:
     return reshaped(c, c.builder.selected(as_rows(c, c.place(source), dim), index), c.shape(node))
 
 
-@handles(aten.scatter_add.default, aten.index_put.default)
+@handles(aten.scatter_add.default, aten.index_put.default, aten._unsafe_index_put.default)
 def _scattered(c: Conversion, node: Any) -> Value:
     """The adjoint of a choice, onto what there is."""
     if node.target is aten.scatter_add.default:
