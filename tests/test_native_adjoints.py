@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "flip": lambda: (lambda t: t.flip(1) - t.flip(-1).flip(0), [], [(2, 5, 3)]),
     "flip of two": lambda: (lambda t: t.flip(0, 2), [], [(2, 5, 3)]),
     "roll": lambda: (lambda t: t.roll(2, 1) + t.roll(-1, 0), [], [(3, 4)]),
+    "roll of all elements": lambda: (lambda t: t.roll(5), [], [(3, 4)]),
     "index by one": lambda: (lambda i, t: t[:, i - 2], [choice(4, 6)], [(2, 4, 3)]),
     "index by one, last": lambda: (lambda i, t: t[..., i], [choice(3, 5)], [(2, 4, 3)]),
     "index by a matrix": lambda: (lambda i, t: t[:, i], [choice(4, 2, 3)], [(2, 4)]),
@@ -61,8 +63,70 @@ CASES: dict[str, Callable[[], Case]] = {
     "glu backward, last": lambda: (lambda x, t: aten.glu_backward(t * 2, x, -1), [random(4, 6)], [(4, 3)]),
     "assigned part": lambda: (strided, [], [(3, 4)]),
     "outer diagonal": lambda: (lambda x, t: torch.outer(t, x).diagonal() + t, [random(4)], [(4,)]),
+    "indexes of a decomposition": lambda: (
+        lambda i, x, t: aten._unsafe_index_put(x, [None, i], aten._unsafe_index(t, [None, i]) * 2, True),
+        [choice(4, 6), random(3, 4)], [(3, 4)],
+    ),
     "padded": lambda: (lambda t: F.pad(t, (0, 0, 2, 0)).unfold(1, 3, 1).sum(-1), [], [(2, 5, 3)]),
 }  # fmt: skip
+
+
+def copies(name: str, dims: int) -> Case:
+    """An operator whose pixels are those of an image, and its adjoint."""
+    copy, adjoint = getattr(aten, name).default, getattr(aten, f"{name}_backward").default
+    shape = (2, 3, *(4, 5, 3)[:dims])
+    arguments = [[2, 1, 1, 2, 0, 1][: 2 * dims]] if "pad" in name else [[7, 4, 5][:dims]]
+    wanted = copy(random(*shape), *arguments).shape
+    image = [random(*shape)] if "pad" in name else []
+
+    def function(*given: Tensor) -> Tensor:
+        *known, t, u = given
+        rest = [*known, *arguments] if known else [*arguments, list(shape)]
+        return adjoint(u + copy(t, *arguments), *rest)
+
+    return function, image, [shape, tuple(wanted)]
+
+
+def largest(backward: Any, pool: Callable[[Tensor], tuple[Tensor, Tensor]], dims: int, *arguments: Any) -> Case:
+    """The adjoint of the choice of a largest pixel in each window."""
+    x = random(2, 3, *(4, 6, 4)[:dims])
+    found, chosen = pool(x)
+    return (lambda x, i, t: backward(t, x, *arguments, i)), [x, chosen], [tuple(found.shape)]
+
+
+SAMPLES = torch.full((2, 3, 3), 0.4, dtype=torch.float64)
+CASES |= {
+    f"{name}{dims}d": partial(copies, f"{name}{dims}d", dims)
+    for name in ("reflection_pad", "replication_pad", "_upsample_nearest_exact", "upsample_nearest")
+    for dims in (1, 2, 3)
+    if (name, dims) != ("upsample_nearest", 2)
+}
+CASES |= {
+    "largest of a number of windows": lambda: largest(
+        aten.adaptive_max_pool2d_backward, lambda x: aten.adaptive_max_pool2d(x, [3, 2]), 2
+    ),
+    "largest of a number of windows, in three dimensions": lambda: largest(
+        aten.adaptive_max_pool3d_backward, lambda x: aten.adaptive_max_pool3d(x, [3, 2, 2]), 3
+    ),
+    "largest in three dimensions": lambda: largest(
+        aten.max_pool3d_with_indices_backward,
+        lambda x: aten.max_pool3d_with_indices(x, [2, 3, 2], [1, 2, 1]),
+        3,
+        *([2, 3, 2], [1, 2, 1], [0, 0, 0], [1, 1, 1], False),
+    ),
+    "largest of random windows": lambda: largest(
+        aten.fractional_max_pool2d_backward,
+        lambda x: aten.fractional_max_pool2d(x, [2, 2], [2, 3], SAMPLES[..., :2]),
+        2,
+        *([2, 2], [2, 3]),
+    ),
+    "largest of random windows, in three dimensions": lambda: largest(
+        aten.fractional_max_pool3d_backward,
+        lambda x: aten.fractional_max_pool3d(x, [2, 2, 2], [2, 3, 2], SAMPLES),
+        3,
+        *([2, 2, 2], [2, 3, 2]),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CASES)

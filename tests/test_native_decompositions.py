@@ -34,6 +34,11 @@ LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "means of signals": lambda y: F.avg_pool1d(y.flatten(2), 3, 2),
     "a number of means": lambda y: F.adaptive_avg_pool2d(y, (3, 6)),
     "powers of windows": lambda y: F.lp_pool2d(y.abs() + 0.1, 2, 2),
+    "padded by its mirror image": lambda y: F.pad(y, (1, 2, 2, 1), "reflect"),
+    "padded by its edges": lambda y: F.pad(y, (1, 2, 2, 1), "replicate"),
+    "larger, exactly": lambda y: F.interpolate(y, scale_factor=1.5, mode="nearest-exact"),
+    "longer": lambda y: F.interpolate(y.flatten(2), scale_factor=2),
+    "largest of a number of windows": lambda y: F.adaptive_max_pool2d(y, (5, 6)),
     "larger": lambda y: F.interpolate(y, scale_factor=2),
     "larger, unevenly": lambda y: F.interpolate(y, size=(12, 36)),
     "channels to pixels": lambda y: F.pixel_shuffle(y, 2),
@@ -106,6 +111,16 @@ def test_what_stays_with_pytorch_is_right_too(layer: Callable[[Tensor], Tensor])
     expected = hvp.HessianOperator(loss, weights, IMAGES, engine="eager") @ v
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert "lacks: operator aten." in engine.report(), engine.report()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_recorded_kernel_of_weight_norm(dim: int) -> None:
+    """What a script's own layers with `weight_norm` have recorded on a CPU."""
+    torch.manual_seed(0)
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 3, dtype=torch.float64), dim=dim)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    made = calls(lambda: layer(x).tanh().square().sum(), list(layer.parameters()))
+    assert all(linearization.program.by_extension for linearization in made)
 
 
 @pytest.mark.parametrize("layers", [1, 2])

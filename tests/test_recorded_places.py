@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from recorded_checks import checked, gradient_of, level, reason
+from recorded_checks import assert_same, checked, gradient_of, level, plain, reason
 from torch import Tensor
 
 import hvp_engine as hvp
+from hvp_engine._support.flat_vector import FlatVector
 from hvp_engine.differentiation.recorded.library import Library
+from hvp_engine.differentiation.recorded.owned import OwnedLinearization
 
 pytestmark = [
     pytest.mark.usefixtures("float64_by_default", "programs_are_taken"),
@@ -68,6 +70,19 @@ def test_outputs_that_are_leaves_or_one() -> None:
     for _ in range(3):
         for outputs in ([a, b], [b, a], [a.view(2, 2).t().reshape(4), b * 1.0], [(a * b) ** 3] * 2):
             assert level(checked(library, outputs, [a, b])) == 1
+
+
+def test_strides_count_from_where_a_tangent_begins() -> None:
+    """Autograd takes by strides what is assigned to a part of a tensor; tangents of a solve are parts of one vector."""
+    library, weights = Library(), [leaf(4, 3), leaf(3)]
+    for _ in range(3):
+        gradient = gradient_of(torch.linalg.householder_product(*weights).pow(3).sum(), weights)
+        made = OwnedLinearization(gradient, weights, name="loss", library=library)
+        for _ in range(3):
+            tangents = FlatVector.of(made.layout, [torch.randn_like(weight) for weight in weights]).tangents
+            true = plain(gradient, weights, tangents)
+            assert_same(made.product(tangents), true, 1e-10)
+        assert level(made) == 2
 
 
 def test_nothing_and_lazy_views() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hvp_engine._support.flat_vector import Layout, norm_of
+from hvp_engine._support.flat_vector import FlatVector, Layout, norm_of
 from hvp_engine._support.precision import float32_settings
 from hvp_engine._support.random_state import one_thread
 from hvp_engine.differentiation.linear_map import Linearization
@@ -63,13 +63,13 @@ class Schedule:
 
 
 def probe(layout: Layout) -> list[Tensor]:
-    """The same random tangents every time, from a generator of their own, laid out as solvers' vectors are."""
+    """The same random tangents every time, from a generator of their own, laid out as solvers' vectors are: parts of
+    one vector."""
     generator = torch.Generator(device=layout.device).manual_seed(PROBE_SEED)
-    tangents = []
-    for shape, stride, dtype in zip(layout.shapes, layout.strides, layout.dtypes, strict=True):
-        drawn = torch.randn(shape, generator=generator, device=layout.device, dtype=torch.float32)
-        tangents.append(torch.empty_strided(shape, stride, device=layout.device, dtype=dtype).copy_(drawn))
-    return tangents
+    drawn = [
+        torch.randn(shape, generator=generator, device=layout.device, dtype=torch.float32) for shape in layout.shapes
+    ]
+    return FlatVector.of(layout, drawn).tangents
 
 
 def disagreement(

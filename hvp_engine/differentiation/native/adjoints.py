@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from hvp_engine.differentiation.native.builder import CPU, Kind
 from hvp_engine.differentiation.native.conversion import Conversion, Value, handles
@@ -36,6 +37,49 @@ def _diagonal_backward(c: Conversion, node: Any) -> Value:
     values = c.place(grad)
     places = positions_of(c, node, aten.diagonal.default, tuple(sizes), arguments, values.sizes)
     return _onto(c, node, _zeros(c, node), values, places)
+
+
+_COPIES = {
+    getattr(aten, f"{name}{dims}d").default: (getattr(aten, f"{name}{dims}d_backward").default, dims)
+    for name in ("reflection_pad", "replication_pad", "_upsample_nearest_exact", "upsample_nearest")
+    for dims in (1, 2, 3)
+    if (name, dims) != ("upsample_nearest", 2)  # which has a formula of its own
+}
+"""Paddings and enlargements, each of whose pixels is one of the image: their adjoints, and an image's dimensions."""
+
+_ADJOINTS = {adjoint: copy for copy, (adjoint, _) in _COPIES.items()}
+
+
+def _pixels(c: Conversion, copy: Any, sizes: tuple[int, ...], arguments: Sequence[Any]) -> Place:
+    """The positions of the pixels that `copy` takes, in one of the images."""
+    image = sizes[len(sizes) - _COPIES[copy][1] :]
+    numbers = torch.arange(numel(image), dtype=torch.float64, device=CPU).reshape(1, 1, *image)  # it takes no integers
+    found = copy(numbers, *arguments).reshape(-1).to(torch.int64)
+    return c.builder.derive(found.shape, lambda: found, [], Kind.INDEX)
+
+
+def _images(c: Conversion, place: Place, dims: int) -> Place:
+    """Images one after another, each with its pixels in a line."""
+    pixels = numel(place.sizes[len(place.sizes) - dims :])
+    return as_rows(c, reshaped(c, place, (place.numel // max(pixels, 1), pixels)), 1)
+
+
+@handles(*_COPIES)
+def _copied(c: Conversion, node: Any) -> Value:
+    source, *arguments = node.args
+    pixels = _pixels(c, node.target, c.shape(source), arguments)
+    chosen = c.builder.selected(_images(c, c.place(source), _COPIES[node.target][1]), pixels)
+    return reshaped(c, chosen, c.shape(node))
+
+
+@handles(*_ADJOINTS)
+def _copied_backward(c: Conversion, node: Any) -> Value:
+    copy, sizes = _ADJOINTS[node.target], c.shape(node)
+    dims = _COPIES[copy][1]
+    padded = isinstance(node.args[1], fx.Node)  # (grad, image, padding), or (grad, new sizes, sizes, scales)
+    pixels = _pixels(c, copy, sizes, node.args[2:] if padded else (node.args[1], *node.args[3:]))
+    images = _images(c, c.place(node.args[0]), dims)
+    return reshaped(c, c.builder.scattered(images, pixels, numel(sizes[len(sizes) - dims :])), sizes)
 
 
 @handles(aten.unfold_backward.default)
@@ -170,13 +214,25 @@ def _unfold(c: Conversion, node: Any) -> Value:
     return Place(place.region, (*c.shape(node)[:-1], size), tuple(strides), place.offset)
 
 
-@handles(aten.max_pool2d_with_indices_backward.default)
+_PLANES = {
+    aten.max_pool2d_with_indices_backward.default: 2,
+    aten.adaptive_max_pool2d_backward.default: 2,
+    aten.fractional_max_pool2d_backward.default: 2,
+    aten.max_pool3d_with_indices_backward.default: 3,
+    aten.adaptive_max_pool3d_backward.default: 3,
+    aten.fractional_max_pool3d_backward.default: 3,
+}
+"""Adjoints of the choice of a largest pixel in each window, and the dimensions in which pixels are counted."""
+
+
+@handles(*_PLANES)
 def _max_pool_backward(c: Conversion, node: Any) -> Value:
     grad, indices, sizes = node.args[0], node.args[-1], c.shape(node)
-    plane = sizes[-1] * sizes[-2]
+    first = len(sizes) - _PLANES[node.target]
+    plane = numel(sizes[first:])
 
     def compute(chosen: Tensor) -> Tensor:
-        planes = chosen.reshape(-1, chosen.shape[-2] * chosen.shape[-1])
+        planes = chosen.reshape(-1, numel(chosen.shape[first:]))
         return (planes + plane * torch.arange(len(planes), device=CPU)[:, None]).reshape(-1)
 
     positions = c.derive((numel(c.shape(grad)),), compute, [indices], Kind.INDEX)

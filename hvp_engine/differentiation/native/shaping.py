@@ -195,9 +195,13 @@ def _embedding_backward(c: Conversion, node: Any) -> Value:
     return c.builder.scattered(shown, c.indices(index), rows, skipped).without(0)
 
 
+_INDEXES = (aten.index.Tensor, aten._unsafe_index.Tensor)
+"""Choices by indices; PyTorch's decompositions have the second, which trusts them to be in range."""
+
+
 @handles(
     aten.gather.default,
-    aten.index.Tensor,
+    *_INDEXES,
     aten.flip.default,
     aten.roll.default,
     aten.repeat.default,
@@ -217,13 +221,14 @@ def _rows_chosen(c: Conversion, node: Any) -> Place | None:
     """A choice along one dimension, the same for all others; None for any other."""
     source, *arguments = node.args
     sizes = c.shape(source)
-    if node.target in (aten.flip.default, aten.roll.default) and len(arguments[-1]) == 1:
-        dim = arguments[-1][0] % len(sizes)
-        amount = arguments[0][0] if node.target is aten.roll.default else 0
+    turned = {aten.flip.default: 0, aten.roll.default: 1}.get(node.target)  # the place of the dimensions, if there
+    if turned is not None and turned < len(arguments) and len(arguments[turned]) == 1:
+        dim = arguments[turned][0] % len(sizes)
+        amount = arguments[0][0] if turned else 0
         line = torch.arange(sizes[dim], device=CPU)
-        line = line.flip(0) if node.target is aten.flip.default else line.roll(amount)
+        line = line.roll(amount) if turned else line.flip(0)
         index = c.builder.derive((sizes[dim],), lambda: line, [], Kind.INDEX)
-    elif node.target is aten.index.Tensor and [x is None for x in arguments[0]].count(False) == 1:
+    elif node.target in _INDEXES and [x is None for x in arguments[0]].count(False) == 1:
         dim, chosen = next((d, x) for d, x in enumerate(arguments[0]) if x is not None)
         value = chosen.meta["val"]
         if value.dim() != 1 or value.dtype == torch.bool or c.moves(chosen):
@@ -235,7 +240,7 @@ def _rows_chosen(c: Conversion, node: Any) -> Place | None:
     return reshaped(c, c.builder.selected(as_rows(c, c.place(source), dim), index), c.shape(node))
 
 
-@handles(aten.scatter_add.default, aten.index_put.default)
+@handles(aten.scatter_add.default, aten.index_put.default, aten._unsafe_index_put.default)
 def _scattered(c: Conversion, node: Any) -> Value:
     """The adjoint of a choice, onto what there is."""
     if node.target is aten.scatter_add.default:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from hvp_engine._support.torch_compat import onednn_enabled
-from hvp_engine.differentiation.trace.functionalize import is_random
+from hvp_engine.differentiation.trace.functionalize import is_random, is_view
 from hvp_engine.differentiation.trace.patterns import Builder, is_transposed
 
 aten = torch.ops.aten
@@ -81,6 +81,23 @@ def layout_matters(graph: fx.Graph) -> bool:
     )
 
 
+def copy_tangents_for_strides(graph: fx.Graph, linear: set[fx.Node]) -> None:
+    """Copy tangents that `as_strided` reads: it counts from where their memory begins, which in a solve is that of all
+    weights."""
+    build = Builder(graph, linear)
+    for node in list(graph.nodes):
+        base = node.args[0] if node.target in _STRIDED else None
+        while base is not None and is_view(base):
+            base = base.args[0]
+        if base is None or base.op != "placeholder" or base not in linear:
+            continue
+        readers = list(base.users)
+        with graph.inserting_before(min(readers)):
+            copy = build(aten.clone.default, (base,), base.meta["val"])
+        for reader in readers:
+            reader.replace_input_with(base, copy)
+
+
 def _elements(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
@@ -93,6 +110,9 @@ def _scattered(node: Any) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and not value.is_contiguous()
 
+
+_STRIDED = (aten.as_strided.default, aten.as_strided_scatter.default)
+"""What counts from where the memory begins that its argument shows."""
 
 _FACTORS = {aten.bmm.default: (0, 1), aten.baddbmm.default: (1, 2)}
 """Batched products, and which of their arguments are matrices to multiply."""

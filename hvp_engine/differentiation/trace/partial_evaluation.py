@@ -16,7 +16,7 @@ from hvp_engine.differentiation.trace.contractions import contract
 from hvp_engine.differentiation.trace.elementwise_factors import fold_factors
 from hvp_engine.differentiation.trace.fused_update import Terms, decompose
 from hvp_engine.differentiation.trace.inplace import written_over
-from hvp_engine.differentiation.trace.memory_format import compact_factors
+from hvp_engine.differentiation.trace.memory_format import compact_factors, copy_tangents_for_strides
 from hvp_engine.differentiation.trace.point_convolutions import contract_convolutions
 from hvp_engine.differentiation.trace.rematerialize import pointwise, recomputable
 from hvp_engine.differentiation.trace.rewrites import accumulate, fold_linear, kernel_derivatives, simplify
@@ -83,6 +83,7 @@ REWRITES: tuple[Rewrite, ...] = (
     accumulate,
     compact_factors,
     expand_last,
+    copy_tangents_for_strides,
 )
 
 
