@@ -84,7 +84,9 @@ class Winograd {
 
  private:
   static constexpr int64_t kLanes = Vectors<T>::kLanes;
-  static constexpr int64_t kBytes = int64_t{1} << 20, kLeastTiles = 64, kLeastChannels = 8;
+  // What a block takes, about as much as a second-level cache has; but tiles enough for a fast product.
+  static constexpr int64_t kBytes = int64_t{1} << 20, kLeastTiles = 64;
+  static constexpr int64_t kLeastChannels = 8;
 
   // What all images have, at an input or an output.
   struct Planes {

@@ -113,16 +113,6 @@ def test_what_stays_with_pytorch_is_right_too(layer: Callable[[Tensor], Tensor])
     assert "lacks: operator aten." in engine.report(), engine.report()
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-def test_recorded_kernel_of_weight_norm(dim: int) -> None:
-    """What a script's own layers with `weight_norm` have recorded on a CPU."""
-    torch.manual_seed(0)
-    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 3, dtype=torch.float64), dim=dim)
-    x = torch.randn(5, 4, dtype=torch.float64)
-    made = calls(lambda: layer(x).tanh().square().sum(), list(layer.parameters()))
-    assert all(linearization.program.by_extension for linearization in made)
-
-
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("bias", [True, False])

@@ -22,21 +22,7 @@ from hvp_engine.differentiation.trace.graph_recorder import (
 )
 from hvp_engine.differentiation.trace.partial_evaluation import Partition
 
-aten = torch.ops.aten
-
-
-def weight_norm_backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The derivative of g v / |v|, where |v| are `norms`, over all dimensions but one."""
-    others = [d for d in range(v.dim()) if d != dim % v.dim()]
-    along = (grad * v).sum(others, keepdim=True) / norms
-    return (grad - v / norms * along) * (g / norms), along
-
-
-_FORMULAS: dict[Any, Callable[..., Any]] = {
-    aten._weight_norm_interface_backward.default: weight_norm_backward,
-    **pooling.FORMULAS,
-    **recurrent.FORMULAS,
-}
+_FORMULAS: dict[Any, Callable[..., Any]] = pooling.FORMULAS | recurrent.FORMULAS
 
 _MOST = 16
 """Operators that one may become: PyTorch's own, as of a grid of samples, is faster than very many."""
