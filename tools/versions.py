@@ -68,7 +68,7 @@ TESTS = {
     ],
     "backends, and `doctor`": ["tests/test_backend.py", "tests/test_doctor.py"],
 }
-"""What is tested, and where: about six minutes of one core."""
+"""What is tested, and where: about eight minutes of one core."""
 
 CHANGES = {
     "2.14": "The double backward of evaluation-mode BatchNorm has `pow_` in it. Traces find the functional form of any "
