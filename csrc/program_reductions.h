@@ -45,7 +45,8 @@ class SumKernel {
         return memory.at(place) + offset(sum, place, 0, sum.kept, i) +
                offset(sum, place, sum.kept, outer, j) + first * place.strides[last];
       };
-      return Line{at(sum.from), at(sum.factor), sum.from.strides[outer], sum.factor.strides[outer], count};
+      return Line{at(sum.from), product ? at(sum.factor) : nullptr, sum.from.strides[outer],
+                  sum.factor.strides[outer], count};
     };
     const auto result = [&](int64_t i) { return memory.at(sum.to) + offset(sum, sum.to, 0, sum.kept, i); };
     double totals[kBlock];
@@ -81,11 +82,11 @@ class SumKernel {
   static HVP_INLINE int64_t offset(const Sum& sum, const Place& place, int64_t begin, int64_t end,
                                    int64_t number) {
     int64_t found = 0;
-    for (int64_t d = end - 1; d >= begin; --d) {
+    for (int64_t d = end - 1; d > begin; --d) {
       found += number % sum.sizes[d] * place.strides[d];
       number /= sum.sizes[d];
     }
-    return found;
+    return end > begin ? found + number * place.strides[begin] : 0;  // mostly there is one, and no division
   }
 
   // NaN, once found, stays.
