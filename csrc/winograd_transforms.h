@@ -6,8 +6,9 @@
 //
 // In one dimension, of outputs y0 = d0 g0 + d1 g1 + d2 g2 and y1 = d1 g0 + d2 g1 + d3 g2:
 //
-//   m0 = (d0 - d2) g0,  m1 = (d1 + d2) (g0 + g1 + g2) / 2,  m2 = (d2 - d1) (g0 - g1 + g2) / 2,  m3 = (d1 -
-//   d3) g2 y0 = m0 + m1 + m2,  y1 = m1 - m2 - m3
+//   m0 = (d0 - d2) g0,  m1 = (d1 + d2) (g0 + g1 + g2) / 2,
+//   m2 = (d2 - d1) (g0 - g1 + g2) / 2,  m3 = (d1 - d3) g2,
+//   y0 = m0 + m1 + m2,  y1 = m1 - m2 - m3.
 //
 // Tiles that are neighbours in a row stand side by side in vectors. The last vector of a row reaches beyond
 // it and is written all the same: what follows is written later.
@@ -50,6 +51,7 @@ class Phases {
     constexpr int64_t kLine = 64 / sizeof(T);  // of the cache
     for (int64_t r = 0; r < 2 * rows; ++r) {
       const bool inside = top + r >= 0 && top + r < height;
+      // The next channel's plane, which no line of this one leads to.
       for (int64_t x = 0; x < width; x += kLine) __builtin_prefetch(plane + (height + top + r) * width + x);
       read_line(plane + (inside ? (top + r) * width : 0), inside ? width : 0, left, row(r & 1, 0, r / 2),
                 row(r & 1, 1, r / 2));
