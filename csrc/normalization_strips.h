@@ -1,8 +1,6 @@
 // The inner loops of the normalization of images: sums over points of a channel, and results from them.
 #pragma once
 
-#include <cstring>
-
 #include "normalization.h"
 #include "vectors.h"
 
@@ -58,7 +56,7 @@ HVP_INLINE void combine_strip(const T* x, const T* g, const T* t, T* first, T* s
     V one, two;
     if (level == Level::kValue) {
       one = k[0] * centred + k[1];
-      std::memcpy(first + at, &one, sizeof one);
+      store(first + at, one);
       continue;
     }
     const V gradient = load<V>(g + at);
@@ -68,9 +66,9 @@ HVP_INLINE void combine_strip(const T* x, const T* g, const T* t, T* first, T* s
       const V tangent = load<V>(t + at);
       one = k[0] * tangent + k[1] * centred + k[2];
       two = k[3] * gradient + k[4] * tangent + k[5] * centred + k[6];
-      std::memcpy(first + at, &one, sizeof one);
+      store(first + at, one);
     }
-    std::memcpy(second + at, &two, sizeof two);
+    store(second + at, two);
   }
 }
 

@@ -33,5 +33,11 @@ HVP_INLINE V load(const T* from) {
   return vector;
 }
 
+// To any address.
+template <class V, class T>
+HVP_INLINE void store(T* to, const V& vector) {
+  std::memcpy(to, &vector, sizeof vector);
+}
+
 }  // namespace
 }  // namespace hvp

@@ -214,8 +214,8 @@ class Winograd {
   const ConvolutionPairs& pairs_;
   T* const to_;
   const bool sums_;  // derivatives of kernels are sums over all tiles
-  const bool
-      turned_;  // derivatives of images are outputs of a convolution with kernels turned by 180 degrees
+  // Derivatives of images are outputs of a convolution with the kernels turned by 180 degrees.
+  const bool turned_;
   const int64_t images_;
   const Planes from_, made_;
   const int64_t above_, left_;    // padding

@@ -30,11 +30,6 @@ namespace {
 // Products that a tile takes for every pair of channels.
 constexpr int kProducts = 16;
 
-template <class T>
-HVP_INLINE void store(T* to, Vector<T> vector) {
-  std::memcpy(to, &vector, sizeof vector);
-}
-
 // The four ways to take every other row and every other column of a plane, in which the pixels of
 // neighbouring tiles are neighbours: of a row (a b c d) with one pixel of padding, (0 b d) and (a c 0).
 template <class T>

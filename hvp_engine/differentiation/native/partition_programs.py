@@ -214,11 +214,9 @@ class BoundPrograms:
     def _compared(self, factored: BoundProgram, accumulation: Accumulation, damping: float, steps: range) -> None:
         """Terms by both programs, with the numbers of the one without factored weights; where the other's are not the
         same, it is given up."""
-        vectors = [
-            accumulation.direction,
-            accumulation.target,
-            *[vector for mixing in accumulation.mixings for vector in (mixing.target, mixing.source)],
-        ]
+        plain = self._programs.for_products(self._residuals)
+        assert plain is not None  # as when it was bound
+        vectors = plain.update(accumulation, damping != 0.0).vectors
         before = [vector.data.clone() for vector in vectors]
         factored.terms(accumulation, damping)(steps)
         found = [vector.data.clone() for vector in vectors]
